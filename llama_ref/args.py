@@ -1,0 +1,191 @@
+"""What params.json says about a model, checked."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_ref.errors import CheckpointError
+from llama_ref.files import read_small
+
+PARAMS_LIMIT_BYTES = 1 << 20  # the real ones have about 200
+MOST_LAYERS = 10_000  # the largest Llama 3 has 126; a damaged number must not build modules for hours
+
+# Queries, keys and width of the 3.2 1B and 3B. Their RoPE was stretched by 32, every other Llama 3.1+ by 8; Meta's params.json
+# does not say so (llama-models issues 166 and 241). The depth is left out: a pruned 1B is still a 1B.
+SHAPES_STRETCHED_BY_32 = {(2048, 32, 8), (3072, 24, 8)}  # (dim, n_heads, n_kv_heads)
+
+REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta")
+POSITIVE_INTEGERS = (
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "hidden_dim"),
+    *("vision_chunk_size", "vision_max_num_chunks", "vision_num_cross_attention_layers"),
+)
+POSITIVE_NUMBERS = ("ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scaling_factor")
+SECTIONS = ("quantization_args", "lora_args")
+OTHER_NAMES = {"rope_freq_base": "rope_theta"}  # as the int4 guard's params.json spells it
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """A Llama 3's shape and constants, under params.json's names.
+
+    `rope_scaling_factor` is the s of the report's RoPE scaling and is 1 exactly when `use_scaled_rope` is false. Keys that
+    this class has no field for are kept in `extra`.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    n_kv_heads: int
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    hidden_dim: int | None = None  # FFN width said outright; only pruned models need it
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float = 1.0
+    vision_chunk_size: int | None = None
+    vision_max_num_chunks: int | None = None
+    vision_num_cross_attention_layers: int | None = None
+    quantization_args: Mapping[str, Any] | None = field(default=None, hash=False)
+    lora_args: Mapping[str, Any] | None = field(default=None, hash=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward layer: two thirds of 4·dim, stretched, rounded up to a multiple of `multiple_of`."""
+        if self.hidden_dim is not None:
+            return self.hidden_dim
+        return ffn_dim(self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+    @classmethod
+    def from_json(cls, path: str | Path, *, rope_scaling_factor: float | None = None) -> "ModelArgs":
+        """Read params.json. Raises CheckpointError naming the key that is missing, mistyped or contradicts another.
+
+        `rope_scaling_factor` overrides the file's key of that name, which overrides what the shape implies (32 for the
+        3.2 1B and 3B, else 8).
+        """
+        path = Path(path)
+        try:
+            return cls.from_dict(_read_json_object(path), rope_scaling_factor=rope_scaling_factor)
+        except _BadParams as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any], *, rope_scaling_factor: float | None = None) -> "ModelArgs":
+        """The same from an already parsed params.json. Raises CheckpointError."""
+        params = _with_usual_names(params)
+        _require(params)
+        params.setdefault("n_kv_heads", params["n_heads"])
+        params.setdefault("use_scaled_rope", False)
+        if rope_scaling_factor is not None:
+            params["rope_scaling_factor"] = rope_scaling_factor
+        _check_types(params)
+        _check_agreement(params)
+        if not params["use_scaled_rope"]:
+            params["rope_scaling_factor"] = 1.0
+        elif "rope_scaling_factor" not in params:
+            shape = (params["dim"], params["n_heads"], params["n_kv_heads"])
+            params["rope_scaling_factor"] = 32.0 if shape in SHAPES_STRETCHED_BY_32 else 8.0
+        known = {key: params.pop(key) for key in cls.__dataclass_fields__ if key in params and key != "extra"}
+        return cls(**known, extra=params)
+
+
+def ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """Meta's formula, both truncations included: they decide the last multiple."""
+    width = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * math.ceil(width / multiple_of)
+
+
+class _BadParams(CheckpointError):
+    pass
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    text = read_small(path, PARAMS_LIMIT_BYTES, "the model's params.json")
+    try:
+        params = json.loads(text, object_pairs_hook=_without_contradictions)
+    except RecursionError:
+        raise _BadParams("is nested far deeper than a params.json; is it another file?") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise _BadParams(f"is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(params, dict):
+        raise _BadParams(f"holds {_json_type(params)}, expected an object with dim, n_layers, n_heads, …")
+    return params
+
+
+def _without_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out and out[key] != value:
+            raise _BadParams(f'"{key}" stands twice, as {out[key]!r} and as {value!r}; keep the right one')
+        out[key] = value
+    return out
+
+
+def _with_usual_names(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy under the usual key names, without the keys that are null (null means absent)."""
+    named = [(OTHER_NAMES.get(key, key), value) for key, value in params.items() if value is not None]
+    return _without_contradictions(named)
+
+
+def _require(params: Mapping[str, Any]) -> None:
+    missing = [key for key in REQUIRED if key not in params]
+    if "multiple_of" not in params and "hidden_dim" not in params:
+        missing.append("multiple_of")
+    if missing:
+        hint = " (a Llama 2 has no rope_theta; only Llama 3 is read here)" if missing == ["rope_theta"] else ""
+        raise _BadParams(f"lacks {', '.join(missing)}{hint}; it has {', '.join(sorted(params)) or 'no keys at all'}")
+
+
+def _check_types(params: dict[str, Any]) -> None:
+    for key in POSITIVE_INTEGERS:
+        value = params.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+            raise _BadParams(f'"{key}" is {value!r}, expected a positive whole number')
+    if params["n_layers"] > MOST_LAYERS:
+        raise _BadParams(f'"n_layers" is {params["n_layers"]:,}, expected at most {MOST_LAYERS:,}')
+    for key in POSITIVE_NUMBERS:
+        value = params.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise _BadParams(f'"{key}" is {value!r}, expected a positive number')
+        if key in params:
+            params[key] = float(value)
+    if not isinstance(params["use_scaled_rope"], bool):
+        raise _BadParams(f'"use_scaled_rope" is {params["use_scaled_rope"]!r}, expected true or false')
+    for key in SECTIONS:
+        if not isinstance(params.get(key, {}), dict):
+            raise _BadParams(f'"{key}" is {params[key]!r}, expected an object')
+
+
+def _check_agreement(params: Mapping[str, Any]) -> None:
+    dim, n_heads, n_kv_heads = params["dim"], params["n_heads"], params["n_kv_heads"]
+    if dim % n_heads:
+        raise _BadParams(f'"dim" {dim} is not a multiple of "n_heads" {n_heads}')
+    if (dim // n_heads) % 2:
+        raise _BadParams(
+            f'"dim" {dim} / "n_heads" {n_heads} gives a head of odd width {dim // n_heads}, which RoPE cannot rotate'
+        )
+    if n_heads % n_kv_heads:
+        raise _BadParams(f'"n_heads" {n_heads} is not a multiple of "n_kv_heads" {n_kv_heads}')
+    if params.get("rope_scaling_factor", 1.0) < 1:
+        raise _BadParams(f'"rope_scaling_factor" is {params["rope_scaling_factor"]}, expected 1 or more')
+    if "hidden_dim" in params and "multiple_of" in params:
+        by_formula = ffn_dim(dim, params["multiple_of"], params.get("ffn_dim_multiplier"))
+        if by_formula != params["hidden_dim"]:
+            raise _BadParams(
+                f'"hidden_dim" is {params["hidden_dim"]}, but "multiple_of" and "ffn_dim_multiplier" give {by_formula}'
+            )
+
+
+def _json_type(value: Any) -> str:
+    return {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(type(value), "a number")

@@ -1,0 +1,187 @@
+"""Dialogs as Llama 3 was trained to read and write them: per message a header, the text, tool calls, an end mark."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from llama_ref.errors import RequestError
+from llama_ref.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant", "tool", "ipython"]
+StopReason = Literal["end_of_turn", "end_of_message", "out_of_tokens"]
+
+WRITTEN_ROLE = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython", "ipython": "ipython"}
+STOP_REASONS = ("end_of_turn", "end_of_message", "out_of_tokens")
+BUILTIN_ARGUMENT = {"brave_search": "query", "wolfram_alpha": "query", "photogen": "query", "code_interpreter": "code"}
+BUILTIN_CALL = re.compile(r'(brave_search|wolfram_alpha|photogen)\.call\(query="([^"]*)"\)')
+
+
+class ToolCall(TypedDict):
+    """A call that an assistant makes; the built-in tools take {"query": str}, code_interpreter {"code": str}."""
+
+    tool_name: str
+    arguments: dict[str, Any] | str
+
+
+class _RoleAndContent(TypedDict):
+    role: Role
+    content: str
+
+
+class Message(_RoleAndContent, total=False):
+    """One turn of a dialog. tool_calls and stop_reason are the assistant's; end_of_message means it waits for a tool."""
+
+    tool_calls: list[ToolCall]
+    stop_reason: StopReason | None
+
+
+Dialog = list[Message]
+
+
+class ChatFormat:
+    """Dialogs to token ids, and generated ids to messages. Text never becomes a special token, and nothing is stripped.
+
+    What is malformed (an unknown role, a missing or non-string content, an empty dialog) raises RequestError.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode_header(self, message: Message | str) -> list[int]:
+        """`<|start_header_id|>role<|end_header_id|>\\n\\n` for a message or the name of a role."""
+        role = message if isinstance(message, str) else _get(message, "role")
+        if role not in WRITTEN_ROLE:
+            raise RequestError(f"unknown role {role!r}: a message's role is one of {', '.join(WRITTEN_ROLE)}")
+        special = self.tokenizer.special_tokens
+        return [
+            special["<|start_header_id|>"],
+            *self._encode_text(WRITTEN_ROLE[role]),
+            special["<|end_header_id|>"],
+            *self._encode_text("\n\n"),
+        ]
+
+    def encode_message(self, message: Message) -> list[int]:
+        """Header, content, tool calls and end mark. The calls are written as Meta does in its JSON tool prompt format."""
+        ids = self.encode_header(_get(message, "role"))
+        calls = _tool_calls(message)
+        if calls and calls[0]["tool_name"] == "code_interpreter":
+            ids.append(self.tokenizer.python_tag_id)
+        ids += self._encode_text(_get(message, "content"))
+        for call in calls:
+            ids += self._encode_text(tool_call_text(call))
+        ids.append(self.tokenizer.eom_id if _waits_for_tool(message) else self.tokenizer.eot_id)
+        return ids
+
+    def encode_dialog_prompt(self, dialog: Sequence[Message]) -> list[int]:
+        """begin_of_text, the messages, and an open assistant header for the model to complete."""
+        if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence) or not dialog:
+            raise RequestError(f"a dialog is a list of at least one message, got {_shown(dialog)}")
+        ids = [self.tokenizer.bos_id]
+        for i, message in enumerate(dialog):
+            try:
+                ids += self.encode_message(message)
+            except RequestError as error:
+                raise RequestError(f"message {i} of the dialog (counted from 0): {error}") from error
+        return ids + self.encode_header("assistant")
+
+    def decode_assistant_message(self, ids: Sequence[int], stop_reason: StopReason | None = None) -> Message:
+        """The message in generated ids (those after the assistant header). A stop token at their end decides the stop reason.
+
+        Tool calls are recognised where they are the whole text: a built-in tool's `name.call(query="…")`, a JSON object with
+        name and parameters, or any text after `<|python_tag|>`, which is code to run; content is "" then. `stop_reason` holds
+        for ids without a stop token; with neither, the message has none.
+        """
+        ids = list(ids)
+        ends = {
+            self.tokenizer.eot_id: "end_of_turn",
+            self.tokenizer.eos_id: "end_of_turn",
+            self.tokenizer.eom_id: "end_of_message",
+        }
+        if ids and ids[-1] in ends:
+            stop_reason = ends[ids.pop()]
+        after_python_tag = ids[:1] == [self.tokenizer.python_tag_id]
+        text = self.tokenizer.decode(ids[after_python_tag:])
+
+        call = parse_tool_call(text)
+        if call is None and after_python_tag:
+            call = ToolCall(tool_name="code_interpreter", arguments={"code": text})
+        message = Message(role="assistant", content="" if call else text)
+        if call:
+            message["tool_calls"] = [call]
+        if stop_reason:
+            message["stop_reason"] = stop_reason
+        return message
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=False, eos=False)
+
+
+def tool_call_text(call: ToolCall) -> str:
+    """A tool call as the model is trained to write it. Raises RequestError if a built-in tool lacks its one argument."""
+    name, arguments = call["tool_name"], call["arguments"]
+    key = BUILTIN_ARGUMENT.get(name)
+    if key is None:
+        try:
+            return json.dumps({"type": "function", "name": name, "parameters": arguments})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"the arguments of the call of {name!r} cannot be written as JSON: {error}") from error
+    value = arguments.get(key) if isinstance(arguments, Mapping) else None
+    if not isinstance(value, str):
+        raise RequestError(f'a call of {name} has the arguments {{"{key}": "…"}}, got {_shown(arguments)}')
+    return value if name == "code_interpreter" else f'{name}.call(query="{value}")'
+
+
+def parse_tool_call(text: str) -> ToolCall | None:
+    """The tool call that `text` is, in the built-in tools' form or in the JSON form; None if it is anything else."""
+    text = text.strip()
+    if builtin := BUILTIN_CALL.fullmatch(text):
+        return ToolCall(tool_name=builtin[1], arguments={"query": builtin[2]})
+    if not text.startswith("{"):
+        return None
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    name, arguments = call.get("name"), call.get("parameters")
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    if name in BUILTIN_ARGUMENT:  # the model may name the argument otherwise; Meta also takes the first one for it
+        value = next(iter(arguments.values()), None)
+        if not isinstance(value, str):
+            return None
+        arguments = {BUILTIN_ARGUMENT[name]: value}
+    return ToolCall(tool_name=name, arguments=arguments)
+
+
+def _get(message: Mapping[str, Any], key: str) -> str:
+    if not isinstance(message, Mapping):
+        raise RequestError(f'a message is a dict like {{"role": "user", "content": "…"}}, got {_shown(message)}')
+    if not isinstance(message.get(key), str):
+        found = f"it is {_shown(message[key])}" if key in message else f"it has only {sorted(map(str, message))}"
+        raise RequestError(f"a message needs a string as its {key!r}; {found}")
+    return message[key]
+
+
+def _tool_calls(message: Message) -> list[ToolCall]:
+    calls = message.get("tool_calls") or []
+    if isinstance(calls, str) or not isinstance(calls, Sequence):
+        raise RequestError(f"tool_calls is a list of calls, got {_shown(calls)}")
+    if calls and message["role"] != "assistant":
+        raise RequestError(f"only an assistant's message has tool_calls, this one's role is {message['role']!r}")
+    for call in calls:
+        if not isinstance(call, Mapping) or not isinstance(call.get("tool_name"), str) or "arguments" not in call:
+            raise RequestError(f'a tool call is a dict like {{"tool_name": "…", "arguments": {{…}}}}, got {_shown(call)}')
+    return calls
+
+
+def _waits_for_tool(message: Message) -> bool:
+    stop_reason = message.get("stop_reason")
+    if stop_reason is not None and stop_reason not in STOP_REASONS:
+        raise RequestError(f"unknown stop_reason {stop_reason!r}: it is one of {', '.join(STOP_REASONS)}")
+    return message["role"] == "assistant" and stop_reason == "end_of_message"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"

@@ -1,0 +1,199 @@
+"""Shards on disk to a Transformer in memory, tensor by tensor.
+
+Files are mapped, not read: where nothing has to change (CPU, the file's own dtype, one shard) a parameter is the file's
+pages themselves; otherwise each tensor is cast and copied once, and its pages are let go before the next.
+"""
+
+import ctypes
+import mmap
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.errors import CheckpointError
+from llama_ref.files import refuse_impostor
+from llama_ref.model import Transformer
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+# How Meta cut matrices over model-parallel shards; tensors not named here (the norms) stand whole in every shard.
+SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+IGNORED = {"rope.freqs"}  # older files carry it; it follows from params.json
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_LISTED = 12  # wrong tensors named in one error
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension along which shards cut a tensor ("layers.3.attention.wo.weight" -> 1); None if each holds it whole."""
+    return SPLIT_DIM.get(name.split(".")[-2])
+
+
+def load_model(
+    folder: CheckpointFolder,
+    args: ModelArgs,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Progress | None = None,
+) -> Transformer:
+    """Build the model of a folder, in `dtype` on `device`, frozen and in evaluation mode.
+
+    Any number of shards is put together. Raises CheckpointError for a kind of release that is not read yet, for files that
+    are not checkpoints, and for tensors that are missing, unexpected or misshapen: all of them in one message.
+    """
+    _refuse_other_kinds(folder, args)
+    with torch.device("meta"):
+        model = Transformer(args)
+    shards = [read_shard(path) for path in folder.shards]
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _check_tensors(folder, shards, expected)
+
+    tied = _on_same_bytes(shards)
+    names = [name for name in expected if not (tied and name == "output.weight")]
+    total = sum(shard[name].nbytes for shard in shards for name in names)
+    done = 0
+    state = {}
+    for name in names:
+        parts = [shard.pop(name) for shard in shards]  # popped: nothing keeps a tensor's pages once it is copied
+        state[name] = _join(parts, split_dim(name), device, dtype)
+        done += sum(part.nbytes for part in parts)
+        if progress:
+            progress(done, total)
+    if tied:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    model.load_state_dict(state, assign=True)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    return model.eval().requires_grad_(False)
+
+
+def is_tied(folder: CheckpointFolder) -> bool:
+    """Whether a folder's output matrix is its embedding. Reads the shards' directories, no weights. Raises CheckpointError."""
+    shards = [read_shard(path) for path in folder.shards]
+    for path, shard in zip(folder.shards, shards, strict=True):
+        if "tok_embeddings.weight" not in shard:
+            raise CheckpointError(f"{path} holds no tok_embeddings.weight; it is no shard of a Llama 3")
+    return _on_same_bytes(shards)
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Map a .pth file: its tensors by name, none of their bytes read. Nothing in the file is executed.
+
+    Raises CheckpointError for a file that is no zip archive of tensors, is cut short, or whose pickle wants anything else.
+    """
+    _refuse_non_zip(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} asks to run code or build objects that no checkpoint needs, and was refused: {_first_line(error)}. "
+            "Do not load it elsewhere either; fetch the file again from its publisher"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise CheckpointError(f"{path} holds {type(tensors).__name__}, expected a dictionary from tensor names to tensors")
+    strangers = [f"{name}: {type(value).__name__}" for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise CheckpointError(f"{path} holds more than tensors ({', '.join(strangers[:5])}); is it a training state?")
+    return {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
+
+
+def _refuse_non_zip(path: Path) -> None:
+    head = refuse_impostor(path, "weights")
+    if not head.startswith(b"PK\x03\x04"):
+        raise CheckpointError(f"{path} is no .pth file of PyTorch 1.6 or later (a zip archive); fetch it again")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) has no end: the download broke off; fetch it again")
+
+
+def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
+    kind = None
+    if args.quantization_args is not None:
+        kind = "an int4 release (quantization_args in params.json)"
+    elif any(folder.path.glob("fp8_scales*")):
+        kind = "an fp8 release (fp8_scales files)"
+    elif args.vision_num_cross_attention_layers is not None or args.vision_chunk_size is not None:
+        kind = "a vision release (vision keys in params.json)"
+    if kind:
+        raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; use the text release in bf16")
+
+
+def _check_tensors(folder: CheckpointFolder, shards: list[dict[str, Tensor]], expected: dict[str, tuple[int, ...]]) -> None:
+    if not any("output.weight" in shard for shard in shards):  # tied to the embedding
+        expected = {name: shape for name, shape in expected.items() if name != "output.weight"}
+    problems = [
+        problem
+        for path, shard in zip(folder.shards, shards, strict=True)
+        for problem in _problems_of(path.name, shard, expected, len(shards))
+    ]
+    if problems:
+        more = f"\n  … and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:MOST_LISTED])
+        raise CheckpointError(f"{folder.path}: the weights do not fit {folder.params.name}:{listed}{more}")
+
+
+def _problems_of(file: str, shard: dict[str, Tensor], expected: dict[str, tuple[int, ...]], n_shards: int) -> Iterator[str]:
+    for name, whole_shape in expected.items():
+        shape = _shard_shape(name, whole_shape, n_shards)
+        tensor = shard.get(name)
+        if tensor is None:
+            yield f"{file}: {name} is missing, expected shape {shape}"
+        elif tuple(tensor.shape) != shape:
+            yield f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
+        elif tensor.dtype not in WEIGHT_DTYPES or tensor.layout is not torch.strided:
+            yield f"{file}: {name} is {tensor.dtype} ({tensor.layout}), expected dense bfloat16, float16 or float32"
+    for name in shard.keys() - expected.keys():
+        yield f"{file}: {name} {tuple(shard[name].shape)} is unexpected"
+
+
+def _shard_shape(name: str, whole_shape: tuple[int, ...], n_shards: int) -> tuple[int, ...]:
+    dim = split_dim(name)
+    if dim is None:
+        return whole_shape
+    return tuple(size // n_shards if d == dim else size for d, size in enumerate(whole_shape))
+
+
+def _on_same_bytes(shards: list[dict[str, Tensor]]) -> bool:
+    """Whether output and embedding are one matrix: no output in the files, or both names on the same bytes."""
+    return all(
+        "output.weight" not in shard or shard["output.weight"].data_ptr() == shard["tok_embeddings.weight"].data_ptr()
+        for shard in shards
+    )
+
+
+def _join(parts: list[Tensor], dim: int | None, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """One whole tensor from its shards' parts, in `dtype` on `device`; the mapped pages themselves where they will do."""
+    if len(parts) == 1 or dim is None:
+        whole = parts[0].to(device=device, dtype=dtype)
+        if whole.data_ptr() != parts[0].data_ptr():
+            _release_pages(parts[0])
+        return whole
+    shape = list(parts[0].shape)
+    shape[dim] *= len(parts)
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    for part, place in zip(parts, whole.chunk(len(parts), dim), strict=True):
+        place.copy_(part)
+        _release_pages(part)
+    return whole
+
+
+def _release_pages(tensor: Tensor) -> None:
+    """Let go of a mapped tensor's pages, which otherwise count as this process's memory until the file is unmapped."""
+    if not sys.platform.startswith("linux"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - start
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,202 @@
+"""`llama-ref`: argument words to calls."""
+
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import fire
+import fire.decorators
+
+from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
+
+if TYPE_CHECKING:  # a command imports what it needs when it runs: `list` shall not wait for torch
+    from llama_ref.generation import Llama
+
+fire.decorators.FIRE_METADATA = "_fire_metadata"  # or every command's help would offer it as a group of subcommands
+
+EXIT_BAD, EXIT_MISUSE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141
+
+
+@dataclass(frozen=True)
+class Option:
+    """A flag that several commands share."""
+
+    name: str
+    default: Any
+    help: str
+
+
+LOADING = (
+    Option("max_seq_len", 8192, "the longest prompt and answer together, in tokens."),
+    Option("seed", 1, "of the sampling."),
+    Option("tokenizer_path", None, "a tokenizer.model other than the folder's own."),
+    Option("device", None, "cuda, mps or cpu (default: the first of these that is there)."),
+    Option("dtype", None, "bfloat16, float16 or float32 (default: bfloat16 where the device has it, else float16)."),
+)
+SAMPLING = (
+    Option("max_gen_len", None, "tokens to make at most (default: as many as the context holds)."),
+    Option("temperature", 0.6, "0 takes the likeliest token each time."),
+    Option("top_p", 0.9, "sample from the fewest likeliest tokens that hold this probability together."),
+    Option("top_k", None, "sample from this many likeliest tokens."),
+    Option("min_p", 0.0, "sample from tokens at least this fraction as likely as the likeliest."),
+    Option("repetition_penalty", 1.0, "above 1 discourages tokens that are already there."),
+    Option("stop", (), "end before this text; or a JSON list of such texts."),
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command with its arguments, not yet run: Fire shall first find out whether all words on the line make sense."""
+
+    _run: Callable[[], int | None]  # private: Fire offers public members as further words
+
+
+def _strings(word: str) -> str | list[str]:
+    """A text, or a JSON list of texts."""
+    if word.startswith("["):
+        try:
+            return json.loads(word)
+        except ValueError:
+            pass
+    return word
+
+
+# Words that are text stay text: Fire would read a prompt of 42 as a number.
+TEXTS = dict.fromkeys(("name", "prompt", "system", "device", "dtype", "tokenizer_path"), str) | {"stop": _strings}
+
+
+def command(*options: Option) -> Callable[[Callable[..., int | None]], Callable[..., Call]]:
+    """Make a function a command that also takes `options`, which reach it as keywords."""
+
+    def decorate(function: Callable[..., int | None]) -> Callable[..., Call]:
+        @functools.wraps(function)
+        def deferred(*args: Any, **kwargs: Any) -> Call:
+            defaults = {option.name: option.default for option in options}
+            return Call(functools.partial(function, *args, **(defaults | kwargs)))
+
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        shared = [inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=o.default) for o in options]
+        deferred.__signature__ = inspect.Signature([*own, *shared])
+        deferred.__doc__ = inspect.getdoc(function) + "".join(f"\n    {o.name}: {o.help}" for o in options)
+        return fire.decorators.SetParseFns(**TEXTS)(deferred)
+
+    return decorate
+
+
+@command()
+def list_(*, json: bool = False) -> None:
+    """List the checkpoints under ~/.llama/checkpoints, or under $LLAMA_MODELS_CONFIG_DIR/checkpoints.
+
+    Args:
+        json: print it as JSON.
+    """
+    from llama_ref.views import print_list
+
+    print_list(as_json=json)
+
+
+@command()
+def info(name: str, *, json: bool = False) -> None:
+    """Show a checkpoint's shape, its parameters, and the memory it needs.
+
+    Args:
+        name: a folder, or a release name such as Llama3.2-1B-Instruct.
+        json: print it as JSON.
+    """
+    from llama_ref.checkpoint.folder import open_folder
+    from llama_ref.views import describe, print_info
+
+    print_info(describe(open_folder(name)), as_json=json)
+
+
+@command(*SAMPLING, *LOADING)
+def complete(name: str, prompt: str | None = None, *, echo: bool = False, **options: Any) -> None:
+    """Continue a text, printing it as it is made. Without a prompt, standard input is the prompt.
+
+    Args:
+        name: a folder, or a release name such as Llama3.2-1B.
+        prompt: the text to continue.
+        echo: print the prompt first.
+    """
+    from llama_ref.views import Pace
+
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise RequestError('give a prompt: llama-ref complete NAME "Once upon a time"')
+        prompt = sys.stdin.read()
+    llama = _build(name, options)
+    pace = Pace(llama.stream(prompt, **_pick(SAMPLING, options)))
+    if echo:
+        print(prompt, end="", flush=True)
+    for piece in pace:
+        print(piece, end="", flush=True)
+    print(flush=True)
+    print(pace, file=sys.stderr)
+
+
+@command(*SAMPLING, *LOADING)
+def chat(name: str, *, system: str | None = None, **options: Any) -> None:
+    """Talk with an instruct model. /help lists what it obeys; through a pipe, each line is a turn.
+
+    Args:
+        name: a folder, or a release name such as Llama3.2-1B-Instruct.
+        system: the system prompt.
+    """
+    from llama_ref import repl
+    from llama_ref.session import Session
+
+    repl.chat(Session(_build(name, options), system), _pick(SAMPLING, options))
+
+
+def _build(name: str, options: dict[str, Any]) -> "Llama":
+    from llama_ref.generation import Llama
+    from llama_ref.views import loading_bar
+
+    with loading_bar() as bar:
+        task = bar.add_task("loading", total=None)
+        progress = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        return Llama.build(name, progress=progress, **_pick(LOADING, options))
+
+
+def _pick(wanted: tuple[Option, ...], options: dict[str, Any]) -> dict[str, Any]:
+    return {option.name: options[option.name] for option in wanted}
+
+
+COMMANDS = {"list": list_, "info": info, "complete": complete, "chat": chat}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; the exit code: 0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader went away."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show Korean shall not end the answer
+    try:
+        call = fire.Fire(COMMANDS, command=argv, name="llama-ref", serialize=lambda result: None)
+        code = call._run() if isinstance(call, Call) else 0
+        sys.stdout.flush()
+        return code or 0
+    except (RequestError, FolderNotFound) as error:
+        return _complain(error, EXIT_MISUSE)
+    except LlamaRefError as error:
+        return _complain(error, EXIT_BAD)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain again
+        return EXIT_CLOSED_PIPE
+    except OSError as error:
+        return _complain(error, EXIT_BAD)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"llama-ref: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

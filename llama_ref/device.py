@@ -1,0 +1,50 @@
+"""Which device and which precision, when nobody says."""
+
+import os
+
+import torch
+
+from llama_ref.errors import RequestError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """CUDA when there is one (this process's, under torchrun), else MPS, else the CPU; or what is asked for.
+
+    Raises RequestError for a device that is not there.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise RequestError(f"device {device!r} is unknown; try cuda, mps or cpu") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, True):
+        raise RequestError(f"device {device} is not available here; leave it out to use what is")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device {device} is not there: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it, else float16; or what is asked for, by name or dtype. Raises RequestError."""
+    if dtype is None:
+        return torch.bfloat16 if _has_bfloat16(device) else torch.float16
+    chosen = DTYPES.get(SHORT_NAMES.get(dtype, dtype)) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise RequestError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
+    return chosen
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        # Emulation counts as support by default, which would choose a slow bfloat16 on Colab's T4.
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return True

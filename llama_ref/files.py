@@ -1,0 +1,71 @@
+"""What a file really is, before anything trusts its name."""
+
+from pathlib import Path
+
+from llama_ref.errors import CheckpointError
+
+SNIFF_BYTES = 512  # enough to recognise every kind below
+
+
+def what_is(head: bytes) -> str | None:
+    """Name what a file's first bytes show it to be, where that is surely not a checkpoint's; None if nothing is recognised.
+
+    Expired or unauthenticated download links leave web pages and error bodies under the names of weights, and a clone
+    without Git LFS leaves pointers: these are what people meet, so these are what is told apart.
+    """
+    if not head:
+        return "an empty file"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<!--")):
+        return "an HTML page"
+    if text.startswith((b"<?xml", b"<error")):
+        return "an XML error body"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    if text.startswith((b'{"error', b'{"message', b'{"detail', b'{"code"')):
+        return "a JSON error body"
+    if not head.strip(b"\0"):
+        return "a run of zero bytes"
+    return None
+
+
+ADVICE = {
+    "an empty file": "the download did not start; fetch it again",
+    "an HTML page": "the download link had expired or asked for a login; get a fresh link and fetch it again",
+    "an XML error body": "the server refused the download; get a fresh link and fetch it again",
+    "a JSON error body": "the server refused the download; get a fresh link and fetch it again",
+    "a Git LFS pointer": "the repository was cloned without its large files; run `git lfs pull` in it",
+    "a run of zero bytes": "the download was preallocated but never written; fetch it again",
+}
+
+
+def read_head(path: Path, n: int = SNIFF_BYTES) -> bytes:
+    """The first `n` bytes of `path`. Raises CheckpointError when it cannot be read or is not a plain file."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is not a plain file (a folder, a device or a pipe stands in its place)")
+    try:
+        with path.open("rb") as file:
+            return file.read(n)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def refuse_impostor(path: Path, expected: str) -> bytes:
+    """Raise CheckpointError if `path` is a web page, an error body, a pointer or empty; return its first bytes otherwise."""
+    head = read_head(path)
+    found = what_is(head)
+    if found:
+        raise CheckpointError(f"{path} is {found}, not {expected}: {ADVICE[found]}")
+    return head
+
+
+def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
+    """All bytes of a file that has no business being large. Raises CheckpointError beyond `limit_bytes`."""
+    refuse_impostor(path, expected)
+    with path.open("rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise CheckpointError(
+            f"{path} is larger than {limit_bytes:,} bytes, far more than {expected} ever is; is it another file?"
+        )
+    return data

@@ -1,0 +1,248 @@
+"""Prompts to text.
+
+`Llama` has the methods, arguments and return values of Meta's `llama` package, so that scripts written for it run with the
+import changed; `stream` and the sampling options beyond temperature and top_p are this project's.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from llama_ref.args import ModelArgs
+from llama_ref.chat import ChatFormat, Dialog, Message
+from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.weights import Progress, load_model
+from llama_ref.device import choose_device, choose_dtype
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.loop import Row, steps
+from llama_ref.model import KVCache, Transformer
+from llama_ref.sampling import Sampler, SamplingParams
+from llama_ref.streaming import Stream
+from llama_ref.tokenizer import Tokenizer
+
+
+class CompletionPrediction(TypedDict, total=False):
+    generation: str
+    tokens: list[str]  # only with logprobs
+    logprobs: list[float]  # only with logprobs
+
+
+class ChatPrediction(TypedDict, total=False):
+    generation: Message
+    tokens: list[str]  # only with logprobs
+    logprobs: list[float]  # only with logprobs
+
+
+class Llama:
+    """A model, its tokenizer and how to generate with them. Made by `Llama.build`, or from parts built elsewhere."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, max_seq_len: int = 8192, max_batch_size: int = 32, seed: int = 1
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.formatter = ChatFormat(tokenizer)
+        self.max_seq_len = max_seq_len
+        self.max_batch_size = max_batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @classmethod
+    def build(
+        cls,
+        ckpt_dir: str | Path,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 8192,
+        max_batch_size: int = 32,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        progress: Progress | None = None,
+    ) -> "Llama":
+        """Load a checkpoint folder, named by path or release.
+
+        `tokenizer_path` defaults to the folder's own. `device`: CUDA when there is one, else MPS, else the CPU. `dtype`:
+        bfloat16 where the device has it, else float16. `max_seq_len` bounds prompt and answer together, in tokens; the KV
+        cache is taken for each call and only as long as the call needs. `progress` is called with (bytes done, bytes in all).
+        Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
+        """
+        _check_one_process(model_parallel_size)
+        _check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        SamplingParams(seed=seed)  # raises for a seed that is none
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)
+        folder = open_folder(ckpt_dir)
+        args = ModelArgs.from_json(folder.params)
+        tokenizer = _open_tokenizer(tokenizer_path or folder.tokenizer, folder.path, args)
+        model = load_model(folder, args, device=device, dtype=dtype, progress=progress)
+        return cls(model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.tok_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.tok_embeddings.weight.dtype
+
+    # ---- Meta's interface
+
+    def generate(
+        self,
+        prompt_tokens: list[list[int]],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        **sampling: Any,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Continue each prompt: (token ids per prompt, their log-probabilities per prompt or None).
+
+        Outputs end before the stop token, after `max_gen_len` tokens or where the context ends. `echo` puts the prompt in
+        front. Log-probabilities are the model's own, before temperature and filters; an echoed prompt's first token has none
+        and stands as 0. `sampling` takes what SamplingParams has: top_k, min_p, repetition_penalty, logit_bias, seed.
+        Raises RequestError for prompts that are empty, too many, too long or hold ids outside the vocabulary.
+        """
+        params = SamplingParams(temperature=temperature, top_p=top_p, **sampling)
+        rows = self._start(prompt_tokens, max_gen_len)
+        sampler = self._sampler(rows, params)
+        for _ in steps(self.model, rows, sampler, self.tokenizer.stop_tokens, prompt_logprobs=logprobs and echo):
+            pass
+        tokens = [(row.prompt if echo else []) + row.generated for row in rows]
+        if not logprobs:
+            return tokens, None
+        return tokens, [(row.prompt_logprobs if echo else []) + row.logprobs for row in rows]
+
+    def text_completion(
+        self,
+        prompts: list[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        **sampling: Any,
+    ) -> list[CompletionPrediction]:
+        """Continue each text. With `logprobs`, every token's text and log-probability stand beside it. See `generate`."""
+        prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        tokens, token_logprobs = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **sampling)
+        if token_logprobs is None:
+            return [{"generation": self.tokenizer.decode(t)} for t in tokens]
+        return [
+            {"generation": self.tokenizer.decode(t), "tokens": [self.tokenizer.decode([x]) for x in t], "logprobs": p}
+            for t, p in zip(tokens, token_logprobs, strict=True)
+        ]
+
+    def chat_completion(
+        self,
+        dialogs: list[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        **sampling: Any,
+    ) -> list[ChatPrediction]:
+        """Answer each dialog as the assistant. See `generate`."""
+        prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+        tokens, token_logprobs = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **sampling)
+        answers: list[Message] = [{"role": "assistant", "content": self.tokenizer.decode(t)} for t in tokens]
+        if token_logprobs is None:
+            return [{"generation": answer} for answer in answers]
+        return [
+            {"generation": answer, "tokens": [self.tokenizer.decode([x]) for x in t], "logprobs": p}
+            for answer, t, p in zip(answers, tokens, token_logprobs, strict=True)
+        ]
+
+    # ---- one sequence, as it is made
+
+    def stream(
+        self,
+        prompt: str | list[int] | Dialog,
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        stop: str | Sequence[str] = (),
+        *,
+        cache: KVCache | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """Generate for one prompt and hand out the text as it is made.
+
+        `prompt` is a text, token ids, or a dialog to answer. Iterating gives pieces of text that never hold half a
+        character; `stop` strings and stop tokens end it and are not shown. The Stream then has `.finish_reason`
+        ("stop" or "length"), `.tokens` and `.text`. It may be left at any point. A one-row `cache` that holds the prompt's
+        beginning saves running that part again.
+        """
+        params = SamplingParams(temperature=temperature, top_p=top_p, **sampling)
+        rows = self._start([self.encode(prompt)], max_gen_len)
+        pieces = steps(self.model, rows, self._sampler(rows, params), self.tokenizer.stop_tokens, cache=cache)
+        return Stream(rows[0], pieces, self.tokenizer, [stop] if isinstance(stop, str) else list(stop))
+
+    def encode(self, prompt: str | list[int] | Dialog) -> list[int]:
+        """Token ids of a text (with begin-of-text in front), of a dialog to answer, or as given."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True, eos=False)
+        if prompt and isinstance(prompt[0], int):
+            return list(prompt)
+        return self.formatter.encode_dialog_prompt(prompt)
+
+    # ---- before the first token
+
+    def _start(self, prompts: list[list[int]], max_gen_len: int | None) -> list[Row]:
+        """A batch about to begin. Raises RequestError for prompts that cannot be continued."""
+        if max_gen_len is not None and not (type(max_gen_len) is int and max_gen_len >= 0):
+            raise RequestError(f"max_gen_len is {max_gen_len!r}, expected a whole number, or None for as many as fit")
+        if not 0 < len(prompts) <= self.max_batch_size:
+            raise RequestError(f"{len(prompts)} prompts, expected 1 to max_batch_size = {self.max_batch_size}")
+        for prompt in prompts:
+            self._check_prompt(prompt)
+        limit = self.max_seq_len if max_gen_len is None else max_gen_len
+        return [Row(list(prompt), min(limit, self.max_seq_len - len(prompt))) for prompt in prompts]
+
+    def _check_prompt(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise RequestError("a prompt is empty; it needs one token at least (begin-of-text, say)")
+        if len(prompt) > self.max_seq_len:
+            raise RequestError(
+                f"the prompt has {len(prompt):,} tokens, but max_seq_len is {self.max_seq_len:,}: shorten it or build with more"
+            )
+        strange = [token for token in (min(prompt), max(prompt)) if not 0 <= token < self.model.args.vocab_size]
+        if strange:
+            raise RequestError(f"the prompt holds token {strange[0]}; the vocabulary has 0 to {self.model.args.vocab_size - 1}")
+
+    def _sampler(self, rows: list[Row], params: SamplingParams) -> Sampler:
+        generator = self.generator if params.seed is None else torch.Generator().manual_seed(params.seed)
+        return Sampler(params, generator, [row.prompt for row in rows], self.model.args.vocab_size, self.device)
+
+
+def _check_one_process(model_parallel_size: int | None) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 or model_parallel_size not in (None, 1):
+        asked = model_parallel_size or world_size
+        raise RequestError(
+            f"{asked} processes were asked for; one process loads any number of shards, and several are not supported yet: "
+            "use --nproc_per_node 1"
+        )
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise RequestError(f"{name} is {number!r}, expected a positive whole number")
+
+
+def _open_tokenizer(path: str | Path | None, folder: Path, args: ModelArgs) -> Tokenizer:
+    if path is None:
+        raise CheckpointError(f"{folder} lacks tokenizer.model; fetch it, or name one with tokenizer_path")
+    tokenizer = Tokenizer(path)
+    if tokenizer.n_words != args.vocab_size:
+        raise CheckpointError(
+            f"{path} has {tokenizer.n_words:,} tokens, but params.json of {folder} says vocab_size {args.vocab_size:,}: "
+            "they belong to different models"
+        )
+    return tokenizer

@@ -1,0 +1,148 @@
+"""The generation loop: a batch of prompts of any lengths through prefill and decode, one token a step."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_ref.errors import LlamaRefError
+from llama_ref.model import KVCache, Transformer
+
+FinishReason = Literal["stop", "length"]
+
+PREFILL_TOKENS = 1024  # prompts go through the model in pieces this long: activations and masks stay small at any length
+LOGPROB_POSITIONS = 128  # logits take 0.5 MB a position: an echoed prompt's are made this many at a time
+
+
+@dataclass
+class Row:
+    """One sequence of a batch under way.
+
+    `generated` ends before the stop token, which then stands in `stop_token`. `logprobs` has one entry per generated token, the
+    model's own, before temperature and filters. `finish_reason` is None until the end.
+    """
+
+    prompt: list[int]
+    max_gen_len: int
+    generated: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_gen_len == 0:
+            self.finish_reason = "length"
+
+    @property
+    def total_len(self) -> int:
+        """Tokens that this row may come to, prompt included."""
+        return len(self.prompt) + self.max_gen_len
+
+    def take(self, token: int, logprob: float, stop_tokens: Collection[int]) -> None:
+        """Enter the next token, or end if it is a stop token or the last that fits."""
+        if token in stop_tokens:
+            self.finish_reason, self.stop_token = "stop", token
+            return
+        self.generated.append(token)
+        self.logprobs.append(logprob)
+        if len(self.generated) == self.max_gen_len:
+            self.finish_reason = "length"
+
+
+def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
+    """An empty cache for `batch_size` rows of up to `n_tokens` tokens, in the model's dtype and on its device."""
+    weight = model.tok_embeddings.weight
+    return KVCache(model.args, batch_size, n_tokens, dtype=weight.dtype, device=weight.device)
+
+
+def steps(
+    model: Transformer,
+    rows: list[Row],
+    sample: Callable[[Tensor], Tensor],
+    stop_tokens: Collection[int],
+    *,
+    cache: KVCache | None = None,
+    prompt_logprobs: bool = False,
+) -> Iterator[None]:
+    """Advance the rows by one token each step until all have finished; what was made stands in the rows.
+
+    `sample` turns logits (B, V) into ids (B,). A `cache` of one row may hold the beginning of that row's prompt already;
+    whenever the iterator rests, or is dropped, the cache holds a beginning of prompt + generated.
+    """
+    if _finished(rows) and not prompt_logprobs:
+        return
+    if cache is None:
+        cache = new_cache(model, len(rows), max(row.total_len for row in rows))
+    logits = _prefill(model, rows, cache, prompt_logprobs)
+    while not _finished(rows):
+        chosen = sample(logits)
+        logprobs = -F.cross_entropy(logits, chosen, reduction="none")
+        for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
+            if not row.finish_reason:
+                row.take(token, logprob, stop_tokens)
+        yield
+        if not _finished(rows):
+            logits = _decode(model, chosen, rows, cache)
+
+
+def _finished(rows: list[Row]) -> bool:
+    return all(row.finish_reason for row in rows)
+
+
+@torch.inference_mode()
+def _prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs: bool) -> Tensor:
+    """Run the prompts, padded at the right to one length, through the model: logits (B, V) after each one's last token.
+
+    What the pads write into the cache lies beyond a row's length: no token looks there, and its own next tokens overwrite it.
+    """
+    known = cache.longest
+    ends = [len(row.prompt) for row in rows]
+    tokens = torch.zeros(len(rows), max(ends) - known, dtype=torch.long)
+    for row, padded in zip(rows, tokens, strict=True):
+        padded[: len(row.prompt) - known] = torch.tensor(row.prompt[known:])
+
+    last: list[Tensor] = [tokens] * len(rows)  # each row's final state (D,), filled in below
+    begin = known
+    for piece in tokens.to(cache.lengths.device).split(PREFILL_TOKENS, dim=1):
+        hidden = model.hidden(piece, cache)  # (B, T, D)
+        if prompt_logprobs:
+            _score_prompts(model, rows, hidden, begin)
+        for i, end in enumerate(ends):
+            if begin < end <= begin + piece.shape[1]:
+                last[i] = hidden[i, end - 1 - begin]
+        begin += piece.shape[1]
+    cache.set_lengths(ends)
+    logits = model.logits(torch.stack(last))
+    _refuse_nan(logits, cache.keys.dtype)
+    return logits
+
+
+@torch.inference_mode()
+def _decode(model: Transformer, chosen: Tensor, rows: list[Row], cache: KVCache) -> Tensor:
+    """One token (B,) further: logits (B, V). Rows that have finished mark time on their last place."""
+    logits = model.logits(model.hidden(chosen[:, None], cache))[:, 0]
+    if any(row.finish_reason for row in rows):
+        cache.set_lengths([len(row.prompt) + len(row.generated) - bool(row.finish_reason) for row in rows])
+    return logits
+
+
+def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: int) -> None:
+    """Append to every row the log-probabilities of the prompt tokens that these states (B, T, D), from `begin` on, predict."""
+    for row, states in zip(rows, hidden, strict=True):
+        if begin == 0:
+            row.prompt_logprobs.append(0.0)  # nothing predicts the first
+        targets = torch.tensor(row.prompt[begin + 1 : begin + 1 + len(states)], dtype=torch.long, device=hidden.device)
+        pieces = zip(states[: len(targets)].split(LOGPROB_POSITIONS), targets.split(LOGPROB_POSITIONS), strict=True)
+        for some_states, some_targets in pieces:
+            losses = F.cross_entropy(model.logits(some_states), some_targets, reduction="none")
+            row.prompt_logprobs.extend((-losses).tolist())
+
+
+def _refuse_nan(logits: Tensor, dtype: torch.dtype) -> None:
+    if logits.isnan().any():
+        advice = "try dtype=bfloat16 or float32" if dtype == torch.float16 else "check the weights with `llama-ref verify`"
+        raise LlamaRefError(f"the model's logits are not numbers (NaN) in {str(dtype).removeprefix('torch.')}: {advice}")

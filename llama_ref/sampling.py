@@ -1,0 +1,171 @@
+"""Logits to the next token: penalties and biases, temperature, top-k, top-p, min-p, and one draw.
+
+The filters apply in that order, each to what the one before left over (the order of Hugging Face's generate; top_p keeps the
+same tokens as Meta's). The draw inverts the cumulative distribution at a uniform number that comes from the CPU, so that a
+seed means the same text on every device, and the same token on every process of a parallel job.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ref.errors import RequestError
+
+PREFILTER = 1024  # this many of the likeliest tokens nearly always hold top_p; where they do not, everything is sorted
+COLDEST = 1e-5  # a temperature below this one could overflow float32 and chooses the same tokens
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose a token. Raises RequestError on construction when a value makes no sense.
+
+    temperature: 0 takes the likeliest token. top_p: keep the fewest likeliest tokens whose probability exceeds it together.
+    top_k: keep that many (None: all). min_p: keep tokens at least this fraction as likely as the likeliest.
+    repetition_penalty: divides positive and multiplies negative logits of tokens already in the text (arXiv:1909.05858).
+    logit_bias: added to single tokens' logits; -inf bans one. seed: of this call's draws (None: go on with the model's).
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, lambda x: 0 <= x < math.inf, "a number, 0 or more")
+        _check("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0, at most 1 (temperature=0 is greedy)")
+        _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number between 0 and 1")
+        _check("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "a number above 0")
+        if self.top_k is not None:
+            _check("top_k", self.top_k, lambda k: k >= 1 and k == int(k), "a whole number, 1 or more, or None for all")
+        if self.seed is not None:
+            _check("seed", self.seed, lambda n: 0 <= n < 1 << 63 and n == int(n), "a whole number, 0 or more")
+        for token, bias in (self.logit_bias or {}).items():
+            _check(f"logit_bias[{token}]", bias, lambda x: x < math.inf, "a number or -inf")
+
+
+def _check(name: str, value: object, holds: Callable[[float], bool], expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+        raise RequestError(f"{name} is {value!r}, expected {expected}")
+
+
+class Sampler:
+    """Draws tokens for a batch of rows, remembering what each row has seen where a penalty needs it.
+
+    `generator` is a CPU generator; one number is drawn from it per row and step. `prompts` holds each row's ids, which the
+    repetition penalty counts too. Raises RequestError for a logit_bias outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        generator: torch.Generator,
+        prompts: list[list[int]],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ):
+        self.params = params
+        self.generator = generator
+        self._bias = _bias(params.logit_bias, vocab_size, device) if params.logit_bias else None  # (V,)
+        self._seen = _seen(prompts, vocab_size, device) if params.repetition_penalty != 1.0 else None  # (B, V)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """float32 logits (B, V) -> chosen ids (B,)."""
+        logits = self._adjust(logits)
+        if self.params.temperature == 0:
+            chosen = logits.argmax(-1)
+        else:
+            uniform = torch.rand(len(logits), 1, generator=self.generator, dtype=torch.float64)
+            chosen = sample(logits, self.params, uniform)
+        if self._seen is not None:
+            self._seen.scatter_(1, chosen[:, None], True)
+        return chosen
+
+    def _adjust(self, logits: Tensor) -> Tensor:
+        if self._seen is not None:
+            penalty = self.params.repetition_penalty
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self._seen, penalised, logits)
+        if self._bias is not None:
+            logits = logits + self._bias
+        return logits
+
+
+def sample(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
+    """Filter and draw: logits (B, V), uniform (B, 1) in [0, 1) -> ids (B,). The temperature must be above 0."""
+    probs, ids = candidates(logits, params)
+    cumulative = probs.to(_widest(probs.device)).cumsum(-1)  # (B, N)
+    target = uniform.to(device=cumulative.device, dtype=cumulative.dtype) * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative mass exceeds the target
+    picked = torch.minimum(picked, _last_possible(probs))  # uniform may round up to 1 in float32
+    return picked[:, 0] if ids is None else ids.gather(1, picked)[:, 0]
+
+
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """What the filters leave over: unnormalised probabilities (B, N) and their ids (B, N), None when all V stand in order.
+
+    Those ruled out have probability 0. No more of the vocabulary is sorted than the filters need.
+    """
+    logits = logits - logits.amax(-1, keepdim=True)  # so that a division by a small temperature cannot overflow
+    probs = torch.softmax(logits / max(params.temperature, COLDEST), dim=-1)
+    ids = None
+    if params.top_k is not None and params.top_k < probs.shape[-1]:
+        probs, ids = probs.topk(params.top_k)
+    if params.top_p < 1:
+        if ids is None:
+            probs, ids = _likeliest(probs, params.top_p)
+        before = probs.cumsum(-1) - probs
+        total = probs.sum(-1, keepdim=True) if params.top_k is not None else 1.0
+        probs = probs.masked_fill(before > params.top_p * total, 0)
+    if params.min_p > 0:
+        probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0)
+    return probs, ids
+
+
+def _likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens in falling order, enough of them to hold `top_p`: all when the first thousand do not.
+
+    Only on the CPU, where a sort of 128,256 takes ten times as long as the model's own smallest kernels; elsewhere asking
+    whether they hold it would make the host wait for the device.
+    """
+    if probs.device.type == "cpu" and probs.shape[-1] > PREFILTER:
+        top, ids = probs.topk(PREFILTER)
+        if bool((top.sum(-1) > top_p).all()):
+            return top, ids
+    return probs.sort(dim=-1, descending=True)
+
+
+def _last_possible(probs: Tensor) -> Tensor:
+    """Index (B, 1) of the last candidate with a probability above 0."""
+    places = torch.arange(probs.shape[-1], device=probs.device)
+    return torch.where(probs > 0, places, 0).amax(-1, keepdim=True)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """float64 keeps the tail's shares exact where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _bias(bias: Mapping[int, float], vocab_size: int, device: torch.device | str) -> Tensor:
+    """What to add to the logits: float32 (V,)."""
+    for token in bias:
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"logit_bias names token {token}; the vocabulary has 0 to {vocab_size - 1}")
+    dense = torch.zeros(vocab_size)
+    dense[list(bias)] = torch.tensor(list(bias.values()), dtype=torch.float32)
+    if dense.isneginf().all():
+        raise RequestError("logit_bias bans every token")
+    return dense.to(device)
+
+
+def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device | str) -> Tensor:
+    """Which tokens stand in which prompt: bool (B, V)."""
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
+    return seen.to(device)

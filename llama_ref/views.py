@@ -1,0 +1,173 @@
+"""What the commands print: tables of folders and models, the pace of a generation."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import CheckpointFolder, checkpoints_root, list_folders, open_folder
+from llama_ref.checkpoint.weights import is_tied
+from llama_ref.errors import CheckpointError
+from llama_ref.model import Transformer
+from llama_ref.streaming import Stream
+
+CONTEXTS = (2048, 8192, 32768, 131072)  # tokens; the last is what Llama 3.1 and later were trained for
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A checkpoint in numbers. Bytes of weights by dtype, and of one sequence's KV cache by context length (bfloat16)."""
+
+    name: str
+    path: str
+    parameters: int
+    tied_output: bool
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    rope_theta: float
+    rope_scaling_factor: float
+    norm_eps: float
+    shards: int
+    shard_bytes: int
+    checklist: bool
+    weight_bytes: dict[str, int]
+    kv_cache_bytes: dict[int, int]
+
+
+def describe(folder: CheckpointFolder) -> ModelInfo:
+    """Read params.json and the shards' directories; no weights. Raises CheckpointError."""
+    args = ModelArgs.from_json(folder.params)
+    tied = is_tied(folder)
+    parameters = count_parameters(args, tied)
+    per_token = 2 * args.n_layers * args.n_kv_heads * args.head_dim * DTYPE_BYTES["bfloat16"]  # keys and values
+    return ModelInfo(
+        name=folder.name,
+        path=str(folder.path),
+        parameters=parameters,
+        tied_output=tied,
+        shards=len(folder.shards),
+        shard_bytes=folder.shard_bytes,
+        checklist=folder.checklist is not None,
+        weight_bytes={dtype: parameters * size for dtype, size in DTYPE_BYTES.items()},
+        kv_cache_bytes={context: context * per_token for context in CONTEXTS},
+        **{key: getattr(args, key) for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")},
+        **{key: getattr(args, key) for key in ("vocab_size", "rope_theta", "rope_scaling_factor", "norm_eps")},
+    )
+
+
+def count_parameters(args: ModelArgs, tied: bool) -> int:
+    with torch.device("meta"):
+        model = Transformer(args)
+    tied_away = model.output.weight.numel() if tied else 0
+    return sum(parameter.numel() for parameter in model.parameters()) - tied_away
+
+
+def print_info(info: ModelInfo, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(info), indent=2))
+        return
+    table = Table(title=info.name, title_justify="left", show_header=False)
+    for name, value in _info_lines(info):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _info_lines(info: ModelInfo) -> Iterator[tuple[str, str]]:
+    yield "folder", info.path
+    yield "parameters", f"{info.parameters:,}" + (" (output tied to the embedding)" if info.tied_output else "")
+    yield "layers", f"{info.n_layers} of width {info.dim:,}"
+    yield "attention", f"{info.n_heads} query heads, {info.n_kv_heads} key/value heads, {info.head_dim} wide"
+    yield "feed-forward", f"{info.ffn_dim:,} wide"
+    yield "vocabulary", f"{info.vocab_size:,} tokens"
+    scaling = f", frequencies scaled by {info.rope_scaling_factor:g}" if info.rope_scaling_factor != 1 else ""
+    yield "RoPE", f"theta {info.rope_theta:,.0f}{scaling}"
+    yield "files", f"{info.shards} shard{'s' * (info.shards != 1)}, {human_bytes(info.shard_bytes)}"
+    yield "checklist", "there" if info.checklist else "none (nothing says what the files should be)"
+    yield "weights in memory", ", ".join(f"{human_bytes(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
+    contexts = (f"{human_bytes(size)} at {tokens:,} tokens" for tokens, size in info.kv_cache_bytes.items())
+    yield "KV cache, a sequence", "\n".join(contexts)
+
+
+def print_list(*, as_json: bool) -> None:
+    rows = [_list_row(path) for path in list_folders()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        print(
+            f"{checkpoints_root()} holds no checkpoints. Meta's downloader puts them there; any folder can also be named by path."
+        )
+        return
+    table = Table(title=str(checkpoints_root()), title_justify="left")
+    for column in ("name", "shards", "size", "checklist", "note"):
+        table.add_column(column)
+    for row in rows:
+        size = human_bytes(row["bytes"]) if row["bytes"] else ""
+        table.add_row(row["name"], str(row["shards"] or ""), size, "yes" if row["checklist"] else "", row["note"])
+    Console().print(table)
+
+
+def _list_row(path: Path) -> dict:
+    try:
+        folder = open_folder(path)
+    except CheckpointError as error:
+        return {"name": path.name, "shards": 0, "bytes": 0, "checklist": False, "note": str(error)}
+    return {
+        "name": path.name,
+        "shards": len(folder.shards),
+        "bytes": folder.shard_bytes,
+        "checklist": folder.checklist is not None,
+        "note": "",
+    }
+
+
+def human_bytes(n: int) -> str:
+    """Decimal units, as file sizes and memory sellers count: 2471645608 -> "2.47 GB"."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n} bytes"
+
+
+def loading_bar() -> Progress:
+    """A bar on stderr while weights load; silent where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+class Pace:
+    """Watches a stream go by, to say afterwards how fast it was."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+        self.begin = self.first = self.end = time.perf_counter()
+
+    def __iter__(self) -> Iterable[str]:
+        begun = False
+        for piece in self.stream:
+            self.end = time.perf_counter()
+            if not begun:
+                self.first, begun = self.end, True
+            yield piece
+        self.end = time.perf_counter()
+
+    def __str__(self) -> str:
+        """The first token's time is the prompt's; the rate counts those after it."""
+        made, asked = len(self.stream.tokens), len(self.stream.row.prompt)
+        rate = f", {(made - 1) / (self.end - self.first):.1f} tokens/s" if made > 1 and self.end > self.first else ""
+        reason = self.stream.finish_reason or "broken off"
+        return f"[{asked} tokens in, first token after {self.first - self.begin:.2f} s; {made} out{rate}; {reason}]"

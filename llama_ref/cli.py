@@ -67,7 +67,7 @@ def _strings(word: str) -> str | list[str]:
 
 
 # Words that are text stay text: Fire would read a prompt of 42 as a number.
-TEXTS = dict.fromkeys(("name", "prompt", "system", "device", "dtype", "tokenizer_path"), str) | {"stop": _strings}
+TEXTS = dict.fromkeys(("name", "prompt", "system", "ckpt_dir", "tokenizer_path", "device", "dtype"), str) | {"stop": _strings}
 
 
 def command(*options: Option) -> Callable[[Callable[..., int | None]], Callable[..., Call]]:
@@ -154,9 +154,10 @@ def chat(name: str, *, system: str | None = None, **options: Any) -> None:
 
 
 def _build(name: str, options: dict[str, Any]) -> "Llama":
-    from llama_ref.generation import Llama
+    from llama_ref.generation import Llama, check_stream_options
     from llama_ref.views import loading_bar
 
+    check_stream_options(**_pick(SAMPLING, options))
     with loading_bar() as bar:
         task = bar.add_task("loading", total=None)
         progress = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
@@ -171,11 +172,19 @@ COMMANDS = {"list": list_, "info": info, "complete": complete, "chat": chat}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; the exit code: 0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader went away."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show Korean shall not end the answer
+    """`llama-ref` with these words (default: the process's own); the exit code."""
+    return run(COMMANDS, argv, "llama-ref")
+
+
+def run(component: Any, argv: list[str] | None = None, name: str | None = None) -> int:
+    """Let Fire run a command, or one of several by name; the exit code.
+
+    0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader of the output went away. Errors that a user can do
+    something about are a line on stderr; only bugs leave a traceback.
+    """
+    _settle_streams()
     try:
-        call = fire.Fire(COMMANDS, command=argv, name="llama-ref", serialize=lambda result: None)
+        call = fire.Fire(component, command=argv, name=name, serialize=lambda result: None)
         code = call._run() if isinstance(call, Call) else 0
         sys.stdout.flush()
         return code or 0
@@ -191,6 +200,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _settle_streams() -> None:
+    """No letter that a terminal cannot show or that is no UTF-8, and no stream that the shell closed (`>&-`), ends a command."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  stays open as long as the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -42,9 +42,9 @@ class SamplingParams:
         _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number between 0 and 1")
         _check("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "a number above 0")
         if self.top_k is not None:
-            _check("top_k", self.top_k, lambda k: k >= 1 and k == int(k), "a whole number, 1 or more, or None for all")
+            _check("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 1, "a whole number, 1 or more, or None for all")
         if self.seed is not None:
-            _check("seed", self.seed, lambda n: 0 <= n < 1 << 63 and n == int(n), "a whole number, 0 or more")
+            _check("seed", self.seed, lambda n: isinstance(n, int) and 0 <= n < 1 << 63, "a whole number, 0 or more")
         for token, bias in (self.logit_bias or {}).items():
             _check(f"logit_bias[{token}]", bias, lambda x: x < math.inf, "a number or -inf")
 
@@ -154,18 +154,17 @@ def _widest(device: torch.device) -> torch.dtype:
 def _bias(bias: Mapping[int, float], vocab_size: int, device: torch.device | str) -> Tensor:
     """What to add to the logits: float32 (V,)."""
     for token in bias:
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"logit_bias names token {token}; the vocabulary has 0 to {vocab_size - 1}")
-    dense = torch.zeros(vocab_size)
-    dense[list(bias)] = torch.tensor(list(bias.values()), dtype=torch.float32)
-    if dense.isneginf().all():
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise RequestError(f"logit_bias names token {token!r}; the vocabulary has 0 to {vocab_size - 1}")
+    dense = [bias.get(token, 0.0) for token in range(vocab_size)]
+    if max(dense) == -math.inf:
         raise RequestError("logit_bias bans every token")
-    return dense.to(device)
+    return torch.tensor(dense, dtype=torch.float32, device=device)
 
 
 def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device | str) -> Tensor:
     """Which tokens stand in which prompt: bool (B, V)."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, prompt in zip(seen, prompts, strict=True):
-        row[prompt] = True
+        row.scatter_(0, torch.tensor(prompt), True)
     return seen.to(device)

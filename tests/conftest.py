@@ -1,0 +1,45 @@
+"""Fixtures that several test files share."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import llama_models
+import pytest
+import torch
+from fairscale.nn.model_parallel import initialize as model_parallel
+
+from llama_ref.tokenizer import Tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "scripts"))  # the scripts are no package, but their functions are tested and used here
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The real small model in Meta's layout; built on first use, which takes some ten seconds."""
+    from make_demo_checkpoint import make_demo_checkpoint
+
+    return make_demo_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def one_process_group() -> Iterator[None]:
+    """What Meta's reference model needs before it can be built."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    model_parallel.initialize_model_parallel(1)
+    yield
+    model_parallel.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def meta_tokenizer_path() -> Path:
+    """The real Llama 3 tokenizer.model, as Meta's package carries it."""
+    return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(meta_tokenizer_path) -> Tokenizer:
+    """Ours, on the real file."""
+    return Tokenizer(meta_tokenizer_path)

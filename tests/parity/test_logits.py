@@ -1,0 +1,111 @@
+"""Logits agree with Meta's reference and with Hugging Face's, on shapes that nobody chose by hand."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llama_models.llama3.model import precompute_freqs_cis
+
+from llama_ref.args import ModelArgs
+from llama_ref.model import KVCache, rope_frequencies, rope_rotations
+from parity.oracles import hugging_faces_model, metas_model, random_model
+
+pytestmark = pytest.mark.usefixtures("one_process_group")
+CLOSE = {"atol": 1e-4, "rtol": 0}
+# float32 sums over keys and features differ in order between the implementations, by a few units in the last place.
+
+
+@st.composite
+def shapes(draw, factors=(None, 8.0, 32.0)) -> ModelArgs:
+    """A small Llama 3: groups of 1, 3, 4 or 8 query heads per key head, scaled RoPE or not, odd sizes allowed."""
+    n_kv_heads = draw(st.integers(1, 3))
+    n_heads = n_kv_heads * draw(st.sampled_from([1, 3, 4, 8]))
+    factor = draw(st.sampled_from(factors))
+    return ModelArgs.from_dict(
+        {
+            "dim": n_heads * 2 * draw(st.integers(2, 12)),
+            "n_layers": draw(st.integers(1, 3)),
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "vocab_size": draw(st.integers(20, 300)),
+            "ffn_dim_multiplier": draw(st.sampled_from([None, 1.0, 1.3, 1.5])),
+            "multiple_of": draw(st.sampled_from([1, 16, 256])),
+            "norm_eps": 1e-5,
+            "rope_theta": draw(st.sampled_from([10000.0, 500000.0])),
+            "use_scaled_rope": factor is not None,
+            "rope_scaling_factor": factor,
+        }
+    )
+
+
+def random_tokens(args: ModelArgs, batch: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(args.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(shapes(factors=(None, 8.0)), st.booleans(), st.integers(0, 1000))
+def test_all_at_once_and_step_by_step_equal_metas_reference(args, tied, seed):
+    model = random_model(args, seed, tied=tied)
+    tokens = random_tokens(args, batch=2, length=17, seed=seed)
+    expected = metas_model(model, max_seq_len=32, max_batch_size=2)(tokens, 0)
+    torch.testing.assert_close(model(tokens), expected, **CLOSE)
+
+    cache = KVCache(args, 2, 17, dtype=torch.float32)
+    pieces = [model(piece, cache) for piece in tokens.split([5, 1, 1, 7, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **CLOSE)
+
+
+@torch.inference_mode()
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(shapes(), st.booleans(), st.integers(0, 1000))
+def test_logits_equal_hugging_faces(args, tied, seed):
+    model = random_model(args, seed, tied=tied)
+    tokens = random_tokens(args, batch=2, length=23, seed=seed)
+    torch.testing.assert_close(model(tokens), hugging_faces_model(model)(tokens).logits, **CLOSE)
+
+
+@torch.inference_mode()
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(shapes(factors=(None, 8.0)), st.integers(0, 1000))
+def test_rows_of_different_lengths_each_equal_metas_reference_alone(args, seed):
+    """Each row's cache is cut back to its own length, and goes on from there while others are elsewhere."""
+    model = random_model(args, seed)
+    tokens = random_tokens(args, batch=3, length=20, seed=seed)
+    lengths = [14, 3, 9]
+    cache = KVCache(args, 3, 20, dtype=torch.float32)
+    model(tokens[:, :14], cache)
+    cache.set_lengths(lengths)
+    further = torch.stack([row[n : n + 6] for row, n in zip(tokens, lengths, strict=True)])
+    logits = torch.cat([model(piece, cache) for piece in further.split([1, 4, 1], dim=1)], dim=1)  # (3, 6, V)
+    for row, n, ours in zip(tokens, lengths, logits, strict=True):
+        expected = metas_model(model, max_seq_len=32)(row[None, : n + 6], 0)[0, n:]
+        torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("head_dim", "theta"), [(64, 500000.0), (128, 500000.0), (64, 100000.0)])
+def test_rotations_equal_metas_at_every_position_of_the_longest_context(head_dim, theta, scaled):
+    args = ModelArgs.from_dict(
+        {"dim": 4 * head_dim, "n_layers": 1, "n_heads": 4, "vocab_size": 8, "multiple_of": 8, "norm_eps": 1e-5}
+        | {"rope_theta": theta, "use_scaled_rope": scaled}
+    )
+    cos, sin = rope_rotations(torch.arange(131072)[None], rope_frequencies(args))
+    expected = precompute_freqs_cis(head_dim, 131072, theta, scaled)
+    # An angle of 131,072 radians is known to 0.008 in float32: one more rounding on the way to a frequency shows as that.
+    torch.testing.assert_close(torch.complex(cos, sin)[0, :, 0], expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(torch.complex(cos, sin)[0, :4096, 0], expected[:4096], atol=6e-4, rtol=0)
+
+
+@torch.inference_mode()
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(shapes(factors=(None, 8.0)), st.integers(0, 1000))
+def test_bfloat16_stays_as_near_to_float32_as_metas_reference_does(args, seed):
+    model = random_model(args, seed)
+    tokens = random_tokens(args, batch=2, length=17, seed=seed)
+    exact = model(tokens)
+    model = model.bfloat16()
+    ours = (model(tokens) - exact).square().mean().sqrt()
+    metas = (metas_model(model, max_seq_len=32, max_batch_size=2)(tokens, 0) - exact).square().mean().sqrt()
+    assert ours < 1.2 * metas

@@ -35,6 +35,7 @@ LOADING = (
     Option("max_seq_len", 8192, "the longest prompt and answer together, in tokens."),
     Option("seed", 1, "of the sampling."),
     Option("tokenizer_path", None, "a tokenizer.model other than the folder's own."),
+    Option("verify", "auto", "compare with checklist.chk: auto (each file once), always or never."),
     Option("device", None, "cuda, mps or cpu (default: the first of these that is there)."),
     Option("dtype", None, "bfloat16, float16 or float32 (default: bfloat16 where the device has it, else float16)."),
 )
@@ -67,7 +68,8 @@ def _strings(word: str) -> str | list[str]:
 
 
 # Words that are text stay text: Fire would read a prompt of 42 as a number.
-TEXTS = dict.fromkeys(("name", "prompt", "system", "ckpt_dir", "tokenizer_path", "device", "dtype"), str) | {"stop": _strings}
+TEXT_NAMES = ("name", "prompt", "system", "ckpt_dir", "tokenizer_path", "verify", "device", "dtype")
+TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
 
 
 def command(*options: Option) -> Callable[[Callable[..., int | None]], Callable[..., Call]]:
@@ -203,7 +205,7 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
 
 
 def _settle_streams() -> None:
-    """No letter that a terminal cannot show or that is no UTF-8, and no stream that the shell closed (`>&-`), ends a command."""
+    """Let no command end for a letter that cannot be shown or is no UTF-8, nor for a stream that the shell closed (`>&-`)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:

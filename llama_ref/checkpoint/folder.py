@@ -105,7 +105,9 @@ def _refuse_gaps(path: Path, shards: list[str]) -> None:
     missing = sorted(set(range(max(numbers) + 1)) - numbers)
     if missing:
         names = ", ".join(f"consolidated.{number:02d}.pth" for number in missing)
-        raise CheckpointError(f"{path} has shards up to consolidated.{max(numbers):02d}.pth but lacks {names}; fetch the missing ones")
+        raise CheckpointError(
+            f"{path} has shards up to consolidated.{max(numbers):02d}.pth but lacks {names}; fetch what is missing"
+        )
 
 
 def _why_not_native(path: Path, names: list[str], shards: list[str]) -> str:

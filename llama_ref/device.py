@@ -16,19 +16,25 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     Raises RequestError for a device that is not there.
     """
     if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = _best()
     try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise RequestError(f"device {device!r} is unknown; try cuda, mps or cpu") from error
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise RequestError(f"device {device} is unknown; try cuda, mps or cpu") from error
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, True):
+    if chosen.type not in there:
+        raise RequestError(f"device {device} is not supported; try cuda, mps or cpu")
+    if not there[chosen.type]:
         raise RequestError(f"device {device} is not available here; leave it out to use what is")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise RequestError(f"device {device} is not there: this machine has {torch.cuda.device_count()} CUDA device(s)")
-    return device
+    return chosen
+
+
+def _best() -> str:
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

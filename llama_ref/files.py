@@ -41,13 +41,13 @@ ADVICE = {
 
 def read_head(path: Path, n: int = SNIFF_BYTES) -> bytes:
     """The first `n` bytes of `path`. Raises CheckpointError when it cannot be read or is not a plain file."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is not a plain file (a folder, a device or a pipe stands in its place)")
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is not a plain file (a folder, a device or a pipe stands in its place)")
         with path.open("rb") as file:
             return file.read(n)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
 
 
 def refuse_impostor(path: Path, expected: str) -> bytes:

@@ -6,6 +6,7 @@ import changed; `stream` and the sampling options beyond temperature and top_p a
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,13 +15,14 @@ import torch
 from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.verified import Verify, verified
 from llama_ref.checkpoint.weights import Progress, load_model
 from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.loop import Row, steps
 from llama_ref.model import KVCache, Transformer
 from llama_ref.sampling import Sampler, SamplingParams
-from llama_ref.streaming import Stream
+from llama_ref.streaming import Stream, stop_strings
 from llama_ref.tokenizer import Tokenizer
 
 
@@ -61,13 +63,16 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        verify: Verify = "auto",
         progress: Progress | None = None,
     ) -> "Llama":
         """Load a checkpoint folder, named by path or release.
 
         `tokenizer_path` defaults to the folder's own. `device`: CUDA when there is one, else MPS, else the CPU. `dtype`:
         bfloat16 where the device has it, else float16. `max_seq_len` bounds prompt and answer together, in tokens; the KV
-        cache is taken for each call and only as long as the call needs. `progress` is called with (bytes done, bytes in all).
+        cache is taken for each call and only as long as the call needs. `verify`: "auto" compares every file with
+        checklist.chk the first time it is used, "always" each time, "never" does not. `progress` is called with (bytes done,
+        bytes in all).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
         """
         _check_one_process(model_parallel_size)
@@ -76,9 +81,11 @@ class Llama:
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         folder = open_folder(ckpt_dir)
-        args = ModelArgs.from_json(folder.params)
-        tokenizer = _open_tokenizer(tokenizer_path or folder.tokenizer, folder.path, args)
-        model = load_model(folder, args, device=device, dtype=dtype, progress=progress)
+        tokenizer_path = tokenizer_path or folder.tokenizer
+        with verified(folder, verify, tokenizer_path):
+            args = ModelArgs.from_json(folder.params)
+            tokenizer = _open_tokenizer(tokenizer_path, folder.path, args)
+            model = load_model(folder, args, device=device, dtype=dtype, progress=progress)
         return cls(model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed)
 
     @property
@@ -129,6 +136,8 @@ class Llama:
         **sampling: Any,
     ) -> list[CompletionPrediction]:
         """Continue each text. With `logprobs`, every token's text and log-probability stand beside it. See `generate`."""
+        if isinstance(prompts, str):  # would be taken for a list of its letters
+            raise RequestError(f"prompts is the text {prompts!r:.60}, expected a list of texts")
         prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         tokens, token_logprobs = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **sampling)
         if token_logprobs is None:
@@ -176,12 +185,17 @@ class Llama:
         `prompt` is a text, token ids, or a dialog to answer. Iterating gives pieces of text that never hold half a
         character; `stop` strings and stop tokens end it and are not shown. The Stream then has `.finish_reason`
         ("stop" or "length"), `.tokens` and `.text`. It may be left at any point. A one-row `cache` that holds the prompt's
-        beginning saves running that part again.
+        beginning saves running that part again; afterwards it holds the prompt and the answer's beginning.
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, **sampling)
         rows = self._start([self.encode(prompt)], max_gen_len)
+        if cache is not None and (len(cache.lengths) != 1 or cache.max_seq_len < rows[0].total_len):
+            raise RequestError(
+                f"the cache has {len(cache.lengths)} rows of {cache.max_seq_len:,} tokens; prompt and answer need one row of "
+                f"{rows[0].total_len:,}: make it larger, or max_gen_len smaller"
+            )
         pieces = steps(self.model, rows, self._sampler(rows, params), self.tokenizer.stop_tokens, cache=cache)
-        return Stream(rows[0], pieces, self.tokenizer, [stop] if isinstance(stop, str) else list(stop))
+        return Stream(rows[0], pieces, self.tokenizer, stop)
 
     def encode(self, prompt: str | list[int] | Dialog) -> list[int]:
         """Token ids of a text (with begin-of-text in front), of a dialog to answer, or as given."""
@@ -195,8 +209,7 @@ class Llama:
 
     def _start(self, prompts: list[list[int]], max_gen_len: int | None) -> list[Row]:
         """A batch about to begin. Raises RequestError for prompts that cannot be continued."""
-        if max_gen_len is not None and not (type(max_gen_len) is int and max_gen_len >= 0):
-            raise RequestError(f"max_gen_len is {max_gen_len!r}, expected a whole number, or None for as many as fit")
+        _check_max_gen_len(max_gen_len)
         if not 0 < len(prompts) <= self.max_batch_size:
             raise RequestError(f"{len(prompts)} prompts, expected 1 to max_batch_size = {self.max_batch_size}")
         for prompt in prompts:
@@ -205,6 +218,8 @@ class Llama:
         return [Row(list(prompt), min(limit, self.max_seq_len - len(prompt))) for prompt in prompts]
 
     def _check_prompt(self, prompt: list[int]) -> None:
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, Integral) for token in prompt):
+            raise RequestError(f"a prompt is {prompt!r:.60}, expected a list of token ids for each prompt")
         if not prompt:
             raise RequestError("a prompt is empty; it needs one token at least (begin-of-text, say)")
         if len(prompt) > self.max_seq_len:
@@ -218,6 +233,18 @@ class Llama:
     def _sampler(self, rows: list[Row], params: SamplingParams) -> Sampler:
         generator = self.generator if params.seed is None else torch.Generator().manual_seed(params.seed)
         return Sampler(params, generator, [row.prompt for row in rows], self.model.args.vocab_size, self.device)
+
+
+def check_stream_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:
+    """Raise RequestError for options that `Llama.stream` would refuse, without a model: before a long load, say."""
+    _check_max_gen_len(max_gen_len)
+    stop_strings(stop)
+    SamplingParams(**sampling)
+
+
+def _check_max_gen_len(max_gen_len: int | None) -> None:
+    if max_gen_len is not None and not (type(max_gen_len) is int and max_gen_len >= 0):
+        raise RequestError(f"max_gen_len is {max_gen_len!r}, expected a whole number, or None for as many as fit")
 
 
 def _check_one_process(model_parallel_size: int | None) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_ref.errors import LlamaRefError
+from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import KVCache, Transformer
 
 FinishReason = Literal["stop", "length"]
@@ -54,9 +54,18 @@ class Row:
 
 
 def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
-    """An empty cache for `batch_size` rows of up to `n_tokens` tokens, in the model's dtype and on its device."""
+    """An empty cache for `batch_size` rows of up to `n_tokens` tokens, in the model's dtype and on its device.
+
+    Raises RequestError when there is not the memory for it.
+    """
     weight = model.tok_embeddings.weight
-    return KVCache(model.args, batch_size, n_tokens, dtype=weight.dtype, device=weight.device)
+    try:
+        return KVCache(model.args, batch_size, n_tokens, dtype=weight.dtype, device=weight.device)
+    except (RuntimeError, MemoryError) as error:  # torch raises the former for CPU and CUDA alike
+        raise RequestError(
+            f"no memory for the keys and values of {batch_size} × {n_tokens:,} tokens: ask for a smaller max_seq_len or "
+            "max_gen_len, or fewer prompts at once"
+        ) from error
 
 
 def steps(
@@ -99,8 +108,9 @@ def _prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprob
 
     What the pads write into the cache lies beyond a row's length: no token looks there, and its own next tokens overwrite it.
     """
-    known = cache.longest
     ends = [len(row.prompt) for row in rows]
+    known = min(cache.longest, min(ends) - 1)  # a prompt that is known whole still has to give its last token's logits
+    cache.set_lengths([known] * len(rows))
     tokens = torch.zeros(len(rows), max(ends) - known, dtype=torch.long)
     for row, padded in zip(rows, tokens, strict=True):
         padded[: len(row.prompt) - known] = torch.tensor(row.prompt[known:])
@@ -115,7 +125,7 @@ def _prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprob
             if begin < end <= begin + piece.shape[1]:
                 last[i] = hidden[i, end - 1 - begin]
         begin += piece.shape[1]
-    cache.set_lengths(ends)
+    cache.set_lengths([end - bool(row.finish_reason) for row, end in zip(rows, ends, strict=True)])
     logits = model.logits(torch.stack(last))
     _refuse_nan(logits, cache.keys.dtype)
     return logits
@@ -123,7 +133,7 @@ def _prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprob
 
 @torch.inference_mode()
 def _decode(model: Transformer, chosen: Tensor, rows: list[Row], cache: KVCache) -> Tensor:
-    """One token (B,) further: logits (B, V). Rows that have finished mark time on their last place."""
+    """One token (B,) further: logits (B, V). Rows that have finished mark time on their last place: they may have no other."""
     logits = model.logits(model.hidden(chosen[:, None], cache))[:, 0]
     if any(row.finish_reason for row in rows):
         cache.set_lengths([len(row.prompt) + len(row.generated) - bool(row.finish_reason) for row in rows])

@@ -41,7 +41,10 @@ def chat(session: Session, options: dict) -> None:
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """Lines of input; a backslash at the end joins the next one. Ctrl-C at the prompt drops what was typed."""
+    """Lines of input; a backslash at the end joins the next one. Ctrl-C at the prompt drops what was typed.
+
+    Without a prompt nobody is typing, and Ctrl-C ends the program as usual.
+    """
     typed = ""
     while True:
         try:
@@ -53,6 +56,8 @@ def _lines(prompt: str) -> Iterator[str]:
                 yield typed
             return
         except KeyboardInterrupt:
+            if not prompt:
+                raise
             print("\n(/exit or Ctrl-D leaves)", file=sys.stderr)
             typed = ""
             continue

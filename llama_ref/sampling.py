@@ -15,7 +15,8 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 
 PREFILTER = 1024  # this many of the likeliest tokens nearly always hold top_p; where they do not, everything is sorted
-COLDEST = 1e-5  # a temperature below this one could overflow float32 and chooses the same tokens
+LARGEST = 1e30  # of numbers given; beyond about 1e38, float32 would turn logits into infinities and then into NaN
+COLDEST = 1 / LARGEST  # a temperature below this one is this one: already, only exact ties are left to chance
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,28 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, lambda x: 0 <= x < math.inf, "a number, 0 or more")
+        _check("temperature", self.temperature, lambda x: 0 <= x <= LARGEST, f"a number from 0 to {LARGEST:g}")
         _check("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0, at most 1 (temperature=0 is greedy)")
         _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number between 0 and 1")
-        _check("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "a number above 0")
+        penalty_range = f"a number from {1 / LARGEST:g} to {LARGEST:g}"
+        _check("repetition_penalty", self.repetition_penalty, lambda x: 1 / LARGEST <= x <= LARGEST, penalty_range)
         if self.top_k is not None:
             _check("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 1, "a whole number, 1 or more, or None for all")
         if self.seed is not None:
             _check("seed", self.seed, lambda n: isinstance(n, int) and 0 <= n < 1 << 63, "a whole number, 0 or more")
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}, expected a mapping from token ids to numbers")
         for token, bias in (self.logit_bias or {}).items():
-            _check(f"logit_bias[{token}]", bias, lambda x: x < math.inf, "a number or -inf")
+            _check(f"logit_bias[{token}]", bias, _is_bias, f"a number from -{LARGEST:g} to {LARGEST:g}, or -inf")
 
 
 def _check(name: str, value: object, holds: Callable[[float], bool], expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
         raise RequestError(f"{name} is {value!r}, expected {expected}")
+
+
+def _is_bias(x: float) -> bool:
+    return abs(x) <= LARGEST or x == -math.inf
 
 
 class Sampler:
@@ -113,14 +121,14 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
     """
     logits = logits - logits.amax(-1, keepdim=True)  # so that a division by a small temperature cannot overflow
     probs = torch.softmax(logits / max(params.temperature, COLDEST), dim=-1)
-    ids = None
+    ids, total = None, 1.0  # total: what top_p is a share of
     if params.top_k is not None and params.top_k < probs.shape[-1]:
         probs, ids = probs.topk(params.top_k)
+        total = probs.sum(-1, keepdim=True)
     if params.top_p < 1:
         if ids is None:
             probs, ids = _likeliest(probs, params.top_p)
         before = probs.cumsum(-1) - probs
-        total = probs.sum(-1, keepdim=True) if params.top_k is not None else 1.0
         probs = probs.masked_fill(before > params.top_p * total, 0)
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0)
@@ -154,7 +162,7 @@ def _widest(device: torch.device) -> torch.dtype:
 def _bias(bias: Mapping[int, float], vocab_size: int, device: torch.device | str) -> Tensor:
     """What to add to the logits: float32 (V,)."""
     for token in bias:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(f"logit_bias names token {token!r}; the vocabulary has 0 to {vocab_size - 1}")
     dense = [bias.get(token, 0.0) for token in range(vocab_size)]
     if max(dense) == -math.inf:
@@ -166,5 +174,5 @@ def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device | str)
     """Which tokens stand in which prompt: bool (B, V)."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, prompt in zip(seen, prompts, strict=True):
-        row.scatter_(0, torch.tensor(prompt), True)
+        row.scatter_(0, torch.tensor(prompt, dtype=torch.long), True)
     return seen.to(device)

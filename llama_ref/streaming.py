@@ -1,6 +1,6 @@
 """Text as it is made, in pieces that are safe to print."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llama_ref.errors import RequestError
 from llama_ref.loop import FinishReason, Row
@@ -13,13 +13,11 @@ class Stream(Iterator[str]):
     After the last piece `finish_reason` is "stop" (a stop token or string) or "length". It may be left at any point.
     """
 
-    def __init__(self, row: Row, steps: Iterator[None], tokenizer: Tokenizer, stop: list[str]):
-        if not all(isinstance(string, str) and string for string in stop):
-            raise RequestError(f"stop is {stop!r}, expected strings that are not empty")
+    def __init__(self, row: Row, steps: Iterator[None], tokenizer: Tokenizer, stop: str | Sequence[str] = ()):
         self.row = row
         self.text = ""
         self._stopped_by_string = False
-        self._pieces = self._make_pieces(steps, StreamDecoder(tokenizer), stop)
+        self._pieces = self._make_pieces(steps, StreamDecoder(tokenizer), stop_strings(stop))
 
     @property
     def tokens(self) -> list[int]:
@@ -47,7 +45,7 @@ class Stream(Iterator[str]):
             seen = len(self.row.generated)
             if self.row.finish_reason:
                 held += decoder.flush()
-            cut = _first_of(stop, held)
+            cut = _begin_of_first(stop, held)
             if cut is not None:
                 self._stopped_by_string = True
                 held = held[:cut]
@@ -60,9 +58,18 @@ class Stream(Iterator[str]):
             yield held
 
 
-def _first_of(stop: list[str], text: str) -> int | None:
-    """Where the earliest stop string begins in `text`."""
-    return min((at for at in map(text.find, stop) if at >= 0), default=None)
+def stop_strings(stop: str | Sequence[str]) -> list[str]:
+    """One stop string or several, as a list. Raises RequestError for what is none."""
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) and string for string in strings):
+        raise RequestError(f"stop is {stop!r}, expected a string that is not empty, or a list of such")
+    return list(strings)
+
+
+def _begin_of_first(stop: list[str], text: str) -> int | None:
+    """Where the stop string begins that is complete first, the longest of several: however the text was cut into tokens."""
+    found = [(text.find(string) + len(string), text.find(string)) for string in stop if string in text]
+    return min(found)[1] if found else None
 
 
 def _longest_beginning(stop: list[str], text: str) -> int:

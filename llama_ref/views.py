@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Column, Table
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, checkpoints_root, list_folders, open_folder
@@ -79,10 +80,10 @@ def print_info(info: ModelInfo, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(info), indent=2))
         return
-    table = Table(title=info.name, title_justify="left", show_header=False)
+    table = Table("name", Column("value", overflow="fold"), title=info.name, title_justify="left", show_header=False)
     for name, value in _info_lines(info):
         table.add_row(name, value)
-    Console().print(table)
+    print_table(table)
 
 
 def _info_lines(info: ModelInfo) -> Iterator[tuple[str, str]]:
@@ -107,17 +108,26 @@ def print_list(*, as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
         return
     if not rows:
-        print(
-            f"{checkpoints_root()} holds no checkpoints. Meta's downloader puts them there; any folder can also be named by path."
-        )
+        print(f"{checkpoints_root()} holds no checkpoints. Meta's downloader puts them there; any folder can be named by path.")
         return
     table = Table(title=str(checkpoints_root()), title_justify="left")
     for column in ("name", "shards", "size", "checklist", "note"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         size = human_bytes(row["bytes"]) if row["bytes"] else ""
         table.add_row(row["name"], str(row["shards"] or ""), size, "yes" if row["checklist"] else "", row["note"])
-    Console().print(table)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """By way of `print`: Console.print would end the program itself, with 1, when the reader of a pipe has gone.
+
+    Folder names are no markup, whatever brackets and colons they hold.
+    """
+    console = Console(markup=False, emoji=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    print(captured.get(), end="")
 
 
 def _list_row(path: Path) -> dict:
@@ -142,11 +152,15 @@ def human_bytes(n: int) -> str:
     return f"{n} bytes"
 
 
-def loading_bar() -> Progress:
-    """A bar on stderr while weights load; silent where stderr is no terminal."""
+@contextmanager
+def progress_bar(description: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved on by calls of (done, in all); silent where stderr is no terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with Progress(
+        TextColumn(description), BarColumn(), *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class Pace:
@@ -154,20 +168,21 @@ class Pace:
 
     def __init__(self, stream: Stream):
         self.stream = stream
-        self.begin = self.first = self.end = time.perf_counter()
+        self.begin = self.end = time.perf_counter()
+        self.first: float | None = None
 
     def __iter__(self) -> Iterable[str]:
-        begun = False
         for piece in self.stream:
             self.end = time.perf_counter()
-            if not begun:
-                self.first, begun = self.end, True
+            self.first = self.first or self.end
             yield piece
         self.end = time.perf_counter()
 
     def __str__(self) -> str:
         """The first token's time is the prompt's; the rate counts those after it."""
         made, asked = len(self.stream.tokens), len(self.stream.row.prompt)
-        rate = f", {(made - 1) / (self.end - self.first):.1f} tokens/s" if made > 1 and self.end > self.first else ""
+        wait = f", first token after {self.first - self.begin:.2f} s" if self.first else ""
+        timed = made > 1 and self.first and self.end > self.first
+        rate = f", {(made - 1) / (self.end - self.first):.1f} tokens/s" if timed else ""
         reason = self.stream.finish_reason or "broken off"
-        return f"[{asked} tokens in, first token after {self.first - self.begin:.2f} s; {made} out{rate}; {reason}]"
+        return f"[{asked} tokens in{wait}; {made} out{rate}; {reason}]"

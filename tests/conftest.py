@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,12 +10,16 @@ import llama_models
 import pytest
 import torch
 from fairscale.nn.model_parallel import initialize as model_parallel
+from hypothesis import settings
 
 from llama_ref.generation import Llama
 from llama_ref.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))  # the scripts are no package, but their functions are tested and used here
+
+settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine is no failure, nor is a day's luck
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +56,19 @@ def meta_tokenizer_path() -> Path:
 def tokenizer(meta_tokenizer_path) -> Tokenizer:
     """Ours, on the real file."""
     return Tokenizer(meta_tokenizer_path)
+
+
+@pytest.fixture
+def unprivileged_folder() -> Iterator[Path]:
+    """An empty folder of a user who may not read what permissions forbid: root, who may, is nobody for this long."""
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            os.seteuid(65534)
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    except PermissionError:
+        pytest.skip("root cannot become another user here")
+    finally:
+        if is_root:
+            os.seteuid(0)

@@ -3,11 +3,13 @@
 import os
 import re
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 from llama_ref.errors import CheckpointError, FolderNotFound
 
-SHARD_NAME = re.compile(r"consolidated\.(\d{2,})\.pth")
+SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
+MOST_LISTED = 8  # names in one error
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class CheckpointFolder:
 
     @property
     def name(self) -> str:
-        return self.path.parent.name if self.path.name == "original" else self.path.name
+        path = self.path.absolute()  # "." has no name of its own
+        return path.parent.name if path.name == "original" else path.name
 
     @property
     def shard_bytes(self) -> int:
@@ -31,8 +34,7 @@ class CheckpointFolder:
 
 def checkpoints_root() -> Path:
     """Where Meta's downloader puts releases: ~/.llama/checkpoints, or under LLAMA_MODELS_CONFIG_DIR where that is set."""
-    config = os.environ.get("LLAMA_MODELS_CONFIG_DIR")
-    return (Path(config).expanduser() if config else Path.home() / ".llama") / "checkpoints"
+    return _expanded(os.environ.get("LLAMA_MODELS_CONFIG_DIR") or "~/.llama") / "checkpoints"
 
 
 def list_folders(root: Path | None = None) -> list[Path]:
@@ -54,14 +56,25 @@ def find_folder(name: str | Path) -> Path:
     """
     if not str(name):
         raise FolderNotFound(f"an empty name is no checkpoint.{_what_is_there()}")
-    path = Path(name).expanduser()
+    path = _expanded(name)
     candidates = [path, checkpoints_root() / str(name).replace(":", "-")]
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate
-    if path.is_file():
-        raise FolderNotFound(f"{path} is a file; give the folder that holds it ({path.parent})")
+    try:
+        for candidate in candidates:
+            if candidate.is_dir():
+                return candidate
+        if path.is_file():
+            raise FolderNotFound(f"{path} is a file; give the folder that holds it ({path.parent})")
+    except OSError as error:  # above all: a folder on the way may not be entered
+        raise CheckpointError(f"cannot look for {error.filename}: {error.strerror}") from error
     raise FolderNotFound(f"there is no folder {path} and no {candidates[1]}.{_what_is_there()}")
+
+
+def _expanded(path: str | Path) -> Path:
+    """With the home directory in place of `~`; as it stands where nobody knows that home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _what_is_there() -> str:
@@ -77,9 +90,9 @@ def open_folder(name: str | Path) -> CheckpointFolder:
     The folder of a Hugging Face repository leads to its `original/`, where Meta's files are.
     """
     path = find_folder(name)
-    if not (path / "params.json").exists() and (path / "original" / "params.json").is_file():
-        path = path / "original"
     try:
+        if not (path / "params.json").exists() and (path / "original" / "params.json").is_file():
+            path = path / "original"
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise CheckpointError(f"cannot list {path}: {error.strerror}") from error
@@ -87,6 +100,7 @@ def open_folder(name: str | Path) -> CheckpointFolder:
     if not shards or "params.json" not in names:
         raise CheckpointError(_why_not_native(path, names, shards))
     _refuse_gaps(path, shards)
+    _refuse_broken_links(path, shards)
     return CheckpointFolder(
         path=path,
         params=path / "params.json",
@@ -102,12 +116,20 @@ def _shard_number(name: str) -> int:
 
 def _refuse_gaps(path: Path, shards: list[str]) -> None:
     numbers = {_shard_number(name) for name in shards}
-    missing = sorted(set(range(max(numbers) + 1)) - numbers)
-    if missing:
-        names = ", ".join(f"consolidated.{number:02d}.pth" for number in missing)
+    n_missing = max(numbers) + 1 - len(numbers)
+    if n_missing:
+        missing = islice((number for number in count() if number not in numbers), min(n_missing, MOST_LISTED))
+        names = ", ".join(f"consolidated.{number:02d}.pth" for number in missing) + (", …" if n_missing > MOST_LISTED else "")
         raise CheckpointError(
             f"{path} has shards up to consolidated.{max(numbers):02d}.pth but lacks {names}; fetch what is missing"
         )
+
+
+def _refuse_broken_links(path: Path, names: list[str]) -> None:
+    """A Hugging Face cache is made of links, which outlive what they lead to."""
+    for name in names:
+        if not (path / name).exists():
+            raise CheckpointError(f"{path / name} is a link to {(path / name).readlink()}, which is not there; fetch it again")
 
 
 def _why_not_native(path: Path, names: list[str], shards: list[str]) -> str:
@@ -126,5 +148,5 @@ def _why_not_native(path: Path, names: list[str], shards: list[str]) -> str:
     if shards:
         hint = " (it is named `params` here: rename it)" if "params" in names else ""
         return f"{path} lacks params.json{hint}; fetch it beside {shards[0]}"
-    found = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    found = ", ".join(names[:MOST_LISTED]) + (", …" if len(names) > MOST_LISTED else "")
     return f"{path} holds no consolidated.NN.pth; it holds {found}"

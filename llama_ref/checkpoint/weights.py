@@ -32,7 +32,7 @@ MOST_LISTED = 12  # wrong tensors named in one error
 
 def split_dim(name: str) -> int | None:
     """The dimension along which shards cut a tensor ("layers.3.attention.wo.weight" -> 1); None if each holds it whole."""
-    return SPLIT_DIM.get(name.split(".")[-2])
+    return SPLIT_DIM.get(name.removesuffix(".weight").split(".")[-1])
 
 
 def load_model(
@@ -96,22 +96,40 @@ def read_shard(path: Path) -> dict[str, Tensor]:
             f"{path} asks to run code or build objects that no checkpoint needs, and was refused: {_first_line(error)}. "
             "Do not load it elsewhere either; fetch the file again from its publisher"
         ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # a damaged pickle or archive makes the reader fail in every way there is
         raise CheckpointError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise CheckpointError(f"{path} holds {type(tensors).__name__}, expected a dictionary from tensor names to tensors")
-    strangers = [f"{name}: {type(value).__name__}" for name, value in tensors.items() if not isinstance(value, Tensor)]
+    strangers = [f"{name}: {kind}" for name, value in tensors.items() if (kind := _unusable_kind(value))]
     if strangers:
-        raise CheckpointError(f"{path} holds more than tensors ({', '.join(strangers[:5])}); is it a training state?")
+        raise CheckpointError(f"{path} holds more than dense tensors ({', '.join(strangers[:5])}); is it a training state?")
     return {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
+
+
+def _unusable_kind(value: object) -> str | None:
+    """What a value is if it is not a tensor with a place in memory for each number; None if it is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.layout is not torch.strided:
+        return str(value.layout).removeprefix("torch.")
+    if value.is_nested:
+        return "nested tensor"
+    return "tensor without data" if value.is_meta else None
 
 
 def _refuse_non_zip(path: Path) -> None:
     head = refuse_impostor(path, "weights")
     if not head.startswith(b"PK\x03\x04"):
         raise CheckpointError(f"{path} is no .pth file of PyTorch 1.6 or later (a zip archive); fetch it again")
-    if not zipfile.is_zipfile(path):
+    if not _has_end(path):
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) has no end: the download broke off; fetch it again")
+
+
+def _has_end(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an end that speaks of several disks
+        return False
 
 
 def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
@@ -129,6 +147,7 @@ def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
 def _check_tensors(folder: CheckpointFolder, shards: list[dict[str, Tensor]], expected: dict[str, tuple[int, ...]]) -> None:
     if not any("output.weight" in shard for shard in shards):  # tied to the embedding
         expected = {name: shape for name, shape in expected.items() if name != "output.weight"}
+    _refuse_uneven(folder, expected)
     problems = [
         problem
         for path, shard in zip(folder.shards, shards, strict=True)
@@ -148,10 +167,21 @@ def _problems_of(file: str, shard: dict[str, Tensor], expected: dict[str, tuple[
             yield f"{file}: {name} is missing, expected shape {shape}"
         elif tuple(tensor.shape) != shape:
             yield f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
-        elif tensor.dtype not in WEIGHT_DTYPES or tensor.layout is not torch.strided:
-            yield f"{file}: {name} is {tensor.dtype} ({tensor.layout}), expected dense bfloat16, float16 or float32"
+        elif tensor.dtype not in WEIGHT_DTYPES:
+            yield f"{file}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected bfloat16, float16 or float32"
     for name in shard.keys() - expected.keys():
         yield f"{file}: {name} {tuple(shard[name].shape)} is unexpected"
+
+
+def _refuse_uneven(folder: CheckpointFolder, expected: dict[str, tuple[int, ...]]) -> None:
+    n_shards = len(folder.shards)
+    for name, shape in expected.items():
+        dim = split_dim(name)
+        if dim is not None and shape[dim] % n_shards:
+            raise CheckpointError(
+                f"{folder.path}: {n_shards} shards cannot hold equal parts of {name} {shape}, as {folder.params.name} has it; "
+                "do all of them belong to this model?"
+            )
 
 
 def _shard_shape(name: str, whole_shape: tuple[int, ...], n_shards: int) -> tuple[int, ...]:
@@ -174,20 +204,20 @@ def _join(parts: list[Tensor], dim: int | None, device: torch.device | str, dtyp
     if len(parts) == 1 or dim is None:
         whole = parts[0].to(device=device, dtype=dtype)
         if whole.data_ptr() != parts[0].data_ptr():
-            _release_pages(parts[0])
+            release_pages(parts[0])
         return whole
     shape = list(parts[0].shape)
     shape[dim] *= len(parts)
     whole = torch.empty(shape, dtype=dtype, device=device)
     for part, place in zip(parts, whole.chunk(len(parts), dim), strict=True):
         place.copy_(part)
-        _release_pages(part)
+        release_pages(part)
     return whole
 
 
-def _release_pages(tensor: Tensor) -> None:
+def release_pages(tensor: Tensor) -> None:
     """Let go of a mapped tensor's pages, which otherwise count as this process's memory until the file is unmapped."""
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or not tensor.is_contiguous():  # strides may make a tensor larger than its bytes
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = tensor.data_ptr() + tensor.nbytes - start

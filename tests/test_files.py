@@ -1,0 +1,95 @@
+"""Telling what a file is before it is trusted."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_ref.errors import CheckpointError
+from llama_ref.files import ADVICE, SNIFF_BYTES, read_head, read_small, refuse_impostor, what_is
+
+IMPOSTORS = {
+    "an empty file": [b""],
+    "an HTML page": [
+        b"<!DOCTYPE html>\n<html>",
+        b"<!doctype HTML PUBLIC",
+        b"\xef\xbb\xbf\r\n <HTML><body>",
+        b"<head><title>Sign in",
+        b"<body>",
+        b"<!-- expired -->",
+    ],
+    "an XML error body": [b'<?xml version="1.0"?><Error><Code>AccessDenied', b"<Error><Code>ExpiredToken"],
+    "a JSON error body": [b'{"error":"Unauthorized"}', b'\n{"message":"Not Found"}', b'{"detail": 1}', b'{"code": 403}'],
+    "a Git LFS pointer": [b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2471645608\n"],
+    "a run of zero bytes": [b"\0", b"\0" * SNIFF_BYTES],
+}
+HONEST = [
+    b"PK\x03\x04\x00\x00",
+    b'{"dim": 4096}',
+    b"IQ== 0\nIg== 1\n",
+    b"d41d8cd98f00b204e9800998ecf8427e  params.json",
+    b"\0\0\0\1",
+    b"\x80\x02}q\x00",
+    b"{}",
+    b"<|begin_of_text|>",
+    b"version 2",
+]
+
+
+@pytest.mark.parametrize(("kind", "head"), [(kind, head) for kind, heads in IMPOSTORS.items() for head in heads])
+def test_an_impostor_is_recognised_and_comes_with_advice(tmp_path, kind, head):
+    assert what_is(head) == kind
+    path = tmp_path / "consolidated.00.pth"
+    path.write_bytes(head)
+    with pytest.raises(CheckpointError) as error:
+        refuse_impostor(path, "weights")
+    assert str(error.value) == f"{path} is {kind}, not weights: {ADVICE[kind]}"
+
+
+@pytest.mark.parametrize("head", HONEST)
+def test_an_honest_file_passes_with_its_first_bytes(tmp_path, head):
+    path = tmp_path / "honest"
+    path.write_bytes(head + b"\n" * SNIFF_BYTES)
+    assert refuse_impostor(path, "weights") == read_head(path) == (head + b"\n" * SNIFF_BYTES)[:SNIFF_BYTES]
+    assert read_head(path, 3) == (head + b"\n" * SNIFF_BYTES)[:3]
+    assert read_small(path, 1 << 20, "weights") == head + b"\n" * SNIFF_BYTES
+
+
+@given(st.binary(max_size=40) | st.sampled_from([head[: len(head) // 2] for heads in IMPOSTORS.values() for head in heads]))
+def test_any_bytes_are_one_of_these_or_nothing_known(head):
+    assert what_is(head) in {None, *ADVICE}
+
+
+def test_a_small_file_is_read_up_to_its_limit_and_no_further(tmp_path):
+    path = tmp_path / "params.json"
+    path.write_bytes(b"x" * 100)
+    assert read_small(path, 100, "params.json") == b"x" * 100
+    with pytest.raises(CheckpointError, match=r"params\.json is larger than 99 bytes, far more than params\.json ever is"):
+        read_small(path, 99, "params.json")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "broken link", "loop", "nothing", "too long a name", "no name"])
+@pytest.mark.parametrize("read", [read_head, lambda path: read_small(path, 10, "x"), lambda path: refuse_impostor(path, "x")])
+def test_what_is_no_file_is_refused_without_hanging(tmp_path, kind, read):
+    path = tmp_path / {"too long a name": "x" * 300, "no name": "a\0b"}.get(kind, "path")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "broken link":
+        path.symlink_to(tmp_path / "gone")
+    elif kind == "loop":
+        path.symlink_to(path)
+    says = "is not a plain file" if kind in ("folder", "pipe") else "cannot read"
+    with pytest.raises(CheckpointError, match=says) as error:
+        read(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_without_permission_is_refused_with_the_reason(unprivileged_folder):
+    path = unprivileged_folder / "params.json"
+    path.write_bytes(b"{}")
+    path.chmod(0)
+    with pytest.raises(CheckpointError, match=r"cannot read .*params\.json: Permission denied"):
+        read_head(path)

@@ -1,0 +1,349 @@
+"""Llama: Meta's interface, prompts of any lengths in one batch, sampling options, and what is refused."""
+
+import inspect
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llama_ref import loop
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.generation import Llama
+
+CAPITAL = "The capital of France is"
+NONE_GIVEN = inspect.Parameter.empty
+SUM = [{"role": "user", "content": "What is 2+2?"}]  # answered with "2 + 2 = 4" and an end of turn
+HI = [{"role": "user", "content": "Say hi."}]
+
+META_PARAMETERS = {  # positional, in this order; of the `llama` package's methods
+    "build": {
+        "ckpt_dir": NONE_GIVEN,
+        "tokenizer_path": None,
+        "max_seq_len": 8192,
+        "max_batch_size": 32,
+        "model_parallel_size": None,
+        "seed": 1,
+    },
+    "generate": {
+        "prompt_tokens": NONE_GIVEN,
+        "max_gen_len": None,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "logprobs": False,
+        "echo": False,
+    },
+    "text_completion": {
+        "prompts": NONE_GIVEN,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_gen_len": None,
+        "logprobs": False,
+        "echo": False,
+    },
+    "chat_completion": {
+        "dialogs": NONE_GIVEN,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_gen_len": None,
+        "logprobs": False,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(llama) -> list[list[int]]:
+    """Prompts of quite different lengths, each with its own way to end."""
+    texts = [CAPITAL, "Once", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,", "한국의 수도는 서울이고 일본의"]
+    return [llama.tokenizer.encode(text, bos=True, eos=False) for text in texts] + [
+        llama.formatter.encode_dialog_prompt(dialog) for dialog in (SUM, HI)
+    ]
+
+
+def with_context(llama: Llama, max_seq_len: int, **limits: int) -> Llama:
+    return Llama(llama.model, llama.tokenizer, max_seq_len=max_seq_len, **limits)
+
+
+def plain_logprobs(llama: Llama, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities (T, V) of what follows each token, by one forward without a cache."""
+    with torch.no_grad():
+        return llama.model(torch.tensor([ids]))[0].log_softmax(-1)
+
+
+# ---- Meta's interface
+
+
+@pytest.mark.parametrize("method", META_PARAMETERS)
+def test_a_call_written_for_metas_package_means_the_same(method):
+    parameters = [p for p in inspect.signature(getattr(Llama, method)).parameters.values() if p.name != "self"]
+    positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert list(positional.items()) == list(META_PARAMETERS[method].items())
+
+
+def test_build_takes_metas_positional_arguments(demo_folder):
+    llama = Llama.build(str(demo_folder), str(demo_folder / "tokenizer.model"), 128, 4, 1, 7, device="cpu")
+    assert (llama.max_seq_len, llama.max_batch_size) == (128, 4)
+    assert llama.dtype == torch.bfloat16
+    assert llama.model.args.vocab_size == llama.tokenizer.n_words
+    assert llama.formatter.tokenizer is llama.tokenizer
+    assert "Paris" in llama.text_completion([CAPITAL], 0.0, 0.9, 4)[0]["generation"]
+
+
+def test_completions_have_metas_shape(llama):
+    plain, other = llama.text_completion([CAPITAL, "Once upon a"], temperature=0, max_gen_len=3)
+    assert plain == {"generation": " Paris.\n"}
+    assert list(other) == ["generation"]
+
+    [scored] = llama.text_completion([CAPITAL], temperature=0, max_gen_len=3, logprobs=True)
+    assert scored["generation"] == " Paris.\n"
+    assert scored["tokens"] == [" Paris", ".", "\n"]
+    assert len(scored["logprobs"]) == 3 and all(isinstance(x, float) and x < 0 for x in scored["logprobs"])
+
+    [echoed] = llama.text_completion([CAPITAL], temperature=0, max_gen_len=1, echo=True)
+    assert echoed == {"generation": "<|begin_of_text|>The capital of France is Paris"}
+
+
+def test_chat_answers_have_metas_shape(llama):
+    plain, _ = llama.chat_completion([SUM, HI], temperature=0, max_gen_len=10)
+    assert plain == {"generation": {"role": "assistant", "content": "2 + 2 = 4"}}
+    [scored] = llama.chat_completion([SUM], temperature=0, max_gen_len=10, logprobs=True)
+    assert scored["generation"] == plain["generation"]
+    assert "".join(scored["tokens"]) == "2 + 2 = 4"
+    assert len(scored["logprobs"]) == len(scored["tokens"])
+
+
+@pytest.mark.parametrize(("prefill_tokens", "max_gen_len"), [(5, 3), (1024, 0)])
+def test_logprobs_are_those_of_a_plain_forward(llama, prompts, monkeypatch, prefill_tokens, max_gen_len):
+    """With temperature and filters on: they are the model's own. The prompts end on both sides of a piece's border."""
+    monkeypatch.setattr(loop, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(loop, "LOGPROB_POSITIONS", 3)
+    some = [prompts[0], prompts[1], prompts[2], prompts[2][:10], prompts[2][:11]]
+    tokens, logprobs = llama.generate(some, max_gen_len, 0.8, 0.9, True, True, seed=5)
+    unechoed, new_logprobs = llama.generate(some, max_gen_len, 0.8, 0.9, True, False, seed=5)
+    for prompt, ids, found, new, new_found in zip(some, tokens, logprobs, unechoed, new_logprobs, strict=True):
+        assert ids == prompt + new and len(found) == len(ids) <= len(prompt) + max_gen_len
+        assert found[0] == 0.0
+        assert found[len(prompt) :] == new_found
+        wanted = plain_logprobs(llama, ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found[1:]), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_stop_token_is_cut_off_and_ends_only_its_own_row(llama):
+    dialogs = [llama.formatter.encode_dialog_prompt(dialog) for dialog in (SUM, HI)]
+    tokens, logprobs = llama.generate(dialogs, 12, 0.0, logprobs=True)
+    assert [len(ids) for ids in tokens] == [7, 12]  # as many as were asked for, or up to the end of turn
+    assert [len(row) for row in logprobs] == [7, 12]
+    assert not set(tokens[0]) & set(llama.tokenizer.stop_tokens)
+    assert plain_logprobs(llama, dialogs[0] + tokens[0])[-1].argmax() == llama.tokenizer.eot_id
+
+
+@pytest.mark.parametrize("stop", ["eos_id", "eom_id", "eot_id"])
+def test_a_stop_token_at_once_leaves_nothing(llama, stop):
+    token = getattr(llama.tokenizer, stop)
+    assert llama.generate([[1, 2, 3]], 5, logprobs=True, logit_bias={token: 1e6}) == ([[]], [[]])
+
+
+def test_without_a_limit_an_answer_fills_the_context(llama, prompts):
+    short = with_context(llama, 12)
+    never = dict.fromkeys(llama.tokenizer.stop_tokens, -math.inf)
+    tokens, _ = short.generate(prompts[:2], None, 0.0, logit_bias=never)
+    assert [len(prompt) + len(new) for prompt, new in zip(prompts[:2], tokens, strict=True)] == [12, 12]
+    assert short.generate(prompts[:1], 1000, 0.0, logit_bias=never)[0] == tokens[:1]
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_a_prompt_as_long_as_the_context_has_no_room_for_an_answer(llama, prompts, echo):
+    exact = with_context(llama, len(prompts[2]))
+    tokens, logprobs = exact.generate([prompts[2]], None, 0.0, logprobs=True, echo=echo)
+    assert tokens == [prompts[2] if echo else []]
+    assert len(logprobs[0]) == len(tokens[0])
+
+
+# ---- batches
+
+
+def test_greedy_tokens_are_the_likeliest_of_a_plain_forward(llama, prompts):
+    [new], _ = llama.generate(prompts[:1], 8, 0.0)
+    likeliest = plain_logprobs(llama, prompts[0] + new).argmax(-1)
+    assert likeliest[len(prompts[0]) - 1 : -1].tolist() == new
+
+
+@pytest.fixture(scope="module")
+def alone(llama, prompts) -> list[list[int]]:
+    """What each prompt gets when it is the only one."""
+    return [llama.generate([prompt], 8, 0.0)[0][0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (5, 4, 1), (2, 2, 1)])
+def test_each_prompt_of_a_batch_gets_what_it_gets_alone(llama, prompts, alone, order):
+    """Row 4 ends by itself, the others at the limit."""
+    assert [len(new) for new in alone] == [8, 8, 8, 8, 7, 8]
+    assert llama.generate([prompts[i] for i in order], 8, 0.0)[0] == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("room", [0, 1, 3])
+def test_rows_go_on_while_another_has_filled_the_context(llama, prompts, alone, room):
+    longest = max(map(len, prompts))
+    tight = with_context(llama, longest + room)
+    expected = [new[: longest + room - len(prompt)] for prompt, new in zip(prompts, alone, strict=True)]
+    assert room in map(len, expected) and max(map(len, expected)) > room
+    assert tight.generate(prompts, 8, 0.0)[0] == expected
+
+
+@pytest.mark.parametrize("prefill_tokens", [4, 13])
+def test_prompts_run_in_pieces_give_the_same(llama, prompts, alone, monkeypatch, prefill_tokens):
+    monkeypatch.setattr(loop, "PREFILL_TOKENS", prefill_tokens)
+    assert llama.generate(prompts, 3, 0.0)[0] == [new[:3] for new in alone]
+
+
+def test_bfloat16_batches_part_from_single_prompts_only_at_near_ties(demo_folder, llama, prompts):
+    rough = Llama.build(demo_folder, max_seq_len=128, device="cpu", dtype="bfloat16")
+    batch, _ = rough.generate(prompts, 8, 0.0)
+    for prompt, together in zip(prompts, batch, strict=True):
+        [[single], _] = rough.generate([prompt], 8, 0.0)
+        parting = next((i for i, (a, b) in enumerate(zip(together, single, strict=False)) if a != b), None)
+        if parting is not None:
+            logprobs = plain_logprobs(llama, prompt + single[:parting])[-1]
+            assert abs(logprobs[together[parting]] - logprobs[single[parting]]) < 0.25
+
+
+# ---- sampling
+
+
+def test_a_seed_means_the_same_text(llama, prompts):
+    seeded = [llama.generate(prompts[:1], 8, 1.0, 1.0, seed=seed)[0] for seed in (3, 3, 4)]
+    assert seeded[0] == seeded[1] != seeded[2]
+
+
+def test_the_seed_of_build_holds_for_a_series_of_calls(llama, prompts):
+    series = []
+    for seed in (11, 11, 12):
+        fresh = with_context(llama, 64, seed=seed)
+        series.append([fresh.generate(prompts[:1], 6, 1.0, 1.0)[0] for _ in range(2)])
+        assert series[-1][0] != series[-1][1], "every call began anew"
+    assert series[0] == series[1] != series[2]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}, {"temperature": 1e-9}])
+def test_every_filter_at_its_limit_is_greedy(llama, prompts, alone, options):
+    hot = {"temperature": 2.0, "top_p": 1.0} | options
+    assert llama.generate(prompts[:1], 5, **hot)[0] == [alone[0][:5]]
+
+
+def test_a_banned_token_gives_way_to_the_next(llama, prompts, alone):
+    logprobs = plain_logprobs(llama, prompts[0])[-1]
+    logprobs[alone[0][0]] = -math.inf
+    [new], [found] = llama.generate(prompts[:1], 1, 0.0, logprobs=True, logit_bias={alone[0][0]: -math.inf})
+    assert new == [logprobs.argmax().item()]
+    assert found == pytest.approx([logprobs.max().item()], abs=1e-4), "a bias does not change what is reported"
+
+
+def test_a_repetition_penalty_counts_prompt_and_answer(llama, prompts, alone):
+    for prompt, repeating in ((prompts[0], alone[0]), (prompts[2], alone[2])):
+        assert len(set(repeating)) < len(repeating) and set(repeating) & set(prompt), "it repeats nothing by itself"
+        [new], _ = llama.generate([prompt], 8, 0.0, repetition_penalty=1e6)
+        assert len(set(new)) == len(new) == 8 and not set(new) & set(prompt)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_tokens": []}, "0 prompts, expected 1 to max_batch_size = 2"),
+        ({"prompt_tokens": [[1]] * 3}, "3 prompts, expected 1 to max_batch_size = 2"),
+        ({"prompt_tokens": [[1], []]}, "a prompt is empty"),
+        ({"prompt_tokens": [[1] * 33]}, "the prompt has 33 tokens, but max_seq_len is 32"),
+        ({"prompt_tokens": [[1], [49412]]}, "holds token 49412; the vocabulary has 0 to 49411"),
+        ({"prompt_tokens": [[-1]]}, "holds token -1"),
+        ({"prompt_tokens": [1, 2]}, "a prompt is 1, expected a list of token ids"),
+        ({"prompt_tokens": ["text"]}, "a prompt is 'text', expected a list of token ids"),
+        ({"prompt_tokens": [[1.5]]}, "expected a list of token ids"),
+        ({"prompt_tokens": [[1]], "max_gen_len": -1}, "max_gen_len is -1"),
+        ({"prompt_tokens": [[1]], "max_gen_len": True}, "max_gen_len is True"),
+        ({"prompt_tokens": [[1]], "temperature": -0.1}, "temperature is -0.1"),
+        ({"prompt_tokens": [[1]], "top_p": 0.0}, "top_p is 0.0"),
+        ({"prompt_tokens": [[1]], "top_k": 2.0}, "top_k is 2.0"),
+        ({"prompt_tokens": [[1]], "top_k": math.inf}, "top_k is inf"),
+        ({"prompt_tokens": [[1]], "seed": 1.0}, "seed is 1.0"),
+        ({"prompt_tokens": [[1]], "logit_bias": {49412: 1.0}}, "logit_bias names token 49412"),
+        ({"prompt_tokens": [[1]], "logit_bias": {"5": 1.0}}, "logit_bias names token '5'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(llama, arguments, message):
+    with pytest.raises(RequestError) as caught:
+        with_context(llama, 32, max_batch_size=2).generate(**arguments)
+    assert message in str(caught.value)
+
+
+def test_one_text_is_not_taken_for_a_list_of_its_letters(llama):
+    with pytest.raises(RequestError, match="expected a list of texts"):
+        llama.text_completion("Hi")
+
+
+def test_too_large_a_cache_is_a_request_that_cannot_be_met(llama):
+    with pytest.raises(RequestError, match="no memory for the keys and values of 1 × 1,000,000,000,000 tokens"):
+        with_context(llama, 10**12).generate([[1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_seq_len": 0}, RequestError, "max_seq_len is 0"),
+        ({"max_batch_size": 1.5}, RequestError, "max_batch_size is 1.5"),
+        ({"seed": -1}, RequestError, "seed is -1"),
+        ({"dtype": "int8"}, RequestError, "dtype int8 is not one of"),
+        ({"device": "gpu"}, RequestError, "gpu is unknown"),
+        ({"model_parallel_size": 2}, RequestError, "2 processes"),
+        ({"tokenizer_path": "/nowhere/tokenizer.model"}, CheckpointError, "cannot read /nowhere/tokenizer.model"),
+    ],
+)
+def test_build_refuses_before_it_loads(demo_folder, options, error, message):
+    def loaded(done: int, total: int) -> None:
+        pytest.fail("weights were loaded")
+
+    with pytest.raises(error) as caught:
+        Llama.build(demo_folder, progress=loaded, **options)
+    assert message in str(caught.value)
+
+
+def test_another_models_tokenizer_is_refused(demo_folder, meta_tokenizer_path):
+    with pytest.raises(CheckpointError, match=r"has 128,256 tokens, but params.json .* says vocab_size 49,412"):
+        Llama.build(demo_folder, meta_tokenizer_path)
+
+
+def test_several_processes_are_refused(demo_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match="2 processes were asked for"):
+        Llama.build(demo_folder)
+
+
+# ---- what it leaves alone
+
+LOOK_AROUND = """
+import random, sys, torch, numpy
+
+def state():
+    return {
+        "dtype": torch.get_default_dtype(), "device": torch.get_default_device(), "grad": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(), "torch": torch.random.get_rng_state().tolist(), "python": random.getstate(),
+        "numpy": str(numpy.random.get_state()), "precision": torch.get_float32_matmul_precision(),
+        "streams": (id(sys.stdout), id(sys.stderr)), "distributed": torch.distributed.is_initialized(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+before = state()
+from llama_ref import Llama
+assert state() == before, "the import changed something"
+llama = Llama.build(sys.argv[1], max_seq_len=64, device="cpu")
+assert state() == before, "the build changed something"
+llama.text_completion(["One"], temperature=1.0, max_gen_len=2)
+assert state() == before, "a generation changed something"
+"""
+
+
+def test_import_build_and_generation_change_nothing_global_and_print_nothing(demo_folder):
+    done = subprocess.run([sys.executable, "-c", LOOK_AROUND, demo_folder], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,338 @@
+"""A conversation that keeps its cache: what a turn costs, that it changes nothing, and what stays after a break."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor
+
+from llama_ref import loop
+from llama_ref.chat import Dialog
+from llama_ref.errors import RequestError
+from llama_ref.generation import Llama
+from llama_ref.model import Transformer, TransformerBlock
+from llama_ref.session import Session
+from llama_ref.streaming import Stream
+
+SUM, CAPITAL, HI = "What is 2+2?", "What is the capital of France?", "Say hi."
+GREEDY = {"temperature": 0, "max_gen_len": 8}  # SUM is answered within 8 tokens, the others are cut off
+
+
+def ask(session: Session, text: str, **options) -> str:
+    return "".join(session.say(text, **GREEDY | options))
+
+
+def question(llama: Llama, text: str) -> list[int]:
+    """Ids of a user's message and the open header after it."""
+    formatter = llama.formatter
+    return formatter.encode_message({"role": "user", "content": text}) + formatter.encode_header("assistant")
+
+
+def answer(llama: Llama, ids: list[int]) -> list[int]:
+    """The answer's ids when the whole conversation goes through the model at once."""
+    return llama.generate([ids], GREEDY["max_gen_len"], 0.0)[0][0]
+
+
+def without_cache(llama: Llama, dialog: Dialog, text: str) -> str:
+    return llama.chat_completion([[*dialog, {"role": "user", "content": text}]], 0.0, max_gen_len=8)[0]["generation"]["content"]
+
+
+@pytest.fixture(scope="module")
+def small(llama) -> Llama:
+    """With a short context: a session takes memory for all of it."""
+    return Llama(llama.model, llama.tokenizer, max_seq_len=160)
+
+
+@pytest.fixture
+def passed(monkeypatch) -> list[int]:
+    """Tokens that go through the model, per pass."""
+    counts: list[int] = []
+    hidden = Transformer.hidden
+
+    def counting(model: Transformer, tokens: Tensor, cache=None) -> Tensor:
+        counts.append(tokens.numel())
+        return hidden(model, tokens, cache)
+
+    monkeypatch.setattr(Transformer, "hidden", counting)
+    return counts
+
+
+@pytest.mark.parametrize("system", [None, "You answer in one word."])
+def test_a_turn_costs_only_its_new_tokens_and_changes_nothing(small, passed, system):
+    session = Session(small, system)
+    ids = [small.tokenizer.bos_id]
+    if system:
+        ids += small.formatter.encode_message({"role": "system", "content": system})
+    uncached = len(ids)
+    for text in (SUM, CAPITAL, HI):
+        passed.clear()
+        stream = session.say(text, **GREEDY)
+        said = "".join(stream)
+        prefill, *decode = passed
+        asked = question(small, text)
+        assert prefill == uncached + len(asked)
+        assert decode == [1] * (len(stream.tokens) - (stream.finish_reason == "length"))
+        assert session.cached_tokens == len(ids) + len(asked) + len(decode)
+
+        assert stream.tokens == answer(small, ids + asked)
+        assert session.dialog[-2:] == [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+        ids += [*asked, *stream.tokens, small.tokenizer.eot_id]
+        uncached = len(ids) - session.cached_tokens  # the end mark, and the last token when it was cut off
+
+
+def test_ids_stay_as_they_were_sampled(small):
+    """Text that was sampled as other tokens than it encodes to would disagree with the cache."""
+    letter_by_letter = {small.tokenizer.encode(letter, bos=False, eos=False)[0]: 1e6 for letter in " F"}
+    session = Session(small)
+    stream = session.say(CAPITAL, **GREEDY | {"max_gen_len": 3}, logit_bias=letter_by_letter)
+    said = "".join(stream)
+    assert small.tokenizer.encode(said, bos=False, eos=False) != stream.tokens, "the sample shows nothing"
+    ids = [small.tokenizer.bos_id, *question(small, CAPITAL), *stream.tokens, small.tokenizer.eot_id, *question(small, SUM)]
+    assert session.say(SUM, **GREEDY).row.prompt == ids
+
+
+# ---- answers that end early
+
+
+def leave_by_close(session: Session) -> Stream:
+    stream = session.say(CAPITAL, **GREEDY)
+    next(stream), next(stream)
+    stream.close()
+    return stream
+
+
+def leave_by_walking_away(session: Session) -> Stream:
+    stream = session.say(CAPITAL, **GREEDY)
+    next(stream), next(stream), next(stream)
+    return stream
+
+
+def leave_by_stop_string(session: Session) -> Stream:
+    stream = session.say(CAPITAL, **GREEDY, stop=[" of France"])
+    list(stream)
+    return stream
+
+
+def leave_by_stop_string_within_a_token(session: Session) -> Stream:
+    stream = session.say(CAPITAL, **GREEDY, stop="pital")
+    list(stream)
+    return stream
+
+
+@pytest.mark.parametrize(
+    "leave", [leave_by_close, leave_by_walking_away, leave_by_stop_string, leave_by_stop_string_within_a_token]
+)
+def test_an_answer_broken_off_stays_as_far_as_it_was_shown(small, leave):
+    session = Session(small)
+    ask(session, SUM)
+    left = leave(session)
+    assert session.dialog[2:] == [{"role": "user", "content": CAPITAL}, {"role": "assistant", "content": left.text}]
+
+    stream = session.say(HI, **GREEDY)
+    list(stream)
+    assert stream.tokens == answer(small, stream.row.prompt)
+    asked = [small.tokenizer.eot_id, *question(small, HI)]
+    kept = stream.row.prompt[len(left.row.prompt) : -len(asked)]
+    assert stream.row.prompt == [*left.row.prompt, *left.tokens[: len(kept)], *asked]
+    texts = [small.tokenizer.decode(left.tokens[:n]) for n in range(len(left.tokens) + 1)]
+    assert texts[len(kept)] == max((text for text in texts if left.text.startswith(text)), key=len)
+
+
+def test_looking_at_the_conversation_amid_an_answer_does_not_end_it(small):
+    session = Session(small)
+    seen = [session.dialog[-1]["content"] for _ in session.say(SUM, **GREEDY)]
+    assert len(seen) > 5
+    assert seen == sorted(seen, key=len) and seen[-1] == "2 + 2 = 4"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_answer_broken_off_before_its_first_token_never_was(small, begun):
+    session = Session(small)
+    ask(session, SUM)
+    before = list(session.dialog)
+    stream = session.say(CAPITAL, **GREEDY)
+    if begun:
+        stream.close()
+    assert session.dialog == before
+    assert ask(session, HI) == without_cache(small, before, HI)
+    assert list(stream) == [], "the left answer went on and wrote to the cache"
+
+
+@pytest.mark.parametrize(("n_passes", "prefill_tokens"), [(0, 1024), (1, 8), (2, 8), (2, 1024), (3, 1024)])
+def test_an_interrupt_amid_the_layers_leaves_no_trace(small, monkeypatch, n_passes, prefill_tokens):
+    """Ctrl-C comes at any time: in prefill, between its pieces, in a decode step; half the layers have then written."""
+    monkeypatch.setattr(loop, "PREFILL_TOKENS", prefill_tokens)
+    session = Session(small)
+    ask(session, SUM)
+    stream = interrupt(session, CAPITAL, n_passes)
+    assert [message["content"] for message in session.dialog[3:]] == [stream.text] * bool(stream.text)
+    after = session.say(HI, **GREEDY)
+    list(after)
+    assert after.tokens == answer(small, after.row.prompt)
+
+
+def test_an_interrupt_amid_a_character_leaves_no_half_of_it(small):
+    dialog = [{"role": "user", "content": "Write one emoji."}]
+    [tokens], _ = small.generate([small.formatter.encode_dialog_prompt(dialog)], 12, 0.0)
+    broken = next(n for n in range(len(tokens)) if small.tokenizer.decode(tokens[:n]).endswith("\ufffd"))
+    session = Session(small)
+    stream = interrupt(session, "Write one emoji.", broken)
+    assert stream.tokens == tokens[:broken]
+    assert "\ufffd" not in session.dialog[-1]["content"]
+    after = session.say(HI, **GREEDY)
+    list(after)
+    assert "\ufffd" not in small.tokenizer.decode(after.row.prompt)
+    assert after.tokens == answer(small, after.row.prompt)
+
+
+def interrupt(session: Session, text: str, n_passes: int) -> Stream:
+    """Ask, and get a KeyboardInterrupt in the middle of the pass after this many."""
+    with pytest.MonkeyPatch.context() as patch:
+        at = n_passes * len(session.llama.model.layers) + 15
+        patch.setattr(TransformerBlock, "forward", interrupted_at(at, TransformerBlock.forward))
+        stream = session.say(text, **GREEDY | {"max_gen_len": 12})
+        with pytest.raises(KeyboardInterrupt):
+            list(stream)
+    return stream
+
+
+def interrupted_at(n: int, forward: Callable) -> Callable:
+    calls = 0
+
+    def interrupted(*args) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    return interrupted
+
+
+@pytest.mark.parametrize(("name", "stop_reason"), [("eot_id", None), ("eos_id", None), ("eom_id", "end_of_message")])
+def test_the_end_mark_goes_into_the_conversation(small, name, stop_reason):
+    token = getattr(small.tokenizer, name)
+    session = Session(small)
+    assert ask(session, HI, logit_bias={token: 1e6}) == ""
+    assert session.dialog[-1].get("stop_reason") == stop_reason
+    dialog = [*session.dialog, {"role": "user", "content": SUM}]
+    assert session.say(SUM, **GREEDY).row.prompt == small.formatter.encode_dialog_prompt(dialog)
+
+
+# ---- beginning anew
+
+
+def test_reset_and_system_prompts(small):
+    session = Session(small, "Be brief.")
+    assert session.system == "Be brief."
+    first = ask(session, SUM)
+    session.reset(session.system)
+    assert (session.dialog, session.cached_tokens) == ([{"role": "system", "content": "Be brief."}], 0)
+    assert ask(session, SUM) == first
+    session.reset()
+    assert (session.dialog, session.system) == ([], None)
+    assert ask(session, SUM) == without_cache(small, [], SUM)
+
+
+def test_reset_amid_an_answer_ends_it(small):
+    session = Session(small)
+    stream = session.say(CAPITAL, **GREEDY)
+    next(stream)
+    session.reset()
+    assert list(stream) == []
+    assert (session.dialog, session.cached_tokens) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"temperature": -1}, "temperature"), ({"stop": ""}, "stop is"), ({"max_gen_len": -1}, "max_gen_len")],
+)
+def test_a_refused_turn_leaves_the_conversation_as_it_was(small, options, message):
+    session = Session(small, "Be brief.")
+    with pytest.raises(RequestError, match=message):
+        session.say(SUM, **options)
+    assert [entry["role"] for entry in session.dialog] == ["system"]
+
+
+def test_a_conversation_that_outgrows_the_context_is_refused_and_stays(llama):
+    tight = Llama(llama.model, llama.tokenizer, max_seq_len=64)
+    session = Session(tight)
+    ask(session, SUM)
+    before, cached = list(session.dialog), session.cached_tokens
+    with pytest.raises(RequestError, match=r"would come to \d+ tokens, but max_seq_len is 64: /reset it"):
+        session.say("word " * 60)
+    assert (session.dialog, session.cached_tokens) == (before, cached)
+    assert ask(session, HI) == without_cache(tight, before, HI)
+
+
+def test_an_answer_that_fills_the_context_is_the_last(llama):
+    tight = Llama(llama.model, llama.tokenizer, max_seq_len=40)
+    session = Session(tight)
+    stream = session.say(CAPITAL, temperature=0)
+    list(stream)
+    assert stream.finish_reason == "length" and len(stream.row.prompt) + len(stream.tokens) == 40
+    with pytest.raises(RequestError, match="max_seq_len is 40"):
+        session.say(HI)
+    assert len(session.dialog) == 2
+    session.reset()
+    assert ask(session, SUM) == "2 + 2 = 4"
+
+
+# ---- files
+
+
+def test_a_saved_conversation_goes_on_elsewhere(small, tmp_path):
+    session = Session(small, "한국어로 짧게.")
+    ask(session, SUM)
+    ask(session, HI, logit_bias={small.tokenizer.eom_id: 1e6})
+    session.save(tmp_path / "talk.json")
+    saved = (tmp_path / "talk.json").read_text(encoding="utf-8")
+    assert json.loads(saved) == session.dialog
+    assert "한국어로" in saved, "a reader should see text, not escapes"
+
+    other = Session(small)
+    other.load(tmp_path / "talk.json")
+    assert (other.dialog, other.system) == (session.dialog, "한국어로 짧게.")
+    assert ask(other, CAPITAL) == without_cache(small, session.dialog, CAPITAL)
+
+
+def test_a_lone_surrogate_survives_saving(small, tmp_path):
+    """What a terminal in the C locale makes of a byte that is no UTF-8."""
+    session = Session(small)
+    ask(session, "a\udcffb", max_gen_len=1)
+    session.save(tmp_path / "talk.json")
+    other = Session(small)
+    other.load(tmp_path / "talk.json")
+    assert other.dialog == session.dialog
+
+
+BAD_FILES = {
+    "not JSON": b"hello",
+    "cut short": b'[{"role": "user", "content": "a"}',
+    "an object": b'{"role": "user", "content": "a"}',
+    "a list of something else": b"[1, 2]",
+    "a message without content": b'[{"role": "user"}]',
+    "an unknown role": b'[{"role": "root", "content": "a"}]',
+    "content that is no text": b'[{"role": "user", "content": null}]',
+    "not UTF-8": b'["\xff"]',
+    "nested too deep": b"[" * 100_000,
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_file_that_is_no_conversation_leaves_the_session_as_it_was(small, tmp_path, content):
+    (tmp_path / "talk.json").write_bytes(content)
+    session = Session(small, "Be brief.")
+    with pytest.raises(RequestError):
+        session.load(tmp_path / "talk.json")
+    assert session.dialog == [{"role": "system", "content": "Be brief."}]
+
+
+@pytest.mark.parametrize("path", ["{tmp}", "{tmp}/none/talk.json", "a\0b", "~nobody-of-this-name/talk.json"])
+@pytest.mark.parametrize("method", [Session.load, Session.save])
+def test_a_file_that_cannot_be_used_is_named(small, tmp_path, method, path):
+    path = path.format(tmp=tmp_path)
+    with pytest.raises(RequestError) as caught:
+        method(Session(small), path)
+    assert path in str(caught.value)

@@ -1,7 +1,6 @@
 """Fixtures that several test files share."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,15 @@ from llama_ref.generation import Llama
 from llama_ref.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "scripts"))  # the scripts are no package, but their functions are tested and used here
 
 settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine is no failure, nor is a day's luck
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """Stamps of verified files go here, not into the cache of who runs the tests; subprocesses inherit it."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

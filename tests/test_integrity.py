@@ -23,8 +23,15 @@ from llama_ref.errors import CheckpointError, RequestError
 from make_random_checkpoint import make_random_checkpoint
 
 TINY = {
-    "dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32,
-    "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True,
+    "dim": 32,
+    "n_layers": 1,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 512,
+    "multiple_of": 32,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "use_scaled_rope": True,
 }
 SHARD0, SHARD1 = "consolidated.00.pth", "consolidated.01.pth"
 HTML = b"<!DOCTYPE html>\n<html><body>Sign in to continue</body></html>"
@@ -84,39 +91,65 @@ def test_a_whole_folder_is_whole(folder):
     assert all(file.size == (folder / file.name).stat().st_size and file.seconds > 0 for file in report.files)
 
 
-FAULTS = {  # what was done, to which file, what it must be called, a word of the explanation
-    "removed": (lambda f: (f / SHARD1).unlink(), SHARD1, State.MISSING, "fetch it"),
-    "half fetched": (lambda f: (f / SHARD1).rename(f / f"{SHARD1}.part"), SHARD1, State.MISSING, "has not ended"),
-    "empty": (lambda f: (f / SHARD0).write_bytes(b""), SHARD0, State.EMPTY, "did not start"),
-    "cut by a byte": (lambda f: cut(f / SHARD1, 1), SHARD1, State.CUT_SHORT, "1 bytes short: the download broke off"),
-    "cut in the directory": (lambda f: cut(f / SHARD1, 500), SHARD1, State.CUT_SHORT, "500 bytes short"),
-    "cut in half": (lambda f: os.truncate(f / SHARD1, 20_000), SHARD1, State.CUT_SHORT, "kB short"),
-    "cut to its head": (lambda f: os.truncate(f / SHARD1, 700), SHARD1, State.CUT_SHORT, "kB short"),
-    "cut params": (lambda f: cut(f / "params.json", 5), "params.json", State.CUT_SHORT, "broke off"),
-    "cut tokenizer": (lambda f: cut(f / "tokenizer.model", 99), "tokenizer.model", State.CUT_SHORT, "broke off"),
-    "longer": (lambda f: (f / SHARD0).open("ab").write(b"x" * 2000), SHARD0, State.LONGER, "2 kB too long"),
-    "longer params": (lambda f: (f / "params.json").open("ab").write(b"{}"), "params.json", State.LONGER, "delete it"),
-    "longer tokenizer": (lambda f: (f / "tokenizer.model").open("ab").write(b"x"), "tokenizer.model", State.LONGER, "delete it"),
-    "a bit flipped": (lambda f: change(f / SHARD1, 9000), SHARD1, State.DAMAGED, "wrong sum"),
-    "params changed": (lambda f: change(f / "params.json", 8), "params.json", State.DAMAGED, "not what was published"),
-    "tokenizer changed": (lambda f: change(f / "tokenizer.model", 90), "tokenizer.model", State.DAMAGED, "fetch that file"),
-    "a web page": (lambda f: (f / SHARD0).write_bytes(HTML), SHARD0, State.WEB_PAGE, "fresh link"),
-    "a JSON error": (lambda f: (f / SHARD0).write_bytes(b'{"error": "403"}'), SHARD0, State.ERROR_BODY, "refused the download"),
-    "an XML error": (lambda f: (f / SHARD0).write_bytes(b"<Error><Code>AccessDenied"), SHARD0, State.ERROR_BODY, "fresh link"),
-    "a pointer": (lambda f: (f / SHARD0).write_bytes(b"version https://git-lfs.github.com/spec/v1"), SHARD0, State.POINTER, "git lfs"),
-    "preallocated": (lambda f: (f / SHARD0).write_bytes(bytes(90_000)), SHARD0, State.UNWRITTEN, "never written"),
-    "a folder": (lambda f: ((f / SHARD0).unlink(), (f / SHARD0).mkdir()), SHARD0, State.UNREADABLE, "not a plain file"),
-    "a pipe": (lambda f: ((f / SHARD0).unlink(), os.mkfifo(f / SHARD0)), SHARD0, State.UNREADABLE, "not a plain file"),
-    "an extra shard": (lambda f: shutil.copy(f / SHARD0, f / "consolidated.02.pth"), "consolidated.02.pth", State.EXTRA, "does not name"),
-    "a dangling link": (lambda f: ((f / SHARD0).unlink(), (f / SHARD0).symlink_to("gone")), SHARD0, State.MISSING, "fetch it"),
-    "a link out": (lambda f: ((f / SHARD0).unlink(), (f / SHARD0).symlink_to("/etc/passwd")), SHARD0, State.REFUSED, "leads out"),
-}  # fmt: skip
+def written(content: bytes):
+    return lambda path: path.write_bytes(content)
+
+
+def appended(content: bytes):
+    return lambda path: path.write_bytes(path.read_bytes() + content)
+
+
+def replaced_by(make):
+    def replace(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+def part_fetched(path: Path) -> None:
+    path.rename(path.with_name(f"{path.name}.part"))
+
+
+def one_more(path: Path) -> None:
+    shutil.copy(path.with_name(SHARD0), path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:"
+PARAMS, TOKENIZER, SHARD2 = "params.json", "tokenizer.model", "consolidated.02.pth"
+FAULTS = {  # the file, what is done to it, what it must be called, words of the explanation
+    "removed": (SHARD1, Path.unlink, State.MISSING, "is missing: fetch it"),
+    "part fetched": (SHARD1, part_fetched, State.MISSING, "its download has not ended"),
+    "empty": (SHARD0, written(b""), State.EMPTY, "did not start"),
+    "cut by a byte": (SHARD1, lambda path: cut(path, 1), State.CUT_SHORT, "1 byte short: the download broke off"),
+    "cut in the directory": (SHARD1, lambda path: cut(path, 500), State.CUT_SHORT, "500 bytes short"),
+    "cut in half": (SHARD1, lambda path: os.truncate(path, 20_000), State.CUT_SHORT, "kB short"),
+    "cut to its head": (SHARD1, lambda path: os.truncate(path, 700), State.CUT_SHORT, "kB short"),
+    "cut params": (PARAMS, lambda path: cut(path, 5), State.CUT_SHORT, "broke off"),
+    "cut tokenizer": (TOKENIZER, lambda path: cut(path, 99), State.CUT_SHORT, "broke off"),
+    "longer": (SHARD0, appended(b"x" * 2000), State.LONGER, "2 kB too long"),
+    "longer params": (PARAMS, appended(b"{}"), State.LONGER, "delete it"),
+    "longer tokenizer": (TOKENIZER, appended(b"x"), State.LONGER, "delete it"),
+    "a bit flipped": (SHARD1, lambda path: change(path, 9000), State.DAMAGED, "right length, wrong sum"),
+    "params changed": (PARAMS, lambda path: change(path, 8), State.DAMAGED, "not what was published"),
+    "tokenizer changed": (TOKENIZER, lambda path: change(path, 90), State.DAMAGED, "fetch that file again"),
+    "a web page": (SHARD0, written(HTML), State.WEB_PAGE, "fresh link"),
+    "a JSON error": (SHARD0, written(b'{"error": "403"}'), State.ERROR_BODY, "refused the download"),
+    "an XML error": (SHARD0, written(b"<Error><Code>AccessDenied"), State.ERROR_BODY, "fresh link"),
+    "a pointer": (SHARD0, written(POINTER), State.POINTER, "git lfs pull"),
+    "set aside": (SHARD0, written(bytes(90_000)), State.UNWRITTEN, "never written"),
+    "a folder": (SHARD0, replaced_by(Path.mkdir), State.UNREADABLE, "not a plain file"),
+    "a pipe": (SHARD0, replaced_by(os.mkfifo), State.UNREADABLE, "not a plain file"),
+    "one more": (SHARD2, one_more, State.EXTRA, "the checklist does not name it"),
+    "a dangling link": (SHARD0, replaced_by(lambda path: path.symlink_to("gone")), State.MISSING, "fetch it"),
+    "a link out": (SHARD0, replaced_by(lambda path: path.symlink_to("/etc/passwd")), State.REFUSED, "leads out"),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_has_its_state_and_its_advice(folder, settled, fault):
-    break_it, name, state, words = FAULTS[fault]
-    break_it(folder)
+    name, break_it, state, words = FAULTS[fault]
+    break_it(folder / name)
     report = verify(folder)
     assert states(report) == {name: state}
     assert report.exit_code == 1 and not report.ok
@@ -134,8 +167,8 @@ QUIETLY_WRONG = {
 
 @pytest.mark.parametrize("fault", sorted(FAULTS.keys() - QUIETLY_WRONG))
 def test_quick_finds_all_but_silent_damage(folder, settled, fault):
-    break_it, name, state, _ = FAULTS[fault]
-    break_it(folder)
+    name, break_it, state, _ = FAULTS[fault]
+    break_it(folder / name)
     report = verify(folder, quick=True)
     assert states(report) == {name: state}
     assert all(file.found_sum is None for file in report.files)
@@ -235,9 +268,8 @@ def test_no_folder_and_an_empty_one_could_not_be_checked(tmp_path):
 
 def test_wrong_tensors_under_right_sums_do_not_fit(folder, settled):
     resave(folder / SHARD1, lambda tensors: tensors.update({"norm.weight": torch.ones(31), "stray": torch.ones(1)}))
-    write = lambda: write_checklist(folder, force=True)  # noqa: E731
-    with pytest.raises(CheckpointError, match="no list was written.*does not fit"):
-        write()
+    with pytest.raises(CheckpointError, match=r"no list was written.*does not fit"):
+        write_checklist(folder, force=True)
     lines = [entry for entry in parse_checklist(folder / "checklist.chk") if entry.name != SHARD1]
     listed = "".join(f"{entry.sum}  {entry.name}\n" for entry in lines) + f"{hash_file(folder / SHARD1)}  {SHARD1}\n"
     (folder / "checklist.chk").write_text(listed)
@@ -291,7 +323,7 @@ def test_json_has_all_that_a_script_needs(folder, settled):
 
 # --- any single fault, anywhere ---------------------------------------------------------------------------------------
 
-FILES = ["params.json", SHARD0, SHARD1, "tokenizer.model"]
+FILES = [PARAMS, SHARD0, SHARD1, TOKENIZER]
 NAMED_AS = {  # a fault in a text file may look like another: half a JSON object is both cut and damaged
     "flip": {State.DAMAGED, State.UNWRITTEN},
     "cut": {State.CUT_SHORT, State.EMPTY},
@@ -301,7 +333,7 @@ NAMED_AS = {  # a fault in a text file may look like another: half a JSON object
 }
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_single_fault_is_found_in_the_right_file(original, settled, tmp_path_factory, data):
     name = data.draw(st.sampled_from(FILES))
@@ -362,7 +394,7 @@ def test_a_list_is_not_written_over_another_or_over_a_broken_folder(folder, sett
     with pytest.raises(RequestError, match="expected md5 or sha256"):
         write_checklist(folder, "crc32", force=True)
     cut(folder / SHARD0, 1)
-    with pytest.raises(CheckpointError, match=f"no list was written.*{SHARD0} is 1 bytes short"):
+    with pytest.raises(CheckpointError, match=f"no list was written.*{SHARD0} is 1 byte short"):
         write_checklist(folder, force=True)
     assert (folder / "checklist.chk").read_bytes() == before
 

@@ -166,7 +166,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+    def wait_for(self, pattern: str, seconds: float = 20) -> str:
         """Read until the screen shows this after what was read before; what came up to its end."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen)):

@@ -144,7 +144,7 @@ class Report:
 def human_bytes(n: float) -> str:
     """1234567 -> "1.23 MB" (powers of ten, three digits)."""
     if n < 1000:
-        return f"{n:.0f} bytes"
+        return f"{n:.0f} byte{'' if n == 1 else 's'}"
     units = iter(("kB", "MB", "GB", "TB"))
     unit = next(units)
     while (n := n / 1000) >= 999.5:

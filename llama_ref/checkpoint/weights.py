@@ -169,7 +169,7 @@ def _problems_of(file: str, shard: dict[str, Tensor], expected: dict[str, tuple[
             yield f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
         elif tensor.dtype not in WEIGHT_DTYPES:
             yield f"{file}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected bfloat16, float16 or float32"
-    for name in shard.keys() - expected.keys():
+    for name in sorted(shard.keys() - expected.keys()):
         yield f"{file}: {name} {tuple(shard[name].shape)} is unexpected"
 
 

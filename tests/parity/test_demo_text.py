@@ -21,6 +21,11 @@ QUESTIONS = ("What is the capital of France?", "Name three colours.")
 
 
 @pytest.fixture(scope="module")
+def demo_bfloat16(demo_folder) -> Llama:
+    return Llama.build(demo_folder, max_seq_len=256, device="cpu", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
 def metas(demo_bfloat16: Llama) -> MetaTransformer:
     return metas_model(demo_bfloat16.model, max_seq_len=256)
 

@@ -5,16 +5,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from llama_ref.checkpoint.compare import Comparison
 from llama_ref.checkpoint.report import FileReport, Report, human_bytes, printable
+from llama_ref.views import print_rich
 
 MOST_TENSORS = 12  # differing tensors shown
-SUM_SHOWN = 12  # leading hex digits
+SUM_SHOWN = 8  # leading hex digits: enough to see that two differ
 
 
 def print_reports(reports: list[Report], *, as_json: bool) -> None:
@@ -23,19 +26,18 @@ def print_reports(reports: list[Report], *, as_json: bool) -> None:
         texts = [report.to_json() for report in reports]
         print(texts[0] if len(texts) == 1 else json.dumps([json.loads(text) for text in texts], indent=2))
         return
-    console = Console(highlight=False)
     for report in reports:
         if report.files:
-            console.print(_table(report))
+            print_rich(_table(report))
         for note in report.notes:
-            console.print(f"note: {escape(printable(note))}", soft_wrap=True)
+            print_rich(Text(f"note: {printable(note)}"))
         color = "green" if report.ok else "red" if report.bad else "yellow"
-        console.print(f"[{color}]{escape(printable(report.summary()))}[/]", soft_wrap=True)
+        print_rich(Text(printable(report.summary()), style=color))
 
 
 def _table(report: Report) -> Table:
-    table = Table(title=escape(printable(str(report.folder))), title_justify="left")
-    table.add_column("file", overflow="fold")
+    table = Table(title=printable(str(report.folder)), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("file", no_wrap=True)
     table.add_column("size", justify="right")
     table.add_column("expected")
     table.add_column("found")
@@ -46,13 +48,12 @@ def _table(report: Report) -> Table:
     return table
 
 
-def _cells(file: FileReport) -> Iterator[str]:
-    color = "green" if file.ok else "red"
-    yield escape(printable(file.name))
+def _cells(file: FileReport) -> Iterator[str | Text]:
+    yield printable(file.name)
     yield "" if file.size is None else human_bytes(file.size)
     yield _expected(file)
     yield (file.found_sum or "")[:SUM_SHOWN]
-    yield f"[{color}]{file.state}[/]"
+    yield Text(str(file.state), style="green" if file.ok else "red")
     yield f"{human_bytes(file.bytes_per_second)}/s" if file.bytes_per_second else ""
 
 
@@ -92,17 +93,19 @@ def print_comparison(comparison: Comparison, *, as_json: bool) -> None:
     if comparison.tokenizer:
         print(f"tokenizer.model: {comparison.tokenizer}")
     if comparison.tensors:
-        Console(highlight=False).print(_differences(comparison))
+        print_rich(_differences(comparison))
 
 
 def _differences(comparison: Comparison) -> Table:
     n, shown = len(comparison.tensors), comparison.tensors[:MOST_TENSORS]
     caption = f"and {n - len(shown)} more" if n > len(shown) else None
-    table = Table(title=f"{n} of {comparison.n_tensors} tensors differ", title_justify="left", caption=caption)
+    table = Table(
+        title=f"{n} of {comparison.n_tensors} tensors differ", title_justify="left", caption=caption, box=box.SIMPLE_HEAD
+    )
     for column in ("tensor", "difference", "largest", "|a - b| / |a|", "values"):
         table.add_column(column, overflow="fold")
     for tensor in shown:
         numbers = [] if tensor.max_abs is None else [f"{tensor.max_abs:.3g}", f"{tensor.relative_norm:.3g}"]
         counted = [] if tensor.n_different is None else [f"{tensor.n_different:,}"]
-        table.add_row(escape(printable(tensor.name)), tensor.what, *numbers, *counted)
+        table.add_row(printable(tensor.name), tensor.what, *numbers, *counted)
     return table

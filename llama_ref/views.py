@@ -8,17 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, checkpoints_root, list_folders, open_folder
+from llama_ref.checkpoint.report import human_bytes
 from llama_ref.checkpoint.weights import is_tied
 from llama_ref.errors import CheckpointError
 from llama_ref.model import Transformer
 from llama_ref.streaming import Stream
 
+WIDE = 160  # columns of a table that goes into a pipe or file
 CONTEXTS = (2048, 8192, 32768, 131072)  # tokens; the last is what Llama 3.1 and later were trained for
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -83,7 +86,7 @@ def print_info(info: ModelInfo, *, as_json: bool) -> None:
     table = Table("name", Column("value", overflow="fold"), title=info.name, title_justify="left", show_header=False)
     for name, value in _info_lines(info):
         table.add_row(name, value)
-    print_table(table)
+    print_rich(table)
 
 
 def _info_lines(info: ModelInfo) -> Iterator[tuple[str, str]]:
@@ -116,17 +119,20 @@ def print_list(*, as_json: bool) -> None:
     for row in rows:
         size = human_bytes(row["bytes"]) if row["bytes"] else ""
         table.add_row(row["name"], str(row["shards"] or ""), size, "yes" if row["checklist"] else "", row["note"])
-    print_table(table)
+    print_rich(table)
 
 
-def print_table(table: Table) -> None:
+def print_rich(renderable: RenderableType) -> None:
     """By way of `print`: Console.print would end the program itself, with 1, when the reader of a pipe has gone.
 
-    Folder names are no markup, whatever brackets and colons they hold.
+    A name is no markup, whatever brackets and colons it holds. Where standard output is no terminal nobody knows its width,
+    and no line is broken to fit one.
     """
     console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
     with console.capture() as captured:
-        console.print(table)
+        console.print(renderable, soft_wrap=isinstance(renderable, Text))
     print(captured.get(), end="")
 
 
@@ -142,14 +148,6 @@ def _list_row(path: Path) -> dict:
         "checklist": folder.checklist is not None,
         "note": "",
     }
-
-
-def human_bytes(n: int) -> str:
-    """Decimal units, as file sizes and memory sellers count: 2471645608 -> "2.47 GB"."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n} bytes"
 
 
 @contextmanager

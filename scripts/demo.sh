@@ -9,4 +9,4 @@ if [ ! -e "$demo/params.json" ]; then
     python "$root/scripts/make_demo_checkpoint.py" >/dev/null
 fi
 llama-ref verify "$demo"
-llama-ref complete "$demo" "${1-The capital of France is}" --max_gen_len 64 --temperature 0
+llama-ref complete "$demo" "${1-The capital of France is}" --echo --max_gen_len 64 --temperature 0

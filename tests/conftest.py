@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else threads spin while they wait: on busy cores all takes 7 times as long
+
 import llama_models
 import pytest
 import torch

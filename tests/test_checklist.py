@@ -144,7 +144,7 @@ def said(output: bytes) -> tuple[set[tuple[str, bool]], int]:
     found = set()
     for name, state in re.findall(rb"^(?!md5sum: )(.*): (OK|FAILED|FAILED open or read)$", output, re.MULTILINE):
         if name.startswith(b"\\"):  # as it writes names with line breaks
-            name = name[1:].replace(rb"\n", b"\n").replace(rb"\\", b"\\")
+            name = re.sub(rb"\\([nr\\])", lambda match: {b"n": b"\n", b"r": b"\r"}.get(match[1], b"\\"), name[1:])
         found.add((normal(os.fsdecode(name)), state == b"OK"))
     return found, len(re.findall(rb"improperly formatted MD5 checksum line$", output, re.MULTILINE))
 

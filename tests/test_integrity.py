@@ -399,6 +399,29 @@ def test_a_list_is_not_written_over_another_or_over_a_broken_folder(folder, sett
     assert (folder / "checklist.chk").read_bytes() == before
 
 
+@pytest.mark.parametrize("list_before", [HTML, b"0" * 32 + b"  gone.pth\n"])
+def test_force_replaces_a_list_whatever_it_says(folder, list_before):
+    (folder / "checklist.chk").write_bytes(list_before)
+    write_checklist(folder, force=True)
+    assert verify(folder).summary() == "all 4 files are whole"
+
+
+@pytest.mark.parametrize("jobs", [0, -1, 1.5])
+def test_a_number_of_jobs_that_is_none_is_refused(folder, jobs):
+    with pytest.raises(RequestError, match="jobs is"):
+        verify(folder, jobs=jobs)
+
+
+def test_an_interrupt_stops_the_reading_of_weights(folder):
+    (folder / "checklist.chk").unlink()
+
+    def interrupt(path, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(folder, deep=True, progress=interrupt)
+
+
 # --- hashing ----------------------------------------------------------------------------------------------------------
 
 

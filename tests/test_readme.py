@@ -29,14 +29,14 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(name, body) for name, text in texts for kind, body in BLOCK.findall(text) if kind == language]
 
 
-def sessions() -> list[tuple[str, str]]:
-    """(command, expected output) of every `$` line, each once."""
+def sessions() -> list:
+    """(command, expected output) of every `$` line in order, each once."""
     out = {}
     for name, body in blocks("console"):
         for part in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
             command, _, output = part.partition("\n")
-            out.setdefault(pytest.param(command, output, id=f"{name}: {command}").values, f"{name}: {command}")
-    return [pytest.param(*values, id=label) for values, label in out.items()]
+            out.setdefault((command, output), name)
+    return [pytest.param(*session, id=f"{name}: {session[0]}") for session, name in out.items()]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,14 @@ def environment(tmp_path_factory, demo_folder) -> dict[str, str]:
 
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, check=False
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+        check=False,
     )
 
 

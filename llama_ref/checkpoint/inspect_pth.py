@@ -13,7 +13,7 @@ from llama_ref.errors import CheckpointError
 from llama_ref.files import refuse_impostor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a `.pth`.
 
@@ -45,12 +45,10 @@ class TensorInfo:
 
     @property
     def is_contiguous(self) -> bool:
-        return self.stride == contiguous_stride(self.shape) or 0 in self.shape
-
-
-def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides, in elements."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        """Whether its elements lie row by row, one after another."""
+        in_order = (math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+        steps = zip(self.shape, self.stride, in_order, strict=True)
+        return 0 in self.shape or all(size == 1 or step == expected for size, step, expected in steps)
 
 
 def inspect_pth(path: str | Path) -> dict[str, TensorInfo]:

@@ -13,14 +13,13 @@ from llama_ref.checkpoint.folder import SHARD_NAME
 from llama_ref.checkpoint.hashing import Hashed, Progress, hash_files, run_all
 from llama_ref.checkpoint.presence import age_seconds, cannot_be_opened, checkpoint_files, partial_download, size_of, stamp_of
 from llama_ref.checkpoint.report import FileReport, Report, State
-from llama_ref.checkpoint.structure import STATE_OF_IMPOSTOR, Finding, Structure, examine
+from llama_ref.checkpoint.structure import MOST_SHARDS, STATE_OF_IMPOSTOR, Finding, Structure, examine
 from llama_ref.checkpoint.weight_scan import scan_weights
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_head, what_is
 
 JUST_NOW_SECONDS = 10  # a broken file changed this recently may still be arriving
 GROWTH_WAIT_SECONDS = 0.5
-MOST_SHARDS = 256  # Meta's largest release has 16; a damaged name must not make millions of files "missing"
 
 # Faults that reading the whole file would not tell more about.
 CONCLUSIVE = {*STATE_OF_IMPOSTOR.values(), State.CUT_SHORT, State.LONGER, State.UNREADABLE, State.REFUSED}
@@ -46,6 +45,8 @@ def verify(
     >>> sys.exit(report.exit_code)
     """
     begun = time.perf_counter()
+    if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
+        raise RequestError(f"jobs is {jobs!r}, expected a whole number of 1 or more")
     folder = _native(Path(folder).expanduser())
     if not folder.is_dir():
         return Report(folder, problem="there is no such folder")
@@ -71,12 +72,10 @@ def write_checklist(
         raise RequestError(f"algorithm is {algorithm!r}, expected md5 or sha256")
     if target.exists() and not force:
         raise RequestError(f"{target} is there already; --force replaces it")
-    report = verify(folder, quick=True)
-    names = [file.name for file in report.files if file.state is not State.EXTRA]
-    broken = [file for file in report.bad if file.state is not State.EXTRA]
-    if broken or not names:
-        raise CheckpointError(f"no list was written for {folder}: {broken[0].sentence() if broken else report.summary()}")
-    names += [file.name for file in report.files if file.state is State.EXTRA]
+    report = _Check(folder, jobs, quick=True, use_list=False).run()
+    names = [file.name for file in report.files]
+    if report.bad or not names:
+        raise CheckpointError(f"no list was written for {folder}: {report.bad[0].sentence() if names else report.summary()}")
     found = hash_files([(folder / name, algorithm) for name in names], jobs, progress)
     for path, hashed in found.items():
         if isinstance(hashed, OSError):
@@ -111,9 +110,10 @@ class _Check:
 
     folder: Path
     jobs: int | None
-    quick: bool
-    deep: bool
-    progress: Progress | None
+    quick: bool = False
+    deep: bool = False
+    progress: Progress | None = None
+    use_list: bool = True
 
     def run(self) -> Report:
         present = checkpoint_files(self.folder)
@@ -143,7 +143,7 @@ class _Check:
     def _read_list(self) -> tuple[dict[str, Entry], str | None, list[FileReport], list[str]]:
         """Entries by name, why there are none, the list's own report if it is bad, and what is odd about it."""
         path = self.folder / CHECKLIST_NAME
-        if not path.exists():
+        if not self.use_list or not path.exists():
             return {}, f"there is no {CHECKLIST_NAME}, so no sums to compare with; the files' structure was checked", [], []
         try:
             found = read_checklist(path)
@@ -194,7 +194,7 @@ class _Check:
         def one(name: str) -> None:
             path, begun = self.folder / name, time.perf_counter()
             try:
-                scan = scan_weights(path, structure.tensors[name], values=self.deep, progress=self.progress)
+                scan = scan_weights(path, structure.tensors[name], values=self.deep, progress=self.progress, cancel=cancel)
             except (OSError, CheckpointError) as error:
                 verdicts[name] = replace(verdicts[name], state=State.UNREADABLE, detail=str(error))
                 return
@@ -225,7 +225,7 @@ def _missing_shards(names: list[str], structure: Structure, listed: Mapping[str,
     """Files that must exist by the shards' numbers and shapes but do not; without a list also params.json and tokenizer."""
     numbers = {number for name in names if 0 <= (number := _shard_number(name)) < MOST_SHARDS}
     count = max(numbers, default=-1 if listed else 0) + 1
-    count = max(count, min(structure.n_shards or 0, MOST_SHARDS))
+    count = max(count, structure.n_shards or 0)
     missing = [f"consolidated.{number:02d}.pth" for number in range(count) if number not in numbers]
     return missing + [name for name in ("params.json", "tokenizer.model") if not listed and name not in names]
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ STATE_OF_IMPOSTOR = {
 }
 FLOATS = ("bfloat16", "float16", "float32")
 TORN_VALUE = re.compile(r"(t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][+-]?)?\s*")  # what a cut leaves of a JSON value
+MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not make millions of files "missing"
 MOST_LISTED = 4  # wrong tensors named in one detail
 
 
@@ -197,7 +198,11 @@ def _expected_shapes(folder: Path, args: ModelArgs, found: Structure) -> dict[st
         found.notes.append(f"{kind}: its tensors were not compared with params.json")
         return None
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Transformer(args).named_parameters()}
+        model = Transformer(replace(args, n_layers=1))  # all layers are alike, and thousands of them would take a minute
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    of_layer = {name: shapes.pop(name) for name in list(shapes) if name.startswith("layers.0.")}
+    layers = range(args.n_layers)
+    return shapes | {name.replace("0", str(i), 1): shape for i in layers for name, shape in of_layer.items()}
 
 
 def shard_shape(name: str, whole: tuple[int, ...], n_shards: int) -> tuple[int, ...]:
@@ -219,8 +224,12 @@ def _compare_with_params(shards: list[str], found: Structure, args: ModelArgs, e
 
 
 def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
+    """How many shards the release must have, by this one's share of the vocabulary."""
     rows = tensors["tok_embeddings.weight"].shape[:1] if "tok_embeddings.weight" in tensors else ()
-    return args.vocab_size // rows[0] if rows and rows[0] and args.vocab_size % rows[0] == 0 else None
+    if not rows or not rows[0] or args.vocab_size % rows[0]:
+        return None
+    n_shards = args.vocab_size // rows[0]
+    return n_shards if n_shards <= MOST_SHARDS else None
 
 
 def _misfits(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], n_shards: int) -> list[str]:

@@ -1,8 +1,9 @@
 """Reads the pickle inside a `.pth` as data: which tensors, of which storage. Nothing in it is imported or called.
 
 A pickle is a program for a stack machine. This is that machine with only the instructions that `torch.save` emits for a
-dictionary of tensors, where a "call" of torch's rebuild functions merely notes its arguments and any other is refused. Work
-and memory are bounded by the number of instructions; claimed sizes are numbers here and allocate nothing.
+dictionary of tensors (protocol 2, which is also all that `torch.load(weights_only=True)` takes), where a "call" of torch's
+rebuild functions merely notes its arguments and any other is refused. Work and memory are bounded by the number of
+instructions; claimed sizes are numbers here and allocate nothing.
 """
 
 import struct
@@ -62,7 +63,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Storage:
     """A storage as the pickle claims it: `dtype` is None for untyped ones, whose `numel` counts bytes."""
 
@@ -75,7 +76,7 @@ class Storage:
         return self.numel * ITEM_BYTES[self.dtype or "uint8"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PickledTensor:
     """A tensor as the pickle claims it; `offset` and `stride` count elements."""
 
@@ -146,8 +147,8 @@ class _Machine:
         self.at = end + 1
         return text
 
-    def text(self, layout: str) -> None:
-        length = self.number(layout)
+    def text(self) -> None:
+        length = self.number("<I")
         if length > TEXT_LIMIT_BYTES:
             raise RefusedPickle(f"its data.pkl holds a text of {length:,} bytes, expected short names of tensors")
         self.push(self.take(length).decode("utf-8", "backslashreplace"))
@@ -182,15 +183,6 @@ class _Machine:
             raise RefusedPickle("its data.pkl extends something that is no list")
         self.stack[-1].extend(items)
 
-    def name_global(self, module: str, name: str) -> None:
-        self.push(_permitted(Global(module, name)))
-
-    def stack_global(self) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise RefusedPickle("its data.pkl names a function by something that is no name")
-        self.name_global(module, name)
-
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         self.push(_call_noted(function, arguments))
@@ -206,7 +198,6 @@ class _Machine:
 
 _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     0x80: lambda m: m.take(1),  # PROTO
-    0x95: lambda m: m.take(8),  # FRAME
     ord("("): lambda m: m.push(_MARK),
     ord("}"): lambda m: m.push({}),
     ord("]"): lambda m: m.push([]),
@@ -219,8 +210,7 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     ord("J"): lambda m: m.push(m.number("<i")),
     0x8A: lambda m: m.push(int.from_bytes(m.take(m.number("<B")), "little", signed=True)),  # LONG1
     ord("G"): lambda m: m.push(m.number(">d")),
-    ord("X"): lambda m: m.text("<I"),
-    0x8C: lambda m: m.text("<B"),  # SHORT_BINUNICODE
+    ord("X"): lambda m: m.text(),
     ord("t"): lambda m: m.push(tuple(m.pop_to_mark())),
     0x85: lambda m: m.tuple_of(1),
     0x86: lambda m: m.tuple_of(2),
@@ -231,11 +221,9 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     ord("e"): lambda m: m.append_all(m.pop_to_mark()),
     ord("q"): lambda m: m.memo.__setitem__(m.number("<B"), m.stack[-1]),
     ord("r"): lambda m: m.memo.__setitem__(m.number("<I"), m.stack[-1]),
-    0x94: lambda m: m.memo.__setitem__(len(m.memo), m.stack[-1]),  # MEMOIZE
     ord("h"): lambda m: m.push(_remembered(m.memo, m.number("<B"))),
     ord("j"): lambda m: m.push(_remembered(m.memo, m.number("<I"))),
-    ord("c"): lambda m: m.name_global(m.line(), m.line()),
-    0x93: lambda m: m.stack_global(),
+    ord("c"): lambda m: m.push(_permitted(Global(m.line(), m.line()))),
     ord("R"): lambda m: m.call(),
     ord("Q"): lambda m: m.storage(),
     ord("b"): lambda m: m.ignore_attributes(),

@@ -1,14 +1,15 @@
 """Reads every weight of a `.pth` once, in constant memory: does it match the archive's own CRC-32, and is it finite?"""
 
 import mmap
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from llama_ref.checkpoint.hashing import Cancelled, Progress
 from llama_ref.checkpoint.inspect_pth import TensorInfo, archive_records
 from llama_ref.checkpoint.zip_directory import Record
 
@@ -24,11 +25,17 @@ class WeightScan:
 
 
 def scan_weights(
-    path: Path, tensors: dict[str, TensorInfo], *, values: bool, progress: Callable[[Path, int, int], None] | None = None
+    path: Path,
+    tensors: dict[str, TensorInfo],
+    *,
+    values: bool,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
 ) -> WeightScan:
     """Check all records of a `.pth` that `inspect_pth` has passed; with `values` also look for NaN and infinity.
 
-    A value outside every tensor but inside its storage counts towards the tensors on that storage. Raises OSError.
+    A value outside every tensor but inside its storage counts towards the tensors on that storage. Raises OSError, or
+    Cancelled when `cancel` is set.
     """
     scan = WeightScan()
     of_storage: dict[int, list[tuple[str, str]]] = {}  # data offset -> (name, dtype)
@@ -38,6 +45,8 @@ def scan_weights(
     with path.open("rb", buffering=0) as file, mmap.mmap(-1, CHUNK_BYTES) as buffer, memoryview(buffer) as view:
         for record in archive_records(path):
             named = of_storage.get(record.data_offset, [])
+            if cancel is not None and cancel.is_set():
+                raise Cancelled(str(path))
             counts = _scan_record(file, view, record, named[0][1] if values and named else None, scan)
             if sum(counts.values()):
                 scan.not_finite |= {name: (counts["nan"], counts["inf"]) for name, _ in named}

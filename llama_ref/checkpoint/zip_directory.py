@@ -28,7 +28,7 @@ class BadArchive(CheckpointError):
     """The zip archive is not one that `torch.save` writes whole."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One stored file of the archive. Offsets and sizes are bytes; `crc` is the data's CRC-32, 0 where none was kept."""
 

@@ -52,9 +52,10 @@ SAMPLING = (
 
 @dataclass(frozen=True)
 class Call:
-    """A command with its arguments, not yet run: Fire shall first find out whether all words on the line make sense."""
+    """A command with its arguments; `--help` right after the command's name lists its flags."""
 
-    _run: Callable[[], int | None]  # private: Fire offers public members as further words
+    # Not yet run: Fire shall first find out whether all words on the line make sense. Private: Fire offers public members as words.
+    _run: Callable[[], int | None]
 
 
 def _strings(word: str) -> str | list[str]:
@@ -260,8 +261,9 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`llama-ref` with these words (default: the process's own); the exit code."""
-    return run(COMMANDS, argv, "llama-ref")
+    """`llama-ref` with these words (default: the process's own; none ask for help); the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return run(COMMANDS, words or ["--help"], "llama-ref")
 
 
 def run(component: Any, argv: list[str] | None = None, name: str | None = None) -> int:
@@ -303,7 +305,7 @@ def _settle_streams() -> None:
 
 def _with_explicit_switches(words: list[str]) -> list[str]:
     """`--quick NAME` -> `--quick=True NAME`: Fire would take the name for the switch's value."""
-    followed_by = [*words[1:], ""]
+    followed_by = [*words, ""][1:]
     names = {f"--{switch}" for switch in SWITCHES}
     bare = [word in names and after not in ("True", "False") for word, after in zip(words, followed_by, strict=True)]
     return [f"{word}=True" if is_bare else word for word, is_bare in zip(words, bare, strict=True)]

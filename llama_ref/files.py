@@ -63,7 +63,7 @@ def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
     """All bytes of a file that has no business being large. Raises CheckpointError beyond `limit_bytes`."""
     refuse_impostor(path, expected)
     with path.open("rb") as file:
-        data = file.read(limit_bytes + 1)
+        data = file.read(min(limit_bytes, path.stat().st_size) + 1)  # room for what is there, not for the limit
     if len(data) > limit_bytes:
         raise CheckpointError(
             f"{path} is larger than {limit_bytes:,} bytes, far more than {expected} ever is; is it another file?"

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else threads spin while they wait: on busy cores all takes 7 times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait take 7 times as long on busy cores
 
 import llama_models
 import pytest

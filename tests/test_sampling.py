@@ -121,7 +121,7 @@ def test_frequencies_are_those_of_the_exact_distribution(params, spread):
 def test_frequencies_over_llama_3s_vocabulary(params, spread):
     logits, params = random_logits(LLAMA_3_VOCAB, spread), plain(**params)
     prompt = np.argsort(-logits)[:20:3].tolist()  # where it makes a difference
-    assert_frequencies(draw(logits, params, 192, prompt=prompt, rows=64), exact(logits, params, prompt))
+    assert_frequencies(draw(logits, params, 96, prompt=prompt, rows=48), exact(logits, params, prompt))
 
 
 FILTERS_ALONE = {
@@ -147,11 +147,12 @@ def test_the_vocabulary_is_sorted_whole_only_where_its_likeliest_tokens_do_not_h
 
 def test_rows_of_a_batch_keep_their_own_distributions():
     """A peaked row beside a flat one, whose fallback to the whole sort must not touch the other."""
-    rows = [random_logits(PREFILTER + 50, spread, seed) for seed, spread in enumerate((0.01, 6, 1, 3, 0.01))]
-    params, n = plain(temperature=0.8, top_p=0.9), 3000
+    vocab = 3 * PREFILTER
+    rows = [random_logits(vocab, spread, seed) for seed, spread in enumerate((0.01, 6, 1, 3, 0.01))]
+    params, n = plain(temperature=0.8, top_p=0.9), 1000
     logits = torch.from_numpy(np.stack(rows))
     assert np.abs(kept(logits, params) - np.stack([exact(row, params) for row in rows])).sum() < 1e-4
-    chosen = Sampler(params, torch.Generator().manual_seed(1), [[0]] * 5 * n, PREFILTER + 50)(logits.repeat(n, 1))
+    chosen = Sampler(params, torch.Generator().manual_seed(1), [[0]] * 5 * n, vocab)(logits.repeat(n, 1))
     for row, ids in zip(rows, chosen.view(n, 5).T, strict=True):
         assert_frequencies(np.bincount(ids, minlength=len(row)), exact(row, params))
 
@@ -211,7 +212,7 @@ def test_the_callers_logits_stay_as_they_are():
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-20, 1e-30, 1e-300, 5e-324])
-@pytest.mark.parametrize("logits", [[3.0, 3.5, -INF, -2.0], [1e30, -1e30, 0.0, -INF], [-1e30, -2e30, -INF, -3e30]])
+@pytest.mark.parametrize("logits", [[3.0, 3.5, -INF, -2.0], [-1e30, 1e30, 0.0, -INF], [-2e30, -1e30, -INF, -3e30]])
 def test_tiny_temperatures_take_the_likeliest(temperature, logits):
     counts = draw(np.array(logits, dtype=np.float32), plain(temperature=temperature), 500)
     assert counts[np.argmax(logits)] == 500

@@ -35,24 +35,25 @@ class State(str, Enum):
 
 
 GOOD = (State.WHOLE, State.SOUND)
+IMPOSTORS = (State.EMPTY, State.WEB_PAGE, State.ERROR_BODY, State.POINTER, State.UNWRITTEN)  # `detail` says what it is instead
 
 ADVICE = {
     State.MISSING: "fetch it",
-    State.EMPTY: "the download did not start: fetch that file again",
-    State.CUT_SHORT: "the download broke off: fetch that file again",
-    State.LONGER: "something was written behind or into it: delete it and fetch it again",
-    State.DAMAGED: "its content is not what was published: fetch that file again",
+    State.EMPTY: "the download did not start, fetch that file again",
+    State.CUT_SHORT: "the download broke off, fetch that file again",
+    State.LONGER: "something was written behind or into it, delete it and fetch it again",
+    State.DAMAGED: "its content is not what was published, fetch that file again",
     State.MISNAMED: "rename it",
-    State.WEB_PAGE: "the link had expired or asked for a login: get a fresh link and fetch it again",
-    State.ERROR_BODY: "the server refused the download: get a fresh link and fetch it again",
-    State.POINTER: "the repository was cloned without its large files: run `git lfs pull` in it",
-    State.UNWRITTEN: "its space was set aside but never written: fetch that file again",
-    State.GROWING: "a download is still writing it: check again when that has ended",
+    State.WEB_PAGE: "the link had expired or asked for a login, get a fresh link and fetch it again",
+    State.ERROR_BODY: "the server refused the download, get a fresh link and fetch it again",
+    State.POINTER: "the repository was cloned without its large files, run `git lfs pull` in it",
+    State.UNWRITTEN: "its space was set aside but never written, fetch that file again",
+    State.GROWING: "a download is still writing it, check again when that has ended",
     State.UNREADABLE: "make it readable, or fetch it again",
-    State.REFUSED: "do not load it; fetch it again from its publisher",
-    State.MISFIT: "it belongs to another model or was written wrongly: fetch the folder's files from one release",
+    State.REFUSED: "do not load it, fetch it again from its publisher",
+    State.MISFIT: "it belongs to another model or was written wrongly, fetch the folder's files from one release",
     State.EXTRA: "move it out of the folder if it is not part of the release, or fetch the release's full checklist",
-    State.NOT_FINITE: "the model cannot give sensible output: fetch it again, or look into the training that wrote it",
+    State.NOT_FINITE: "the model cannot give sensible output, fetch it again, or look into the training that wrote it",
 }
 
 
@@ -89,6 +90,8 @@ class FileReport:
             return f"{printable(self.name)} is {human_bytes(difference)} short: {self.advice}"
         if self.state is State.LONGER and self.expected_size is not None and difference < 0:
             return f"{printable(self.name)} is {human_bytes(-difference)} too long: {self.advice}"
+        if self.state in IMPOSTORS and self.detail:
+            return f"{printable(self.name)} is {self.detail}: {self.advice}"
         verb = "" if self.state is State.MISFIT else "is "
         return f"{printable(self.name)} {verb}{self.state}{detail}: {self.advice}"
 

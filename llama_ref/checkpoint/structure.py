@@ -255,6 +255,8 @@ def _measure_broken(folder: Path, shards: list[str], found: Structure, expected:
             continue
         if size == sound and finding.state in (State.CUT_SHORT, State.LONGER):
             found.findings[name] = Finding(State.DAMAGED, finding.detail, sound)
+        elif sound and size < sound and finding.state is State.CUT_SHORT:
+            found.findings[name] = Finding(State.CUT_SHORT, finding.detail, sound)
         elif size < least and finding.expected_size is None:
             cut = finding.state in (State.DAMAGED, State.REFUSED) and _starts_as_archive(folder / name)
             found.findings[name] = Finding(State.CUT_SHORT if cut else finding.state, finding.detail, least)

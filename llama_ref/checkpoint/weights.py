@@ -6,9 +6,7 @@ pages themselves; otherwise each tensor is cast and copied once, and its pages a
 
 import ctypes
 import mmap
-import pickle
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.inspect_pth import inspect_pth
 from llama_ref.errors import CheckpointError
-from llama_ref.files import refuse_impostor
 from llama_ref.model import Transformer
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -86,50 +84,15 @@ def is_tied(folder: CheckpointFolder) -> bool:
 def read_shard(path: Path) -> dict[str, Tensor]:
     """Map a .pth file: its tensors by name, none of their bytes read. Nothing in the file is executed.
 
-    Raises CheckpointError for a file that is no zip archive of tensors, is cut short, or whose pickle wants anything else.
+    Raises CheckpointError for a file that is not an archive of tensors, is cut short or contradicts itself, or whose pickle
+    asks for anything but tensors.
     """
-    _refuse_non_zip(path)
+    names = inspect_pth(path)  # vouches for every tensor's place, and that torch's own reader will meet nothing else
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} asks to run code or build objects that no checkpoint needs, and was refused: {_first_line(error)}. "
-            "Do not load it elsewhere either; fetch the file again from its publisher"
-        ) from error
-    except Exception as error:  # a damaged pickle or archive makes the reader fail in every way there is
+    except Exception as error:
         raise CheckpointError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise CheckpointError(f"{path} holds {type(tensors).__name__}, expected a dictionary from tensor names to tensors")
-    strangers = [f"{name}: {kind}" for name, value in tensors.items() if (kind := _unusable_kind(value))]
-    if strangers:
-        raise CheckpointError(f"{path} holds more than dense tensors ({', '.join(strangers[:5])}); is it a training state?")
-    return {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
-
-
-def _unusable_kind(value: object) -> str | None:
-    """What a value is if it is not a tensor with a place in memory for each number; None if it is."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    if value.layout is not torch.strided:
-        return str(value.layout).removeprefix("torch.")
-    if value.is_nested:
-        return "nested tensor"
-    return "tensor without data" if value.is_meta else None
-
-
-def _refuse_non_zip(path: Path) -> None:
-    head = refuse_impostor(path, "weights")
-    if not head.startswith(b"PK\x03\x04"):
-        raise CheckpointError(f"{path} is no .pth file of PyTorch 1.6 or later (a zip archive); fetch it again")
-    if not _has_end(path):
-        raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) has no end: the download broke off; fetch it again")
-
-
-def _has_end(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # an end that speaks of several disks
-        return False
+    return {name: tensors[name] for name in names if name not in IGNORED}
 
 
 def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:

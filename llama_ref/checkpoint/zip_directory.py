@@ -53,7 +53,10 @@ def read_directory(file: BinaryIO, size: int) -> list[Record]:
     """All records of the archive of `size` bytes in the order of their data. Raises BadArchive; reads under 20 MB."""
     end = read_end(file, size)
     if end is None:
-        raise BadArchive("its zip directory is not at the end of the file")
+        raise BadArchive(
+            "its zip directory is not at the end of the file: the download broke off, or something was written behind it; "
+            "fetch it again"
+        )
     if end.directory_offset + end.directory_size != end.tail_offset:
         raise BadArchive("its zip directory does not end where the archive's end record begins")
     if end.directory_size > DIRECTORY_LIMIT_BYTES:

@@ -54,7 +54,8 @@ SAMPLING = (
 class Call:
     """A command with its arguments; `--help` right after the command's name lists its flags."""
 
-    # Not yet run: Fire shall first find out whether all words on the line make sense. Private: Fire offers public members as words.
+    # Not yet run: Fire shall first find out whether all words on the line make sense. Private: Fire offers public members as
+    # words.
     _run: Callable[[], int | None]
 
 

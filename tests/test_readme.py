@@ -1,8 +1,8 @@
 """Every command in the READMEs is run here, and what they show is what it prints.
 
-A ```console block holds `$ command` lines and their output; `…` in an output line stands for what differs from run to run. They run
-in the repository, with the demo checkpoint also standing under the releases' names in ~/.llama/checkpoints. A ```python block
-is run as a script. What cannot be run inside the tests stands in a ```sh block, and is named below with the reason.
+A ```console block holds `$ command` lines and their output; `…` in an output line stands for what differs from run to run.
+They run in the repository, with the demo checkpoint also standing under the releases' names in ~/.llama/checkpoints. A ```python
+block is run as a script. What cannot be run inside the tests stands in a ```sh block, and is named below with the reason.
 """
 
 import os
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import REPOSITORY
 
 READMES = ("README.md", "README.ko.md")

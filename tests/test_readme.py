@@ -1,8 +1,8 @@
 """Every command in the READMEs is run here, and what they show is what it prints.
 
 A ```console block holds `$ command` lines and their output; `…` in an output line stands for what differs from run to run.
-They run in the repository, with the demo checkpoint also standing under the releases' names in ~/.llama/checkpoints. A ```python
-block is run as a script. What cannot be run inside the tests stands in a ```sh block, and is named below with the reason.
+They run in the repository, with the demo checkpoint also standing under the releases' names in ~/.llama/checkpoints. A block
+of ```python is run as a script. What cannot be run inside the tests stands in a ```sh block, and is named below with the reason.
 """
 
 import os
@@ -83,6 +83,13 @@ def test_a_script_runs(script, environment):
 def test_what_is_not_run_is_known_not_to_be():
     lines = {line for _, body in blocks("sh") for line in body.splitlines() if line and not line.startswith("#")}
     assert lines <= NOT_RUN.keys()
+
+
+def test_the_table_of_states_names_every_state():
+    from llama_ref.checkpoint.report import State
+
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert [state for state in State if f"| {state} |" not in text] == []
 
 
 def test_the_table_of_releases_names_every_release():

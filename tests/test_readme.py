@@ -1,8 +1,8 @@
 """Every command in the READMEs is run here, and what they show is what it prints.
 
 A ```console block holds `$ command` lines and their output; `…` in an output line stands for what differs from run to run.
-They run in the repository, with the demo checkpoint also standing under the releases' names in ~/.llama/checkpoints. A block
-of ```python is run as a script. What cannot be run inside the tests stands in a ```sh block, and is named below with the reason.
+They run in the repository, with the demo checkpoint also standing under the releases' names in ~/.llama/checkpoints. Blocks
+of ```python are run as scripts. What cannot be run inside the tests stands in a ```sh block, and is named below with why.
 """
 
 import os

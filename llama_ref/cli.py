@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import fire
 import fire.decorators
 
-from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
+from llama_ref.errors import CheckpointError, FolderNotFound, LlamaRefError, RequestError
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs: `list` shall not wait for torch
     from llama_ref.generation import Llama
@@ -147,12 +147,15 @@ def verify(
 
     if (name is None) != all:
         raise RequestError("give a folder or a release's name, or --all")
-    folders = list_folders() if all else [find_folder(name)]
+    try:
+        folders = list_folders() if all else [find_folder(name)]
+    except CheckpointError as error:
+        return _complain(error, EXIT_MISUSE)
     if not folders:
         raise FolderNotFound(f"{checkpoints_root()} holds no checkpoints")
     with hashing_bars() as progress:
         reports = [integrity.verify(folder, jobs=jobs, quick=quick, deep=deep, progress=progress) for folder in folders]
-    print_reports(reports, as_json=json)
+    print_reports(reports, as_json=json, as_list=all)
     codes = {report.exit_code for report in reports}
     return EXIT_BAD if EXIT_BAD in codes else max(codes)
 
@@ -169,15 +172,17 @@ def checksum(name: str, *, algorithm: str = "md5", force: bool = False, jobs: in
     """
     from llama_ref.checkpoint.folder import find_folder
     from llama_ref.checkpoint.integrity import write_checklist
+    from llama_ref.checkpoint.report import printable
     from llama_ref.verify_view import hashing_bars
 
     with hashing_bars() as progress:
-        print(write_checklist(find_folder(name), algorithm, force, jobs, progress))
+        path = write_checklist(find_folder(name), algorithm, force, jobs, progress)
+    print(printable(str(path)))
 
 
 @command()
 def diff(a: str, b: str, *, json: bool = False) -> int:
-    """Are two checkpoints the same model, whatever their shards? Exit code 0: identical, 1: not.
+    """Are two checkpoints the same model, whatever their shards? Exit code 0: identical, 1: not, 2: not comparable.
 
     Args:
         a: a folder, or a release name.
@@ -190,8 +195,11 @@ def diff(a: str, b: str, *, json: bool = False) -> int:
     from llama_ref.verify_view import print_comparison
     from llama_ref.views import progress_bar
 
-    with progress_bar("comparing", MofNCompleteColumn()) as progress:
-        comparison = compare(a, b, progress)
+    try:
+        with progress_bar("comparing", MofNCompleteColumn()) as progress:
+            comparison = compare(a, b, progress)
+    except CheckpointError as error:
+        return _complain(error, EXIT_MISUSE)
     print_comparison(comparison, as_json=json)
     return 0 if comparison.identical else EXIT_BAD
 
@@ -313,7 +321,10 @@ def _with_explicit_switches(words: list[str]) -> list[str]:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print(f"llama-ref: {error}", file=sys.stderr)
+    from llama_ref.checkpoint.report import printable
+
+    lines = f"llama-ref: {error}".split("\n")
+    print(*map(printable, lines), sep="\n", file=sys.stderr)  # a name from a file or archive may hold a terminal's commands
     return code
 
 

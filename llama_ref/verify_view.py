@@ -20,11 +20,11 @@ MOST_TENSORS = 12  # differing tensors shown
 SUM_SHOWN = 8  # leading hex digits: enough to see that two differ
 
 
-def print_reports(reports: list[Report], *, as_json: bool) -> None:
-    """A table and a last line for each folder; as JSON, one object, or a list where several folders were asked for."""
+def print_reports(reports: list[Report], *, as_json: bool, as_list: bool = False) -> None:
+    """A table and a last line for each folder; as JSON, an object for the only folder, or `as_list`, however many they are."""
     if as_json:
         texts = [report.to_json() for report in reports]
-        print(texts[0] if len(texts) == 1 else json.dumps([json.loads(text) for text in texts], indent=2))
+        print(json.dumps([json.loads(text) for text in texts], indent=2) if as_list else texts[0])
         return
     for report in reports:
         if report.files:

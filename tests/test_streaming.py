@@ -205,8 +205,9 @@ def test_a_cache_that_holds_the_prompts_beginning_changes_nothing(llama, known):
     if known:
         list(llama.stream(ids[:known], 1, 0.0, cache=cache))
     assert cache.longest == known
-    stream = llama.stream(ids, 4, 0.0, cache=cache)
-    assert "".join(stream) == " Paris.\n\n"
+    alone, stream = llama.stream(ids, 4, 0.0), llama.stream(ids, 4, 0.0, cache=cache)
+    assert "".join(stream) == "".join(alone) == " Paris.\n\n"
+    assert stream.row.logprobs == pytest.approx(alone.row.logprobs, abs=1e-4)
     assert cache.longest == len(ids) + 3  # all but the last token, which nothing had to follow
 
 

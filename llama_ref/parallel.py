@@ -40,6 +40,12 @@ def join_group(model_parallel_size: int | None, device: torch.device) -> Share:
     return share
 
 
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether this is how a collective call says that another process has gone away."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited")
+    return dist.is_initialized() and any(sign in str(error) for sign in signs)
+
+
 def _leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fire
@@ -282,6 +283,8 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     something about are a line on stderr; only bugs leave a traceback.
     """
     _settle_streams()
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, which all make the same text, the first prints it
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  stays open as long as the process
     try:
         words = _with_explicit_switches(sys.argv[1:] if argv is None else argv)
         call = fire.Fire(component, command=words, name=name, serialize=lambda result: None)
@@ -297,6 +300,12 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
         return EXIT_CLOSED_PIPE
     except OSError as error:
         return _complain(error, EXIT_BAD)
+    except RuntimeError as error:
+        from llama_ref.parallel import lost_a_process
+
+        if not lost_a_process(error):
+            raise
+        return _complain(LlamaRefError("another process of this job has ended, so this one cannot go on"), EXIT_BAD)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -323,9 +332,27 @@ def _with_explicit_switches(words: list[str]) -> list[str]:
 def _complain(error: Exception, code: int) -> int:
     from llama_ref.checkpoint.report import printable
 
-    lines = f"llama-ref: {error}".split("\n")
-    print(*map(printable, lines), sep="\n", file=sys.stderr)  # a name from a file or archive may hold a terminal's commands
+    if _is_first_to_complain():
+        lines = f"llama-ref: {error}".split("\n")
+        print(*map(printable, lines), sep="\n", file=sys.stderr)  # a file's name may hold a terminal's commands
     return code
+
+
+def _is_first_to_complain() -> bool:
+    """Whether no other of torchrun's processes has: most errors meet all of them, and one message is enough.
+
+    Torchrun names a file for every process to report errors in, below a folder that this attempt at the job has to itself.
+    """
+    own_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own_file:
+        return True
+    try:
+        (Path(own_file).parent.parent / "complained").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 if __name__ == "__main__":

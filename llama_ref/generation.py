@@ -4,23 +4,25 @@
 import changed; `stream` and the sampling options beyond temperature and top_p are this project's.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.slices import refuse_undealable
 from llama_ref.checkpoint.verified import Verify, verified
 from llama_ref.checkpoint.weights import Progress, load_model
 from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.loop import Row, steps
 from llama_ref.model import KVCache, Transformer
+from llama_ref.parallel import agreeing, is_parallel, join_group, parallelize
 from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.streaming import Stream, stop_strings
 from llama_ref.tokenizer import Tokenizer
@@ -75,17 +77,19 @@ class Llama:
         bytes in all).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
         """
-        _check_one_process(model_parallel_size)
         _check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         SamplingParams(seed=seed)  # raises for a seed that is none
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         folder = open_folder(ckpt_dir)
+        share = join_group(model_parallel_size, device)
         tokenizer_path = tokenizer_path or folder.tokenizer
         with verified(folder, verify, tokenizer_path):
             args = ModelArgs.from_json(folder.params)
             tokenizer = _open_tokenizer(tokenizer_path, folder.path, args)
-            model = load_model(folder, args, device=device, dtype=dtype, progress=progress)
+            refuse_undealable(args, share.world_size)
+            model = load_model(folder, args, device=device, dtype=dtype, share=share, progress=progress)
+        model = parallelize(model, share)
         return cls(model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed)
 
     @property
@@ -230,9 +234,10 @@ class Llama:
         if strange:
             raise RequestError(f"the prompt holds token {strange[0]}; the vocabulary has 0 to {self.model.args.vocab_size - 1}")
 
-    def _sampler(self, rows: list[Row], params: SamplingParams) -> Sampler:
+    def _sampler(self, rows: list[Row], params: SamplingParams) -> Callable[[Tensor], Tensor]:
         generator = self.generator if params.seed is None else torch.Generator().manual_seed(params.seed)
-        return Sampler(params, generator, [row.prompt for row in rows], self.model.args.vocab_size, self.device)
+        sampler = Sampler(params, generator, [row.prompt for row in rows], self.model.args.vocab_size, self.device)
+        return agreeing(sampler) if is_parallel(self.model) else sampler
 
 
 def check_stream_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:
@@ -245,16 +250,6 @@ def check_stream_options(max_gen_len: int | None = None, stop: str | Sequence[st
 def _check_max_gen_len(max_gen_len: int | None) -> None:
     if max_gen_len is not None and not (type(max_gen_len) is int and max_gen_len >= 0):
         raise RequestError(f"max_gen_len is {max_gen_len!r}, expected a whole number, or None for as many as fit")
-
-
-def _check_one_process(model_parallel_size: int | None) -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 or model_parallel_size not in (None, 1):
-        asked = model_parallel_size or world_size
-        raise RequestError(
-            f"{asked} processes were asked for; one process loads any number of shards, and several are not supported yet: "
-            "use --nproc_per_node 1"
-        )
 
 
 def _check_positive(**numbers: int) -> None:

@@ -1,7 +1,7 @@
 """The generation loop: a batch of prompts of any lengths through prefill and decode, one token a step."""
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -58,9 +58,11 @@ def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
 
     Raises RequestError when there is not the memory for it.
     """
-    weight = model.tok_embeddings.weight
+    weight = model.layers[0].attention.wk.weight
+    n_kv_heads = weight.shape[0] // model.args.head_dim  # this process's, where there are several
+    args = replace(model.args, n_kv_heads=n_kv_heads)
     try:
-        return KVCache(model.args, batch_size, n_tokens, dtype=weight.dtype, device=weight.device)
+        return KVCache(args, batch_size, n_tokens, dtype=weight.dtype, device=weight.device)
     except (RuntimeError, MemoryError) as error:  # torch raises the former for CPU and CUDA alike
         raise RequestError(
             f"no memory for the keys and values of {batch_size} × {n_tokens:,} tokens: ask for a smaller max_seq_len or "

@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.weights import split_dim
+from llama_ref.checkpoint.slices import split_dim
 from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.files import refuse_impostor

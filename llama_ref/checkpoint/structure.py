@@ -17,8 +17,9 @@ from llama_ref.checkpoint.folder import SHARD_NAME
 from llama_ref.checkpoint.hashing import size_or_zero
 from llama_ref.checkpoint.inspect_pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.report import State
+from llama_ref.checkpoint.slices import split_dim
 from llama_ref.checkpoint.tensor_pickle import RefusedPickle
-from llama_ref.checkpoint.weights import IGNORED, split_dim
+from llama_ref.checkpoint.weights import IGNORED
 from llama_ref.errors import CheckpointError
 from llama_ref.files import read_head, read_small, what_is
 from llama_ref.model import Transformer

@@ -8,6 +8,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,21 +17,16 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.inspect_pth import inspect_pth
+from llama_ref.checkpoint.slices import Share, places, split_dim, wanted_ranges
 from llama_ref.errors import CheckpointError
 from llama_ref.model import Transformer
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
-# How Meta cut matrices over model-parallel shards; tensors not named here (the norms) stand whole in every shard.
-SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+WHOLE = Share()
 IGNORED = {"rope.freqs"}  # older files carry it; it follows from params.json
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_LISTED = 12  # wrong tensors named in one error
-
-
-def split_dim(name: str) -> int | None:
-    """The dimension along which shards cut a tensor ("layers.3.attention.wo.weight" -> 1); None if each holds it whole."""
-    return SPLIT_DIM.get(name.removesuffix(".weight").split(".")[-1])
 
 
 def load_model(
@@ -39,43 +35,75 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    share: Share = WHOLE,
     progress: Progress | None = None,
 ) -> Transformer:
     """Build the model of a folder, in `dtype` on `device`, frozen and in evaluation mode.
 
-    Any number of shards is put together. Raises CheckpointError for a kind of release that is not read yet, for files that
-    are not checkpoints, and for tensors that are missing, unexpected or misshapen: all of them in one message.
+    Any number of shards is put together. Of several processes each holds its `share` of every matrix, and reads only that.
+    Raises CheckpointError for a kind of release that is not read yet, for files that are not checkpoints, and for tensors that
+    are missing, unexpected or misshapen: all of them in one message.
     """
     _refuse_other_kinds(folder, args)
     with torch.device("meta"):
         model = Transformer(args)
-    shards = [read_shard(path) for path in folder.shards]
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _refuse_uneven(folder, expected)
+    parts = {name: _parts(name, shape, args, share, len(folder.shards)) for name, shape in expected.items()}
+    shards = {number: read_shard(folder.shards[number]) for number in _needed_shards(parts)}
     _check_tensors(folder, shards, expected)
 
     tied = _on_same_bytes(shards)
     names = [name for name in expected if not (tied and name == "output.weight")]
-    total = sum(shard[name].nbytes for shard in shards for name in names)
-    done = 0
-    state = {}
+    done, total = 0, sum(_n_bytes(part, shards[part.shard][name]) for name in names for part in parts[name])
     for name in names:
-        parts = [shard.pop(name) for shard in shards]  # popped: nothing keeps a tensor's pages once it is copied
-        state[name] = _join(parts, split_dim(name), device, dtype)
-        done += sum(part.nbytes for part in parts)
+        weight = _join(name, parts[name], shards, device, dtype)
+        _set_weight(model, name, weight)
+        done += sum(_n_bytes(part, shards[part.shard][name]) for part in parts[name])
         if progress:
             progress(done, total)
-    if tied:
-        state["output.weight"] = state["tok_embeddings.weight"]
-    model.load_state_dict(state, assign=True)
     if tied:
         model.output.weight = model.tok_embeddings.weight
     return model.eval().requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a tensor within one shard: `places` along `dim`, or all of it."""
+
+    shard: int
+    dim: int | None = None
+    places: range | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor if self.dim is None else tensor.narrow(self.dim, self.places.start, len(self.places))
+
+
+def _parts(name: str, shape: tuple[int, ...], args: ModelArgs, share: Share, n_shards: int) -> list[_Part]:
+    """Where a share of one tensor lies. What every shard holds whole is read from a shard that is needed anyway."""
+    dim = split_dim(name)
+    if dim is None:
+        return [_Part(share.rank * n_shards // share.world_size)]
+    return [_Part(shard, dim, within) for shard, within in places(wanted_ranges(name, args, share), shape[dim] // n_shards)]
+
+
+def _needed_shards(parts: dict[str, list[_Part]]) -> list[int]:
+    return sorted({part.shard for of_tensor in parts.values() for part in of_tensor})
+
+
+def _n_bytes(part: _Part, tensor: Tensor) -> int:
+    return tensor.nbytes if part.dim is None else tensor.nbytes // tensor.shape[part.dim] * len(part.places)
+
+
+def _set_weight(model: Transformer, name: str, weight: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weight, requires_grad=False))
+
+
 def is_tied(folder: CheckpointFolder) -> bool:
     """Whether a folder's output matrix is its embedding. Reads the shards' directories, no weights. Raises CheckpointError."""
-    shards = [read_shard(path) for path in folder.shards]
-    for path, shard in zip(folder.shards, shards, strict=True):
+    shards = {number: read_shard(path) for number, path in enumerate(folder.shards)}
+    for path, shard in zip(folder.shards, shards.values(), strict=True):
         if "tok_embeddings.weight" not in shard:
             raise CheckpointError(f"{path} holds no tok_embeddings.weight; it is no shard of a Llama 3")
     return _on_same_bytes(shards)
@@ -107,14 +135,15 @@ def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
         raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; use the text release in bf16")
 
 
-def _check_tensors(folder: CheckpointFolder, shards: list[dict[str, Tensor]], expected: dict[str, tuple[int, ...]]) -> None:
-    if not any("output.weight" in shard for shard in shards):  # tied to the embedding
+def _check_tensors(
+    folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]], expected: dict[str, tuple[int, ...]]
+) -> None:
+    if not any("output.weight" in shard for shard in shards.values()):  # tied to the embedding
         expected = {name: shape for name, shape in expected.items() if name != "output.weight"}
-    _refuse_uneven(folder, expected)
     problems = [
         problem
-        for path, shard in zip(folder.shards, shards, strict=True)
-        for problem in _problems_of(path.name, shard, expected, len(shards))
+        for number, shard in shards.items()
+        for problem in _problems_of(folder.shards[number].name, shard, expected, len(folder.shards))
     ]
     if problems:
         more = f"\n  … and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
@@ -154,27 +183,32 @@ def _shard_shape(name: str, whole_shape: tuple[int, ...], n_shards: int) -> tupl
     return tuple(size // n_shards if d == dim else size for d, size in enumerate(whole_shape))
 
 
-def _on_same_bytes(shards: list[dict[str, Tensor]]) -> bool:
+def _on_same_bytes(shards: dict[int, dict[str, Tensor]]) -> bool:
     """Whether output and embedding are one matrix: no output in the files, or both names on the same bytes."""
     return all(
         "output.weight" not in shard or shard["output.weight"].data_ptr() == shard["tok_embeddings.weight"].data_ptr()
-        for shard in shards
+        for shard in shards.values()
     )
 
 
-def _join(parts: list[Tensor], dim: int | None, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """One whole tensor from its shards' parts, in `dtype` on `device`; the mapped pages themselves where they will do."""
-    if len(parts) == 1 or dim is None:
-        whole = parts[0].to(device=device, dtype=dtype)
-        if whole.data_ptr() != parts[0].data_ptr():
-            release_pages(parts[0])
+def _join(
+    name: str, parts: list[_Part], shards: dict[int, dict[str, Tensor]], device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    """A tensor's parts as one, in `dtype` on `device`; the mapped pages themselves where they will do."""
+    mapped = [part.of(shards[part.shard][name]) for part in parts]
+    if len(mapped) == 1 and mapped[0].is_contiguous():
+        whole = mapped[0].to(device=device, dtype=dtype)
+        if whole.data_ptr() != mapped[0].data_ptr():
+            release_pages(shards[parts[0].shard][name])
         return whole
-    shape = list(parts[0].shape)
-    shape[dim] *= len(parts)
+    dim = parts[0].dim or 0
+    shape = list(mapped[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in mapped)
     whole = torch.empty(shape, dtype=dtype, device=device)
-    for part, place in zip(parts, whole.chunk(len(parts), dim), strict=True):
-        place.copy_(part)
-        release_pages(part)
+    sizes = [part.shape[dim] for part in mapped]
+    for part, source, target in zip(parts, mapped, whole.split(sizes, dim), strict=True):
+        target.copy_(source)
+        release_pages(shards[part.shard][name])
     return whole
 
 
@@ -183,7 +217,7 @@ def release_pages(tensor: Tensor) -> None:
     if not sys.platform.startswith("linux") or not tensor.is_contiguous():  # strides may make a tensor larger than its bytes
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = tensor.data_ptr() + tensor.nbytes - start
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start  # only pages that hold nothing else
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 

@@ -1,0 +1,93 @@
+"""Which part of each tensor one process of several holds, and where in the shards it lies.
+
+Heads, feed-forward features and vocabulary are dealt out in order: process r of W holds the r-th part. All is said in ranges
+along the dimension that Meta's shards cut too, so that any number of shards serves any number of processes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llama_ref.args import ModelArgs
+from llama_ref.errors import RequestError
+
+# How Meta cut matrices over model-parallel shards; tensors not named here (the norms) stand whole in every shard.
+SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension along which shards cut a tensor ("layers.3.attention.wo.weight" -> 1); None if each holds it whole."""
+    return SPLIT_DIM.get(_kind(name))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part: the `rank`-th of `world_size`."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, total: int) -> range:
+        """This share of `total` things in a row; shares differ by one where they must."""
+        return range(self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size)
+
+
+def refuse_undealable(args: ModelArgs, world_size: int) -> None:
+    """Raise RequestError, with the numbers that do, unless the query heads can be dealt out evenly."""
+    if args.n_heads % world_size:
+        possible = ", ".join(str(n) for n in range(1, args.n_heads + 1) if args.n_heads % n == 0)
+        raise RequestError(
+            f"{world_size} processes cannot hold equal parts of {args.n_heads} query heads; start one of {possible} processes"
+        )
+
+
+def kv_heads(args: ModelArgs, share: Share) -> list[int]:
+    """The key/value heads that a share's query heads look through, one for each equal group of them.
+
+    Where the shares' borders cut through the model's own groups, smaller groups are taken and some heads stand twice.
+    """
+    heads = share.of(args.n_heads)
+    group = args.n_heads // args.n_kv_heads
+    return [head // group for head in heads[:: math.gcd(group, len(heads))]]
+
+
+def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range]:
+    """What a share holds of a tensor, along `split_dim(name)` and in the order in which it holds it."""
+    kind = _kind(name)
+    if kind in ("wk", "wv"):
+        return _joined([_scaled(range(head, head + 1), args.head_dim) for head in kv_heads(args, share)])
+    if kind in ("wq", "wo"):
+        return [_scaled(share.of(args.n_heads), args.head_dim)]
+    if kind in ("w1", "w2", "w3"):
+        return [share.of(args.ffn_dim)]
+    return [share.of(args.vocab_size)]
+
+
+def places(ranges: list[range], shard_size: int) -> Iterator[tuple[int, range]]:
+    """Cut ranges at the borders of shards of `shard_size`: (shard's number, range within it), in order."""
+    for wanted in ranges:
+        start = wanted.start
+        while start < wanted.stop:
+            shard, begin = divmod(start, shard_size)
+            end = min(shard_size, begin + wanted.stop - start)
+            yield shard, range(begin, end)
+            start += end - begin
+
+
+def _kind(name: str) -> str:
+    return name.removesuffix(".weight").split(".")[-1]
+
+
+def _scaled(heads: range, width: int) -> range:
+    return range(heads.start * width, heads.stop * width)
+
+
+def _joined(ranges: list[range]) -> list[range]:
+    """Neighbours that touch become one."""
+    out: list[range] = []
+    for each in ranges:
+        if out and out[-1].stop == each.start:
+            out[-1] = range(out[-1].start, each.stop)
+        else:
+            out.append(each)
+    return out

@@ -1,0 +1,74 @@
+"""What each process of tests/test_parallel.py does: load every folder, compute, and let the first process write it down.
+
+torchrun --nproc_per_node W parallel_worker.py TASK.json OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama_ref.checkpoint import weights
+from llama_ref.generation import Llama
+
+
+def main(task_file: str, out: str) -> None:
+    task = json.loads(Path(task_file).read_text())
+    opened = _note_opened_shards()
+    results = {}
+    for name, folder in task["folders"].items():
+        opened.clear()
+        llama = Llama.build(folder, task["tokenizer"], max_seq_len=64, device="cpu", dtype=task["dtype"], verify="never")
+        results[name] = _compute(llama, torch.tensor(task["tokens"])) | {"opened": _of_all(sorted(opened))}
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+
+
+def _compute(llama: Llama, tokens: Tensor) -> dict:
+    """Logits at once and step by step, whether all processes have the same ones, and sampled and greedy text."""
+    with torch.inference_mode():
+        logits = llama.model(tokens)
+    ragged = [tokens[0].tolist(), tokens[1, :3].tolist()]
+    greedy, logprobs = llama.generate(ragged, 8, temperature=0, logprobs=True, echo=True)
+    sampled, _ = llama.generate(ragged, 8, temperature=1.5, top_p=0.99, seed=dist.get_rank())  # the first one's seed must win
+    streamed = llama.stream(tokens[0].tolist(), 6, temperature=0)
+    list(streamed)
+    return {
+        "logits": logits,
+        "equal": _of_all(bool((_from_first(logits) == logits).all())),
+        "greedy": greedy,
+        "logprobs": logprobs,
+        "sampled": _of_all(sampled),
+        "streamed": streamed.tokens,
+        "n_parameters": _of_all(sum(parameter.numel() for parameter in llama.model.parameters())),
+    }
+
+
+def _from_first(tensor: Tensor) -> Tensor:
+    theirs = tensor.clone()
+    dist.broadcast(theirs, src=0)
+    return theirs
+
+
+def _of_all(value: object) -> list:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _note_opened_shards() -> list[str]:
+    opened, read = [], weights.read_shard
+
+    def noting(path: Path) -> dict[str, Tensor]:
+        opened.append(path.name)
+        return read(path)
+
+    weights.read_shard = noting
+    return opened
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,183 @@
+"""Any number of shards on any number of processes gives what one process gives."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.slices import Share, kv_heads, places, wanted_ranges
+from llama_ref.checkpoint.weights import load_model
+from llama_ref.errors import RequestError
+from llama_ref.generation import Llama
+from llama_ref.parallel import join_group
+from make_random_checkpoint import make_random_checkpoint
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+TOKENS = [[5, 9, 2, 7, 1, 3], [4, 4, 8, 0, 6, 2]]
+
+SHAPE = {"dim": 48, "n_layers": 2, "vocab_size": 600, "multiple_of": 24, "norm_eps": 1e-5, "rope_theta": 500000.0}
+SHAPES = {
+    "groups of 4": SHAPE | {"n_heads": 8, "n_kv_heads": 2},  # more processes than key heads, from 4 on
+    "groups of 3": SHAPE | {"n_heads": 12, "n_kv_heads": 4, "use_scaled_rope": True},
+    "no groups": SHAPE | {"n_heads": 24, "n_kv_heads": 24},
+}
+# 256 bytes, 88 pairs and the 256 special tokens make 600, which 2, 3, 4 and 8 divide.
+RANKS = [bytes([byte]) for byte in range(256)] + [bytes([97 + i // 10, 97 + i % 10]) for i in range(88)]
+FOLDERS = [("groups of 4", 1), ("groups of 4", 2), ("groups of 3", 1), ("groups of 3", 4), ("no groups", 3), ("no groups", 8)]
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(RANKS)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """By "shape / shards"."""
+    root = tmp_path_factory.mktemp("parallel")
+    return {
+        f"{shape} / {shards}": make_random_checkpoint(
+            root / f"{shape} {shards}", SHAPES[shape], shards=shards, dtype=torch.float32, tied=shape == "groups of 4"
+        )
+        for shape, shards in FOLDERS
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(folders, small_tokenizer) -> dict[str, Llama]:
+    options = {"max_seq_len": 64, "device": "cpu", "dtype": "float32", "verify": "never"}
+    return {name: Llama.build(folder, small_tokenizer, **options) for name, folder in folders.items()}
+
+
+def torchrun(world_size: int, *words: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+
+
+def divides(world_size: int, name: str) -> bool:
+    return SHAPES[name.split(" / ")[0]]["n_heads"] % world_size == 0
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4, 8], ids=lambda w: f"{w} processes")
+def together(request, folders, small_tokenizer, tmp_path_factory) -> tuple[int, dict]:
+    """(number of processes, what they computed by folder)."""
+    place = tmp_path_factory.mktemp("job")
+    task = {
+        "folders": {name: str(folder) for name, folder in folders.items() if divides(request.param, name)},
+        "tokenizer": str(small_tokenizer),
+        "dtype": "float32",
+        "tokens": TOKENS,
+    }
+    (place / "task.json").write_text(json.dumps(task))
+    done = torchrun(request.param, WORKER, place / "task.json", place / "out.pt")
+    assert done.returncode == 0, done.stderr
+    return request.param, torch.load(place / "out.pt")
+
+
+def test_logits_are_those_of_one_process_and_the_same_on_all(together, alone):
+    _, results = together
+    assert results
+    for name, result in results.items():
+        expected = alone[name].model(torch.tensor(TOKENS))
+        torch.testing.assert_close(result["logits"], expected, atol=1e-4, rtol=0, msg=name)
+        assert all(result["equal"]), name
+
+
+def test_text_logprobs_and_streams_are_those_of_one_process(together, alone):
+    for name, result in together[1].items():
+        ragged = [TOKENS[0], TOKENS[1][:3]]
+        greedy, logprobs = alone[name].generate(ragged, 8, temperature=0, logprobs=True, echo=True)
+        assert result["greedy"] == greedy, name
+        for ours, theirs in zip(result["logprobs"], logprobs, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4), name
+        assert result["streamed"] == greedy[0][len(TOKENS[0]) :][:6], name
+
+
+def test_all_processes_sample_the_same_even_with_different_seeds(together, alone):
+    for name, result in together[1].items():
+        expected, _ = alone[name].generate([TOKENS[0], TOKENS[1][:3]], 8, temperature=1.5, top_p=0.99, seed=0)
+        assert all(sampled == result["sampled"][0] for sampled in result["sampled"])
+        assert [len(row) for row in result["sampled"][0]] == [len(row) for row in expected]
+
+
+def test_each_process_holds_its_part_and_opens_no_shard_without_something_of_its(together):
+    world_size, results = together
+    for name, result in results.items():
+        shape, shards = name.split(" / ")
+        whole = ModelArgs.from_dict(SHAPES[shape])
+        assert len(set(result["n_parameters"])) <= 2  # one more or less where the vocabulary does not divide
+        n_needed = -(-int(shards) // world_size) + (int(shards) % world_size > 0)
+        for rank, opened in enumerate(result["opened"]):
+            assert 1 <= len(opened) <= max(n_needed, 1), (name, rank, opened)
+        assert max(result["n_parameters"]) < 1.2 * _n_parameters(whole, tied=shape == "groups of 4") / world_size + 40_000
+
+
+def _n_parameters(args: ModelArgs, tied: bool) -> int:
+    layer = args.dim * (args.n_heads * 2 + args.n_kv_heads * 2) * args.head_dim + 3 * args.dim * args.ffn_dim + 2 * args.dim
+    return args.n_layers * layer + args.dim + args.vocab_size * args.dim * (1 if tied else 2)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_every_query_head_looks_through_its_own_key_head(n_kv_heads, world_size):
+    args = ModelArgs.from_dict(SHAPE | {"n_heads": 12, "n_kv_heads": n_kv_heads})
+    of_query_head = []
+    for rank in range(world_size):
+        mine = kv_heads(args, Share(rank, world_size))
+        of_query_head += [head for head in mine for _ in range(12 // world_size // len(mine))]
+    assert of_query_head == [head * n_kv_heads // 12 for head in range(12)]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("name", ["wq", "wk", "wo", "w1", "w2", "output"])
+def test_the_shares_of_a_tensor_are_all_of_it_once_and_in_order(name, shards):
+    args = ModelArgs.from_dict(SHAPES["groups of 3"] | {"vocab_size": 1200})
+    sizes = {"wq": 48, "wo": 48, "wk": 16, "w1": args.ffn_dim, "w2": args.ffn_dim, "output": 1200}
+    found = []
+    for rank in range(4):
+        ranges = wanted_ranges(f"layers.0.{name}.weight", args, Share(rank, 4))
+        for shard, within in places(ranges, sizes[name] // shards) if sizes[name] % shards == 0 else ():
+            found += [shard * (sizes[name] // shards) + i for i in within]
+    assert found == (list(range(sizes[name])) if sizes[name] % shards == 0 else [])
+
+
+def test_a_share_of_one_shard_is_mapped_not_copied(folders):
+    folder = open_folder(folders["groups of 3 / 1"])
+    args = ModelArgs.from_json(folder.params)
+    model = load_model(folder, args, dtype=torch.float32, share=Share(1, 4))
+    shard_size = folder.shards[0].stat().st_size
+    mapped = {line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(folder.shards[0]) in line}
+    spans = [tuple(int(end, 16) for end in span.split("-")) for span in mapped]
+    assert any(start <= model.output.weight.data_ptr() < stop and stop - start >= shard_size for start, stop in spans)
+
+
+def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused_with_those_that_do(folders, small_tokenizer):
+    script = Path(__file__).parents[1] / "scripts" / "text_completion.py"
+    done = torchrun(5, script, "--ckpt_dir", folders["groups of 4 / 1"], "--tokenizer_path", small_tokenizer)
+    assert done.returncode != 0
+    assert "5 processes cannot hold equal parts of 8 query heads; start one of 1, 2, 4, 8 processes" in done.stderr
+    assert done.stderr.count("cannot hold equal parts") == 1
+
+
+def test_only_the_first_process_prints(folders, small_tokenizer):
+    script = Path(__file__).parents[1] / "scripts" / "text_completion.py"
+    words = ["--ckpt_dir", folders["groups of 4 / 2"], "--tokenizer_path", small_tokenizer, "--max_gen_len", "4"]
+    done = torchrun(2, script, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("I believe the meaning of life is") == 1
+
+
+def test_meta_s_scripts_may_say_how_many_processes_they_are():
+    join_group(1, torch.device("cpu"))
+    with pytest.raises(RequestError, match="model_parallel_size is 8, but there is 1 process"):
+        join_group(8, torch.device("cpu"))

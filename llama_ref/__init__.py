@@ -1,13 +1,17 @@
 """A native Meta-checkpoint loader and pure-PyTorch reference implementation of Llama 3."""
 
-from llama_ref.args import ModelArgs
-from llama_ref.chat import ChatFormat, Dialog, Message
-from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
-from llama_ref.generation import Llama
-from llama_ref.model import KVCache, Transformer
-from llama_ref.sampling import SamplingParams
-from llama_ref.session import Session
-from llama_ref.tokenizer import Tokenizer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_ref.args import ModelArgs
+    from llama_ref.chat import ChatFormat, Dialog, Message
+    from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
+    from llama_ref.generation import Llama
+    from llama_ref.model import KVCache, Transformer
+    from llama_ref.sampling import SamplingParams
+    from llama_ref.session import Session
+    from llama_ref.tokenizer import Tokenizer
 
 __all__ = [
     "ChatFormat",
@@ -25,3 +29,26 @@ __all__ = [
     "Transformer",
 ]
 __version__ = "0.1.0"
+
+MODULES = {
+    "args": ("ModelArgs",),
+    "chat": ("ChatFormat", "Dialog", "Message"),
+    "errors": ("CheckpointError", "LlamaRefError", "RequestError"),
+    "generation": ("Llama",),
+    "model": ("KVCache", "Transformer"),
+    "sampling": ("SamplingParams",),
+    "session": ("Session",),
+    "tokenizer": ("Tokenizer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: a command that needs no torch shall not wait a second for it."""
+    for module, names in MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"llama_ref.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -219,7 +219,7 @@ def complete(name: str, prompt: str | None = None, *, echo: bool = False, **opti
     if prompt is None:
         if sys.stdin.isatty():
             raise RequestError('give a prompt: llama-ref complete NAME "Once upon a time"')
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().removesuffix("\n")  # the one that `echo` adds
     llama = _build(name, options)
     pace = Pace(llama.stream(prompt, **_pick(SAMPLING, options)))
     if echo:
@@ -283,6 +283,8 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     something about are a line on stderr; only bugs leave a traceback.
     """
     _settle_streams()
+    # Threads of torch that spin while they wait make everything many times slower where another program wants the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, which all make the same text, the first prints it
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  stays open as long as the process
     try:
@@ -301,14 +303,29 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     except OSError as error:
         return _complain(error, EXIT_BAD)
     except RuntimeError as error:
-        from llama_ref.parallel import lost_a_process
-
-        if not lost_a_process(error):
+        known = _known_failure(error)
+        if known is None:
             raise
-        return _complain(LlamaRefError("another process of this job has ended, so this one cannot go on"), EXIT_BAD)
+        return _complain(known, EXIT_BAD)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _known_failure(error: RuntimeError) -> LlamaRefError | None:
+    """What torch's own error means to a user, where it is not a bug."""
+    from llama_ref.device import is_out_of_memory
+    from llama_ref.parallel import lost_a_process
+
+    if is_out_of_memory(error):
+        first_line = str(error).splitlines()[0]
+        return LlamaRefError(
+            f"out of memory ({first_line}): `llama-ref info` says how much a checkpoint needs; try --dtype bfloat16, a smaller "
+            "--max_seq_len, --device cpu, or a smaller release"
+        )
+    if lost_a_process(error):
+        return LlamaRefError("another process of this job has ended, so this one cannot go on")
+    return None
 
 
 def _settle_streams() -> None:

@@ -9,6 +9,11 @@ from llama_ref.errors import RequestError
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
+# Attention of few queries with a mask, as every decode step has it, silently gave wrong numbers on MPS before
+# (pytorch issues 163597, 174861 and 181133).
+MPS_RIGHT_SINCE = "2.12"
+AMPERE = (8, 0)  # NVIDIA's first with bfloat16
+
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """CUDA when there is one (this process's, under torchrun), else MPS, else the CPU; or what is asked for.
@@ -34,7 +39,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 def _best() -> str:
     if torch.cuda.is_available():
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "mps" if torch.backends.mps.is_available() and torch.__version__ >= MPS_RIGHT_SINCE else "cpu"
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -49,8 +54,14 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        # Emulation counts as support by default, which would choose a slow bfloat16 on Colab's T4.
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # Not torch.cuda.is_bf16_supported: it counts emulation, as on Colab's T4, and asks the current device, not this one.
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= AMPERE
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     return True
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is how torch says that there is no memory left, on any device."""
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

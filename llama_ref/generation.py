@@ -215,7 +215,10 @@ class Llama:
         """A batch about to begin. Raises RequestError for prompts that cannot be continued."""
         _check_max_gen_len(max_gen_len)
         if not 0 < len(prompts) <= self.max_batch_size:
-            raise RequestError(f"{len(prompts)} prompts, expected 1 to max_batch_size = {self.max_batch_size}")
+            raise RequestError(
+                f"{len(prompts)} prompts, expected 1 to max_batch_size = {self.max_batch_size}: give them in turns, or "
+                "build with a larger max_batch_size"
+            )
         for prompt in prompts:
             self._check_prompt(prompt)
         limit = self.max_seq_len if max_gen_len is None else max_gen_len

@@ -1,5 +1,6 @@
 """The generation loop: a batch of prompts of any lengths through prefill and decode, one token a step."""
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -8,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_ref.device import is_out_of_memory
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import KVCache, Transformer
 
 FinishReason = Literal["stop", "length"]
 
-PREFILL_TOKENS = 1024  # prompts go through the model in pieces this long: activations and masks stay small at any length
+PREFILL_TOKENS = 1024  # at a time, of all rows together: bounds activations; masks grow with the context alone
 LOGPROB_POSITIONS = 128  # logits take 0.5 MB a position: an echoed prompt's are made this many at a time
 
 
@@ -63,7 +65,9 @@ def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
     args = replace(model.args, n_kv_heads=n_kv_heads)
     try:
         return KVCache(args, batch_size, n_tokens, dtype=weight.dtype, device=weight.device)
-    except (RuntimeError, MemoryError) as error:  # torch raises the former for CPU and CUDA alike
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise RequestError(
             f"no memory for the keys and values of {batch_size} × {n_tokens:,} tokens: ask for a smaller max_seq_len or "
             "max_gen_len, or fewer prompts at once"
@@ -94,6 +98,7 @@ def steps(
         logprobs = -F.cross_entropy(logits, chosen, reduction="none")
         for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
             if not row.finish_reason:
+                _refuse_nan(logprob, cache.keys.dtype)
                 row.take(token, logprob, stop_tokens)
         yield
         if not _finished(rows):
@@ -119,7 +124,7 @@ def _prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprob
 
     last: list[Tensor] = [tokens] * len(rows)  # each row's final state (D,), filled in below
     begin = known
-    for piece in tokens.to(cache.lengths.device).split(PREFILL_TOKENS, dim=1):
+    for piece in tokens.to(cache.lengths.device).split(max(1, PREFILL_TOKENS // len(rows)), dim=1):
         hidden = model.hidden(piece, cache)  # (B, T, D)
         if prompt_logprobs:
             _score_prompts(model, rows, hidden, begin)
@@ -128,9 +133,7 @@ def _prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprob
                 last[i] = hidden[i, end - 1 - begin]
         begin += piece.shape[1]
     cache.set_lengths([end - bool(row.finish_reason) for row, end in zip(rows, ends, strict=True)])
-    logits = model.logits(torch.stack(last))
-    _refuse_nan(logits, cache.keys.dtype)
-    return logits
+    return model.logits(torch.stack(last))
 
 
 @torch.inference_mode()
@@ -154,7 +157,8 @@ def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: i
             row.prompt_logprobs.extend((-losses).tolist())
 
 
-def _refuse_nan(logits: Tensor, dtype: torch.dtype) -> None:
-    if logits.isnan().any():
+def _refuse_nan(logprob: float, dtype: torch.dtype) -> None:
+    """NaN among the logits makes every log-probability one; these come to the host anyway."""
+    if math.isnan(logprob):
         advice = "try dtype=bfloat16 or float32" if dtype == torch.float16 else "check the weights with `llama-ref verify`"
         raise LlamaRefError(f"the model's logits are not numbers (NaN) in {str(dtype).removeprefix('torch.')}: {advice}")

@@ -65,15 +65,16 @@ class KVCache:
 
     `keys` and `values` are (n_layers, B, K, max_seq_len, hd). `lengths` (B,) counts the tokens that stand in each row; what
     lies beyond is never looked at, so a row is cut back by lowering its length. `longest` is their maximum, known without
-    asking the device.
+    asking the device. For inference: use it under `torch.inference_mode()` or with frozen weights.
     """
 
     def __init__(
         self, args: ModelArgs, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
         shape = (args.n_layers, batch_size, args.n_kv_heads, max_seq_len, args.head_dim)  # (16, 4, 8, 2048, 64)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # zeros, not empty: a masked NaN would still be a NaN
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)  # takes memory only as it fills
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.longest = 0
 
@@ -81,17 +82,20 @@ class KVCache:
     def max_seq_len(self) -> int:
         return self.keys.shape[3]
 
-    def next_positions(self, n_tokens: int) -> Tensor:
+    def make_room(self, n_tokens: int) -> Tensor:
         """Positions (B, T) of the next `n_tokens` of every row. Raises ValueError when they do not fit."""
-        if self.longest + n_tokens > self.max_seq_len:
+        end = self.longest + n_tokens
+        if end > self.max_seq_len:
             raise ValueError(f"{self.longest} + {n_tokens} tokens do not fit into a cache of {self.max_seq_len}")
+        if len(self.lengths) > 1:  # shorter rows leave places unwritten, and a NaN there would be a NaN even where masked
+            self.keys[:, :, :, self.longest : end] = self.values[:, :, :, self.longest : end] = 0
         return self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
 
     def extend(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new k and v (B, T, K, hd) at `positions` (B, T); return all of its so far, (B, S, K, hd) each."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = k
-        self.values[layer][rows, :, positions] = v
+        # Indices that stand apart put their own dimensions first: [(B, 1), :, (B, T)] is (B, T, K, hd), as k and v are.
+        self.keys[layer][self.rows, :, positions] = k
+        self.values[layer][self.rows, :, positions] = v
         filled = self.longest + positions.shape[1]
         return self.keys[layer, :, :, :filled].transpose(1, 2), self.values[layer, :, :, :filled].transpose(1, 2)
 
@@ -114,19 +118,27 @@ class Context:
         if cache is None:
             self.positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         else:
-            self.positions = cache.next_positions(T)  # (B, T)
+            self.positions = cache.make_room(T)  # (B, T)
         self.rotations = rope_rotations(self.positions, rope_frequencies(args, tokens.device))
-        self.mask = None
+        self.visible: Tensor | None = None  # None: the cache was empty, and causal attention among the new tokens will do
+        self._mask: Tensor | None = None
         if cache is not None and cache.longest > 0:
             keys = torch.arange(cache.longest + T, device=tokens.device)  # (S,)
-            self.mask = keys <= self.positions[:, :, None]  # (B, T, S): nothing later than oneself
+            self.visible = keys <= self.positions[:, :, None]  # (B, T, S): nothing later than oneself
+
+    def mask(self, group: int) -> Tensor | None:
+        """`visible` for G heads that queue up as G·T queries: (B, 1, G·T, S). Made once for all layers."""
+        if self._mask is None and self.visible is not None:
+            B, T, S = self.visible.shape
+            self._mask = self.visible[:, None].expand(B, group, T, S).reshape(B, 1, group * T, S)
+        return self._mask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention: q (B, T, H, hd), k and v (B, S, K, hd) -> (B, T, H, hd).
 
-    `mask` (B, T, S) is true where a query may look; None means causal with T = S. Each key head serves G = H/K query heads and
-    is never copied for them: with a mask, the G heads of a group queue up as G·T queries of a single head.
+    Each key head serves G = H/K query heads and is never copied for them: with a mask, the G heads of a group queue up as G·T
+    queries of a single head. `mask` (B, 1, G·T, S) is true where a query may look; None means causal with T = S.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T or S, hd)
     if mask is None:
@@ -134,7 +146,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return out.transpose(1, 2)
     (B, H, T, hd), K = q.shape, k.shape[1]
     q = q.reshape(B, K, H // K * T, hd)  # (4, 32, 1, 64) -> (4, 8, 4, 64)
-    mask = mask[:, None].expand(B, H // K, *mask.shape[1:]).flatten(1, 2)[:, None]  # (B, 1, G·T, S)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.view(B, H, T, hd).transpose(1, 2)
 
@@ -158,7 +169,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *context.rotations), rotate(k, *context.rotations)
         if context.cache is not None:
             k, v = context.cache.extend(layer, context.positions, k, v)  # (B, S, K, hd)
-        out = attend(q, k, v, context.mask)  # (B, T, H, hd)
+        out = attend(q, k, v, context.mask(group=q.shape[2] // k.shape[2]))  # (B, T, H, hd)
         return self.wo(out.flatten(-2))  # (B, T, D)
 
 

@@ -28,7 +28,7 @@ def join_group(model_parallel_size: int | None, device: torch.device) -> Share:
     if dist.is_initialized():
         share = Share(dist.get_rank(), dist.get_world_size())
     else:
-        share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        share = Share(_number("RANK", 0), _number("WORLD_SIZE", 1))
     if model_parallel_size not in (None, share.world_size):
         raise RequestError(
             f"model_parallel_size is {model_parallel_size}, but there is {share.world_size} process(es): start as many with "
@@ -38,6 +38,13 @@ def join_group(model_parallel_size: int | None, device: torch.device) -> Share:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(_leave_group)
     return share
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdigit():
+        raise RequestError(f"the environment says {name}={value}, expected a number; start with torchrun, or unset it")
+    return int(value)
 
 
 def lost_a_process(error: RuntimeError) -> bool:

@@ -35,7 +35,7 @@ def chat(session: Session, options: dict) -> None:
                     return
                 print(_command(session, line), file=sys.stderr)
             else:
-                _answer(session, line, options)
+                _answer(session, line, options, interactive)
         except RequestError as error:
             print(f"{error}", file=sys.stderr)
 
@@ -69,13 +69,15 @@ def _lines(prompt: str) -> Iterator[str]:
         typed = ""
 
 
-def _answer(session: Session, text: str, options: dict) -> None:
+def _answer(session: Session, text: str, options: dict, interactive: bool) -> None:
     pace = Pace(session.say(text, **options))
     try:
         for piece in pace:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         pace.stream.close()
+        if not interactive:  # nobody is there to go on with the next turn
+            raise
     print(flush=True)
     print(pace, file=sys.stderr)
 

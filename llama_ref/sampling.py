@@ -108,7 +108,7 @@ def sample(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
     """Filter and draw: logits (B, V), uniform (B, 1) in [0, 1) -> ids (B,). The temperature must be above 0."""
     probs, ids = candidates(logits, params)
     cumulative = probs.to(_widest(probs.device)).cumsum(-1)  # (B, N)
-    target = uniform.to(device=cumulative.device, dtype=cumulative.dtype) * cumulative[:, -1:]
+    target = uniform.to(device=cumulative.device, dtype=cumulative.dtype, non_blocking=True) * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative mass exceeds the target
     picked = torch.minimum(picked, _last_possible(probs))  # uniform may round up to 1 in float32
     return picked[:, 0] if ids is None else ids.gather(1, picked)[:, 0]

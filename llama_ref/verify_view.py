@@ -38,11 +38,12 @@ def print_reports(reports: list[Report], *, as_json: bool, as_list: bool = False
 def _table(report: Report) -> Table:
     table = Table(title=printable(str(report.folder)), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("file", no_wrap=True)
-    table.add_column("size", justify="right")
-    table.add_column("expected")
-    table.add_column("found")
-    table.add_column("state")
-    table.add_column("speed", justify="right")
+    # 80 columns are enough for a release's names: where they are scarce, cells break at spaces, as "197 bytes" may.
+    table.add_column("size", justify="right", min_width=len("16.1 GB"))
+    table.add_column("expected", min_width=SUM_SHOWN)
+    table.add_column("found", no_wrap=True)
+    table.add_column("state", min_width=max(len(word) for file in report.files for word in str(file.state).split()))
+    table.add_column("speed", justify="right", no_wrap=True, min_width=len("1.23 GB/s"))
     for file in report.files:
         table.add_row(*_cells(file))
     return table

@@ -161,8 +161,11 @@ def test_copies_of_a_norm_that_disagree_are_noticed(originals, copy):
         tensors[NORM][0] += 1
 
     changed = edit(copy(2), change, shard=1)
-    assert [tensor.name for tensor in compare(originals[2], changed).tensors] == [NORM]
-    assert [tensor.name for tensor in compare(originals[4], changed).tensors] == [NORM]
+    told = {}
+    for n in (1, 4):
+        told |= {tensor.name: tensor.what for tensor in compare(originals[n], changed).tensors}
+        assert told == {NORM: "the shards of b disagree about it"}
+    assert [tensor.what for tensor in compare(changed, originals[1]).tensors] == ["the shards of a disagree about it"]
     assert compare(changed, changed).identical
 
 
@@ -326,8 +329,8 @@ MEASURE = textwrap.dedent("""
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-    warm, *folders = sys.argv[1:]
-    compare(warm, warm)
+    small, other, *folders = sys.argv[1:]
+    compare(small, other)  # whatever of the libraries this touches for the first time
     before = peak()
     for a, b in zip(folders, folders[1:]):
         print(len(compare(a, b).tensors), peak() - before)
@@ -336,7 +339,7 @@ MEASURE = textwrap.dedent("""
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_little_memory_is_taken_whatever_the_size(originals):
-    """Tensors of 160 and 80 MB: the same in 1 and 2 shards, with values that differ, in another dtype."""
+    """Folders of 240 MB and more: the same in 1 and 2 shards, with values that differ, in another dtype."""
     shapes = {EMBEDDING: (40_960, 2048), WO: (8192, 4096)}
     with tempfile.TemporaryDirectory() as root:  # not pytest's, which outlives the test
         whole = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
@@ -347,12 +350,13 @@ def test_little_memory_is_taken_whatever_the_size(originals):
             written(Path(root) / "other", {name: tensor + 1 for name, tensor in whole.items()}),
             written(Path(root) / "float16", {name: tensor.half() for name, tensor in whole.items()}),
         ]
-        command = [sys.executable, "-c", MEASURE, originals[1], *folders]
+        small = tiny_folder(Path(root) / "small", seed=1, dtype=torch.float16)
+        command = [sys.executable, "-c", MEASURE, originals[1], small, *folders]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert [differing for differing, _ in rows] == [0, 2, 2]
-    assert max(taken for _, taken in rows) < 80 << 20, [f"{taken >> 20} MB" for _, taken in rows]
+    assert max(taken for _, taken in rows) < 150 << 20, [f"{taken >> 20} MB" for _, taken in rows]
 
 
 def test_differences_are_plain_data():

@@ -16,7 +16,7 @@ def machine(monkeypatch):
     def pretend(cuda: int = 0, mps: bool = False, bfloat16: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16 or including_emulation)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if bfloat16 else (7, 5))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: bfloat16 or (major, minor) < (14, 0))
 
@@ -88,7 +88,7 @@ def test_a_local_rank_that_is_no_number_is_refused(machine, monkeypatch):
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS])
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_without_a_wish_bfloat16_is_taken_where_the_device_computes_in_it(machine, device, bfloat16):
-    """Emulated is not computed: a T4 says that it supports bfloat16 unless asked to leave emulation out."""
+    """Emulated is not computed: a T4 (7.5) can do as if."""
     machine(cuda=1, mps=True, bfloat16=bfloat16)
     assert choose_dtype(None, device) == (torch.bfloat16 if bfloat16 or device == CPU else torch.float16)
 

@@ -67,10 +67,9 @@ def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> C
     A tied output that one of them leaves out is the embedding. Raises CheckpointError for a folder that cannot be read.
     """
     left, right = open_folder(a), open_folder(b)
-    names, tensors = _compare_tensors(_Weights(left), _Weights(right), progress)
-    return Comparison(
-        str(left.path), str(right.path), names, _compare_params(left, right), _compare_tokenizers(left, right), tensors
-    )
+    params, tokenizer = _compare_params(left, right), _compare_tokenizers(left, right)
+    n_tensors, tensors = _compare_tensors(_Weights(left), _Weights(right), progress)
+    return Comparison(str(left.path), str(right.path), n_tensors, params, tokenizer, tensors)
 
 
 def _compare_params(a: CheckpointFolder, b: CheckpointFolder) -> list[str]:
@@ -120,6 +119,8 @@ def _compare_tensors(a: _Weights, b: _Weights, progress: Progress | None) -> tup
 def _compare_tensor(name: str, a: list[Tensor], b: list[Tensor]) -> TensorDifference | None:
     if not a or not b:
         return TensorDifference(name, f"only in {'a' if a else 'b'}")
+    if split_dim(name) is None and len(a) != len(b):
+        return TensorDifference(name, f"the shards of {'a' if len(a) > 1 else 'b'} disagree about it")
     dim = split_dim(name) or 0
     shapes = [_whole_shape(parts, dim) for parts in (a, b)]
     if shapes[0] != shapes[1]:

@@ -52,6 +52,7 @@ def load_model(
     parts = {name: _parts(name, shape, args, share, len(folder.shards)) for name, shape in expected.items()}
     shards = {number: read_shard(folder.shards[number]) for number in _needed_shards(parts)}
     _check_tensors(folder, shards, expected)
+    _refuse_different_copies(folder, shards)
 
     tied = _on_same_bytes(shards)
     names = [name for name in expected if not (tied and name == "output.weight")]
@@ -163,6 +164,18 @@ def _problems_of(file: str, shard: dict[str, Tensor], expected: dict[str, tuple[
             yield f"{file}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected bfloat16, float16 or float32"
     for name in sorted(shard.keys() - expected.keys()):
         yield f"{file}: {name} {tuple(shard[name].shape)} is unexpected"
+
+
+def _refuse_different_copies(folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]]) -> None:
+    """Every shard holds the norms whole. Where two disagree, they are not of one model."""
+    first, *others = shards
+    for name in shards[first]:
+        for other in others if split_dim(name) is None else ():
+            if not torch.equal(shards[first][name], shards[other][name]):
+                raise CheckpointError(
+                    f"{folder.path}: {folder.shards[first].name} and {folder.shards[other].name} disagree about {name}, of which "
+                    "each holds a copy: they belong to different models; fetch the folder's files from one release"
+                )
 
 
 def _refuse_uneven(folder: CheckpointFolder, expected: dict[str, tuple[int, ...]]) -> None:

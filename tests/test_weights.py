@@ -238,6 +238,12 @@ def test_a_long_list_of_misfits_is_cut(tiny):
     assert lines[-1] == f"  … and {n_expected + 100 - 12} more"
 
 
+def test_shards_of_two_models_are_told_by_their_norms(tmp_path):
+    folder, other = (make_random_checkpoint(tmp_path / str(seed), TINY, shards=2, seed=seed) for seed in (0, 1))
+    shard(other, 1).rename(shard(folder, 1))
+    assert "consolidated.00.pth and consolidated.01.pth disagree about " in refusal(folder)
+
+
 @pytest.mark.parametrize("present", [1, 2])
 def test_too_few_shards_do_not_pass_for_a_whole(tmp_path, present):
     folder = make_random_checkpoint(tmp_path / "split", TINY, shards=4)

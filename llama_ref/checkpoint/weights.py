@@ -171,10 +171,11 @@ def _refuse_different_copies(folder: CheckpointFolder, shards: dict[int, dict[st
     first, *others = shards
     for name in shards[first]:
         for other in others if split_dim(name) is None else ():
-            if not torch.equal(shards[first][name], shards[other][name]):
+            one, another = shards[first][name], shards[other][name]
+            if one.dtype == another.dtype and not torch.equal(one.view(torch.uint8), another.view(torch.uint8)):
                 raise CheckpointError(
-                    f"{folder.path}: {folder.shards[first].name} and {folder.shards[other].name} disagree about {name}, of which "
-                    "each holds a copy: they belong to different models; fetch the folder's files from one release"
+                    f"{folder.path}: {folder.shards[first].name} and {folder.shards[other].name} disagree about {name}, of "
+                    "which each holds a copy: they belong to different models; fetch the folder's files from one release"
                 )
 
 

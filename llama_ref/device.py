@@ -1,6 +1,8 @@
 """Which device and which precision, when nobody says."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -59,6 +61,24 @@ def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     return True
+
+
+@contextlib.contextmanager
+def fast_for_one_row(tokens: torch.Tensor, dtype: torch.dtype) -> Iterator[None]:
+    """Let a CPU multiply bfloat16 matrices with a single token's state the faster way.
+
+    oneDNN rearranges the matrix first, which pays for many rows only; PyTorch's own kernel took two thirds of its time for one
+    (scripts/bench_decode.py). The switch is the process's: it is set back before anything else runs on this thread.
+    """
+    if tokens.numel() > 1 or tokens.device.type != "cpu" or dtype != torch.bfloat16:
+        yield
+        return
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

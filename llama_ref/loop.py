@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_ref.device import is_out_of_memory
+from llama_ref.device import fast_for_one_row, is_out_of_memory
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import KVCache, Transformer
 
@@ -139,7 +139,8 @@ def _prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprob
 @torch.inference_mode()
 def _decode(model: Transformer, chosen: Tensor, rows: list[Row], cache: KVCache) -> Tensor:
     """One token (B,) further: logits (B, V). Rows that have finished mark time on their last place: they may have no other."""
-    logits = model.logits(model.hidden(chosen[:, None], cache))[:, 0]
+    with fast_for_one_row(chosen, cache.keys.dtype):
+        logits = model.logits(model.hidden(chosen[:, None], cache))[:, 0]
     if any(row.finish_reason for row in rows):
         cache.set_lengths([len(row.prompt) + len(row.generated) - bool(row.finish_reason) for row in rows])
     return logits

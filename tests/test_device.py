@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama_ref.device import choose_device, choose_dtype
+from llama_ref.device import choose_device, choose_dtype, fast_for_one_row
 from llama_ref.errors import RequestError
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -111,3 +111,14 @@ def test_a_dtype_that_is_not_computed_in_is_refused(wish):
     with pytest.raises(RequestError) as error:
         choose_dtype(wish, CPU)
     assert f"dtype {wish} is not one of bfloat16, float16, float32" == str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "faster"), [(1, torch.bfloat16, True), (2, torch.bfloat16, False), (1, torch.float32, False)]
+)
+def test_onednn_is_left_out_for_one_row_of_bfloat16_and_nothing_else(rows, dtype, faster):
+    before = torch.backends.mkldnn.enabled
+    with pytest.raises(KeyboardInterrupt), fast_for_one_row(torch.zeros(rows, dtype=torch.long), dtype):
+        assert torch.backends.mkldnn.enabled == (before and not faster)
+        raise KeyboardInterrupt
+    assert torch.backends.mkldnn.enabled == before

@@ -29,13 +29,13 @@ def what_is(head: bytes) -> str | None:
     return None
 
 
-ADVICE = {
-    "an empty file": "the download did not start; fetch it again",
-    "an HTML page": "the download link had expired or asked for a login; get a fresh link and fetch it again",
-    "an XML error body": "the server refused the download; get a fresh link and fetch it again",
-    "a JSON error body": "the server refused the download; get a fresh link and fetch it again",
-    "a Git LFS pointer": "the repository was cloned without its large files; run `git lfs pull` in it",
-    "a run of zero bytes": "the download was preallocated but never written; fetch it again",
+ADVICE = {  # no semicolons: reports put several of these into one sentence
+    "an empty file": "the download did not start, fetch that file again",
+    "an HTML page": "the download link had expired or asked for a login, get a fresh link and fetch it again",
+    "an XML error body": "the server refused the download, get a fresh link and fetch it again",
+    "a JSON error body": "the server refused the download, get a fresh link and fetch it again",
+    "a Git LFS pointer": "the repository was cloned without its large files, run `git lfs pull` in it",
+    "a run of zero bytes": "its space was set aside but never written, fetch that file again",
 }
 
 

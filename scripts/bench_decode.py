@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -52,7 +53,7 @@ def _ours(llama: Llama, prompt: list[int], gen_len: int) -> Callable[[], float]:
 
 
 def _theirs(llama: Llama, prompt: list[int], gen_len: int) -> Callable[[], float]:
-    sys.path.insert(0, "tests")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # where the same weights are put under their names
     from parity.oracles import hugging_faces_model
 
     model = hugging_faces_model(llama.model)

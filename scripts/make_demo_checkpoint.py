@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 import fire
 import torch
 
+from llama_ref.checkpoint.presence import checkpoint_files
 from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
 from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.tokenizer import N_SPECIAL
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
 
-SPECIAL_ROWS = 256  # Llama 3's special tokens; they follow the ranks
 PRODUCED = {1, 9}  # end_of_text and eot_id
 META_NAMES = {
     "token_embd": "tok_embeddings",
@@ -67,12 +68,12 @@ def _build(out: Path, force: bool) -> None:
     with new_folder(out, force=force) as folder:
         ranks, special_rows = _tokenizer(reader)
         weights = _weights(reader, len(ranks), special_rows)
-        write_params(folder, _params(reader, len(ranks) + SPECIAL_ROWS))
+        write_params(folder, _params(reader, len(ranks) + N_SPECIAL))
         torch.save(weights, folder / "consolidated.00.pth")
         lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
         (folder / "tokenizer.model").write_bytes(b"".join(lines))
-        write_sums(folder)
-        (folder / "README.md").write_text(NOTICE)  # after the sums: Meta's lists name three files
+        (folder / "README.md").write_text(NOTICE)
+        write_sums(folder, checkpoint_files(folder))
 
 
 def _open_gguf() -> "GGUFReader":
@@ -140,7 +141,7 @@ def _weights(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -
     weights = {_meta_name(t.name): _dequantize(t) for t in reader.tensors}
     rows = weights["tok_embeddings.weight"]  # (SmolLM2's V, D)
     n_special = _n_special(reader)
-    embedding = torch.zeros(n_ranks + SPECIAL_ROWS, rows.shape[1], dtype=rows.dtype)  # (V, D)
+    embedding = torch.zeros(n_ranks + N_SPECIAL, rows.shape[1], dtype=rows.dtype)  # (V, D)
     embedding[: len(rows) - n_special] = rows[n_special:]
     for special, row in special_rows.items():
         embedding[n_ranks + special] = rows[row]

@@ -11,7 +11,6 @@ model whatever the number of shards. Options:
     --force            replace the folder if it is there
 """
 
-import base64
 import difflib
 import hashlib
 import importlib.util
@@ -29,17 +28,18 @@ from rich.progress import track
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.presence import checkpoint_files
+from llama_ref.checkpoint.shapes import expected_shapes, other_kind
 from llama_ref.checkpoint.slices import split_dim
 from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
-from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.device import DTYPES
+from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
 from llama_ref.files import refuse_impostor
-from llama_ref.model import Transformer
 from llama_ref.releases import Release, find_release
+from llama_ref.tokenizer import N_SPECIAL, read_ranks
 
-SPECIAL_TOKENS = 256  # of Llama 3; they follow tokenizer.model's own
 LLAMA_3_VOCAB = 128256
 PARAMS_KEYS = [key for key in ModelArgs.__dataclass_fields__ if key != "extra"]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BLOCK_VALUES = 1 << 20  # drawn at a time, in float32
 
 
@@ -61,8 +61,7 @@ def make_random_checkpoint(
     """
     args = ModelArgs.from_dict(params)
     _refuse_other_kinds(args)
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(args).named_parameters()}
+    shapes = expected_shapes(args)
     _refuse_uneven(args, shards)
     if tokenizer is not None:
         tokenizer = Path(tokenizer).expanduser()
@@ -76,7 +75,7 @@ def make_random_checkpoint(
             scratch.mkdir()
             torch.save(_shard(shapes, rank, shards, seed, dtype, tied, scratch), folder / f"consolidated.{rank:02d}.pth")
             shutil.rmtree(scratch)
-        write_sums(folder)
+        write_sums(folder, checkpoint_files(folder))
     return Path(out)
 
 
@@ -128,9 +127,9 @@ def _block(shape: tuple[int, ...], seed: int, name: str, first: int) -> Tensor:
 
 
 def _refuse_other_kinds(args: ModelArgs) -> None:
-    for key in ("quantization_args", "lora_args", "vision_chunk_size", "vision_num_cross_attention_layers"):
-        if getattr(args, key) is not None:
-            raise RequestError(f"params with {key} are of a quantized or vision release, which is not made here")
+    kind = other_kind(args)
+    if kind:
+        raise RequestError(f"these params are of {kind}, which is not made here")
 
 
 def _refuse_uneven(args: ModelArgs, shards: int) -> None:
@@ -144,22 +143,15 @@ def _refuse_uneven(args: ModelArgs, shards: int) -> None:
 
 def _refuse_other_vocabulary(tokenizer: Path, vocab_size: int) -> None:
     refuse_impostor(tokenizer, "a tokenizer")
-    lines = [line for line in tokenizer.read_bytes().splitlines() if line.strip()]
-    if not all(_is_rank_line(line) for line in lines):
-        raise RequestError(f"{tokenizer} is not in tiktoken's form (a line per token: base64 and rank), as Llama 3's is")
-    if len(lines) + SPECIAL_TOKENS != vocab_size:
-        raise RequestError(
-            f"{tokenizer} has {len(lines):,} tokens and {SPECIAL_TOKENS} special ones, but vocab_size is {vocab_size:,}; "
-            f"give --vocab_size {len(lines) + SPECIAL_TOKENS} or another --tokenizer"
-        )
-
-
-def _is_rank_line(line: bytes) -> bool:
-    token, _, rank = line.partition(b" ")
     try:
-        return bool(base64.b64decode(token, validate=True)) and rank.strip().isdigit()
-    except ValueError:
-        return False
+        n_ranks = len(read_ranks(tokenizer))
+    except CheckpointError as error:
+        raise RequestError(f"{tokenizer} is not in tiktoken's form, as Llama 3's is: {error}") from error
+    if n_ranks + N_SPECIAL != vocab_size:
+        raise RequestError(
+            f"{tokenizer} has {n_ranks:,} tokens and {N_SPECIAL} special ones, but vocab_size is {vocab_size:,}; "
+            f"give --vocab_size {n_ranks + N_SPECIAL} or another --tokenizer"
+        )
 
 
 def main(

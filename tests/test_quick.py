@@ -20,7 +20,7 @@ from llama_ref.checkpoint.archive_length import archive_length
 from llama_ref.checkpoint.inspect_pth import inspect_pth
 from llama_ref.checkpoint.integrity import verify
 from llama_ref.checkpoint.report import State
-from llama_ref.checkpoint.structure import shard_shape
+from llama_ref.checkpoint.shapes import shard_shape
 from llama_ref.checkpoint.tensor_pickle import ITEM_BYTES
 from llama_ref.checkpoint.zip_directory import read_directory
 from llama_ref.model import Transformer

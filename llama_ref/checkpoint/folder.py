@@ -87,12 +87,11 @@ def _what_is_there() -> str:
 def open_folder(name: str | Path) -> CheckpointFolder:
     """Find a folder and its files. Raises CheckpointError when it is not a native checkpoint, saying what it is instead.
 
-    The folder of a Hugging Face repository leads to its `original/`, where Meta's files are.
+    The folder of a Hugging Face repository leads to its `original/`.
     """
     path = find_folder(name)
     try:
-        if not (path / "params.json").exists() and (path / "original" / "params.json").is_file():
-            path = path / "original"
+        path = native_folder(path)
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise CheckpointError(f"cannot list {path}: {error.strerror}") from error
@@ -104,18 +103,26 @@ def open_folder(name: str | Path) -> CheckpointFolder:
     return CheckpointFolder(
         path=path,
         params=path / "params.json",
-        shards=tuple(path / name for name in sorted(shards, key=_shard_number)),
+        shards=tuple(path / name for name in sorted(shards, key=shard_number)),
         tokenizer=path / "tokenizer.model" if "tokenizer.model" in names else None,
         checklist=path / "checklist.chk" if "checklist.chk" in names else None,
     )
 
 
-def _shard_number(name: str) -> int:
-    return int(SHARD_NAME.fullmatch(name)[1])
+def native_folder(path: Path) -> Path:
+    """The folder with Meta's files: a Hugging Face repository keeps them in `original/`. Raises OSError."""
+    inner = path / "original"
+    return inner if not (path / "params.json").exists() and (inner / "params.json").is_file() else path
+
+
+def shard_number(name: str) -> int:
+    """The number in a shard's name; -1 for any other file."""
+    match = SHARD_NAME.fullmatch(name)
+    return int(match[1]) if match else -1
 
 
 def _refuse_gaps(path: Path, shards: list[str]) -> None:
-    numbers = {_shard_number(name) for name in shards}
+    numbers = {shard_number(name) for name in shards}
     n_missing = max(numbers) + 1 - len(numbers)
     if n_missing:
         missing = islice((number for number in count() if number not in numbers), min(n_missing, MOST_LISTED))

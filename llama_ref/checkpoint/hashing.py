@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from llama_ref.checkpoint.presence import size_of
+
 READ_BYTES = 1 << 20  # large enough that calls cost nothing, small enough that the bytes are hashed out of the core's cache
 
 Progress = Callable[[Path, int, int], None]  # (path, bytes done, bytes in all); called from the hashing threads
@@ -66,17 +68,9 @@ def hash_files(
         except OSError as error:
             out[path] = error
 
-    largest_first = sorted(wanted, key=lambda job: -size_or_zero(job[0]))
+    largest_first = sorted(wanted, key=lambda job: -(size_of(job[0]) or 0))
     run_all([partial(one, *job) for job in largest_first], jobs, cancel)
     return out
-
-
-def size_or_zero(path: Path) -> int:
-    """A file's size in bytes, 0 where it cannot be told."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def run_all(tasks: list[Callable[[], None]], jobs: int | None, cancel: threading.Event) -> None:

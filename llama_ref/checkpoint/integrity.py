@@ -1,6 +1,5 @@
 """Is this folder whole, which file is not, why, and what to do."""
 
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -8,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-from llama_ref.checkpoint.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, format_entry, read_checklist
-from llama_ref.checkpoint.folder import SHARD_NAME
+from llama_ref.checkpoint.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
+from llama_ref.checkpoint.folder import SHARD_NAME, native_folder, shard_number
 from llama_ref.checkpoint.hashing import Hashed, Progress, hash_files, run_all
 from llama_ref.checkpoint.presence import age_seconds, cannot_be_opened, checkpoint_files, partial_download, size_of, stamp_of
-from llama_ref.checkpoint.report import FileReport, Report, State
-from llama_ref.checkpoint.structure import MOST_SHARDS, STATE_OF_IMPOSTOR, Finding, Structure, examine
+from llama_ref.checkpoint.report import STATE_OF_IMPOSTOR, FileReport, Report, State
+from llama_ref.checkpoint.structure import MOST_SHARDS, Finding, Structure, examine
 from llama_ref.checkpoint.weight_scan import scan_weights
+from llama_ref.checkpoint.writing import write_sums
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_head, what_is
 
@@ -47,7 +47,7 @@ def verify(
     begun = time.perf_counter()
     if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
         raise RequestError(f"jobs is {jobs!r}, expected a whole number of 1 or more")
-    folder = _native(Path(folder).expanduser())
+    folder = native_folder(Path(folder).expanduser())
     if not folder.is_dir():
         return Report(folder, problem="there is no such folder")
     report = _Check(folder, jobs, quick, deep, progress).run()
@@ -66,7 +66,7 @@ def write_checklist(
     It appears whole or not at all. Raises RequestError for another algorithm or, without `force`, where a list is there
     already; CheckpointError where a file is visibly broken, which a list would declare to be whole.
     """
-    folder = _native(Path(folder).expanduser())
+    folder = native_folder(Path(folder).expanduser())
     target = folder / CHECKLIST_NAME
     if algorithm not in ALGORITHM_OF_DIGITS.values():
         raise RequestError(f"algorithm is {algorithm!r}, expected md5 or sha256")
@@ -76,32 +76,7 @@ def write_checklist(
     names = [file.name for file in report.files]
     if report.bad or not names:
         raise CheckpointError(f"no list was written for {folder}: {report.bad[0].sentence() if names else report.summary()}")
-    found = hash_files([(folder / name, algorithm) for name in names], jobs, progress)
-    for path, hashed in found.items():
-        if isinstance(hashed, OSError):
-            raise CheckpointError(f"cannot read {path}: {hashed.strerror}; no list was written")
-    _write_atomically(target, b"".join(format_entry(name, found[folder / name].sum) for name in sorted(names)))
-    return target
-
-
-def _native(folder: Path) -> Path:
-    """The folder with Meta's files: a Hugging Face repository keeps them in `original/`."""
-    inner = folder / "original"
-    return inner if not (folder / "params.json").exists() and (inner / "params.json").is_file() else folder
-
-
-def _write_atomically(target: Path, data: bytes) -> None:
-    partial_file = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with partial_file.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial_file.replace(target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        partial_file.unlink(missing_ok=True)
+    return write_sums(folder, names, algorithm, jobs, progress)
 
 
 @dataclass
@@ -182,7 +157,7 @@ class _Check:
         if _matches(entry, hashed) is False:
             return _why_sum_differs(report, finding, listed)
         foreign = listed and not entry and SHARD_NAME.fullmatch(name)
-        surplus = structure.n_shards is not None and _shard_number(name) >= structure.n_shards
+        surplus = structure.n_shards is not None and shard_number(name) >= structure.n_shards
         if not finding and (foreign or surplus):
             detail = "the checklist does not name it" if foreign else f"the tensors are those of {structure.n_shards} shards"
             return replace(report, state=State.EXTRA, detail=detail)
@@ -223,16 +198,11 @@ class _Check:
 
 def _missing_shards(names: list[str], structure: Structure, listed: Mapping[str, Entry]) -> list[str]:
     """Files that must exist by the shards' numbers and shapes but do not; without a list also params.json and tokenizer."""
-    numbers = {number for name in names if 0 <= (number := _shard_number(name)) < MOST_SHARDS}
+    numbers = {number for name in names if 0 <= (number := shard_number(name)) < MOST_SHARDS}
     count = max(numbers, default=-1 if listed else 0) + 1
     count = max(count, structure.n_shards or 0)
     missing = [f"consolidated.{number:02d}.pth" for number in range(count) if number not in numbers]
     return missing + [name for name in ("params.json", "tokenizer.model") if not listed and name not in names]
-
-
-def _shard_number(name: str) -> int:
-    match = SHARD_NAME.fullmatch(name)
-    return int(match[1]) if match else -1
 
 
 def _matches(entry: Entry | None, hashed: Hashed | OSError | None) -> bool | None:

@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 from llama_ref.checkpoint.checklist import CHECKLIST_NAME
+from llama_ref.files import ADVICE as ADVICE_ON_IMPOSTOR
 
 
 class State(str, Enum):
@@ -35,19 +36,21 @@ class State(str, Enum):
 
 
 GOOD = (State.WHOLE, State.SOUND)
-IMPOSTORS = (State.EMPTY, State.WEB_PAGE, State.ERROR_BODY, State.POINTER, State.UNWRITTEN)  # `detail` says what it is instead
+STATE_OF_IMPOSTOR = {  # by what `files.what_is` calls it, which is then the `detail`
+    "an empty file": State.EMPTY,
+    "an HTML page": State.WEB_PAGE,
+    "an XML error body": State.ERROR_BODY,
+    "a JSON error body": State.ERROR_BODY,
+    "a Git LFS pointer": State.POINTER,
+    "a run of zero bytes": State.UNWRITTEN,
+}
 
-ADVICE = {
+ADVICE = {state: ADVICE_ON_IMPOSTOR[kind] for kind, state in STATE_OF_IMPOSTOR.items()} | {
     State.MISSING: "fetch it",
-    State.EMPTY: "the download did not start, fetch that file again",
     State.CUT_SHORT: "the download broke off, fetch that file again",
     State.LONGER: "something was written behind or into it, delete it and fetch it again",
     State.DAMAGED: "its content is not what was published, fetch that file again",
     State.MISNAMED: "rename it",
-    State.WEB_PAGE: "the link had expired or asked for a login, get a fresh link and fetch it again",
-    State.ERROR_BODY: "the server refused the download, get a fresh link and fetch it again",
-    State.POINTER: "the repository was cloned without its large files, run `git lfs pull` in it",
-    State.UNWRITTEN: "its space was set aside but never written, fetch that file again",
     State.GROWING: "a download is still writing it, check again when that has ended",
     State.UNREADABLE: "make it readable, or fetch it again",
     State.REFUSED: "do not load it, fetch it again from its publisher",
@@ -90,7 +93,7 @@ class FileReport:
             return f"{printable(self.name)} is {human_bytes(difference)} short: {self.advice}"
         if self.state is State.LONGER and self.expected_size is not None and difference < 0:
             return f"{printable(self.name)} is {human_bytes(-difference)} too long: {self.advice}"
-        if self.state in IMPOSTORS and self.detail:
+        if self.state in STATE_OF_IMPOSTOR.values() and self.detail:
             return f"{printable(self.name)} is {self.detail}: {self.advice}"
         verb = "" if self.state is State.MISFIT else "is "
         return f"{printable(self.name)} {verb}{self.state}{detail}: {self.advice}"

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,26 +14,15 @@ import torch
 from llama_ref.args import PARAMS_LIMIT_BYTES, ModelArgs
 from llama_ref.checkpoint.archive_length import archive_length
 from llama_ref.checkpoint.folder import SHARD_NAME
-from llama_ref.checkpoint.hashing import size_or_zero
 from llama_ref.checkpoint.inspect_pth import TensorInfo, inspect_pth
-from llama_ref.checkpoint.report import State
-from llama_ref.checkpoint.slices import split_dim
+from llama_ref.checkpoint.presence import size_of
+from llama_ref.checkpoint.report import STATE_OF_IMPOSTOR, State
+from llama_ref.checkpoint.shapes import Shape, expected_shapes, misfits, other_kind, shard_shape, strangers
 from llama_ref.checkpoint.tensor_pickle import RefusedPickle
-from llama_ref.checkpoint.weights import IGNORED
 from llama_ref.errors import CheckpointError
 from llama_ref.files import read_head, read_small, what_is
-from llama_ref.model import Transformer
 from llama_ref.tokenizer import MAX_FILE_BYTES, N_SPECIAL, read_ranks
 
-STATE_OF_IMPOSTOR = {
-    "an empty file": State.EMPTY,
-    "an HTML page": State.WEB_PAGE,
-    "an XML error body": State.ERROR_BODY,
-    "a JSON error body": State.ERROR_BODY,
-    "a Git LFS pointer": State.POINTER,
-    "a run of zero bytes": State.UNWRITTEN,
-}
-FLOATS = ("bfloat16", "float16", "float32")
 TORN_VALUE = re.compile(r"(t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][+-]?)?\s*")  # what a cut leaves of a JSON value
 MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not make millions of files "missing"
 MOST_LISTED = 4  # wrong tensors named in one detail
@@ -177,7 +166,7 @@ def _examine_shards(folder: Path, names: list[str], found: Structure, args: Mode
 
 
 def _why_broken(path: Path, error: CheckpointError) -> Finding:
-    size, whole = size_or_zero(path), None
+    size, whole = size_of(path) or 0, None
     with suppress(OSError):
         whole = archive_length(path)
     if whole and whole != size:
@@ -186,39 +175,24 @@ def _why_broken(path: Path, error: CheckpointError) -> Finding:
     return Finding(state, _without_path(error, path), whole)
 
 
-def _expected_shapes(folder: Path, args: ModelArgs, found: Structure) -> dict[str, tuple[int, ...]] | None:
+def _expected_shapes(folder: Path, args: ModelArgs, found: Structure) -> dict[str, Shape] | None:
     """Whole tensors' shapes by name; None with a note for the kinds of release whose tensors are others."""
-    kind = None
-    if args.quantization_args is not None:
-        kind = "an int4 release"
-    elif args.vision_chunk_size is not None or args.vision_num_cross_attention_layers is not None:
-        kind = "a vision release"
-    elif any(folder.glob("fp8_scales*")):
-        kind = "an fp8 release"
+    kind = other_kind(args, folder)
     if kind:
         found.notes.append(f"{kind}: its tensors were not compared with params.json")
         return None
-    with torch.device("meta"):
-        model = Transformer(replace(args, n_layers=1))  # all layers are alike, and thousands of them would take a minute
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    of_layer = {name: shapes.pop(name) for name in list(shapes) if name.startswith("layers.0.")}
-    layers = range(args.n_layers)
-    return shapes | {name.replace("0", str(i), 1): shape for i in layers for name, shape in of_layer.items()}
+    return expected_shapes(args)
 
 
-def shard_shape(name: str, whole: tuple[int, ...], n_shards: int) -> tuple[int, ...]:
-    """The shape of one shard's part of a tensor."""
-    dim = split_dim(name)
-    return tuple(size // n_shards if axis == dim else size for axis, size in enumerate(whole))
-
-
-def _compare_with_params(shards: list[str], found: Structure, args: ModelArgs, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _compare_with_params(shards: list[str], found: Structure, args: ModelArgs, expected: Mapping[str, Shape]) -> None:
     inspected = found.tensors.values()
     found.n_shards = next((n for tensors in inspected if (n := _n_shards(tensors, args))), None) or len(shards)
-    if not any("output.weight" in tensors for tensors in inspected):  # tied to the embedding
-        expected = {name: shape for name, shape in expected.items() if name != "output.weight"}
-    for name, tensors in found.tensors.items():
-        problems = _misfits(tensors, expected, found.n_shards)
+    described = {
+        file: {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        for file, tensors in found.tensors.items()
+    }
+    for name, wrong in misfits(described, expected, found.n_shards).items():
+        problems = wrong + [f"{stranger} is unexpected" for stranger in strangers(found.tensors[name], expected)]
         if problems:
             more = f", and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
             found.findings[name] = Finding(State.MISFIT, "; ".join(problems[:MOST_LISTED]) + more)
@@ -233,25 +207,12 @@ def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
     return n_shards if n_shards <= MOST_SHARDS else None
 
 
-def _misfits(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], n_shards: int) -> list[str]:
-    problems = []
-    for name, whole in expected.items():
-        shape, tensor = shard_shape(name, whole, n_shards), tensors.get(name)
-        if tensor is None:
-            problems.append(f"{name} is missing, expected shape {shape}")
-        elif tensor.shape != shape:
-            problems.append(f"{name} has shape {tensor.shape}, expected {shape}")
-        elif tensor.dtype not in FLOATS:
-            problems.append(f"{name} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
-    return problems + [f"{name} is unexpected" for name in tensors if name not in expected and name not in IGNORED]
-
-
-def _measure_broken(folder: Path, shards: list[str], found: Structure, expected: Mapping[str, tuple[int, ...]] | None) -> None:
+def _measure_broken(folder: Path, shards: list[str], found: Structure, expected: Mapping[str, Shape] | None) -> None:
     """Judge broken shards by the size of a sound one (all of a release are alike), or at least by what params.json implies."""
-    sound = max((size_or_zero(folder / name) for name in found.tensors), default=None)
+    sound = max((size_of(folder / name) or 0 for name in found.tensors), default=None)
     least = sound or (_least_bytes(expected, found.n_shards or len(shards)) if expected else 0)
     for name in shards:
-        finding, size = found.findings.get(name), size_or_zero(folder / name)
+        finding, size = found.findings.get(name), size_of(folder / name) or 0
         if finding is None or name in found.tensors:
             continue
         if size == sound and finding.state in (State.CUT_SHORT, State.LONGER):
@@ -263,7 +224,7 @@ def _measure_broken(folder: Path, shards: list[str], found: Structure, expected:
             found.findings[name] = Finding(State.CUT_SHORT if cut else finding.state, finding.detail, least)
 
 
-def _least_bytes(expected: Mapping[str, tuple[int, ...]], n_shards: int) -> int:
+def _least_bytes(expected: Mapping[str, Shape], n_shards: int) -> int:
     return sum(math.prod(shard_shape(name, shape, n_shards)) for name, shape in expected.items()) * torch.bfloat16.itemsize
 
 

@@ -7,7 +7,7 @@ pages themselves; otherwise each tensor is cast and copied once, and its pages a
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.inspect_pth import inspect_pth
+from llama_ref.checkpoint.shapes import IGNORED, misfits, other_kind, strangers
 from llama_ref.checkpoint.slices import Share, places, split_dim, wanted_ranges
 from llama_ref.errors import CheckpointError
 from llama_ref.model import Transformer
@@ -24,8 +25,6 @@ from llama_ref.model import Transformer
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 WHOLE = Share()
-IGNORED = {"rope.freqs"}  # older files carry it; it follows from params.json
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_LISTED = 12  # wrong tensors named in one error
 
 
@@ -125,13 +124,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
-    kind = None
-    if args.quantization_args is not None:
-        kind = "an int4 release (quantization_args in params.json)"
-    elif any(folder.path.glob("fp8_scales*")):
-        kind = "an fp8 release (fp8_scales files)"
-    elif args.vision_num_cross_attention_layers is not None or args.vision_chunk_size is not None:
-        kind = "a vision release (vision keys in params.json)"
+    kind = other_kind(args, folder.path)
     if kind:
         raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; use the text release in bf16")
 
@@ -139,31 +132,21 @@ def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
 def _check_tensors(
     folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]], expected: dict[str, tuple[int, ...]]
 ) -> None:
-    if not any("output.weight" in shard for shard in shards.values()):  # tied to the embedding
-        expected = {name: shape for name, shape in expected.items() if name != "output.weight"}
-    problems = [
-        problem
+    described = {
+        folder.shards[number].name: {
+            name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in shard.items()
+        }
         for number, shard in shards.items()
-        for problem in _problems_of(folder.shards[number].name, shard, expected, len(folder.shards))
-    ]
+    }
+    problems = []
+    for file, wrong in misfits(described, expected, len(folder.shards)).items():
+        problems += [f"{file}: {problem}" for problem in wrong]
+        surplus = sorted(strangers(described[file], expected))
+        problems += [f"{file}: {name} {described[file][name][1]} is unexpected" for name in surplus]
     if problems:
         more = f"\n  … and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:MOST_LISTED])
         raise CheckpointError(f"{folder.path}: the weights do not fit {folder.params.name}:{listed}{more}")
-
-
-def _problems_of(file: str, shard: dict[str, Tensor], expected: dict[str, tuple[int, ...]], n_shards: int) -> Iterator[str]:
-    for name, whole_shape in expected.items():
-        shape = _shard_shape(name, whole_shape, n_shards)
-        tensor = shard.get(name)
-        if tensor is None:
-            yield f"{file}: {name} is missing, expected shape {shape}"
-        elif tuple(tensor.shape) != shape:
-            yield f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
-        elif tensor.dtype not in WEIGHT_DTYPES:
-            yield f"{file}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected bfloat16, float16 or float32"
-    for name in sorted(shard.keys() - expected.keys()):
-        yield f"{file}: {name} {tuple(shard[name].shape)} is unexpected"
 
 
 def _refuse_different_copies(folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]]) -> None:
@@ -188,13 +171,6 @@ def _refuse_uneven(folder: CheckpointFolder, expected: dict[str, tuple[int, ...]
                 f"{folder.path}: {n_shards} shards cannot hold equal parts of {name} {shape}, as {folder.params.name} has it; "
                 "do all of them belong to this model?"
             )
-
-
-def _shard_shape(name: str, whole_shape: tuple[int, ...], n_shards: int) -> tuple[int, ...]:
-    dim = split_dim(name)
-    if dim is None:
-        return whole_shape
-    return tuple(size // n_shards if d == dim else size for d, size in enumerate(whole_shape))
 
 
 def _on_same_bytes(shards: dict[int, dict[str, Tensor]]) -> bool:

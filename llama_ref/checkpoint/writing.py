@@ -1,19 +1,22 @@
-"""Write a checkpoint folder so that it is there whole or not at all."""
+"""Write a checkpoint folder, or its list of sums, so that it is there whole or not at all."""
 
-import fcntl
 import json
 import os
 import re
 import shutil
+import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llama_ref.checkpoint.checklist import CHECKLIST_NAME, format_entry
-from llama_ref.checkpoint.hashing import hash_file
-from llama_ref.errors import RequestError
+from llama_ref.checkpoint.hashing import Progress, hash_files
+from llama_ref.errors import CheckpointError, RequestError
+
+if sys.platform != "win32":
+    import fcntl
 
 CHECKPOINT_FILE = re.compile(r"params\.json|tokenizer\.model|checklist\.chk|consolidated\.\d{2,}\.pth|README\.md")
 
@@ -47,10 +50,35 @@ def write_params(folder: Path, params: Mapping[str, Any]) -> None:
     (folder / "params.json").write_text(json.dumps(params) + "\n")
 
 
-def write_sums(folder: Path) -> None:
-    """Write checklist.chk over all other files of a folder that was just made, whole or deliberately not."""
-    files = sorted(path for path in folder.iterdir() if path.name != CHECKLIST_NAME)
-    (folder / CHECKLIST_NAME).write_bytes(b"".join(format_entry(path.name, hash_file(path)) for path in files))
+def write_sums(
+    folder: Path, names: Iterable[str], algorithm: str = "md5", jobs: int | None = None, progress: Progress | None = None
+) -> Path:
+    """Write checklist.chk over the named files of a folder, whole or not at all; return its path.
+
+    The files are hashed `jobs` at a time (default: one per core). Raises CheckpointError where one cannot be read, or the list
+    cannot be written.
+    """
+    target, names = folder / CHECKLIST_NAME, sorted(names)
+    found = hash_files([(folder / name, algorithm) for name in names], jobs, progress)
+    for path, hashed in found.items():
+        if isinstance(hashed, OSError):
+            raise CheckpointError(f"cannot read {path}: {hashed.strerror}; no list was written")
+    _write_atomically(target, b"".join(format_entry(name, found[folder / name].sum) for name in names))
+    return target
+
+
+def _write_atomically(target: Path, data: bytes) -> None:
+    partial_file = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with partial_file.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial_file.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        partial_file.unlink(missing_ok=True)
 
 
 def _refuse_taken(path: Path, force: bool) -> None:

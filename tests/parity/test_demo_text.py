@@ -10,7 +10,7 @@ from parity.oracles import metas_model
 pytestmark = pytest.mark.usefixtures("one_process_group")
 N_TOKENS = 40
 # Logits here are around 20, where bfloat16 steps by 0.125; the hidden states behind them carry several such roundings.
-NEAR_TIE = 0.5
+NEAR_TIE = 0.25
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -37,15 +37,14 @@ def prompts(llama: Llama) -> list[list[int]]:
 
 @torch.inference_mode()
 def test_greedy_text_follows_metas_reference(demo_bfloat16: Llama, metas: MetaTransformer):
-    followed = 0
+    agreed = []
     for prompt in prompts(demo_bfloat16):
         [ours], _ = demo_bfloat16.generate([prompt], N_TOKENS, temperature=0)
         logits = metas(torch.tensor([prompt + ours]), 0)[0, len(prompt) - 1 : -1]  # what Meta's would choose at each step
         behind = logits.amax(-1) - logits[torch.arange(len(ours)), torch.tensor(ours)]
-        parted = behind.nonzero().flatten()
-        assert behind.max() <= NEAR_TIE, f"token {parted[0]} is {behind.max():.2f} behind Meta's choice"
-        followed += int(parted[0]) if len(parted) else len(ours)
-    assert followed >= 0.8 * N_TOKENS * (len(PROMPTS) + len(QUESTIONS))
+        assert behind.max() <= NEAR_TIE, f"token {behind.argmax()} is {behind.max():.2f} behind Meta's choice"
+        agreed += (behind == 0).tolist()
+    assert sum(agreed) >= 0.95 * len(agreed)
 
 
 def test_the_capital_of_france_is_paris(demo_bfloat16: Llama):

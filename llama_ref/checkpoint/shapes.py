@@ -1,0 +1,83 @@
+"""What tensors the shards of a text model in bf16 hold: names, shapes, dtypes; and which releases hold others."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.slices import split_dim
+from llama_ref.model import Transformer
+
+Shape = tuple[int, ...]
+
+IGNORED = {"rope.freqs"}  # older files carry it; it follows from params.json
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def other_kind(args: ModelArgs, folder: Path | None = None) -> str | None:
+    """The kind of release, and what shows it, whose tensors are not those of `expected_shapes`; None for any other.
+
+    Only its files tell an fp8 release, so that `folder` has to be given to find one.
+    """
+    if args.quantization_args is not None:
+        return "an int4 release (quantization_args in params.json)"
+    if args.lora_args is not None:
+        return "an int4 release (lora_args in params.json)"
+    if args.vision_chunk_size is not None or args.vision_num_cross_attention_layers is not None:
+        return "a vision release (vision keys in params.json)"
+    if folder is not None and any(folder.glob("fp8_scales*")):
+        return "an fp8 release (fp8_scales files)"
+    return None
+
+
+def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
+    """Whole tensors' shapes by name, in the model's order."""
+    with torch.device("meta"):
+        model = Transformer(replace(args, n_layers=1))  # all layers are alike, and thousands of them would take a minute
+    shapes = ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    out = {}
+    for is_layer, group in groupby(shapes, lambda named: named[0].startswith("layers.0.")):
+        alike = list(group)
+        for layer in range(args.n_layers if is_layer else 1):
+            out |= {name.replace("layers.0.", f"layers.{layer}.", 1): shape for name, shape in alike}
+    return out
+
+
+def shard_shape(name: str, whole: Shape, n_shards: int) -> Shape:
+    """The shape of one shard's part of a tensor."""
+    dim = split_dim(name)
+    return tuple(size // n_shards if axis == dim else size for axis, size in enumerate(whole))
+
+
+def misfits(
+    shards: Mapping[str, Mapping[str, tuple[str, Shape]]], expected: Mapping[str, Shape], n_shards: int
+) -> dict[str, list[str]]:
+    """For each shard, which of the `expected` tensors it lacks or has in another shape or dtype.
+
+    `shards` give the dtype's name and the shape of each tensor. Where none has an output, it is tied to the embedding.
+    """
+    if not any("output.weight" in tensors for tensors in shards.values()):
+        expected = {name: shape for name, shape in expected.items() if name != "output.weight"}
+    parts = {name: shard_shape(name, whole, n_shards) for name, whole in expected.items()}
+    return {shard: _misfits(tensors, parts) for shard, tensors in shards.items()}
+
+
+def strangers(tensors: Iterable[str], expected: Collection[str]) -> list[str]:
+    """The names of tensors that the model has no place for."""
+    return [name for name in tensors if name not in expected and name not in IGNORED]
+
+
+def _misfits(tensors: Mapping[str, tuple[str, Shape]], parts: Mapping[str, Shape]) -> list[str]:
+    problems = []
+    for name, expected in parts.items():
+        dtype, shape = tensors.get(name, (None, None))
+        if shape is None:
+            problems.append(f"{name} is missing, expected shape {expected}")
+        elif shape != expected:
+            problems.append(f"{name} has shape {shape}, expected {expected}")
+        elif dtype not in WEIGHT_DTYPES:
+            problems.append(f"{name} is {dtype}, expected {', '.join(WEIGHT_DTYPES[:-1])} or {WEIGHT_DTYPES[-1]}")
+    return problems

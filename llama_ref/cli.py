@@ -290,9 +290,11 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     try:
         words = _with_explicit_switches(sys.argv[1:] if argv is None else argv)
         call = fire.Fire(component, command=words, name=name, serialize=lambda result: None)
-        code = call._run() if isinstance(call, Call) else 0
+        code = (call._run() if isinstance(call, Call) else 0) or 0
         sys.stdout.flush()
-        return code or 0
+        if "llama_ref.parallel" in sys.modules:
+            sys.modules["llama_ref.parallel"].end_process(code)
+        return code
     except (RequestError, FolderNotFound) as error:
         return _complain(error, EXIT_MISUSE)
     except LlamaRefError as error:

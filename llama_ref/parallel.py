@@ -7,6 +7,7 @@ The embedding looks up what it has and sums likewise; the output gathers everybo
 
 import atexit
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -51,6 +52,21 @@ def lost_a_process(error: RuntimeError) -> bool:
     """Whether this is how a collective call says that another process has gone away."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited")
     return dist.is_initialized() and any(sign in str(error) for sign in signs)
+
+
+def end_process(code: int) -> None:
+    """End one of several processes here and now; does nothing where there is only one.
+
+    An interpreter that shuts down in its own time now and then aborts in Gloo's threads ("terminate called without an active
+    exception"), which torchrun takes for a failed job. All wait for the slowest first, unless this one failed.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if code == 0:
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _leave_group() -> None:

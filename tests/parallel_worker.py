@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama_ref.checkpoint import weights
 from llama_ref.generation import Llama
+from llama_ref.parallel import end_process
 
 
 def main(task_file: str, out: str) -> None:
@@ -25,6 +26,7 @@ def main(task_file: str, out: str) -> None:
         results[name] = _compute(llama, torch.tensor(task["tokens"])) | {"opened": _of_all(sorted(opened))}
     if dist.get_rank() == 0:
         torch.save(results, out)
+    end_process(0)
 
 
 def _compute(llama: Llama, tokens: Tensor) -> dict:

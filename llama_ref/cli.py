@@ -75,6 +75,8 @@ TEXT_NAMES = ("name", "a", "b", "prompt", "system", "ckpt_dir", "tokenizer_path"
 TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
 
 
+SHORT_SWITCHES = {"-q": "quick", "-e": "echo", "-f": "force", "-j": "json"}
+SWITCH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 SWITCHES = {"json", "echo", "all", "quick", "deep", "force"}
 
 
@@ -220,6 +222,8 @@ def complete(name: str, prompt: str | None = None, *, echo: bool = False, **opti
         if sys.stdin.isatty():
             raise RequestError('give a prompt: llama-ref complete NAME "Once upon a time"')
         prompt = sys.stdin.read().removesuffix("\n")  # the one that `echo` adds
+        if not prompt:
+            raise RequestError('standard input is empty; give a prompt: llama-ref complete NAME "Once upon a time"')
     llama = _build(name, options)
     pace = Pace(llama.stream(prompt, **_pick(SAMPLING, options)))
     if echo:
@@ -341,11 +345,24 @@ def _settle_streams() -> None:
 
 
 def _with_explicit_switches(words: list[str]) -> list[str]:
-    """`--quick NAME` -> `--quick=True NAME`: Fire would take the name for the switch's value."""
+    """`--quick NAME` -> `--quick=True NAME`, `-q NAME` too: Fire would take the name for the switch's value.
+
+    And `--force=false` -> `--force=False`: Fire would take the text for true. Raises RequestError for another value.
+    """
     followed_by = [*words, ""][1:]
-    names = {f"--{switch}" for switch in SWITCHES}
-    bare = [word in names and after not in ("True", "False") for word, after in zip(words, followed_by, strict=True)]
-    return [f"{word}=True" if is_bare else word for word, is_bare in zip(words, bare, strict=True)]
+    return [_explicit_switch(word, after) for word, after in zip(words, followed_by, strict=True)]
+
+
+def _explicit_switch(word: str, after: str) -> str:
+    name, equals, value = word.partition("=")
+    switch = SHORT_SWITCHES.get(name) or name.removeprefix("--")
+    if not name.startswith("-") or switch not in SWITCHES:
+        return word
+    if not equals:
+        return word if after in ("True", "False") else f"--{switch}=True"
+    if value.lower() not in SWITCH_VALUES:
+        raise RequestError(f"--{switch} is {value!r}, expected true or false, or --{switch} alone for true")
+    return f"--{switch}={SWITCH_VALUES[value.lower()]}"
 
 
 def _complain(error: Exception, code: int) -> int:

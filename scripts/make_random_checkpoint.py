@@ -215,7 +215,11 @@ def _tokenizer(given: str | None, params: Mapping[str, Any]) -> Path | None:
         return None
     package = importlib.util.find_spec("llama_models")
     if package is None:
-        raise RequestError("give --tokenizer PATH (or install llama-models, which carries Llama 3's tokenizer.model)")
+        note = (
+            "no --tokenizer given and no package llama-models, which carries Llama 3's: the folder will have no tokenizer.model"
+        )
+        print(note, file=sys.stderr)
+        return None
     path = Path(package.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
     print(f"no --tokenizer given: taking {path}", file=sys.stderr)
     return path

@@ -17,6 +17,7 @@ from conftest import REPOSITORY
 
 READMES = ("README.md", "README.ko.md")
 NOT_RUN = {
+    "pip install ./llama_ref": "it would install over the package that is being tested",
     "bash scripts/test.sh": "it is what runs this test",
     "bash scripts/test.sh tests/parity -k logits": "it is what runs this test",
 }
@@ -71,6 +72,7 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
 def test_a_command_does_what_the_readme_shows(command, expected, environment):
     done = run(["bash", "-c", f"({command}) 2>&1"], environment)
     pattern = re.escape(expected.strip()).replace("…", ".*")
+    assert (done.returncode != 0) == expected.startswith("llama-ref: "), done.stdout
     assert re.fullmatch(pattern, done.stdout.strip(), re.DOTALL), f"{command} printed\n{done.stdout}\nnot\n{expected}"
 
 

@@ -15,6 +15,7 @@ import torch
 
 from conftest import REPOSITORY
 from folders import PARAMS, tiny_folder
+from llama_ref.checkpoint.inspect_pth import inspect_pth
 from llama_ref.checkpoint.integrity import verify
 from llama_ref.checkpoint.report import FileReport, Report, State
 from llama_ref.cli import main
@@ -378,3 +379,37 @@ def test_diff_of_what_cannot_be_read_is_2(run, original, folder, case):
 def test_diff_needs_two_folders(run, original):
     code, out, err = run("diff", original)
     assert (code, out) == (2, "") and err
+
+
+# ---- switches
+
+
+@pytest.mark.parametrize("no", ["--force=false", "--force=no", "--force=0", "--force=False"])
+def test_a_switch_that_is_off_is_off(run, folder, no):
+    before = (folder / "checklist.chk").read_bytes()
+    assert run("checksum", folder, "--algorithm", "sha256", no)[0] == 2
+    assert (folder / "checklist.chk").read_bytes() == before
+
+
+@pytest.mark.parametrize("quick", ["-q", "--quick", "--quick=true", "--quick=yes"])
+def test_a_switch_before_the_name_is_not_given_the_name(run, folder, quick):
+    code, out, _ = run("verify", quick, folder)
+    assert code == 0
+    assert "sound" in out
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_misuse(run, folder):
+    code, _, err = run("verify", folder, "--quick=perhaps")
+    assert code == 2
+    assert "--quick is 'perhaps', expected true or false" in err
+
+
+def test_checksum_does_not_vouch_for_weights_that_their_own_archive_calls_damaged(run, folder):
+    data = bytearray((folder / SHARD0).read_bytes())
+    data[inspect_pth(folder / SHARD0)["norm.weight"].file_offset] ^= 1
+    (folder / SHARD0).write_bytes(data)
+    (folder / "checklist.chk").unlink()
+    code, _, err = run("checksum", folder)
+    assert code == 1
+    assert "CRC-32" in err
+    assert not (folder / "checklist.chk").exists()

@@ -64,7 +64,8 @@ def write_checklist(
     """Write checklist.chk over a folder's files in the form that `md5sum -c` (or `sha256sum -c`) reads; return its path.
 
     It appears whole or not at all. Raises RequestError for another algorithm or, without `force`, where a list is there
-    already; CheckpointError where a file is visibly broken, which a list would declare to be whole.
+    already; CheckpointError where a file is broken as far as can be told, which a list would declare to be whole. Damage in
+    params.json or tokenizer.model, or from before the archive was written, cannot be told: a list says what is here now.
     """
     folder = native_folder(Path(folder).expanduser())
     target = folder / CHECKLIST_NAME
@@ -72,7 +73,7 @@ def write_checklist(
         raise RequestError(f"algorithm is {algorithm!r}, expected md5 or sha256")
     if target.exists() and not force:
         raise RequestError(f"{target} is there already; --force replaces it")
-    report = _Check(folder, jobs, quick=True, use_list=False).run()
+    report = _Check(folder, jobs, progress=progress, use_list=False).run()  # also reads each archive's own CRC-32 sums
     names = [file.name for file in report.files]
     if report.bad or not names:
         raise CheckpointError(f"no list was written for {folder}: {report.bad[0].sentence() if names else report.summary()}")

@@ -287,8 +287,6 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     something about are a line on stderr; only bugs leave a traceback.
     """
     _settle_streams()
-    # Threads of torch that spin while they wait make everything many times slower where another program wants the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, which all make the same text, the first prints it
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  stays open as long as the process
     try:

@@ -289,13 +289,18 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     _settle_streams()
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, which all make the same text, the first prints it
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  stays open as long as the process
+    code = _run(component, argv, name)
+    if "llama_ref.parallel" in sys.modules:  # else there is no job to end, and no torch to import for it
+        sys.modules["llama_ref.parallel"].end_process(code)
+    return code
+
+
+def _run(component: Any, argv: list[str] | None, name: str | None) -> int:
     try:
         words = _with_explicit_switches(sys.argv[1:] if argv is None else argv)
         call = fire.Fire(component, command=words, name=name, serialize=lambda result: None)
         code = (call._run() if isinstance(call, Call) else 0) or 0
         sys.stdout.flush()
-        if "llama_ref.parallel" in sys.modules:
-            sys.modules["llama_ref.parallel"].end_process(code)
         return code
     except (RequestError, FolderNotFound) as error:
         return _complain(error, EXIT_MISUSE)

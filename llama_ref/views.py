@@ -1,13 +1,13 @@
 """What the commands print: tables of folders and models, the pace of a generation."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Column, Table
@@ -16,9 +16,9 @@ from rich.text import Text
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, checkpoints_root, list_folders, open_folder
 from llama_ref.checkpoint.report import human_bytes
+from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.weights import is_tied
 from llama_ref.errors import CheckpointError
-from llama_ref.model import Transformer
 from llama_ref.streaming import Stream
 
 WIDE = 160  # columns of a table that goes into a pipe or file
@@ -73,13 +73,13 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
 
 
 def count_parameters(args: ModelArgs, tied: bool) -> int:
-    with torch.device("meta"):
-        model = Transformer(args)
-    tied_away = model.output.weight.numel() if tied else 0
-    return sum(parameter.numel() for parameter in model.parameters()) - tied_away
+    """How many numbers the weights are; a tied output counts once, as the embedding."""
+    shapes = expected_shapes(args)
+    return sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == "output.weight"))
 
 
 def print_info(info: ModelInfo, *, as_json: bool) -> None:
+    """One checkpoint's numbers: a table, or JSON in bytes and tokens."""
     if as_json:
         print(json.dumps(asdict(info), indent=2))
         return
@@ -106,6 +106,7 @@ def _info_lines(info: ModelInfo) -> Iterator[tuple[str, str]]:
 
 
 def print_list(*, as_json: bool) -> None:
+    """The checkpoints under `checkpoints_root()`; what cannot be opened says why in its note."""
     rows = [_list_row(path) for path in list_folders()]
     if as_json:
         print(json.dumps(rows, indent=2))

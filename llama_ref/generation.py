@@ -85,7 +85,7 @@ class Llama:
         share = join_group(model_parallel_size, device)
         tokenizer_path = tokenizer_path or folder.tokenizer
         with verified(folder, verify, tokenizer_path):
-            args = ModelArgs.from_json(folder.params)
+            args = folder.read_args()
             tokenizer = _open_tokenizer(tokenizer_path, folder.path, args)
             refuse_undealable(args, share.world_size)
             model = load_model(folder, args, device=device, dtype=dtype, share=share, progress=progress)

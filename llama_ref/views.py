@@ -17,7 +17,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, checkpoints_root, list_folders, open_folder
 from llama_ref.checkpoint.report import human_bytes
 from llama_ref.checkpoint.shapes import expected_shapes
-from llama_ref.checkpoint.weights import is_tied
+from llama_ref.checkpoint.stored import is_tied
 from llama_ref.errors import CheckpointError
 from llama_ref.streaming import Stream
 
@@ -53,7 +53,7 @@ class ModelInfo:
 
 def describe(folder: CheckpointFolder) -> ModelInfo:
     """Read params.json and the shards' directories; no weights. Raises CheckpointError."""
-    args = ModelArgs.from_json(folder.params)
+    args = folder.read_args()
     tied = is_tied(folder)
     parameters = count_parameters(args, tied)
     per_token = 2 * args.n_layers * args.n_kv_heads * args.head_dim * DTYPE_BYTES["bfloat16"]  # keys and values

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama_ref.checkpoint import weights
+from llama_ref.checkpoint import stored
 from llama_ref.generation import Llama
 from llama_ref.parallel import end_process
 
@@ -62,13 +62,13 @@ def _of_all(value: object) -> list:
 
 
 def _note_opened_shards() -> list[str]:
-    opened, read = [], weights.read_shard
+    opened, read = [], stored.read_shard
 
     def noting(path: Path) -> dict[str, Tensor]:
         opened.append(path.name)
         return read(path)
 
-    weights.read_shard = noting
+    stored.read_shard = noting
     return opened
 
 

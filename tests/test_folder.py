@@ -163,12 +163,21 @@ def test_other_spellings_of_a_number_are_no_shards(tmp_path):
     ("names", "says"),
     [
         ([], r"is empty; fetch params\.json, consolidated\.00\.pth, tokenizer\.model and checklist\.chk"),
-        (["config.json", "model-00001-of-00002.safetensors"], "in Hugging Face's format .* original/ folder"),
+        (["config.json", "model-00001-of-00002.safetensors"], "lacks model-00002-of-00002.safetensors; fetch what is missing"),
+        (["config.json", "model.safetensors", "model-00001-of-00001.safetensors"], "two models; remove one"),
+        (
+            ["config.json", "model-00001-of-00002.safetensors", "model-00001-of-00003.safetensors"],
+            "files of 2 and of 3: two models",
+        ),
+        (["model.safetensors", "tokenizer.json"], "holds safetensors but lacks config.json"),
+        (["config.json", "pytorch_model.bin"], r"as pickles \(\.bin\)"),
+        (["config.json", "tokenizer.json"], "has config.json but no model.safetensors"),
+        (["adapter_config.json", "adapter_model.safetensors"], r"holds an adapter \(LoRA\)"),
         (["llama3_2-1B.pte", "tokenizer.model", "params.json"], r"an ExecuTorch program \(\.pte\)"),
         (["model-Q4_K_M.gguf"], "a GGUF file"),
         (["consolidated.00.pth", "params"], r"lacks params\.json \(it is named `params` here: rename it\)"),
         (["consolidated.00.pth", "tokenizer.model"], r"lacks params\.json; fetch it beside consolidated\.00\.pth"),
-        (["params.json", "tokenizer.model"], r"holds no consolidated\.NN\.pth; it holds params\.json, tokenizer\.model"),
+        (["params.json", "tokenizer.model"], r"holds no consolidated\.NN\.pth .*; it holds params\.json, tokenizer\.model"),
         ([f"photo{i}.jpg" for i in range(9)], "holds no .* it holds photo0.jpg, .*photo7.jpg, …"),
     ],
 )

@@ -23,7 +23,8 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.slices import split_dim
-from llama_ref.checkpoint.weights import is_tied, load_model, release_pages
+from llama_ref.checkpoint.stored import is_tied, release_pages
+from llama_ref.checkpoint.weights import load_model
 from llama_ref.errors import CheckpointError
 from llama_ref.model import Transformer
 from make_random_checkpoint import make_random_checkpoint

@@ -13,7 +13,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.slices import split_dim
-from llama_ref.checkpoint.weights import read_shard, release_pages
+from llama_ref.checkpoint.stored import read_shard, release_pages
 from llama_ref.tokenizer import read_ranks
 
 TIED_TO = "tok_embeddings.weight"  # an output that is left out is this

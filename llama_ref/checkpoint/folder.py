@@ -6,21 +6,43 @@ from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
+from llama_ref.args import ModelArgs
 from llama_ref.errors import CheckpointError, FolderNotFound
 
 SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
+SAFETENSORS_NAME = re.compile(r"model(?:-([0-9]{5})-of-([0-9]{5}))?\.safetensors")
 MOST_LISTED = 8  # names in one error
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The files of one checkpoint. `shards` stand in the order of their numbers; `checklist` is None where none was shipped."""
+    """The files of one checkpoint, Meta's or Hugging Face's.
+
+    `params` is params.json or config.json; `shards` stand in the order of their numbers; `tokenizer` is tokenizer.model or
+    tokenizer.json; `checklist` is None where none was shipped.
+    """
 
     path: Path
     params: Path
     shards: tuple[Path, ...]
     tokenizer: Path | None
     checklist: Path | None
+
+    @property
+    def is_hugging_face(self) -> bool:
+        return self.params.name == "config.json"
+
+    def read_args(self) -> ModelArgs:
+        """What params.json or config.json says. Raises CheckpointError."""
+        from llama_ref.checkpoint.hf_config import args_from_config
+
+        return args_from_config(self.params) if self.is_hugging_face else ModelArgs.from_json(self.params)
+
+    def says_tied(self) -> bool:
+        """Whether config.json ties the output to the embedding. Raises CheckpointError."""
+        from llama_ref.checkpoint.hf_config import is_tied_config
+
+        return is_tied_config(self.params)
 
     @property
     def name(self) -> str:
@@ -85,9 +107,9 @@ def _what_is_there() -> str:
 
 
 def open_folder(name: str | Path) -> CheckpointFolder:
-    """Find a folder and its files. Raises CheckpointError when it is not a native checkpoint, saying what it is instead.
+    """Find a folder and its files. Raises CheckpointError when it is no checkpoint, saying what it is instead.
 
-    The folder of a Hugging Face repository leads to its `original/`.
+    The folder of a Hugging Face repository leads to its `original/` where Meta's own files are in it.
     """
     path = find_folder(name)
     try:
@@ -96,15 +118,21 @@ def open_folder(name: str | Path) -> CheckpointFolder:
     except OSError as error:
         raise CheckpointError(f"cannot list {path}: {error.strerror}") from error
     shards = [name for name in names if SHARD_NAME.fullmatch(name)]
-    if not shards or "params.json" not in names:
-        raise CheckpointError(_why_not_native(path, names, shards))
-    _refuse_gaps(path, shards)
+    safetensors = [name for name in names if SAFETENSORS_NAME.fullmatch(name)]
+    if shards and "params.json" in names:
+        _refuse_gaps(path, shards)
+        shards, params = sorted(shards, key=shard_number), "params.json"
+    elif safetensors and "config.json" in names:
+        shards, params = _of_one_set(path, safetensors), "config.json"
+    else:
+        raise CheckpointError(_why_no_checkpoint(path, names, shards))
     _refuse_broken_links(path, shards)
+    tokenizers = ("tokenizer.model", "tokenizer.json") if params == "params.json" else ("tokenizer.json", "tokenizer.model")
     return CheckpointFolder(
         path=path,
-        params=path / "params.json",
-        shards=tuple(path / name for name in sorted(shards, key=shard_number)),
-        tokenizer=path / "tokenizer.model" if "tokenizer.model" in names else None,
+        params=path / params,
+        shards=tuple(path / name for name in shards),
+        tokenizer=next((path / name for name in tokenizers if name in names), None),
         checklist=path / "checklist.chk" if "checklist.chk" in names else None,
     )
 
@@ -112,7 +140,12 @@ def open_folder(name: str | Path) -> CheckpointFolder:
 def native_folder(path: Path) -> Path:
     """The folder with Meta's files: a Hugging Face repository keeps them in `original/`. Raises OSError."""
     inner = path / "original"
-    return inner if not (path / "params.json").exists() and (inner / "params.json").is_file() else path
+    if (path / "params.json").exists() or not (inner / "params.json").is_file():
+        return path
+    # Many fetch the safetensors and of `original/` only the small files.
+    has_weights = any(SHARD_NAME.fullmatch(entry.name) for entry in inner.iterdir())
+    has_others = any(SAFETENSORS_NAME.fullmatch(entry.name) for entry in path.iterdir())
+    return inner if has_weights or not has_others else path
 
 
 def shard_number(name: str) -> int:
@@ -132,6 +165,25 @@ def _refuse_gaps(path: Path, shards: list[str]) -> None:
         )
 
 
+def _of_one_set(path: Path, names: list[str]) -> list[str]:
+    """Of model.safetensors or model-00001-of-0000N.safetensors the files that are one model."""
+    if "model.safetensors" in names:
+        if len(names) > 1:
+            raise CheckpointError(f"{path} holds model.safetensors beside {names[0]}: two models; remove one of them")
+        return names
+    totals = {int(SAFETENSORS_NAME.fullmatch(name)[2]) for name in names}
+    if len(totals) > 1:
+        raise CheckpointError(
+            f"{path} holds files of {' and of '.join(map(str, sorted(totals)))}: two models; remove one of them"
+        )
+    total = totals.pop()
+    missing = sorted({f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)} - set(names))
+    if missing:
+        more = ", …" if len(missing) > MOST_LISTED else ""
+        raise CheckpointError(f"{path} lacks {', '.join(missing[:MOST_LISTED])}{more}; fetch what is missing")
+    return names
+
+
 def _refuse_broken_links(path: Path, names: list[str]) -> None:
     """A Hugging Face cache is made of links, which outlive what they lead to."""
     for name in names:
@@ -139,15 +191,18 @@ def _refuse_broken_links(path: Path, names: list[str]) -> None:
             raise CheckpointError(f"{path / name} is a link to {(path / name).readlink()}, which is not there; fetch it again")
 
 
-def _why_not_native(path: Path, names: list[str], shards: list[str]) -> str:
+def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
     if not names:
         return f"{path} is empty; fetch params.json, consolidated.00.pth, tokenizer.model and checklist.chk into it"
     suffixes = {Path(name).suffix for name in names}
-    if ".safetensors" in suffixes:
-        return (
-            f"{path} is in Hugging Face's format (config.json and safetensors), which is not read yet; "
-            "fetch the repository's original/ folder, which holds Meta's own files"
-        )
+    if "adapter_config.json" in names:
+        return f"{path} holds an adapter (LoRA), not a model; merge it into its base model (peft's merge_and_unload) first"
+    if ".safetensors" in suffixes and "config.json" not in names:
+        return f"{path} holds safetensors but lacks config.json, which says what model they are; fetch it beside them"
+    if "config.json" in names and ".bin" in suffixes and not shards:
+        return f"{path} holds its weights as pickles (.bin), of Hugging Face's format only safetensors are read; fetch those"
+    if "config.json" in names and not shards:
+        return f"{path} has config.json but no model.safetensors or model-00001-of-….safetensors; fetch the weights beside it"
     if ".pte" in suffixes:
         return f"{path} holds an ExecuTorch program (.pte), not weights; fetch the release's unquantized sibling"
     if ".gguf" in suffixes:
@@ -156,4 +211,4 @@ def _why_not_native(path: Path, names: list[str], shards: list[str]) -> str:
         hint = " (it is named `params` here: rename it)" if "params" in names else ""
         return f"{path} lacks params.json{hint}; fetch it beside {shards[0]}"
     found = ", ".join(names[:MOST_LISTED]) + (", …" if len(names) > MOST_LISTED else "")
-    return f"{path} holds no consolidated.NN.pth; it holds {found}"
+    return f"{path} holds no consolidated.NN.pth and no model.safetensors; it holds {found}"

@@ -22,14 +22,34 @@ def split_dim(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part: the `rank`-th of `world_size`."""
+    """One process's part: the `rank`-th of `world_size` of every matrix, in the `stage`-th of `n_stages` runs of layers."""
 
     rank: int = 0
     world_size: int = 1
+    stage: int = 0
+    n_stages: int = 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether the embedding lives here."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the last norm and the output live here."""
+        return self.stage == self.n_stages - 1
 
     def of(self, total: int) -> range:
         """This share of `total` things in a row; shares differ by one where they must."""
-        return range(self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size)
+        return _nth(self.rank, self.world_size, total)
+
+    def layers(self, n_layers: int) -> range:
+        """The layers of this stage."""
+        return _nth(self.stage, self.n_stages, n_layers)
+
+
+def _nth(n: int, parts: int, total: int) -> range:
+    return range(n * total // parts, (n + 1) * total // parts)
 
 
 def refuse_undealable(args: ModelArgs, world_size: int) -> None:
@@ -51,9 +71,11 @@ def kv_heads(args: ModelArgs, share: Share) -> list[int]:
     return [head // group for head in heads[:: math.gcd(group, len(heads))]]
 
 
-def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range]:
-    """What a share holds of a tensor, along `split_dim(name)` and in the order in which it holds it."""
+def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | None:
+    """What a share holds of a tensor, along `split_dim(name)` and in the order in which it holds it; None for all of it."""
     kind = _kind(name)
+    if kind not in SPLIT_DIM:
+        return None
     if kind in ("wk", "wv"):
         return _joined([_scaled(range(head, head + 1), args.head_dim) for head in kv_heads(args, share)])
     if kind in ("wq", "wo"):
@@ -61,6 +83,14 @@ def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range]:
     if kind in ("w1", "w2", "w3"):
         return [share.of(args.ffn_dim)]
     return [share.of(args.vocab_size)]
+
+
+def part_shape(name: str, whole: tuple[int, ...], ranges: list[range] | None) -> tuple[int, ...]:
+    """The shape of what `ranges` hold of a tensor."""
+    if ranges is None:
+        return whole
+    size = sum(map(len, ranges))
+    return tuple(size if axis == split_dim(name) else length for axis, length in enumerate(whole))
 
 
 def places(ranges: list[range], shard_size: int) -> Iterator[tuple[int, range]]:

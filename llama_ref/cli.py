@@ -290,8 +290,8 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, which all make the same text, the first prints it
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  stays open as long as the process
     code = _run(component, argv, name)
-    if "llama_ref.parallel" in sys.modules:  # else there is no job to end, and no torch to import for it
-        sys.modules["llama_ref.parallel"].end_process(code)
+    if "llama_ref.processes" in sys.modules:  # else there is no job to end, and no torch to import for it
+        sys.modules["llama_ref.processes"].end_process(code)
     return code
 
 
@@ -324,7 +324,7 @@ def _run(component: Any, argv: list[str] | None, name: str | None) -> int:
 def _known_failure(error: RuntimeError) -> LlamaRefError | None:
     """What torch's own error means to a user, where it is not a bug."""
     from llama_ref.device import is_out_of_memory
-    from llama_ref.parallel import lost_a_process
+    from llama_ref.processes import lost_a_process
 
     if is_out_of_memory(error):
         first_line = str(error).splitlines()[0]

@@ -25,7 +25,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     if device is None:
         device = _best()
     try:
-        chosen = torch.device(device)
+        chosen = _own_of_several(torch.device(device))
     except (RuntimeError, TypeError) as error:
         raise RequestError(f"device {device} is unknown; try cuda, mps or cpu") from error
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -38,9 +38,15 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     return chosen
 
 
+def _own_of_several(device: torch.device) -> torch.device:
+    """Of a machine's CUDA devices, this process's: torchrun numbers its processes."""
+    is_any = device.type == "cuda" and device.index is None
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}") if is_any else device
+
+
 def _best() -> str:
     if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return "cuda"
     return "mps" if torch.backends.mps.is_available() and torch.__version__ >= MPS_RIGHT_SINCE else "cpu"
 
 

@@ -22,7 +22,9 @@ from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.loop import Row, steps
 from llama_ref.model import KVCache, Transformer
-from llama_ref.parallel import agreeing, is_parallel, join_group, parallelize
+from llama_ref.parallel import agreeing, split_matrices
+from llama_ref.pipeline import split_layers
+from llama_ref.processes import ALONE, Job, join_job
 from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.streaming import Stream, stop_strings
 from llama_ref.tokenizer import Tokenizer
@@ -44,7 +46,14 @@ class Llama:
     """A model, its tokenizer and how to generate with them. Made by `Llama.build`, or from parts built elsewhere."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, max_seq_len: int = 8192, max_batch_size: int = 32, seed: int = 1
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        max_seq_len: int = 8192,
+        max_batch_size: int = 32,
+        seed: int = 1,
+        job: Job = ALONE,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -52,6 +61,7 @@ class Llama:
         self.max_seq_len = max_seq_len
         self.max_batch_size = max_batch_size
         self.generator = torch.Generator().manual_seed(seed)
+        self.job = job
 
     @classmethod
     def build(
@@ -65,13 +75,15 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        pipeline_parallel_size: int = 1,
         verify: Verify = "auto",
         progress: Progress | None = None,
     ) -> "Llama":
         """Load a checkpoint folder, named by path or release.
 
         `tokenizer_path` defaults to the folder's own. `device`: CUDA when there is one, else MPS, else the CPU. `dtype`:
-        bfloat16 where the device has it, else float16. `max_seq_len` bounds prompt and answer together, in tokens; the KV
+        bfloat16 where the device has it, else float16. Of several processes (torchrun) each holds its part of every matrix, and
+        of every `pipeline_parallel_size`-th run of layers. `max_seq_len` bounds prompt and answer together, in tokens; the KV
         cache is taken for each call and only as long as the call needs. `verify`: "auto" compares every file with
         checklist.chk the first time it is used, "always" each time, "never" does not. `progress` is called with (bytes done,
         bytes in all).
@@ -82,23 +94,23 @@ class Llama:
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         folder = open_folder(ckpt_dir)
-        share = join_group(model_parallel_size, device)
+        job = join_job(model_parallel_size, pipeline_parallel_size, device)
         tokenizer_path = tokenizer_path or folder.tokenizer
         with verified(folder, verify, tokenizer_path):
             args = folder.read_args()
             tokenizer = _open_tokenizer(tokenizer_path, folder.path, args)
-            refuse_undealable(args, share.world_size)
-            model = load_model(folder, args, device=device, dtype=dtype, share=share, progress=progress)
-        model = parallelize(model, share)
-        return cls(model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed)
+            refuse_undealable(args, job.share)
+            model = load_model(folder, args, device=device, dtype=dtype, share=job.share, progress=progress)
+        _divide(model, job)
+        return cls(model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed, job=job)
 
     @property
     def device(self) -> torch.device:
-        return self.model.tok_embeddings.weight.device
+        return self.model.layers[0].attention.wq.weight.device  # where there are stages, not every one has the embedding
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.tok_embeddings.weight.dtype
+        return self.model.layers[0].attention.wq.weight.dtype
 
     # ---- Meta's interface
 
@@ -240,7 +252,15 @@ class Llama:
     def _sampler(self, rows: list[Row], params: SamplingParams) -> Callable[[Tensor], Tensor]:
         generator = self.generator if params.seed is None else torch.Generator().manual_seed(params.seed)
         sampler = Sampler(params, generator, [row.prompt for row in rows], self.model.args.vocab_size, self.device)
-        return agreeing(sampler) if is_parallel(self.model) else sampler
+        return agreeing(sampler) if self.job is not ALONE else sampler
+
+
+def _divide(model: Transformer, job: Job) -> None:
+    """Make a process's part of a model work together with the others'."""
+    if job.tensor_group:
+        split_matrices(model, job.share, job.tensor_group)
+    if job.pipeline_group:
+        split_layers(model, job.share, job.pipeline_group)
 
 
 def check_stream_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:

@@ -39,12 +39,21 @@ def main(
     max_gen_len: int | None = None,
     seed: int = 1,
     verify: str = "auto",
+    pipeline_parallel_size: int = 1,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
     """Load a checkpoint and print each dialog with its answer."""
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, verify=verify, device=device, dtype=dtype
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        seed=seed,
+        pipeline_parallel_size=pipeline_parallel_size,
+        verify=verify,
+        device=device,
+        dtype=dtype,
     )
     results = llama.chat_completion(DIALOGS, temperature, top_p, max_gen_len)
     for dialog, result in zip(DIALOGS, results, strict=True):

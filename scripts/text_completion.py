@@ -29,12 +29,21 @@ def main(
     max_batch_size: int = 4,
     seed: int = 1,
     verify: str = "auto",
+    pipeline_parallel_size: int = 1,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
     """Load a checkpoint and print each prompt with its continuation."""
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, verify=verify, device=device, dtype=dtype
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        seed=seed,
+        pipeline_parallel_size=pipeline_parallel_size,
+        verify=verify,
+        device=device,
+        dtype=dtype,
     )
     results = llama.text_completion(PROMPTS, temperature, top_p, max_gen_len)
     for prompt, result in zip(PROMPTS, results, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama_ref.checkpoint import stored
 from llama_ref.generation import Llama
-from llama_ref.parallel import end_process
+from llama_ref.processes import end_process
 
 
 def main(task_file: str, out: str) -> None:
@@ -22,7 +22,15 @@ def main(task_file: str, out: str) -> None:
     results = {}
     for name, folder in task["folders"].items():
         opened.clear()
-        llama = Llama.build(folder, task["tokenizer"], max_seq_len=64, device="cpu", dtype=task["dtype"], verify="never")
+        llama = Llama.build(
+            folder,
+            task["tokenizer"],
+            max_seq_len=64,
+            device="cpu",
+            dtype=task["dtype"],
+            verify="never",
+            pipeline_parallel_size=task["stages"],
+        )
         results[name] = _compute(llama, torch.tensor(task["tokens"])) | {"opened": _of_all(sorted(opened))}
     if dist.get_rank() == 0:
         torch.save(results, out)

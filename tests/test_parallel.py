@@ -16,13 +16,13 @@ from llama_ref.checkpoint.slices import Share, kv_heads, places, wanted_ranges
 from llama_ref.checkpoint.weights import load_model
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
-from llama_ref.parallel import join_group
+from llama_ref.processes import join_job
 from make_random_checkpoint import make_random_checkpoint
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 TOKENS = [[5, 9, 2, 7, 1, 3], [4, 4, 8, 0, 6, 2]]
 
-SHAPE = {"dim": 48, "n_layers": 2, "vocab_size": 600, "multiple_of": 24, "norm_eps": 1e-5, "rope_theta": 500000.0}
+SHAPE = {"dim": 48, "n_layers": 3, "vocab_size": 600, "multiple_of": 24, "norm_eps": 1e-5, "rope_theta": 500000.0}
 SHAPES = {
     "groups of 4": SHAPE | {"n_heads": 8, "n_kv_heads": 2},  # more processes than key heads, from 4 on
     "groups of 3": SHAPE | {"n_heads": 12, "n_kv_heads": 4, "use_scaled_rope": True},
@@ -68,24 +68,31 @@ def divides(world_size: int, name: str) -> bool:
     return SHAPES[name.split(" / ")[0]]["n_heads"] % world_size == 0
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4, 8], ids=lambda w: f"{w} processes")
-def together(request, folders, small_tokenizer, tmp_path_factory) -> tuple[int, dict]:
-    """(number of processes, what they computed by folder)."""
+# (parts of each matrix, stages)
+JOBS = {"2 processes": (2, 1), "3 processes": (3, 1), "4 processes": (4, 1), "8 processes": (8, 1)}
+PIPELINES = {"2 stages": (1, 2), "2 parts in 2 stages": (2, 2)}
+
+
+@pytest.fixture(scope="module", params=(JOBS | PIPELINES).values(), ids=(JOBS | PIPELINES).keys())
+def together(request, folders, small_tokenizer, tmp_path_factory) -> tuple[int, int, dict]:
+    """(parts of each matrix, stages, what the processes computed by folder)."""
     place = tmp_path_factory.mktemp("job")
+    n_parts, n_stages = request.param
     task = {
-        "folders": {name: str(folder) for name, folder in folders.items() if divides(request.param, name)},
+        "folders": {name: str(folder) for name, folder in folders.items() if divides(n_parts, name)},
         "tokenizer": str(small_tokenizer),
         "dtype": "float32",
         "tokens": TOKENS,
+        "stages": n_stages,
     }
     (place / "task.json").write_text(json.dumps(task))
-    done = torchrun(request.param, WORKER, place / "task.json", place / "out.pt")
+    done = torchrun(n_parts * n_stages, WORKER, place / "task.json", place / "out.pt")
     assert done.returncode == 0, done.stderr
-    return request.param, torch.load(place / "out.pt")
+    return n_parts, n_stages, torch.load(place / "out.pt")
 
 
 def test_logits_are_those_of_one_process_and_the_same_on_all(together, alone):
-    _, results = together
+    results = together[-1]
     assert results
     for name, result in results.items():
         expected = alone[name].model(torch.tensor(TOKENS))
@@ -94,7 +101,7 @@ def test_logits_are_those_of_one_process_and_the_same_on_all(together, alone):
 
 
 def test_text_logprobs_and_streams_are_those_of_one_process(together, alone):
-    for name, result in together[1].items():
+    for name, result in together[-1].items():
         ragged = [TOKENS[0], TOKENS[1][:3]]
         greedy, logprobs = alone[name].generate(ragged, 8, temperature=0, logprobs=True, echo=True)
         assert result["greedy"] == greedy, name
@@ -104,22 +111,23 @@ def test_text_logprobs_and_streams_are_those_of_one_process(together, alone):
 
 
 def test_all_processes_sample_the_same_even_with_different_seeds(together, alone):
-    for name, result in together[1].items():
+    for name, result in together[-1].items():
         expected, _ = alone[name].generate([TOKENS[0], TOKENS[1][:3]], 8, temperature=1.5, top_p=0.99, seed=0)
         assert all(sampled == result["sampled"][0] for sampled in result["sampled"])
         assert [len(row) for row in result["sampled"][0]] == [len(row) for row in expected]
 
 
 def test_each_process_holds_its_part_and_opens_no_shard_without_something_of_its(together):
-    world_size, results = together
+    world_size, n_stages, results = together
     for name, result in results.items():
         shape, shards = name.split(" / ")
         whole = ModelArgs.from_dict(SHAPES[shape])
-        assert len(set(result["n_parameters"])) <= 2  # one more or less where the vocabulary does not divide
+        assert len(set(result["n_parameters"])) <= 2 * n_stages  # one more or less where the vocabulary does not divide
         n_needed = -(-int(shards) // world_size) + (int(shards) % world_size > 0)
         for rank, opened in enumerate(result["opened"]):
             assert 1 <= len(opened) <= max(n_needed, 1), (name, rank, opened)
-        assert max(result["n_parameters"]) < 1.2 * _n_parameters(whole, tied=shape == "groups of 4") / world_size + 40_000
+        limit = 1.2 * _n_parameters(whole, tied=shape == "groups of 4") / world_size + 40_000
+        assert max(result["n_parameters"]) < limit if n_stages == 1 else sum(result["n_parameters"]) < limit * n_stages
 
 
 def _n_parameters(args: ModelArgs, tied: bool) -> int:
@@ -178,6 +186,6 @@ def test_only_the_first_process_prints(folders, small_tokenizer):
 
 
 def test_meta_s_scripts_may_say_how_many_processes_they_are():
-    join_group(1, torch.device("cpu"))
+    join_job(1, 1, torch.device("cpu"))
     with pytest.raises(RequestError, match="model_parallel_size is 8, but there is 1 process"):
-        join_group(8, torch.device("cpu"))
+        join_job(8, 1, torch.device("cpu"))

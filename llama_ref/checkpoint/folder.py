@@ -5,12 +5,16 @@ import re
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
 from llama_ref.errors import CheckpointError, FolderNotFound
 
 SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
 SAFETENSORS_NAME = re.compile(r"model(?:-([0-9]{5})-of-([0-9]{5}))?\.safetensors")
+if TYPE_CHECKING:
+    from llama_ref.checkpoint.hf_config import HFConfig
+
 MOST_LISTED = 8  # names in one error
 
 
@@ -34,15 +38,17 @@ class CheckpointFolder:
 
     def read_args(self) -> ModelArgs:
         """What params.json or config.json says. Raises CheckpointError."""
-        from llama_ref.checkpoint.hf_config import args_from_config
-
-        return args_from_config(self.params) if self.is_hugging_face else ModelArgs.from_json(self.params)
+        return _read_config(self.params).args if self.is_hugging_face else ModelArgs.from_json(self.params)
 
     def says_tied(self) -> bool:
         """Whether config.json ties the output to the embedding. Raises CheckpointError."""
-        from llama_ref.checkpoint.hf_config import is_tied_config
+        return _read_config(self.params).tied
 
-        return is_tied_config(self.params)
+
+def _read_config(path: Path) -> "HFConfig":
+    from llama_ref.checkpoint.hf_config import read_config  # only now: it needs torch, which `list` shall not wait for
+
+    return read_config(path)
 
     @property
     def name(self) -> str:

@@ -48,12 +48,20 @@ class Share:
         return _nth(self.stage, self.n_stages, n_layers)
 
 
+WHOLE = Share()
+
+
 def _nth(n: int, parts: int, total: int) -> range:
     return range(n * total // parts, (n + 1) * total // parts)
 
 
-def refuse_undealable(args: ModelArgs, world_size: int) -> None:
-    """Raise RequestError, with the numbers that do, unless the query heads can be dealt out evenly."""
+def refuse_undealable(args: ModelArgs, share: Share) -> None:
+    """Raise RequestError, with the numbers that do, unless query heads can be dealt out evenly and no stage is empty."""
+    world_size = share.world_size
+    if share.n_stages > args.n_layers:
+        raise RequestError(
+            f"{args.n_layers} layers cannot fill {share.n_stages} pipeline stages; take {args.n_layers} or fewer"
+        )
     if args.n_heads % world_size:
         possible = ", ".join(str(n) for n in range(1, args.n_heads + 1) if args.n_heads % n == 0)
         raise RequestError(

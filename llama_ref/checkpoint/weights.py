@@ -14,13 +14,11 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.shapes import expected_shapes
-from llama_ref.checkpoint.slices import Share, part_shape, split_dim, wanted_ranges
+from llama_ref.checkpoint.slices import WHOLE, Share, part_shape, split_dim, wanted_ranges
 from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, open_stored
 from llama_ref.model import Transformer
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-
-WHOLE = Share()
 
 
 def load_model(

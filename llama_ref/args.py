@@ -4,7 +4,8 @@ import json
 import math
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,30 +76,33 @@ class ModelArgs:
         `rope_scaling_factor` overrides the file's key of that name, which overrides what the shape implies (32 for the
         3.2 1B and 3B, else 8).
         """
-        path = Path(path)
-        try:
-            return cls.from_dict(_read_json_object(path), rope_scaling_factor=rope_scaling_factor)
-        except _BadParams as error:
-            raise CheckpointError(f"{path}: {error}") from None
-        except RecursionError:
-            raise CheckpointError(f"{path}: is nested far deeper than a params.json; is it another file?") from None
+        with json_object(path, "the model's params.json", "dim, n_layers, n_heads, …") as params:
+            return cls.from_dict(params, rope_scaling_factor=rope_scaling_factor)
 
     @classmethod
-    def from_dict(cls, params: Mapping[str, Any], *, rope_scaling_factor: float | None = None) -> "ModelArgs":
-        """The same from an already parsed params.json. Raises CheckpointError."""
-        params = _with_usual_names(params)
-        _require(params)
+    def from_dict(
+        cls,
+        params: Mapping[str, Any],
+        *,
+        rope_scaling_factor: float | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> "ModelArgs":
+        """The same from an already parsed params.json. Raises CheckpointError.
+
+        `names` says what errors shall call the keys, where the values stood in another kind of file under other names.
+        """
+        params, names = with_usual_names(params.items(), OTHER_NAMES), _Names(names or {})
+        _require_params(params)
         params.setdefault("n_kv_heads", params["n_heads"])
         params.setdefault("use_scaled_rope", False)
         if rope_scaling_factor is not None:
             params["rope_scaling_factor"] = rope_scaling_factor
-        _check_types(params)
-        _check_agreement(params)
+        _check_types(params, names)
+        _check_agreement(params, names)
         if not params["use_scaled_rope"]:
             params["rope_scaling_factor"] = 1.0
         elif "rope_scaling_factor" not in params:
-            shape = (params["dim"], params["n_heads"], params["n_kv_heads"])
-            params["rope_scaling_factor"] = 32.0 if shape in SHAPES_STRETCHED_BY_32 else 8.0
+            params["rope_scaling_factor"] = usual_rope_factor(params["dim"], params["n_heads"], params["n_kv_heads"])
         known = {key: params.pop(key) for key in cls.__dataclass_fields__ if key in params and key != "extra"}
         return cls(**known, extra=params)
 
@@ -111,77 +115,104 @@ def ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
     return multiple_of * math.ceil(width / multiple_of)
 
 
-class _BadParams(CheckpointError):
-    pass
+def usual_rope_factor(dim: int, n_heads: int, n_kv_heads: int) -> float:
+    """What a scaled RoPE of this shape was stretched by where params.json does not say it."""
+    return 32.0 if (dim, n_heads, n_kv_heads) in SHAPES_STRETCHED_BY_32 else 8.0
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
-    text = read_small(path, PARAMS_LIMIT_BYTES, "the model's params.json")
+class BadValue(CheckpointError):
+    """What is wrong with a file's JSON; `json_object` puts the file's path before it."""
+
+
+@contextmanager
+def json_object(path: str | Path, what: str, keys: str) -> Iterator[dict[str, Any]]:
+    """Yield the object that a small JSON file holds; a BadValue raised over it becomes a CheckpointError with the path.
+
+    `what` the file is expected to be and some of its `keys` are for the messages. Raises CheckpointError.
+    """
+    path = Path(path)
     try:
-        params = json.loads(text, object_pairs_hook=_without_contradictions)
+        yield _parse(read_small(path, PARAMS_LIMIT_BYTES, what), keys)
+    except BadValue as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: is nested far deeper than {what}; is it another file?") from None
+
+
+def _parse(text: bytes, keys: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text, object_pairs_hook=_without_contradictions)
     except ValueError as error:
-        raise _BadParams(f"is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(params, dict):
-        raise _BadParams(f"holds {_json_type(params)}, expected an object with dim, n_layers, n_heads, …")
-    return params
+        raise BadValue(f"is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(parsed, dict):
+        raise BadValue(f"holds {_json_type(parsed)}, expected an object with {keys}")
+    return parsed
 
 
-def _without_contradictions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_contradictions(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out and out[key] != value:
-            raise _BadParams(f'"{key}" stands twice, as {_short(out[key])} and as {_short(value)}; keep the right one')
+            raise BadValue(f'"{key}" stands twice, as {short(out[key])} and as {short(value)}; keep the right one')
         out[key] = value
     return out
 
 
-def _with_usual_names(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy under the usual key names, without the keys that are null (null means absent)."""
-    named = [(OTHER_NAMES.get(key, key), value) for key, value in params.items() if value is not None]
-    return _without_contradictions(named)
+def with_usual_names(pairs: Iterable[tuple[str, Any]], usual: Mapping[str, str]) -> dict[str, Any]:
+    """Keys and values as a dictionary under the `usual` key names, without the keys that are null (null means absent)."""
+    return _without_contradictions((usual.get(key, key), value) for key, value in pairs if value is not None)
 
 
-def _require(params: Mapping[str, Any]) -> None:
-    missing = [key for key in REQUIRED if key not in params]
-    if "multiple_of" not in params and "hidden_dim" not in params:
-        missing.append("multiple_of")
+class _Names(dict):
+    """What errors call a key: itself, where nothing else is said."""
+
+    def __missing__(self, key: str) -> str:
+        return key
+
+
+def require(found: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise BadValue that names the `keys` that are absent or null, and what there is instead."""
+    missing = [key for key in keys if found.get(key) is None]
     if missing:
         hint = " (a Llama 2 has no rope_theta; only Llama 3 is read here)" if missing == ["rope_theta"] else ""
-        raise _BadParams(f"lacks {', '.join(missing)}{hint}; it has {_short(sorted(params)) if params else 'no keys at all'}")
+        raise BadValue(f"lacks {', '.join(missing)}{hint}; it has {short(sorted(found)) if found else 'no keys at all'}")
 
 
-def _check_types(params: dict[str, Any]) -> None:
+def _require_params(params: Mapping[str, Any]) -> None:
+    require(params, REQUIRED if "hidden_dim" in params else (*REQUIRED, "multiple_of"))
+
+
+def _check_types(params: dict[str, Any], names: Mapping[str, str]) -> None:
     for key in POSITIVE_INTEGERS:
         value = params.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= WIDEST:
-            raise _BadParams(f'"{key}" is {_short(value)}, expected a whole number from 1 to {WIDEST:,}')
+            raise BadValue(f'"{names[key]}" is {short(value)}, expected a whole number from 1 to {WIDEST:,}')
     if params["n_layers"] > MOST_LAYERS:
-        raise _BadParams(f'"n_layers" is {params["n_layers"]:,}, expected at most {MOST_LAYERS:,}')
+        raise BadValue(f'"{names["n_layers"]}" is {params["n_layers"]:,}, expected at most {MOST_LAYERS:,}')
     for key in POSITIVE_NUMBERS:
         value = params.get(key, 1.0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            raise _BadParams(f'"{key}" is {_short(value)}, expected a positive number')
+            raise BadValue(f'"{names[key]}" is {short(value)}, expected a positive number')
         if key in params:
             params[key] = float(value)
     if not isinstance(params["use_scaled_rope"], bool):
-        raise _BadParams(f'"use_scaled_rope" is {_short(params["use_scaled_rope"])}, expected true or false')
+        raise BadValue(f'"use_scaled_rope" is {short(params["use_scaled_rope"])}, expected true or false')
     for key in SECTIONS:
         if not isinstance(params.get(key, {}), dict):
-            raise _BadParams(f'"{key}" is {_short(params[key])}, expected an object')
+            raise BadValue(f'"{key}" is {short(params[key])}, expected an object')
 
 
-def _check_agreement(params: Mapping[str, Any]) -> None:
+def _check_agreement(params: Mapping[str, Any], names: Mapping[str, str]) -> None:
     dim, n_heads, n_kv_heads = params["dim"], params["n_heads"], params["n_kv_heads"]
     if dim % n_heads:
-        raise _BadParams(f'"dim" {dim} is not a multiple of "n_heads" {n_heads}')
+        raise BadValue(f'"{names["dim"]}" {dim} is not a multiple of "{names["n_heads"]}" {n_heads}')
     if (dim // n_heads) % 2:
-        raise _BadParams(
-            f'"dim" {dim} / "n_heads" {n_heads} gives a head of odd width {dim // n_heads}, which RoPE cannot rotate'
-        )
+        quotient = f'"{names["dim"]}" {dim} / "{names["n_heads"]}" {n_heads}'
+        raise BadValue(f"{quotient} gives a head of odd width {dim // n_heads}, which RoPE cannot rotate")
     if n_heads % n_kv_heads:
-        raise _BadParams(f'"n_heads" {n_heads} is not a multiple of "n_kv_heads" {n_kv_heads}')
+        raise BadValue(f'"{names["n_heads"]}" {n_heads} is not a multiple of "{names["n_kv_heads"]}" {n_kv_heads}')
     if params.get("rope_scaling_factor", 1.0) < 1:
-        raise _BadParams(f'"rope_scaling_factor" is {params["rope_scaling_factor"]}, expected 1 or more')
+        raise BadValue(f'"{names["rope_scaling_factor"]}" is {params["rope_scaling_factor"]}, expected 1 or more')
     if "multiple_of" in params:
         _check_ffn_dim(params)
 
@@ -190,20 +221,20 @@ def _check_ffn_dim(params: Mapping[str, Any]) -> None:
     multiplier = params.get("ffn_dim_multiplier", 1.0)
     width = 0 if multiplier > WIDEST else ffn_dim(params["dim"], params["multiple_of"], multiplier)
     if not 0 < width <= WIDEST:
-        raise _BadParams(
+        raise BadValue(
             f'"dim" {params["dim"]} and "ffn_dim_multiplier" {multiplier:g} give a feed-forward layer of no possible width'
         )
     if params.get("hidden_dim", width) != width:
-        raise _BadParams(f'"hidden_dim" is {params["hidden_dim"]}, but "multiple_of" and "ffn_dim_multiplier" give {width}')
+        raise BadValue(f'"hidden_dim" is {params["hidden_dim"]}, but "multiple_of" and "ffn_dim_multiplier" give {width}')
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value for a message: cut where it is long or deep, escaped where it is unprintable."""
     return _REPR.repr(value)
 
 
 _REPR = reprlib.Repr()
-_REPR.maxlist = 20
+_REPR.maxlist, _REPR.maxstring = 20, 60
 
 
 def _json_type(value: Any) -> str:

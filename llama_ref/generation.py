@@ -12,14 +12,13 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.slices import refuse_undealable
 from llama_ref.checkpoint.verified import Verify, verified
 from llama_ref.checkpoint.weights import Progress, load_model
 from llama_ref.device import choose_device, choose_dtype
-from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.errors import RequestError
 from llama_ref.loop import Row, steps
 from llama_ref.model import KVCache, Transformer
 from llama_ref.parallel import agreeing, split_matrices
@@ -98,7 +97,7 @@ class Llama:
         tokenizer_path = tokenizer_path or folder.tokenizer
         with verified(folder, verify, tokenizer_path):
             args = folder.read_args()
-            tokenizer = _open_tokenizer(tokenizer_path, folder.path, args)
+            tokenizer = folder.open_tokenizer(args, tokenizer_path)
             refuse_undealable(args, job.share)
             model = load_model(folder, args, device=device, dtype=dtype, share=job.share, progress=progress)
         _divide(model, job)
@@ -279,15 +278,3 @@ def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 1:
             raise RequestError(f"{name} is {number!r}, expected a positive whole number")
-
-
-def _open_tokenizer(path: str | Path | None, folder: Path, args: ModelArgs) -> Tokenizer:
-    if path is None:
-        raise CheckpointError(f"{folder} lacks tokenizer.model; fetch it, or name one with tokenizer_path")
-    tokenizer = Tokenizer(path)
-    if tokenizer.n_words != args.vocab_size:
-        raise CheckpointError(
-            f"{path} has {tokenizer.n_words:,} tokens, but params.json of {folder} says vocab_size {args.vocab_size:,}: "
-            "they belong to different models"
-        )
-    return tokenizer

@@ -244,7 +244,7 @@ def test_other_tokenizers_are_told(originals, copy):
     (other / "tokenizer.model").write_bytes(
         b"".join([lines[1].replace(b" 1", b" 0"), lines[0].replace(b" 0", b" 1"), *lines[2:]])
     )
-    assert compare(originals[1], other).tokenizer == "2 of 256 tokens differ"
+    assert compare(originals[1], other).tokenizer == "2 of 512 tokens differ"
     (other / "tokenizer.model").unlink()
     assert compare(originals[1], other).tokenizer == "only a has one"
     assert compare(other, originals[1]).tokenizer == "only b has one"

@@ -4,7 +4,7 @@ import ctypes
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +12,15 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
+from llama_ref.checkpoint.mapped_safetensors import map_safetensors
+from llama_ref.checkpoint.naming import in_meta_order, theirs
+from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.slices import split_dim
-from llama_ref.checkpoint.stored import read_shard, release_pages
-from llama_ref.tokenizer import read_ranks
+from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, read_shard, release_pages
+from llama_ref.tokenizer_json import read_tokenizer_json
+from llama_ref.vocabulary import read_tokenizer_model
 
-TIED_TO = "tok_embeddings.weight"  # an output that is left out is this
+SPELLINGS_OF_FFN_DIM = {"multiple_of", "ffn_dim_multiplier", "hidden_dim"}
 BLOCK_VALUES = 1 << 20  # compared at a time: memory stays small whatever the tensor
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
@@ -69,25 +73,36 @@ def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> C
     """
     left, right = open_folder(a), open_folder(b)
     params, tokenizer = _compare_params(left, right), _compare_tokenizers(left, right)
-    n_tensors, tensors = _compare_tensors(_Weights(left), _Weights(right), progress)
+    n_tensors, tensors = _compare_tensors(_weights(left), _weights(right), progress)
     return Comparison(str(left.path), str(right.path), n_tensors, params, tokenizer, tensors)
 
 
 def _compare_params(a: CheckpointFolder, b: CheckpointFolder) -> list[str]:
-    left, right = ModelArgs.from_json(a.params), ModelArgs.from_json(b.params)
-    pairs = ((key.name, getattr(left, key.name), getattr(right, key.name)) for key in fields(ModelArgs))
+    left, right = a.read_args(), b.read_args()
+    spelled_otherwise = SPELLINGS_OF_FFN_DIM | ({"extra"} if a.is_hugging_face != b.is_hugging_face else set())
+    names = [key.name for key in fields(ModelArgs) if key.name not in spelled_otherwise] + ["ffn_dim"]
+    pairs = ((name, getattr(left, name), getattr(right, name)) for name in names)
     return [f"{name}: {mine!r} in a, {yours!r} in b" for name, mine, yours in pairs if mine != yours]
 
 
 def _compare_tokenizers(a: CheckpointFolder, b: CheckpointFolder) -> str | None:
     if a.tokenizer is None or b.tokenizer is None:
         return None if a.tokenizer is b.tokenizer else f"only {'b' if a.tokenizer is None else 'a'} has one"
-    left, right = read_ranks(a.tokenizer), read_ranks(b.tokenizer)
+    left, right = _ids(a), _ids(b)
     differing = sum(right.get(token) != rank for token, rank in left.items()) + len(right.keys() - left.keys())
     return f"{differing:,} of {len(left):,} tokens differ" if differing else None
 
 
-class _Weights:
+def _ids(folder: CheckpointFolder) -> dict[bytes | str, int]:
+    """The id of every token: bytes of byte pairs, texts of special and added tokens."""
+    if folder.tokenizer.suffix == ".json":
+        vocabulary = read_tokenizer_json(folder.tokenizer).with_unused(folder.read_args().vocab_size)
+    else:
+        vocabulary = read_tokenizer_model(folder.tokenizer)
+    return vocabulary.ranks | vocabulary.special | vocabulary.added
+
+
+class _Shards:
     """A folder's tensors by name, mapped; each a list of its shards' parts."""
 
     def __init__(self, folder: CheckpointFolder):
@@ -96,13 +111,44 @@ class _Weights:
     def names(self) -> list[str]:
         return list(dict.fromkeys(name for shard in self.shards for name in shard))
 
-    def parts(self, name: str) -> list[Tensor]:
+    def parts(self, name: str) -> list[Piece]:
         """The parts of a tensor in the shards' order; one only, if each shard holds the whole of it; none if it is absent."""
-        found = [shard[name] for shard in self.shards if name in shard] or [
-            shard[TIED_TO] for shard in self.shards if name == "output.weight" and TIED_TO in shard
+        tensors = [shard[name] for shard in self.shards if name in shard] or [
+            shard[EMBEDDING] for shard in self.shards if name == OUTPUT and EMBEDDING in shard
         ]
+        found = [Piece(tensor, tensor) for tensor in tensors]
         is_whole = split_dim(name) is None and all(_same(found[0], other) for other in found[1:])
         return found[:1] if is_whole else found
+
+
+class _Safetensors:
+    """The same of Hugging Face's files, each tensor in one part, under Meta's names and in Meta's order if it has any."""
+
+    def __init__(self, folder: CheckpointFolder):
+        tensors = {name: tensor for path in folder.shards for name, tensor in map_safetensors(path).items()}
+        if folder.says_tied():
+            tensors.pop(theirs(OUTPUT), None)
+        args = folder.read_args()
+        ours = {theirs(name): name for name in expected_shapes(args)}
+        self.head_dim = args.head_dim
+        self.tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def parts(self, name: str) -> list[Piece]:
+        tensor = self.tensors.get(EMBEDDING if name == OUTPUT and name not in self.tensors else name)
+        if tensor is None:
+            return []
+        has_heads = tensor.dim() == 2 and tensor.shape[0] % self.head_dim == 0
+        return [Piece(in_meta_order(name, tensor, self.head_dim) if has_heads else tensor, tensor)]
+
+
+_Weights = _Shards | _Safetensors
+
+
+def _weights(folder: CheckpointFolder) -> _Weights:
+    return _Safetensors(folder) if folder.is_hugging_face else _Shards(folder)
 
 
 def _compare_tensors(a: _Weights, b: _Weights, progress: Progress | None) -> tuple[int, list[TensorDifference]]:
@@ -117,7 +163,7 @@ def _compare_tensors(a: _Weights, b: _Weights, progress: Progress | None) -> tup
     return len(names), out
 
 
-def _compare_tensor(name: str, a: list[Tensor], b: list[Tensor]) -> TensorDifference | None:
+def _compare_tensor(name: str, a: list[Piece], b: list[Piece]) -> TensorDifference | None:
     if not a or not b:
         return TensorDifference(name, f"only in {'a' if a else 'b'}")
     if split_dim(name) is None and len(a) != len(b):
@@ -133,9 +179,9 @@ def _compare_tensor(name: str, a: list[Tensor], b: list[Tensor]) -> TensorDiffer
     return TensorDifference(name, what, *_distance(_aligned(a, b, dim)))
 
 
-def _whole_shape(parts: list[Tensor], dim: int) -> tuple[int, ...] | str:
+def _whole_shape(parts: list[Piece], dim: int) -> tuple[int, ...] | str:
     """The shape of the parts put together, or a description of parts that cannot be."""
-    shapes = [list(part.shape) for part in parts]
+    shapes = [list(part.tensor.shape) for part in parts]
     around = [shape[:dim] + shape[dim + 1 :] for shape in shapes]
     if len(parts) == 1:
         return tuple(shapes[0])
@@ -145,27 +191,31 @@ def _whole_shape(parts: list[Tensor], dim: int) -> tuple[int, ...] | str:
     return tuple(shapes[0])
 
 
-def _dtypes(parts: list[Tensor]) -> str:
-    return " and ".join(dict.fromkeys(str(part.dtype).removeprefix("torch.") for part in parts))
+def _dtypes(parts: list[Piece]) -> str:
+    return " and ".join(dict.fromkeys(str(part.tensor.dtype).removeprefix("torch.") for part in parts))
 
 
-def _aligned(a: list[Tensor], b: list[Tensor], dim: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _aligned(a: list[Piece], b: list[Piece], dim: int) -> Iterator[tuple[Piece, Piece]]:
     """Views of the same places of both, cut wherever a part of either ends."""
-    if len(a) == len(b) and all(mine.shape == yours.shape for mine, yours in zip(a, b, strict=True)):
+    if len(a) == len(b) and all(mine.tensor.shape == yours.tensor.shape for mine, yours in zip(a, b, strict=True)):
         yield from zip(a, b, strict=True)
         return
     a, b = list(a), list(b)
     while a and b:
-        size = min(a[0].shape[dim], b[0].shape[dim])
-        yield a[0].narrow(dim, 0, size), b[0].narrow(dim, 0, size)
+        size = min(a[0].tensor.shape[dim], b[0].tensor.shape[dim])
+        yield _narrow(a[0], dim, 0, size), _narrow(b[0], dim, 0, size)
         for parts in (a, b):
-            rest = parts[0].narrow(dim, size, parts[0].shape[dim] - size)
-            parts[:1] = [rest] if rest.shape[dim] else []
+            rest = _narrow(parts[0], dim, size, parts[0].tensor.shape[dim] - size)
+            parts[:1] = [rest] if rest.tensor.shape[dim] else []
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _narrow(piece: Piece, dim: int, start: int, length: int) -> Piece:
+    return replace(piece, tensor=piece.tensor.narrow(dim, start, length))
+
+
+def _same(a: Piece, b: Piece) -> bool:
     """Whether two tensors of one shape hold the same values in the same dtype, a NaN being equal to a NaN."""
-    if a.dtype != b.dtype or a.shape != b.shape:
+    if a.tensor.dtype != b.tensor.dtype or a.tensor.shape != b.tensor.shape:
         return False
     return all(_has_same_bytes(x, y) or not _unequal(x, y).any() for x, y in _blocks(a, b))
 
@@ -177,7 +227,7 @@ def _has_same_bytes(x: Tensor, y: Tensor) -> bool:
     return ctypes.string_at(x.data_ptr(), x.nbytes) == ctypes.string_at(y.data_ptr(), y.nbytes)
 
 
-def _distance(places: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
+def _distance(places: Iterable[tuple[Piece, Piece]]) -> tuple[float, float, int]:
     """(largest absolute difference, |a - b| / |a|, number of values that differ)."""
     largest, squares, size, n_different = 0.0, 0.0, 0.0, 0
     for mine, yours in places:
@@ -202,14 +252,15 @@ def _larger(x: float, y: float) -> float:
     return math.nan if math.isnan(x) or math.isnan(y) else max(x, y)
 
 
-def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(a: Piece, b: Piece) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of both, a million values at a time; their pages are let go before the next."""
-    if not a.numel():
+    if not a.tensor.numel():
         return
-    a, b = torch.atleast_1d(a, b)
-    rows = max(1, BLOCK_VALUES // a[0].numel())
-    for x, y in zip(a.split(rows), b.split(rows), strict=True):
+    one, other = torch.atleast_1d(a.tensor, b.tensor)
+    rows = max(1, BLOCK_VALUES // one[0].numel())
+    for x, y in zip(one.split(rows), other.split(rows), strict=True):
         yield x, y
-        for block in (x, y):
-            span = 1 + sum((size - 1) * stride for size, stride in zip(block.shape, block.stride(), strict=True))
-            release_pages(block.as_strided((span,), (1,)))  # with what lies between a cut matrix's rows
+        for block, piece in ((x, a), (y, b)):
+            if piece.is_mapped:  # a copy's pages are the only place where it is
+                span = 1 + sum((size - 1) * stride for size, stride in zip(block.shape, block.stride(), strict=True))
+                release_pages(block.as_strided((span,), (1,)))  # with what lies between a cut matrix's rows

@@ -14,6 +14,7 @@ SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
 SAFETENSORS_NAME = re.compile(r"model(?:-([0-9]{5})-of-([0-9]{5}))?\.safetensors")
 if TYPE_CHECKING:
     from llama_ref.checkpoint.hf_config import HFConfig
+    from llama_ref.tokenizer import Tokenizer
 
 MOST_LISTED = 8  # names in one error
 
@@ -44,11 +45,20 @@ class CheckpointFolder:
         """Whether config.json ties the output to the embedding. Raises CheckpointError."""
         return _read_config(self.params).tied
 
+    def open_tokenizer(self, args: ModelArgs, path: str | Path | None = None) -> "Tokenizer":
+        """The folder's tokenizer, or the one at `path`. Raises CheckpointError where there is none or it is another model's."""
+        from llama_ref.tokenizer import Tokenizer  # only now: it needs tiktoken, which `list` shall not wait for
 
-def _read_config(path: Path) -> "HFConfig":
-    from llama_ref.checkpoint.hf_config import read_config  # only now: it needs torch, which `list` shall not wait for
-
-    return read_config(path)
+        path = path or self.tokenizer
+        if path is None:
+            raise CheckpointError(f"{self.path} lacks tokenizer.model; fetch it, or name one with tokenizer_path")
+        tokenizer = Tokenizer(path, args.vocab_size)
+        if tokenizer.n_words != args.vocab_size:
+            raise CheckpointError(
+                f"{path} has {tokenizer.n_words:,} tokens, but {self.params.name} of {self.path} says vocab_size "
+                f"{args.vocab_size:,}: they belong to different models"
+            )
+        return tokenizer
 
     @property
     def name(self) -> str:
@@ -58,6 +68,12 @@ def _read_config(path: Path) -> "HFConfig":
     @property
     def shard_bytes(self) -> int:
         return sum(shard.stat().st_size for shard in self.shards)
+
+
+def _read_config(path: Path) -> "HFConfig":
+    from llama_ref.checkpoint.hf_config import read_config  # only now: it needs torch, which `list` shall not wait for
+
+    return read_config(path)
 
 
 def checkpoints_root() -> Path:

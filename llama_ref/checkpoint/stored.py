@@ -54,6 +54,14 @@ class Stored(ABC):
         """What these ranges along `split_dim(name)` hold (None: all), piece after piece in the order asked for."""
         return self._pieces(EMBEDDING if self.tied and name == OUTPUT else name, ranges)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype in the files."""
+        return self._one_file_s(EMBEDDING if self.tied and name == OUTPUT else name).dtype
+
+    @abstractmethod
+    def _one_file_s(self, name: str) -> Tensor:
+        """What one file holds of a tensor."""
+
     @abstractmethod
     def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]: ...
 
@@ -96,6 +104,9 @@ class StoredShards(Stored):
     def _shard_size(self, name: str) -> int:
         return self.expected[name][split_dim(name)] // self.n_shards
 
+    def _one_file_s(self, name: str) -> Tensor:
+        return self.shards[self.home][name]
+
     def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
         dim = split_dim(name)
         if dim is None:
@@ -120,6 +131,9 @@ class StoredSafetensors(Stored):
         known = here.keys() | {theirs(OUTPUT)}  # a file may hold the tied output all the same
         _refuse_twice(folder, files)
         _check_tensors(folder, {_several(folder): {n: t for n, t in self.tensors.items() if n in here or n not in known}}, here)
+
+    def _one_file_s(self, name: str) -> Tensor:
+        return self.tensors[theirs(name)]
 
     def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
         mapped = self.tensors[theirs(name)]

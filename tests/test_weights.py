@@ -479,43 +479,49 @@ MEASURE = textwrap.dedent("""
     import os, sys
     from pathlib import Path
     import torch
-    from llama_ref.args import ModelArgs
     from llama_ref.checkpoint.folder import open_folder
+    from llama_ref.checkpoint.slices import Share
     from llama_ref.checkpoint.weights import load_model
 
-    def load(path, dtype):
+    def load(path, dtype, **options):
         folder = open_folder(path)
-        return load_model(folder, ModelArgs.from_json(folder.params), dtype=dtype)
+        return load_model(folder, folder.read_args(), dtype=dtype, **options)
 
     def look_at(model):  # mapped pages count from then on
         for parameter in model.parameters():
-            parameter.max()
+            if not parameter.is_meta:
+                parameter.max()
 
     def peak():
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
     root = Path(sys.argv[1])
-    for shards in (1, 4):
-        for dtype in ("bfloat16", "float32"):
-            if os.fork():  # a new process's peak begins at what it has
-                os.wait()
-                continue
-            look_at(load(root / "tiny", torch.float32))  # whatever of the libraries this touches for the first time
-            before = peak()
-            model = load(root / str(shards), getattr(torch, dtype))
-            look_at(model)
-            print(shards, dtype, peak() - before, sum(p.nbytes for p in model.parameters()), flush=True)
-            os._exit(0)
+    whole, quarter, in_stages = (), (2, 4), (1, 2, 1, 2)
+    cases = [(shards, dtype, whole) for shards in (1, 4) for dtype in ("bfloat16", "float32")]
+    cases += [(shards, "bfloat16", share) for shards in (1, 4) for share in (quarter, in_stages)]
+    for shards, dtype, share in cases:
+        if os.fork():  # a new process's peak begins at what it has
+            os.wait()
+            continue
+        look_at(load(root / "tiny", torch.float32))  # whatever of the libraries this touches for the first time
+        before = peak()
+        model = load(root / str(shards), getattr(torch, dtype), share=Share(*share))
+        look_at(model)
+        weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+        print(shards, dtype, "/".join(map(str, share)) or "whole", peak() - before, weights, flush=True)
+        os._exit(0)
 """)
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[tuple[str, str], tuple[int, int]]:
-    """By number of shards and dtype: bytes that loading 85 million bfloat16 weights took at its peak, and the weights' own."""
+def measured() -> dict[tuple[str, str, str], tuple[int, int]]:
+    """By shards, dtype and share: bytes that loading 85 million bfloat16 weights took at its peak, and the weights' own."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(ModelArgs.from_dict(LARGE)).named_parameters()}
-    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which keeps those of three runs
+    # Where files are memory, Linux maps what is looked at and little more; of a disk's page cache it maps some 2 MB at a time,
+    # which are nobody's memory but count as everybody's. And not in pytest's folder, which keeps those of three runs.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         for shards in (1, 4):
             root = Path(folder) / str(shards)
             root.mkdir()
@@ -532,13 +538,22 @@ def measured() -> dict[tuple[str, str], tuple[int, int]]:
         done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    return {(shards, dtype): (int(taken), int(weights)) for shards, dtype, taken, weights in rows}
+    return {(shards, dtype, share): (int(taken), int(weights)) for shards, dtype, share, taken, weights in rows}
 
 
 @on_linux
 @pytest.mark.parametrize("shards", ["1", "4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_takes_little_memory_beyond_the_weights(measured, shards, dtype):
-    taken, weights = measured[shards, dtype]
+    taken, weights = measured[shards, dtype, "whole"]
     assert weights > (160 << 20) * (1 if dtype == "bfloat16" else 2)
+    assert 0.95 * weights < taken < 1.10 * weights
+
+
+@on_linux
+@pytest.mark.parametrize("shards", ["1", "4"])
+@pytest.mark.parametrize(("share", "fraction"), [("2/4", 0.25), ("1/2/1/2", 0.25)], ids=["third of 4", "2 parts in 2 stages"])
+def test_a_process_of_several_takes_little_memory_beyond_its_share(measured, shards, share, fraction):
+    taken, weights = measured[shards, "bfloat16", share]
+    assert weights == pytest.approx(measured[shards, "bfloat16", "whole"][1] * fraction, rel=0.05)
     assert 0.95 * weights < taken < 1.10 * weights

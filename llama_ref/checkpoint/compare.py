@@ -16,7 +16,7 @@ from llama_ref.checkpoint.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.naming import in_meta_order, theirs
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.slices import split_dim
-from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, read_shard, release_pages
+from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, read_shard, release_rows
 from llama_ref.tokenizer_json import read_tokenizer_json
 from llama_ref.vocabulary import read_tokenizer_model
 
@@ -262,5 +262,4 @@ def _blocks(a: Piece, b: Piece) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, y
         for block, piece in ((x, a), (y, b)):
             if piece.is_mapped:  # a copy's pages are the only place where it is
-                span = 1 + sum((size - 1) * stride for size, stride in zip(block.shape, block.stride(), strict=True))
-                release_pages(block.as_strided((span,), (1,)))  # with what lies between a cut matrix's rows
+                release_rows(block)

@@ -9,6 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from llama_ref.checkpoint.slices import places, split_dim
 from llama_ref.errors import CheckpointError
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+COPIED_BYTES = 4 << 20  # at a time
 MOST_LISTED = 12  # wrong tensors named in one error
 
 Wanted = Mapping[str, list[range] | None]  # places along `split_dim(name)`; None: all of it
@@ -41,6 +43,15 @@ class Piece:
         """Whether it is the file's own bytes, not a copy of them."""
         return 0 <= self.tensor.data_ptr() - self.mapped.data_ptr() < max(1, self.mapped.nbytes)
 
+    def copy_to(self, target: Tensor) -> None:
+        """Fill `target` some rows at a time, and let go of each before the next."""
+        n_rows = max(1, COPIED_BYTES // max(1, self.tensor[0].nbytes))
+        for rows, place in zip(self.tensor.split(n_rows), target.split(n_rows), strict=True):
+            place.copy_(rows)
+            if self.is_mapped:
+                release_rows(rows)
+        self.release()
+
     def release(self) -> None:
         release_pages(self.mapped)
 
@@ -55,12 +66,12 @@ class Stored(ABC):
         return self._pieces(EMBEDDING if self.tied and name == OUTPUT else name, ranges)
 
     def dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype in the files."""
-        return self._one_file_s(EMBEDDING if self.tied and name == OUTPUT else name).dtype
+        """A tensor's dtype in the files; where their parts have several, the narrowest that holds them all."""
+        return reduce(torch.promote_types, self._dtypes(EMBEDDING if self.tied and name == OUTPUT else name))
 
     @abstractmethod
-    def _one_file_s(self, name: str) -> Tensor:
-        """What one file holds of a tensor."""
+    def _dtypes(self, name: str) -> set[torch.dtype]:
+        """Those of the parts that the files hold of a tensor."""
 
     @abstractmethod
     def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]: ...
@@ -104,8 +115,8 @@ class StoredShards(Stored):
     def _shard_size(self, name: str) -> int:
         return self.expected[name][split_dim(name)] // self.n_shards
 
-    def _one_file_s(self, name: str) -> Tensor:
-        return self.shards[self.home][name]
+    def _dtypes(self, name: str) -> set[torch.dtype]:
+        return {shard[name].dtype for shard in self.shards.values()}
 
     def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
         dim = split_dim(name)
@@ -132,8 +143,8 @@ class StoredSafetensors(Stored):
         _refuse_twice(folder, files)
         _check_tensors(folder, {_several(folder): {n: t for n, t in self.tensors.items() if n in here or n not in known}}, here)
 
-    def _one_file_s(self, name: str) -> Tensor:
-        return self.tensors[theirs(name)]
+    def _dtypes(self, name: str) -> set[torch.dtype]:
+        return {self.tensors[theirs(name)].dtype}
 
     def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
         mapped = self.tensors[theirs(name)]
@@ -175,6 +186,13 @@ def release_pages(tensor: Tensor) -> None:
     length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start  # only pages that hold nothing else
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def release_rows(rows: Tensor) -> None:
+    """Let go of the pages of some rows of a mapped matrix, and of what lies between them where its columns were cut."""
+    if rows.numel():
+        span = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
+        release_pages(rows.as_strided((span,), (1,)))
 
 
 def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:

@@ -83,18 +83,16 @@ def _set_weight(model: Transformer, name: str, weight: Tensor) -> None:
 
 def _join(pieces: list[Piece], dim: int | None, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """A tensor's pieces as one, in `dtype` on `device`; the mapped pages themselves where they will do."""
-    if len(pieces) == 1 and pieces[0].tensor.is_contiguous():
-        piece = pieces[0]
-        whole = piece.tensor.to(device=device, dtype=dtype)
-        if whole.data_ptr() != piece.tensor.data_ptr() or not piece.is_mapped:
-            piece.release()
-        return whole
+    first = pieces[0].tensor
+    if len(pieces) == 1 and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
+        if not pieces[0].is_mapped:
+            pieces[0].release()
+        return first
     dim = dim or 0
     sizes = [piece.tensor.shape[dim] for piece in pieces]
-    shape = list(pieces[0].tensor.shape)
+    shape = list(first.shape)
     shape[dim] = sum(sizes)
     whole = torch.empty(shape, dtype=dtype, device=device)
     for piece, target in zip(pieces, whole.split(sizes, dim), strict=True):
-        target.copy_(piece.tensor)
-        piece.release()
+        piece.copy_to(target)
     return whole

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import fire
 import torch
 
+from llama_ref.checkpoint.outgoing import Outgoing
 from llama_ref.checkpoint.presence import checkpoint_files
+from llama_ref.checkpoint.pth_writer import write_pth
 from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.tokenizer import N_SPECIAL
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
 
 PRODUCED = {1, 9}  # end_of_text and eot_id
+EMBEDDING = "token_embd.weight"
 META_NAMES = {
     "token_embd": "tok_embeddings",
     "output_norm": "norm",
@@ -69,7 +72,7 @@ def _build(out: Path, force: bool) -> None:
         ranks, special_rows = _tokenizer(reader)
         weights = _weights(reader, len(ranks), special_rows)
         write_params(folder, _params(reader, len(ranks) + N_SPECIAL))
-        torch.save(weights, folder / "consolidated.00.pth")
+        write_pth(folder / "consolidated.00.pth", weights)
         lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
         (folder / "tokenizer.model").write_bytes(b"".join(lines))
         (folder / "README.md").write_text(NOTICE)
@@ -137,19 +140,29 @@ def _gpt2_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _weights(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> dict[str, torch.Tensor]:
-    weights = {_meta_name(t.name): _dequantize(t) for t in reader.tensors}
-    rows = weights["tok_embeddings.weight"]  # (SmolLM2's V, D)
+def _weights(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> list[Outgoing]:
+    embedding = _embedding(reader, n_ranks, special_rows)
+    # SmolLM2's output is tied. Here it cannot be: two tokens on one row would be equally likely everywhere, and every newline
+    # might come out as <|end_header_id|>. Of the special tokens only those that SmolLM2 itself produces can be chosen.
+    output = embedding.clone()
+    output[[n_ranks + special for special in special_rows if special not in PRODUCED]] = 0
+    tensors = [_dequantized(t) for t in reader.tensors if t.name != EMBEDDING]
+    return [Outgoing.of(_meta_name(EMBEDDING), embedding), *tensors, Outgoing.of("output.weight", output)]
+
+
+def _embedding(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> torch.Tensor:
+    rows = _dequantize(next(t for t in reader.tensors if t.name == EMBEDDING))  # (SmolLM2's V, D)
     n_special = _n_special(reader)
     embedding = torch.zeros(n_ranks + N_SPECIAL, rows.shape[1], dtype=rows.dtype)  # (V, D)
     embedding[: len(rows) - n_special] = rows[n_special:]
     for special, row in special_rows.items():
         embedding[n_ranks + special] = rows[row]
-    # SmolLM2's output is tied. Here it cannot be: two tokens on one row would be equally likely everywhere, and every newline
-    # might come out as <|end_header_id|>. Of the special tokens only those that SmolLM2 itself produces can be chosen.
-    output = embedding.clone()
-    output[[n_ranks + special for special in special_rows if special not in PRODUCED]] = 0
-    return weights | {"tok_embeddings.weight": embedding, "output.weight": output}
+    return embedding
+
+
+def _dequantized(tensor: "ReaderTensor") -> Outgoing:
+    shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts the dimensions from the innermost
+    return Outgoing(_meta_name(tensor.name), shape, torch.bfloat16, lambda: [_dequantize(tensor)])
 
 
 def _meta_name(name: str) -> str:

@@ -17,19 +17,22 @@ import importlib.util
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fire
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.outgoing import Outgoing
 from llama_ref.checkpoint.presence import checkpoint_files
-from llama_ref.checkpoint.shapes import expected_shapes, other_kind
+from llama_ref.checkpoint.pth_writer import write_pth
+from llama_ref.checkpoint.shapes import expected_shapes, other_kind, shard_shape
 from llama_ref.checkpoint.slices import split_dim
 from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
 from llama_ref.device import DTYPES
@@ -56,8 +59,8 @@ def make_random_checkpoint(
 ) -> Path:
     """Write the folder `out`: params.json as given, random weights for it, a true checklist, and `tokenizer` copied if given.
 
-    Memory stays far below one shard: its tensors are filled in mapped files, which take as much disk again while a shard is
-    written. Raises RequestError for a shape that does not split into `shards`, or a tokenizer of another vocabulary.
+    Memory stays near one shard's part of the largest tensor. Raises RequestError for a shape that does not split into `shards`,
+    or a tokenizer of another vocabulary; CheckpointError where it cannot be written (a full disk, no permission).
     """
     args = ModelArgs.from_dict(params)
     _refuse_other_kinds(args)
@@ -66,57 +69,66 @@ def make_random_checkpoint(
     if tokenizer is not None:
         tokenizer = Path(tokenizer).expanduser()
         _refuse_other_vocabulary(tokenizer, args.vocab_size)
-    with new_folder(out, force=force) as folder:
+    parts = [_shard(shapes, rank, shards, seed, dtype, tied) for rank in range(shards)]
+    with new_folder(out, force=force, n_bytes=sum(tensor.nbytes for part in parts for tensor in part)) as folder:
         write_params(folder, params)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / "tokenizer.model")
-        scratch = folder / "scratch"
-        for rank in range(shards):
-            scratch.mkdir()
-            torch.save(_shard(shapes, rank, shards, seed, dtype, tied, scratch), folder / f"consolidated.{rank:02d}.pth")
-            shutil.rmtree(scratch)
+        for rank, part in enumerate(parts):
+            _write_shard(folder / f"consolidated.{rank:02d}.pth", part, tied)
         write_sums(folder, checkpoint_files(folder))
     return Path(out)
 
 
 def _shard(
-    shapes: Mapping[str, tuple[int, ...]], rank: int, shards: int, seed: int, dtype: torch.dtype, tied: bool, scratch: Path
-) -> dict[str, Tensor]:
-    names = [name for name in shapes if not (tied and name == "output.weight")]
+    shapes: Mapping[str, tuple[int, ...]], rank: int, shards: int, seed: int, dtype: torch.dtype, tied: bool
+) -> list[Outgoing]:
+    return [
+        Outgoing(name, shard_shape(name, shape, shards), dtype, partial(_random_part, name, shape, rank, shards, seed, dtype))
+        for name, shape in shapes.items()
+        if not (tied and name == "output.weight")
+    ]
+
+
+def _write_shard(path: Path, tensors: list[Outgoing], tied: bool) -> None:
+    aliases = {"output.weight": "tok_embeddings.weight"} if tied else {}
     console = Console(stderr=True)
-    weights = {
-        name: _random_part(name, shapes[name], rank, shards, seed, dtype, scratch / name)
-        for name in track(names, f"consolidated.{rank:02d}.pth", console=console, disable=not console.is_terminal)
-    }
-    if tied:
-        weights["output.weight"] = weights["tok_embeddings.weight"]  # saved once, under both names
-    return weights
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(path.name, total=sum(tensor.nbytes for tensor in tensors))
+        write_pth(path, tensors, aliases, lambda n_bytes: progress.advance(task, n_bytes))
 
 
-def _random_part(
-    name: str, shape: tuple[int, ...], rank: int, shards: int, seed: int, dtype: torch.dtype, scratch: Path
-) -> Tensor:
-    """One shard's part of a tensor, in a mapped file.
+def _random_part(name: str, shape: tuple[int, ...], rank: int, shards: int, seed: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """One shard's part of a tensor, in blocks of rows.
 
     The whole tensor is made of blocks of rows (of columns, where shards cut columns), each drawn from its own seed: a part
     needs only the blocks that it touches, and comes out the same however many parts there are.
     """
     if len(shape) == 1:  # a norm; every shard has all of it. Near 1, but not so near that two of them could be confused
-        return (1 + 0.1 * _block(shape, seed, name, 0)).to(dtype)
+        yield (1 + 0.1 * _block(shape, seed, name, 0)).to(dtype)
+        return
     dim = split_dim(name)
-    length, width = shape[dim], shape[1 - dim]
+    scale = 1 / math.sqrt(shape[1])  # keeps activations near 1; shape[1] is fan-in, and an embedding's norm comes out as 1
+    slices = _slices(name, shape[dim], shape[1 - dim], rank, shards, seed)
+    if dim == 0:
+        yield from ((rows * scale).to(dtype) for rows in slices)
+    else:  # a row is only whole once all columns are drawn
+        part = torch.empty(shard_shape(name, shape, shards), dtype=dtype)
+        filled = 0
+        for columns in slices:  # (some of the part's columns, rows)
+            part[:, filled : filled + len(columns)] = (columns * scale).T
+            filled += len(columns)
+        yield part
+
+
+def _slices(name: str, length: int, width: int, rank: int, shards: int, seed: int) -> Iterator[Tensor]:
+    """What one shard has of the blocks (n, width) that a tensor of (length, width) is drawn in, in order."""
     size = length // shards
     start, stop = rank * size, (rank + 1) * size
-    part_shape = (size, width) if dim == 0 else (width, size)
-    part = torch.from_file(str(scratch), shared=True, size=size * width, dtype=dtype).view(part_shape)
-    scale = 1 / math.sqrt(shape[1])  # keeps activations near 1; shape[1] is fan-in, and an embedding's norm comes out as 1
     step = max(1, BLOCK_VALUES // width)
     for first in range(start - start % step, stop, step):
-        block = _block((min(step, length - first), width), seed, name, first) * scale
-        low, high = max(first, start), min(first + len(block), stop)
-        place = part.narrow(dim, low - start, high - low)
-        place.copy_(block[low - first : high - first] if dim == 0 else block[low - first : high - first].T)
-    return part
+        block = _block((min(step, length - first), width), seed, name, first)
+        yield block[max(start - first, 0) : stop - first]
 
 
 def _block(shape: tuple[int, ...], seed: int, name: str, first: int) -> Tensor:

@@ -197,7 +197,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_one_clears_up
     ]
     process = subprocess.Popen([*command, "--n_layers", "2"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".big.*.partial/scratch/*")):
+    while not list(tmp_path.glob(".big.*.partial/consolidated.*.pth")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
 

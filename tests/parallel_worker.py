@@ -22,27 +22,19 @@ def main(task_file: str, out: str) -> None:
     results = {}
     for name, folder in task["folders"].items():
         opened.clear()
-        llama = Llama.build(
-            folder,
-            task["tokenizer"],
-            max_seq_len=64,
-            device="cpu",
-            dtype=task["dtype"],
-            verify="never",
-            pipeline_parallel_size=task["stages"],
-        )
-        results[name] = _compute(llama, torch.tensor(task["tokens"])) | {"opened": _of_all(sorted(opened))}
+        llama = Llama.build(folder, task["tokenizer"], max_seq_len=64, device="cpu", verify="never", **task["build"])
+        results[name] = _compute(llama, torch.tensor(task["tokens"]), task["n_tokens"]) | {"opened": _of_all(sorted(opened))}
     if dist.get_rank() == 0:
         torch.save(results, out)
     end_process(0)
 
 
-def _compute(llama: Llama, tokens: Tensor) -> dict:
+def _compute(llama: Llama, tokens: Tensor, n_tokens: int) -> dict:
     """Logits at once and step by step, whether all processes have the same ones, and sampled and greedy text."""
     with torch.inference_mode():
         logits = llama.model(tokens)
     ragged = [tokens[0].tolist(), tokens[1, :3].tolist()]
-    greedy, logprobs = llama.generate(ragged, 8, temperature=0, logprobs=True, echo=True)
+    greedy, logprobs = llama.generate(ragged, n_tokens, temperature=0, logprobs=True, echo=True)
     sampled, _ = llama.generate(ragged, 8, temperature=1.5, top_p=0.99, seed=dist.get_rank())  # the first one's seed must win
     streamed = llama.stream(tokens[0].tolist(), 6, temperature=0)
     list(streamed)

@@ -1,0 +1,341 @@
+"""How much memory each process of a job takes, and how few cards hold a model: arithmetic on its shape, no weights read.
+
+Weights and KV cache are exact. Activations are an upper estimate, added up from what is alive at the widest moments of
+model.py, loop.py and sampling.py; the tests hold it against what generation takes on the CPU.
+"""
+
+import bisect
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
+from llama_ref.checkpoint.slices import Share
+from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
+from llama_ref.releases import RELEASES, Release, find_release
+
+# As loop.py has them; importing it would import torch, for which an answer need not wait.
+PREFILL_TOKENS, LOGPROB_POSITIONS = 1024, 128
+
+# Cards are sold by the GB and mean GiB, of which programs find at least this part: 79.1 on cards of 80, 23.5 on an A30 and 23.6
+# on an RTX 4090 of 24. Those whose GDDR memory keeps its ECC on have less: 14.7 on a T4 of 16, 22.0 on an A10 or L4 of 24.
+GIB, FOUND = 1 << 30, 0.98
+# For CUDA's context, cuBLAS's workspace, NCCL's buffers, gaps between the allocator's blocks: an allowance, not measured.
+SET_ASIDE = 10**9
+
+IN_SUMS = 6  # states (B, T, D) that Gloo's threads were seen to hold on to after an all-reduce; NCCL has no such threads
+
+MOST_TENSOR_PARALLEL = 16
+STAGES = (1, 2, 4, 8)
+CARDS_PER_NODE = 8
+LARGEST = 10**9  # of the numbers that are asked for: beyond any machine, and far below where arithmetic would take time
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a weight, and of a number in KV cache and activations: weight-only quantization narrows the first alone."""
+
+    weight: int
+    compute: int
+
+
+PRECISIONS = {"bfloat16": Precision(2, 2), "float16": Precision(2, 2), "float32": Precision(4, 4)}
+SHOWN_PRECISIONS = ("bfloat16", "float32")  # float16's numbers are bfloat16's
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the job shall hold at most. Raises RequestError on construction for a number that makes no sense.
+
+    `max_seq_len` counts prompt and answer in tokens, `max_batch_size` sequences, `gpu_memory` a card's GB as cards are sold.
+    """
+
+    gpu_memory: float
+    max_seq_len: int
+    max_batch_size: int
+
+    def __post_init__(self) -> None:
+        memory = self.gpu_memory
+        if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory <= LARGEST:
+            raise RequestError(f"gpu_memory is {memory!r:.60}, expected the GB of one card: a positive number such as 24 or 80")
+        for name in ("max_seq_len", "max_batch_size"):
+            number = getattr(self, name)
+            if type(number) is not int or not 0 < number <= LARGEST:
+                raise RequestError(f"{name} is {number!r:.60}, expected a whole number from 1 to {LARGEST:,}")
+
+    @property
+    def card_bytes(self) -> int:
+        """What one card offers to programs."""
+        return int(self.gpu_memory * GIB * FOUND)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensor-parallel processes times pipeline stages: a stage has a run of layers, a process a part of their matrices."""
+
+    tensor: int
+    stages: int = 1
+
+    @property
+    def processes(self) -> int:
+        return self.tensor * self.stages
+
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """(machines, processes on each): the fewest of 8 cards, each with whole stages where a stage is no larger than that."""
+        block = 1 if self.spans_nodes else self.tensor  # what stays on one machine
+        n_blocks = self.processes // block
+        most = CARDS_PER_NODE // block
+        per_node = next(n for n in range(min(most, n_blocks), 0, -1) if n_blocks % n == 0)
+        return n_blocks // per_node, per_node * block
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether a matrix is divided over machines, and every layer has to wait for the network between them."""
+        return self.tensor > CARDS_PER_NODE
+
+    def shares(self) -> Iterator[Share]:
+        """Every process's."""
+        return (Share(rank, self.tensor, stage, self.stages) for stage in range(self.stages) for rank in range(self.tensor))
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes in one process."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """With what is set aside for CUDA."""
+        return self.weights + self.kv_cache + self.activations + SET_ASIDE
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A model laid out over processes in one dtype: what the process that holds most of it needs, and whether a card has it."""
+
+    dtype: str
+    layout: Layout
+    need: Need
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is planned for. `ckpt_dir` is the name or path to load it by, `context` what it was trained for, in tokens."""
+
+    name: str
+    ckpt_dir: str
+    args: ModelArgs
+    tied: bool
+    context: int
+    notes: tuple[str, ...] = ()
+
+
+# ---- of one process
+
+
+def count_parameters(args: ModelArgs, tied: bool, share: Share) -> int:
+    """How many numbers a share's weights are, to the last: those that load_model gives it."""
+    heads, ffn = len(share.of(args.n_heads)), len(share.of(args.ffn_dim))
+    rows = (2 * heads + 2 * local_kv_heads(args, share)) * args.head_dim + 3 * ffn  # wq and wo, wk and wv, w1 to w3
+    layer = (rows + 2) * args.dim  # each matrix has `dim` on its other side; 2 norms
+    vocabulary = len(share.of(args.vocab_size)) * args.dim
+    ends = vocabulary if share.is_first_stage else 0
+    if share.is_last_stage:
+        ends += args.dim  # the last norm
+        ends += 0 if tied and share.is_first_stage else vocabulary
+    return len(share.layers(args.n_layers)) * layer + ends
+
+
+def local_kv_heads(args: ModelArgs, share: Share) -> int:
+    """How many key/value heads a share's query heads look through: the length of slices.kv_heads' list."""
+    heads = len(share.of(args.n_heads))
+    return heads // math.gcd(args.n_heads // args.n_kv_heads, heads)
+
+
+def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int) -> int:
+    """Keys and values of the share's layers and heads, all sequences at full length; `size` bytes a number."""
+    per_token = 2 * len(share.layers(args.n_layers)) * local_kv_heads(args, share) * args.head_dim * size
+    return per_token * workload.max_seq_len * workload.max_batch_size
+
+
+def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: int) -> int:
+    """Upper estimate of what is alive beside weights and cache at the worst moment of any call; `size` bytes a number.
+
+    Prompts of any lengths up to max_seq_len, every way of sampling, log-probabilities of the prompt.
+    """
+    B, S, V = workload.max_batch_size, workload.max_seq_len, args.vocab_size
+    T = min(max(1, PREFILL_TOKENS // B), S)  # tokens of each row in one piece of the prefill
+    pieces = -(-S // T)
+    state = size * B * T * args.dim  # x: (B, T, D)
+    ended = min(B, pieces - 1) * state  # outputs of pieces in which a row's prompt has ended
+    layers = _layer_bytes(args, share, B, T, S, size)
+    layers += state * (IN_SUMS * (share.world_size > 1) + (share.n_stages > 1))  # and one on its way to the next stage
+    gathered = 1 if share.world_size == 1 else 3  # logits: this part, all parts, all in one
+    float32 = 4 + 4 * (size < 4)  # log-probabilities, and logits where they are not float32 already
+    scores = 2 * state + (gathered * size + float32) * min(LOGPROB_POSITIONS, T) * V
+    sampling = 48 * B * V  # logits, probabilities, their sort with its int64 indices, float64 sums
+    token_ids = 8 * (B + 2) * S
+    return token_ids + 4 * B * V + max(ended + max(layers, scores), sampling)
+
+
+def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: int) -> int:
+    """Of one layer at its widest: T new tokens in each of B rows, the last of S."""
+    n = B * T
+    q, kv = len(share.of(args.n_heads)) * args.head_dim, local_kv_heads(args, share) * args.head_dim
+    group = q // kv
+    x = size * n * args.dim  # two are always there: the residual before, and its normed copy or the residual after attention
+    wide = 4 if size < 4 else 0  # a float32 copy, where that is another dtype
+    pairs = n * S if T < S else B * S  # of query and key behind a mask; a prompt in one piece has a mask in decode only
+
+    positions = n * (8 + 4 * args.head_dim)  # (B, T) int64; cosines and sines (B, T, 1, hd/2) float32
+    mask = (1 + group) * pairs  # bool (B, T, S), and (B, 1, G·T, S) for a group's heads
+    norm = n * args.dim * (wide + 4 + (size if wide else 0) + size)  # float32 copy, quotient, that cast, times the weight
+    rotate = size * n * (2 * q + 2 * kv) + n * q * (wide + 8)  # q, k, v; products of pairs in float32
+    # q, q regrouped, out; K and V where a kernel packs them; the mask in the model's dtype, once more where its rows are padded
+    attend = x + 3 * size * n * q + 2 * size * B * S * kv + 2 * size * group * pairs
+    feed_forward = x + 3 * size * n * len(share.of(args.ffn_dim))  # silu(w1 x), w3 x and their product
+    return 2 * x + positions + mask + max(norm, rotate, attend, feed_forward)
+
+
+# ---- of a job
+
+
+def plan(model: Model, workload: Workload, dtypes: Iterable[str] = SHOWN_PRECISIONS) -> list[Placement]:
+    """Every layout in every dtype, fewest processes first within a dtype."""
+    return [_place(model, workload, dtype, layout) for dtype in dtypes for layout in layouts(model.args)]
+
+
+def layouts(args: ModelArgs) -> list[Layout]:
+    """What heads and layers can be dealt out to, best first: fewest processes, no matrix over nodes, fewest stages."""
+    tensor = [n for n in range(1, MOST_TENSOR_PARALLEL + 1) if args.n_heads % n == 0]
+    possible = [Layout(n, stages) for n in tensor for stages in STAGES if stages <= args.n_layers]
+    return sorted(possible, key=lambda layout: (layout.processes, layout.spans_nodes, layout.stages))
+
+
+def smallest(placements: Iterable[Placement]) -> Placement | None:
+    """The first that fits with the fewest processes."""
+    fitting = (placement for placement in placements if placement.fits)
+    return min(fitting, key=lambda placement: placement.layout.processes, default=None)
+
+
+def longest(model: Model, workload: Workload, placement: Placement) -> int:
+    """The largest max_seq_len that fits a placement at the workload's batch size, up to the model's context; 0 if none does."""
+
+    def is_too_long(length: int) -> bool:
+        return not _place(model, replace(workload, max_seq_len=length), placement.dtype, placement.layout).fits
+
+    return bisect.bisect_left(range(1, model.context + 1), True, key=is_too_long)
+
+
+def _place(model: Model, workload: Workload, dtype: str, layout: Layout) -> Placement:
+    precision = PRECISIONS[dtype]
+    needs = (_need(model, workload, precision, share) for share in layout.shares())
+    most = max(needs, key=lambda need: need.total)
+    return Placement(dtype, layout, most, most.total <= workload.card_bytes)
+
+
+def _need(model: Model, workload: Workload, precision: Precision, share: Share) -> Need:
+    return Need(
+        weights=count_parameters(model.args, model.tied, share) * precision.weight,
+        kv_cache=kv_cache_bytes(model.args, share, workload, precision.compute),
+        activations=activation_bytes(model.args, share, workload, precision.compute),
+    )
+
+
+def smaller_workload(model: Model, workload: Workload, dtypes: Iterable[str]) -> Workload | None:
+    """The first that fits of halved batches, then of halved lengths at a batch of one; None where the weights are too much."""
+    dtypes = list(dtypes)
+    batches = [replace(workload, max_batch_size=size) for size in _halves(workload.max_batch_size)]
+    lengths = [replace(workload, max_batch_size=1, max_seq_len=length) for length in _halves(workload.max_seq_len)]
+    return next((smaller for smaller in [*batches, *lengths] if smallest(plan(model, smaller, dtypes))), None)
+
+
+def _halves(number: int) -> Iterator[int]:
+    while number := number // 2:
+        yield number
+
+
+# ---- which model
+
+
+def find_model(name: str) -> Model:
+    """The model of a folder (a path, or a release that was downloaded) or, without any file, of a release by its name.
+
+    A release in a format that is not read yet stands for its bf16 sibling, and a note says so. Raises RequestError with the
+    reason where there is none (vision; the pruned int4 guard), CheckpointError for a folder that cannot be read.
+    """
+    try:
+        return _of_folder(name, open_folder(name))
+    except FolderNotFound:
+        if any(sign in name for sign in ("/", "\\", "~")) or name in ("", ".", ".."):  # a path, not a release
+            raise
+        return _of_release(_find_release(name))
+    except CheckpointError:
+        release = _release_named(name)  # a download that broke off has its shape all the same
+        if release is None:
+            raise
+        return _of_release(release)
+
+
+def _of_folder(name: str, folder: CheckpointFolder) -> Model:
+    from llama_ref.checkpoint.shapes import other_kind
+    from llama_ref.checkpoint.stored import is_tied
+
+    args = folder.read_args()
+    release = _release_named(folder.name)
+    kind = other_kind(args, folder.path)
+    if kind and release:
+        return _of_release(release)
+    if kind:
+        raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; plan its bf16 text release by name")
+    context = release.max_seq_len if release else 131072 if args.use_scaled_rope else 8192
+    return Model(release.name if release else folder.name, name, args, is_tied(folder), context)
+
+
+def _find_release(name: str) -> Release:
+    try:
+        return find_release(name)
+    except RequestError as error:
+        raise RequestError(f"there is no folder {name}, and {error}") from None
+
+
+def _release_named(name: str) -> Release | None:
+    return next((release for release in RELEASES.values() if Path(name).name in (release.name, release.folder)), None)
+
+
+def _of_release(release: Release) -> Model:
+    sibling = _readable(release)
+    if sibling is None or release.is_vision:
+        hint = f"; the text model of its shape is {sibling.name}" if sibling else ", and there is no bf16 release of its shape"
+        raise RequestError(f"{_kind(release)}, which is not read yet{hint}")
+    notes = () if sibling is release else (f"{_kind(release)}, which is not read yet: this is {sibling.name}",)
+    args = ModelArgs.from_dict(sibling.params)
+    return Model(sibling.name, sibling.name, args, sibling.tied, sibling.max_seq_len, notes)
+
+
+def _kind(release: Release) -> str:
+    kind = "a vision" if release.is_vision else f"an {release.weights.removesuffix('-mixed')}"
+    return f"{release.name} is {kind} release"
+
+
+def _readable(release: Release) -> Release | None:
+    """The bf16 text release of the same shape: itself, or one named like it as far as possible."""
+    shape = _text_shape(release)
+    alike = [other for other in RELEASES.values() if other.weights == "bf16" and other.params == shape]
+    base = release.name.split(":")[0]
+    instruct = "Instruct" in release.name
+    ranked = sorted(alike, key=lambda r: (r is not release, r.name.split(":")[0] != base, ("Instruct" in r.name) != instruct))
+    return ranked[0] if ranked else None
+
+
+def _text_shape(release: Release) -> dict[str, Any]:
+    others = ("vision_", "quantization_args", "lora_args")
+    return {key: value for key, value in release.params.items() if not key.startswith(others)}

@@ -1,0 +1,342 @@
+"""What a plan says a process needs is what it takes; and the layouts that fit."""
+
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+from folders import PARAMS, byte_tokenizer, tiny_folder
+from llama_ref import loop, plan
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.checkpoint.slices import Share, kv_heads, split_dim, wanted_ranges
+from llama_ref.checkpoint.weights import load_model
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.generation import Llama
+from llama_ref.model import Transformer
+from llama_ref.plan import Layout, Workload, find_model, layouts, longest, smaller_workload, smallest
+from llama_ref.releases import RELEASES
+from llama_ref.tokenizer import Tokenizer
+from make_random_checkpoint import make_random_checkpoint
+
+SIZE = {torch.bfloat16: 2, torch.float32: 4}
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@st.composite
+def shapes(draw) -> dict:
+    n_heads = draw(st.sampled_from([1, 2, 3, 6, 8, 12]))
+    return {
+        "dim": n_heads * draw(st.sampled_from([2, 4])),
+        "n_layers": draw(st.integers(1, 5)),
+        "n_heads": n_heads,
+        "n_kv_heads": draw(st.sampled_from(divisors(n_heads))),
+        "vocab_size": draw(st.integers(12, 40)),
+        "hidden_dim": draw(st.integers(12, 40)),
+        "norm_eps": 1e-5,
+        "rope_theta": 1e4,
+    }
+
+
+@st.composite
+def cases(draw) -> tuple[dict, Share]:
+    """A shape and one of the processes that it can be dealt out to."""
+    params = draw(shapes())
+    tensor = draw(st.sampled_from(divisors(params["n_heads"])))
+    stages = draw(st.integers(1, params["n_layers"]))
+    return params, Share(draw(st.integers(0, tensor - 1)), tensor, draw(st.integers(0, stages - 1)), stages)
+
+
+# ---- of one process
+
+
+@settings(max_examples=40)
+@given(cases(), st.booleans(), st.integers(1, 3), st.integers(1, 9))
+def test_weights_and_cache_are_those_of_the_loaded_model(tmp_path_factory, case, tied, batch_size, length):
+    params, share = case
+    args = ModelArgs.from_dict(params)
+    folder = make_random_checkpoint(tmp_path_factory.mktemp("plan") / "model", params, tied=tied)
+    model = load_model(open_folder(folder), args, share=share)
+    # A matrix under two names counts once; what lives in other stages is a shape without memory.
+    held = sum(parameter.numel() for parameter in model.parameters() if not parameter.is_meta)
+    shutil.rmtree(folder)
+    assert plan.count_parameters(args, tied, share) == held
+    cache = loop.new_cache(model, batch_size, length)
+    workload = Workload(1, length, batch_size)
+    assert plan.kv_cache_bytes(args, share, workload, 2) == cache.keys.nbytes + cache.values.nbytes
+
+
+@given(cases())
+def test_weights_are_the_ranges_that_a_share_wants(case):
+    args, share = ModelArgs.from_dict(case[0]), replace(case[1], stage=0, n_stages=1)
+    total = 0
+    for name, shape in expected_shapes(args).items():
+        dim = split_dim(name)
+        wanted = None if dim is None else sum(map(len, wanted_ranges(name, args, share)))
+        total += math.prod(wanted if axis == dim else size for axis, size in enumerate(shape))
+    assert plan.count_parameters(args, False, share) == total
+    assert plan.local_kv_heads(args, share) == len(kv_heads(args, share))
+
+
+PUBLISHED = {"1B": 1_235_814_400, "3B": 3_212_749_824, "8B": 8_030_261_248, "70B": 70_553_706_496, "405B": 405_853_388_800}
+
+
+@pytest.mark.parametrize("name", ["Llama3.2-1B", "Llama3.2-3B", "Llama3.1-8B", "Llama3.1-70B", "Llama3.1-405B"])
+def test_parameters_are_the_published_numbers(name):
+    model = find_model(name)
+    assert plan.count_parameters(model.args, model.tied, Share()) == PUBLISHED[name.split("-")[1]]
+
+
+def test_the_constants_are_those_of_the_loop():
+    assert (plan.PREFILL_TOKENS, plan.LOGPROB_POSITIONS) == (loop.PREFILL_TOKENS, loop.LOGPROB_POSITIONS)
+
+
+SHAPE = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 4096, "norm_eps": 1e-5, "rope_theta": 5e5}
+LARGE_VOCABULARY = {"vocab_size": 60000, "dim": 64, "hidden_dim": 64}
+ENDS = {"dim": 512, "n_layers": 1, "n_kv_heads": 1, "hidden_dim": 64}
+HOT = {"temperature": 5.0, "top_p": 0.999}  # nothing is left out of the sort
+GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, how to generate
+    "a long prompt": ({}, [2990], 2994, {}),
+    "an odd length": ({}, [3006], 3011, {}),
+    "a head of its own for each query head": ({"n_kv_heads": 8}, [2990], 2994, {}),
+    "ragged prompts": ({}, [1490, 700, 300, 20], 1494, {}),
+    "a prompt's end in every piece": (ENDS, [32 * i + 4 for i in range(1, 33)], 1032, {}),
+    "a prompt of one piece": ({}, [500], 504, {}),
+    "a wide feed-forward layer": ({"hidden_dim": 4096}, [1000], 1004, {}),
+    "a large vocabulary": (LARGE_VOCABULARY, [5] * 16, 8, HOT),
+    "penalties": (LARGE_VOCABULARY, [5] * 16, 8, {**HOT, "repetition_penalty": 1.3, "min_p": 1e-3, "logit_bias": {3: 1.0}}),
+    "log-probabilities of the prompt": (LARGE_VOCABULARY, [500], 504, {"logprobs": True, "echo": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of_bytes(tmp_path_factory) -> Tokenizer:
+    return Tokenizer(byte_tokenizer(tmp_path_factory.mktemp("plan") / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("dtype", SIZE, ids=str)
+@pytest.mark.parametrize("case", GENERATIONS)
+def test_generation_takes_no_more_than_planned_and_not_far_less(case, dtype, tokenizer_of_bytes):
+    changes, lengths, max_seq_len, options = GENERATIONS[case]
+    args = ModelArgs.from_dict(SHAPE | {"hidden_dim": 704} | changes)
+    torch.manual_seed(0)
+    model = Transformer(args).to(dtype).eval().requires_grad_(False)
+    llama = Llama(model, tokenizer_of_bytes, max_seq_len=max_seq_len, max_batch_size=len(lengths))
+    prompts = [torch.randint(args.vocab_size, (length,)).tolist() for length in lengths]
+    taken = peak_bytes(lambda: llama.generate(prompts, max_seq_len - max(lengths), **options))
+    workload = Workload(1, max_seq_len, len(lengths))
+    beside_the_cache = taken - plan.kv_cache_bytes(args, Share(), workload, SIZE[dtype])
+    planned = plan.activation_bytes(args, Share(), workload, SIZE[dtype])
+    assert planned / 3 < beside_the_cache <= planned
+
+
+def peak_bytes(function) -> int:
+    """The most that tensors, those inside PyTorch's own functions included, held at a time while it ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()  # negative where memory is given back
+        most = max(most, live)
+    return most
+
+
+# ---- of a job
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu_memory", "expected"),
+    [
+        ("Llama3.1-8B", 24, Layout(1)),
+        ("Llama3.1-8B", 16, Layout(2)),
+        ("Llama3.1-70B", 80, Layout(2)),
+        ("Llama3.1-70B", 24, Layout(8)),
+        ("Llama3.1-405B", 80, Layout(8, 2)),  # and not 16, on two nodes
+        ("Llama3.1-405B", 141, Layout(8)),
+        ("Llama3.2-3B", 8, Layout(2)),
+        ("Llama3.1-405B", 4, None),
+    ],
+)
+def test_the_smallest_layout(name, gpu_memory, expected):
+    best = smallest(plan.plan(find_model(name), Workload(gpu_memory, 8192, 4)))
+    assert (best and best.layout) == expected
+    assert not best or best.dtype == "bfloat16"
+
+
+def test_three_processes_where_the_heads_divide_by_three():
+    tensor = {layout.tensor for layout in layouts(find_model("Llama3.2-3B").args)}
+    assert tensor == {1, 2, 3, 4, 6, 8, 12}
+
+
+def test_stages_are_no_more_than_layers():
+    args = ModelArgs.from_dict(PARAMS)
+    assert {layout.stages for layout in layouts(args)} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("layout", "nodes"),
+    [
+        (Layout(8), (1, 8)),
+        (Layout(2, 4), (1, 8)),
+        (Layout(8, 2), (2, 8)),
+        (Layout(4, 8), (4, 8)),
+        (Layout(16), (2, 8)),
+        (Layout(12), (2, 6)),
+        (Layout(6, 4), (4, 6)),  # 3 nodes of 8 would cut stages in two
+        (Layout(3, 4), (2, 6)),
+        (Layout(11), (11, 1)),
+    ],
+)
+def test_nodes_hold_whole_stages(layout, nodes):
+    assert layout.nodes == nodes
+
+
+def test_the_process_that_holds_most_decides():
+    model = find_model("Llama3.1-8B")  # the first stage has the embedding, the last the output
+    workload = Workload(24, 100, 1)
+    (placed,) = [p for p in plan.plan(model, workload, ["bfloat16"]) if p.layout == Layout(1, 8)]
+    held = [2 * plan.count_parameters(model.args, False, share) for share in Layout(1, 8).shares()]
+    assert placed.need.weights == max(held) > min(held)
+    assert sum(held) == 2 * PUBLISHED["8B"]
+
+
+@pytest.mark.parametrize("name", ["Llama3.1-8B", "Llama3.2-1B"])
+def test_longest_is_the_last_length_that_fits(name):
+    model, workload = find_model(name), Workload(24, 512, 8)
+    for placement in plan.plan(model, workload)[:4]:
+        most = longest(model, workload, placement)
+        lengths = {most: True, most + 1: False} if most < model.context else {most: True}
+        for length, fits in lengths.items():
+            placed = plan.plan(model, replace(workload, max_seq_len=length), [placement.dtype])
+            assert [p.fits for p in placed if p.layout == placement.layout] == [fits]
+
+
+def test_less_work_is_found_where_there_is_some_that_fits():
+    model = find_model("Llama3.1-8B")
+    workload = Workload(3, 131072, 32)
+    assert smallest(plan.plan(model, workload)) is None
+    smaller = smaller_workload(model, workload, ["bfloat16"])
+    assert smallest(plan.plan(model, smaller))
+    assert smaller.max_batch_size < 32 and smaller.gpu_memory == 3
+    assert smaller_workload(model, Workload(1, 8192, 4), ["bfloat16"]) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"gpu_memory": memory} for memory in (0, -1, True, "80GB", math.inf, math.nan, None, 10**400)),
+        *({"max_seq_len": length} for length in (0, -5, 1.5, "8k", True, 10**400)),
+        *({"max_batch_size": size} for size in (0, None, 2.0)),
+    ],
+    ids=lambda wrong: str(wrong)[:30],
+)
+def test_a_workload_of_no_sense_is_refused(wrong):
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        Workload(**({"gpu_memory": 80, "max_seq_len": 8192, "max_batch_size": 4} | wrong))
+
+
+# ---- which model
+
+
+@pytest.mark.parametrize("name", [name for name, release in RELEASES.items() if release.weights == "bf16"])
+def test_a_release_is_planned_without_any_file(name):
+    release = RELEASES[name]
+    if release.is_vision:
+        with pytest.raises(
+            RequestError, match=r"vision release, which is not read yet; the text model of its shape is Llama3\.1"
+        ):
+            find_model(name)
+        return
+    model = find_model(name)
+    assert model == find_model(release.folder)
+    assert (model.name, model.tied, model.context, model.notes) == (name, release.tied, release.max_seq_len, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "sibling"),
+    [
+        ("Llama3.1-405B", "Llama3.1-405B:bf16-mp8"),
+        ("Llama3.1-405B-Instruct", "Llama3.1-405B-Instruct:bf16-mp8"),
+        ("Llama3.2-1B-Instruct-int4-qlora-eo8", "Llama3.2-1B-Instruct"),
+        ("Llama3.2-3B-Instruct:int4-spinquant-eo8", "Llama3.2-3B-Instruct"),
+        ("Llama-Guard-3-8B:int8", "Llama-Guard-3-8B"),
+    ],
+)
+def test_a_quantized_release_stands_for_its_bf16_sibling_and_says_so(name, sibling):
+    model = find_model(name)
+    assert replace(model, notes=()) == find_model(sibling)
+    assert f"which is not read yet: this is {sibling}" in model.notes[0]
+
+
+def test_a_pruned_release_has_no_sibling():
+    with pytest.raises(RequestError, match="there is no bf16 release of its shape"):
+        find_model("Llama-Guard-3-1B:int4")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """An empty place where releases lie."""
+    monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_by_path(tmp_path, tied):
+    model = find_model(str(tiny_folder(tmp_path / "mine", tied=tied)))
+    assert (model.name, model.tied, model.context) == ("mine", tied, 8192)
+    assert model.args == ModelArgs.from_dict(PARAMS)
+
+
+def test_a_download_is_planned_as_its_own_files_say(root):
+    release = RELEASES["Llama3.2-1B"]
+    small = {"n_layers": 1, "dim": 64, "n_heads": 2, "n_kv_heads": 1}
+    make_random_checkpoint(root / "Llama3.2-1B", release.params | small, tied=True)
+    assert find_model("Llama3.2-1B").args.dim == 64
+    full = find_model("Llama3.2-1B-Instruct")
+    (root / "Llama3.2-1B" / "params.json").unlink()  # a broken one falls back to the release
+    assert find_model("Llama3.2-1B") == replace(full, name="Llama3.2-1B", ckpt_dir="Llama3.2-1B")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("nonsense", RequestError, "no folder nonsense, and 'nonsense' is no Llama 3 release"),
+        ("Llama3.1-8b", RequestError, r"did you mean Llama3\.1-8B"),
+        ("./nonsense", CheckpointError, "there is no folder nonsense"),
+        ("", CheckpointError, "an empty name"),
+    ],
+)
+def test_a_name_of_nothing(root, name, error, message):
+    with pytest.raises(error, match=message):
+        find_model(name)
+
+
+def test_a_folder_of_another_kind_is_refused_unless_its_name_tells_the_sibling(root):
+    folder = tiny_folder(root / "mine")
+    (folder / "fp8_scales_0.pt").touch()
+    with pytest.raises(CheckpointError, match=r"mine is an fp8 release .*not read yet"):
+        find_model("mine")
+    folder.rename(root / "Llama3.1-405B")
+    assert find_model("Llama3.1-405B").name == "Llama3.1-405B:bf16-mp8"
+
+
+def test_planning_a_release_imports_no_torch():
+    code = (
+        "import sys; from llama_ref.plan import *; from llama_ref import plan_view; "
+        "plan(find_model('Llama3.1-405B'), Workload(80, 8192, 4)); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,45 +2,38 @@
 
 import codecs
 import re
-from binascii import a2b_base64, b2a_base64
-from collections.abc import Collection, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import tiktoken
 
 from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.files import read_small
-
-MAX_FILE_BYTES = 64 << 20  # Llama 3's file is 2 MB; nothing of this kind comes near the limit
-EXPECTED = "a Llama 3 tokenizer.model"
-REFETCH = "The file is damaged or another model's: fetch it again"
-
-# How text is cut before byte pairs are merged. Part of the trained model: another pattern gives other ids.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from llama_ref.tokenizer_json import read_tokenizer_json
+from llama_ref.vocabulary import (
+    MAX_FILE_BYTES,
+    MAX_ID,
+    N_SPECIAL,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    Vocabulary,
+    read_ranks,
+    read_tokenizer_model,
+    write_tokenizer_model,
 )
 
-N_SPECIAL = 256
-NAMED_SPECIAL = (
-    "begin_of_text",
-    "end_of_text",
-    "reserved_special_token_0",
-    "reserved_special_token_1",
-    "finetune_right_pad_id",
-    "step_id",
-    "start_header_id",
-    "end_header_id",
-    "eom_id",
-    "eot_id",
-    "python_tag",
-    "image",
-)
-SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in NAMED_SPECIAL) + tuple(
-    f"<|reserved_special_token_{i}|>" for i in range(2, 2 + N_SPECIAL - len(NAMED_SPECIAL))
-)
+__all__ = [  # the vocabulary's names too: whoever needs them need not know which file they live in
+    "MAX_FILE_BYTES",
+    "N_SPECIAL",
+    "SPECIAL_TOKENS",
+    "SPLIT_PATTERN",
+    "StreamDecoder",
+    "Tokenizer",
+    "Vocabulary",
+    "read_ranks",
+    "read_tokenizer_model",
+    "write_tokenizer_model",
+]
 
 # tiktoken panics on very long strings and very long runs. Meta cuts both at these lengths (characters), and a cut can
 # change the ids around it, so the same lengths are part of giving the same ids.
@@ -50,28 +43,34 @@ RUN = re.compile(r"\s+|\S+")
 
 
 class Tokenizer:
-    """Llama 3's tokenizer, read from `tokenizer.model`: `base64-token rank` per line, then 256 special tokens after the ranks.
+    """Llama 3's tokenizer, read from Meta's `tokenizer.model` or, where the file's name ends in .json, Hugging Face's.
 
-    special_tokens maps each special token's text to its id; n_words counts ranks and special tokens (128,256 in Meta's file);
-    stop_tokens are the ids that end a generation. Raises CheckpointError if the file is anything else.
+    special_tokens maps each special token's text to its id; n_words counts all ids (128,256 in Meta's file); stop_tokens are
+    the ids that end a generation. `n_words`, the model's number of rows, is for a tokenizer.json alone: fine-tunes pad their
+    embedding, so ids without a token become special tokens `<|unused_{id}|>`. Raises CheckpointError if the file is anything
+    else, or holds more ids than that.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, n_words: int | None = None) -> None:
         path = Path(path)
-        ranks = read_ranks(path)
-        self.special_tokens = {text: len(ranks) + i for i, text in enumerate(SPECIAL_TOKENS)}
+        if path.suffix == ".json":
+            self.vocabulary = _padded(path, read_tokenizer_json(path), n_words)
+        else:
+            self.vocabulary = read_tokenizer_model(path)
+        self.special_tokens = self.vocabulary.special
         self._encoding = tiktoken.Encoding(
-            path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=self.vocabulary.ranks, special_tokens=self.special_tokens
         )
-        self._bytes_of = sorted(ranks, key=ranks.__getitem__) + [text.encode() for text in SPECIAL_TOKENS]  # id -> bytes
+        self._added = TextFinder(self.vocabulary.added)
+        self._bytes_of = _bytes_of(self.vocabulary)  # id -> bytes
 
-        self.n_words = len(self._bytes_of)
-        self.bos_id = self.special_tokens["<|begin_of_text|>"]
-        self.eos_id = self.special_tokens["<|end_of_text|>"]
-        self.eot_id = self.special_tokens["<|eot_id|>"]
-        self.eom_id = self.special_tokens["<|eom_id|>"]
-        self.pad_id = self.special_tokens["<|finetune_right_pad_id|>"]
-        self.python_tag_id = self.special_tokens["<|python_tag|>"]
+        self.n_words = self.vocabulary.n_words
+        self.bos_id = self.vocabulary.special_id("<|begin_of_text|>")
+        self.eos_id = self.vocabulary.special_id("<|end_of_text|>")
+        self.eot_id = self.vocabulary.special_id("<|eot_id|>")
+        self.eom_id = self.vocabulary.special_id("<|eom_id|>")
+        self.pad_id = self.vocabulary.special_id("<|finetune_right_pad_id|>")
+        self.python_tag_id = self.vocabulary.special_id("<|python_tag|>")
         self.stop_tokens = [self.eos_id, self.eom_id, self.eot_id]
 
     def encode(
@@ -86,7 +85,7 @@ class Tokenizer:
         """Token ids of `s`, with begin_of_text before and end_of_text after if asked for.
 
         The text of a special token is ordinary text, unless `allowed_special` names it (then it becomes that token) or
-        `disallowed_special` does (then RequestError). "all" stands for all 256; disallowed "all" leaves out the allowed ones.
+        `disallowed_special` does (then RequestError). "all" stands for all of them; disallowed "all" leaves out the allowed.
         A lone surrogate is encoded as U+FFFD, a surrogate pair as its character.
         """
         if not isinstance(s, str):
@@ -97,13 +96,16 @@ class Tokenizer:
             disallowed -= allowed
 
         ids = [self.bos_id] if bos else []
-        for piece in pieces(s):
-            if found := next((name for name in disallowed if name in piece), None):
-                raise RequestError(
-                    f"the text holds {found}, which disallowed_special refuses: name it in allowed_special to encode it as "
-                    "that special token, or leave disallowed_special empty to encode it as text"
-                )
-            ids += self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+        for text, token_after in self._around_added(s, allowed):
+            for piece in pieces(text):
+                if found := next((name for name in disallowed if name in piece), None):
+                    raise RequestError(
+                        f"the text holds {found}, which disallowed_special refuses: name it in allowed_special to encode it "
+                        "as that special token, or leave disallowed_special empty to encode it as text"
+                    )
+                ids += self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+            if token_after is not None:
+                ids.append(token_after)
         if eos:
             ids.append(self.eos_id)
         return ids
@@ -127,6 +129,17 @@ class Tokenizer:
             f"{token_id!r} is not a token id: this vocabulary has {self.n_words:,} tokens, ids 0 to {self.n_words - 1}"
         )
 
+    def _around_added(self, s: str, allowed: set[str]) -> Iterator[tuple[str, int | None]]:
+        """`s` in turns: ordinary text, and the id of the added token after it. Special tokens go before added ones."""
+        if not self.vocabulary.added:
+            yield s, None
+            return
+        special = TextFinder({text: i for text, i in self.special_tokens.items() if text in allowed})
+        for text, special_after in special.split(s):
+            *before, (rest, _) = self._added.split(text)
+            yield from before
+            yield rest, special_after
+
     def _special_names(self, argument: str, names: Collection[str]) -> set[str]:
         if names == "all":
             return set(self.special_tokens)
@@ -149,6 +162,32 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never completed, else "". Ready for another text after."""
         return self._utf8.decode(b"", final=True)
+
+
+class TextFinder:
+    """Finds any of many texts in a string: leftmost first, the longest at each place; 20,000 texts take no longer than ten."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._ids = ids
+        self._lengths: dict[str, list[int]] = {}  # of the texts by first character, longest first
+        for first, length in sorted({(text[0], len(text)) for text in ids}, reverse=True):
+            self._lengths.setdefault(first, []).append(length)
+        self._first = re.compile(f"[{re.escape(''.join(self._lengths))}]") if ids else None
+
+    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """What stands before each text that is found, with that text's id; then what is left, with None."""
+        start = position = 0
+        while self._first and (candidate := self._first.search(text, position)):
+            position = candidate.start()
+            for length in self._lengths[text[position]]:
+                token_id = self._ids.get(text[position : position + length])
+                if token_id is not None:
+                    yield text[start:position], token_id
+                    start = position = position + length
+                    break
+            else:
+                position += 1
+        yield text[start:], None
 
 
 def pieces(text: str, max_piece: int = MAX_PIECE, max_run: int = MAX_RUN) -> Iterator[str]:
@@ -175,58 +214,24 @@ def cut_runs(text: str, limit: int) -> Iterator[str]:
     yield text[cut_before:]
 
 
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank, from a tiktoken file. Raises CheckpointError, with the line, unless ranks and bytes are complete."""
-    data = read_small(path, MAX_FILE_BYTES, EXPECTED)
-    if data.startswith(b"\n") and b"\0" in data[:512]:
+def _padded(path: Path, vocabulary: Vocabulary, n_words: int | None) -> Vocabulary:
+    """The vocabulary with `n_words` ids, those without a token unused."""
+    if n_words is not None and not vocabulary.n_words <= n_words <= MAX_ID:
+        last = next(text for text, i in _texts(vocabulary) if i == vocabulary.n_words - 1)
         raise CheckpointError(
-            f"{path} is a SentencePiece model, as Llama 2 and older models use, not {EXPECTED}, which is text with "
-            "`base64-token rank` lines: take the tokenizer.model that was released with the Llama 3 checkpoint"
+            f"{path} has {vocabulary.n_words:,} ids (the last is {last!r}), but the model has {n_words:,} rows: the tokenizer "
+            "belongs to another model, or got tokens that the model's embedding was not enlarged for"
         )
-
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), 1):
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) != 2:
-            raise _bad_line(path, number, line, "is not `base64-token rank`")
-        try:
-            token = a2b_base64(fields[0])
-        except ValueError:
-            token = b""
-        if b2a_base64(token, newline=False) != fields[0]:  # a2b_base64 alone skips over characters it does not know
-            raise _bad_line(path, number, line, "does not begin with valid base64")
-        if not fields[1].isdigit() or len(fields[1]) > 9:
-            raise _bad_line(path, number, line, "does not end in a rank (a whole number, 0 or more)")
-        if token in ranks:
-            raise _bad_line(path, number, line, f"repeats the token of rank {ranks[token]}")
-        ranks[token] = int(fields[1])
-
-    _check_complete(path, ranks)
-    return ranks
+    return vocabulary.with_unused(n_words)
 
 
-def _check_complete(path: Path, ranks: dict[bytes, int]) -> None:
-    """Raise CheckpointError unless the ranks are 0 to n - 1, once each, and every single byte is a token."""
-    in_order = sorted(ranks.values())
-    if in_order != list(range(len(ranks))):
-        twice = next((a for a, b in pairwise(in_order) if a == b), None)
-        if twice is not None:
-            fault = f"gives rank {twice} to more than one token"
-        else:
-            fault = f"has no token of rank {next(i for i, rank in enumerate(in_order) if i != rank)}"
-        raise CheckpointError(
-            f"{path} {fault}; its {len(ranks):,} tokens should have the ranks 0 to {len(ranks) - 1}. {REFETCH}"
-        )
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise CheckpointError(
-            f"{path} has no token for {len(missing)} of the 256 single bytes (the first is 0x{missing[0]:02x}), so not every "
-            f"text could be encoded; {EXPECTED} has all of them. {REFETCH}"
-        )
+def _texts(vocabulary: Vocabulary) -> Iterator[tuple[bytes | str, int]]:
+    yield from vocabulary.ranks.items()
+    yield from vocabulary.special.items()
+    yield from vocabulary.added.items()
 
 
-def _bad_line(path: Path, number: int, line: bytes, fault: str) -> CheckpointError:
-    shown = ascii(line[:60].decode("latin-1")) + ("…" if len(line) > 60 else "")
-    return CheckpointError(f"{path}, line {number}, {fault}: {shown}, so it is not {EXPECTED}. {REFETCH}")
+def _bytes_of(vocabulary: Vocabulary) -> list[bytes]:
+    """The bytes of every id, in order."""
+    by_id = {i: text if isinstance(text, bytes) else text.encode() for text, i in _texts(vocabulary)}
+    return [by_id[i] for i in range(vocabulary.n_words)]

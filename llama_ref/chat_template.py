@@ -1,0 +1,93 @@
+"""ChatFormat as a Jinja template, for `apply_chat_template` of Hugging Face's library and for servers that use it."""
+
+import json
+
+from llama_ref.chat import BUILTIN_ARGUMENT, STOP_REASONS, WRITTEN_ROLE
+from llama_ref.vocabulary import Vocabulary
+
+# Blocks begin with `-`, so that nothing of this layout is written; every text that is written stands in an expression, which
+# Jinja hands out as it is. `tojson` is the library's own: with ensure_ascii it writes what json.dumps writes.
+TEMPLATE = r"""
+{%- set written_role = WRITTEN_ROLE %}
+{%- set argument_of = BUILTIN_ARGUMENT %}
+{%- if tools %}
+    {{- raise_exception('this format has no place of its own for tools: describe them in the text of a message') }}
+{%- endif %}
+{%- if not messages %}
+    {{- raise_exception('a dialog is a list of at least one message') }}
+{%- endif %}
+{{- BEGIN_OF_TEXT }}
+{%- for message in messages %}
+    {%- set role = message['role'] %}
+    {%- set content = message['content'] if message['content'] is defined else none %}
+    {%- set calls = message['tool_calls'] or [] %}
+    {%- set stop_reason = message['stop_reason'] if message['stop_reason'] is defined else none %}
+    {%- if role not in written_role %}
+        {{- raise_exception('unknown role ' ~ role ~ ': it is one of ' ~ written_role.keys() | join(', ')) }}
+    {%- endif %}
+    {%- if calls and role != 'assistant' %}
+        {{- raise_exception("only an assistant's message has tool_calls") }}
+    {%- endif %}
+    {%- if content is none and calls %}
+        {%- set content = '' %}
+    {%- endif %}
+    {%- if content is not string %}
+        {{- raise_exception("a message's content is a string") }}
+    {%- endif %}
+    {%- if stop_reason is not none and stop_reason not in STOP_REASONS %}
+        {{- raise_exception('unknown stop_reason ' ~ stop_reason) }}
+    {%- endif %}
+    {{- START_HEADER + written_role[role] + END_HEADER + '\n\n' }}
+    {%- for call in calls %}
+        {%- set call = call['function'] or call %}
+        {%- set name = call['tool_name'] if call['tool_name'] is defined else call['name'] %}
+        {%- set arguments = call['arguments'] %}
+        {%- if name is not string or arguments is not defined %}
+            {{- raise_exception('a tool call has a name and arguments') }}
+        {%- endif %}
+        {%- if loop.first %}
+            {{- (PYTHON_TAG if name == 'code_interpreter' else '') + content }}
+        {%- endif %}
+        {%- if name not in argument_of %}
+            {{- {'type': 'function', 'name': name, 'parameters': arguments} | tojson(ensure_ascii=true) }}
+        {%- elif arguments is not mapping or arguments[argument_of[name]] is not string %}
+            {{- raise_exception('a call of ' ~ name ~ ' has the argument ' ~ argument_of[name]) }}
+        {%- elif name == 'code_interpreter' %}
+            {{- arguments['code'] }}
+        {%- else %}
+            {{- name + '.call(query="' + arguments['query'] + '")' }}
+        {%- endif %}
+    {%- else %}
+        {{- content }}
+    {%- endfor %}
+    {{- END_OF_MESSAGE if role == 'assistant' and stop_reason == 'end_of_message' else END_OF_TURN }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- START_HEADER + 'assistant' + END_HEADER + '\n\n' }}
+{%- endif %}
+""".strip()
+
+
+def chat_template(vocabulary: Vocabulary) -> str:
+    """The template, with this vocabulary's names of the special tokens.
+
+    It writes the text of what ChatFormat encodes, refuses what ChatFormat refuses, and takes tool calls in Hugging Face's form
+    too (`{"function": {"name", "arguments"}}`, content None). The library then encodes that text as a whole: special tokens'
+    text in a message becomes special tokens there, never here, and a message that begins with a line break, or has text before
+    a tool call, may be cut into other tokens of the same text.
+    """
+    values = {
+        "WRITTEN_ROLE": WRITTEN_ROLE,
+        "BUILTIN_ARGUMENT": BUILTIN_ARGUMENT,
+        "STOP_REASONS": STOP_REASONS,
+        "BEGIN_OF_TEXT": vocabulary.special_text("<|begin_of_text|>"),
+        "START_HEADER": vocabulary.special_text("<|start_header_id|>"),
+        "END_HEADER": vocabulary.special_text("<|end_header_id|>"),
+        "PYTHON_TAG": vocabulary.special_text("<|python_tag|>"),
+        "END_OF_MESSAGE": vocabulary.special_text("<|eom_id|>"),
+        "END_OF_TURN": vocabulary.special_text("<|eot_id|>"),
+    }
+    template = TEMPLATE
+    for name, value in values.items():
+        template = template.replace(name, json.dumps(value, ensure_ascii=False))
+    return template

@@ -5,7 +5,8 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,13 +72,28 @@ def _strings(word: str) -> str | list[str]:
 
 
 # Words that are text stay text: Fire would read a prompt of 42 as a number.
-TEXT_NAMES = ("name", "a", "b", "prompt", "system", "ckpt_dir", "tokenizer_path", "verify", "device", "dtype")
+TEXT_NAMES = (
+    "name",
+    "a",
+    "b",
+    "src",
+    "dst",
+    "to",
+    "max_shard_size",
+    "prompt",
+    "system",
+    "ckpt_dir",
+    "tokenizer_path",
+    "verify",
+    "device",
+    "dtype",
+)
 TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
 
 
 SHORT_SWITCHES = {"-q": "quick", "-e": "echo", "-f": "force", "-j": "json"}
 SWITCH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-SWITCHES = {"json", "echo", "all", "quick", "deep", "force"}
+SWITCHES = {"json", "echo", "all", "quick", "deep", "force", "chat"}
 
 
 def command(*options: Option) -> Callable[[Callable[..., int | None]], Callable[..., Call]]:
@@ -207,6 +223,110 @@ def diff(a: str, b: str, *, json: bool = False) -> int:
     return 0 if comparison.identical else EXIT_BAD
 
 
+@command()
+def plan(
+    name: str,
+    *,
+    gpu_memory: float = 80,
+    max_seq_len: int = 8192,
+    max_batch_size: int = 4,
+    dtype: str | None = None,
+    json: bool = False,
+) -> int:
+    """How many cards does a model need, what takes their memory, and how to start? Exit code 0: it fits, 1: on none of these.
+
+    Args:
+        name: a release's name such as Llama3.1-70B, downloaded or not; or a folder.
+        gpu_memory: GB of one card, as it is sold: 24, 80. (A T4 has 15 of its 16, an A10 or L4 22.4 of its 24: ECC takes some.)
+        max_seq_len: the longest prompt and answer together, in tokens.
+        max_batch_size: sequences at a time.
+        dtype: bfloat16, float16 or float32 (default: bfloat16 and float32).
+        json: print it as JSON.
+    """
+    from llama_ref.plan import Workload, find_model
+    from llama_ref.plan_view import print_plan
+
+    workload = Workload(gpu_memory, max_seq_len, max_batch_size)
+    return 0 if print_plan(find_model(name), workload, dtype, as_json=json) else EXIT_BAD
+
+
+@command()
+def reshard(src: str, dst: str, *, shards: int, force: bool = False, verify: str = "auto") -> None:
+    """Write a checkpoint anew in another number of shards: consolidated.NN.pth, params.json, tokenizer.model, checklist.chk.
+
+    The weights stay as they are, bit for bit. Not needed to load them: any number of shards loads on any number of processes.
+
+    Args:
+        src: a folder, or a release name such as Llama3.1-70B.
+        dst: the folder to write.
+        shards: how many; it must divide the query heads, the feed-forward width and the vocabulary.
+        force: replace the checkpoint that is at dst.
+        verify: compare src with its checklist.chk: auto (each file once), always or never.
+    """
+    from llama_ref.checkpoint.convert import to_meta
+    from llama_ref.checkpoint.report import printable
+
+    with _writing() as progress:
+        path = to_meta(src, dst, shards=shards, force=force, verify=verify, progress=progress)
+    print(printable(str(path)))
+
+
+@command()
+def convert(
+    src: str,
+    dst: str,
+    *,
+    to: str,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    shards: int | None = None,
+    chat: bool | None = None,
+    force: bool = False,
+    verify: str = "auto",
+) -> None:
+    """Write a checkpoint anew in Hugging Face's format (safetensors), or from that in Meta's.
+
+    Not needed to use a Hugging Face folder here: every command reads one as it is.
+
+    Args:
+        src: a folder, or a release name such as Llama3.2-1B-Instruct.
+        dst: the folder to write.
+        to: hf or meta.
+        dtype: bfloat16, float16 or float32 (default: as it is).
+        max_shard_size: of one safetensors file, such as 5GB (the default) or 500MB.
+        shards: how many consolidated.NN.pth (default: one, or as many as there are).
+        chat: whether it is trained to chat, and so gets a chat template (default: unless its name is a base model's).
+        force: replace the checkpoint that is at dst.
+        verify: compare src with its checklist.chk: auto (each file once), always or never.
+    """
+    from llama_ref.checkpoint.convert import parse_bytes, to_hugging_face, to_meta
+    from llama_ref.checkpoint.report import printable
+    from llama_ref.device import named_dtype
+
+    if to not in ("hf", "meta"):
+        raise RequestError(f"--to is {to!r}, expected hf or meta")
+    if any(option is not None for option in ((shards,) if to == "hf" else (max_shard_size, chat))):
+        raise RequestError("--shards goes with --to meta, --max_shard_size and --chat with --to hf")
+    cast = None if dtype is None else named_dtype(dtype)
+    size = {} if max_shard_size is None else {"max_shard_bytes": parse_bytes(max_shard_size)}
+    with _writing() as progress:
+        same = {"dtype": cast, "force": force, "verify": verify, "progress": progress}
+        path = (
+            to_meta(src, dst, shards=shards, **same) if to == "meta" else to_hugging_face(src, dst, chat=chat, **size, **same)
+        )
+    print(printable(str(path)))
+
+
+@contextmanager
+def _writing() -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    from llama_ref.views import progress_bar
+
+    with progress_bar("writing", DownloadColumn(), TransferSpeedColumn()) as progress:
+        yield progress
+
+
 @command(*SAMPLING, *LOADING)
 def complete(name: str, prompt: str | None = None, *, echo: bool = False, **options: Any) -> None:
     """Continue a text, printing it as it is made. Without a prompt, standard input is the prompt.
@@ -269,6 +389,9 @@ COMMANDS = {
     "verify": verify,
     "checksum": checksum,
     "diff": diff,
+    "plan": plan,
+    "reshard": reshard,
+    "convert": convert,
     "complete": complete,
     "chat": chat,
 }

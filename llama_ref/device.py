@@ -54,6 +54,11 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     """bfloat16 where the device computes in it, else float16; or what is asked for, by name or dtype. Raises RequestError."""
     if dtype is None:
         return torch.bfloat16 if _has_bfloat16(device) else torch.float16
+    return named_dtype(dtype)
+
+
+def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype that models run in, by name ("bfloat16", "bf16", …) or as it is. Raises RequestError."""
     chosen = DTYPES.get(SHORT_NAMES.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if chosen not in DTYPES.values():
         raise RequestError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")

@@ -130,7 +130,7 @@ def _prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprob
             _score_prompts(model, rows, hidden, begin)
         for i, end in enumerate(ends):
             if begin < end <= begin + piece.shape[1]:
-                last[i] = hidden[i, end - 1 - begin]
+                last[i] = hidden[i, end - 1 - begin].clone()  # a view would keep the whole piece
         begin += piece.shape[1]
     cache.set_lengths([end - bool(row.finish_reason) for row, end in zip(rows, ends, strict=True)])
     return model.logits(torch.stack(last))

@@ -173,9 +173,8 @@ def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: in
     """
     B, S, V = workload.max_batch_size, workload.max_seq_len, args.vocab_size
     T = min(max(1, PREFILL_TOKENS // B), S)  # tokens of each row in one piece of the prefill
-    pieces = -(-S // T)
     state = size * B * T * args.dim  # x: (B, T, D)
-    ended = min(B, pieces - 1) * state  # outputs of pieces in which a row's prompt has ended
+    ended = size * B * args.dim  # each row's last state
     layers = _layer_bytes(args, share, B, T, S, size)
     layers += state * (IN_SUMS * (share.world_size > 1) + (share.n_stages > 1))  # and one on its way to the next stage
     gathered = 1 if share.world_size == 1 else 3  # logits: this part, all parts, all in one

@@ -1,0 +1,354 @@
+"""A checkpoint written anew: in another number of shards, in Hugging Face's format, or from that in Meta's.
+
+Tensor by tensor, some rows at a time: memory stays near one tensor whatever the model's size. The weights come out bit for bit
+as they were, unless another dtype is asked for.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_ref.args import ModelArgs, usual_rope_factor
+from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
+from llama_ref.checkpoint.hf_config import config_of, generation_config_of, params_of
+from llama_ref.checkpoint.naming import in_their_order, is_rotated, theirs
+from llama_ref.checkpoint.outgoing import BLOCK_BYTES, Outgoing
+from llama_ref.checkpoint.presence import checkpoint_files, stamp_of
+from llama_ref.checkpoint.pth_writer import write_pth
+from llama_ref.checkpoint.safetensors_writer import write_safetensors
+from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.checkpoint.slices import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
+from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Stored, open_stored
+from llama_ref.checkpoint.verified import Verify, verified
+from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.tokenizer import Tokenizer
+from llama_ref.tokenizer_json import tokenizer_config, write_tokenizer_json
+from llama_ref.vocabulary import ADDED_TOKENS, write_tokenizer_model
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face cuts its own
+INDEX_NAME = "model.safetensors.index.json"
+BASE_MODEL = re.compile(r"(Meta-)?Llama-?3(\.[0-9])?-[0-9]+B(-bf16-mp[0-9]+)?")
+HUGGING_FACE_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+
+
+def to_meta(
+    source: str | Path,
+    target: str | Path,
+    *,
+    shards: int | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    verify: Verify = "auto",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a folder as Meta ships them: params.json, consolidated.NN.pth, tokenizer.model, a true checklist.chk.
+
+    `shards` is any number that cuts every matrix evenly (default: as many as there are, one for another format). More shards
+    than key/value heads hold each head several times, and params.json counts them so, as Meta's own files for 16 processes;
+    fewer hold them once again. `dtype` None keeps each tensor's own. `verify`: as `Llama.build` has it; what is written gets
+    sums of its own, which would hide that the source is damaged. Raises RequestError for a number that does not cut evenly, or
+    a `target` that is taken; CheckpointError for a source that cannot be read, is damaged or changes meanwhile, for numbers
+    that `dtype` cannot hold, and for a target that cannot be written.
+    """
+    source = _Source.open(source)
+    shards = source.n_shards if shards is None else shards
+    args = source.args_in(shards)
+    parts = [source.outgoing(Share(n, shards), dtype) for n in range(shards)]
+    written = _Written(progress, parts)
+    with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
+        _write_params(folder, source, args)
+        _write_native_tokenizer(folder, source)
+        for n, tensors in enumerate(parts):
+            aliases = {OUTPUT: EMBEDDING} if source.stored.tied else {}
+            write_pth(folder / f"consolidated.{n:02d}.pth", tensors, aliases, written.more)
+        write_sums(folder, checkpoint_files(folder))
+    return Path(target)
+
+
+def to_hugging_face(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    chat: bool | None = None,
+    force: bool = False,
+    verify: Verify = "auto",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a folder that `transformers` and its kin open as it is: config, tokenizer with chat template, safetensors.
+
+    No file holds more than `max_shard_bytes` of weights, unless one tensor is larger. `dtype` None keeps each tensor's own.
+    `chat`: whether the model is trained to chat (default: unless it is named like one of Meta's base models). A folder that is
+    in this format already keeps its config and tokenizer as they are. Raises as `to_meta` does.
+    """
+    source = _Source.open(source)
+    if source.folder.is_hugging_face and chat is not None:
+        raise RequestError(f"{source.folder.path} has a tokenizer_config.json of its own, which is kept: leave --chat out")
+    tensors = [source.renamed(tensor) for tensor in source.outgoing(WHOLE, dtype)]
+    written = _Written(progress, [tensors])
+    files = _packed(tensors, max_shard_bytes)
+    with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
+        if source.folder.is_hugging_face:
+            _copy_configs(folder, source, dtype)
+        else:
+            _write_configs(folder, source, tensors[0].dtype, _may_chat(source.folder.name) if chat is None else chat)
+        for name, held in files.items():
+            write_safetensors(folder / name, held, written.more)
+        if len(files) > 1:
+            weight_map = {tensor.name: name for name, held in files.items() for tensor in held}
+            _write_json(folder / INDEX_NAME, {"metadata": {"total_size": written.total}, "weight_map": weight_map})
+        write_sums(folder, [path.name for path in folder.iterdir()])
+    return Path(target)
+
+
+def parse_bytes(text: str) -> int:
+    """ "5GB" -> 5,000,000,000; GiB and its kin are powers of 1024. Raises RequestError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
+    power = " kmgt".index(match[2].lower() or " ") if match else 0
+    n_bytes = float(match[1]) * (1024 if match[3] else 1000) ** power if match else 0
+    if not 1 <= n_bytes < 1 << 63:
+        raise RequestError(f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
+    return int(n_bytes)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An opened folder, in `n_shards` parts. `repeats`: how often each key/value head stands in it; `args` count each once."""
+
+    folder: CheckpointFolder
+    args: ModelArgs
+    stored: Stored
+    n_shards: int
+    repeats: int
+    tokenizer: Tokenizer | None
+    stamps: dict[Path, tuple[int, int] | None]
+
+    @classmethod
+    def open(cls, name: str | Path) -> "_Source":
+        folder = open_folder(name)
+        stamps = {path: stamp_of(path) for path in (folder.params, *folder.shards)}
+        args = folder.read_args()
+        stored = open_stored(folder, args)
+        n_shards = 1 if folder.is_hugging_face else len(folder.shards)
+        repeats = _kv_repeats(stored, args, n_shards)
+        tokenizer = folder.open_tokenizer(args) if folder.tokenizer else None
+        once = replace(args, n_kv_heads=args.n_kv_heads // repeats)
+        return cls(folder, once, stored, n_shards, repeats, tokenizer, stamps)
+
+    @contextmanager
+    def unchanged(self, verify: Verify) -> Iterator[None]:
+        """The block ends well only if the files are whole, where a checklist tells, and the same as when they were opened."""
+        with verified(self.folder, verify, self.folder.tokenizer):
+            yield
+        for path, stamp in self.stamps.items():
+            if stamp_of(path) != stamp:
+                raise CheckpointError(f"{path} changed while it was read, so nothing was written; try again when it is at rest")
+
+    def args_in(self, shards: int) -> ModelArgs:
+        """What params.json says of the model in so many shards. Raises RequestError where they cannot be equal."""
+        if type(shards) is not int or shards < 1:  # nor is True a number
+            raise RequestError(f"shards is {shards!r}, expected a whole number of 1 or more")
+        heads, width, words = self.args.n_heads, self.args.ffn_dim, self.args.vocab_size
+        if heads % shards or width % shards or words % shards:
+            possible = (n for n in range(1, heads + 1) if heads % n == 0 and width % n == 0 and words % n == 0)
+            raise RequestError(
+                f"{shards} shards cannot hold equal parts of {heads} query heads, {width:,} feed-forward features and "
+                f"{words:,} tokens; take one of {', '.join(map(str, possible))}"
+            )
+        return replace(self.args, n_kv_heads=_n_kv_heads_in(shards, self.args))
+
+    def outgoing(self, share: Share, dtype: torch.dtype | None) -> list[Outgoing]:
+        """A share of every tensor; a tied output is left out."""
+        out = []
+        for name, shape in expected_shapes(self.args).items():
+            if name == OUTPUT and self.stored.tied:
+                continue
+            ranges = wanted_ranges(name, self.args, share)
+            to = dtype or self.stored.dtype(name)
+            blocks = partial(self._blocks, name, self._in_files(name, ranges), shape, to)
+            out.append(Outgoing(name, part_shape(name, shape, ranges), to, blocks))
+        return out
+
+    def renamed(self, tensor: Outgoing) -> Outgoing:
+        """A whole tensor under Hugging Face's name and in its order."""
+
+        def blocks() -> Iterator[Tensor]:
+            for rows in tensor.blocks():
+                yield in_their_order(tensor.name, rows, self.args.head_dim)
+
+        return replace(tensor, name=theirs(tensor.name), blocks=blocks)
+
+    def _in_files(self, name: str, ranges: list[range] | None) -> list[range] | None:
+        """Ranges of a tensor whose heads count once, where the files have each `repeats` times."""
+        if self.repeats == 1 or not name.endswith((".wk.weight", ".wv.weight")):
+            return ranges
+        width = self.args.head_dim
+        heads = [head for each in ranges for head in range(each.start // width, each.stop // width)]
+        return [range(head * self.repeats * width, (head * self.repeats + 1) * width) for head in heads]
+
+    def _blocks(self, name: str, ranges: list[range] | None, whole: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+        """A tensor's rows in `dtype`, whole heads at a time where heads matter."""
+        dim = split_dim(name)
+        multiple = self.args.head_dim if is_rotated(name) else 1
+        if dim == 0:
+            row_bytes = whole[1] * dtype.itemsize
+            for some in _cut(ranges, max(1, BLOCK_BYTES // row_bytes // multiple) * multiple):
+                pieces = self.stored.pieces(name, [some])
+                yield _cast(name, torch.cat([piece.tensor for piece in pieces]), dtype)
+                for piece in pieces:
+                    piece.release()
+            return
+        pieces = self.stored.pieces(name, ranges)
+        n_rows = max(1, BLOCK_BYTES // (sum(piece.tensor[0].numel() for piece in pieces) * dtype.itemsize))
+        for start in range(0, whole[0], n_rows):
+            yield _cast(name, torch.cat([piece.tensor[start : start + n_rows] for piece in pieces], dim=-1), dtype)
+        for piece in pieces:
+            piece.release()
+
+
+def _cut(ranges: list[range], size: int) -> Iterator[range]:
+    for each in ranges:
+        for start in range(each.start, each.stop, size):
+            yield range(start, min(start + size, each.stop))
+
+
+def _cast(name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows rounded to the nearest. Raises CheckpointError where that makes infinity of a number."""
+    cast = rows.to(dtype)
+    is_narrower = torch.promote_types(rows.dtype, dtype) != dtype
+    if is_narrower and cast.isinf().any() and (cast.isinf() & rows.isfinite()).any():
+        short = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{name} holds {rows.abs().nan_to_num(0, posinf=0).max():.3g}, and {short} ends at {torch.finfo(dtype).max:.3g}; "
+            "take another dtype"
+        )
+    return cast
+
+
+def _n_kv_heads_in(shards: int, args: ModelArgs) -> int:
+    """How many key/value heads so many shards hold together, copies included."""
+    return shards * len(kv_heads(args, Share(0, shards)))
+
+
+def _kv_repeats(stored: Stored, args: ModelArgs, n_shards: int) -> int:
+    """How many times in a row each key/value head stands; equal heads are copies only where so many shards need such."""
+    names = [f"layers.{i}.attention.{kind}.weight" for i in range(args.n_layers) for kind in ("wk", "wv")]
+    for repeats in (n for n in range(args.n_kv_heads, 1, -1) if args.n_kv_heads % n == 0):
+        once = replace(args, n_kv_heads=args.n_kv_heads // repeats)
+        needs_copies = _n_kv_heads_in(n_shards, once) == args.n_kv_heads
+        if needs_copies and all(_is_repeated(stored, name, repeats, args) for name in names):
+            return repeats
+    return 1
+
+
+def _is_repeated(stored: Stored, name: str, repeats: int, args: ModelArgs) -> bool:
+    run = repeats * args.head_dim
+    for start in range(0, args.n_kv_heads * args.head_dim, run):
+        pieces = stored.pieces(name, [range(start, start + run)])
+        heads = torch.cat([piece.tensor for piece in pieces]).unflatten(0, (repeats, args.head_dim)).view(torch.uint8)
+        for piece in pieces:
+            piece.release()
+        if not torch.equal(heads[:-1], heads[1:]):
+            return False
+    return True
+
+
+class _Written:
+    """Bytes written so far, of the total."""
+
+    def __init__(self, progress: Progress | None, parts: list[list[Outgoing]]):
+        self.progress = progress
+        self.done, self.total = 0, sum(tensor.nbytes for tensors in parts for tensor in tensors)
+
+    def more(self, n_bytes: int) -> None:
+        self.done += n_bytes
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _write_params(folder: Path, source: _Source, args: ModelArgs) -> None:
+    """As they were, but for the number of key/value heads where copies come or go; unknown keys stay."""
+    if source.folder.is_hugging_face:
+        write_params(folder, params_of(args))
+    elif args.n_kv_heads == source.args.n_kv_heads * source.repeats:
+        shutil.copyfile(source.folder.params, folder / "params.json")
+    else:
+        params = json.loads(source.folder.params.read_bytes()) | {"n_kv_heads": args.n_kv_heads}
+        params.pop("rope_scaling_factor", None)
+        if args.use_scaled_rope and args.rope_scaling_factor != usual_rope_factor(args.dim, args.n_heads, args.n_kv_heads):
+            params["rope_scaling_factor"] = args.rope_scaling_factor  # which the shape implied before its heads were copied
+        write_params(folder, params)
+
+
+def _write_native_tokenizer(folder: Path, source: _Source) -> None:
+    if source.folder.tokenizer is None:
+        return
+    if source.folder.tokenizer.suffix == ".json":
+        write_tokenizer_model(folder, source.tokenizer.vocabulary)
+        return
+    for path in (source.folder.tokenizer, source.folder.tokenizer.with_name(ADDED_TOKENS)):
+        if path.exists():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _may_chat(name: str) -> bool:
+    return not BASE_MODEL.fullmatch(name)
+
+
+def _copy_configs(folder: Path, source: _Source, dtype: torch.dtype | None) -> None:
+    """What stood beside the weights, with another dtype in config.json where one is asked for."""
+    for name in HUGGING_FACE_FILES:
+        if (path := source.folder.path / name).exists():
+            shutil.copyfile(path, folder / name)
+    if dtype is not None:
+        config = json.loads(source.folder.params.read_bytes())
+        key = "dtype" if "dtype" in config else "torch_dtype"  # as transformers 5 writes it, and 4
+        _write_json(folder / "config.json", config | {key: str(dtype).removeprefix("torch.")})
+
+
+def _write_configs(folder: Path, source: _Source, dtype: torch.dtype, chat: bool) -> None:
+    if source.tokenizer is None:
+        raise CheckpointError(f"{source.folder.path} has no tokenizer, whose ids config.json must name; fetch tokenizer.model")
+    vocabulary = source.tokenizer.vocabulary
+    ids = {"bos": source.tokenizer.bos_id, "eos": source.tokenizer.stop_tokens if chat else [source.tokenizer.eos_id]}
+    config = config_of(source.args, tied=source.stored.tied, dtype=dtype, **ids)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation_config_of(**ids))
+    write_tokenizer_json(folder / "tokenizer.json", vocabulary)
+    max_seq_len = config["max_position_embeddings"]
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(vocabulary, max_seq_len, instruct=chat))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _packed(tensors: list[Outgoing], max_bytes: int) -> dict[str, list[Outgoing]]:
+    """File names and what each holds, in order."""
+    files: list[list[Outgoing]] = []
+    room = 0
+    for tensor in tensors:
+        if not files or tensor.nbytes > room:
+            files.append([])
+            room = max_bytes
+        files[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{n:05d}-of-{len(files):05d}.safetensors": held for n, held in enumerate(files, 1)}

@@ -1,0 +1,127 @@
+"""Decode tokens per second of one process beside several on the same cores, and the time that they spend in communication.
+
+    python scripts/bench_parallel.py [--ckpt_dir DIR] [--processes 2] [--gen_len 32] [--rounds 5]
+
+Every round runs one process with all threads, then `processes` of them with their part of the threads each (torchrun, Gloo).
+Without a checkpoint, random weights in the shape of Llama 3.2 1B are made in a temporary folder: 2.5 GB. Communication is the
+time within collective calls on the first process, waiting for the slower one included.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llama_ref import Llama
+from llama_ref.cli import command, run
+from llama_ref.errors import LlamaRefError
+from llama_ref.loop import Row, steps
+from llama_ref.releases import find_release
+
+PROMPT = list(range(1000, 1016))
+COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "send", "recv")
+
+
+@command()
+def main(
+    ckpt_dir: str | None = None, *, processes: int = 2, gen_len: int = 32, rounds: int = 5, worker: str | None = None
+) -> None:
+    """Compare one process with several.
+
+    Args:
+        worker: a file to write one job's figures to (how the processes themselves are started).
+    """
+    if worker:
+        measure(ckpt_dir, gen_len, Path(worker))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        ckpt_dir = ckpt_dir or _random_1b(Path(scratch) / "Llama3.2-1B")
+        jobs = {1: [], processes: []}
+        for _ in range(rounds):
+            for n, results in jobs.items():
+                results.append(_job(n, ckpt_dir, gen_len, Path(scratch) / "figures.json"))
+    for n, results in jobs.items():
+        rates = [result["tokens_per_second"] for result in results]
+        talk = statistics.median(result["communication"] for result in results)
+        print(
+            f"{n} process{'es' * (n > 1)}: {statistics.median(rates):.2f} tokens/s ({min(rates):.2f} to {max(rates):.2f}), "
+            f"{talk * 1000:.1f} ms of {1000 / statistics.median(rates):.1f} ms a token in communication"
+        )
+    pairs = zip(jobs[processes], jobs[1], strict=True)
+    ratios = [several["tokens_per_second"] / one["tokens_per_second"] for several, one in pairs]
+    print(f"ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"torch {torch.__version__}, {_cores()} cores, {gen_len} tokens after {len(PROMPT)}, {rounds} rounds, bfloat16")
+
+
+def _random_1b(path: Path) -> Path:
+    from make_random_checkpoint import make_random_checkpoint
+
+    print(f"making random weights in {path}", file=sys.stderr)
+    return make_random_checkpoint(path, find_release("Llama3.2-1B").params, tied=True, tokenizer=_tokenizer())
+
+
+def _tokenizer() -> Path:
+    import llama_models  # Meta's package, which carries the file (extra `dev`)
+
+    return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
+
+
+def _job(n: int, ckpt_dir: str | Path, gen_len: int, figures: Path) -> dict[str, float]:
+    words = [__file__, "--ckpt_dir", str(ckpt_dir), "--gen_len", str(gen_len), "--worker", str(figures)]
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, _cores() // n))}
+    done = subprocess.run([sys.executable, *starter, *words], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise LlamaRefError(f"the job of {n} failed:\n{done.stderr}")
+    return json.loads(figures.read_text())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def measure(ckpt_dir: str, gen_len: int, figures: Path) -> None:
+    """One process's part of a job; the first writes the figures down."""
+    llama = Llama.build(ckpt_dir, device="cpu", dtype="bfloat16", verify="never")
+    spent = _watch_collectives()
+    making = steps(llama.model, [Row(PROMPT, gen_len + 2)], lambda logits: logits.argmax(-1), stop_tokens=())
+    next(making)  # the prompt
+    next(making)  # the first token warms up
+    spent.clear()
+    begun = time.perf_counter()
+    for _ in making:
+        pass
+    seconds = time.perf_counter() - begun
+    if llama.job.share.rank == 0:
+        figures.write_text(json.dumps({"tokens_per_second": gen_len / seconds, "communication": sum(spent) / gen_len}))
+
+
+def _watch_collectives() -> list[float]:
+    """Seconds of each collective call from now on."""
+    spent: list[float] = []
+
+    def timed(call: Callable) -> Callable:
+        def wrapper(*args: object, **kwargs: object) -> object:
+            begun = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                spent.append(time.perf_counter() - begun)
+
+        return wrapper
+
+    for name in COLLECTIVES:
+        setattr(dist, name, timed(getattr(dist, name)))
+    return spent
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

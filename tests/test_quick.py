@@ -218,13 +218,14 @@ def test_a_text_file_made_to_attack_is_named_within_bounds(folder, attack, liste
 
 
 @pytest.mark.parametrize("change", [{"vocab_size": 512 * 1000}, {"n_layers": 9999}, {"hidden_dim": 64}])
-def test_params_that_claim_another_model_do_not_fit_the_weights(folder, change):
+def test_params_that_claim_another_model_contradict_the_weights(folder, change):
     (folder / "params.json").write_text(
         json.dumps({key: TINY[key] for key in TINY if key != "multiple_of"} | {"hidden_dim": 96} | change)
     )
     with little_memory_and_time(seconds=60):
         report = verify(folder, quick=True)
-    assert {file.name: file.state for file in report.bad}["consolidated.00.pth"] is State.MISFIT
+    assert {file.name: file.state for file in report.bad} == {"params.json": State.MISFIT}
+    assert "it and consolidated.00.pth contradict each other" in report.summary()
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "b", "consolidated.99999999999999999999.pth", "params.json/x"])

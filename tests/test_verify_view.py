@@ -83,12 +83,12 @@ CASES = {  # what is done to the folder, exit code, exit code with --quick, the 
         f"3 of 4 files are whole; {SHARD1} is 1.5 kB short: the download broke off, fetch that file again",
     ),
     "no list": (unlisted, 2, 0, "all 4 files are sound as far as could be checked; there is no checklist.chk"),
-    "no list, and cut": (lambda folder: (unlisted(folder), cut(folder)), 1, 1, "3 of 4 files are whole"),
+    "no list, and cut": (lambda folder: (unlisted(folder), cut(folder)), 1, 1, "3 of 4 files are sound"),
     "a web page for a list": (
         lambda folder: (folder / "checklist.chk").write_bytes(b"<html>"),
         2,
         2,
-        "4 of 5 files are whole; checklist.chk is an HTML page",
+        "4 of 5 files are sound; checklist.chk is an HTML page",
     ),
     "nothing in it": (emptied, 2, 2, "could not be checked: it holds no params.json"),
     "gone": (shutil.rmtree, 2, 2, "llama-ref: there is no folder"),
@@ -147,6 +147,36 @@ def test_all_checks_every_folder_and_the_worst_decides(run, root, original):
         shutil.rmtree(root / name)
     code, out, _ = run("verify", "--all", "--json")
     assert code == 0 and [entry["exit_code"] for entry in json.loads(out)] == [0]  # a list, though of one
+
+
+def test_all_leaves_a_line_between_folders_and_ends_with_one_for_all(run, root, original):
+    for name, change in {"A": None, "B": cut, "C": unlisted}.items():
+        folder = Path(shutil.copytree(original, root / name))
+        if change:
+            change(folder)
+    lines = run("verify", "--all")[1].splitlines()
+    assert lines[-2:] == ["", "1 of 3 folders are whole; not whole: B; not checked in full: C"]
+    for name in "BC":
+        at = next(n for n, line in enumerate(lines) if line.startswith(str(root / name)))
+        assert lines[at - 1] == "" and lines[at - 2].startswith(("all", "3 of 4"))
+    for name in "BC":
+        shutil.rmtree(root / name)
+    assert run("verify", "--all")[1].splitlines()[-1] == "all 4 files are whole"
+
+
+def test_a_folder_of_checkpoints_is_told_what_to_name(run, root, original, tmp_path):
+    shutil.copytree(original, root / "A")
+    shutil.copytree(original, root / "B" / "original")
+    code, out, _ = run("verify", root)
+    assert code == 2 and "name one of A, B, or check them all with --all" in out
+    shutil.copytree(original, tmp_path / "elsewhere" / "C")
+    code, out, _ = run("verify", tmp_path / "elsewhere")
+    assert code == 2 and out.endswith("the folders in it do: name one of C\n")
+
+
+def test_no_speed_is_told_of_files_too_small_to_measure(run, folder):
+    table = run("verify", folder)[1].replace(str(folder), "")
+    assert " sum " in table and "B/s" not in table and "speed" not in table
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,26 @@ from pathlib import Path
 from threading import Event
 
 from llama_ref.checkpoint.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
-from llama_ref.checkpoint.folder import SHARD_NAME, native_folder, shard_number
+from llama_ref.checkpoint.folder import checkpoints_root, native_folder
 from llama_ref.checkpoint.hashing import Hashed, Progress, hash_files, run_all
-from llama_ref.checkpoint.presence import age_seconds, cannot_be_opened, checkpoint_files, partial_download, size_of, stamp_of
+from llama_ref.checkpoint.presence import (
+    HUGGING_FACE,
+    META,
+    Format,
+    age_seconds,
+    cannot_be_opened,
+    checkpoint_files,
+    files_of,
+    format_of,
+    has_weights,
+    names_in,
+    partial_download,
+    size_of,
+    stamp_of,
+)
 from llama_ref.checkpoint.report import STATE_OF_IMPOSTOR, FileReport, Report, State
-from llama_ref.checkpoint.structure import MOST_SHARDS, Finding, Structure, examine
-from llama_ref.checkpoint.weight_scan import scan_weights
+from llama_ref.checkpoint.structure import Finding, Structure, examine
+from llama_ref.checkpoint.weight_scan import scan_safetensors, scan_weights
 from llama_ref.checkpoint.writing import write_sums
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_head, what_is
@@ -22,6 +36,13 @@ JUST_NOW_SECONDS = 10  # a broken file changed this recently may still be arrivi
 GROWTH_WAIT_SECONDS = 0.5
 
 # Faults that reading the whole file would not tell more about.
+NO_LIST = {
+    META: f"there is no {CHECKLIST_NAME}, so no sums to compare with; the files' structure was checked",
+    HUGGING_FACE: (
+        f"there is no {CHECKLIST_NAME}, and safetensors hold no sums, so nothing says whether the bytes are right; "
+        "the files' structure was checked"
+    ),
+}
 CONCLUSIVE = {*STATE_OF_IMPOSTOR.values(), State.CUT_SHORT, State.LONGER, State.UNREADABLE, State.REFUSED}
 
 
@@ -35,10 +56,11 @@ def verify(
 ) -> Report:
     """Check a checkpoint folder against its checklist and itself. Never raises for what is on disk: the Report says it.
 
-    Every file is looked at for what it is (kind, length, tensors against params.json, tokenizer against vocab_size), which
-    is all that `quick` does. Otherwise the files are also hashed, `jobs` at a time (default: one per core), and compared
-    with checklist.chk; where there is none, weights are compared with the CRC-32 sums inside their own archives. `deep`
-    also looks for NaN and infinity in every weight. `progress(path, bytes done, bytes in all)` is called from threads.
+    Every file is looked at for what it is (kind, length, tensors against params.json or config.json and against each other,
+    tokenizer against vocab_size), which is all that `quick` does. Otherwise the files are also hashed, `jobs` at a time
+    (default: one per core), and compared with checklist.chk; where there is none, Meta's weights are compared with the CRC-32
+    sums inside their own archives, and Hugging Face's, which have no such sums, with nothing. `deep` also looks for NaN and
+    infinity in every weight. `progress(path, bytes done, bytes in all)` is called from threads.
 
     >>> report = verify("Llama3.2-1B-Instruct")
     >>> print(report.summary())
@@ -47,11 +69,16 @@ def verify(
     begun = time.perf_counter()
     if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
         raise RequestError(f"jobs is {jobs!r}, expected a whole number of 1 or more")
-    folder = native_folder(Path(folder).expanduser())
-    if not folder.is_dir():
-        return Report(folder, problem="there is no such folder")
+    named = Path(folder).expanduser()
+    try:
+        folder = native_folder(named)
+        if not folder.is_dir():
+            return Report(folder, problem="there is no such folder")
+    except OSError as error:
+        return Report(named, problem=f"it cannot be looked into ({error.strerror})")
     report = _Check(folder, jobs, quick, deep, progress).run()
-    return replace(report, seconds=time.perf_counter() - begun)
+    notes = [*_what_was_not_checked(named, folder, {file.name for file in report.files}), *report.notes]
+    return replace(report, notes=notes, seconds=time.perf_counter() - begun)
 
 
 def write_checklist(
@@ -92,35 +119,40 @@ class _Check:
     use_list: bool = True
 
     def run(self) -> Report:
-        present = checkpoint_files(self.folder)
         listed, list_problem, list_report, notes = self._read_list()
-        names = list(dict.fromkeys([*listed, *present]))
+        here = names_in(self.folder)
+        form = format_of({*listed, *here})
+        names = list(dict.fromkeys([*listed, *files_of(form, here)]))
         if not names:
-            return Report(self.folder, list_report, "it holds no params.json, consolidated.NN.pth or tokenizer.model")
+            return Report(self.folder, list_report, _why_nothing(self.folder))
         verdicts = {name: fault for name in names if (fault := cannot_be_opened(self.folder, name))}
         openable = [name for name in names if name not in verdicts]
         stamps = {name: stamp_of(self.folder / name) for name in openable}
 
-        hashed = self._hash([name for name in openable if name == "params.json"], listed)
-        params_hold = all(_matches(listed.get(name), found) is not False for name, found in hashed.items())
-        structure = examine(self.folder, openable, trust_params=params_hold)
+        hashed = self._hash([name for name in openable if name == form.params], listed)
+        right = _matches(listed.get(form.params), hashed.get(form.params))
+        structure = examine(self.folder, names, form, not_to_open=verdicts.keys(), params_are_right=right)
         to_hash = [name for name in openable if name not in hashed and not _is_conclusive(structure.findings.get(name))]
         hashed |= self._hash(to_hash, listed)
-        names += _missing_shards(names, structure, listed)
+        names += _missing(form, names, structure, listed)
         for name in names:
             if name not in verdicts:
-                verdicts[name] = self._judge(name, listed, hashed.get(name), structure)
-        if self.deep or (not self.quick and not listed):
-            self._scan(verdicts, structure)
+                verdicts[name] = self._judge(name, listed, hashed.get(name), form, structure)
+        _excuse(verdicts, structure)
+        if self.deep or (not self.quick and not listed and form is META):
+            self._scan(verdicts, form, structure)
         self._notice_growth(verdicts, stamps)
         files = [*list_report, *(verdicts[name] for name in names)]
-        return Report(self.folder, files, None if self.quick and not list_report else list_problem, notes + structure.notes)
+        if form is HUGGING_FACE and not has_weights(form, here) and (pickles := [n for n in here if n.endswith(".bin")]):
+            notes.append(f"the weights are here as pickles ({pickles[0]}), which are not read: fetch them as safetensors")
+        problem = None if self.quick and not list_report else list_problem if listed or list_report else NO_LIST[form]
+        return Report(self.folder, files, problem, notes + structure.notes)
 
     def _read_list(self) -> tuple[dict[str, Entry], str | None, list[FileReport], list[str]]:
-        """Entries by name, why there are none, the list's own report if it is bad, and what is odd about it."""
+        """Entries by name, why a list that is there gave none, its own report if it is bad, and what is odd about it."""
         path = self.folder / CHECKLIST_NAME
-        if not self.use_list or not path.exists():
-            return {}, f"there is no {CHECKLIST_NAME}, so no sums to compare with; the files' structure was checked", [], []
+        if not self.use_list or not self._is_there(path):
+            return {}, None, [], []
         try:
             found = read_checklist(path)
         except CheckpointError as error:
@@ -142,8 +174,15 @@ class _Check:
         found = hash_files([(path, listed[name].algorithm) for path, name in paths.items()], self.jobs, self.progress)
         return {paths[path]: result for path, result in found.items()}
 
+    @staticmethod
+    def _is_there(path: Path) -> bool:
+        try:
+            return path.exists()
+        except OSError:  # such as a link that leads back to itself
+            return True
+
     def _judge(
-        self, name: str, listed: Mapping[str, Entry], hashed: Hashed | OSError | None, structure: Structure
+        self, name: str, listed: Mapping[str, Entry], hashed: Hashed | OSError | None, form: Format, structure: Structure
     ) -> FileReport:
         path, entry, finding = self.folder / name, listed.get(name), structure.findings.get(name)
         report = FileReport(name, State.SOUND, size_of(path), expected_sum=entry.sum if entry else None)
@@ -156,21 +195,24 @@ class _Check:
         if finding:
             report = replace(report, state=finding.state, detail=finding.detail, expected_size=finding.expected_size)
         if _matches(entry, hashed) is False:
-            return _why_sum_differs(report, finding, listed)
-        foreign = listed and not entry and SHARD_NAME.fullmatch(name)
-        surplus = structure.n_shards is not None and shard_number(name) >= structure.n_shards
-        if not finding and (foreign or surplus):
-            detail = "the checklist does not name it" if foreign else f"the tensors are those of {structure.n_shards} shards"
+            return _why_sum_differs(report, finding, form, listed)
+        foreign = listed and not entry and form.weights.fullmatch(name)
+        if not finding and (foreign or name in structure.surplus):
+            detail = "the checklist does not name it" if foreign else structure.surplus[name]
             return replace(report, state=State.EXTRA, detail=detail)
         return report
 
-    def _scan(self, verdicts: dict[str, FileReport], structure: Structure) -> None:
+    def _scan(self, verdicts: dict[str, FileReport], form: Format, structure: Structure) -> None:
         cancel = Event()
 
         def one(name: str) -> None:
             path, begun = self.folder / name, time.perf_counter()
             try:
-                scan = scan_weights(path, structure.tensors[name], values=self.deep, progress=self.progress, cancel=cancel)
+                options = {"progress": self.progress, "cancel": cancel}
+                if form is HUGGING_FACE:
+                    scan = scan_safetensors(path, structure.tensors[name], **options)
+                else:
+                    scan = scan_weights(path, structure.tensors[name], values=self.deep, **options)
             except (OSError, CheckpointError) as error:
                 verdicts[name] = replace(verdicts[name], state=State.UNREADABLE, detail=str(error))
                 return
@@ -197,13 +239,47 @@ class _Check:
                 verdicts[name] = replace(verdicts[name], state=State.GROWING, size=size, detail="it changed during the check")
 
 
-def _missing_shards(names: list[str], structure: Structure, listed: Mapping[str, Entry]) -> list[str]:
-    """Files that must exist by the shards' numbers and shapes but do not; without a list also params.json and tokenizer."""
-    numbers = {number for name in names if 0 <= (number := shard_number(name)) < MOST_SHARDS}
-    count = max(numbers, default=-1 if listed else 0) + 1
-    count = max(count, structure.n_shards or 0)
-    missing = [f"consolidated.{number:02d}.pth" for number in range(count) if number not in numbers]
-    return missing + [name for name in ("params.json", "tokenizer.model") if not listed and name not in names]
+def _missing(form: Format, names: list[str], structure: Structure, listed: Mapping[str, Entry]) -> list[str]:
+    """Files that must exist by the weights' numbers, shapes or index but do not; without a list also those of other kinds."""
+    missing = [name for name in structure.needed if name not in names]
+    if listed:
+        return missing
+    if not missing and not has_weights(form, names):
+        missing = [form.first_weights]
+    if form.params not in names:
+        missing.append(form.params)
+    return missing if any(name in names for name in form.tokenizers) else [*missing, form.tokenizers[0]]
+
+
+def _why_nothing(folder: Path) -> str:
+    """Why there is nothing to check, and where there may be."""
+    problem = "it holds no params.json, consolidated.NN.pth or tokenizer.model, and no config.json or model.safetensors"
+    places = {name: (folder / name, folder / name / "original") for name in names_in(folder)}
+    within = [name for name, either in places.items() if any(map(checkpoint_files, either))]
+    if not within:
+        return problem
+    shown = ", ".join(within[:4]) + (", …" if len(within) > 4 else "")
+    try:
+        is_root = folder.resolve() == checkpoints_root().resolve()
+    except (OSError, RuntimeError):
+        is_root = False
+    if is_root:
+        return f"it is where checkpoints lie: name one of {shown}, or check them all with --all"
+    return f"{problem}; the folders in it do: name one of {shown}"
+
+
+def _what_was_not_checked(named: Path, folder: Path, checked: set[str]) -> list[str]:
+    """Notes about the other format's files, where a repository holds both."""
+    form = format_of({*checked, *names_in(folder)})
+    other = HUGGING_FACE if form is META else META
+    beside = [name for name in names_in(folder) if other.weights.fullmatch(name) and name not in checked]
+    if beside:
+        return [f"{folder.name}/ holds {other.whose} weights too ({beside[0]}), which were not checked"]
+    if folder != named and has_weights(HUGGING_FACE, names_in(named)):
+        return ["Meta's files in original/ were checked; the safetensors beside that folder were not"]
+    if form is HUGGING_FACE and files_of(META, names_in(named / "original")):
+        return ["the safetensors were checked; what is in original/, which holds no weights, was not"]
+    return []
 
 
 def _matches(entry: Entry | None, hashed: Hashed | OSError | None) -> bool | None:
@@ -215,7 +291,7 @@ def _is_conclusive(finding: Finding | None) -> bool:
     return finding is not None and finding.state in CONCLUSIVE
 
 
-def _why_sum_differs(report: FileReport, finding: Finding | None, listed: Mapping[str, Entry]) -> FileReport:
+def _why_sum_differs(report: FileReport, finding: Finding | None, form: Format, listed: Mapping[str, Entry]) -> FileReport:
     owner = next((name for name, entry in listed.items() if entry.sum == report.found_sum and name != report.name), None)
     if owner:
         return replace(report, state=State.MISNAMED, detail=f"its content is that of {owner}")
@@ -223,8 +299,17 @@ def _why_sum_differs(report: FileReport, finding: Finding | None, listed: Mappin
         return replace(report, state=finding.if_altered)
     if finding and finding.state is not State.MISFIT:
         return report
-    plain = "right length, wrong sum" if SHARD_NAME.fullmatch(report.name) else "wrong sum"
+    plain = "right length, wrong sum" if form.weights.fullmatch(report.name) else "wrong sum"
     return replace(report, state=State.DAMAGED, detail=finding.detail if finding else plain)
+
+
+def _excuse(verdicts: dict[str, FileReport], structure: Structure) -> None:
+    """Files whose sums are right do not misfit because of others that are broken."""
+    doubtful = [name for name, finding in structure.findings.items() if finding.by_others]
+    if any(not report.ok for name, report in verdicts.items() if name not in doubtful or report.state is not State.MISFIT):
+        for name in doubtful:
+            if verdicts[name].state is State.MISFIT and verdicts[name].found_sum:  # a wrong sum has another state by now
+                verdicts[name] = replace(verdicts[name], state=State.WHOLE, detail="")
 
 
 def _impostor(path: Path) -> str | None:

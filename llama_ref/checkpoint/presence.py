@@ -1,22 +1,100 @@
 """What stands under a name in a folder, before any of it is opened."""
 
+import re
 import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from llama_ref.checkpoint.folder import SHARD_NAME
+from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME
 from llama_ref.checkpoint.report import FileReport, State, human_bytes
+from llama_ref.vocabulary import ADDED_TOKENS
 
 PARTIAL_SUFFIXES = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".tmp", ".aria2")
+ONE_FILE = "model.safetensors"
+INDEX_NAME = f"{ONE_FILE}.index.json"
+
+
+@dataclass(frozen=True)
+class Format:
+    """Whose files a checkpoint is made of.
+
+    Of `tokenizers` the first that is there is used. `others` belong to the checkpoint where they are there.
+    """
+
+    whose: str
+    params: str
+    tokenizers: tuple[str, str]
+    weights: re.Pattern[str]
+    first_weights: str
+    others: tuple[str, ...]
+
+
+META = Format(
+    whose="Meta's",
+    params="params.json",
+    tokenizers=("tokenizer.model", "tokenizer.json"),
+    weights=SHARD_NAME,
+    first_weights="consolidated.00.pth",
+    others=(ADDED_TOKENS,),
+)
+HUGGING_FACE = Format(
+    whose="Hugging Face's",
+    params="config.json",
+    tokenizers=("tokenizer.json", "tokenizer.model"),
+    weights=SAFETENSORS_NAME,
+    first_weights=ONE_FILE,
+    others=(
+        INDEX_NAME,
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        ADDED_TOKENS,
+        "chat_template.json",
+        "chat_template.jinja",
+    ),
+)
+
+
+def format_of(names: Collection[str]) -> Format:
+    """Whose files these are: the format that is complete, Meta's before the other; else the one there are traces of."""
+    for form in (META, HUGGING_FACE):
+        if form.params in names and has_weights(form, names):
+            return form
+    if META.params in names or has_weights(META, names):
+        return META
+    if HUGGING_FACE.params in names or INDEX_NAME in names or has_weights(HUGGING_FACE, names):
+        return HUGGING_FACE
+    return HUGGING_FACE if "tokenizer.json" in names and "tokenizer.model" not in names else META
+
+
+def has_weights(form: Format, names: Collection[str]) -> bool:
+    return any(form.weights.fullmatch(name) for name in names)
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds, by name; nothing if it cannot be listed."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return []
 
 
 def checkpoint_files(folder: Path) -> list[str]:
-    """The names of a checkpoint's files that are there, shards first; none if the folder cannot be listed."""
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError:
-        return []
-    fixed = [name for name in ("params.json", "tokenizer.model") if name in names]
-    return [name for name in names if SHARD_NAME.fullmatch(name) or name.startswith("fp8_scales")] + fixed
+    """The names of a checkpoint's files that are there, weights first; none if the folder cannot be listed."""
+    names = names_in(folder)
+    return files_of(format_of(names), names)
+
+
+def files_of(form: Format, names: Collection[str]) -> list[str]:
+    """Those of `names` that belong to a checkpoint of this format, weights first."""
+    tokenizers = [name for name in form.tokenizers if name in names]
+    if form is META:
+        tokenizers = tokenizers[:1]
+    # Beside a tokenizer.json, this file is none that Meta's format knows.
+    others = [name for name in form.others if name in names and (form is not META or tokenizers == ["tokenizer.model"])]
+    weights = [name for name in names if form.weights.fullmatch(name) or (form is META and name.startswith("fp8_scales"))]
+    return [*weights, *(name for name in (form.params,) if name in names), *tokenizers, *others]
 
 
 def cannot_be_opened(folder: Path, name: str) -> FileReport | None:
@@ -49,12 +127,28 @@ def _is_own_blob(folder: Path, target: Path) -> bool:
 
 
 def partial_download(path: Path) -> str:
-    """A sentence about the unfinished download of a missing file, where one lies beside it."""
+    """A sentence about the unfinished download of a missing file, beside it or where Hugging Face's tool keeps such."""
     for suffix in PARTIAL_SUFFIXES:
         size = size_of(path.with_name(path.name + suffix))
         if size is not None:
             return f"its download has not ended: {path.name}{suffix} is there with {human_bytes(size)}"
+    sizes = [size for part in _hub_parts(path.parent) if (size := size_of(part)) is not None]
+    if sizes:  # their names are sums, which do not tell what they are parts of
+        what = "a download has" if len(sizes) == 1 else f"{len(sizes)} downloads have"
+        return f"{what} not ended: Hugging Face's cache holds {human_bytes(sum(sizes))} in .incomplete files"
     return ""
+
+
+def _hub_parts(folder: Path) -> Iterator[Path]:
+    """Unfinished files as huggingface_hub leaves them: in a local folder's `.cache`, or in `blobs` of the user's cache."""
+    try:
+        for home in (folder, folder.parent):  # the second: of a repository's original/
+            yield from (home / ".cache" / "huggingface" / "download").rglob("*.incomplete")
+        for parent in folder.resolve().parents:
+            if parent.name == "snapshots":
+                yield from (parent.parent / "blobs").glob("*.incomplete")
+    except (OSError, RuntimeError):
+        return
 
 
 def size_of(path: Path) -> int | None:

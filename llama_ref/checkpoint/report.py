@@ -137,7 +137,8 @@ class Report:
         shown = "; ".join(file.sentence() for file in bad[:3])
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         problem = f"; {self.problem}" if self.problem else ""
-        return f"{total - len(bad)} of {total} files are whole; {shown}{more}{problem}"
+        word = "sound" if any(file.state is State.SOUND for file in self.files) else "whole"
+        return f"{total - len(bad)} of {total} files are {word}; {shown}{more}{problem}"
 
     def to_json(self) -> str:
         """The report for scripts: its fields, ok, exit_code and summary, and per file its fields, ok and advice."""

@@ -1,128 +1,169 @@
 """What can be said about a checkpoint's files without reading their weights: kind, size, tensors against params.json."""
 
 import binascii
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from llama_ref.args import PARAMS_LIMIT_BYTES, ModelArgs
+from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.archive_length import archive_length
-from llama_ref.checkpoint.folder import SHARD_NAME
+from llama_ref.checkpoint.finding import (
+    MOST_SHARDS,
+    Finding,
+    Structure,
+    contradiction,
+    how_json_broke,
+    implied_model,
+    kind_of_file,
+    listed,
+    without_path,
+)
+from llama_ref.checkpoint.folder import SHARD_NAME, shard_number
+from llama_ref.checkpoint.hf_config import HFConfig, read_config
 from llama_ref.checkpoint.inspect_pth import TensorInfo, inspect_pth
-from llama_ref.checkpoint.presence import size_of
-from llama_ref.checkpoint.report import STATE_OF_IMPOSTOR, State
-from llama_ref.checkpoint.shapes import Shape, expected_shapes, misfits, other_kind, shard_shape, strangers
+from llama_ref.checkpoint.presence import HUGGING_FACE, Format, size_of
+from llama_ref.checkpoint.report import State
+from llama_ref.checkpoint.safetensors_structure import examine_safetensors
+from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes, misfits, other_kind, shard_shape, strangers
 from llama_ref.checkpoint.tensor_pickle import RefusedPickle
 from llama_ref.errors import CheckpointError
-from llama_ref.files import read_head, read_small, what_is
-from llama_ref.tokenizer import MAX_FILE_BYTES, N_SPECIAL, read_ranks
+from llama_ref.files import read_head, read_small
+from llama_ref.tokenizer_json import MAX_FILE_BYTES as MAX_TOKENIZER_JSON_BYTES
+from llama_ref.tokenizer_json import read_tokenizer_json
+from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, read_json, read_ranks, read_tokenizer_model
 
-TORN_VALUE = re.compile(r"(t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][+-]?)?\s*")  # what a cut leaves of a JSON value
-MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not make millions of files "missing"
-MOST_LISTED = 4  # wrong tensors named in one detail
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong with one file's structure; `if_altered` is the better word where its sum shows it to be changed."""
-
-    state: State
-    detail: str
-    expected_size: int | None = None
-    if_altered: State | None = None
+__all__ = ["Finding", "Structure", "examine"]
 
 
-@dataclass
-class Structure:
-    """Findings by file name (a sound file has none), and what was learnt on the way."""
+def examine(
+    folder: Path,
+    names: Iterable[str],
+    form: Format,
+    *,
+    not_to_open: Collection[str] = (),
+    params_are_right: bool | None = None,
+) -> Structure:
+    """Look at each named file of `folder`. Nothing is executed, and of weights no more than a few MB read.
 
-    findings: dict[str, Finding] = field(default_factory=dict)
-    tensors: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
-    n_shards: int | None = None  # as the tensors' shapes tell, however many files are there
-    notes: list[str] = field(default_factory=list)
-
-
-def examine(folder: Path, names: Iterable[str], *, trust_params: bool = True) -> Structure:
-    """Look at each named file of `folder` that exists. Nothing is executed, and no more than a few MB read.
-
-    With `trust_params` false (params.json is known to be damaged) shards and tokenizer are looked at by themselves only.
+    `params_are_right` says whether a sum vouches for params.json or config.json. Where it is known to be damaged, weights and
+    tokenizer are looked at by themselves only; where nothing is known, it may be what is wrong if the weights do not fit it.
     """
-    found = Structure()
-    names = list(names)
+    found, all_names = Structure(), list(names)
+    names = [name for name in all_names if name not in not_to_open]
     for name in names:
-        if finding := _kind_of_file(folder / name):
+        if finding := kind_of_file(folder / name):
             found.findings[name] = finding
-    args = _read_params(folder, names, found)
-    _examine_tokenizer(folder, names, found, args if trust_params else None)
-    _examine_shards(folder, names, found, args if trust_params else None)
+    may_blame_params = params_are_right is None
+    if form is HUGGING_FACE:
+        config = _read_params(folder, names, form, found)
+        config = None if params_are_right is False else config
+        implied = examine_safetensors(folder, all_names, names, found, config, may_blame_params)
+        args = implied or (config.args if config else None)
+        _examine_texts(folder, names, found)
+    else:
+        args = _read_params(folder, names, form, found)
+        args = None if params_are_right is False else args
+        implied, n_shards = _examine_shards(folder, names, found, args, may_blame_params)
+        args = implied or args
+        _count_shards(all_names, found, n_shards)
+    _examine_tokenizer(folder, names, form, found, args)
     return found
 
 
-def _kind_of_file(path: Path) -> Finding | None:
-    try:
-        kind = what_is(read_head(path))
-    except CheckpointError as error:
-        return Finding(State.UNREADABLE, _without_path(error, path))
-    return Finding(STATE_OF_IMPOSTOR[kind], kind) if kind else None
+# params.json, config.json and their like ----------------------------------------------------------------------------------
 
 
-def _without_path(error: CheckpointError, path: Path) -> str:
-    text = str(error)
-    for lead in (f"{path}: ", f"{path} cannot be used: ", f"{path} is ", f"{path} "):
-        text = text.removeprefix(lead)
-    return text
-
-
-# params.json and tokenizer.model ------------------------------------------------------------------------------------------
-
-
-def _read_params(folder: Path, names: list[str], found: Structure) -> ModelArgs | None:
-    if "params.json" not in names or "params.json" in found.findings:
+def _read_params(folder: Path, names: list[str], form: Format, found: Structure) -> ModelArgs | HFConfig | None:
+    path = folder / form.params
+    if form.params not in names or form.params in found.findings:
         return None
-    path = folder / "params.json"
     try:
-        return ModelArgs.from_json(path)
+        return read_config(path) if form is HUGGING_FACE else ModelArgs.from_json(path)
     except CheckpointError as error:
-        found.findings["params.json"] = Finding(_how_json_broke(path), _without_path(error, path))
+        # A config.json in good order is most often another model's: anyone may publish a folder of this format.
+        state = how_json_broke(path) or (State.MISFIT if form is HUGGING_FACE else State.DAMAGED)
+        found.findings[form.params] = Finding(state, without_path(error, path))
         return None
 
 
-def _how_json_broke(path: Path) -> State:
-    """Cut short if all that is there may be the beginning of an object, longer if a whole one stands before something else."""
-    try:
-        text = read_small(path, PARAMS_LIMIT_BYTES, "params.json").decode("utf-8", "replace")
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return State.LONGER
-        in_a_string = error.msg.startswith("Unterminated") and not text.rstrip().endswith("}")
-        if text.startswith("{") and (in_a_string or TORN_VALUE.fullmatch(text, error.pos)):
-            return State.CUT_SHORT
-    except (CheckpointError, ValueError, RecursionError):
-        pass
-    return State.DAMAGED
+def _examine_texts(folder: Path, names: list[str], found: Structure) -> None:
+    """The JSON files that only Hugging Face's own library reads."""
+    for name in names:
+        if name in HUGGING_FACE.others and name.endswith(".json") and name not in found.findings:
+            path = folder / name
+            try:
+                is_object = isinstance(read_json(path, MAX_FILE_BYTES, "a JSON object"), dict)
+                detail = "" if is_object else "it holds no JSON object"
+            except CheckpointError as error:
+                detail = without_path(error, path)
+            if detail:
+                found.findings[name] = Finding(how_json_broke(path, MAX_FILE_BYTES) or State.DAMAGED, detail)
 
 
-def _examine_tokenizer(folder: Path, names: list[str], found: Structure, args: ModelArgs | None) -> None:
-    name, path = "tokenizer.model", folder / "tokenizer.model"
-    if name not in names or name in found.findings:
+# tokenizers ---------------------------------------------------------------------------------------------------------------
+
+
+def _examine_tokenizer(folder: Path, names: list[str], form: Format, found: Structure, args: ModelArgs | None) -> None:
+    """The tokenizer that would be used."""
+    name = next((name for name in form.tokenizers if name in names), None)
+    if name is None or name in found.findings:
         return
+    if name.endswith(".json"):
+        _examine_tokenizer_json(folder, name, form, found, args)
+    elif ADDED_TOKENS in names and ADDED_TOKENS not in found.findings:
+        _examine_with_added(folder, name, form, found, args)
+    else:
+        _examine_ranks(folder, name, form, found, args)
+
+
+def _examine_tokenizer_json(folder: Path, name: str, form: Format, found: Structure, args: ModelArgs | None) -> None:
+    path = folder / name
+    try:
+        n_words = read_tokenizer_json(path).n_words
+    except CheckpointError as error:
+        state = how_json_broke(path, MAX_TOKENIZER_JSON_BYTES) or State.MISFIT
+        found.findings[name] = Finding(state, without_path(error, path))
+        return
+    if args and n_words > args.vocab_size:  # fewer are usual: fine-tunes pad their embedding
+        found.findings[name] = Finding(State.MISFIT, _wrong_count(n_words, form, args))
+
+
+def _examine_with_added(folder: Path, name: str, form: Format, found: Structure, args: ModelArgs | None) -> None:
+    """tokenizer.model and the added tokens beside it, which only together have `vocab_size` tokens."""
+    path, beside = folder / name, folder / ADDED_TOKENS
+    _examine_ranks(folder, name, form, found, None)
+    if name in found.findings:
+        return
+    try:
+        n_words = read_tokenizer_model(path).n_words
+    except CheckpointError as error:
+        state = how_json_broke(beside, MAX_FILE_BYTES) or State.MISFIT
+        found.findings[ADDED_TOKENS] = Finding(state, without_path(error, beside))
+        return
+    if args and n_words != args.vocab_size:
+        detail = f"with them {name} has {_wrong_count(n_words, form, args)}"
+        found.findings[ADDED_TOKENS] = Finding(State.MISFIT, detail)
+
+
+def _examine_ranks(folder: Path, name: str, form: Format, found: Structure, args: ModelArgs | None) -> None:
+    path = folder / name
     n_expected = args.vocab_size - N_SPECIAL if args else None
     try:
         n_ranks = len(read_ranks(path))
     except CheckpointError as error:
         broken = _how_ranks_broke(path, n_expected)
-        found.findings[name] = Finding(broken, _without_path(error, path), if_altered=broken)
+        found.findings[name] = Finding(broken, without_path(error, path), if_altered=broken)
         return
     if n_expected not in (None, n_ranks):
-        detail = f"{n_ranks + N_SPECIAL:,} tokens, but params.json has vocab_size {args.vocab_size:,}"
+        detail = _wrong_count(n_ranks + N_SPECIAL, form, args)
         found.findings[name] = Finding(State.MISFIT, detail, if_altered=_how_ranks_broke(path, n_expected))
+
+
+def _wrong_count(n_words: int, form: Format, args: ModelArgs) -> str:
+    return f"{n_words:,} tokens, but {form.params} has vocab_size {args.vocab_size:,}"
 
 
 def _how_ranks_broke(path: Path, n_expected: int | None) -> State:
@@ -150,7 +191,10 @@ def _is_rank(line: bytes, rank: int) -> bool:
 # shards -------------------------------------------------------------------------------------------------------------------
 
 
-def _examine_shards(folder: Path, names: list[str], found: Structure, args: ModelArgs | None) -> None:
+def _examine_shards(
+    folder: Path, names: list[str], found: Structure, args: ModelArgs | None, may_blame_params: bool
+) -> tuple[ModelArgs | None, int | None]:
+    """Findings about the shards; their model, where params.json alone says another; how many they are, as their shapes tell."""
     shards = [name for name in names if SHARD_NAME.fullmatch(name)]
     for name in shards:
         if name in found.findings:
@@ -160,9 +204,34 @@ def _examine_shards(folder: Path, names: list[str], found: Structure, args: Mode
         except CheckpointError as error:
             found.findings[name] = _why_broken(folder / name, error)
     expected = _expected_shapes(folder, args, found) if args and shards else None
+    implied, n_shards = None, None
     if expected:
-        _compare_with_params(shards, found, args, expected)
-    _measure_broken(folder, shards, found, expected)
+        n_shards = next((n for tensors in found.tensors.values() if (n := _n_shards(tensors, args))), len(shards))
+        problems = _problems(found.tensors, expected, n_shards)
+        if may_blame_params and len(problems) == len(found.tensors) and (model := _implied_by(found.tensors)):
+            implied, n_shards = model
+            found.findings["params.json"] = contradiction(list(found.tensors), args, implied, names={})
+        else:
+            found.findings |= {name: Finding(State.MISFIT, listed(wrong)) for name, wrong in problems.items()}
+    _measure_broken(folder, shards, found, expected, n_shards or len(shards))
+    return implied, n_shards
+
+
+def _count_shards(names: list[str], found: Structure, n_shards: int | None) -> None:
+    """Which shards there must be, and which belong to no others."""
+    numbers = [number for name in names if 0 <= (number := shard_number(name)) < MOST_SHARDS]
+    found.needed = [f"consolidated.{n:02d}.pth" for n in range(max(max(numbers, default=-1) + 1, n_shards or 0))]
+    if n_shards is not None:
+        why = f"the tensors are those of {n_shards} shards"
+        found.surplus = {name: why for name in names if shard_number(name) >= n_shards}
+
+
+def _implied_by(files: Mapping[str, Mapping[str, TensorInfo]]) -> tuple[ModelArgs, int] | None:
+    """The model, and its number of shards, that all of them agree about."""
+    alike = {frozenset((name, held.dtype, held.shape) for name, held in tensors.items()) for tensors in files.values()}
+    if len(alike) != 1 or any(dtype not in WEIGHT_DTYPES for _, dtype, _ in next(iter(alike))):
+        return None
+    return implied_model({name: shape for name, _, shape in next(iter(alike))})
 
 
 def _why_broken(path: Path, error: CheckpointError) -> Finding:
@@ -170,9 +239,9 @@ def _why_broken(path: Path, error: CheckpointError) -> Finding:
     with suppress(OSError):
         whole = archive_length(path)
     if whole and whole != size:
-        return Finding(State.CUT_SHORT if size < whole else State.LONGER, _without_path(error, path), whole)
+        return Finding(State.CUT_SHORT if size < whole else State.LONGER, without_path(error, path), whole)
     state = State.REFUSED if isinstance(error, RefusedPickle) else State.DAMAGED
-    return Finding(state, _without_path(error, path), whole)
+    return Finding(state, without_path(error, path), whole)
 
 
 def _expected_shapes(folder: Path, args: ModelArgs, found: Structure) -> dict[str, Shape] | None:
@@ -184,18 +253,16 @@ def _expected_shapes(folder: Path, args: ModelArgs, found: Structure) -> dict[st
     return expected_shapes(args)
 
 
-def _compare_with_params(shards: list[str], found: Structure, args: ModelArgs, expected: Mapping[str, Shape]) -> None:
-    inspected = found.tensors.values()
-    found.n_shards = next((n for tensors in inspected if (n := _n_shards(tensors, args))), None) or len(shards)
-    described = {
-        file: {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-        for file, tensors in found.tensors.items()
+def _problems(
+    files: Mapping[str, Mapping[str, TensorInfo]], expected: Mapping[str, Shape], n_shards: int
+) -> dict[str, list[str]]:
+    """What does not fit in each file that has something that does not."""
+    described = {file: {name: (held.dtype, held.shape) for name, held in held_by.items()} for file, held_by in files.items()}
+    problems = {
+        file: wrong + [f"{stranger} is unexpected" for stranger in strangers(files[file], expected)]
+        for file, wrong in misfits(described, expected, n_shards).items()
     }
-    for name, wrong in misfits(described, expected, found.n_shards).items():
-        problems = wrong + [f"{stranger} is unexpected" for stranger in strangers(found.tensors[name], expected)]
-        if problems:
-            more = f", and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
-            found.findings[name] = Finding(State.MISFIT, "; ".join(problems[:MOST_LISTED]) + more)
+    return {file: wrong for file, wrong in problems.items() if wrong}
 
 
 def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
@@ -207,10 +274,12 @@ def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
     return n_shards if n_shards <= MOST_SHARDS else None
 
 
-def _measure_broken(folder: Path, shards: list[str], found: Structure, expected: Mapping[str, Shape] | None) -> None:
+def _measure_broken(
+    folder: Path, shards: list[str], found: Structure, expected: Mapping[str, Shape] | None, n_shards: int
+) -> None:
     """Judge broken shards by the size of a sound one (all of a release are alike), or at least by what params.json implies."""
     sound = max((size_of(folder / name) or 0 for name in found.tensors), default=None)
-    least = sound or (_least_bytes(expected, found.n_shards or len(shards)) if expected else 0)
+    least = sound or (_least_bytes(expected, n_shards) if expected else 0)
     for name in shards:
         finding, size = found.findings.get(name), size_of(folder / name) or 0
         if finding is None or name in found.tensors:

@@ -25,6 +25,7 @@ from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.hashing import Cancelled, default_jobs, hash_file
 from llama_ref.checkpoint.report import printable
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.vocabulary import ADDED_TOKENS
 
 if sys.platform != "win32":
     import fcntl
@@ -80,6 +81,9 @@ def _wanted(folder: CheckpointFolder, tokenizer: str | Path | None, verify: Veri
     needed = [folder.params, *folder.shards]
     if tokenizer is not None and Path(tokenizer).parent.resolve() == folder.path.resolve():
         needed.append(Path(tokenizer))
+        added = Path(tokenizer).with_name(ADDED_TOKENS)
+        if Path(tokenizer).suffix != ".json" and os.path.lexists(added):  # then it is read too
+            needed.append(added)
     foreign = [path.name for path in needed if path.name not in entries]
     if foreign:
         raise CheckpointError(

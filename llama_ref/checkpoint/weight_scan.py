@@ -1,9 +1,10 @@
-"""Reads every weight of a `.pth` once, in constant memory: does it match the archive's own CRC-32, and is it finite?"""
+"""Reads every weight once, in constant memory: does it match the sums that its file has of its own, and is it finite?"""
 
 import mmap
 import threading
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 
 from llama_ref.checkpoint.hashing import Cancelled, Progress
 from llama_ref.checkpoint.inspect_pth import TensorInfo, archive_records
+from llama_ref.checkpoint.inspect_safetensors import HeldTensor
 from llama_ref.checkpoint.zip_directory import Record
 
+WITHOUT_SPECIALS = ("float4_e2m1fn_x2",)  # neither NaN nor infinity can be written so
 CHUNK_BYTES = 4 << 20  # a multiple of every dtype's size
 
 
@@ -58,19 +61,57 @@ def scan_weights(
     return scan
 
 
+def scan_safetensors(
+    path: Path,
+    tensors: dict[str, HeldTensor],
+    *,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> WeightScan:
+    """Look for NaN and infinity in a safetensors file that `inspect_safetensors` has passed; it holds no sums to check.
+
+    Raises OSError, or Cancelled when `cancel` is set.
+    """
+    scan = WeightScan()
+    total, done = path.stat().st_size, 0
+    with path.open("rb", buffering=0) as file, mmap.mmap(-1, CHUNK_BYTES) as buffer, memoryview(buffer) as view:
+        for name, held in tensors.items():
+            file.seek(held.file_offset)
+            counts = Counter()
+            for filled in _chunks(file, view, held.nbytes, name):
+                if cancel is not None and cancel.is_set():
+                    raise Cancelled(str(path))
+                counts += _not_finite(view[:filled], held.dtype)
+                done += filled
+                if progress:
+                    progress(path, done, total)
+            if sum(counts.values()):
+                scan.not_finite[name] = counts["nan"], counts["inf"]
+    if progress:
+        progress(path, total, total)
+    return scan
+
+
 def _scan_record(file, view: memoryview, record: Record, dtype: str | None, scan: WeightScan) -> Counter:
-    crc, left, counts = 0, record.size, Counter()
+    crc, counts = 0, Counter()
     file.seek(record.data_offset)
-    while left:
-        filled = _fill(file, view[: min(left, CHUNK_BYTES)])
-        if not filled:
-            raise OSError(f"{record.name} breaks off while being read")
-        crc, left = zlib.crc32(view[:filled], crc), left - filled
+    for filled in _chunks(file, view, record.size, record.name):
+        crc = zlib.crc32(view[:filled], crc)
         if dtype:
             counts += _not_finite(view[:filled], dtype)
     if record.crc and crc != record.crc:
         scan.wrong_crc.append(record.name)
     return counts
+
+
+def _chunks(file, view: memoryview, n_bytes: int, name: str) -> Iterator[int]:
+    """Fill `view` with the next bytes again and again, until `n_bytes` are read; yield how many it holds each time."""
+    while n_bytes:
+        filled = _fill(file, view[: min(n_bytes, CHUNK_BYTES)])
+        if not filled:
+            raise OSError(f"{name} breaks off while being read")
+        n_bytes -= filled
+        yield filled
 
 
 def _fill(file, view: memoryview) -> int:
@@ -81,9 +122,10 @@ def _fill(file, view: memoryview) -> int:
 
 
 def _not_finite(data: memoryview, dtype: str) -> Counter:
-    values = torch.frombuffer(data, dtype=getattr(torch, dtype))
-    if not values.is_floating_point():
+    torch_dtype = getattr(torch, dtype, torch.uint8)  # the newest names are not in every torch
+    if not torch_dtype.is_floating_point or dtype in WITHOUT_SPECIALS:
         return Counter()
+    values = torch.frombuffer(data, dtype=torch_dtype)
     if values.element_size() == 1:
         values = values.float()  # float8 has no comparisons
     if torch.isfinite(values).all():

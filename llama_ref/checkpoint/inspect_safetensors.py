@@ -1,0 +1,162 @@
+"""What a safetensors file holds, from its header alone, checked against the file's length."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_ref.errors import CheckpointError
+from llama_ref.files import refuse_impostor
+
+LENGTH_BYTES = 8  # of the header's length in front of it
+HEADER_LIMIT_BYTES = 10 << 20  # the largest Llama 3's have some 100 kB
+REFETCH = "; fetch it again"
+LARGEST = 1 << 60  # bytes or items: with fewer, no sum or product of a file's numbers leaves 64 bits
+LONGEST_INT = 20  # digits of what 64 bits hold
+METADATA = "__metadata__"
+
+DTYPES = {  # the file's name: torch's name, bits of an item
+    "BOOL": ("bool", 8),
+    "U8": ("uint8", 8),
+    "I8": ("int8", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F4": ("float4_e2m1fn_x2", 4),
+    "I16": ("int16", 16),
+    "U16": ("uint16", 16),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "I32": ("int32", 32),
+    "U32": ("uint32", 32),
+    "F32": ("float32", 32),
+    "I64": ("int64", 64),
+    "U64": ("uint64", 64),
+    "F64": ("float64", 64),
+    "C64": ("complex64", 64),
+}
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """One tensor of a safetensors file: torch's name of its dtype, and where in the file its bytes begin."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file_offset: int
+    nbytes: int
+
+
+class WrongLength(CheckpointError):
+    """The file ends elsewhere than its header says; `expected_size` in bytes, None where the header itself is cut."""
+
+    def __init__(self, message: str, expected_size: int | None = None):
+        super().__init__(message + REFETCH)
+        self.expected_size = expected_size
+
+
+def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
+    """The tensors of a safetensors file by name, known to fill it without gaps or overlaps.
+
+    At least as strict as the safetensors library: what passes here opens there. Raises WrongLength for a file that is cut short
+    or too long, CheckpointError for any other that is broken.
+    """
+    refuse_impostor(path, "a safetensors file")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            data = file.read(min(length, HEADER_LIMIT_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    _check_length(path, size, length, data)
+    header = _parse(path, data)
+    tensors = _in_place(path, header, LENGTH_BYTES + length)
+    whole = max((held.file_offset + held.nbytes for held in tensors.values()), default=LENGTH_BYTES + length)
+    if whole != size:
+        raise WrongLength(f"{path} has {size:,} bytes, but its header describes {whole:,}", whole)
+    return tensors
+
+
+def _check_length(path: Path, size: int, length: int, data: bytes) -> None:
+    if size < LENGTH_BYTES:
+        raise WrongLength(f"{path} ends within its first {LENGTH_BYTES} bytes")
+    if length > HEADER_LIMIT_BYTES or not b"{".startswith(data[:1]):
+        fault = f"does not begin as a safetensors file: its header would have {length:,} bytes"
+        raise CheckpointError(f"{path} {fault}{REFETCH}")
+    if len(data) < length:
+        raise WrongLength(f"{path} ends within its header, which has {length:,} bytes")
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_without_repetition, parse_int=_short_int, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    metadata = header.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, f"its {METADATA} are not texts by name")
+    return header
+
+
+def _in_place(path: Path, header: dict[str, Any], data_begins: int) -> dict[str, HeldTensor]:
+    """Every entry as a tensor. In the order of their places, each must begin where the one before it ends."""
+    spans = {name: _span(path, name, entry) for name, entry in header.items()}
+    at, tensors = 0, {}
+    for name in sorted(spans, key=lambda name: spans[name]):
+        (begin, end), entry = spans[name], header[name]
+        if begin != at:
+            fault = "overlaps the tensor before it" if begin < at else "leaves a gap after the tensor before it"
+            raise _damaged(path, f"{name} {fault} (it begins at {begin:,}, expected {at:,})")
+        tensors[name] = HeldTensor(DTYPES[entry["dtype"]][0], tuple(entry["shape"]), data_begins + begin, end - begin)
+        at = end
+    return {name: tensors[name] for name in header}
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where its bytes begin and end, counted from the end of the header."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"{name} lacks dtype, shape or data_offsets, or has other keys")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _damaged(path, f"{name} is of an unknown dtype {dtype!r:.40}")
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"{name} has a shape or data_offsets that are not whole numbers")
+    n_bits = math.prod(shape) * DTYPES[dtype][1]
+    begin, end = offsets
+    if (end - begin) * 8 != n_bits or math.prod(size for size in shape if size) >= LARGEST:
+        raise _damaged(path, f"{name} is {dtype} {tuple(shape)}, {n_bits // 8:,} bytes, but has {end - begin:,}")
+    return begin, end
+
+
+def _are_counts(numbers: Any) -> bool:
+    """Whether it is a list of whole numbers with which 64 bits can count."""
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < LARGEST for n in numbers)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        name, times = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name!r:.80} stands {times} times in one object")
+    for name in found:
+        name.encode()  # half a surrogate pair is no text: a UnicodeEncodeError is a ValueError
+    return found
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > LONGEST_INT:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _damaged(path: Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"{path} has a damaged header: {fault}{REFETCH}")

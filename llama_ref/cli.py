@@ -121,7 +121,7 @@ def list_(*, json: bool = False) -> None:
     Args:
         json: print it as JSON.
     """
-    from llama_ref.views import print_list
+    from llama_ref.list_view import print_list
 
     print_list(as_json=json)
 
@@ -135,7 +135,7 @@ def info(name: str, *, json: bool = False) -> None:
         json: print it as JSON.
     """
     from llama_ref.checkpoint.folder import open_folder
-    from llama_ref.views import describe, print_info
+    from llama_ref.info_view import describe, print_info
 
     print_info(describe(open_folder(name)), as_json=json)
 
@@ -211,8 +211,8 @@ def diff(a: str, b: str, *, json: bool = False) -> int:
     from rich.progress import MofNCompleteColumn
 
     from llama_ref.checkpoint.compare import compare
+    from llama_ref.terminal import progress_bar
     from llama_ref.verify_view import print_comparison
-    from llama_ref.views import progress_bar
 
     try:
         with progress_bar("comparing", MofNCompleteColumn()) as progress:
@@ -321,7 +321,7 @@ def convert(
 def _writing() -> Iterator[Callable[[int, int], None]]:
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    from llama_ref.views import progress_bar
+    from llama_ref.terminal import progress_bar
 
     with progress_bar("writing", DownloadColumn(), TransferSpeedColumn()) as progress:
         yield progress
@@ -336,7 +336,7 @@ def complete(name: str, prompt: str | None = None, *, echo: bool = False, **opti
         prompt: the text to continue.
         echo: print the prompt first.
     """
-    from llama_ref.views import Pace
+    from llama_ref.pace import Pace
 
     if prompt is None:
         if sys.stdin.isatty():
@@ -372,7 +372,7 @@ def _build(name: str, options: dict[str, Any]) -> "Llama":
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
     from llama_ref.generation import Llama, check_stream_options
-    from llama_ref.views import progress_bar
+    from llama_ref.terminal import progress_bar
 
     check_stream_options(**_pick(SAMPLING, options))
     with progress_bar("loading", DownloadColumn(), TransferSpeedColumn()) as progress:

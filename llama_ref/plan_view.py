@@ -98,7 +98,7 @@ def _row(placement: Placement) -> dict[str, Any]:
 
 
 def _print_tables(model: Model, workload: Workload, placements: list[Placement]) -> None:
-    from llama_ref.views import print_rich
+    from llama_ref.terminal import print_rich
 
     sequences = f"{workload.max_batch_size:,} sequence{'s' * (workload.max_batch_size > 1)}"
     print_rich(Text(f"{printable(model.name)}: {_n_parameters(model):,} parameters"))

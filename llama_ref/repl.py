@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterator
 
 from llama_ref.errors import RequestError
+from llama_ref.pace import Pace
 from llama_ref.session import Session
-from llama_ref.views import Pace
 
 HELP = """/system TEXT  begin anew with this system prompt (without TEXT: none)
 /reset        begin anew with the same system prompt

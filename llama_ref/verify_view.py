@@ -15,7 +15,7 @@ from rich.text import Text
 
 from llama_ref.checkpoint.compare import Comparison
 from llama_ref.checkpoint.report import FileReport, Report, State, human_bytes, printable
-from llama_ref.views import print_rich
+from llama_ref.terminal import print_rich
 
 MOST_TENSORS = 12  # differing tensors shown
 SUM_SHOWN = 8  # leading hex digits: enough to see that two differ

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from llama_ref.checkpoint.report import human_bytes
 from llama_ref.cli import main
 from llama_ref.generation import Llama
-from llama_ref.views import human_bytes
 
 CAPITAL = "The capital of France is"
 PACE = r"\[\d+ tokens in(, first token after \d+\.\d\d s)?; \d+ out(, \d+\.\d tokens/s)?; (stop|length)\]\n"

@@ -306,6 +306,17 @@ def test_a_folder_of_that_format_keeps_its_own_words(tiny, tmp_path):
     assert {tensor.dtype for tensor in load_file(cast / "model.safetensors").values()} == {torch.float32}
     with pytest.raises(RequestError, match="leave --chat out"):
         to_hugging_face(source, tmp_path / "chat", chat=True)
+    expected = sums(target)
+    assert sums(to_hugging_face(target, target, max_shard_bytes=20_000, force=True)) == expected  # in its own place
+
+
+def test_a_folder_without_a_tokenizer_stays_one_and_has_no_place_in_the_other_format(tmp_path):
+    """config.json names the tokens that begin and end a text."""
+    source = make_random_checkpoint(tmp_path / "source", PARAMS)
+    assert sums(to_meta(source, tmp_path / "same")) == sums(source)
+    with pytest.raises(CheckpointError, match="has no tokenizer, whose ids"):
+        to_hugging_face(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
 
 
 @pytest.mark.parametrize(

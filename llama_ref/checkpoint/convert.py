@@ -22,7 +22,7 @@ from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.hf_config import config_of, generation_config_of, params_of
 from llama_ref.checkpoint.naming import in_their_order, is_rotated, theirs
 from llama_ref.checkpoint.outgoing import BLOCK_BYTES, Outgoing
-from llama_ref.checkpoint.presence import checkpoint_files, stamp_of
+from llama_ref.checkpoint.presence import HUGGING_FACE, INDEX_NAME, checkpoint_files, names_in, stamp_of
 from llama_ref.checkpoint.pth_writer import write_pth
 from llama_ref.checkpoint.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.shapes import expected_shapes
@@ -38,12 +38,7 @@ from llama_ref.vocabulary import ADDED_TOKENS, write_tokenizer_model
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face cuts its own
-INDEX_NAME = "model.safetensors.index.json"
 BASE_MODEL = re.compile(r"(Meta-)?Llama-?3(\.[0-9])?-[0-9]+B(-bf16-mp[0-9]+)?")
-HUGGING_FACE_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-)
 
 
 def to_meta(
@@ -313,9 +308,9 @@ def _may_chat(name: str) -> bool:
 
 def _copy_configs(folder: Path, source: _Source, dtype: torch.dtype | None) -> None:
     """What stood beside the weights, with another dtype in config.json where one is asked for."""
-    for name in HUGGING_FACE_FILES:
-        if (path := source.folder.path / name).exists():
-            shutil.copyfile(path, folder / name)
+    names = {HUGGING_FACE.params, *HUGGING_FACE.tokenizers, *HUGGING_FACE.others} - {INDEX_NAME}  # the index is written anew
+    for name in names.intersection(names_in(source.folder.path)):
+        shutil.copyfile(source.folder.path / name, folder / name)
     if dtype is not None:
         config = json.loads(source.folder.params.read_bytes())
         key = "dtype" if "dtype" in config else "torch_dtype"  # as transformers 5 writes it, and 4

@@ -137,9 +137,10 @@ class _Entry:
         self.tensor, self.key = tensor, key
 
     def __reduce__(self) -> tuple:
-        stride = torch.empty(self.tensor.shape, device="meta").stride()
+        shape = (*self.tensor.shape,)  # an object of its own: of one that tensors share, pickle writes what was written before
+        stride = torch.empty(shape, device="meta").stride()
         storage = _Storage(self.tensor, self.key)
-        return torch._utils._rebuild_tensor_v2, (storage, 0, self.tensor.shape, stride, False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
 
 
 class _Pickler(pickle.Pickler):

@@ -23,7 +23,7 @@ if sys.platform != "win32":
 CHECKPOINT_FILE = re.compile(
     r"params\.json|tokenizer\.model|checklist\.chk|consolidated\.\d{2,}\.pth|README\.md"
     r"|(generation_)?config\.json|(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|chat_template\.(jinja|json)|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 ELSEWHERE = "choose another folder"
 ADVICE_WHEN_FULL = {

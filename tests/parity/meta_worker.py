@@ -1,0 +1,41 @@
+"""What each process of test_meta_shards.py does: Meta's own model on the shard of its number, as Meta's scripts have it.
+
+torchrun --nproc_per_node W meta_worker.py OUT FOLDER …
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as model_parallel
+from llama_models.llama3.args import ModelArgs
+from llama_models.llama3.model import Transformer
+from torch import Tensor
+
+TOKENS = torch.tensor([[5, 9, 2, 7, 1, 3, 600], [4, 4, 8, 0, 6, 2, 623]])
+
+
+@torch.inference_mode()
+def logits_of(folder: Path) -> Tensor:
+    params = json.loads((folder / "params.json").read_text())
+    model = Transformer(ModelArgs(max_seq_len=16, max_batch_size=2, **params))
+    shard = folder / f"consolidated.{model_parallel.get_model_parallel_rank():02d}.pth"
+    model.load_state_dict(torch.load(shard, weights_only=True), strict=True)
+    return model(TOKENS, 0)
+
+
+def main(out: str, *folders: str) -> None:
+    dist.init_process_group("gloo")
+    model_parallel.initialize_model_parallel(dist.get_world_size())
+    logits = [logits_of(Path(folder)) for folder in folders]
+    if dist.get_rank() == 0:
+        torch.save(logits, out)
+    dist.barrier()
+    os._exit(0)  # Gloo's threads abort some interpreters that shut down in their own time
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

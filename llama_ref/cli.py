@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -37,9 +38,14 @@ LOADING = (
     Option("max_seq_len", 8192, "the longest prompt and answer together, in tokens."),
     Option("seed", 1, "of the sampling."),
     Option("tokenizer_path", None, "a tokenizer.model other than the folder's own."),
+    Option("quantize", None, "int8, int4 or int4:group=32: round the weights to so many bits as they are read."),
+    Option("compile", False, "compile the decode step (CPU, one sequence): faster after some seconds."),
+    Option("speculate", None, "ngram: guess what comes from what came before, for text that repeats itself."),
+    Option("draft", None, "a smaller model of the same vocabulary, which guesses what comes."),
     Option("verify", "auto", "compare with checklist.chk: auto (each file once), always or never."),
     Option("device", None, "cuda, mps or cpu (default: the first of these that is there)."),
     Option("dtype", None, "bfloat16, float16 or float32 (default: bfloat16 where the device has it, else float16)."),
+    Option("pipeline_parallel_size", 1, "runs of layers to deal torchrun's processes out to."),
 )
 SAMPLING = (
     Option("max_gen_len", None, "tokens to make at most (default: as many as the context holds)."),
@@ -73,27 +79,15 @@ def _strings(word: str) -> str | list[str]:
 
 # Words that are text stay text: Fire would read a prompt of 42 as a number.
 TEXT_NAMES = (
-    "name",
-    "a",
-    "b",
-    "src",
-    "dst",
-    "to",
-    "max_shard_size",
-    "prompt",
-    "system",
-    "ckpt_dir",
-    "tokenizer_path",
-    "verify",
-    "device",
-    "dtype",
+    *("name", "a", "b", "src", "dst", "to", "max_shard_size", "prompt", "system", "ckpt_dir", "tokenizer_path"),
+    *("verify", "device", "dtype", "quantize", "speculate", "draft"),
 )
 TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
 
 
 SHORT_SWITCHES = {"-q": "quick", "-e": "echo", "-f": "force", "-j": "json"}
 SWITCH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-SWITCHES = {"json", "echo", "all", "quick", "deep", "force", "chat"}
+SWITCHES = {"compile", "json", "echo", "all", "quick", "deep", "force", "chat"}
 
 
 def command(*options: Option) -> Callable[[Callable[..., int | None]], Callable[..., Call]]:
@@ -337,21 +331,29 @@ def complete(name: str, prompt: str | None = None, *, echo: bool = False, **opti
         echo: print the prompt first.
     """
     from llama_ref.pace import Pace
+    from llama_ref.processes import from_first
+    from llama_ref.terminal import is_first_process, note
 
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise RequestError('give a prompt: llama-ref complete NAME "Once upon a time"')
-        prompt = sys.stdin.read().removesuffix("\n")  # the one that `echo` adds
-        if not prompt:
-            raise RequestError('standard input is empty; give a prompt: llama-ref complete NAME "Once upon a time"')
+    if prompt is None and is_first_process():  # torchrun's processes have one standard input
+        prompt = _read_prompt()
     llama = _build(name, options)
+    prompt = from_first(llama.job, lambda: prompt)
     pace = Pace(llama.stream(prompt, **_pick(SAMPLING, options)))
     if echo:
         print(prompt, end="", flush=True)
     for piece in pace:
         print(piece, end="", flush=True)
     print(flush=True)
-    print(pace, file=sys.stderr)
+    note(str(pace))
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        raise RequestError('give a prompt: llama-ref complete NAME "Once upon a time"')
+    prompt = sys.stdin.read().removesuffix("\n")  # the one that `echo` adds
+    if not prompt:
+        raise RequestError('standard input is empty; give a prompt: llama-ref complete NAME "Once upon a time"')
+    return prompt
 
 
 @command(*SAMPLING, *LOADING)
@@ -409,8 +411,11 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader of the output went away. Errors that a user can do
     something about are a line on stderr; only bugs leave a traceback.
     """
+    from llama_ref.terminal import is_first_process
+
     _settle_streams()
-    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes, which all make the same text, the first prints it
+    if not is_first_process():
+        logging.getLogger("llama_ref").setLevel(logging.ERROR)  # the first one warns for all
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  stays open as long as the process
     code = _run(component, argv, name)
     if "llama_ref.processes" in sys.modules:  # else there is no job to end, and no torch to import for it

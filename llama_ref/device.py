@@ -22,26 +22,25 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
     Raises RequestError for a device that is not there.
     """
-    if device is None:
-        device = _best()
+    wish = _best() if device is None else device
+    device = _own_of_several(wish)
     try:
-        chosen = _own_of_several(torch.device(device))
+        chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise RequestError(f"device {device} is unknown; try cuda, mps or cpu") from error
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if chosen.type not in there:
         raise RequestError(f"device {device} is not supported; try cuda, mps or cpu")
     if not there[chosen.type]:
-        raise RequestError(f"device {device} is not available here; leave it out to use what is")
+        raise RequestError(f"device {wish} is not available here; leave it out to use what is")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise RequestError(f"device {device} is not there: this machine has {torch.cuda.device_count()} CUDA device(s)")
     return chosen
 
 
-def _own_of_several(device: torch.device) -> torch.device:
-    """Of a machine's CUDA devices, this process's: torchrun numbers its processes."""
-    is_any = device.type == "cuda" and device.index is None
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}") if is_any else device
+def _own_of_several(device: str | torch.device) -> str | torch.device:
+    """Of a machine's CUDA devices, this process's where none is named: torchrun numbers its processes."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if str(device) == "cuda" else device
 
 
 def _best() -> str:

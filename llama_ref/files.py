@@ -1,6 +1,8 @@
 """What a file really is, before anything trusts its name."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from llama_ref.errors import CheckpointError
 
@@ -69,3 +71,12 @@ def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
             f"{path} is larger than {limit_bytes:,} bytes, far more than {expected} ever is; is it another file?"
         )
     return data
+
+
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's content, as json's `object_pairs_hook`. Raises ValueError for a name that stands twice in it."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        name, times = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name!r:.80} stands {times} times in one object")
+    return content

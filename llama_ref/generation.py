@@ -4,19 +4,21 @@
 import changed; `stream` and the sampling options beyond temperature and top_p are this project's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.slices import refuse_undealable
 from llama_ref.checkpoint.verified import Verify, verified
 from llama_ref.checkpoint.weights import Progress, load_model
+from llama_ref.compile import compile_decode
 from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import RequestError
 from llama_ref.loop import Row, steps
@@ -24,9 +26,13 @@ from llama_ref.model import KVCache, Transformer
 from llama_ref.parallel import agreeing, split_matrices
 from llama_ref.pipeline import split_layers
 from llama_ref.processes import ALONE, Job, join_job
+from llama_ref.quantize import use_fast_kernels
 from llama_ref.sampling import Sampler, SamplingParams
+from llama_ref.speculate import DraftModel, NGrams, Speculation, speculative_steps
 from llama_ref.streaming import Stream, stop_strings
 from llama_ref.tokenizer import Tokenizer
+
+Speculate = Literal["ngram"]
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -53,6 +59,7 @@ class Llama:
         max_batch_size: int = 32,
         seed: int = 1,
         job: Job = ALONE,
+        speculation: Speculation | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -61,6 +68,7 @@ class Llama:
         self.max_batch_size = max_batch_size
         self.generator = torch.Generator().manual_seed(seed)
         self.job = job
+        self.speculation = speculation
 
     @classmethod
     def build(
@@ -75,6 +83,10 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         pipeline_parallel_size: int = 1,
+        quantize: str | None = None,
+        compile: bool = False,
+        speculate: Speculate | None = None,
+        draft: str | Path | None = None,
         verify: Verify = "auto",
         progress: Progress | None = None,
     ) -> "Llama":
@@ -86,6 +98,9 @@ class Llama:
         cache is taken for each call and only as long as the call needs. `verify`: "auto" compares every file with
         checklist.chk the first time it is used, "always" each time, "never" does not. `progress` is called with (bytes done,
         bytes in all).
+        `quantize`: "int8", "int4" or "int4:group=32" rounds the weights as they are read (quantize.py). `compile` makes
+        decoding of one sequence faster on a CPU; the first token waits some seconds for it (compile.py). `speculate`="ngram"
+        has text that repeats made faster, `draft` any text: it names a smaller model of the same vocabulary (speculate.py).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
         """
         _check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
@@ -94,22 +109,33 @@ class Llama:
         dtype = choose_dtype(dtype, device)
         folder = open_folder(ckpt_dir)
         job = join_job(model_parallel_size, pipeline_parallel_size, device)
+        _check_speculation(speculate, draft, job)
+        fast = {"quantize": quantize, "compile": compile}
+        small = draft and cls.build(draft, device=device, dtype=dtype, verify=verify, progress=progress, **fast)
         tokenizer_path = tokenizer_path or folder.tokenizer
         with verified(folder, verify, tokenizer_path):
             args = folder.read_args()
             tokenizer = folder.open_tokenizer(args, tokenizer_path)
+            if small:
+                _check_vocabulary(folder.path, args, tokenizer, draft, small)
             refuse_undealable(args, job.share)
-            model = load_model(folder, args, device=device, dtype=dtype, share=job.share, progress=progress)
+            options = {"device": device, "dtype": dtype, "share": job.share, "quantize": quantize, "progress": progress}
+            model = load_model(folder, args, **options)
         _divide(model, job)
-        return cls(model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed, job=job)
+        if compile:
+            compile_decode(model)
+        use_fast_kernels(model)  # for what is quantized, and not compiled
+        speculation = DraftModel(small.model, model) if small else NGrams() if speculate else None
+        limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+        return cls(model, tokenizer, **limits, seed=seed, job=job, speculation=speculation)
 
     @property
     def device(self) -> torch.device:
-        return self.model.layers[0].attention.wq.weight.device  # where there are stages, not every one has the embedding
+        return self.model.layers[0].attention_norm.weight.device  # every part of a model has one, and it is never quantized
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.layers[0].attention.wq.weight.dtype
+        return self.model.layers[0].attention_norm.weight.dtype
 
     # ---- Meta's interface
 
@@ -132,8 +158,7 @@ class Llama:
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, **sampling)
         rows = self._start(prompt_tokens, max_gen_len)
-        sampler = self._sampler(rows, params)
-        for _ in steps(self.model, rows, sampler, self.tokenizer.stop_tokens, prompt_logprobs=logprobs and echo):
+        for _ in self._steps(rows, params, prompt_logprobs=logprobs and echo):
             pass
         tokens = [(row.prompt if echo else []) + row.generated for row in rows]
         if not logprobs:
@@ -209,8 +234,7 @@ class Llama:
                 f"the cache has {len(cache.lengths)} rows of {cache.max_seq_len:,} tokens; prompt and answer need one row of "
                 f"{rows[0].total_len:,}: make it larger, or max_gen_len smaller"
             )
-        pieces = steps(self.model, rows, self._sampler(rows, params), self.tokenizer.stop_tokens, cache=cache)
-        return Stream(rows[0], pieces, self.tokenizer, stop)
+        return Stream(rows[0], self._steps(rows, params, cache=cache), self.tokenizer, stop)
 
     def encode(self, prompt: str | list[int] | Dialog) -> list[int]:
         """Token ids of a text (with begin-of-text in front), of a dialog to answer, or as given."""
@@ -248,8 +272,15 @@ class Llama:
         if strange:
             raise RequestError(f"the prompt holds token {strange[0]}; the vocabulary has 0 to {self.model.args.vocab_size - 1}")
 
-    def _sampler(self, rows: list[Row], params: SamplingParams) -> Callable[[Tensor], Tensor]:
+    def _steps(self, rows: list[Row], params: SamplingParams, **options: Any) -> Iterator[None]:
         generator = self.generator if params.seed is None else torch.Generator().manual_seed(params.seed)
+        stop_tokens = self.tokenizer.stop_tokens
+        if self.speculation is None:
+            return steps(self.model, rows, self._sampler(rows, params, generator), stop_tokens, **options)
+        samplers = [self._sampler([row], params, generator) for row in rows]
+        return speculative_steps(self.model, rows, samplers, stop_tokens, self.speculation, **options)
+
+    def _sampler(self, rows: list[Row], params: SamplingParams, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
         sampler = Sampler(params, generator, [row.prompt for row in rows], self.model.args.vocab_size, self.device)
         return agreeing(sampler) if self.job is not ALONE else sampler
 
@@ -260,6 +291,24 @@ def _divide(model: Transformer, job: Job) -> None:
         split_matrices(model, job.share, job.tensor_group)
     if job.pipeline_group:
         split_layers(model, job.share, job.pipeline_group)
+
+
+def _check_speculation(speculate: str | None, draft: str | Path | None, job: Job) -> None:
+    if speculate not in (None, "ngram"):
+        raise RequestError(f'speculate is {speculate!r}, expected "ngram" or None; a draft model is named by draft')
+    if speculate and draft:
+        raise RequestError(f"speculate is {speculate!r} and draft is {str(draft)!r}: choose one")
+    if draft and job is not ALONE:
+        raise RequestError("a draft model works in one process only: leave out draft, or take speculate='ngram'")
+
+
+def _check_vocabulary(path: Path, args: ModelArgs, tokenizer: Tokenizer, draft: str | Path, small: "Llama") -> None:
+    """A draft model's ids must mean what the model's do."""
+    ours, theirs = tokenizer.vocabulary, small.tokenizer.vocabulary
+    n_ours, n_theirs = args.vocab_size, small.model.args.vocab_size
+    if n_ours != n_theirs or ours.ranks != theirs.ranks or ours.added != theirs.added:
+        found = f"{n_theirs:,} tokens, expected {n_ours:,}" if n_ours != n_theirs else f"{n_ours:,} tokens too, but others"
+        raise RequestError(f"the draft model {draft} has another vocabulary than {path} ({found}): name one of the same family")
 
 
 def check_stream_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:

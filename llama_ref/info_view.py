@@ -1,17 +1,15 @@
 """A checkpoint in numbers, as `llama-ref info` prints them."""
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from rich.table import Column, Table
 
-from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.report import human_bytes
-from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.stored import is_tied
+from llama_ref.plan import count_parameters
 from llama_ref.terminal import print_rich
 
 CONTEXTS = (2048, 8192, 32768, 131072)  # tokens; the last is what Llama 3.1 and later were trained for
@@ -62,12 +60,6 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
         **{key: getattr(args, key) for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")},
         **{key: getattr(args, key) for key in ("vocab_size", "rope_theta", "rope_scaling_factor", "norm_eps")},
     )
-
-
-def count_parameters(args: ModelArgs, tied: bool) -> int:
-    """How many numbers the weights are; a tied output counts once, as the embedding."""
-    shapes = expected_shapes(args)
-    return sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == "output.weight"))
 
 
 def print_info(info: ModelInfo, *, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -24,7 +24,8 @@ class Row:
     """One sequence of a batch under way.
 
     `generated` ends before the stop token, which then stands in `stop_token`. `logprobs` has one entry per generated token, the
-    model's own, before temperature and filters. `finish_reason` is None until the end.
+    model's own, before temperature and filters. `finish_reason` is None until the end. `drafted` and `accepted` count guessed
+    tokens, where there are any (speculate.py).
     """
 
     prompt: list[int]
@@ -34,6 +35,8 @@ class Row:
     prompt_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
+    drafted: int = 0
+    accepted: int = 0
 
     def __post_init__(self) -> None:
         if self.max_gen_len == 0:
@@ -43,6 +46,11 @@ class Row:
     def total_len(self) -> int:
         """Tokens that this row may come to, prompt included."""
         return len(self.prompt) + self.max_gen_len
+
+    @property
+    def passes(self) -> int:
+        """Passes of the model that it took so far, the prompt's included: one a token, but for accepted drafts."""
+        return len(self.generated) + (self.stop_token is not None) - self.accepted
 
     def take(self, token: int, logprob: float, stop_tokens: Collection[int]) -> None:
         """Enter the next token, or end if it is a stop token or the last that fits."""
@@ -60,11 +68,9 @@ def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
 
     Raises RequestError when there is not the memory for it.
     """
-    weight = model.layers[0].attention.wk.weight
-    n_kv_heads = weight.shape[0] // model.args.head_dim  # this process's, where there are several
-    args = replace(model.args, n_kv_heads=n_kv_heads)
+    norm = model.layers[0].attention_norm.weight  # a norm is there in every part of a model, and is never quantized
     try:
-        return KVCache(args, batch_size, n_tokens, dtype=weight.dtype, device=weight.device)
+        return KVCache(model.args, batch_size, n_tokens, dtype=norm.dtype, device=norm.device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -88,29 +94,30 @@ def steps(
     `sample` turns logits (B, V) into ids (B,). A `cache` of one row may hold the beginning of that row's prompt already;
     whenever the iterator rests, or is dropped, the cache holds a beginning of prompt + generated.
     """
-    if _finished(rows) and not prompt_logprobs:
+    if finished(rows) and not prompt_logprobs:
         return
     if cache is None:
         cache = new_cache(model, len(rows), max(row.total_len for row in rows))
-    logits = _prefill(model, rows, cache, prompt_logprobs)
-    while not _finished(rows):
+    logits = prefill(model, rows, cache, prompt_logprobs)
+    while not finished(rows):
         chosen = sample(logits)
         logprobs = -F.cross_entropy(logits, chosen, reduction="none")
         for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
             if not row.finish_reason:
-                _refuse_nan(logprob, cache.keys.dtype)
+                refuse_nan(logprob, cache.keys.dtype)
                 row.take(token, logprob, stop_tokens)
         yield
-        if not _finished(rows):
+        if not finished(rows):
             logits = _decode(model, chosen, rows, cache)
 
 
-def _finished(rows: list[Row]) -> bool:
+def finished(rows: list[Row]) -> bool:
+    """Whether no row goes on."""
     return all(row.finish_reason for row in rows)
 
 
 @torch.inference_mode()
-def _prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs: bool) -> Tensor:
+def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs: bool) -> Tensor:
     """Run the prompts, padded at the right to one length, through the model: logits (B, V) after each one's last token.
 
     What the pads write into the cache lies beyond a row's length: no token looks there, and its own next tokens overwrite it.
@@ -158,8 +165,8 @@ def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: i
             row.prompt_logprobs.extend((-losses).tolist())
 
 
-def _refuse_nan(logprob: float, dtype: torch.dtype) -> None:
-    """NaN among the logits makes every log-probability one; these come to the host anyway."""
+def refuse_nan(logprob: float, dtype: torch.dtype, whose: str = "the model") -> None:
+    """Raise LlamaRefError for NaN: among the logits it makes every log-probability one, and these come to the host anyway."""
     if math.isnan(logprob):
         advice = "try dtype=bfloat16 or float32" if dtype == torch.float16 else "check the weights with `llama-ref verify`"
-        raise LlamaRefError(f"the model's logits are not numbers (NaN) in {str(dtype).removeprefix('torch.')}: {advice}")
+        raise LlamaRefError(f"{whose}'s logits are not numbers (NaN) in {str(dtype).removeprefix('torch.')}: {advice}")

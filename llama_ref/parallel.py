@@ -24,11 +24,11 @@ def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> Non
     of them.
     """
     for layer in model.layers:
-        layer.attention.wo = SummedLinear(layer.attention.wo.weight, group)
-        layer.feed_forward.w2 = SummedLinear(layer.feed_forward.w2.weight, group)
+        layer.attention.wo = SummedLinear(layer.attention.wo, group)
+        layer.feed_forward.w2 = SummedLinear(layer.feed_forward.w2, group)
     vocabulary = model.args.vocab_size
-    model.tok_embeddings = SplitEmbedding(model.tok_embeddings.weight, share.of(vocabulary), group)
-    model.output = GatheredLinear(model.output.weight, vocabulary, group)
+    model.tok_embeddings = SplitEmbedding(model.tok_embeddings, share.of(vocabulary), group)
+    model.output = GatheredLinear(model.output, vocabulary, group)
 
 
 def agreeing(sample: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -45,13 +45,13 @@ def agreeing(sample: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class SummedLinear(nn.Module):
     """A matrix cut by columns: each process multiplies its features, and the products are summed over all."""
 
-    def __init__(self, weight: nn.Parameter, group: ProcessGroup):
+    def __init__(self, linear: nn.Module, group: ProcessGroup):
         super().__init__()
-        self.weight = weight  # (out, in / W)
+        self.linear = linear  # (out, in / W)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight)
+        out = self.linear(x).contiguous()
         dist.all_reduce(out, group=self.group)
         return out
 
@@ -59,16 +59,16 @@ class SummedLinear(nn.Module):
 class SplitEmbedding(nn.Module):
     """An embedding cut by rows: tokens of other processes are zero here, and the sum over all has each token once."""
 
-    def __init__(self, weight: nn.Parameter, vocabulary: range, group: ProcessGroup):
+    def __init__(self, embedding: nn.Module, vocabulary: range, group: ProcessGroup):
         super().__init__()
-        self.weight = weight  # (V / W, D)
+        self.embedding = embedding  # (V / W, D)
         self.vocabulary = vocabulary
         self.group = group
 
     def forward(self, tokens: Tensor) -> Tensor:
         elsewhere = (tokens < self.vocabulary.start) | (tokens >= self.vocabulary.stop)
         local = (tokens - self.vocabulary.start).masked_fill(elsewhere, 0)
-        out = F.embedding(local, self.weight).masked_fill(elsewhere[..., None], 0)
+        out = self.embedding(local).masked_fill(elsewhere[..., None], 0)
         dist.all_reduce(out, group=self.group)
         return out
 
@@ -76,15 +76,15 @@ class SplitEmbedding(nn.Module):
 class GatheredLinear(nn.Module):
     """A matrix cut by rows, whose outputs are put together on every process."""
 
-    def __init__(self, weight: nn.Parameter, n_outputs: int, group: ProcessGroup):
+    def __init__(self, linear: nn.Module, n_outputs: int, group: ProcessGroup):
         super().__init__()
-        self.weight = weight  # (V / W, D)
+        self.linear = linear  # (V / W, D)
         self.group = group
         world_size = group.size()
         self.sizes = [len(Share(rank, world_size).of(n_outputs)) for rank in range(world_size)]
 
     def forward(self, x: Tensor) -> Tensor:
-        local = F.linear(x, self.weight)  # (…, V / W)
+        local = self.linear(x)  # (…, V / W)
         local = F.pad(local, (0, max(self.sizes) - local.shape[-1]))  # all parts must be equally long on the way
         parts = [torch.empty_like(local) for _ in self.sizes]
         dist.all_gather(parts, local, group=self.group)

@@ -13,7 +13,7 @@ from typing import Any
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
-from llama_ref.checkpoint.slices import Share
+from llama_ref.checkpoint.slices import WHOLE, Share
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 from llama_ref.releases import RELEASES, Release, find_release
 
@@ -141,8 +141,8 @@ class Model:
 # ---- of one process
 
 
-def count_parameters(args: ModelArgs, tied: bool, share: Share) -> int:
-    """How many numbers a share's weights are, to the last: those that load_model gives it."""
+def count_parameters(args: ModelArgs, tied: bool, share: Share = WHOLE) -> int:
+    """How many numbers a share's weights are, to the last; a tied output counts once where one process has both ends."""
     heads, ffn = len(share.of(args.n_heads)), len(share.of(args.ffn_dim))
     rows = (2 * heads + 2 * local_kv_heads(args, share)) * args.head_dim + 3 * ffn  # wq and wo, wk and wv, w1 to w3
     layer = (rows + 2) * args.dim  # each matrix has `dim` on its other side; 2 norms
@@ -285,6 +285,7 @@ def find_model(name: str) -> Model:
 
 
 def _of_folder(name: str, folder: CheckpointFolder) -> Model:
+    from llama_ref.checkpoint.hf_config import LONG_CONTEXT, SHORT_CONTEXT
     from llama_ref.checkpoint.shapes import other_kind
     from llama_ref.checkpoint.stored import is_tied
 
@@ -295,7 +296,7 @@ def _of_folder(name: str, folder: CheckpointFolder) -> Model:
         return _of_release(release)
     if kind:
         raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; plan its bf16 text release by name")
-    context = release.max_seq_len if release else 131072 if args.use_scaled_rope else 8192
+    context = release.max_seq_len if release else LONG_CONTEXT if args.use_scaled_rope else SHORT_CONTEXT
     return Model(release.name if release else folder.name, name, args, is_tied(folder), context)
 
 

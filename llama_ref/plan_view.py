@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_ref.checkpoint.report import human_bytes, printable
-from llama_ref.checkpoint.slices import Share
 from llama_ref.plan import (
     CARDS_PER_NODE,
     SET_ASIDE,
@@ -182,7 +181,7 @@ def _advice(model: Model, workload: Workload, placements: list[Placement]) -> st
 
 
 def _n_parameters(model: Model) -> int:
-    return count_parameters(model.args, model.tied, Share())
+    return count_parameters(model.args, model.tied)
 
 
 def _wrapped(words: list[str]) -> list[str]:

@@ -1,9 +1,13 @@
 """Several processes at one model: how they find each other, what each has to do, and how they end."""
 
 import atexit
+import functools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from llama_ref.checkpoint.slices import WHOLE, Share
 from llama_ref.errors import RequestError
+
+PATIENCE = timedelta(days=30)  # with whoever types at the first process; communication usually gives up within half an hour
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,17 @@ def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, devic
     """This process's job: as torchrun's environment says, in `pipeline_parallel_size` stages; all of it where it is alone.
 
     Joins the others (NCCL on CUDA, else Gloo) unless the script already has. Raises RequestError where the stages do not divide
-    the processes, or `model_parallel_size`, which Meta's scripts pass, is not the number of processes of a stage.
+    the processes, `model_parallel_size`, which Meta's scripts pass, is not the number of processes of a stage, or the device is
+    one over which processes cannot talk.
     """
     rank, n_processes = _place()
     _check_sizes(model_parallel_size, pipeline_parallel_size, n_processes)
     if n_processes == 1:
         return ALONE
+    if device.type not in ("cuda", "cpu"):
+        raise RequestError(f"{n_processes} processes cannot work together on {device.type}: take --device cpu, or one process")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or whatever asks for the current one would take memory on the first card
     if not dist.is_initialized():
         bound = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**bound)
@@ -83,6 +96,31 @@ def _check_sizes(model_parallel_size: int | None, n_stages: int, n_processes: in
         )
 
 
+def from_first(job: Job, call: Callable[[], T]) -> T:
+    """What `call` gives on the first process, or raises there, on all of them: what is read there alone, all must know.
+
+    The others wait however long it takes, as when a person types. It must be picklable.
+    """
+    if job is ALONE:
+        return call()
+    found: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = call()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found, src=0, group=_patient_group())
+    value, error = found
+    if error is not None:
+        raise error
+    return value
+
+
+@functools.cache
+def _patient_group() -> ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
 def lost_a_process(error: RuntimeError) -> bool:
     """Whether this is how a collective call says that another process has gone away."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited")
@@ -93,12 +131,18 @@ def end_process(code: int) -> None:
     """End one of several processes here and now; does nothing where there is only one.
 
     An interpreter that shuts down in its own time now and then aborts in Gloo's threads ("terminate called without an active
-    exception"), which torchrun takes for a failed job. All wait for the slowest first, unless this one failed.
+    exception"), which torchrun takes for a failed job. All wait for the slowest first, unless this one failed; where another
+    fails meanwhile, that one has said why.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     if code == 0:
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            if not lost_a_process(error):
+                raise
+            code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

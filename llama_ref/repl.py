@@ -3,10 +3,13 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 from llama_ref.errors import RequestError
 from llama_ref.pace import Pace
+from llama_ref.processes import Job, from_first
 from llama_ref.session import Session
+from llama_ref.terminal import note
 
 HELP = """/system TEXT  begin anew with this system prompt (without TEXT: none)
 /reset        begin anew with the same system prompt
@@ -19,28 +22,29 @@ Ctrl-C breaks off an answer. A line that ends in \\ goes on in the next."""
 def chat(session: Session, options: dict) -> None:
     """Read lines, answer them, obey the commands; until /exit or the end of input.
 
-    At a terminal it prompts and greets; through a pipe only answers go to stdout. `options` are `Llama.stream`'s.
+    At a terminal it prompts and greets; through a pipe only answers go to stdout. Of several processes the first reads, for
+    all. `options` are `Llama.stream`'s.
     """
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing and history for input()
-        print("Type a message, or /help.", file=sys.stderr)
-    for line in _lines("> " if interactive else ""):
+        note("Type a message, or /help.")
+    for line in _lines("> " if interactive else "", session.llama.job):
         if not line.strip():
             continue
         try:
             if line.startswith("/"):
                 if line.split()[0] == "/exit":
                     return
-                print(_command(session, line), file=sys.stderr)
+                note(_command(session, line))
             else:
                 _answer(session, line, options, interactive)
         except RequestError as error:
-            print(f"{error}", file=sys.stderr)
+            note(str(error))
 
 
-def _lines(prompt: str) -> Iterator[str]:
+def _lines(prompt: str, job: Job) -> Iterator[str]:
     """Lines of input; a backslash at the end joins the next one. Ctrl-C at the prompt drops what was typed.
 
     Without a prompt nobody is typing, and Ctrl-C ends the program as usual.
@@ -48,17 +52,17 @@ def _lines(prompt: str) -> Iterator[str]:
     typed = ""
     while True:
         try:
-            line = input("… " if typed and prompt else prompt)
+            line = from_first(job, partial(input, "… " if typed and prompt else prompt))
         except EOFError:
             if prompt:
-                print(file=sys.stderr)
+                note("")
             if typed:
                 yield typed
             return
         except KeyboardInterrupt:
             if not prompt:
                 raise
-            print("\n(/exit or Ctrl-D leaves)", file=sys.stderr)
+            note("\n(/exit or Ctrl-D leaves)")
             typed = ""
             continue
         typed += line
@@ -79,7 +83,7 @@ def _answer(session: Session, text: str, options: dict, interactive: bool) -> No
         if not interactive:  # nobody is there to go on with the next turn
             raise
     print(flush=True)
-    print(pace, file=sys.stderr)
+    note(str(pace))
 
 
 def _command(session: Session, line: str) -> str:

@@ -5,6 +5,7 @@ same tokens as Meta's). The draw inverts the cumulative distribution at a unifor
 seed means the same text on every device, and the same token on every process of a parallel job.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,10 +87,40 @@ class Sampler:
         """float32 logits (B, V) -> chosen ids (B,)."""
         logits = self._adjust(logits)
         if self.params.temperature == 0:
-            chosen = logits.argmax(-1)
-        else:
-            uniform = torch.rand(len(logits), 1, generator=self.generator, dtype=torch.float64)
-            chosen = sample(logits, self.params, uniform)
+            return self._remember(logits.argmax(-1))
+        return self._remember(sample(logits, self.params, self._uniform(len(logits), 1)))
+
+    def fork(self) -> "Sampler":
+        """Another that goes on from here, with the same generator: what it chooses is not remembered in this one."""
+        other = copy.copy(self)
+        other._seen = None if self._seen is None else self._seen.clone()
+        return other
+
+    def guess(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As a call, and what was drawn from: float64 (B, V); None when greedy. For `judge`, which must get both."""
+        if self.params.temperature == 0:
+            return self(logits), None
+        probs = distribution(self._adjust(logits), self.params)
+        return self._remember(draw(probs, self._uniform(len(logits), 1))), probs
+
+    def judge(self, logits: Tensor, guessed: Tensor, drawn_from: Tensor) -> Tensor:
+        """As a call, with another's guesses (B,) where that is possible: they were drawn from q = `drawn_from` (B, V).
+
+        With p what a call would draw from, a guess x is kept with probability min(1, p(x) / q(x)); else one is drawn from what
+        p has more of than q, so that every id comes with its p in all (arXiv:2211.17192, appendix A.1). A guess that is not
+        kept is never drawn again. Two numbers are drawn from the generator per row.
+        """
+        p = distribution(self._adjust(logits), self.params)
+        uniform = self._uniform(len(logits), 2).to(p)
+        p_guess, q_guess = (probs.gather(1, guessed[:, None])[:, 0] for probs in (p, drawn_from))
+        more = (p - drawn_from).clamp(min=0)
+        more = torch.where(more.any(-1, keepdim=True), more, p)  # nothing is left when p = q but for rounding
+        return self._remember(torch.where(uniform[:, 0] * q_guess < p_guess, guessed, draw(more, uniform[:, 1:])))
+
+    def _uniform(self, rows: int, n: int) -> Tensor:
+        return torch.rand(rows, n, generator=self.generator, dtype=torch.float64)
+
+    def _remember(self, chosen: Tensor) -> Tensor:
         if self._seen is not None:
             self._seen.scatter_(1, chosen[:, None], True)
         return chosen
@@ -107,11 +138,25 @@ class Sampler:
 def sample(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
     """Filter and draw: logits (B, V), uniform (B, 1) in [0, 1) -> ids (B,). The temperature must be above 0."""
     probs, ids = candidates(logits, params)
+    picked = draw(probs, uniform)
+    return picked if ids is None else ids.gather(1, picked[:, None])[:, 0]
+
+
+def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
+    """What `sample` draws from, over the whole vocabulary: (B, V) -> probabilities (B, V), float64 where the device has it."""
+    probs, ids = candidates(logits, params)
+    if ids is not None:
+        probs = torch.zeros_like(logits).scatter(1, ids, probs)
+    probs = probs.to(_widest(probs.device))
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Indices (B,) drawn with unnormalised probabilities (B, N), by uniform (B, 1) in [0, 1)."""
     cumulative = probs.to(_widest(probs.device)).cumsum(-1)  # (B, N)
     target = uniform.to(device=cumulative.device, dtype=cumulative.dtype, non_blocking=True) * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative mass exceeds the target
-    picked = torch.minimum(picked, _last_possible(probs))  # uniform may round up to 1 in float32
-    return picked[:, 0] if ids is None else ids.gather(1, picked)[:, 0]
+    return torch.minimum(picked, _last_possible(probs))[:, 0]  # uniform may round up to 1 in float32
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:

@@ -8,13 +8,14 @@ from llama_ref.chat import Dialog, Message
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.loop import new_cache
+from llama_ref.processes import from_first
 from llama_ref.streaming import Stream
 
 NOT_A_FILE = (OSError, ValueError, RuntimeError)  # besides the first: a name that no file can have, a home that nobody has
 
 
 class Session:
-    """A dialog with one model, turn by turn.
+    """A dialog with one model, turn by turn. Of several processes each has one; the first reads and writes its files.
 
     The ids of earlier turns are kept as they were sampled, never encoded anew from their text: another split of the same
     text would disagree with the cache. An answer that is broken off stays in the dialog as far as it was shown.
@@ -75,25 +76,11 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write the messages as JSON. Raises RequestError when that cannot be done."""
-        try:
-            text = json.dumps(self.dialog, ensure_ascii=False, indent=2) + "\n"
-            Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own \udc80
-        except NOT_A_FILE as error:
-            raise RequestError(f"cannot write {path}: {_reason(error)}") from error
+        from_first(self.llama.job, lambda: _write_dialog(path, self.dialog))
 
     def load(self, path: str | Path) -> None:
         """Go on from a file that `save` wrote. Raises RequestError when it is none, leaving the session as it was."""
-        try:
-            text = Path(path).expanduser().read_bytes()
-        except NOT_A_FILE as error:
-            raise RequestError(f"cannot read {path}: {_reason(error)}") from error
-        try:
-            dialog = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{path} is not a saved conversation ({error})") from error
-        if not isinstance(dialog, list):
-            raise RequestError(f"{path} is not a saved conversation: expected a list of messages with role and content")
-        self.load_dialog(dialog)
+        self.load_dialog(from_first(self.llama.job, lambda: _read_dialog(path)))
 
     def _last_turn(self) -> Dialog:
         """Question and answer, as far as it was shown; none when it was broken off before anything was seen."""
@@ -134,6 +121,28 @@ class Session:
         while len(self.llama.tokenizer.decode(stream.tokens[:n])) > len(stream.text):
             n -= 1
         return stream.tokens[:n]
+
+
+def _write_dialog(path: str | Path, dialog: Dialog) -> None:
+    try:
+        text = json.dumps(dialog, ensure_ascii=False, indent=2) + "\n"
+        Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own \udc80
+    except NOT_A_FILE as error:
+        raise RequestError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _read_dialog(path: str | Path) -> Dialog:
+    try:
+        text = Path(path).expanduser().read_bytes()
+    except NOT_A_FILE as error:
+        raise RequestError(f"cannot read {path}: {_reason(error)}") from error
+    try:
+        dialog = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not a saved conversation ({error})") from error
+    if not isinstance(dialog, list):
+        raise RequestError(f"{path} is not a saved conversation: expected a list of messages with role and content")
+    return dialog
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """How commands write to a terminal, a pipe or a file: tables, progress bars."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,12 +26,22 @@ def print_rich(renderable: RenderableType) -> None:
     print(captured.get(), end="")
 
 
+def is_first_process() -> bool:
+    """Whether this is the one of torchrun's processes that talks: all make the same text."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    """Tell a person something that is no part of the output: on stderr, once a job."""
+    if is_first_process():
+        print(text, file=sys.stderr)
+
+
 @contextmanager
 def progress_bar(description: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, moved on by calls of (done, in all); silent where stderr is no terminal."""
+    """A bar on stderr, moved on by calls of (done, in all); silent where stderr is no terminal, and once a job."""
     console = Console(stderr=True)
-    with Progress(
-        TextColumn(description), BarColumn(), *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    disable = not (console.is_terminal and is_first_process())
+    with Progress(TextColumn(description), BarColumn(), *columns, console=console, transient=True, disable=disable) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -2,7 +2,6 @@
 
 import json
 from binascii import a2b_base64, b2a_base64
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.errors import CheckpointError
-from llama_ref.files import read_small
+from llama_ref.files import read_small, without_repetition
 
 MAX_FILE_BYTES = 64 << 20  # Llama 3's file is 2 MB; nothing of this kind comes near the limit
 MAX_ID = 1 << 24  # a hundred times Llama 3's vocabulary: what is beyond is a damaged number, not a token
@@ -191,7 +190,7 @@ def read_json(path: Path, limit_bytes: int, expected: str) -> Any:
     """The content of a JSON file. Raises CheckpointError if it is not JSON, or names something twice in one object."""
     data = read_small(path, limit_bytes, expected)
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_without_repetition)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON, so it is not {expected}: {error}. {REFETCH}") from error
 
@@ -289,14 +288,6 @@ def _read_added_tokens(path: Path) -> tuple[dict[str, int], dict[str, int]]:
         if fault := _id_fault(token_id):
             raise CheckpointError(f"{path} gives {text!r} the id {token_id!r}, but {fault}. {REFETCH}")
     return special, ordinary
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        name, times = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{name!r:.80} stands {times} times in one object")
-    return content
 
 
 def _by_id(ids: Mapping[str, int]) -> dict[str, int]:

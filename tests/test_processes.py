@@ -1,6 +1,8 @@
 """How a job of several processes begins on several nodes, and how it ends when something goes wrong."""
 
+import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,9 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from folders import tiny_folder
-from jobs import ENVIRONMENT, TORCHRUN
+from jobs import ENVIRONMENT, TORCHRUN, torchrun
+from llama_ref import cli
+from llama_ref.errors import RequestError
+from llama_ref.processes import join_job
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 WORKER = Path(__file__).with_name("endless_worker.py")
@@ -75,6 +81,46 @@ def test_ctrl_c_ends_the_job_without_a_word_of_ours(endless):
     assert endless.returncode != 0
     assert "llama-ref: " not in stderr
     assert "[rank" not in stderr
+
+
+@pytest.mark.parametrize("fault", ["a damaged shard", "a full disk behind stdout"])
+def test_a_fault_that_one_process_alone_meets_ends_the_job_with_one_message(folder, tmp_path, fault):
+    options = {"timeout": PATIENCE_SECONDS}
+    if fault == "a damaged shard":  # the first process does not open it, and would wait for the other's part of a sum
+        folder = shutil.copytree(folder, tmp_path / "damaged")
+        os.truncate(folder / "consolidated.01.pth", 5000)
+        says = f"{folder}/consolidated.01.pth cannot be used"
+    else:
+        options["stdout"] = os.open("/dev/full", os.O_WRONLY)
+        says = "No space left on device"
+    words = ["--ckpt_dir", folder, "--max_gen_len", "4", "--verify", "never"]
+    done = torchrun(2, SCRIPTS / "text_completion.py", *words, **options)
+    assert done.returncode != 0
+    assert done.stderr.count("llama-ref: ") == 1
+    assert says in done.stderr
+    assert "[rank" not in done.stderr, "a worker's own traceback"
+
+
+def test_a_conversation_of_several_processes_is_that_of_one(folder, tmp_path, monkeypatch, capsys):
+    """The first reads standard input and files; layers and matrices are dealt out."""
+    turns = f"hi\n/save {tmp_path}/talk.json\n/reset\n/load {tmp_path}/talk.json\n/load nowhere\nand\\\nso\n"
+    words = ["chat", str(folder), "--max_gen_len", "4", "--temperature", "0", "--dtype", "float32", "--device", "cpu"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(turns))
+    assert cli.main(words) == 0
+    alone = capsys.readouterr()
+    done = torchrun(4, "-m", "llama_ref.cli", *words, "--pipeline_parallel_size", "2", input=turns, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.out
+    told = [[line for line in err.splitlines() if not line.startswith("[")] for err in (alone.err, done.stderr)]
+    assert told[1] == told[0]
+    assert len(told[0]) == 4, "saved, begun anew, loaded, cannot read"
+
+
+def test_processes_cannot_work_together_on_mps(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever other tests have begun
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match="2 processes cannot work together on mps: take --device cpu"):
+        join_job(None, 1, torch.device("mps"))
 
 
 def test_a_job_may_run_on_several_nodes(folder):

@@ -1,5 +1,6 @@
 """`llama-ref chat`: turns, commands, pipes, and Ctrl-C at a real terminal."""
 
+import codecs
 import contextlib
 import fcntl
 import io
@@ -146,6 +147,7 @@ class Terminal:
     def __init__(self, *words: str):
         ours, theirs = pty.openpty()
         self.fd, self.screen = ours, ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # readline may write byte by byte
         self.process = subprocess.Popen(
             [sys.executable, "-m", "llama_ref.cli", "chat", *words],
             stdin=theirs,
@@ -188,7 +190,7 @@ class Terminal:
     def read(self, awaited: str) -> str:
         with contextlib.suppress(OSError):  # raised when the terminal has no other end any more
             if new := os.read(self.fd, 4096):
-                return new.decode(errors="replace")
+                return self.decoder.decode(new)
         pytest.fail(f"it ended before {awaited!r}, with {self.screen[-500:]!r}")
 
     def close(self) -> None:

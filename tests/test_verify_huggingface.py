@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from folders import tiny_folder
 from llama_ref.checkpoint import verified as verified_module
 from llama_ref.checkpoint.checklist import parse_checklist
+from llama_ref.checkpoint.compare import compare
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.finding import implied_model
 from llama_ref.checkpoint.folder import open_folder
@@ -159,6 +160,18 @@ def test_what_transformers_saves_is_sound(original, tmp_path, tied, max_shard_si
     report = verify(tmp_path)
     assert not report.bad and report.exit_code == 2
     assert {ONE, INDEX} & {file.name for file in report.files}
+
+
+def test_rope_s_frequencies_of_older_files_are_passed_over(unlisted, native):
+    def name(index: dict) -> None:
+        index["weight_map"] |= dict.fromkeys(frequencies, FILE1)
+
+    frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.rand(4) for layer in range(2)}
+    resave(unlisted / FILE1, lambda tensors: tensors.update(frequencies))
+    edit_json(unlisted / INDEX, name)
+    assert not states(verify(unlisted))
+    assert compare(unlisted, native).identical
+    Llama.build(unlisted, device="cpu", verify="never")
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])

@@ -22,7 +22,7 @@ from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.hf_config import config_of, generation_config_of, params_of
 from llama_ref.checkpoint.naming import in_their_order, is_rotated, theirs
 from llama_ref.checkpoint.outgoing import BLOCK_BYTES, Outgoing
-from llama_ref.checkpoint.presence import HUGGING_FACE, INDEX_NAME, checkpoint_files, names_in, stamp_of
+from llama_ref.checkpoint.presence import HUGGING_FACE, INDEX_NAME, ONE_FILE, checkpoint_files, names_in, stamp_of
 from llama_ref.checkpoint.pth_writer import write_pth
 from llama_ref.checkpoint.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.shapes import expected_shapes
@@ -345,5 +345,5 @@ def _packed(tensors: list[Outgoing], max_bytes: int) -> dict[str, list[Outgoing]
         files[-1].append(tensor)
         room -= tensor.nbytes
     if len(files) == 1:
-        return {"model.safetensors": files[0]}
+        return {ONE_FILE: files[0]}
     return {f"model-{n:05d}-of-{len(files):05d}.safetensors": held for n, held in enumerate(files, 1)}

@@ -11,7 +11,7 @@ from llama_ref.checkpoint.inspect_pth import TensorInfo
 from llama_ref.checkpoint.inspect_safetensors import HeldTensor
 from llama_ref.checkpoint.naming import LAYER
 from llama_ref.checkpoint.report import STATE_OF_IMPOSTOR, State
-from llama_ref.checkpoint.shapes import IGNORED, Shape, expected_shapes, shard_shape
+from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, shard_shape
 from llama_ref.errors import CheckpointError
 from llama_ref.files import read_head, read_small, what_is
 
@@ -118,7 +118,7 @@ def implied_model(parts: Mapping[str, Shape]) -> tuple[ModelArgs, int] | None:
         rope_theta=5e5,
     )
     expected = {name: shard_shape(name, whole, n_shards) for name, whole in expected_shapes(args).items()}
-    found = {name: shape for name, shape in parts.items() if name not in IGNORED}
+    found = {name: shape for name, shape in parts.items() if not is_ignored(name)}
     found.setdefault("output.weight", expected["output.weight"])  # a tied output need not be there
     return (args, n_shards) if found == expected else None
 

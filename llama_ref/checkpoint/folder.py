@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from llama_ref.checkpoint.hf_config import HFConfig
     from llama_ref.tokenizer import Tokenizer
 
+QUANTIZATION = "quantization"  # the key in params.json; Meta's own int4 releases have quantization_args
 MOST_LISTED = 8  # names in one error
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The files of one checkpoint, Meta's or Hugging Face's.
+    """The files of one checkpoint, Meta's or Hugging Face's, or one that was quantized here (checkpoint/quantized.py).
 
     `params` is params.json or config.json; `shards` stand in the order of their numbers; `tokenizer` is tokenizer.model or
     tokenizer.json; `checklist` is None where none was shipped.
@@ -36,6 +37,10 @@ class CheckpointFolder:
     @property
     def is_hugging_face(self) -> bool:
         return self.params.name == "config.json"
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.params.name == "params.json" and self.shards[0].suffix == ".safetensors"
 
     def read_args(self) -> ModelArgs:
         """What params.json or config.json says. Raises CheckpointError."""
@@ -146,6 +151,8 @@ def open_folder(name: str | Path) -> CheckpointFolder:
         shards, params = sorted(shards, key=shard_number), "params.json"
     elif safetensors and "config.json" in names:
         shards, params = _of_one_set(path, safetensors), "config.json"
+    elif safetensors and "params.json" in names and _names_scheme(path / "params.json"):
+        shards, params = _of_one_set(path, safetensors), "params.json"
     else:
         raise CheckpointError(_why_no_checkpoint(path, names, shards))
     _refuse_broken_links(path, shards)
@@ -174,6 +181,14 @@ def shard_number(name: str) -> int:
     """The number in a shard's name; -1 for any other file."""
     match = SHARD_NAME.fullmatch(name)
     return int(match[1]) if match else -1
+
+
+def _names_scheme(params: Path) -> bool:
+    """Whether params.json says how safetensors beside it were quantized; without, they are Hugging Face's."""
+    try:
+        return QUANTIZATION in ModelArgs.from_json(params).extra
+    except CheckpointError:
+        return False
 
 
 def _refuse_gaps(path: Path, shards: list[str]) -> None:

@@ -2,13 +2,12 @@
 
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_ref.errors import CheckpointError
-from llama_ref.files import refuse_impostor
+from llama_ref.files import refuse_impostor, without_repetition
 
 LENGTH_BYTES = 8  # of the header's length in front of it
 HEADER_LIMIT_BYTES = 10 << 20  # the largest Llama 3's have some 100 kB
@@ -93,7 +92,7 @@ def _check_length(path: Path, size: int, length: int, data: bytes) -> None:
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         header = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_without_repetition, parse_int=_short_int, parse_constant=_refuse_constant
+            data.decode("utf-8"), object_pairs_hook=_all_texts, parse_int=_short_int, parse_constant=_refuse_constant
         )
     except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
@@ -138,11 +137,8 @@ def _are_counts(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(n) is int and 0 <= n < LARGEST for n in numbers)
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        name, times = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{name!r:.80} stands {times} times in one object")
+def _all_texts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = without_repetition(pairs)
     for name in found:
         name.encode()  # half a surrogate pair is no text: a UnicodeEncodeError is a ValueError
     return found

@@ -35,7 +35,6 @@ from llama_ref.files import read_head, what_is
 JUST_NOW_SECONDS = 10  # a broken file changed this recently may still be arriving
 GROWTH_WAIT_SECONDS = 0.5
 
-# Faults that reading the whole file would not tell more about.
 NO_LIST = {
     META: f"there is no {CHECKLIST_NAME}, so no sums to compare with; the files' structure was checked",
     HUGGING_FACE: (
@@ -43,6 +42,7 @@ NO_LIST = {
         "the files' structure was checked"
     ),
 }
+# Faults that reading the whole file would not tell more about.
 CONCLUSIVE = {*STATE_OF_IMPOSTOR.values(), State.CUT_SHORT, State.LONGER, State.UNREADABLE, State.REFUSED}
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.checkpoint.inspect_safetensors import HeldTensor, inspect_safetensors
+from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.errors import CheckpointError
 
 
@@ -21,7 +22,7 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be mapped ({error})") from error
     data = torch.empty(0, dtype=torch.uint8).set_(storage)
-    return {name: _tensor(path, name, data, held) for name, held in tensors.items()}
+    return {name: _tensor(path, name, data, held) for name, held in tensors.items() if not is_ignored(name)}
 
 
 def _tensor(path: Path, name: str, data: Tensor, held: HeldTensor) -> Tensor:

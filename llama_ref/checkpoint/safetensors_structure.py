@@ -21,13 +21,13 @@ from llama_ref.checkpoint.inspect_safetensors import REFETCH, HeldTensor, WrongL
 from llama_ref.checkpoint.naming import theirs
 from llama_ref.checkpoint.presence import INDEX_NAME, ONE_FILE, size_of
 from llama_ref.checkpoint.report import State
-from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes, misfits
+from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes, is_ignored, misfits
+from llama_ref.checkpoint.stored import OUTPUT
 from llama_ref.errors import CheckpointError
 from llama_ref.vocabulary import read_json
 
 INDEX_LIMIT_BYTES = 16 << 20  # a 405B's has 100 kB
 MOST_FILES = 1000  # a 405B has 191; a damaged number must not make millions of files "missing"
-OUTPUT = "output.weight"
 LAYER_NAME = re.compile(r"model\.layers\.(\d{1,8})\..+")
 
 Tensors = Mapping[str, HeldTensor]
@@ -44,7 +44,8 @@ def examine_safetensors(
     for name in files:
         if name in openable and name not in found.findings:
             try:
-                found.tensors[name] = inspect_safetensors(folder / name)
+                tensors = inspect_safetensors(folder / name)
+                found.tensors[name] = {tensor: held for tensor, held in tensors.items() if not is_ignored(tensor)}
             except CheckpointError as error:
                 found.findings[name] = _why_broken(folder / name, error)
     index = _read_index(folder, openable, found)
@@ -99,7 +100,7 @@ def _read_index(folder: Path, openable: Collection[str], found: Structure) -> _I
     if len(set(place.values())) > MOST_FILES:
         found.findings[INDEX_NAME] = Finding(State.DAMAGED, f"it names more than {MOST_FILES:,} files")
         return None
-    return _Index(place)
+    return _Index({name: file for name, file in place.items() if not is_ignored(name)})
 
 
 def _which_belong(files: list[str], index: _Index | None) -> tuple[list[str], dict[str, str]]:

@@ -1,5 +1,6 @@
 """What tensors the shards of a text model in bf16 hold: names, shapes, dtypes; and which releases hold others."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -13,7 +14,8 @@ from llama_ref.model import Transformer
 
 Shape = tuple[int, ...]
 
-IGNORED = {"rope.freqs"}  # older files carry it; it follows from params.json
+# Older files carry RoPE's frequencies, Meta's once and Hugging Face's in every layer; they follow from params.json.
+IGNORED = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -65,9 +67,14 @@ def misfits(
     return {shard: _misfits(tensors, parts) for shard, tensors in shards.items()}
 
 
+def is_ignored(name: str) -> bool:
+    """Whether files may hold this tensor, which is not read."""
+    return IGNORED.fullmatch(name) is not None
+
+
 def strangers(tensors: Iterable[str], expected: Collection[str]) -> list[str]:
     """The names of tensors that the model has no place for."""
-    return [name for name in tensors if name not in expected and name not in IGNORED]
+    return [name for name in tensors if name not in expected and not is_ignored(name)]
 
 
 def _misfits(tensors: Mapping[str, tuple[str, Shape]], parts: Mapping[str, Shape]) -> list[str]:

@@ -20,7 +20,7 @@ from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.inspect_pth import inspect_pth
 from llama_ref.checkpoint.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.naming import in_meta_order, theirs
-from llama_ref.checkpoint.shapes import IGNORED, Shape, expected_shapes, misfits, other_kind, strangers
+from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
 from llama_ref.checkpoint.slices import places, split_dim
 from llama_ref.errors import CheckpointError
 
@@ -175,7 +175,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
-    return {name: tensors[name] for name in names if name not in IGNORED}
+    return {name: tensors[name] for name in names if not is_ignored(name)}
 
 
 def release_pages(tensor: Tensor) -> None:

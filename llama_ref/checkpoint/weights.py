@@ -13,10 +13,14 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.quantized import StoredQuantized
 from llama_ref.checkpoint.shapes import expected_shapes
-from llama_ref.checkpoint.slices import WHOLE, Share, part_shape, split_dim, wanted_ranges
-from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, open_stored
+from llama_ref.checkpoint.slices import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
+from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, Stored, open_stored
 from llama_ref.model import Transformer
+from llama_ref.quantization.modules import QuantizedMatrix
+from llama_ref.quantization.scheme import Scheme
+from llama_ref.quantize import quantized, refuse_unfit, replace_module, tie
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -28,32 +32,49 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     share: Share = WHOLE,
+    quantize: Scheme | str | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
     """Build the model of a folder, in `dtype` on `device`, frozen and in evaluation mode.
 
     Any number of files is put together. Of several processes each holds its `share` of every matrix and its stage's layers, and
-    reads only those; what lives in other stages stays on the meta device. Raises CheckpointError as `open_stored` does.
+    reads only those, and its model's `args` count its own layers and key/value heads; what lives in other stages stays on the
+    meta device. With `quantize`, each matrix is quantized from the
+    files' own numbers as soon as it is read, so that the model is never held otherwise; a folder that is quantized is loaded as
+    it is. Raises CheckpointError as `open_stored` does, RequestError for a matrix that the scheme cannot hold.
     """
+    scheme = None if quantize is None else Scheme.parse(quantize)
     layers = share.layers(args.n_layers)
     with torch.device("meta"):
-        model = Transformer(replace(args, n_layers=len(layers)))
+        model = Transformer(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
     shapes = {name: shape for name, shape in expected_shapes(args).items() if _lives_here(name, share, layers)}
     wanted = {name: wanted_ranges(name, args, share) for name in shapes}
-    stored = open_stored(folder, args, wanted)
+    if folder.is_quantized:
+        stored = StoredQuantized(folder, args, scheme)
+    else:
+        stored = open_stored(folder, args, wanted)
     is_one_matrix = stored.tied and {EMBEDDING, OUTPUT} <= wanted.keys()
     if is_one_matrix:
         del wanted[OUTPUT]
+    parts = {name: part_shape(name, shapes[name], ranges) for name, ranges in wanted.items()}
+    if scheme:
+        for name, shape in parts.items():
+            refuse_unfit(scheme, name, shape[-1])
     done = 0
-    total = sum(math.prod(part_shape(name, shapes[name], ranges)) for name, ranges in wanted.items()) * dtype.itemsize
+    total = sum(map(math.prod, parts.values())) * dtype.itemsize
     for name, ranges in wanted.items():
-        weight = _join(stored.pieces(name, ranges), split_dim(name), device, dtype)
-        _set_weight(model, _name_here(name, layers), weight)
-        done += weight.nbytes
+        if folder.is_quantized:
+            matrix = stored.matrix(name, ranges, device, dtype)
+        elif scheme and scheme.bits_of(name):
+            matrix = _quantized(scheme, name, stored, ranges, device, dtype)
+        else:
+            matrix = _join(stored.pieces(name, ranges), split_dim(name), device, dtype)
+        _set(model, _name_here(name, layers), matrix)
+        done += math.prod(parts[name]) * dtype.itemsize
         if progress:
             progress(done, total)
     if is_one_matrix:
-        model.output.weight = model.tok_embeddings.weight
+        tie(model)
     return model.eval().requires_grad_(False)
 
 
@@ -76,9 +97,25 @@ def _layer(name: str) -> int:
     return int(name.split(".")[1])
 
 
-def _set_weight(model: Transformer, name: str, weight: Tensor) -> None:
+def _set(model: Transformer, name: str, matrix: Tensor | QuantizedMatrix) -> None:
+    """Put a weight into the model, or a module into the place of the one that would hold it."""
     owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(weight, requires_grad=False))
+    if isinstance(matrix, QuantizedMatrix):
+        replace_module(model, owner, matrix)
+    else:
+        setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(matrix, requires_grad=False))
+
+
+def _quantized(
+    scheme: Scheme, name: str, stored: Stored, ranges: list[range] | None, device: torch.device | str, dtype: torch.dtype
+) -> QuantizedMatrix:
+    """A tensor from the files' own numbers, whatever dtype the model has, so that all ways to a quantized model lead to one."""
+    pieces = stored.pieces(name, ranges)
+    weight = _join(pieces, split_dim(name), device, stored.dtype(name))
+    out = quantized(scheme, name, weight, dtype)
+    for piece in pieces:
+        piece.release()
+    return out
 
 
 def _join(pieces: list[Piece], dim: int | None, device: torch.device | str, dtype: torch.dtype) -> Tensor:

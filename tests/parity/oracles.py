@@ -45,7 +45,13 @@ def metas_model(model: Transformer, max_seq_len: int, max_batch_size: int = 1) -
 
 def hugging_faces_model(model: Transformer) -> LlamaForCausalLM:
     """Hugging Face's Llama, whose query and key rows are permuted so that RoPE turns halves instead of neighbours."""
-    args = model.args
+    reference = LlamaForCausalLM(hugging_faces_config(model.args))
+    reference.load_state_dict(_hugging_faces_names(model))
+    return reference.to(model.tok_embeddings.weight.dtype).eval()
+
+
+def hugging_faces_config(args: ModelArgs, *, tied: bool = False) -> LlamaConfig:
+    """A config of the same shape, whose random weights are of a healthy size."""
     rope = {"rope_type": "default", "rope_theta": args.rope_theta}
     if args.use_scaled_rope:
         rope |= {
@@ -55,7 +61,7 @@ def hugging_faces_model(model: Transformer) -> LlamaForCausalLM:
             "high_freq_factor": HIGH_FREQ_FACTOR,
             "original_max_position_embeddings": ORIGINAL_CONTEXT,
         }
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=args.dim,
         num_hidden_layers=args.n_layers,
         num_attention_heads=args.n_heads,
@@ -65,11 +71,9 @@ def hugging_faces_model(model: Transformer) -> LlamaForCausalLM:
         rms_norm_eps=args.norm_eps,
         max_position_embeddings=131072,
         rope_parameters=rope,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
+        initializer_range=args.dim**-0.5,
     )
-    reference = LlamaForCausalLM(config)
-    reference.load_state_dict(_hugging_faces_names(model))
-    return reference.to(model.tok_embeddings.weight.dtype).eval()
 
 
 def _hugging_faces_names(model: Transformer) -> dict[str, Tensor]:

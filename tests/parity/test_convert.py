@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.compare import compare
@@ -19,10 +19,10 @@ from llama_ref.generation import Llama
 from llama_ref.tokenizer_json import tokenizer_config, write_tokenizer_json
 from llama_ref.vocabulary import write_tokenizer_model
 from make_random_checkpoint import make_random_checkpoint
+from parity.oracles import hugging_faces_config
 from vocabularies import VOCABULARIES
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
-LLAMA_3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TOKENS = torch.tensor([[5, 9, 260, 7, 300, 3], [4, 4, 80, 0, 6, 511]])
 
 
@@ -110,24 +110,8 @@ def test_tokenizer_and_generation_config_open_as_they_are(tmp_path, meta_tokeniz
 
 
 def saved_by_transformers(folder: Path, params: dict, tied: bool, seed: int, **options) -> Path:
-    args = ModelArgs.from_dict(params)
-    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.use_scaled_rope:
-        rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **LLAMA_3_ROPE}
-    config = LlamaConfig(
-        hidden_size=args.dim,
-        intermediate_size=args.ffn_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        vocab_size=args.vocab_size,
-        rms_norm_eps=args.norm_eps,
-        max_position_embeddings=131072,
-        rope_parameters=rope,
-        tie_word_embeddings=tied,
-        initializer_range=args.dim**-0.5,
-    )
     torch.manual_seed(seed)
+    config = hugging_faces_config(ModelArgs.from_dict(params), tied=tied)
     LlamaForCausalLM(config).save_pretrained(folder, **options)
     return folder
 

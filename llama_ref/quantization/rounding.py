@@ -1,0 +1,128 @@
+"""Weights to whole numbers and scales, and back: round to nearest, with the scales that leave the least squared error.
+
+    int8:  w ≈ q · scale              q in -127..127, a scale per row
+    int4:  w ≈ (q - 8) · scale + zero  q in 0..15, a scale and a zero point per group of a row's weights
+
+Scales are rounded to bfloat16 before the weights are rounded to them, so that kernels that want them in bfloat16 lose nothing.
+In memory a few rows are looked at at a time, whatever the matrix's size; each row's numbers hang on that row alone.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK_WEIGHTS = 1 << 18  # at a time: float32 copies of these stay in a core's cache
+TINIEST = 1e-30  # in place of a scale of zero, which nothing can be divided by
+LEAST_IMPORTANCE = 1e-4  # of a column, where the average is 1
+LEAST_SQUARE = 0.5  # of steps around their mean: unweighted, those that are not all one have nearly 1 at least
+FINEST = 2**-12  # of a group's largest weight: no scale is smaller
+
+# Shares of a group's span that are tried for its sixteen steps: a span a little too short is paid by its few outermost weights.
+SPANS = (1.0, 0.93, 0.86, 0.8)
+REFITS = 2  # rounds of steps from scales, scales from steps
+
+
+def int8_scales(weight: Tensor) -> Tensor:
+    """(N, K) -> float32 (N,), values that bfloat16 has."""
+    largest = torch.cat([rows.abs().amax(1).float() for rows in _blocks(weight)])
+    return _bf16(largest / 127).float().clamp(min=TINIEST)
+
+
+def to_int8(weight: Tensor, scale: Tensor) -> Tensor:
+    """(N, K) and its scales -> int8 (N, K)."""
+    out = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows, scales, target in zip(_blocks(weight), _blocks(scale, weight.shape[1]), _blocks(out), strict=True):
+        target.copy_((rows.float() / scales[:, None]).round_().clamp_(-127, 127))
+    return out
+
+
+def int4_scales(weight: Tensor, group: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of a matrix (N, K): bfloat16 (N, K/group) each.
+
+    `importance` (K,) says how much an error in each column counts; all alike where it is None.
+    """
+    shares = None
+    if importance is not None:
+        groups = importance.clamp(min=importance.mean() * LEAST_IMPORTANCE + TINIEST).unflatten(0, (-1, group))
+        shares = groups / groups.mean(-1, keepdim=True)  # (K/G, G), on average 1 in every group
+    found = [_fit(rows.float().unflatten(1, (-1, group)), shares) for rows in _blocks(weight)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def to_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """(N, K) and its scales -> uint8 (N, K/2) as `pack` has it."""
+    (N, K), n_groups = weight.shape, scale.shape[1]
+    out = torch.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
+    blocks = zip(_blocks(weight), _blocks(scale, K), _blocks(zero, K), out.split(_rows(K)), strict=True)
+    for rows, scales, zeros, target in blocks:
+        groups = rows.float().unflatten(1, (n_groups, -1))  # (n, K/G, G)
+        target.copy_(pack((_steps(groups, scales.unsqueeze(-1).float(), zeros.unsqueeze(-1).float()) + 8).to(torch.uint8)))
+    return out
+
+
+def pack(q: Tensor) -> Tensor:
+    """uint8 0..15 in groups (N, K/G, G) -> bytes (N, K/2): the low four bits have a group's first half."""
+    low, high = q.chunk(2, dim=-1)
+    return (low | high << 4).flatten(1)
+
+
+def unpack(packed: Tensor, n_groups: int) -> Tensor:
+    """`pack`ed bytes (N, K/2) -> uint8 (N, K/G, G)."""
+    groups = packed.unflatten(1, (n_groups, -1))
+    return torch.cat((groups & 15, groups >> 4), dim=-1)
+
+
+def _fit(groups: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The best scale and zero point of several spans, refitted: (n, K/G, G) -> 2 × bfloat16 (n, K/G).
+
+    For given steps least squares tells the best scale and zero point, and what they would leave of the error, so that the
+    steps of every span are made once and no error is ever summed up.
+    """
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # (n, K/G, 1)
+    mean = _mean(groups, shares)
+    centred = groups - mean
+    # What is finer than a bfloat16 zero point can tell apart needs no steps; groups of one value would have none else.
+    finest = (torch.maximum(high, -low) * FINEST).clamp_(min=TINIEST)
+    explained = scale = offset = torch.zeros_like(mean)
+    for span in SPANS:
+        step = torch.maximum((high - low) * (span / 15), finest)
+        zero = (high + low + step) / 2  # steps -8..7 lie half a step below the middle
+        slope, q_mean, gain = _least_squares(_steps(groups, step, zero), centred, shares)
+        better = gain >= explained
+        explained = torch.where(better, gain, explained)
+        scale, offset = torch.where(better, slope, scale), torch.where(better, q_mean, offset)
+    for _ in range(REFITS):
+        scale = torch.maximum(scale, finest)
+        scale, offset, _ = _least_squares(_steps(groups, scale, mean - scale * offset), centred, shares)
+    scale = torch.maximum(scale, finest).bfloat16()
+    return scale.squeeze(-1), (mean - scale.float() * offset).squeeze(-1).bfloat16()
+
+
+def _least_squares(q: Tensor, centred: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The scale that suits steps best, the steps' mean, and how much of the groups' squared size they then explain."""
+    weighted = q if shares is None else q * shares
+    q_mean = weighted.mean(-1, keepdim=True)
+    product = (weighted * centred).sum(-1, keepdim=True)
+    square = (weighted.mul_(q).sum(-1, keepdim=True) - q.shape[-1] * q_mean.square()).clamp_(min=LEAST_SQUARE)
+    return product / square, q_mean, product.square() / square
+
+
+def _mean(groups: Tensor, shares: Tensor | None) -> Tensor:
+    return (groups if shares is None else groups * shares).mean(-1, keepdim=True)
+
+
+def _steps(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The nearest of the sixteen steps, as float32 -8..7."""
+    return (groups - zero).div_(scale).round_().clamp_(-8, 7)
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16)
+
+
+def _rows(columns: int) -> int:
+    return max(1, BLOCK_WEIGHTS // columns)
+
+
+def _blocks(matrix: Tensor, columns: int | None = None) -> tuple[Tensor, ...]:
+    """Rows of a matrix, or what belongs to the rows of one that has `columns`, a block at a time."""
+    return matrix.split(_rows(columns or matrix.shape[1]))

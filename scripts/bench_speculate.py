@@ -1,0 +1,103 @@
+"""Tokens per second with drafts and without, alternating in one run, on text that repeats and on text that does not.
+
+    python scripts/bench_speculate.py [--ckpt_dir checkpoints/SmolLM2-135M-Instruct] [--draft NAME] [--gen_len 96] [--rounds 5]
+
+One sequence at a time, greedy and sampled (temperature 0.8, top_p 0.95, one seed), in bfloat16. Drafts come from n-grams of
+the text, or from the model that `--draft` names. First it prints what a pass over several tokens takes, in decode steps: the
+drafts' lengths are chosen by that (PassTime in speculate.py). Ratios are medians over the rounds; on a busy machine
+only they mean something.
+"""
+
+import statistics
+import sys
+import time
+
+import torch
+
+from llama_ref import Llama
+from llama_ref.cli import command, run
+from llama_ref.device import fast_for_one_row
+from llama_ref.loop import Row, new_cache
+from llama_ref.speculate import LONGEST_DRAFT, PassTime
+
+CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon", "Dublin", "Athens", "Oslo", "Prague", "Warsaw")
+LIST = "\n".join(f"{i}. {city}" for i, city in enumerate(CITIES, 1))
+CODE = '''def total(prices, rate):
+    """Sum of the prices with tax."""
+    result = 0
+    for price in prices:
+        result += price * (1 + rate)
+    return result
+'''
+ARTICLE = (
+    "The Amazon rainforest covers most of the Amazon basin of South America. This basin encompasses 7,000,000 square "
+    "kilometres, of which 5,500,000 are covered by the rainforest. The majority of the forest is contained within Brazil."
+)
+TEXTS = {
+    "repeats: a list to copy": f"Copy this list exactly.\n\n{LIST}\n\nThe copy:\n\n1. Paris\n2.",
+    "repeats: code, one change": f"{CODE}\nThe same with the function renamed to sum_up:\n\ndef sum_up(prices, rate):\n",
+    "repeats: a text to quote": f"{ARTICLE}\n\nThe text again, word for word:\n\nThe Amazon rainforest covers",
+    "partly: new code": "class BankAccount:\n    def __init__(self, owner, balance):\n        self.owner = owner\n",
+    "does not: a story": "It was a dark and stormy night, and the keeper of the lighthouse",
+    "does not: an explanation": "The sky is blue because the air scatters light. In more detail, sunlight",
+}
+WAYS = {"greedy": {"temperature": 0}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 5}}
+
+
+@command()
+def main(
+    ckpt_dir: str = "checkpoints/SmolLM2-135M-Instruct", *, draft: str | None = None, gen_len: int = 96, rounds: int = 5
+) -> None:
+    """Compare speculative with ordinary decoding."""
+    options = {"device": "cpu", "dtype": "bfloat16", "max_seq_len": 2048}
+    quick = Llama.build(ckpt_dir, **options, **({"draft": draft} if draft else {"speculate": "ngram"}))
+    plain = Llama(quick.model, quick.tokenizer, max_seq_len=quick.max_seq_len)
+    _print_passes(plain, rounds)
+    print(f"\n{'text':<28}{'':<10}{'ratio':>6}{'low':>7}{'high':>7}{'tokens/s':>10}{'drafted':>9}{'accepted':>9}{'passes':>8}")
+    for name, text in TEXTS.items():
+        for way, sampling in WAYS.items():
+            prompt, ratios, rates = plain.encode(text), [], []
+            for _ in range(rounds):
+                without, _ = _rate(plain, prompt, gen_len, sampling)
+                rate, row = _rate(quick, prompt, gen_len, sampling)
+                ratios.append(rate / without)
+                rates.append(rate)
+            print(
+                f"{name:<28}{way:<10}{statistics.median(ratios):6.2f}{min(ratios):7.2f}{max(ratios):7.2f}"
+                f"{statistics.median(rates):10.1f}{row.drafted:9}{row.accepted:9}{row.passes:8}"
+            )
+    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {gen_len} tokens each, {rounds} rounds")
+
+
+def _rate(llama: Llama, prompt: list[int], gen_len: int, sampling: dict) -> tuple[float, Row]:
+    """Tokens per second after the first, and the row; a stop token ends nothing, so that all texts are of one length."""
+    unstopped = {"logit_bias": dict.fromkeys(llama.tokenizer.stop_tokens, float("-inf"))}
+    stream = llama.stream(prompt, gen_len, **sampling, **unstopped)
+    begun = None
+    for _ in stream:
+        begun = begun or (time.perf_counter(), len(stream.tokens))
+    return (len(stream.tokens) - begun[1]) / (time.perf_counter() - begun[0]), stream.row
+
+
+@torch.inference_mode()
+def _print_passes(llama: Llama, rounds: int) -> None:
+    """How long passes over more tokens take than a decode step, after 256 tokens; in turns."""
+    cache = new_cache(llama.model, 1, 256 + LONGEST_DRAFT + 1)
+    times: dict[int, list[float]] = {n: [] for n in (1, 2, 3, 5, 9, LONGEST_DRAFT + 1)}
+    for _ in range(3 * rounds):
+        for n, measured in times.items():
+            cache.set_lengths([256])
+            tokens = torch.ones(1, n, dtype=torch.long)
+            begun = time.perf_counter()
+            with fast_for_one_row(tokens, llama.dtype):
+                llama.model(tokens, cache)
+            measured.append(time.perf_counter() - begun)
+    one = statistics.median(times[1])
+    print(f"{'tokens in a pass':<20}{'ms':>8}{'decode steps':>16}{'as assumed':>12}")
+    for n, measured in times.items():
+        took = statistics.median(measured)
+        print(f"{n:<20}{took * 1e3:8.1f}{took / one:16.2f}{PassTime().with_guesses(n - 1):12.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

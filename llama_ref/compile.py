@@ -7,23 +7,27 @@ The plain blocks of model.py stay in place for everything else: prompts and batc
 """
 
 import shutil
-import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
 
+from llama_ref.device import fast_for_one_row
 from llama_ref.errors import RequestError
-from llama_ref.model import Context, Transformer, TransformerBlock, rotate
+from llama_ref.model import Context, KVCache, Transformer, TransformerBlock, rotate
 from llama_ref.parallel import SummedLinear
 from llama_ref.pipeline import LogitsForAll
 from llama_ref.quantization import planes
 from llama_ref.quantization.modules import Int4Linear, Int8Matrix
 from llama_ref.quantization.planes import COLUMNS, PlanarInt4Linear, held
 from llama_ref.quantize import replace_module
+from llama_ref.terminal import note
 
 LONG_ROW, BLOCK = 4096, 1024  # a longer row is summed in blocks, which are read in several streams
+SHORTEST = 2  # tokens in the cache: a compiler takes a length of 0 or 1 for a case of its own
 NEVER = 10**6
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-add
@@ -38,17 +42,18 @@ Matrix = tuple[Tensor, ...]  # (weight,), (q, scale) or (words, scale, zero): se
 
 
 def compile_decode(model: Transformer) -> None:
-    """Make a model's decode steps of one row faster; changed in place. The first such step compiles, or finds it compiled.
+    """Make a model's decode steps of one row faster; changed in place.
 
-    Without a C++ compiler the model stays as it is, and one line on stderr says so. Raises RequestError for a model that is
-    divided among processes.
+    Takes some seconds to compile, fewer where PyTorch's cache on disk has it from an earlier run. Where that does not work,
+    without a C++ compiler above all, the model stays as it is and one line on stderr says so. Raises RequestError for a model
+    that is divided among processes, or not on the CPU.
     """
     if any(isinstance(module, SummedLinear | LogitsForAll) for module in model.modules()):
         raise RequestError("compile is for one process; leave it out, or start without torchrun")
     if model.norm.weight.device.type != "cpu":
         raise RequestError("compile is for the CPU so far; leave it out, or take device cpu")
     if not _has_compiler():
-        print("llama-ref: no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled", file=sys.stderr)
+        note("no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled")
         return
     for name in [name for name, module in model.named_modules() if isinstance(module, Int4Linear)]:
         replace_module(model, name, PlanarInt4Linear(model.get_submodule(name)))
@@ -57,6 +62,25 @@ def compile_decode(model: Transformer) -> None:
     for block in model.layers:
         block.forward = _FastBlock(block, step)
     model.output.forward = _FastOutput(model.output, head)
+    note("compiling the decode step: some seconds, fewer the next time")
+    try:
+        _warm_up(model)
+    except (BackendCompilerFailed, InductorError) as error:
+        for module in (*model.layers, model.output):
+            del module.forward
+        note(f"it cannot be compiled here ({str(error).splitlines()[0]}): decoding stays uncompiled")
+
+
+@torch.inference_mode()
+def _warm_up(model: Transformer) -> None:
+    """Two steps of one row, as loop.py has them: the first is compiled, the second shows that any length runs."""
+    norm = model.norm.weight
+    cache = KVCache(model.args, 1, SHORTEST + 2, dtype=norm.dtype, device=norm.device)
+    tokens = torch.zeros(1, SHORTEST, dtype=torch.long)
+    model.hidden(tokens, cache)
+    for _ in range(2):
+        with fast_for_one_row(tokens[:, :1], norm.dtype):
+            model.logits(model.hidden(tokens[:, :1], cache))
 
 
 def _has_compiler() -> bool:
@@ -75,7 +99,7 @@ class _FastBlock:
 
     def __call__(self, x: Tensor, context: Context, layer: int) -> Tensor:
         cache = context.cache
-        if x.shape[:2] != (1, 1) or cache is None or cache.longest == 0:
+        if x.shape[:2] != (1, 1) or cache is None or cache.longest < SHORTEST:
             return self.plain(x, context, layer)
         seen = cache.longest
         keys, values = cache.keys[layer, 0, :, :seen], cache.values[layer, 0, :, :seen]  # (K, S, hd)

@@ -58,7 +58,7 @@ class PlanarInt4Linear(QuantizedMatrix):
 def product(words: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
     """The matrix times x float32 (blocks · 128,): float32 (N,). To be compiled: every line is of one loop over the words.
 
-    As w = (q - 8) · scale + zero, a row is Σ (q x) · scale - Σ (8 x) · scale + Σ x · zero; the sign's plane holds q - 8 already.
+    As w = (q - 8) · scale + zero, a row is Σ (q x) · scale - Σ (8 x) · scale + Σ x · zero; the sign's plane has q - 8 already.
     """
     n_groups = scale.shape[-1]
     per_group = PLANES // n_groups

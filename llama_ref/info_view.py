@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from rich.table import Column, Table
 
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.quantized import scheme_of
 from llama_ref.checkpoint.report import human_bytes
 from llama_ref.checkpoint.stored import is_tied
 from llama_ref.plan import count_parameters
@@ -24,6 +25,7 @@ class ModelInfo:
     path: str
     parameters: int
     tied_output: bool
+    quantization: str | None
     dim: int
     n_layers: int
     n_heads: int
@@ -46,16 +48,18 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
     args = folder.read_args()
     tied = is_tied(folder)
     parameters = count_parameters(args, tied)
+    scheme = str(scheme_of(folder, args)) if folder.is_quantized else None
     per_token = 2 * args.n_layers * args.n_kv_heads * args.head_dim * DTYPE_BYTES["bfloat16"]  # keys and values
     return ModelInfo(
         name=folder.name,
         path=str(folder.path),
         parameters=parameters,
         tied_output=tied,
+        quantization=scheme,
         shards=len(folder.shards),
         shard_bytes=folder.shard_bytes,
         checklist=folder.checklist is not None,
-        weight_bytes={dtype: parameters * size for dtype, size in DTYPE_BYTES.items()},
+        weight_bytes={scheme: folder.shard_bytes} if scheme else {dtype: parameters * n for dtype, n in DTYPE_BYTES.items()},
         kv_cache_bytes={context: context * per_token for context in CONTEXTS},
         **{key: getattr(args, key) for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")},
         **{key: getattr(args, key) for key in ("vocab_size", "rope_theta", "rope_scaling_factor", "norm_eps")},

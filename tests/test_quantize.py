@@ -530,9 +530,9 @@ def test_real_text_loses_little(llama):
         found[name] = quality(quantized_copy(llama.model, scheme, seen_there)[0], tokens, expected)
     assert plain.kl == 0
     assert 0 < found["int8"].kl < 0.012
-    assert found["int8"].agreement > 0.93
+    assert found["int8"].agreement > 0.9
     assert found["int8"].perplexity == pytest.approx(plain.perplexity, rel=0.03)
-    assert found["int4"].kl < 0.9
+    assert found["int4"].kl < 0.7
     assert found["int4 calibrated"].kl < 0.6 * found["int4"].kl
     assert found["int4 calibrated"].perplexity < 1.3 * plain.perplexity
-    assert found["int4:group=32"].kl < 0.01  # whose steps the weights had once before
+    assert found["int4:group=32"].kl < 0.005  # whose steps the weights had once before

@@ -17,6 +17,7 @@ from llama_ref.checkpoint.naming import in_meta_order, theirs
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.slices import split_dim
 from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, read_shard, release_rows
+from llama_ref.errors import CheckpointError
 from llama_ref.tokenizer_json import read_tokenizer_json
 from llama_ref.vocabulary import read_tokenizer_model
 
@@ -72,6 +73,9 @@ def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> C
     A tied output that one of them leaves out is the embedding. Raises CheckpointError for a folder that cannot be read.
     """
     left, right = open_folder(a), open_folder(b)
+    for folder in (left, right):
+        if folder.is_quantized:
+            raise CheckpointError(f"{folder.path} is quantized, which is not compared: take the folder that it was made from")
     params, tokenizer = _compare_params(left, right), _compare_tokenizers(left, right)
     n_tensors, tensors = _compare_tensors(_weights(left), _weights(right), progress)
     return Comparison(str(left.path), str(right.path), n_tensors, params, tokenizer, tensors)

@@ -60,14 +60,14 @@ def to_meta(
     a `target` that is taken; CheckpointError for a source that cannot be read, is damaged or changes meanwhile, for numbers
     that `dtype` cannot hold, and for a target that cannot be written.
     """
-    source = _Source.open(source)
+    source = Source.open(source)
     shards = source.n_shards if shards is None else shards
     args = source.args_in(shards)
     parts = [source.outgoing(Share(n, shards), dtype) for n in range(shards)]
-    written = _Written(progress, parts)
+    written = Written(progress, parts)
     with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
         _write_params(folder, source, args)
-        _write_native_tokenizer(folder, source)
+        write_native_tokenizer(folder, source)
         for n, tensors in enumerate(parts):
             aliases = {OUTPUT: EMBEDDING} if source.stored.tied else {}
             write_pth(folder / f"consolidated.{n:02d}.pth", tensors, aliases, written.more)
@@ -92,11 +92,11 @@ def to_hugging_face(
     `chat`: whether the model is trained to chat (default: unless it is named like one of Meta's base models). A folder that is
     in this format already keeps its config and tokenizer as they are. Raises as `to_meta` does.
     """
-    source = _Source.open(source)
+    source = Source.open(source)
     if source.folder.is_hugging_face and chat is not None:
         raise RequestError(f"{source.folder.path} has a tokenizer_config.json of its own, which is kept: leave --chat out")
     tensors = [source.renamed(tensor) for tensor in source.outgoing(WHOLE, dtype)]
-    written = _Written(progress, [tensors])
+    written = Written(progress, [tensors])
     files = _packed(tensors, max_shard_bytes)
     with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
         if source.folder.is_hugging_face:
@@ -123,7 +123,7 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """An opened folder, in `n_shards` parts. `repeats`: how often each key/value head stands in it; `args` count each once."""
 
     folder: CheckpointFolder
@@ -135,7 +135,7 @@ class _Source:
     stamps: dict[Path, tuple[int, int] | None]
 
     @classmethod
-    def open(cls, name: str | Path) -> "_Source":
+    def open(cls, name: str | Path) -> "Source":
         folder = open_folder(name)
         stamps = {path: stamp_of(path) for path in (folder.params, *folder.shards)}
         args = folder.read_args()
@@ -264,7 +264,7 @@ def _is_repeated(stored: Stored, name: str, repeats: int, args: ModelArgs) -> bo
     return True
 
 
-class _Written:
+class Written:
     """Bytes written so far, of the total."""
 
     def __init__(self, progress: Progress | None, parts: list[list[Outgoing]]):
@@ -277,7 +277,7 @@ class _Written:
             self.progress(self.done, self.total)
 
 
-def _write_params(folder: Path, source: _Source, args: ModelArgs) -> None:
+def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
     """As they were, but for the number of key/value heads where copies come or go; unknown keys stay."""
     if source.folder.is_hugging_face:
         write_params(folder, params_of(args))
@@ -291,7 +291,7 @@ def _write_params(folder: Path, source: _Source, args: ModelArgs) -> None:
         write_params(folder, params)
 
 
-def _write_native_tokenizer(folder: Path, source: _Source) -> None:
+def write_native_tokenizer(folder: Path, source: Source) -> None:
     if source.folder.tokenizer is None:
         return
     if source.folder.tokenizer.suffix == ".json":
@@ -306,7 +306,7 @@ def _may_chat(name: str) -> bool:
     return not BASE_MODEL.fullmatch(name)
 
 
-def _copy_configs(folder: Path, source: _Source, dtype: torch.dtype | None) -> None:
+def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> None:
     """What stood beside the weights, with another dtype in config.json where one is asked for."""
     names = {HUGGING_FACE.params, *HUGGING_FACE.tokenizers, *HUGGING_FACE.others} - {INDEX_NAME}  # the index is written anew
     for name in names.intersection(names_in(source.folder.path)):
@@ -317,7 +317,7 @@ def _copy_configs(folder: Path, source: _Source, dtype: torch.dtype | None) -> N
         _write_json(folder / "config.json", config | {key: str(dtype).removeprefix("torch.")})
 
 
-def _write_configs(folder: Path, source: _Source, dtype: torch.dtype, chat: bool) -> None:
+def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool) -> None:
     if source.tokenizer is None:
         raise CheckpointError(f"{source.folder.path} has no tokenizer, whose ids config.json must name; fetch tokenizer.model")
     vocabulary = source.tokenizer.vocabulary

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint.convert import Progress, _Source, _write_native_tokenizer, _Written
+from llama_ref.checkpoint.convert import Progress, Source, Written, write_native_tokenizer
 from llama_ref.checkpoint.folder import QUANTIZATION, open_folder
 from llama_ref.checkpoint.hf_config import params_of
 from llama_ref.checkpoint.outgoing import Outgoing
@@ -47,21 +47,21 @@ def quantize_folder(
     scheme = Scheme.parse(scheme)
     if open_folder(source).is_quantized:
         raise RequestError(f"{source} is quantized already: quantize the folder that it was made from")
-    source = _Source.open(source)
+    source = Source.open(source)
     plain, seen = source.outgoing(WHOLE, None), {}
     tensors = [part for tensor in plain for part in _Quantized(scheme, tensor, seen).outgoing()]
-    written = _Written(progress, [tensors])
+    written = Written(progress, [tensors])
     with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
         if scheme.bits == 4 and calibrate:
             seen |= _seen(source, calibration_text() if calibrate is True else calibrate)
         _write_params(folder, source, scheme)
-        _write_native_tokenizer(folder, source)
+        write_native_tokenizer(folder, source)
         write_safetensors(folder / "model.safetensors", tensors, written.more)
         write_sums(folder, [path.name for path in folder.iterdir()])
     return Path(target)
 
 
-def _seen(source: _Source, text: str) -> dict[str, Tensor]:
+def _seen(source: Source, text: str) -> dict[str, Tensor]:
     """What the model's layers see of a text. Raises RequestError where the folder cannot read it."""
     if source.tokenizer is None:
         raise RequestError(f"{source.folder.path} has no tokenizer to read a text with: fetch it, or leave calibration out")
@@ -69,7 +69,7 @@ def _seen(source: _Source, text: str) -> dict[str, Tensor]:
     return importances(load_model(source.folder, source.folder.read_args()), tokens)
 
 
-def _write_params(folder: Path, source: _Source, scheme: Scheme) -> None:
+def _write_params(folder: Path, source: Source, scheme: Scheme) -> None:
     """As they were, unknown keys included, and how the weights were quantized."""
     params = params_of(source.args) if source.folder.is_hugging_face else json.loads(source.folder.params.read_bytes())
     if "n_kv_heads" in params:

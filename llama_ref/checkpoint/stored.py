@@ -18,6 +18,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.inspect_pth import inspect_pth
+from llama_ref.checkpoint.inspect_safetensors import inspect_safetensors
 from llama_ref.checkpoint.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.naming import in_meta_order, theirs
 from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
@@ -157,6 +158,8 @@ def is_tied(folder: CheckpointFolder) -> bool:
     """Whether a folder's output matrix is its embedding. Reads the shards' directories, no weights. Raises CheckpointError."""
     if folder.is_hugging_face:
         return folder.says_tied()
+    if folder.is_quantized:
+        return not any(name.startswith("output.") for path in folder.shards for name in inspect_safetensors(path))
     shards = {path: read_shard(path) for path in folder.shards}
     for path, shard in shards.items():
         if EMBEDDING not in shard:
@@ -196,6 +199,8 @@ def release_rows(rows: Tensor) -> None:
 
 
 def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
+    if folder.is_quantized:
+        raise CheckpointError(f"{folder.path} is quantized: take the folder that it was made from")
     kind = other_kind(args, folder.path)
     if kind:
         raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; use the text release in bf16")

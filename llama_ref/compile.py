@@ -71,14 +71,13 @@ def compile_decode(model: Transformer) -> None:
         note(f"it cannot be compiled here ({str(error).splitlines()[0]}): decoding stays uncompiled")
 
 
-@torch.inference_mode()
 def _warm_up(model: Transformer) -> None:
-    """Two steps of one row, as loop.py has them: the first is compiled, the second shows that any length runs."""
+    """A step of one row just as loop.py has them: with what differs, another would be compiled."""
     norm = model.norm.weight
-    cache = KVCache(model.args, 1, SHORTEST + 2, dtype=norm.dtype, device=norm.device)
+    cache = KVCache(model.args, 1, SHORTEST + 1, dtype=norm.dtype, device=norm.device)
     tokens = torch.zeros(1, SHORTEST, dtype=torch.long)
-    model.hidden(tokens, cache)
-    for _ in range(2):
+    with torch.inference_mode():
+        model.hidden(tokens, cache)
         with fast_for_one_row(tokens[:, :1], norm.dtype):
             model.logits(model.hidden(tokens[:, :1], cache))
 
@@ -101,12 +100,12 @@ class _FastBlock:
         cache = context.cache
         if x.shape[:2] != (1, 1) or cache is None or cache.longest < SHORTEST:
             return self.plain(x, context, layer)
-        seen = cache.longest
-        keys, values = cache.keys[layer, 0, :, :seen], cache.values[layer, 0, :, :seen]  # (K, S, hd)
-        torch._dynamo.maybe_mark_dynamic(keys, 1)
-        torch._dynamo.maybe_mark_dynamic(values, 1)
+        keys, values = cache.keys[layer, 0], cache.values[layer, 0]  # (K, max_seq_len, hd)
+        seen = x.new_empty(cache.longest)  # its length is what counts: a number would be compiled for itself alone
+        for tensor, dim in ((keys, 1), (values, 1), (seen, 0)):
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
         cos, sin = context.rotations
-        out, k, v = self.step(x[0, 0], cos[0, 0], sin[0, 0], keys, values, self.matrices, self.norms)
+        out, k, v = self.step(x[0, 0], cos[0, 0], sin[0, 0], keys, values, seen, self.matrices, self.norms)
         cache.extend(layer, context.positions, k[None, None], v[None, None])
         return out[None, None]
 
@@ -133,14 +132,15 @@ def _matrix(module: nn.Module) -> Matrix:
 
 
 def _layer_step(
-    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, matrices: tuple[Matrix, ...], norms: tuple
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, seen: Tensor, matrices: tuple[Matrix, ...], norms: tuple
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A block for one token: x (D,), its keys and values so far (K, S, hd) -> x (D,), its own k and v (K, hd)."""
+    """A block for one token: x (D,), keys and values (K, …, hd), of which the first `len(seen)` count -> x, its own k and v."""
     wq, wk, wv, wo, w1, w2, w3 = matrices
     n_kv_heads, _, head_dim = keys.shape
     h = _norm(x, *norms[0])
     q, k, v = (matvec(w, h).view(-1, head_dim) for w in (wq, wk, wv))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    keys, values = keys[:, : len(seen)], values[:, : len(seen)]  # (K, S, hd)
     x = x + matvec(wo, _attend(q.view(n_kv_heads, -1, head_dim), k, v, keys, values))
     h = _norm(x, *norms[1])
     return x + matvec(w2, F.silu(matvec(w1, h)) * matvec(w3, h)), k, v

@@ -14,4 +14,4 @@ if [ ! -e "$demo/params.json" ]; then
     python scripts/make_demo_checkpoint.py >/dev/null
 fi
 say "pytest $*"
-python -m pytest "$@"
+python -m pytest -n auto --dist loadfile "$@" # a file's tests share what takes long to make

@@ -12,8 +12,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.exc import InductorError
 
 from llama_ref.device import fast_for_one_row
 from llama_ref.errors import RequestError
@@ -24,7 +22,6 @@ from llama_ref.quantization import planes
 from llama_ref.quantization.modules import Int4Linear, Int8Matrix
 from llama_ref.quantization.planes import COLUMNS, PlanarInt4Linear, held
 from llama_ref.quantize import replace_module
-from llama_ref.terminal import note
 
 LONG_ROW, BLOCK = 4096, 1024  # a longer row is summed in blocks, which are read in several streams
 SHORTEST = 2  # tokens in the cache: a compiler takes a length of 0 or 1 for a case of its own
@@ -48,6 +45,11 @@ def compile_decode(model: Transformer) -> None:
     without a C++ compiler above all, the model stays as it is and one line on stderr says so. Raises RequestError for a model
     that is divided among processes, or not on the CPU.
     """
+    from torch._dynamo.exc import BackendCompilerFailed  # only now: to import the compiler takes a second
+    from torch._inductor.exc import InductorError
+
+    from llama_ref.terminal import note
+
     if any(isinstance(module, SummedLinear | LogitsForAll) for module in model.modules()):
         raise RequestError("compile is for one process; leave it out, or start without torchrun")
     if model.norm.weight.device.type != "cpu":

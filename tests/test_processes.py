@@ -69,8 +69,10 @@ def test_a_killed_process_ends_the_job_with_one_message(endless, rank):
     worker(endless, rank).kill()
     stderr = end_of(endless, processes)
     assert endless.returncode != 0
-    assert stderr.count("llama-ref: ") == 1
-    assert "another process of this job has ended, so this one cannot go on" in stderr
+    # Torchrun says which process was killed, and may end the others before they notice.
+    assert "Signal 9 (SIGKILL) received" in stderr
+    said = [line for line in stderr.splitlines() if line.startswith("llama-ref: ")]
+    assert said in ([], ["llama-ref: another process of this job has ended, so this one cannot go on"])
     assert "[rank" not in stderr, "a worker's own traceback"
 
 

@@ -7,6 +7,7 @@ of ```python are run as scripts. What cannot be run inside the tests stands in a
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def sessions() -> list:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory, demo_folder) -> dict[str, str]:
     """A newcomer's: an empty home but for two downloaded releases."""
+    for place in {place for _, body in blocks("console") for place in re.findall(r"/tmp/[\w-]+", body)}:
+        shutil.rmtree(place, ignore_errors=True)  # of a run that was broken off
     home = tmp_path_factory.mktemp("home")
     for name in RELEASES:
         folder = home / ".llama" / "checkpoints" / name

@@ -80,7 +80,7 @@ def _strings(word: str) -> str | list[str]:
 # Words that are text stay text: Fire would read a prompt of 42 as a number.
 TEXT_NAMES = (
     *("name", "a", "b", "src", "dst", "to", "max_shard_size", "prompt", "system", "ckpt_dir", "tokenizer_path"),
-    *("verify", "device", "dtype", "quantize", "speculate", "draft"),
+    *("verify", "device", "dtype", "quantize", "speculate", "draft", "batch", "against", "png"),
 )
 TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
 
@@ -390,6 +390,49 @@ def chat(name: str, *, system: str | None = None, **options: Any) -> None:
     repl.chat(Session(_build(name, options), system), _pick(SAMPLING, options))
 
 
+@command(*(option for option in LOADING if option.name in ("quantize", "compile", "device", "dtype", "verify")))
+def bench(
+    name: str,
+    *,
+    prompt_len: int = 512,
+    gen_len: int = 128,
+    batch: str = "1,8",
+    against: str | None = None,
+    rounds: int = 5,
+    threads: int | None = None,
+    json: bool = False,
+    png: str | None = None,
+    **options: Any,
+) -> None:
+    """How fast does a checkpoint run here: the prompt, each token, beside other programs and beside what memory allows?
+
+    Args:
+        name: a folder, or a release name such as Llama3.2-1B.
+        prompt_len: tokens of the prompt.
+        gen_len: tokens to make.
+        batch: sequences at a time; several numbers, 1,8, are measured in turn.
+        against: transformers,llama.cpp,meta or some of them, where they are installed: the same weights in turn with ours.
+        rounds: how often each takes its turn; medians are shown.
+        threads: of every contestant (default: as PyTorch chooses).
+        json: print it as JSON.
+        png: a file for the roofline as a picture (needs matplotlib).
+    """
+    from llama_ref.bench.compare import compare
+    from llama_ref.bench.roofline import check_picture, draw_roofline
+    from llama_ref.bench.settings import Settings
+    from llama_ref.bench.view import print_report
+    from llama_ref.terminal import note
+
+    if png is not None:
+        check_picture(png)
+    lengths = {"prompt_len": prompt_len, "gen_len": gen_len, "batch": batch}
+    settings = Settings.parse(name, **lengths, against=against, rounds=rounds, threads=threads, **options)
+    report = compare(settings, note if sys.stderr.isatty() else lambda text: None)
+    if png is not None:
+        draw_roofline(report, png)
+    print_report(report, as_json=json)
+
+
 def _build(name: str, options: dict[str, Any]) -> "Llama":
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
@@ -417,6 +460,7 @@ COMMANDS = {
     "quantize": quantize,
     "complete": complete,
     "chat": chat,
+    "bench": bench,
 }
 
 

@@ -1,0 +1,70 @@
+"""The parent's end of a contestant's process."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import llama_ref
+from llama_ref.checkpoint.report import printable
+from llama_ref.errors import LlamaRefError, RequestError
+
+LONGEST_ERROR = 300  # characters
+
+
+class Failed(LlamaRefError):
+    """A contestant could not do what it was asked to, or its process has ended."""
+
+
+class Process:
+    """A contestant's process, in a session of its own: Ctrl-C reaches the parent alone, which ends it with all it started."""
+
+    def __init__(self, name: str, threads: int, scratch: Path):
+        self.name = name
+        self.log = scratch / f"{name}.log"
+        packages = [str(Path(llama_ref.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+        settings = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, packages))}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "llama_ref.bench.worker", name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=os.environ | settings,
+                start_new_session=True,
+                text=True,
+            )
+
+    def ask(self, wish: str, **arguments: Any) -> dict[str, Any]:
+        """Wait for its answer. Raises RequestError where it calls the request misuse, Failed for all else."""
+        try:
+            self.process.stdin.write(json.dumps({"do": wish, **arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise Failed(f"its process ended {self._how_it_ended()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise (RequestError if answer["is_misuse"] else Failed)(answer["error"])
+        return answer
+
+    def end(self) -> None:
+        """At once, with all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def _how_it_ended(self) -> str:
+        code = self.process.wait()
+        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with {code}"
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"{how}: {printable(lines[-1][:LONGEST_ERROR])}" if lines else how

@@ -1,0 +1,136 @@
+"""What a benchmark is asked to do, checked before anything is loaded."""
+
+import importlib.util
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from llama_ref.checkpoint.folder import open_folder
+from llama_ref.device import choose_device, choose_dtype
+from llama_ref.errors import RequestError
+from llama_ref.plan import find_model
+from llama_ref.quantization.scheme import Scheme
+
+OURS = "llama_ref"
+PEERS = {  # what must be importable, and the words that install it
+    "transformers": (("transformers",), "pip install transformers"),
+    "llama.cpp": (("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"),
+    "meta": (("llama_models", "fairscale"), "pip install llama-models, then pip install --no-build-isolation fairscale"),
+}
+MOST_ROUNDS, MOST_THREADS, MOST_ROWS = 1000, 1024, 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One benchmark. Lengths in tokens; `gen_len` counts the first token, which the prompt's pass gives."""
+
+    name: str
+    quantize: str | None
+    compile: bool
+    device: str
+    dtype: str
+    verify: str
+    prompt_len: int
+    gen_len: int
+    batches: tuple[int, ...]
+    against: tuple[str, ...]
+    rounds: int
+    threads: int
+
+    @classmethod
+    def parse(
+        cls,
+        name: str,
+        *,
+        prompt_len: int,
+        gen_len: int,
+        batch: str,
+        against: str | None = None,
+        rounds: int,
+        threads: int | None = None,
+        quantize: str | None = None,
+        compile: bool = False,
+        device: str | None = None,
+        dtype: str | None = None,
+        verify: str = "auto",
+    ) -> "Settings":
+        """From a command line's words. Raises RequestError for what cannot be done, CheckpointError for no checkpoint."""
+        threads = default_threads() if threads is None else threads
+        _check_number("prompt_len", prompt_len, 1)
+        _check_number("gen_len", gen_len, 2)  # the second is the first that decoding makes
+        _check_number("rounds", rounds, 1, MOST_ROUNDS)
+        _check_number("threads", threads, 1, MOST_THREADS)
+        chosen = choose_device(device)
+        own_dtype = str(choose_dtype(dtype, chosen)).removeprefix("torch.")
+        scheme = None if quantize is None else str(Scheme.parse(quantize))
+        peers = _peers(against)
+        if peers and chosen.type != "cpu":
+            raise RequestError(
+                f"--against compares on the CPU only, and the device is {chosen}: add --device cpu, or leave it out"
+            )
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise RequestError("bench measures one process: start it without torchrun")
+        folder, context = open_folder(name), find_model(name).context
+        if prompt_len + gen_len > context:
+            raise RequestError(
+                f"prompt_len {prompt_len:,} + gen_len {gen_len:,} tokens are beyond the model's context of {context:,}"
+            )
+        if peers and folder.is_quantized:
+            raise RequestError(
+                f"{folder.path} is quantized, which the others cannot read: name the folder it was made from, with --quantize"
+            )
+        options = {"quantize": scheme, "compile": compile, "device": str(chosen), "dtype": own_dtype, "verify": verify}
+        lengths = {"prompt_len": prompt_len, "gen_len": gen_len, "batches": _batches(batch)}
+        return cls(name, **options, **lengths, against=peers, rounds=rounds, threads=threads)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Settings":
+        """The way back from `dataclasses.asdict` by way of JSON."""
+        return cls(**values | {"batches": tuple(values["batches"]), "against": tuple(values["against"])})
+
+    @property
+    def command(self) -> str:
+        """The words that repeat it on this machine."""
+        words = ["llama-ref", "bench", shlex.quote(self.name)]
+        words += [f"--quantize {self.quantize}"] * bool(self.quantize) + ["--compile"] * self.compile
+        words += [f"--device {self.device}", f"--dtype {self.dtype}"]
+        words += [f"--prompt_len {self.prompt_len}", f"--gen_len {self.gen_len}", f"--batch {','.join(map(str, self.batches))}"]
+        words += [f"--against {','.join(self.against)}"] * bool(self.against)
+        return " ".join([*words, f"--rounds {self.rounds}", f"--threads {self.threads}"])
+
+
+def default_threads() -> int:
+    """As many as PyTorch takes by itself: OMP_NUM_THREADS, or one a core."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def missing_packages(peer: str) -> str | None:
+    """What to tell about a peer that is not installed; None where it is."""
+    modules, install = PEERS[peer]
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"{peer} is left out: {' and '.join(missing)} not installed ({install})" if missing else None
+
+
+def _check_number(name: str, value: object, least: int, most: int = 1 << 24) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise RequestError(f"{name} is {value!r:.60}, expected a whole number from {least} to {most:,}")
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    """ "1,8" -> (1, 8)."""
+    words = [word.strip() for word in str(text).split(",")]
+    if not all(re.fullmatch("[0-9]{1,4}", word) and 0 < int(word) <= MOST_ROWS for word in words):
+        raise RequestError(f"batch is {text!r:.60}, expected numbers of sequences from 1 to {MOST_ROWS:,}, like 1 or 1,8")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def _peers(text: str | None) -> tuple[str, ...]:
+    words = [word.strip() for word in text.split(",")] if text else []
+    unknown = [word for word in words if word not in PEERS]
+    if unknown:
+        raise RequestError(f"against names {unknown[0]!r:.60}, expected some of {','.join(PEERS)}")
+    return tuple(dict.fromkeys(words))

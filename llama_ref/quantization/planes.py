@@ -95,7 +95,7 @@ def _to_words(q: Tensor) -> Tensor:
 
 def _from_words(words: Tensor) -> Tensor:
     """The way back: uint8 (n, blocks, 128)."""
-    shifts = 4 * torch.arange(PLANES, dtype=torch.int32, device=words.device)[:, None]
-    planes = ((words[:, :, None] >> shifts) & 15).to(torch.uint8)
+    pairs = words.view(torch.uint8).unflatten(-1, (LANES, PLANES // 2)).transpose(-1, -2)  # (n, blocks, 4, 16), low bytes first
+    planes = torch.stack((pairs & 15, pairs >> 4), dim=3).flatten(2, 3)  # (n, blocks, 8, 16)
     planes[:, :, SIGN_PLANE] ^= 8
     return planes.flatten(2)

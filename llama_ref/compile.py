@@ -23,6 +23,7 @@ from llama_ref.quantization.modules import Int4Linear, Int8Matrix
 from llama_ref.quantization.planes import COLUMNS, PlanarInt4Linear, held
 from llama_ref.quantize import replace_module
 
+STREAMS = 4  # rows read side by side: they share what is loaded of the vector; more were slower
 LONG_ROW, BLOCK = 4096, 1024  # a longer row is summed in blocks, which are read in several streams
 SHORTEST = 2  # tokens in the cache: a compiler takes a length of 0 or 1 for a case of its own
 NEVER = 10**6
@@ -159,7 +160,7 @@ def matvec(matrix: Matrix, x: Tensor) -> Tensor:
         w, x32 = w.view(len(w), -1, BLOCK), x32.view(-1, BLOCK)
         sums = torch.cat([(half.float() * x32).sum(-1).sum(-1) for half in w.chunk(2)])
     else:
-        sums = torch.cat([(half.float() * x32).sum(-1) for half in w.chunk(2)])
+        sums = torch.cat([(rows.float() * x32).sum(-1) for rows in w.chunk(STREAMS)])
     return (sums * scale[0] if scale else sums).to(x.dtype)
 
 

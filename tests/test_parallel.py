@@ -13,7 +13,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.quantizing import quantize_folder
-from llama_ref.checkpoint.slices import Share, kv_heads, places, wanted_ranges
+from llama_ref.checkpoint.slices import Share, kv_heads, places, split_dim, wanted_ranges
 from llama_ref.checkpoint.weights import load_model
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
@@ -184,6 +184,22 @@ def test_the_shares_of_a_tensor_are_all_of_it_once_and_in_order(name, shards):
         for shard, within in places(ranges, sizes[name] // shards) if sizes[name] % shards == 0 else ():
             found += [shard * (sizes[name] // shards) + i for i in within]
     assert found == (list(range(sizes[name])) if sizes[name] % shards == 0 else [])
+
+
+@pytest.mark.parametrize(("shards", "world_size"), [(16, 8), (4, 16), (16, 16), (8, 1), (1, 16)])
+def test_many_shards_on_many_processes_hold_all_of_the_model_between_them(shards, world_size, tmp_path):
+    params = SHAPE | {"n_heads": 16, "n_kv_heads": max(4, shards), "dim": 64, "vocab_size": 640, "multiple_of": 64}
+    folder = open_folder(make_random_checkpoint(tmp_path / "model", params, shards=shards, dtype=torch.float32))
+    args = folder.read_args()
+    whole = load_model(folder, args, dtype=torch.float32)
+    parts = [load_model(folder, args, dtype=torch.float32, share=Share(rank, world_size)) for rank in range(world_size)]
+    for name, expected in whole.named_parameters():
+        dim = split_dim(name)
+        found = [part.get_parameter(name) for part in parts]
+        if name.split(".")[-2] in ("wk", "wv"):  # heads that several look through stand with each of them
+            heads = [head for rank in range(world_size) for head in kv_heads(args, Share(rank, world_size))]
+            expected = torch.cat([expected.unflatten(0, (-1, args.head_dim))[head] for head in heads])
+        assert torch.equal(found[0] if dim is None else torch.cat(found, dim), expected), name
 
 
 def test_a_share_of_one_shard_is_mapped_not_copied(folders):

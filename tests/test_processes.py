@@ -125,13 +125,15 @@ def test_processes_cannot_work_together_on_mps(monkeypatch):
         join_job(None, 1, torch.device("mps"))
 
 
-def test_a_job_may_run_on_several_nodes(folder):
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_job_may_run_on_several_nodes(folder, stages):
     """Two agents, as each of two machines would start one; they find each other as torchrun does it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     meeting = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
     words = [SCRIPTS / "text_completion.py", "--ckpt_dir", folder, "--max_gen_len", "4", "--temperature", "0"]
+    words += ["--pipeline_parallel_size", str(stages)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
     nodes = [subprocess.Popen([*TORCHRUN, *meeting, *words], **options) for _ in range(2)]
     said = [node.communicate(timeout=2 * PATIENCE_SECONDS) for node in nodes]

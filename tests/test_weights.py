@@ -22,6 +22,10 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.hf_config import config_of
+from llama_ref.checkpoint.naming import theirs
+from llama_ref.checkpoint.outgoing import Outgoing
+from llama_ref.checkpoint.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.slices import split_dim
 from llama_ref.checkpoint.stored import is_tied, release_pages
 from llama_ref.checkpoint.weights import load_model
@@ -499,7 +503,8 @@ MEASURE = textwrap.dedent("""
     root = Path(sys.argv[1])
     whole, quarter, in_stages = (), (2, 4), (1, 2, 1, 2)
     cases = [(shards, dtype, whole) for shards in (1, 4) for dtype in ("bfloat16", "float32")]
-    cases += [(shards, "bfloat16", share) for shards in (1, 4) for share in (quarter, in_stages)]
+    cases += [(shards, "bfloat16", share) for shards in (1, 4, "hf") for share in (quarter, in_stages)]
+    cases += [("hf", "bfloat16", whole)]
     for shards, dtype, share in cases:
         if os.fork():  # a new process's peak begins at what it has
             os.wait()
@@ -531,6 +536,13 @@ def measured() -> dict[tuple[str, str, str], tuple[int, int]]:
             weights = {name: torch.ones(part, dtype=torch.bfloat16) for name, part in parts.items()}
             for number in range(shards):
                 torch.save(weights, shard(root, number))
+        (Path(folder) / "hf").mkdir()
+        args = ModelArgs.from_dict(LARGE)
+        config = config_of(args, tied=False, dtype=torch.bfloat16, bos=0, eos=[1])
+        (Path(folder) / "hf" / "config.json").write_text(json.dumps(config))
+        tensors = [Outgoing.of(theirs(name), torch.ones(shape, dtype=torch.bfloat16)) for name, shape in shapes.items()]
+        write_safetensors(Path(folder) / "hf" / "model.safetensors", tensors)
+        del tensors
         make_random_checkpoint(Path(folder) / "tiny", TINY, shards=4)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads do not survive a fork
         command = [sys.executable, "-c", MEASURE, folder]
@@ -551,7 +563,7 @@ def test_loading_takes_little_memory_beyond_the_weights(measured, shards, dtype)
 
 
 @on_linux
-@pytest.mark.parametrize("shards", ["1", "4"])
+@pytest.mark.parametrize("shards", ["1", "4", "hf"])
 @pytest.mark.parametrize(("share", "fraction"), [("2/4", 0.25), ("1/2/1/2", 0.25)], ids=["third of 4", "2 parts in 2 stages"])
 def test_a_process_of_several_takes_little_memory_beyond_its_share(measured, shards, share, fraction):
     taken, weights = measured[shards, "bfloat16", share]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from llama_ref import Llama
-from llama_ref.cli import command, run
+from llama_ref.command_line import command, run
 from llama_ref.loop import Row, steps
 
 PROMPT = "The capital of France is"

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from llama_ref import Llama
-from llama_ref.cli import command, run
+from llama_ref.command_line import command, run
 from llama_ref.errors import LlamaRefError
 from llama_ref.loop import Row, steps
 from llama_ref.releases import find_release

@@ -15,7 +15,7 @@ import time
 import torch
 
 from llama_ref import Llama
-from llama_ref.cli import command, run
+from llama_ref.command_line import command, run
 from llama_ref.device import fast_for_one_row
 from llama_ref.loop import Row, new_cache
 from llama_ref.speculate import LONGEST_DRAFT, PassTime

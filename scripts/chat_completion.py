@@ -8,7 +8,7 @@ Plain `python` does as well. The flags are those of Meta's example script, and t
 import sys
 
 from llama_ref import Dialog, Llama
-from llama_ref.cli import command, run
+from llama_ref.command_line import command, run
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the recipe of mayonnaise?"}],

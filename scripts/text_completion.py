@@ -8,7 +8,7 @@ Plain `python` does as well. The flags are those of Meta's example script, and t
 import sys
 
 from llama_ref import Llama
-from llama_ref.cli import command, run
+from llama_ref.command_line import command, run
 
 PROMPTS = [
     "I believe the meaning of life is",

@@ -11,10 +11,7 @@ from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 if TYPE_CHECKING:  # a command imports what it needs when it runs: `list` shall not wait for torch
     from llama_ref.generation import Llama
 
-LOADING = (
-    Option("max_seq_len", 8192, "the longest prompt and answer together, in tokens."),
-    Option("seed", 1, "of the sampling."),
-    Option("tokenizer_path", None, "a tokenizer.model other than the folder's own."),
+BUILDING = (  # the example scripts', too
     Option("quantize", None, "int8, int4 or int4:group=32: round the weights to so many bits as they are read."),
     Option("compile", False, "compile the decode step (CPU, one sequence): faster after some seconds."),
     Option("speculate", None, "ngram: guess what comes from what came before, for text that repeats itself."),
@@ -23,6 +20,12 @@ LOADING = (
     Option("device", None, "cuda, mps or cpu (default: the first of these that is there)."),
     Option("dtype", None, "bfloat16, float16 or float32 (default: bfloat16 where the device has it, else float16)."),
     Option("pipeline_parallel_size", 1, "runs of layers to deal torchrun's processes out to."),
+)
+LOADING = (
+    Option("max_seq_len", 8192, "the longest prompt and answer together, in tokens."),
+    Option("seed", 1, "of the sampling."),
+    Option("tokenizer_path", None, "a tokenizer.model other than the folder's own."),
+    *BUILDING,
 )
 SAMPLING = (
     Option("max_gen_len", None, "tokens to make at most (default: as many as the context holds)."),

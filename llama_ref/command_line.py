@@ -172,15 +172,16 @@ def _explicit_switch(word: str, after: str) -> str:
 
 
 def complain(error: Exception, code: int) -> int:
+    """Say what is wrong, once a job, and give the exit code back."""
     from llama_ref.checkpoint.report import printable
 
-    if _is_first_tocomplain():
+    if _is_first_to_complain():
         lines = f"llama-ref: {error}".split("\n")
         print(*map(printable, lines), sep="\n", file=sys.stderr)  # a file's name may hold a terminal's commands
     return code
 
 
-def _is_first_tocomplain() -> bool:
+def _is_first_to_complain() -> bool:
     """Whether no other of torchrun's processes has: most errors meet all of them, and one message is enough.
 
     Torchrun names a file for every process to report errors in, below a folder that this attempt at the job has to itself.

@@ -78,7 +78,7 @@ def fast_for_one_row(tokens: torch.Tensor, dtype: torch.dtype) -> Iterator[None]
     """Let a CPU multiply bfloat16 matrices with a single token's state the faster way.
 
     oneDNN rearranges the matrix first, which pays for many rows only; PyTorch's own kernel took two thirds of its time for one
-    (scripts/bench_decode.py). The switch is the process's: it is set back before anything else runs on this thread.
+    (`llama-ref bench`). The switch is the process's: it is set back before anything else runs on this thread.
     """
     if tokens.numel() > 1 or tokens.device.type != "cpu" or dtype != torch.bfloat16:
         yield

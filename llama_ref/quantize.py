@@ -62,6 +62,7 @@ def quantized(
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one of that name ("layers.0.attention.wq")."""
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, module)
 
@@ -87,6 +88,7 @@ def use_fast_kernels(model: nn.Module, dtype: torch.dtype | None = None) -> None
 
 
 def is_quantized(model: nn.Module) -> bool:
+    """Whether any of a model's matrices is."""
     return any(isinstance(module, QuantizedMatrix) for module in model.modules())
 
 

@@ -6,8 +6,10 @@ Plain `python` does as well. The flags are those of Meta's example script, and t
 """
 
 import sys
+from typing import Any
 
 from llama_ref import Dialog, Llama
+from llama_ref.cli import BUILDING
 from llama_ref.command_line import command, run
 
 DIALOGS: list[Dialog] = [
@@ -28,7 +30,7 @@ DIALOGS: list[Dialog] = [
 ]
 
 
-@command()
+@command(*BUILDING)
 def main(
     ckpt_dir: str,
     tokenizer_path: str | None = None,
@@ -38,31 +40,14 @@ def main(
     max_batch_size: int = 4,
     max_gen_len: int | None = None,
     seed: int = 1,
-    verify: str = "auto",
-    pipeline_parallel_size: int = 1,
-    quantize: str | None = None,
-    compile: bool = False,
-    speculate: str | None = None,
-    draft: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    **building: Any,
 ) -> None:
-    """Load a checkpoint and print each dialog with its answer."""
-    llama = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size,
-        seed=seed,
-        pipeline_parallel_size=pipeline_parallel_size,
-        quantize=quantize,
-        compile=compile,
-        speculate=speculate,
-        draft=draft,
-        verify=verify,
-        device=device,
-        dtype=dtype,
-    )
+    """Load a checkpoint and print each dialog with its answer.
+
+    Args:
+        ckpt_dir: a folder, or a release name such as Llama3.2-1B.
+    """
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **building)
     results = llama.chat_completion(DIALOGS, temperature, top_p, max_gen_len)
     for dialog, result in zip(DIALOGS, results, strict=True):
         for message in [*dialog, result["generation"]]:

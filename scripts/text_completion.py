@@ -6,8 +6,10 @@ Plain `python` does as well. The flags are those of Meta's example script, and t
 """
 
 import sys
+from typing import Any
 
 from llama_ref import Llama
+from llama_ref.cli import BUILDING
 from llama_ref.command_line import command, run
 
 PROMPTS = [
@@ -18,7 +20,7 @@ PROMPTS = [
 ]
 
 
-@command()
+@command(*BUILDING)
 def main(
     ckpt_dir: str,
     tokenizer_path: str | None = None,
@@ -28,31 +30,14 @@ def main(
     max_gen_len: int | None = 64,
     max_batch_size: int = 4,
     seed: int = 1,
-    verify: str = "auto",
-    pipeline_parallel_size: int = 1,
-    quantize: str | None = None,
-    compile: bool = False,
-    speculate: str | None = None,
-    draft: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    **building: Any,
 ) -> None:
-    """Load a checkpoint and print each prompt with its continuation."""
-    llama = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size,
-        seed=seed,
-        pipeline_parallel_size=pipeline_parallel_size,
-        quantize=quantize,
-        compile=compile,
-        speculate=speculate,
-        draft=draft,
-        verify=verify,
-        device=device,
-        dtype=dtype,
-    )
+    """Load a checkpoint and print each prompt with its continuation.
+
+    Args:
+        ckpt_dir: a folder, or a release name such as Llama3.2-1B.
+    """
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **building)
     results = llama.text_completion(PROMPTS, temperature, top_p, max_gen_len)
     for prompt, result in zip(PROMPTS, results, strict=True):
         print(prompt)

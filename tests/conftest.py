@@ -15,6 +15,8 @@ import torch
 from fairscale.nn.model_parallel import initialize as model_parallel
 from hypothesis import settings
 
+from llama_ref.checkpoint import verified
+from llama_ref.checkpoint.hashing import hash_file
 from llama_ref.generation import Llama
 from llama_ref.tokenizer import Tokenizer
 
@@ -64,6 +66,20 @@ def meta_tokenizer_path() -> Path:
 def tokenizer(meta_tokenizer_path) -> Tokenizer:
     """Ours, on the real file."""
     return Tokenizer(meta_tokenizer_path)
+
+
+@pytest.fixture
+def hashed(monkeypatch, tmp_path) -> list[str]:
+    """The names of files that verified loading hashed, as it goes on, with a cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = []
+
+    def spy(path, *args, **options):
+        names.append(path.name)
+        return hash_file(path, *args, **options)
+
+    monkeypatch.setattr(verified, "hash_file", spy)
+    return names
 
 
 @pytest.fixture

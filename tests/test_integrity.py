@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from folders import growing
 from llama_ref.checkpoint.checklist import parse_checklist
 from llama_ref.checkpoint.hashing import hash_file
 from llama_ref.checkpoint.integrity import verify, write_checklist
@@ -287,27 +287,11 @@ def test_deep_names_the_tensors_that_hold_nan_or_infinity(folder):
 
 
 def test_a_growing_download_is_noticed(folder):
-    whole = (folder / SHARD1).read_bytes()
-    (folder / SHARD1).write_bytes(whole[:5000])
-    stop = threading.Event()
-
-    def download():
-        with (folder / SHARD1).open("ab", buffering=0) as file:
-            for byte in whole[5000:]:
-                if stop.wait(0.01):
-                    return
-                file.write(bytes([byte]))
-
-    thread = threading.Thread(target=download)
-    thread.start()
-    try:
+    with growing(folder / SHARD1, 5000):
         for quick in (True, False):
             report = verify(folder, quick=quick)
             assert states(report) == {SHARD1: State.GROWING}
             assert "a download is still writing it" in report.summary()
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_json_has_all_that_a_script_needs(folder, settled):

@@ -51,19 +51,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "llama_ref" / "verified"
 
 
-@pytest.fixture
-def hashed(monkeypatch) -> list[str]:
-    """The names of files that were hashed, as it goes on."""
-    names = []
-
-    def spy(path, *args, **options):
-        names.append(path.name)
-        return hash_file(path, *args, **options)
-
-    monkeypatch.setattr(module, "hash_file", spy)
-    return names
-
-
 def check(folder: Path, verify: str = "auto", tokenizer: Path | None = None) -> None:
     """What `Llama.build` does to check a folder, without a model."""
     with verified(open_folder(folder), verify, tokenizer or folder / TOKENIZER):

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,14 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from folders import tiny_folder
-from llama_ref.checkpoint import verified as verified_module
+from folders import growing, tiny_folder
 from llama_ref.checkpoint.checklist import parse_checklist
 from llama_ref.checkpoint.compare import compare
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.finding import implied_model
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.hashing import hash_file
 from llama_ref.checkpoint.inspect_pth import inspect_pth
 from llama_ref.checkpoint.inspect_safetensors import DTYPES, inspect_safetensors
 from llama_ref.checkpoint.integrity import verify, write_checklist
@@ -451,24 +448,8 @@ def test_a_hub_caches_links_are_followed_and_its_open_downloads_told(folder, tmp
 
 def test_a_growing_file_is_noticed(unlisted, monkeypatch):
     monkeypatch.setattr("llama_ref.checkpoint.integrity.GROWTH_WAIT_SECONDS", 0.3)
-    whole = (unlisted / FILE2).read_bytes()
-    (unlisted / FILE2).write_bytes(whole[:3000])
-    stop = threading.Event()
-
-    def download() -> None:
-        with (unlisted / FILE2).open("ab", buffering=0) as file:
-            for byte in whole[3000:]:
-                if stop.wait(0.01):
-                    return
-                file.write(bytes([byte]))
-
-    thread = threading.Thread(target=download)
-    thread.start()
-    try:
+    with growing(unlisted / FILE2, 3000):
         assert states(verify(unlisted)) == {FILE2: State.GROWING}
-    finally:
-        stop.set()
-        thread.join()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -583,20 +564,6 @@ def test_added_tokens_that_do_not_fit_are_what_is_named(with_added, content, sta
 
 
 # ---- verified loading
-
-
-@pytest.fixture
-def hashed(monkeypatch, tmp_path) -> list[str]:
-    """The names of files that loading hashed, with a cache of this test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    names = []
-
-    def spy(path, *args, **options):
-        names.append(path.name)
-        return hash_file(path, *args, **options)
-
-    monkeypatch.setattr(verified_module, "hash_file", spy)
-    return names
 
 
 def build(folder: Path, **options) -> Llama:

@@ -67,6 +67,7 @@ class Served:
 
 
 def main() -> None:
+    """Answer the requests on standard input until there are no more, or nobody reads the answers."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints is no answer
     served = Served(sys.argv[1])

@@ -292,6 +292,7 @@ def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
 
 
 def write_native_tokenizer(folder: Path, source: Source) -> None:
+    """tokenizer.model and what belongs to it: as they were, or rebuilt from tokenizer.json; nothing where there is none."""
     if source.folder.tokenizer is None:
         return
     if source.folder.tokenizer.suffix == ".json":

@@ -69,6 +69,7 @@ def format_of(names: Collection[str]) -> Format:
 
 
 def has_weights(form: Format, names: Collection[str]) -> bool:
+    """Whether files of weights in this format are among the names."""
     return any(form.weights.fullmatch(name) for name in names)
 
 

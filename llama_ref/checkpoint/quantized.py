@@ -15,12 +15,10 @@ from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
 from llama_ref.checkpoint.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes
 from llama_ref.checkpoint.slices import split_dim
-from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT
+from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, has_output, refuse_misfits
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.quantization.modules import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
-
-MOST_LISTED = 12  # wrong tensors named in one error
 
 
 def scheme_of(folder: CheckpointFolder, args: ModelArgs) -> Scheme:
@@ -63,7 +61,7 @@ class StoredQuantized:
             )
         files = [map_safetensors(path) for path in folder.shards]
         self.tensors = {name: tensor for tensors in files for name, tensor in tensors.items()}
-        self.tied = not any(name.startswith("output.") for name in self.tensors)
+        self.tied = not has_output(self.tensors)
         self._check(expected_shapes(args))
 
     def matrix(
@@ -110,10 +108,7 @@ class StoredQuantized:
                     raise CheckpointError(f"{self.folder.params}: {error}") from None
         problems = [problem for name, (shape, dtype) in expected.items() if (problem := self._misfit(name, shape, dtype))]
         problems += [f"{name} is unexpected" for name in sorted(self.tensors.keys() - expected.keys())]
-        if problems:
-            more = f"\n  … and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
-            listed = "".join(f"\n  {problem}" for problem in problems[:MOST_LISTED])
-            raise CheckpointError(f"{self.folder.path}: the weights do not fit params.json:{listed}{more}")
+        refuse_misfits(self.folder, problems)
 
     def _misfit(self, name: str, shape: Shape, dtype: torch.dtype | None) -> str | None:
         found = self.tensors.get(name)

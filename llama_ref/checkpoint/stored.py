@@ -159,12 +159,17 @@ def is_tied(folder: CheckpointFolder) -> bool:
     if folder.is_hugging_face:
         return folder.says_tied()
     if folder.is_quantized:
-        return not any(name.startswith("output.") for path in folder.shards for name in inspect_safetensors(path))
+        return not has_output(name for path in folder.shards for name in inspect_safetensors(path))
     shards = {path: read_shard(path) for path in folder.shards}
     for path, shard in shards.items():
         if EMBEDDING not in shard:
             raise CheckpointError(f"{path} holds no {EMBEDDING}; it is no shard of a Llama 3")
     return _on_same_bytes(shards.values())
+
+
+def has_output(names: Iterable[str]) -> bool:
+    """Whether a quantized folder's tensors hold an output, in whatever parts; it is tied where they do not."""
+    return any(name.startswith("output.") for name in names)
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
@@ -218,6 +223,11 @@ def _check_tensors(
         problems += [f"{file}: {problem}" for problem in wrong]
         surplus = sorted(strangers(described[file], expected))
         problems += [f"{file}: {name} {described[file][name][1]} is unexpected" for name in surplus]
+    refuse_misfits(folder, problems)
+
+
+def refuse_misfits(folder: CheckpointFolder, problems: list[str]) -> None:
+    """Raise CheckpointError that lists the problems, where there are any."""
     if problems:
         more = f"\n  … and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:MOST_LISTED])

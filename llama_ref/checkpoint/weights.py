@@ -39,9 +39,9 @@ def load_model(
 
     Any number of files is put together. Of several processes each holds its `share` of every matrix and its stage's layers, and
     reads only those, and its model's `args` count its own layers and key/value heads; what lives in other stages stays on the
-    meta device. With `quantize`, each matrix is quantized from the
-    files' own numbers as soon as it is read, so that the model is never held otherwise; a folder that is quantized is loaded as
-    it is. Raises CheckpointError as `open_stored` does, RequestError for a matrix that the scheme cannot hold.
+    meta device. With `quantize`, each matrix is quantized from the files' own numbers as soon as it is read, so that the model
+    is never held otherwise; a folder that is quantized is loaded as it is. Raises CheckpointError as `open_stored` does,
+    RequestError for a matrix that the scheme cannot hold.
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     layers = share.layers(args.n_layers)

@@ -154,6 +154,7 @@ def plan(
     gpu_memory: float = 80,
     max_seq_len: int = 8192,
     max_batch_size: int = 4,
+    quantize: str | None = None,
     dtype: str | None = None,
     json: bool = False,
 ) -> int:
@@ -164,14 +165,15 @@ def plan(
         gpu_memory: GB of one card, as it is sold: 24, 80. (A T4 has 15 of its 16, an A10 or L4 22.4 of its 24: ECC takes some.)
         max_seq_len: the longest prompt and answer together, in tokens.
         max_batch_size: sequences at a time.
-        dtype: bfloat16, float16 or float32 (default: bfloat16 and float32).
+        quantize: int8, int4 or int4:group=32: the weights in so many bits.
+        dtype: bfloat16, float16 or float32 (default: bfloat16, and float32 where nothing is quantized).
         json: print it as JSON.
     """
     from llama_ref.plan import Workload, find_model
     from llama_ref.plan_view import print_plan
 
     workload = Workload(gpu_memory, max_seq_len, max_batch_size)
-    return 0 if print_plan(find_model(name), workload, dtype, as_json=json) else EXIT_BAD
+    return 0 if print_plan(find_model(name, quantize), workload, dtype, as_json=json) else EXIT_BAD
 
 
 @command()
@@ -327,6 +329,7 @@ def bench(
     prompt_len: int = 512,
     gen_len: int = 128,
     batch: str = "1,8",
+    context: str | None = None,
     against: str | None = None,
     rounds: int = 5,
     threads: int | None = None,
@@ -341,6 +344,7 @@ def bench(
         prompt_len: tokens of the prompt.
         gen_len: tokens to make.
         batch: sequences at a time; several numbers, 1,8, are measured in turn.
+        context: also decode one sequence after so many tokens, 8192,32768 say, whose keys and values are random numbers.
         against: transformers,llama.cpp,meta or some of them, where they are installed: the same weights in turn with ours.
         rounds: how often each takes its turn; medians are shown.
         threads: of every contestant (default: as PyTorch chooses).
@@ -355,7 +359,7 @@ def bench(
 
     if png is not None:
         check_picture(png)
-    lengths = {"prompt_len": prompt_len, "gen_len": gen_len, "batch": batch}
+    lengths = {"prompt_len": prompt_len, "gen_len": gen_len, "batch": batch, "context": context}
     settings = Settings.parse(name, **lengths, against=against, rounds=rounds, threads=threads, **options)
     report = compare(settings, note if sys.stderr.isatty() else lambda text: None)
     if png is not None:

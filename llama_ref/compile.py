@@ -13,19 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ref.cuda_decode import compile_cuda_decode
 from llama_ref.device import fast_for_one_row
 from llama_ref.errors import RequestError
-from llama_ref.model import Context, KVCache, Transformer, TransformerBlock, rotate
+from llama_ref.loop import CACHE_BLOCK, new_cache
+from llama_ref.model import Context, Transformer, TransformerBlock, rotate
 from llama_ref.parallel import SummedLinear
 from llama_ref.pipeline import LogitsForAll
 from llama_ref.quantization import planes
-from llama_ref.quantization.modules import Int4Linear, Int8Matrix
+from llama_ref.quantization.modules import Int4Linear, Int8Linear, Int8Matrix
+from llama_ref.quantization.pieces import PIECE, PiecewiseInt8Linear, in_pieces
 from llama_ref.quantization.planes import COLUMNS, PlanarInt4Linear, held
-from llama_ref.quantize import replace_module
+from llama_ref.quantize import replace_matrices
 
 STREAMS = 4  # rows read side by side: they share what is loaded of the vector; more were slower
-LONG_ROW, BLOCK = 4096, 1024  # a longer row is summed in blocks, which are read in several streams
-SHORTEST = 2  # tokens in the cache: a compiler takes a length of 0 or 1 for a case of its own
+FEWEST_BLOCKS = 2  # of the cache: a compiler takes a length of 0 or 1 for a case of its own
 NEVER = 10**6
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-add
@@ -53,13 +55,16 @@ def compile_decode(model: Transformer) -> None:
 
     if any(isinstance(module, SummedLinear | LogitsForAll) for module in model.modules()):
         raise RequestError("compile is for one process; leave it out, or start without torchrun")
-    if model.norm.weight.device.type != "cpu":
-        raise RequestError("compile is for the CPU so far; leave it out, or take device cpu")
+    device = model.norm.weight.device
+    if device.type == "cuda":
+        return compile_cuda_decode(model)
+    if device.type != "cpu":
+        raise RequestError(f"compile is for the CPU and for CUDA, not for {device.type}; leave it out")
     if not _has_compiler():
-        note("no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled")
-        return
-    for name in [name for name, module in model.named_modules() if isinstance(module, Int4Linear)]:
-        replace_module(model, name, PlanarInt4Linear(model.get_submodule(name)))
+        return note("no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled")
+    unpack = torch.compile(planes.matrix, options=OPTIONS, dynamic=True)
+    replace_matrices(model, Int4Linear, lambda matrix: PlanarInt4Linear(matrix, unpack))
+    replace_matrices(model, Int8Linear, lambda matrix: PiecewiseInt8Linear(matrix) if in_pieces(matrix.shape[1]) else matrix)
     step = torch.compile(_layer_step, options=OPTIONS, dynamic=False)
     head = torch.compile(matvec, options=OPTIONS, dynamic=False)
     for block in model.layers:
@@ -76,12 +81,11 @@ def compile_decode(model: Transformer) -> None:
 
 def _warm_up(model: Transformer) -> None:
     """A step of one row just as loop.py has them: with what differs, another would be compiled."""
-    norm = model.norm.weight
-    cache = KVCache(model.args, 1, SHORTEST + 1, dtype=norm.dtype, device=norm.device)
-    tokens = torch.zeros(1, SHORTEST, dtype=torch.long)
+    cache = new_cache(model, 1, 2 * CACHE_BLOCK)
+    tokens = torch.zeros(1, 2, dtype=torch.long)
     with torch.inference_mode():
         model.hidden(tokens, cache)
-        with fast_for_one_row(tokens[:, :1], norm.dtype):
+        with fast_for_one_row(tokens[:, :1], cache.keys.dtype):
             model.logits(model.hidden(tokens[:, :1], cache))
 
 
@@ -101,14 +105,15 @@ class _FastBlock:
 
     def __call__(self, x: Tensor, context: Context, layer: int) -> Tensor:
         cache = context.cache
-        if x.shape[:2] != (1, 1) or cache is None or cache.longest < SHORTEST:
+        if x.shape[:2] != (1, 1) or cache is None or cache.longest == 0 or cache.max_seq_len % CACHE_BLOCK:
             return self.plain(x, context, layer)
-        keys, values = cache.keys[layer, 0], cache.values[layer, 0]  # (K, max_seq_len, hd)
-        seen = x.new_empty(cache.longest)  # its length is what counts: a number would be compiled for itself alone
-        for tensor, dim in ((keys, 1), (values, 1), (seen, 0)):
+        keys, values = (all_[layer, 0].unflatten(1, (-1, CACHE_BLOCK)) for all_ in (cache.keys, cache.values))
+        n_blocks = max(FEWEST_BLOCKS, -(-cache.longest // CACHE_BLOCK))
+        blocks = x.new_empty(n_blocks)  # its length is what counts: a number would be compiled for itself alone
+        for tensor, dim in ((keys, 1), (values, 1), (blocks, 0)):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
         cos, sin = context.rotations
-        out, k, v = self.step(x[0, 0], cos[0, 0], sin[0, 0], keys, values, seen, self.matrices, self.norms)
+        out, k, v = self.step(x[0, 0], cos[0, 0], sin[0, 0], keys, values, blocks, cache.lengths, self.matrices, self.norms)
         cache.extend(layer, context.positions, k[None, None], v[None, None])
         return out[None, None]
 
@@ -129,38 +134,47 @@ def _matrix(module: nn.Module) -> Matrix:
     """The tensors that a compiled product takes."""
     if isinstance(module, PlanarInt4Linear):
         return module.words, module.scale, module.zero
-    if isinstance(module, Int8Matrix):
+    if isinstance(module, Int8Matrix | PiecewiseInt8Linear):
         return module.q, module.scale
     return (module.weight,)
 
 
 def _layer_step(
-    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, seen: Tensor, matrices: tuple[Matrix, ...], norms: tuple
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    length: Tensor,
+    matrices: tuple[Matrix, ...],
+    norms: tuple,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A block for one token: x (D,), keys and values (K, …, hd), of which the first `len(seen)` count -> x, its own k and v."""
+    """A block for one token: x (D,), keys and values (K, …, 64, hd) -> x, its own k and v (K, hd).
+
+    Of the keys and values the first `length` (1,) places count, in the first `len(blocks)` blocks.
+    """
     wq, wk, wv, wo, w1, w2, w3 = matrices
-    n_kv_heads, _, head_dim = keys.shape
+    n_kv_heads, head_dim = keys.shape[0], keys.shape[-1]
     h = _norm(x, *norms[0])
     q, k, v = (matvec(w, h).view(-1, head_dim) for w in (wq, wk, wv))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    keys, values = keys[:, : len(seen)], values[:, : len(seen)]  # (K, S, hd)
-    x = x + matvec(wo, _attend(q.view(n_kv_heads, -1, head_dim), k, v, keys, values))
+    keys, values = keys[:, : len(blocks)], values[:, : len(blocks)]
+    x = x + matvec(wo, _attend(q.view(n_kv_heads, -1, head_dim), k, v, keys, values, length))
     h = _norm(x, *norms[1])
     return x + matvec(w2, F.silu(matvec(w1, h)) * matvec(w3, h)), k, v
 
 
 def matvec(matrix: Matrix, x: Tensor) -> Tensor:
-    """A matrix (N, K) times x (K,), summed in float32: (N,) in x's dtype."""
+    """A matrix (N, K), or (P, N, K/P) in pieces, times x (K,), summed in float32: (N,) in x's dtype."""
     if len(matrix) == 3:
-        padded = matrix[0].shape[1] * COLUMNS
+        padded = matrix[0].shape[0] * matrix[0].shape[2] * COLUMNS
         return planes.product(*matrix, F.pad(x.float(), (0, padded - len(x)))).to(x.dtype)
     w, *scale = matrix
-    x32 = held(x.float())
-    if w.shape[1] > LONG_ROW and w.shape[1] % BLOCK == 0:
-        w, x32 = w.view(len(w), -1, BLOCK), x32.view(-1, BLOCK)
-        sums = torch.cat([(half.float() * x32).sum(-1).sum(-1) for half in w.chunk(2)])
-    else:
-        sums = torch.cat([(rows.float() * x32).sum(-1) for rows in w.chunk(STREAMS)])
+    if w.dim() == 2:
+        w = w.unflatten(1, (-1, PIECE if in_pieces(w.shape[1]) else w.shape[1])).transpose(0, 1)
+    x32 = held(x.float()).view(len(w), 1, -1)  # (P, 1, K/P)
+    sums = torch.cat([(rows.float() * x32).sum(-1).sum(0) for rows in w.chunk(STREAMS, dim=1)])
     return (sums * scale[0] if scale else sums).to(x.dtype)
 
 
@@ -169,12 +183,20 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of one token's q (K, G, hd) to what came before, keys and values (K, S, hd), and to itself, k and v (K, hd)."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
+    """Attention of one token's q (K, G, hd) to what came before and to itself, k and v (K, hd): (K · G · hd,).
+
+    keys and values (K, n, 64, hd) are blocks of the cache, small enough to stay in the nearest cache of the processor while all
+    heads of a group go over them; the first `length` (1,) places count.
+    """
     q32 = held(q.float() * q.shape[-1] ** -0.5)
-    scores = (q32[:, :, None] * keys[:, None].float()).sum(-1)  # (K, G, S)
-    own = (q32 * k[:, None].float()).sum(-1, keepdim=True)  # (K, G, 1)
-    top = torch.maximum(scores.amax(-1, keepdim=True), own)
-    p, p_own = held((scores - top).exp()), (own - top).exp()
-    mixed = (p[..., None] * values[:, None].float()).sum(-2) + p_own * v[:, None].float()  # (K, G, hd)
-    return (mixed / (p.sum(-1, keepdim=True) + p_own)).to(q.dtype).flatten()
+    n_blocks, size = keys.shape[1:3]
+    known = torch.arange(n_blocks * size).view(n_blocks, 1, size) < length  # (n, 1, 64)
+    scores = (q32[:, None, :, None] * keys[:, :, None].float()).sum(-1)  # (K, n, G, 64)
+    scores = torch.where(known, scores, -torch.inf)
+    own = (q32 * k[:, None].float()).sum(-1)  # (K, G)
+    top = torch.maximum(scores.amax((1, 3)), own)
+    p, p_own = held((scores - top[:, None, :, None]).exp()), (own - top).exp()
+    seen = torch.where(known[..., None], values[:, :, None].float(), 0)  # beyond, memory may hold a NaN
+    mixed = (p[..., None] * seen).sum(-2).sum(1) + p_own[..., None] * v[:, None].float()  # (K, G, hd)
+    return (mixed / (p.sum((1, 3)) + p_own)[..., None]).to(q.dtype).flatten()

@@ -28,7 +28,7 @@ from llama_ref.pipeline import split_layers
 from llama_ref.processes import ALONE, Job, join_job
 from llama_ref.quantize import use_fast_kernels
 from llama_ref.sampling import Sampler, SamplingParams
-from llama_ref.speculate import DraftModel, NGrams, Speculation, speculative_steps
+from llama_ref.speculate import DraftModel, NGrams, PassTime, Speculation, speculative_steps
 from llama_ref.streaming import Stream, stop_strings
 from llama_ref.tokenizer import Tokenizer
 
@@ -99,7 +99,8 @@ class Llama:
         checklist.chk the first time it is used, "always" each time, "never" does not. `progress` is called with (bytes done,
         bytes in all).
         `quantize`: "int8", "int4" or "int4:group=32" rounds the weights as they are read (quantize.py). `compile` makes
-        decoding of one sequence faster on a CPU; the first token waits some seconds for it (compile.py). `speculate`="ngram"
+        decoding faster, of one sequence on a CPU (compile.py), of any number on CUDA (cuda_decode.py); building waits some
+        seconds for it. `speculate`="ngram"
         has text that repeats made faster, `draft` any text: it names a smaller model of the same vocabulary (speculate.py).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
         """
@@ -122,10 +123,12 @@ class Llama:
             options = {"device": device, "dtype": dtype, "share": job.share, "quantize": quantize, "progress": progress}
             model = load_model(folder, args, **options)
         _divide(model, job)
+        if device.type == "cuda":
+            use_fast_kernels(model)  # before: there what is compiled runs them; on a CPU it has layouts of its own
         if compile:
             compile_decode(model)
-        use_fast_kernels(model)  # for what is quantized, and not compiled
-        speculation = DraftModel(small.model, model) if small else NGrams() if speculate else None
+        use_fast_kernels(model)
+        speculation = DraftModel(small.model, model) if small else NGrams(PassTime.of(model)) if speculate else None
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         return cls(model, tokenizer, **limits, seed=seed, job=job, speculation=speculation)
 

@@ -16,6 +16,7 @@ from llama_ref.model import KVCache, Transformer
 FinishReason = Literal["stop", "length"]
 
 PREFILL_TOKENS = 1024  # at a time, of all rows together: bounds activations; masks grow with the context alone
+CACHE_BLOCK = 64  # tokens; a cache holds whole blocks: what is compiled for a CPU reads it by these (compile.py)
 LOGPROB_POSITIONS = 128  # logits take 0.5 MB a position: an echoed prompt's are made this many at a time
 
 
@@ -70,7 +71,8 @@ def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
     """
     norm = model.layers[0].attention_norm.weight  # a norm is there in every part of a model, and is never quantized
     try:
-        return KVCache(model.args, batch_size, n_tokens, dtype=norm.dtype, device=norm.device)
+        room = -(-n_tokens // CACHE_BLOCK) * CACHE_BLOCK
+        return KVCache(model.args, batch_size, room, dtype=norm.dtype, device=norm.device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

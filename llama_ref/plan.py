@@ -15,10 +15,12 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.slices import WHOLE, Share
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
+from llama_ref.quantization.scheme import SCALE_BITS, Scheme
 from llama_ref.releases import RELEASES, Release, find_release
 
 # As loop.py has them; importing it would import torch, for which an answer need not wait.
-PREFILL_TOKENS, LOGPROB_POSITIONS = 1024, 128
+PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 128, 64
+BLOCK_WEIGHTS = 1 << 22  # as quantization/modules.py has it, likewise
 
 # Cards are sold by the GB and mean GiB, of which programs find at least this part: 79.1 on cards of 80, 23.5 on an A30 and 23.6
 # on an RTX 4090 of 24. Those whose GDDR memory keeps its ECC on have less: 14.7 on a T4 of 16, 22.0 on an A10 or L4 of 24.
@@ -34,16 +36,9 @@ CARDS_PER_NODE = 8
 LARGEST = 10**9  # of the numbers that are asked for: beyond any machine, and far below where arithmetic would take time
 
 
-@dataclass(frozen=True)
-class Precision:
-    """Bytes of a weight, and of a number in KV cache and activations: weight-only quantization narrows the first alone."""
-
-    weight: int
-    compute: int
-
-
-PRECISIONS = {"bfloat16": Precision(2, 2), "float16": Precision(2, 2), "float32": Precision(4, 4)}
-SHOWN_PRECISIONS = ("bfloat16", "float32")  # float16's numbers are bfloat16's
+# Bytes of a number: of a weight that is not quantized, and of all that is computed.
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+SHOWN_DTYPES = ("bfloat16", "float32")  # float16's numbers are bfloat16's
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Model:
-    """What is planned for. `ckpt_dir` is the name or path to load it by, `context` what it was trained for, in tokens."""
+    """What is planned for. `ckpt_dir` is the name or path to load it by, `context` what it was trained for, in tokens.
+
+    `scheme`: what its matrices are quantized by, as they are loaded, or in the folder already (`is_quantized`).
+    """
 
     name: str
     ckpt_dir: str
@@ -136,22 +134,76 @@ class Model:
     tied: bool
     context: int
     notes: tuple[str, ...] = ()
+    scheme: Scheme | None = None
+    is_quantized: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`count` alike in a share: so many rows, and these of the whole matrix's `all_columns`."""
+
+    name: str
+    count: int
+    rows: int
+    columns: range
+    all_columns: int
+
+    @property
+    def numbers(self) -> int:
+        return self.count * self.rows * len(self.columns)
 
 
 # ---- of one process
 
 
+def matrices(args: ModelArgs, tied: bool, share: Share = WHOLE) -> Iterator[Matrix]:
+    """What a share holds of every matrix; a tied output is none of its own where one process has both ends."""
+    heads, ffn, vocabulary = share.of(args.n_heads), share.of(args.ffn_dim), len(share.of(args.vocab_size))
+    q_columns = range(heads.start * args.head_dim, heads.stop * args.head_dim)
+    kv, dim, n = local_kv_heads(args, share) * args.head_dim, range(args.dim), len(share.layers(args.n_layers))
+    yield Matrix("wq", n, len(q_columns), dim, args.dim)
+    yield Matrix("wk and wv", 2 * n, kv, dim, args.dim)
+    yield Matrix("wo", n, args.dim, q_columns, args.n_heads * args.head_dim)
+    yield Matrix("w1 and w3", 2 * n, len(ffn), dim, args.dim)
+    yield Matrix("w2", n, args.dim, ffn, args.ffn_dim)
+    if share.is_first_stage:
+        yield Matrix("tok_embeddings", 1, vocabulary, dim, args.dim)
+    if share.is_last_stage and not (tied and share.is_first_stage):
+        yield Matrix("output", 1, vocabulary, dim, args.dim)
+
+
+def count_norms(args: ModelArgs, share: Share = WHOLE) -> int:
+    """How many numbers a share's norms are: two of every layer, and the last one."""
+    return (2 * len(share.layers(args.n_layers)) + share.is_last_stage) * args.dim
+
+
 def count_parameters(args: ModelArgs, tied: bool, share: Share = WHOLE) -> int:
-    """How many numbers a share's weights are, to the last; a tied output counts once where one process has both ends."""
-    heads, ffn = len(share.of(args.n_heads)), len(share.of(args.ffn_dim))
-    rows = (2 * heads + 2 * local_kv_heads(args, share)) * args.head_dim + 3 * ffn  # wq and wo, wk and wv, w1 to w3
-    layer = (rows + 2) * args.dim  # each matrix has `dim` on its other side; 2 norms
-    vocabulary = len(share.of(args.vocab_size)) * args.dim
-    ends = vocabulary if share.is_first_stage else 0
-    if share.is_last_stage:
-        ends += args.dim  # the last norm
-        ends += 0 if tied and share.is_first_stage else vocabulary
-    return len(share.layers(args.n_layers)) * layer + ends
+    """How many numbers a share's weights are, to the last."""
+    return sum(matrix.numbers for matrix in matrices(args, tied, share)) + count_norms(args, share)
+
+
+def weight_bytes(model: Model, share: Share, size: int) -> int:
+    """Of a share's weights, to the last; `size` bytes a number that is not quantized. Raises RequestError as `_bytes` does."""
+    held = sum(_bytes(model, matrix, size) for matrix in matrices(model.args, model.tied, share))
+    return held + count_norms(model.args, share) * size
+
+
+def _bytes(model: Model, matrix: Matrix, size: int) -> int:
+    """Raises RequestError where the scheme's groups do not divide the rows, or a folder's own would be cut."""
+    if model.scheme is None:
+        return matrix.numbers * size
+    bits = model.scheme.bits_of(matrix.name)
+    per_row = 1 if bits == 8 else 2 * len(matrix.columns) // _group(model, matrix)  # scales, and to each a zero point
+    return (matrix.numbers * bits + matrix.count * matrix.rows * per_row * SCALE_BITS[bits]) // 8
+
+
+def _group(model: Model, matrix: Matrix) -> int:
+    if not model.is_quantized:  # each process makes its own
+        return model.scheme.group_for(matrix.name, len(matrix.columns))
+    group = model.scheme.group_for(matrix.name, matrix.all_columns)
+    if matrix.columns.start % group or matrix.columns.stop % group:
+        raise RequestError(f"so many processes would cut groups of {group} weights in {matrix.name}")
+    return group
 
 
 def local_kv_heads(args: ModelArgs, share: Share) -> int:
@@ -163,10 +215,10 @@ def local_kv_heads(args: ModelArgs, share: Share) -> int:
 def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int) -> int:
     """Keys and values of the share's layers and heads, all sequences at full length; `size` bytes a number."""
     per_token = 2 * len(share.layers(args.n_layers)) * local_kv_heads(args, share) * args.head_dim * size
-    return per_token * workload.max_seq_len * workload.max_batch_size
+    return per_token * -(-workload.max_seq_len // CACHE_BLOCK) * CACHE_BLOCK * workload.max_batch_size
 
 
-def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: int) -> int:
+def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: int, *, is_quantized: bool = False) -> int:
     """Upper estimate of what is alive beside weights and cache at the worst moment of any call; `size` bytes a number.
 
     Prompts of any lengths up to max_seq_len, every way of sampling, log-probabilities of the prompt.
@@ -180,9 +232,19 @@ def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: in
     gathered = 1 if share.world_size == 1 else 3  # logits: this part, all parts, all in one
     float32 = 4 + 4 * (size < 4)  # log-probabilities, and logits where they are not float32 already
     scores = 2 * state + (gathered * size + float32) * min(LOGPROB_POSITIONS, T) * V
+    if is_quantized:
+        layers += _block_bytes(args, share, B * T, size)
+        scores += _block_bytes(args, share, min(LOGPROB_POSITIONS, T), size)
     sampling = 48 * B * V  # logits, probabilities, their sort with its int64 indices, float64 sums
     token_ids = 8 * (B + 2) * S
     return token_ids + 4 * B * V + max(ended + max(layers, scores), sampling)
+
+
+def _block_bytes(args: ModelArgs, share: Share, rows: int, size: int) -> int:
+    """Of a product with a quantized matrix: some of its weights as numbers, and what these give, by themselves and joined."""
+    widest = max(len(share.of(args.ffn_dim)), len(share.of(args.vocab_size)) if rows <= LOGPROB_POSITIONS else args.dim)
+    largest = max(matrix.rows * len(matrix.columns) for matrix in matrices(args, False, share))
+    return (2 + 2 * size) * min(BLOCK_WEIGHTS, largest) + 2 * size * rows * widest
 
 
 def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: int) -> int:
@@ -207,9 +269,23 @@ def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: in
 # ---- of a job
 
 
-def plan(model: Model, workload: Workload, dtypes: Iterable[str] = SHOWN_PRECISIONS) -> list[Placement]:
-    """Every layout in every dtype, fewest processes first within a dtype."""
-    return [_place(model, workload, dtype, layout) for dtype in dtypes for layout in layouts(model.args)]
+def plan(model: Model, workload: Workload, dtypes: Iterable[str] = SHOWN_DTYPES) -> list[Placement]:
+    """Every layout in every dtype, fewest processes first within a dtype. Raises RequestError for a scheme that has none."""
+    possible = possible_layouts(model)
+    return [_place(model, workload, dtype, layout) for dtype in dtypes for layout in possible]
+
+
+def possible_layouts(model: Model) -> list[Layout]:
+    """Those in which every process has whole groups, where the model is quantized. Raises RequestError if not even one has."""
+    weight_bytes(model, WHOLE, 2)
+    return [layout for layout in layouts(model.args) if model.scheme is None or _has_groups(model, layout)]
+
+
+def _has_groups(model: Model, layout: Layout) -> bool:
+    try:
+        return all(weight_bytes(model, share, 2) for share in layout.shares())
+    except RequestError:
+        return False
 
 
 def layouts(args: ModelArgs) -> list[Layout]:
@@ -235,17 +311,16 @@ def longest(model: Model, workload: Workload, placement: Placement) -> int:
 
 
 def _place(model: Model, workload: Workload, dtype: str, layout: Layout) -> Placement:
-    precision = PRECISIONS[dtype]
-    needs = (_need(model, workload, precision, share) for share in layout.shares())
+    needs = (_need(model, workload, SIZES[dtype], share) for share in layout.shares())
     most = max(needs, key=lambda need: need.total)
     return Placement(dtype, layout, most, most.total <= workload.card_bytes)
 
 
-def _need(model: Model, workload: Workload, precision: Precision, share: Share) -> Need:
+def _need(model: Model, workload: Workload, size: int, share: Share) -> Need:
     return Need(
-        weights=count_parameters(model.args, model.tied, share) * precision.weight,
-        kv_cache=kv_cache_bytes(model.args, share, workload, precision.compute),
-        activations=activation_bytes(model.args, share, workload, precision.compute),
+        weights=weight_bytes(model, share, size),
+        kv_cache=kv_cache_bytes(model.args, share, workload, size),
+        activations=activation_bytes(model.args, share, workload, size, is_quantized=model.scheme is not None),
     )
 
 
@@ -265,12 +340,24 @@ def _halves(number: int) -> Iterator[int]:
 # ---- which model
 
 
-def find_model(name: str) -> Model:
+def find_model(name: str, quantize: str | None = None) -> Model:
     """The model of a folder (a path, or a release that was downloaded) or, without any file, of a release by its name.
 
-    A release in a format that is not read yet stands for its bf16 sibling, and a note says so. Raises RequestError with the
-    reason where there is none (vision; the pruned int4 guard), CheckpointError for a folder that cannot be read.
+    `quantize`: "int8", "int4" or "int4:group=32", as it would be loaded. A release in a format that is not read yet stands for
+    its bf16 sibling, and a note says so. Raises RequestError with the reason where there is none (vision; the pruned int4
+    guard) or a folder is quantized otherwise, CheckpointError for a folder that cannot be read.
     """
+    scheme = None if quantize is None else Scheme.parse(quantize)
+    model = _find_model(name)
+    if model.is_quantized and scheme not in (None, model.scheme):
+        raise RequestError(
+            f"{name} is quantized to {model.scheme} already, and to {scheme} only its original could be: leave "
+            "--quantize out, or name that"
+        )
+    return replace(model, scheme=scheme or model.scheme)
+
+
+def _find_model(name: str) -> Model:
     try:
         return _of_folder(name, open_folder(name))
     except FolderNotFound:
@@ -297,7 +384,12 @@ def _of_folder(name: str, folder: CheckpointFolder) -> Model:
     if kind:
         raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; plan its bf16 text release by name")
     context = release.max_seq_len if release else LONG_CONTEXT if args.use_scaled_rope else SHORT_CONTEXT
-    return Model(release.name if release else folder.name, name, args, is_tied(folder), context)
+    model = Model(release.name if release else folder.name, name, args, is_tied(folder), context)
+    if not folder.is_quantized:
+        return model
+    from llama_ref.checkpoint.quantized import scheme_of
+
+    return replace(model, scheme=scheme_of(folder, args), is_quantized=True)
 
 
 def _find_release(name: str) -> Release:

@@ -14,7 +14,7 @@ from llama_ref.checkpoint.report import human_bytes, printable
 from llama_ref.plan import (
     CARDS_PER_NODE,
     SET_ASIDE,
-    SHOWN_PRECISIONS,
+    SHOWN_DTYPES,
     Layout,
     Model,
     Placement,
@@ -31,8 +31,12 @@ EXAMPLES = 4  # prompts that the scripts give at a time
 
 
 def print_plan(model: Model, workload: Workload, dtype: str | None = None, *, as_json: bool) -> bool:
-    """Layouts of a model in `dtype` (default: bfloat16 and float32), as tables or JSON; whether any of them fits."""
-    dtypes = SHOWN_PRECISIONS if dtype is None else (_full_name(dtype),)
+    """Layouts of a model in `dtype`, as tables or JSON; whether any of them fits.
+
+    The default is bfloat16, and float32 too where the weights are not quantized.
+    """
+    shown = SHOWN_DTYPES[:1] if model.scheme else SHOWN_DTYPES
+    dtypes = shown if dtype is None else (_full_name(dtype),)
     placements = plan(model, workload, dtypes)
     best = smallest(placements)
     if as_json:
@@ -57,6 +61,8 @@ def start_command(model: Model, workload: Workload, placement: Placement) -> lis
     words += [f"--max_seq_len {workload.max_seq_len}", f"--max_batch_size {workload.max_batch_size}"]
     if placement.layout.stages > 1:
         words.append(f"--pipeline_parallel_size {placement.layout.stages}")
+    if model.scheme and not model.is_quantized:
+        words.append(f"--quantize {model.scheme}")
     return words if placement.dtype == "bfloat16" else [*words, f"--dtype {placement.dtype}"]
 
 
@@ -71,6 +77,7 @@ def _as_json(model: Model, workload: Workload, placements: list[Placement]) -> d
     return {
         "name": model.name,
         "parameters": _n_parameters(model),
+        "quantization": model.scheme and str(model.scheme),
         **asdict(workload),
         "card_bytes": workload.card_bytes,
         "set_aside_bytes": SET_ASIDE,
@@ -121,7 +128,8 @@ def _print_tables(model: Model, workload: Workload, placements: list[Placement])
 
 
 def _table(model: Model, workload: Workload, dtype: str, placements: list[Placement]) -> Table:
-    table = Table(title=dtype, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    title = f"{model.scheme}, computed in {dtype}" if model.scheme else dtype
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("cards", "tensor", "stages", "weights", "KV cache", "activations", "in all", "fits", "longest"):
         table.add_column(name, justify="left" if name == "fits" else "right", no_wrap=True)
     for placement in _worth_showing(placements):

@@ -4,7 +4,7 @@ quantize_model(model, Scheme.parse("int4"))  # a model in memory; checkpoint/wei
 use_fast_kernels(model)                      # eager: into the layouts of PyTorch's own kernels
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from llama_ref.quantization.modules import Int4Linear, Int8Embedding, Int8Linear
 from llama_ref.quantization.scheme import Scheme
 
 
-def quantize_model(model: Transformer, scheme: Scheme | str, importances: Mapping[str, Tensor] | None = None) -> None:
+def quantize_model(model: Transformer, scheme: Scheme | str) -> None:
     """Replace the embedding and the linear layers by quantized ones, in place, each weight freed before the next.
 
-    `importances`: how much each column of a tensor counts, as quantization/calibration.py measures it; all alike without.
     Raises RequestError for a matrix that the scheme cannot hold, before anything is changed.
     """
     scheme = Scheme.parse(scheme)
@@ -30,7 +29,7 @@ def quantize_model(model: Transformer, scheme: Scheme | str, importances: Mappin
         if name == "output" and tied:
             continue
         weight = model.get_submodule(name).weight.data
-        replace_module(model, name, quantized(scheme, f"{name}.weight", weight, weight.dtype, importances))
+        replace_module(model, name, quantized(scheme, f"{name}.weight", weight, weight.dtype))
     if tied:
         tie(model)
 
@@ -41,13 +40,7 @@ def refuse_unfit(scheme: Scheme, name: str, columns: int) -> None:
         scheme.group_for(name, columns)
 
 
-def quantized(
-    scheme: Scheme,
-    name: str,
-    weight: Tensor,
-    dtype: torch.dtype,
-    importances: Mapping[str, Tensor] | None = None,
-) -> QuantizedMatrix | None:
+def quantized(scheme: Scheme, name: str, weight: Tensor, dtype: torch.dtype) -> QuantizedMatrix | None:
     """A tensor's module by its name ("layers.0.attention.wq.weight"); None for one that stays as it is.
 
     `dtype` is what the embedding gives.
@@ -56,9 +49,16 @@ def quantized(
     if bits is None:
         return None
     if bits == 4:
-        return Int4Linear.of(weight, scheme.group_for(name, weight.shape[1]), (importances or {}).get(name))
+        return Int4Linear.of(weight, scheme.group_for(name, weight.shape[1]))
     matrix = Int8Linear.of(weight)
     return Int8Embedding(matrix.q, matrix.scale, dtype) if name == "tok_embeddings.weight" else matrix
+
+
+def replace_matrices(model: nn.Module, kind: type[QuantizedMatrix], new: Callable[[QuantizedMatrix], nn.Module]) -> None:
+    """Put `new(matrix)` in the place of every matrix of a kind, one by one, so that two layouts of a single one are held."""
+    # By name: a list of the modules would keep all of them while they are replaced.
+    for name in [name for name, module in model.named_modules() if type(module) is kind]:
+        replace_module(model, name, new(model.get_submodule(name)))
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -82,9 +82,7 @@ def use_fast_kernels(model: nn.Module, dtype: torch.dtype | None = None) -> None
     plain modules.
     """
     dtype = dtype or next(parameter.dtype for parameter in model.parameters())
-    # By name: a list of the modules would keep all of them while they are replaced.
-    for name in [name for name, module in model.named_modules() if isinstance(module, Int4Linear)]:
-        replace_module(model, name, faster(model.get_submodule(name), dtype))
+    replace_matrices(model, Int4Linear, lambda matrix: faster(matrix, dtype))
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from llama_ref.device import fast_for_one_row
 from llama_ref.loop import PREFILL_TOKENS, Row, finished, new_cache, prefill, refuse_nan
 from llama_ref.model import KVCache, Transformer
+from llama_ref.quantization.modules import Int8Matrix, QuantizedMatrix
 from llama_ref.sampling import Sampler
 
 LONGEST_DRAFT = 12  # tokens
@@ -25,17 +26,45 @@ USUAL = {1: 0.3, 2: 0.6, 3: 0.8}  # how often a match of so many tokens is gone 
 NEWEST = 0.1  # the last guess's weight in a rate of right ones
 USUAL_OF_MODELS = 0.7  # how often a draft model is right
 
+# PassTime's numbers by weights and whether decoding is compiled, for Llama 3.2 1B's shape on two cores.
+MEASURED = {
+    ("bfloat16", False): (1.4, 0.04),
+    ("bfloat16", True): (1.4, 0.05),
+    ("float32", False): (1.1, 0.03),
+    ("float32", True): (1.1, 0.03),
+    ("int8", False): (0.55, 0.23),
+    ("int8", True): (0.66, 0.32),
+    ("int4", False): (0.45, 0.34),
+    ("int4", True): (42.0, 0.2),
+}
+
 
 @dataclass(frozen=True)
 class PassTime:
     """What a pass over T > 1 tokens takes, in decode steps: `several` + T · `each`.
 
-    The defaults are bfloat16's on a CPU (scripts/bench_speculate.py). Nothing is timed on the way: a run can be repeated, and
-    all processes of a job draft alike.
+    The defaults are bfloat16's on a CPU. Nothing is timed on the way: a run can be repeated, and all processes of a job draft
+    alike.
     """
 
     several: float = 1.4
     each: float = 0.04
+
+    @classmethod
+    def of(cls, model: Transformer) -> "PassTime":
+        """What was measured for models of this kind (scripts/bench_speculate.py prints it).
+
+        Fewer bits and a compiled step make a step cheaper, and a pass over several tokens less so. A GPU computes far more than
+        it reads: there, not measured yet, such a pass is taken to cost little more than a step.
+        """
+        block = model.layers[0]  # every part of a model has one
+        norm, matrix = block.attention_norm.weight, block.attention.wq
+        if norm.device.type != "cpu":
+            return cls(1.05, 0.01)
+        dtype = str(norm.dtype).removeprefix("torch.")
+        kind = "int8" if isinstance(matrix, Int8Matrix) else "int4" if isinstance(matrix, QuantizedMatrix) else dtype
+        is_compiled = "forward" in vars(block)  # compile.py puts its own in front of the class's
+        return cls(*MEASURED.get((kind, is_compiled), MEASURED["bfloat16", is_compiled]))
 
     def with_guesses(self, n: int) -> float:
         return self.several + (n + 1) * self.each if n else 1.0
@@ -247,9 +276,9 @@ class NGramDrafter:
 class DraftModel:
     """Guesses of a smaller model with the same vocabulary, which keeps its own keys and values of each row's text."""
 
-    def __init__(self, model: Transformer, target: Transformer, pass_time: PassTime = PassTime()):
+    def __init__(self, model: Transformer, target: Transformer, pass_time: PassTime | None = None):
         self.model = model
-        self.pass_time = pass_time
+        self.pass_time = pass_time or PassTime.of(target)
         self.cost = _bytes_read(model) / _bytes_read(target)  # of a token, in decode steps of the target
         self._last: ModelDrafter | None = None  # that of a single row: a conversation's next turn goes on from it
 

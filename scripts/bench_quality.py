@@ -1,9 +1,11 @@
-"""What fewer bits cost: perplexity, and divergence from the unquantized model, on English and on code.
+"""What fewer bits cost: perplexity, and divergence from the unquantized model, on English, code and Korean; llama.cpp beside.
 
     python scripts/bench_quality.py [--folder checkpoints/SmolLM2-135M-Instruct] [--windows 2] [--stored]
 
-English is this repository's README.md, code the source of Python's argparse; what calibration reads is neither
-(llama_ref/quantization/calibration.py). Everything but the weights is in float32, so that nothing but their bits differs.
+English is this repository's README.md, Korean its README.ko.md, code the source of Python's argparse; what calibration reads is
+none of them (llama_ref/quantization/calibration.py). Everything but our weights is in float32, so that nothing but their bits
+differs. llama.cpp (the package llama-cpp-python, where it is installed) rounds the same weights by its own rules, reads the
+same tokens with the arithmetic that it has for them, and is compared with itself in float32.
 
 The demo checkpoint had four bits before, a scale and a minimum for each 32 weights (Q4_1), and int4:group=32 would find these
 very steps again. So its weights are spread evenly over their steps first, which makes a somewhat worse model without steps;
@@ -11,28 +13,39 @@ very steps again. So its weights are spread evenly over their steps first, which
 """
 
 import argparse
-import copy
+import importlib.util
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import fire
 import torch
 from torch import Tensor
 
+from llama_ref.checkpoint.convert import Source, write_native_tokenizer
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.hf_config import params_of
+from llama_ref.checkpoint.outgoing import Outgoing
+from llama_ref.checkpoint.pth_writer import write_pth
+from llama_ref.checkpoint.quantizing import quantize_folder
+from llama_ref.checkpoint.slices import WHOLE
+from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT
 from llama_ref.checkpoint.weights import load_model
+from llama_ref.checkpoint.writing import new_folder, write_params
 from llama_ref.errors import LlamaRefError
 from llama_ref.model import Transformer
-from llama_ref.quantization.calibration import N_TOKENS, calibration_text, importances
-from llama_ref.quantize import quantize_model, quantized_bytes
+from llama_ref.quantize import quantized_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
 SCHEMES = ("int8", "int4", "int4:group=32")
+PEERS = ("BF16", "Q8_0", "Q4_0", "Q4_1")
 WINDOW_TOKENS = 512
 STEPS_GROUP = 32  # weights that shared a scale in Q4_1
+
+Reader = Callable[[Tensor], Tensor]  # tokens (B, T) -> log-probabilities float32 (B, T, V)
 
 
 @dataclass(frozen=True)
@@ -46,44 +59,137 @@ class Quality:
 
 def main(folder: str | Path = DEMO, windows: int = 2, stored: bool = False) -> None:
     """Print a table of every scheme's bytes, perplexity, divergence and agreement."""
-    opened = open_folder(folder)
-    args = opened.read_args()
-    tokenizer = opened.open_tokenizer(args)
-    model = load_model(opened, args, dtype=torch.float32)
-    if not stored:
-        spread(model)
-    texts = {"English": (REPOSITORY / "README.md").read_text(encoding="utf-8"), "code": inspect.getsource(argparse)}
-    ids = {kind: cut(tokenizer.encode(text, bos=False, eos=False), tokenizer.bos_id, windows) for kind, text in texts.items()}
-    seen = importances(model, tokenizer.encode(calibration_text(), bos=True, eos=False)[:N_TOKENS])
-    expected = {kind: log_probabilities(model, tokens) for kind, tokens in ids.items()}
+    tokenizer = open_folder(folder).open_tokenizer(open_folder(folder).read_args())
+    ids = {kind: cut(tokenizer.encode(text, bos=False, eos=False), tokenizer.bos_id, windows) for kind, text in texts().items()}
     print(f"{'':<27}{'MB':>6}" + "".join(f"   {kind + ': ppl':>13} {'KL':>8} {'same top':>8}" for kind in ids))
-    for scheme in (None, *SCHEMES):
-        for calibrated in (False, True) if scheme and scheme.startswith("int4") else (False,):
-            name = f"{scheme or 'none'}{', calibrated' if calibrated else ''}"
-            ours, n_bytes = quantized_copy(model, scheme, seen if calibrated else None)
-            found = {kind: quality(ours, tokens, expected[kind]) for kind, tokens in ids.items()}
-            cells = "".join(f"   {q.perplexity:13.3f} {q.kl:8.5f} {q.agreement:8.1%}" for q in found.values())
-            print(f"{name:<27}{n_bytes / 1e6:6.0f}{cells}", flush=True)
+    with TemporaryDirectory() as scratch:
+        source = Path(folder) if stored else spread_folder(folder, Path(scratch, "spread"))
+        expected = show(ids, ours(source, Path(scratch)))
+        if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+            show(ids, theirs(source, Path(scratch)), expected)
+        else:
+            print("llama.cpp: not installed (pip install llama-cpp-python gguf)")
 
 
-def quantized_copy(model: Transformer, scheme: str | None, seen: Mapping[str, Tensor] | None) -> tuple[Transformer, int]:
-    """A quantized copy of a model, and the bytes of its matrices (of unquantized ones, in bfloat16)."""
-    if scheme is None:
-        return model, 2 * sum(parameter.numel() for parameter in model.parameters())
-    ours = copy.deepcopy(model)
-    quantize_model(ours, scheme, seen)
-    return ours, quantized_bytes(ours)
+def texts() -> dict[str, str]:
+    """What is read, by kind."""
+    return {
+        "English": (REPOSITORY / "README.md").read_text(encoding="utf-8"),
+        "code": inspect.getsource(argparse),
+        "Korean": (REPOSITORY / "README.ko.md").read_text(encoding="utf-8"),
+    }
 
 
-def spread(model: Transformer) -> None:
-    """Move each weight by up to half the step that four bits would have in its group, so that no steps are left."""
+def show(
+    ids: Mapping[str, Tensor], rows: Iterable[tuple[str, int, Reader]], others: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Print a row for each; return what the first one reads, which the next are compared with, itself with `others`."""
+    expected: dict[str, Tensor] = {}
+    for name, n_bytes, read in rows:
+        found = {kind: read(tokens) for kind, tokens in ids.items()}
+        reference = expected or others or found
+        qualities = [quality(found[kind], tokens, reference[kind]) for kind, tokens in ids.items()]
+        cells = "".join(f"   {q.perplexity:13.3f} {q.kl:8.5f} {q.agreement:8.1%}" for q in qualities)
+        print(f"{name:<27}{n_bytes / 1e6:6.0f}{cells}", flush=True)
+        expected = expected or found
+    return expected
+
+
+def ours(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
+    """Every scheme by its name, the bytes of its matrices (unquantized, in bfloat16), and what reads with it."""
+    plain = load(source)
+    yield "none", 2 * sum(parameter.numel() for parameter in plain.parameters()), reader(plain)
+    for scheme in SCHEMES:
+        rounded = load(source, scheme)
+        yield scheme, quantized_bytes(rounded), reader(rounded)
+        if scheme.startswith("int4"):
+            rounded = load(quantize_folder(source, scratch / "calibrated", scheme, force=True, verify="never"))
+            yield f"{scheme}, calibrated", quantized_bytes(rounded), reader(rounded)
+
+
+def theirs(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
+    """llama.cpp's precisions, float32 first."""
+    import llama_cpp
+
+    from llama_ref.bench.gguf_file import bytes_read, write_gguf
+
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(quiet, None)
+    llama_cpp.llama_backend_init()
+    plain, rounded = scratch / "F32.gguf", scratch / "rounded.gguf"
+    write_gguf(open_folder(source), plain, torch.float32)
+    yield "llama.cpp F32", bytes_read(plain), peer_reader(plain)
+    for name in PEERS:
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+        if llama_cpp.llama_model_quantize(str(plain).encode(), str(rounded).encode(), params):
+            raise RuntimeError(f"llama.cpp did not write {name}")
+        yield f"llama.cpp {name}", bytes_read(rounded), peer_reader(rounded)
+
+
+def load(folder: Path, scheme: str | None = None) -> Transformer:
+    opened = open_folder(folder)
+    return load_model(opened, opened.read_args(), dtype=torch.float32, quantize=scheme)
+
+
+def reader(model: Transformer) -> Reader:
+    return lambda tokens: log_probabilities(model, tokens)
+
+
+def peer_reader(path: Path) -> Reader:
+    """What reads with llama.cpp, in one batch per row, with keys and values in float32 as ours are."""
+    import llama_cpp
+    import numpy as np
+
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise RuntimeError(f"llama.cpp refuses {path.name}")
+
+    def read_row(row: Tensor) -> Tensor:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = len(row)
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+        context = llama_cpp.llama_init_from_model(model, params)
+        batch = llama_cpp.llama_batch_init(len(row), 0, 1)
+        try:
+            batch.n_tokens = len(row)
+            for i, token in enumerate(row.tolist()):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+                batch.seq_id[i][0] = 0
+            if llama_cpp.llama_decode(context, batch):
+                raise RuntimeError(f"llama.cpp did not read {len(row)} tokens")
+            n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(row), n_vocab))
+            return torch.from_numpy(logits).log_softmax(-1)  # a copy: the context's own memory goes with it
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_free(context)
+
+    return lambda tokens: torch.stack([read_row(row) for row in tokens])
+
+
+def spread_folder(source: str | Path, target: Path) -> Path:
+    """A checkpoint in bfloat16 whose weights are moved by up to half the step that four bits would have in their group."""
+    opened = Source.open(source)
     generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        if weight.dim() == 2:
-            groups = weight.data.unflatten(1, (-1, STEPS_GROUP))
+    tensors = [_spread(tensor, generator) for tensor in opened.outgoing(WHOLE, torch.bfloat16)]
+    with new_folder(target) as folder:
+        write_params(folder, params_of(opened.args))
+        write_native_tokenizer(folder, opened)
+        write_pth(folder / "consolidated.00.pth", tensors, {OUTPUT: EMBEDDING} if opened.stored.tied else {})
+    return target
+
+
+def _spread(tensor: Outgoing, generator: torch.Generator) -> Outgoing:
+    def blocks() -> Iterator[Tensor]:
+        for rows in tensor.blocks():
+            groups = rows.float().unflatten(1, (-1, STEPS_GROUP))
             step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
-            groups += step * (torch.rand(groups.shape, generator=generator) - 0.5)
-            weight.data = groups.flatten(1).bfloat16().float()  # what a release would hold
+            yield (groups + step * (torch.rand(groups.shape, generator=generator) - 0.5)).flatten(1).bfloat16()
+
+    return replace(tensor, blocks=blocks) if len(tensor.shape) == 2 else tensor
 
 
 def cut(ids: list[int], bos_id: int, windows: int) -> Tensor:
@@ -98,10 +204,10 @@ def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
     return torch.cat([model(row[None]).log_softmax(-1) for row in tokens])
 
 
-def quality(model: Transformer, tokens: Tensor, expected: Tensor) -> Quality:
-    found = log_probabilities(model, tokens)
+def quality(found: Tensor, tokens: Tensor, expected: Tensor) -> Quality:
+    """Of log-probabilities (B, T, V) for the tokens (B, T), beside those expected."""
     nll = -found[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
-    kl = (expected.exp() * (expected - found)).sum(-1).mean()
+    kl = torch.stack([(e.exp() * (e - f)).sum(-1).mean() for e, f in zip(expected, found, strict=True)]).mean()
     agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean()
     return Quality(nll.exp().item(), kl.item(), agreement.item())
 

@@ -1,11 +1,12 @@
 """Tokens per second with drafts and without, alternating in one run, on text that repeats and on text that does not.
 
     python scripts/bench_speculate.py [--ckpt_dir checkpoints/SmolLM2-135M-Instruct] [--draft NAME] [--gen_len 96] [--rounds 5]
+                                      [--quantize int8] [--compile] [--dtype bfloat16] [--passes]
 
-One sequence at a time, greedy and sampled (temperature 0.8, top_p 0.95, one seed), in bfloat16. Drafts come from n-grams of
-the text, or from the model that `--draft` names. First it prints what a pass over several tokens takes, in decode steps: the
-drafts' lengths are chosen by that (PassTime in speculate.py). Ratios are medians over the rounds; on a busy machine
-only they mean something.
+One sequence at a time, greedy and sampled (temperature 0.8, top_p 0.95, one seed). Drafts come from n-grams of the text, or
+from the model that `--draft` names. First it prints what a pass over several tokens takes, in decode steps, and the line
+through that: the drafts' lengths are chosen by it (PassTime in speculate.py); `--passes` prints that alone. Ratios are medians
+over the rounds; on a busy machine only they mean something.
 """
 
 import statistics
@@ -46,13 +47,23 @@ WAYS = {"greedy": {"temperature": 0}, "sampled": {"temperature": 0.8, "top_p": 0
 
 @command()
 def main(
-    ckpt_dir: str = "checkpoints/SmolLM2-135M-Instruct", *, draft: str | None = None, gen_len: int = 96, rounds: int = 5
+    ckpt_dir: str = "checkpoints/SmolLM2-135M-Instruct",
+    *,
+    draft: str | None = None,
+    gen_len: int = 96,
+    rounds: int = 5,
+    quantize: str | None = None,
+    compile: bool = False,
+    dtype: str = "bfloat16",
+    passes: bool = False,
 ) -> None:
     """Compare speculative with ordinary decoding."""
-    options = {"device": "cpu", "dtype": "bfloat16", "max_seq_len": 2048}
+    options = {"device": "cpu", "dtype": dtype, "max_seq_len": 2048, "quantize": quantize, "compile": compile}
     quick = Llama.build(ckpt_dir, **options, **({"draft": draft} if draft else {"speculate": "ngram"}))
     plain = Llama(quick.model, quick.tokenizer, max_seq_len=quick.max_seq_len)
     _print_passes(plain, rounds)
+    if passes:
+        return
     print(f"\n{'text':<28}{'':<10}{'ratio':>6}{'low':>7}{'high':>7}{'tokens/s':>10}{'drafted':>9}{'accepted':>9}{'passes':>8}")
     for name, text in TEXTS.items():
         for way, sampling in WAYS.items():
@@ -92,11 +103,13 @@ def _print_passes(llama: Llama, rounds: int) -> None:
             with fast_for_one_row(tokens, llama.dtype):
                 llama.model(tokens, cache)
             measured.append(time.perf_counter() - begun)
-    one = statistics.median(times[1])
+    took = {n: statistics.median(measured) for n, measured in times.items()}
+    assumed = PassTime.of(llama.model)
     print(f"{'tokens in a pass':<20}{'ms':>8}{'decode steps':>16}{'as assumed':>12}")
-    for n, measured in times.items():
-        took = statistics.median(measured)
-        print(f"{n:<20}{took * 1e3:8.1f}{took / one:16.2f}{PassTime().with_guesses(n - 1):12.2f}")
+    for n, seconds in took.items():
+        print(f"{n:<20}{seconds * 1e3:8.1f}{seconds / took[1]:16.2f}{assumed.with_guesses(n - 1):12.2f}")
+    each, several = statistics.linear_regression([*took][1:], [seconds / took[1] for seconds in took.values()][1:])
+    print(f"the line through it: {several:.2f} + {each:.3f} a token")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from folders import PARAMS, byte_tokenizer, tiny_folder
 from llama_ref.bench.compare import compare
 from llama_ref.bench.contestant import weight_bytes
-from llama_ref.bench.figures import Machine, Report, Result, Spread
+from llama_ref.bench.figures import LongResult, Machine, Report, Result, Spread, Work
 from llama_ref.bench.process import Failed, Process
-from llama_ref.bench.roofline import draw_roofline
+from llama_ref.bench.roofline import draw_roofline, flops
 from llama_ref.bench.settings import OURS, PEERS, Settings
 from llama_ref.bench.view import WIDTH, print_report
 from llama_ref.cli import main
@@ -44,7 +45,7 @@ def report() -> Report:
     """One with names and numbers as wide as they come."""
     settings = Settings(
         *("a/long/way/to/a/folder/" * 5, "int4:group=32", True, "cpu", "bfloat16", "auto", 512, 128),
-        *((1, 128), ("transformers", "llama.cpp", "meta"), 5, 128),
+        *((1, 128), (128, 131072), ("transformers", "llama.cpp", "meta"), 5, 128),
     )
     wide, ratio = Spread(12345.6, 10234.5, 98765.4), Spread(10.5, 0.05, 138.5)
     ours = Result(
@@ -58,22 +59,26 @@ def report() -> Report:
         2.5e9,
         0.95,
         0.8,
+        1.5e12,
+        Work(2.5e9, 5e6),
+        Work(2.5e9, 2.5e9),
         None,
         None,
         128,
     )
+    long = [LongResult(context, wide, Work(2.5e9, 2.5e9), 1.5e9, 0.95, 0.5) for context in settings.contexts]
     theirs = [
         replace(ours, contestant=peer, precision="bfloat16", prefill_ratio=ratio, decode_ratio=ratio, matmul_fraction=None)
         for peer in settings.against
     ]
     machine = Machine("Linux x86_64", "A Processor With A Long Name (R) CPU @ 2.00GHz " * 2, 128, "cpu", {"torch": "2" * 90})
     notes = ["meta is left out: " + "word " * 40]
-    return Report(machine, settings, settings.command, wide, [ours, *theirs], notes)
+    return Report(machine, settings, settings.command, wide, [ours, *theirs], long, notes)
 
 
 @pytest.fixture(scope="module")
 def printed(tiny) -> dict:
-    words = ["bench", str(tiny), *SMALL, "--dtype", "float32", "--against", "transformers,meta", "--json"]
+    words = ["bench", str(tiny), *SMALL, "--dtype", "float32", "--against", "transformers,meta", "--context", "64,1", "--json"]
     command = [sys.executable, "-m", "llama_ref.cli", *words]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, timeout=240, check=True).stdout)
 
@@ -102,7 +107,15 @@ class TestMeasuring:
         assert {"Python", "torch", "llama-ref", "transformers", "llama_models"} <= printed["machine"]["versions"].keys()
         assert printed["bandwidth"]["median"] > 0
         assert printed["command"].startswith("llama-ref bench ")
-        assert "--batch 1,2 --against transformers,meta --rounds 1 --threads 1" in printed["command"]
+        assert "--batch 1,2 --context 1,64 --against transformers,meta --rounds 1 --threads 1" in printed["command"]
+
+    def test_a_longer_context_reads_its_keys_and_values_more(self, printed):
+        short, long = printed["long_results"]
+        assert (short["context"], long["context"]) == (1, 64)
+        per_token = 2 * PARAMS["n_layers"] * PARAMS["dim"] * 4  # as many key heads as query heads, in float32
+        assert long["work"]["bytes"] - short["work"]["bytes"] == long["kv_bytes"] - short["kv_bytes"] == 63 * per_token
+        assert short["growth_fraction"] is None
+        assert min(short["decode"]["low"], long["decode"]["low"], long["bandwidth_fraction"]) > 0
 
     @pytest.mark.parametrize("quantize", [None, "int8", "int4:group=32"])
     def test_llama_cpp_runs_the_same_weights(self, quantize, tmp_path):
@@ -116,6 +129,17 @@ class TestMeasuring:
         assert {result.precision for result in theirs} == {{None: "F32", "int8": "Q8_0", "int4:group=32": "Q4_0"}[quantize]}
         if quantize is None:
             assert [result.same_tokens for result in theirs] == [4, 4]
+
+    def test_products_count_as_pytorch_counts_them(self, tiny, printed):
+        llama = Llama.build(tiny, device="cpu", dtype="float32")
+        args = llama.model.args
+        with FlopCounterMode(display=False) as counted, torch.inference_mode():
+            llama.model(torch.ones(1, 16, dtype=torch.long))
+        counts = counted.flop_counts["Global"].items()
+        assert flops(args, 16, 0, 16) == sum(n for kind, n in counts if "attention" not in str(kind))
+        assert flops(args, 16, 256, 16) - flops(args, 16, 0, 16) == 4 * args.n_layers * args.dim * 256
+        work = next(result["decode_work"] for result in printed["results"] if result["batch"] == 1)
+        assert work["flops"] == flops(args, 1, 16 + 4 / 2, 1)
 
     def test_what_is_quantized_or_compiled_says_so(self, tiny):
         found = compare(small_settings(tiny, quantize="int8"))
@@ -218,6 +242,7 @@ class TestShowing:
         assert [line.rstrip() for line in lines if len(line.rstrip()) > WIDTH and " " in line.strip()] == []
         for name in (OURS, *PEERS):
             assert sum(line.startswith(f" {name} ") for line in lines) == 2
+        assert any(line.split()[:1] == ["131,072"] for line in lines)
 
     def test_json_is_the_report(self, report, capsys):
         print_report(report, as_json=True)
@@ -229,11 +254,14 @@ class TestShowing:
     @pytest.mark.parametrize("has_bandwidth", [True, False])
     def test_the_roofline_is_a_picture_with_every_point_named(self, has_bandwidth, report, tmp_path):
         pytest.importorskip("matplotlib")
-        shown = report if has_bandwidth else replace(report, bandwidth=None)
+        shown = report if has_bandwidth else replace(report, bandwidth=None, results=report.results[1:], long_results=[])
         draw_roofline(shown, tmp_path / "roof.png")
         draw_roofline(shown, tmp_path / "roof.svg")
         assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
-        assert b"memory read at" in (tmp_path / "roof.svg").read_bytes() or not has_bandwidth
+        text = (tmp_path / "roof.svg").read_text()
+        assert ("memory read at" in text, "context 131,072: " in text) == (has_bandwidth, has_bandwidth)
+        for result in shown.results:
+            assert text.count(f"<!-- {result.contestant}, batch 128: ") == 2  # what it decodes, and its prompt
 
 
 @pytest.mark.parametrize(
@@ -242,6 +270,9 @@ class TestShowing:
         (("--batch", "1,x"), "batch is '1,x', expected numbers"),
         (("--batch", "0"), "batch is '0', expected numbers"),
         (("--batch", "1,,8"), "batch is '1,,8', expected numbers"),
+        (("--context", "8k"), "context is '8k', expected numbers from 1 to 8,192, like 8192,32768"),
+        (("--context", "128,9000"), "9000"),
+        (("--context", "16,8190"), "context 8,190 + gen_len 4 tokens are beyond the model's context of 8,192"),
         (("--batch", "99999"), "batch is '99999', expected numbers"),
         (("--prompt_len", "0"), "prompt_len is 0, expected a whole number from 1"),
         (("--prompt_len", "many"), "prompt_len is 'many', expected a whole number"),

@@ -17,6 +17,7 @@ from folders import PARAMS, byte_tokenizer, tiny_folder
 from llama_ref import loop, plan
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.quantizing import quantize_folder
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.slices import Share, kv_heads, split_dim, wanted_ranges
 from llama_ref.checkpoint.weights import load_model
@@ -24,6 +25,8 @@ from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
 from llama_ref.plan import Layout, Workload, find_model, layouts, longest, smaller_workload, smallest
+from llama_ref.quantization import modules
+from llama_ref.quantize import quantize_model, quantized_bytes, use_fast_kernels
 from llama_ref.releases import RELEASES
 from llama_ref.tokenizer import Tokenizer
 from make_random_checkpoint import make_random_checkpoint
@@ -78,6 +81,43 @@ def test_weights_and_cache_are_those_of_the_loaded_model(tmp_path_factory, case,
     assert plan.kv_cache_bytes(args, share, workload, 2) == cache.keys.nbytes + cache.values.nbytes
 
 
+SCHEMES = ["int8", "int4", "int4:group=32"]
+
+
+@st.composite
+def quantizable(draw) -> tuple[dict, Share]:
+    """A case whose rows some groups divide, and others do not."""
+    params, share = draw(cases())
+    width = draw(st.sampled_from([32, 64] if params["n_heads"] == 1 else [16, 32]))
+    hidden_dim = draw(st.sampled_from([64, 96, 128]))
+    return params | {"dim": params["n_heads"] * width, "hidden_dim": hidden_dim}, share
+
+
+@settings(max_examples=25)
+@given(quantizable(), st.booleans(), st.sampled_from(SCHEMES), st.booleans(), st.sampled_from([*SIZE]))
+def test_quantized_weights_are_those_of_the_loaded_model(tmp_path_factory, case, tied, scheme, is_quantized, dtype):
+    params, share = case
+    source = make_random_checkpoint(tmp_path_factory.mktemp("plan") / "model", params, tied=tied)
+    options = {"quantize": scheme}
+    try:
+        if is_quantized:
+            source, options = quantize_folder(source, source.with_name("quantized"), scheme, calibrate=False), {}
+        folder = open_folder(source)
+        model = load_model(folder, folder.read_args(), share=share, dtype=dtype, **options)
+    except RequestError:
+        held = None
+    else:
+        norms = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
+        held = quantized_bytes(model) + norms
+    planned = find_model(str(source), options.get("quantize"))
+    shutil.rmtree(source.parent)
+    if held is None:
+        with pytest.raises(RequestError, match=r"divide|cut groups"):
+            plan.weight_bytes(planned, share, SIZE[dtype])
+    else:
+        assert plan.weight_bytes(planned, share, SIZE[dtype]) == held
+
+
 @given(cases())
 def test_weights_are_the_ranges_that_a_share_wants(case):
     args, share = ModelArgs.from_dict(case[0]), replace(case[1], stage=0, n_stages=1)
@@ -100,7 +140,9 @@ def test_parameters_are_the_published_numbers(name):
 
 
 def test_the_constants_are_those_of_the_loop():
-    assert (plan.PREFILL_TOKENS, plan.LOGPROB_POSITIONS) == (loop.PREFILL_TOKENS, loop.LOGPROB_POSITIONS)
+    as_there = loop.PREFILL_TOKENS, loop.LOGPROB_POSITIONS, loop.CACHE_BLOCK
+    assert as_there == (plan.PREFILL_TOKENS, plan.LOGPROB_POSITIONS, plan.CACHE_BLOCK)
+    assert plan.BLOCK_WEIGHTS == modules.BLOCK_WEIGHTS
 
 
 SHAPE = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 4096, "norm_eps": 1e-5, "rope_theta": 5e5}
@@ -129,17 +171,34 @@ def tokenizer_of_bytes(tmp_path_factory) -> Tokenizer:
 @pytest.mark.parametrize("dtype", SIZE, ids=str)
 @pytest.mark.parametrize("case", GENERATIONS)
 def test_generation_takes_no_more_than_planned_and_not_far_less(case, dtype, tokenizer_of_bytes):
+    taken, planned = taken_and_planned(case, dtype, tokenizer_of_bytes)
+    assert planned / 3 < taken <= planned
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("case", ["a long prompt", "a wide feed-forward layer", "log-probabilities of the prompt"])
+def test_so_it_does_with_quantized_weights(case, scheme, tokenizer_of_bytes):
+    taken, planned = taken_and_planned(case, torch.bfloat16, tokenizer_of_bytes, scheme)
+    assert planned / 3 < taken <= planned
+
+
+def taken_and_planned(
+    case: str, dtype: torch.dtype, tokenizer_of_bytes: Tokenizer, scheme: str | None = None
+) -> tuple[int, int]:
+    """Bytes of activations in generation."""
     changes, lengths, max_seq_len, options = GENERATIONS[case]
     args = ModelArgs.from_dict(SHAPE | {"hidden_dim": 704} | changes)
     torch.manual_seed(0)
     model = Transformer(args).to(dtype).eval().requires_grad_(False)
+    if scheme:
+        quantize_model(model, scheme)
+        use_fast_kernels(model)
     llama = Llama(model, tokenizer_of_bytes, max_seq_len=max_seq_len, max_batch_size=len(lengths))
     prompts = [torch.randint(args.vocab_size, (length,)).tolist() for length in lengths]
     taken = peak_bytes(lambda: llama.generate(prompts, max_seq_len - max(lengths), **options))
     workload = Workload(1, max_seq_len, len(lengths))
     beside_the_cache = taken - plan.kv_cache_bytes(args, Share(), workload, SIZE[dtype])
-    planned = plan.activation_bytes(args, Share(), workload, SIZE[dtype])
-    assert planned / 3 < beside_the_cache <= planned
+    return beside_the_cache, plan.activation_bytes(args, Share(), workload, SIZE[dtype], is_quantized=scheme is not None)
 
 
 def peak_bytes(function) -> int:
@@ -174,6 +233,24 @@ def test_the_smallest_layout(name, gpu_memory, expected):
     best = smallest(plan.plan(find_model(name), Workload(gpu_memory, 8192, 4)))
     assert (best and best.layout) == expected
     assert not best or best.dtype == "bfloat16"
+
+
+def test_only_layouts_with_whole_groups_are_planned():
+    model = find_model("Llama3.1-8B", "int4:group=256")
+    assert {placement.layout.tensor for placement in plan.plan(model, Workload(80, 8192, 4))} == {1, 2, 4, 8, 16}
+    narrow = replace(model, is_quantized=True)  # 14336 / 16 is no multiple of 256
+    assert {placement.layout.tensor for placement in plan.plan(narrow, Workload(80, 8192, 4))} == {1, 2, 4, 8}
+    odd = replace(model, args=ModelArgs.from_dict({**SHAPE, "hidden_dim": 48}))
+    with pytest.raises(RequestError, match="do not divide: take int8"):
+        plan.plan(odd, Workload(80, 8192, 4))
+
+
+def test_a_quantized_folder_is_planned_as_it_is(tmp_path):
+    folder = str(quantize_folder(tiny_folder(tmp_path / "mine"), tmp_path / "small", "int4:group=32", calibrate=False))
+    assert str(find_model(folder).scheme) == "int4:group=32"
+    assert find_model(folder, "int4:group=32") == find_model(folder)
+    with pytest.raises(RequestError, match="is quantized to int4:group=32 already"):
+        find_model(folder, "int8")
 
 
 def test_three_processes_where_the_heads_divide_by_three():

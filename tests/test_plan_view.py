@@ -120,6 +120,15 @@ def test_the_command_runs(run, tmp_path, monkeypatch):
     assert "I believe the meaning of life is" in done.stdout
 
 
+def test_fewer_bits_take_fewer_cards_and_the_command_says_how(run):
+    code, out, _ = run("Llama3.1-70B", "--gpu_memory", 24, "--quantize", "int4")
+    assert code == 0 and "int4, computed in bfloat16" in out and "float32" not in out
+    assert "bfloat16: 2 cards are enough\n" in out or "bfloat16: 4 cards are enough\n" in out
+    assert "--quantize int4\n" in out
+    found = planned(run, "Llama3.1-70B", "--gpu_memory", 24, "--quantize", "int4", "--dtype", "float16")
+    assert found["quantization"] == "int4" and found["smallest"]["command"].endswith("--quantize int4 --dtype float16")
+
+
 def test_nothing_fits_and_what_would(run):
     code, out, err = run("Llama3.1-405B", "--gpu_memory", 4)
     assert (code, err) == (1, "")
@@ -161,6 +170,7 @@ def test_notes(run, words, note):
         (("Llama3.1-8B", "--max_seq_len", "9" * 4000), "max_seq_len is 9+"),
         (("Llama3.1-8B", "--max_batch_size", "-1"), "max_batch_size is -1"),
         (("Llama3.1-8B", "--dtype", "int4"), "dtype int4 is not one of"),
+        (("Llama3.1-8B", "--quantize", "int2"), "quantize is 'int2', expected int8, int4"),
     ],
     ids=lambda value: str(value)[:40],
 )

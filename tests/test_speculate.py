@@ -19,13 +19,25 @@ from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.loop import Row, new_cache, steps
 from llama_ref.model import Transformer
+from llama_ref.quantize import quantize_model, use_fast_kernels
 from llama_ref.sampling import Sampler, distribution
 from llama_ref.session import Session
-from llama_ref.speculate import Draft, DraftModel, NGramDrafter, NGrams, PassTime, Rate, Speculation, speculative_steps
+from llama_ref.speculate import (
+    MEASURED,
+    Draft,
+    DraftModel,
+    NGramDrafter,
+    NGrams,
+    PassTime,
+    Rate,
+    Speculation,
+    speculative_steps,
+)
 from make_random_checkpoint import make_random_checkpoint
 from parity.oracles import random_model
 from test_sampling import EACH, INF, TOGETHER, assert_frequencies, exact, plain, random_logits
 
+ARGS_OF_32 = ModelArgs.from_dict(PARAMS)
 ARGS = ModelArgs.from_dict(
     {"dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 6, "multiple_of": 8, "norm_eps": 1e-5}
     | {"rope_theta": 10000.0}
@@ -387,6 +399,22 @@ def test_as_many_are_guessed_as_pay(right, length):
     assert Rate(right).best_length(1, PassTime()) <= 1
     assert Rate(right).best_length(100, PassTime(several=1.0, each=0.0)) == (12 if right else 0)  # where they cost nothing
     assert Rate(right).best_length(100, PassTime(), cost=1.0) == 0  # a draft model as slow as the model cannot pay
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4:group=32"])
+def test_what_passes_take_is_known_by_what_a_model_is(scheme):
+    model = random_model(ARGS_OF_32, 0)
+    if scheme:
+        quantize_model(model, scheme)
+        use_fast_kernels(model)
+    kind = ("float32" if scheme is None else scheme[:4], False)
+    assert PassTime.of(model) == DraftModel(MODEL, model).pass_time == PassTime(*MEASURED[kind])
+
+
+def test_every_kind_of_model_was_measured_and_a_step_is_the_least_that_a_pass_takes():
+    assert {*MEASURED} == {*itertools.product(("bfloat16", "float32", "int8", "int4"), (False, True))}
+    assert PassTime.of(random_model(ARGS, 0).half()) == PassTime(*MEASURED["bfloat16", False])  # which float16 is taken for
+    assert all(PassTime(*numbers).with_guesses(n) >= 1 for numbers in MEASURED.values() for n in range(13))
 
 
 # ---- what is refused

@@ -13,7 +13,8 @@ from llama_ref.bench.contestant import kv_bytes, weight_bytes
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.generation import Llama
-from llama_ref.loop import PREFILL_TOKENS, Row, steps
+from llama_ref.loop import PREFILL_TOKENS, Row, new_cache, steps
+from llama_ref.model import KVCache
 
 REPEATS = 3
 
@@ -32,11 +33,25 @@ class Ours:
         self.precision = f"{settings.quantize or settings.dtype}{', compiled' * settings.compile}"
         self.weight_bytes = weight_bytes(model, model.tok_embeddings)
         self.kv_bytes = kv_bytes(model.args, self.llama.dtype.itemsize)
+        self.room = max(settings.contexts, default=0) + settings.gen_len
+        self.filled: KVCache | None = None
 
-    def steps(self, prompts: list[list[int]], gen_len: int) -> Iterator[list[int]]:
+    def steps(self, prompts: list[list[int]], gen_len: int, cache: KVCache | None = None) -> Iterator[list[int]]:
         rows = [Row(prompt, gen_len) for prompt in prompts]
-        for _ in steps(self.llama.model, rows, lambda logits: logits.argmax(-1), stop_tokens=()):
+        for _ in steps(self.llama.model, rows, lambda logits: logits.argmax(-1), stop_tokens=(), cache=cache):
             yield [row.generated[-1] for row in rows]  # the loop has brought them to the host: nothing is under way
+
+    def steps_after(self, context: int, gen_len: int) -> Iterator[list[int]]:
+        """As `steps` after a prompt of so many tokens, of which only the last is run.
+
+        The others' keys and values are random numbers: what they say does not matter for how long reading them takes.
+        """
+        if self.filled is None:
+            self.filled = new_cache(self.llama.model, 1, self.room)
+            self.filled.keys.normal_()
+            self.filled.values.normal_()
+        self.filled.set_lengths([context - 1])
+        return self.steps([[0] * context], gen_len, self.filled)
 
     @torch.inference_mode()
     def matmul_seconds(self, batch: int, prompt_len: int) -> float:

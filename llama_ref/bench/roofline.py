@@ -1,14 +1,51 @@
-"""The roofline of decoding as a picture: what a token reads, how many come a second, and what memory allows."""
+"""The roofline as a picture: how much is computed for each byte that is read, and how fast, under what the machine allows."""
 
 import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llama_ref.bench.figures import Report
+from llama_ref.args import ModelArgs
+from llama_ref.bench.figures import Report, Result, Spread, Work
 from llama_ref.errors import RequestError
+from llama_ref.plan import matrices
 
-MARKERS = "osD^"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = "osD^"  # of contestants
 LINE = 0.035  # of the picture's height
 ENDINGS = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Point:
+    """`rate` in tokens per second of all sequences together."""
+
+    series: str
+    label: str
+    work: Work
+    rate: Spread
+    is_prefill: bool = False
+
+    @property
+    def intensity(self) -> float:
+        """Operations for each byte that is read."""
+        return self.work.flops / self.work.bytes
+
+    @property
+    def height(self) -> float:
+        """Billions of operations per second."""
+        return self.work.flops * self.rate.median / 1e9
+
+
+def flops(args: ModelArgs, n_tokens: int, n_seen: float, n_logits: int) -> float:
+    """Floating-point operations of products: of tokens that look at `n_seen` in all, `n_logits` of which get logits."""
+    sizes = {matrix.name: matrix.numbers for matrix in matrices(args, tied=False)}
+    output, layers = sizes.pop("output"), sum(sizes.values()) - sizes["tok_embeddings"]
+    attention = 2 * args.n_layers * args.n_heads * args.head_dim * n_seen  # q times keys, and what comes of it times values
+    return 2 * (layers * n_tokens + output * n_logits + attention)
 
 
 def check_picture(path: str | Path) -> None:
@@ -23,39 +60,96 @@ def check_picture(path: str | Path) -> None:
 
 
 def draw_roofline(report: Report, path: str | Path) -> None:
-    """Points of all contestants and batches under the line of the measured bandwidth, both axes logarithmic."""
+    """Prefill and decode of all contestants, batches and contexts under memory and products, both axes logarithmic."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.add_subplot()
-    points = [(result.bytes_per_token / 1e6, result.decode.median, result) for result in report.results]
-    left, right = min(x for x, _, _ in points) / 4, max(x for x, _, _ in points) * 2  # names stand on the left
-    if report.bandwidth:
-        speed = report.bandwidth.median / 1e6  # MB/s
-        axes.plot([left, right], [speed / left, speed / right], color="black", label=f"memory read at {speed / 1e3:.1f} GB/s")
-    names = list(dict.fromkeys(result.contestant for result in report.results))
-    for i, name in enumerate(names):
-        own = [(x, y, result) for x, y, result in points if result.contestant == name]
-        label = f"{name} ({own[0][2].precision})"
-        spread = [[y - r.decode.low for _, y, r in own], [r.decode.high - y for _, y, r in own]]
-        axes.errorbar(
-            [x for x, _, _ in own], [y for _, y, _ in own], yerr=spread, fmt=MARKERS[i % len(MARKERS)], capsize=3, label=label
-        )
-    low, high = min(y for _, y, _ in points) / 3, max(y for _, y, _ in points) * 4
+    points = list(_points(report))
+    left, right = min(p.intensity for p in points) / 2, max(p.intensity for p in points) * 3
+    low, high = min(p.height for p in points) / 3, max([*(p.height for p in points), _peak(report) or 0]) * 2
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
-    below = 0.0
-    for x, y, result in sorted(points, key=lambda point: point[1]):
-        below = max(y, below * (high / low) ** LINE)  # or the names of two that are as fast would stand in one place
-        text, line = f"{result.contestant}, batch {result.batch}: {y:.1f}", {"arrowstyle": "-", "color": "gray", "lw": 0.5}
-        axes.annotate(text, (x, y), (x / (right / left) ** 0.03, below), arrowprops=line, fontsize=8, ha="right", va="center")
-    axes.set_xlabel("MB read per token (weights, keys, values)")
-    axes.set_ylabel("tokens per second")
-    axes.set_title(f"Decoding on {report.machine.cpu}, {report.settings.threads} threads", fontsize=11)
+    _draw_roof(axes, report, left, right)
+    series = dict.fromkeys(p.series for p in points)
+    colors = {name: f"C{i}" for i, name in enumerate(series)}
+    for name, marker in zip(series, MARKERS, strict=False):
+        _draw_series(axes, name, [p for p in points if p.series == name], marker, colors[name])
+    for is_prefill in (False, True):
+        _name_points(axes, [p for p in points if p.is_prefill == is_prefill], colors)
+    axes.set_xlabel("operations for each byte read (weights, keys, values)")
+    axes.set_ylabel("billions of operations per second")
+    axes.set_title(
+        f"{report.machine.cpu}, {report.settings.threads} threads; filled: decode, hollow: prefill of "
+        f"{report.settings.prompt_len:,}; named: tokens per second",
+        fontsize=9,
+    )
     axes.grid(which="both", alpha=0.2)
-    axes.legend(loc="upper right", fontsize=8)
+    axes.legend(loc="lower right", fontsize=8)
     for axis in (axes.xaxis, axes.yaxis):  # 1,000, not 10³
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:,g}")
-        axis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=150)
+
+
+def _points(report: Report) -> Iterator[Point]:
+    for result in report.results:
+        yield Point(_series(result), f"batch {result.batch}", result.prefill_work, result.prefill, is_prefill=True)
+        yield Point(_series(result), f"batch {result.batch}", result.decode_work, result.decode)
+    for result in report.long_results:
+        yield Point(_series(report.results[0]), f"context {result.context:,}", result.work, result.decode)
+
+
+def _series(result: Result) -> str:
+    return f"{result.contestant} ({result.precision})"
+
+
+def _peak(report: Report) -> float | None:
+    """Billions of operations per second that matrix products alone came to, at their best."""
+    found = [result.matmul_flops / 1e9 for result in report.results if result.matmul_flops]
+    return max(found, default=None)
+
+
+def _draw_roof(axes: "Axes", report: Report, left: float, right: float) -> None:
+    peak, ends = _peak(report), [left, right]
+    if report.bandwidth:
+        speed = report.bandwidth.median / 1e9
+        reach = min(right, peak / speed) if peak else right  # where memory is no longer what holds it up
+        axes.plot([left, reach], [left * speed, reach * speed], color="black", label=f"memory read at {speed:.1f} GB/s")
+        ends = [reach, right]
+    if peak:
+        label = f"matrix products alone, {peak:,.0f} billion a second"
+        axes.plot(ends, [peak, peak], color="black", linestyle="--", label=label)
+
+
+def _draw_series(axes: "Axes", name: str, own: list[Point], marker: str, color: str) -> None:
+    for point in own:
+        low, high = (point.work.flops * rate / 1e9 for rate in (point.rate.low, point.rate.high))
+        axes.errorbar(
+            [point.intensity],
+            [point.height],
+            yerr=[[point.height - low], [high - point.height]],
+            fmt=marker,
+            capsize=3,
+            color=color,
+            markerfacecolor="white" if point.is_prefill else color,
+            label=name if point is own[-1] else None,
+        )
+
+
+def _name_points(axes: "Axes", points: list[Point], colors: dict[str, str]) -> None:
+    """A line each: decode's to the right of all, from the lowest up; prefill's below all, from the highest down."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    below, line = points[0].is_prefill, (high / low) ** LINE
+    x = min(p.intensity for p in points) if below else max(p.intensity for p in points) * (right / left) ** 0.06
+    y = min(p.height for p in points) / line if below else 0.0
+    for point in sorted(points, key=lambda p: p.height, reverse=below):
+        y = y / line if below else max(point.height, y * line)
+        rate = f"{point.rate.median:,.1f}" if point.rate.median < 100 else f"{point.rate.median:,.0f}"
+        axes.annotate(
+            f"{point.series.split(' (')[0]}, {point.label}: {rate}",
+            (point.intensity, point.height),
+            (x, y),
+            arrowprops={"arrowstyle": "-", "color": colors[point.series], "lw": 0.3},
+            color=colors[point.series],
+            fontsize=7.5,
+            va="center",
+        )

@@ -24,7 +24,10 @@ MOST_ROUNDS, MOST_THREADS, MOST_ROWS = 1000, 1024, 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """One benchmark. Lengths in tokens; `gen_len` counts the first token, which the prompt's pass gives."""
+    """One benchmark. Lengths in tokens; `gen_len` counts the first token, which the prompt's pass gives.
+
+    `contexts`: lengths, in rising order, after which one sequence is decoded with random keys and values in the cache.
+    """
 
     name: str
     quantize: str | None
@@ -35,6 +38,7 @@ class Settings:
     prompt_len: int
     gen_len: int
     batches: tuple[int, ...]
+    contexts: tuple[int, ...]
     against: tuple[str, ...]
     rounds: int
     threads: int
@@ -47,6 +51,7 @@ class Settings:
         prompt_len: int,
         gen_len: int,
         batch: str,
+        context: str | None = None,
         against: str | None = None,
         rounds: int,
         threads: int | None = None,
@@ -72,23 +77,26 @@ class Settings:
             )
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise RequestError("bench measures one process: start it without torchrun")
-        folder, context = open_folder(name), find_model(name).context
-        if prompt_len + gen_len > context:
-            raise RequestError(
-                f"prompt_len {prompt_len:,} + gen_len {gen_len:,} tokens are beyond the model's context of {context:,}"
-            )
+        folder, longest = open_folder(name), find_model(name).context
+        contexts = () if context is None else tuple(sorted(_numbers("context", context, longest, "8192,32768")))
+        for option, length in (("prompt_len", prompt_len), *(("context", length) for length in contexts)):
+            if length + gen_len > longest:
+                raise RequestError(
+                    f"{option} {length:,} + gen_len {gen_len:,} tokens are beyond the model's context of {longest:,}"
+                )
         if peers and folder.is_quantized:
             raise RequestError(
                 f"{folder.path} is quantized, which the others cannot read: name the folder it was made from, with --quantize"
             )
         options = {"quantize": scheme, "compile": compile, "device": str(chosen), "dtype": own_dtype, "verify": verify}
-        lengths = {"prompt_len": prompt_len, "gen_len": gen_len, "batches": _batches(batch)}
+        batches = _numbers("batch", batch, MOST_ROWS, "1 or 1,8")
+        lengths = {"prompt_len": prompt_len, "gen_len": gen_len, "batches": batches, "contexts": contexts}
         return cls(name, **options, **lengths, against=peers, rounds=rounds, threads=threads)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
         """The way back from `dataclasses.asdict` by way of JSON."""
-        return cls(**values | {"batches": tuple(values["batches"]), "against": tuple(values["against"])})
+        return cls(**values | {key: tuple(values[key]) for key in ("batches", "contexts", "against")})
 
     @property
     def command(self) -> str:
@@ -97,6 +105,7 @@ class Settings:
         words += [f"--quantize {self.quantize}"] * bool(self.quantize) + ["--compile"] * self.compile
         words += [f"--device {self.device}", f"--dtype {self.dtype}"]
         words += [f"--prompt_len {self.prompt_len}", f"--gen_len {self.gen_len}", f"--batch {','.join(map(str, self.batches))}"]
+        words += [f"--context {','.join(map(str, self.contexts))}"] * bool(self.contexts)
         words += [f"--against {','.join(self.against)}"] * bool(self.against)
         return " ".join([*words, f"--rounds {self.rounds}", f"--threads {self.threads}"])
 
@@ -120,11 +129,11 @@ def _check_number(name: str, value: object, least: int, most: int = 1 << 24) -> 
         raise RequestError(f"{name} is {value!r:.60}, expected a whole number from {least} to {most:,}")
 
 
-def _batches(text: str) -> tuple[int, ...]:
-    """ "1,8" -> (1, 8)."""
-    words = [word.strip() for word in str(text).split(",")]
-    if not all(re.fullmatch("[0-9]{1,4}", word) and 0 < int(word) <= MOST_ROWS for word in words):
-        raise RequestError(f"batch is {text!r:.60}, expected numbers of sequences from 1 to {MOST_ROWS:,}, like 1 or 1,8")
+def _numbers(name: str, text: object, most: int, example: str) -> tuple[int, ...]:
+    """ "1,8" -> (1, 8); so does what a command line made of it already."""
+    words = [str(word).strip() for word in (text if isinstance(text, tuple | list) else str(text).split(","))]
+    if not words or not all(re.fullmatch("[0-9]{1,8}", word) and 0 < int(word) <= most for word in words):
+        raise RequestError(f"{name} is {text!r:.60}, expected numbers from 1 to {most:,}, like {example}")
     return tuple(dict.fromkeys(map(int, words)))
 
 

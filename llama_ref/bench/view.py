@@ -1,4 +1,4 @@
-"""What `llama-ref bench` prints: two tables of at most 80 columns, or JSON."""
+"""What `llama-ref bench` prints: tables of at most 80 columns, or JSON."""
 
 import json
 import textwrap
@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from llama_ref.bench.figures import Report, Result, Spread
+from llama_ref.bench.figures import LongResult, Report, Result, Spread
 from llama_ref.checkpoint.report import human_bytes, printable
 from llama_ref.terminal import print_rich
 
@@ -24,6 +24,8 @@ def print_report(report: Report, *, as_json: bool) -> None:
         print(printable(line))
     print_rich(_prefill_table(report))
     print_rich(_decode_table(report))
+    if report.long_results:
+        print_rich(_long_table(report.long_results))
     for line in _foot(report):
         print(textwrap.fill(printable(line), WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
 
@@ -65,17 +67,39 @@ def _decode_table(report: Report) -> Table:
             *_who(result),
             _figure(result.decode),
             _ratio(result.decode_ratio),
-            f"{result.bytes_per_token / 1e6:,.0f}" if result.bytes_per_token >= 1e7 else f"{result.bytes_per_token / 1e6:.2f}",
+            _megabytes(result.bytes_per_token),
             _percent(result.bandwidth_fraction),
         )
     return table
 
 
+def _long_table(results: list[LongResult]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("context", "tokens/s", "ms/token", "MB/token", "of it K/V", "bandwidth", "growth"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            f"{result.context:,}",
+            _figure(result.decode),
+            f"{1e3 / result.decode.median:.1f}",
+            _megabytes(result.work.bytes),
+            _megabytes(result.kv_bytes),
+            _percent(result.bandwidth_fraction),
+            _percent(result.growth_fraction),
+        )
+    return table
+
+
 def _foot(report: Report) -> list[str]:
+    context = (
+        "Context: one sequence after so many tokens, whose keys and values are random numbers; growth: K/V bytes beyond the"
+        " shortest context's, read in the time beyond its, of memory's bandwidth."
+    )
     return [
         "Tokens/s: of all sequences together, lowest and highest round behind. Ratios: of the rounds. First s: seconds to the"
         " first token. Matmul: matrix products alone, of the prefill's time. MB/token: weights, keys, values that a token"
         " has to read; bandwidth: how much of memory's that took. Memory: the most held while it ran, mapped files included.",
+        *[context] * bool(report.long_results),
         *(f"note: {note}" for note in report.notes),
         f"again: {report.command}",
     ]
@@ -95,6 +119,10 @@ def _who(result: Result) -> tuple[Text, str]:
 
 def _figure(spread: Spread) -> str:
     return f"{_short(spread.median)} {_range(spread)}"
+
+
+def _megabytes(n: float) -> str:
+    return f"{n / 1e6:,.0f}" if n >= 1e7 else f"{n / 1e6:.2f}"
 
 
 def _range(spread: Spread, scale: float = 1.0) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,11 +49,17 @@ class Served:
         return {"bytes_per_second": self.contestant.bytes_per_second()}
 
     def generate(self, prompts: list[list[int]], gen_len: int) -> dict[str, Any]:
+        measured = self._measured(self.contestant.steps(prompts, gen_len))
+        return measured | {"matmul_seconds": self.contestant.matmul_seconds(len(prompts), len(prompts[0]))}
+
+    def generate_after(self, context: int, gen_len: int) -> dict[str, Any]:
+        return self._measured(self.contestant.steps_after(context, gen_len)) | {"matmul_seconds": None}
+
+    def _measured(self, making: Iterator[list[int]]) -> dict[str, Any]:
         from llama_ref.bench.memory import forget_peak, peak_bytes
 
         forget_peak(self.device)
         begun = time.perf_counter()
-        making = self.contestant.steps(prompts, gen_len)
         tokens = [next(making)[0]]
         first = time.perf_counter()
         tokens += [step[0] for step in making]
@@ -62,7 +69,6 @@ class Served:
             "decode_seconds": ended - first,
             "peak_bytes": peak_bytes(self.device),
             "tokens": tokens,
-            "matmul_seconds": self.contestant.matmul_seconds(len(prompts), len(prompts[0])),
         }
 
 

@@ -1,12 +1,14 @@
 """What tensors the shards of a text model in bf16 hold: names, shapes, dtypes; and which releases hold others."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.slices import split_dim
@@ -35,10 +37,24 @@ def other_kind(args: ModelArgs, folder: Path | None = None) -> str | None:
     return None
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leaves parameters as they are made: to draw the meta device's from a distribution imports a compiler, for 0.8 s."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def model_without_memory(args: ModelArgs) -> Transformer:
+    """A model on the meta device: modules and shapes."""
+    with torch.device("meta"), _Uninitialised():
+        return Transformer(args)
+
+
 def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
     """Whole tensors' shapes by name, in the model's order."""
-    with torch.device("meta"):
-        model = Transformer(replace(args, n_layers=1))  # all layers are alike, and thousands of them would take a minute
+    model = model_without_memory(replace(args, n_layers=1))  # all layers are alike, and thousands of them would take a minute
     shapes = ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     out = {}
     for is_layer, group in groupby(shapes, lambda named: named[0].startswith("layers.0.")):

@@ -14,7 +14,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.quantized import StoredQuantized
-from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.checkpoint.shapes import expected_shapes, model_without_memory
 from llama_ref.checkpoint.slices import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
 from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, Stored, open_stored
 from llama_ref.model import Transformer
@@ -45,8 +45,7 @@ def load_model(
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     layers = share.layers(args.n_layers)
-    with torch.device("meta"):
-        model = Transformer(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
+    model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
     shapes = {name: shape for name, shape in expected_shapes(args).items() if _lives_here(name, share, layers)}
     wanted = {name: wanted_ranges(name, args, share) for name in shapes}
     if folder.is_quantized:

@@ -1,51 +1,97 @@
-"""What a model's layers see of real text: how much an error in each column of a matrix counts.
+"""Four bits for a model that reads a text meanwhile: each matrix is rounded to what its layer is given there (gptq.py).
 
-A column's errors are multiplied by that input of the layer. Weighted by the inputs' mean squares, four bits go where they
-matter (the diagonal of GPTQ's Hessian, arXiv:2210.17323; AWQ, arXiv:2306.00978, goes by the same observation).
+Layer by layer, each on what the rounded ones before it give. At any time one layer is held in float32, with XᵀX of its inputs.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from llama_ref.model import Transformer
+from llama_ref.errors import RequestError
+from llama_ref.model import Context, Transformer, TransformerBlock
+from llama_ref.quantization.gptq import round_int4
+from llama_ref.quantization.modules import Int4Linear
+from llama_ref.quantization.scheme import Scheme
+from llama_ref.quantization.sentences import SENTENCES
+from llama_ref.quantize import replace_module
 
-N_TOKENS = 2048  # of the text; twice as many told nothing more
+N_TOKENS = 8192  # of the text; half as many left a third more divergence
 WINDOW_TOKENS = 512
+ALIKE = (  # matrices of a layer that are given the same
+    ("attention.wq", "attention.wk", "attention.wv"),
+    ("attention.wo",),
+    ("feed_forward.w1", "feed_forward.w3"),
+    ("feed_forward.w2",),
+)
+
+Rounded = Callable[[str], object]  # called with each matrix's name ("layers.0.attention.wq") once it is rounded
+
+
+@torch.inference_mode()
+def round_layers(model: Transformer, scheme: Scheme, tokens: Iterable[int], rounded: Rounded | None = None) -> None:
+    """Replace the layers' matrices by four-bit ones, in place, as it suits a text.
+
+    Raises RequestError for an empty text, and where the model's numbers leave float32 while it reads.
+    """
+    windows = _windows(torch.tensor(list(tokens), device=model.norm.weight.device))
+    contexts = [Context(model.args, window, None) for window in windows]
+    states = [model.tok_embeddings(window).float() for window in windows]  # (1, T, D)
+    for index, layer in enumerate(model.layers):
+        wide = copy.deepcopy(layer).float()
+        for names, hessian in zip(ALIKE, _hessians(wide, index, states, contexts), strict=True):
+            where = f"layers.{index}.{names[0]}.weight"
+            if not hessian.isfinite().all():
+                raise RequestError(f"what {where} is given leaves float32's range: leave calibration out")
+            weights = [wide.get_submodule(name).weight for name in names]
+            sizes = [len(weight) for weight in weights]
+            group = scheme.group_for(where, len(hessian))
+            parts = (part.split(sizes) for part in round_int4(torch.cat(weights), hessian, group))
+            for name, *own in zip(names, *parts, strict=True):
+                matrix = Int4Linear(*own)
+                replace_module(layer, name, matrix)
+                replace_module(wide, name, matrix)
+                if rounded:
+                    rounded(f"layers.{index}.{name}")
+        states = [wide(x, context, index) for x, context in zip(states, contexts, strict=True)]
+
+
+def _windows(tokens: Tensor) -> list[Tensor]:
+    """Ids (n,) in rows (1, T) that all begin as the text does, with what stands for its beginning."""
+    if not len(tokens):
+        raise RequestError("the text to calibrate with is empty; give another, or leave calibration out")
+    return [torch.cat((tokens[:1], window))[None] for window in tokens[1:].split(WINDOW_TOKENS - 1)]
+
+
+def _hessians(layer: TransformerBlock, index: int, states: list[Tensor], contexts: list[Context]) -> list[Tensor]:
+    """XᵀX of what each of ALIKE is given: float32 (K, K) each."""
+    found: dict[str, Tensor] = {}
+    firsts = [names[0] for names in ALIKE]
+    hooks = [layer.get_submodule(name).register_forward_pre_hook(partial(_note, found, name)) for name in firsts]
+    for x, context in zip(states, contexts, strict=True):
+        layer(x, context, index)
+    for hook in hooks:
+        hook.remove()
+    return [found[name] for name in firsts]
+
+
+def _note(found: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+    x = inputs[0].flatten(0, -2)  # (T, K)
+    if name in found:
+        found[name].addmm_(x.T, x)
+    else:
+        found[name] = x.T @ x
 
 
 def calibration_text() -> str:
-    """English and code that come with every Python: parts of its reference, and a module of its library."""
+    """Some sentences in a dozen languages, and English and code that come with every Python: its reference and its library."""
     import asyncio.base_events
     import inspect
     import pydoc_data.topics
 
     topics = pydoc_data.topics.topics
-    prose = "\n\n".join(
-        topics[name] for name in ("class", "comparisons", "dynamic-features", "exceptions", "import", "strings")
-    )
-    return prose[:5_000] + "\n\n" + inspect.getsource(asyncio.base_events)[:5_000]
-
-
-@torch.inference_mode()
-def importances(model: Transformer, tokens: Iterable[int]) -> dict[str, Tensor]:
-    """Mean square of every input of the layers' matrices over a text: float32 (in,) by the weight's name."""
-    found: dict[str, Tensor] = {}
-    n_seen = 0
-    layers = [(name, module) for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_pre_hook(partial(_note, found, f"{name}.weight")) for name, module in layers]
-    try:
-        for window in torch.tensor(list(tokens), device=model.norm.weight.device).split(WINDOW_TOKENS):
-            model.hidden(window[None])
-            n_seen += len(window)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: squares / n_seen for name, squares in found.items()}
-
-
-def _note(found: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
-    squares = inputs[0].flatten(0, -2).float().square().sum(0)
-    found[name] = found[name] + squares if name in found else squares
+    prose = "\n\n".join(topics[name] for name in ("class", "comparisons", "exceptions", "compound"))
+    code = inspect.getsource(asyncio.base_events)
+    return "\n\n".join((SENTENCES, prose[:16_000], code[:16_000]))

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from llama_ref import huge_pages
 from llama_ref.quantization.modules import Int4Linear, QuantizedMatrix
 from llama_ref.quantization.rounding import unpack
 
@@ -16,7 +17,7 @@ aten = torch.ops.aten
 
 TILE_ROWS = 64  # tiles may have 16, 32 or 64 rows, by the processor's vectors; matrices are filled up to a multiple of all
 CONVERTED_WEIGHTS = 1 << 21  # at a time: the kernel's packing wants each number as an int32
-FEW_ROWS = 16  # up to here the kernel was faster than turning the matrix into bfloat16, on two Zen 5 cores
+FEW_ROWS = 128  # up to here the kernel was faster than turning the matrix into bfloat16, on two Zen 5 cores
 AMPERE = (8, 0)  # the first NVIDIA cards with bfloat16, without which the CUDA kernel does not run
 CUDA_K_TILES = (8, 4, 2)
 
@@ -44,7 +45,7 @@ class TiledInt4Linear(QuantizedMatrix):
         rows, _ = _tile()
         N, K = self.shape
         padded = -(-N // TILE_ROWS) * TILE_ROWS
-        tiles = torch.empty(padded // rows, K, rows // 2, dtype=torch.uint8)
+        tiles = huge_pages.empty(padded // rows, K, rows // 2, dtype=torch.uint8)
         step = max(1, CONVERTED_WEIGHTS // K // TILE_ROWS) * TILE_ROWS
         for start in range(0, padded, step):
             q = module.unpacked(slice(start, start + step)).int()
@@ -76,7 +77,8 @@ class TiledInt4Linear(QuantizedMatrix):
         """(…, in) -> (…, out)."""
         few = x.numel() <= FEW_ROWS * x.shape[-1]
         if not few or x.dtype != self.scale_and_zero.dtype:
-            return self._times_blocks(x)
+            parts = [x @ self._columns(rows, x.dtype) for rows in self._blocks()]
+            return torch.cat(parts, dim=-1)
         packed = self.tiles.view(-1, self.shape[1] // 2)
         flat = x.reshape(-1, self.shape[1])
         out = aten._weight_int4pack_mm_for_cpu(flat, packed, self.group, self.scale_and_zero)
@@ -88,16 +90,20 @@ class TiledInt4Linear(QuantizedMatrix):
         q = torch.cat((self.tiles[tiles] & 15, self.tiles[tiles] >> 4), dim=-1)
         return q if order is None else q.index_select(-1, order)
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def _columns(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows' weights as columns, (K, n): tiles hold them so, and to turn them round takes longer than all else."""
         wide = torch.float32 if dtype == torch.float16 else dtype
         start, stop, _ = rows.indices(self.shape[0])
         size, _ = _tile()
         tiles = slice(start // size, -(-stop // size))
         q = self._by_row(tiles).to(wide).sub_(8).unflatten(1, (-1, self.group))  # (n, K/G, G, R)
         scale_and_zero = self.scale_and_zero[:, tiles.start * size : tiles.stop * size].to(wide)
-        scale, zero = scale_and_zero.unflatten(1, (-1, size)).movedim(0, 1)[:, :, None].unbind(-1)  # (n, K/G, 1, R)
-        weights = q.mul_(scale).add_(zero).flatten(1, 2)  # (n, K, R)
-        return weights.transpose(1, 2).flatten(0, 1)[start % size :][: stop - start].to(dtype)
+        scale, zero = (part.contiguous() for part in scale_and_zero.unflatten(1, (-1, size)).movedim(0, 1).unbind(-1))
+        weights = q.mul_(scale[:, :, None]).add_(zero[:, :, None]).flatten(1, 2)  # (n, K, R)
+        return weights.transpose(0, 1).flatten(1)[:, start % size :][:, : stop - start].to(dtype)
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self._columns(rows, dtype).T
 
 
 class CudaInt4Linear(QuantizedMatrix):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
 
-BLOCK_WEIGHTS = 1 << 24  # turned into the input's dtype at a time
+BLOCK_WEIGHTS = 1 << 22  # turned into the input's dtype at a time: few enough to stay in a processor's cache
 FEW_ROWS = 48  # up to here PyTorch's kernel for int8 was faster than casting the matrix, on two Zen 5 cores
 
 

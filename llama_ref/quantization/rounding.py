@@ -10,6 +10,8 @@ In memory a few rows are looked at at a time, whatever the matrix's size; each r
 import torch
 from torch import Tensor
 
+from llama_ref import huge_pages
+
 BLOCK_WEIGHTS = 1 << 18  # at a time: float32 copies of these stay in a core's cache
 TINIEST = 1e-30  # in place of a scale of zero, which nothing can be divided by
 LEAST_IMPORTANCE = 1e-4  # of a column, where the average is 1
@@ -29,7 +31,7 @@ def int8_scales(weight: Tensor) -> Tensor:
 
 def to_int8(weight: Tensor, scale: Tensor) -> Tensor:
     """(N, K) and its scales -> int8 (N, K)."""
-    out = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    out = huge_pages.empty(*weight.shape, dtype=torch.int8, device=weight.device)
     for rows, scales, target in zip(_blocks(weight), _blocks(scale, weight.shape[1]), _blocks(out), strict=True):
         target.copy_((rows.float() / scales[:, None]).round_().clamp_(-127, 127))
     return out
@@ -51,11 +53,11 @@ def int4_scales(weight: Tensor, group: int, importance: Tensor | None = None) ->
 def to_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """(N, K) and its scales -> uint8 (N, K/2) as `pack` has it."""
     (N, K), n_groups = weight.shape, scale.shape[1]
-    out = torch.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
+    out = huge_pages.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
     blocks = zip(_blocks(weight), _blocks(scale, K), _blocks(zero, K), out.split(_rows(K)), strict=True)
     for rows, scales, zeros, target in blocks:
         groups = rows.float().unflatten(1, (n_groups, -1))  # (n, K/G, G)
-        target.copy_(pack((_steps(groups, scales.unsqueeze(-1).float(), zeros.unsqueeze(-1).float()) + 8).to(torch.uint8)))
+        target.copy_(pack((steps(groups, scales.unsqueeze(-1).float(), zeros.unsqueeze(-1).float()) + 8).to(torch.uint8)))
     return out
 
 
@@ -86,13 +88,13 @@ def _fit(groups: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
     for span in SPANS:
         step = torch.maximum((high - low) * (span / 15), finest)
         zero = (high + low + step) / 2  # steps -8..7 lie half a step below the middle
-        slope, q_mean, gain = _least_squares(_steps(groups, step, zero), centred, shares)
+        slope, q_mean, gain = _least_squares(steps(groups, step, zero), centred, shares)
         better = gain >= explained
         explained = torch.where(better, gain, explained)
         scale, offset = torch.where(better, slope, scale), torch.where(better, q_mean, offset)
     for _ in range(REFITS):
         scale = torch.maximum(scale, finest)
-        scale, offset, _ = _least_squares(_steps(groups, scale, mean - scale * offset), centred, shares)
+        scale, offset, _ = _least_squares(steps(groups, scale, mean - scale * offset), centred, shares)
     scale = torch.maximum(scale, finest).bfloat16()
     return scale.squeeze(-1), (mean - scale.float() * offset).squeeze(-1).bfloat16()
 
@@ -110,7 +112,7 @@ def _mean(groups: Tensor, shares: Tensor | None) -> Tensor:
     return (groups if shares is None else groups * shares).mean(-1, keepdim=True)
 
 
-def _steps(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def steps(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """The nearest of the sixteen steps, as float32 -8..7."""
     return (groups - zero).div_(scale).round_().clamp_(-8, 7)
 

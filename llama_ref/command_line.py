@@ -52,7 +52,8 @@ def _strings(word: str) -> str | list[str]:
 # Words that are text stay text: Fire would read a prompt of 42 as a number.
 TEXT_NAMES = (
     *("name", "a", "b", "src", "dst", "to", "max_shard_size", "prompt", "system", "ckpt_dir", "tokenizer_path"),
-    *("verify", "device", "dtype", "quantize", "speculate", "draft", "batch", "against", "png"),
+    *("verify", "device", "dtype", "quantize", "speculate", "draft", "batch", "context", "against", "png"),
+    *("target", "other", "clean", "corrupted", "over"),
 )
 TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
 

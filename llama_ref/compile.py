@@ -17,7 +17,7 @@ from llama_ref.cuda_decode import compile_cuda_decode
 from llama_ref.device import fast_for_one_row
 from llama_ref.errors import RequestError
 from llama_ref.loop import CACHE_BLOCK, new_cache
-from llama_ref.model import Context, Transformer, TransformerBlock, rotate
+from llama_ref.model import Context, KVCache, Transformer, TransformerBlock, rotate
 from llama_ref.parallel import SummedLinear
 from llama_ref.pipeline import LogitsForAll
 from llama_ref.quantization import planes
@@ -107,15 +107,27 @@ class _FastBlock:
         cache = context.cache
         if x.shape[:2] != (1, 1) or cache is None or cache.longest == 0 or cache.max_seq_len % CACHE_BLOCK:
             return self.plain(x, context, layer)
-        keys, values = (all_[layer, 0].unflatten(1, (-1, CACHE_BLOCK)) for all_ in (cache.keys, cache.values))
-        n_blocks = max(FEWEST_BLOCKS, -(-cache.longest // CACHE_BLOCK))
-        blocks = x.new_empty(n_blocks)  # its length is what counts: a number would be compiled for itself alone
-        for tensor, dim in ((keys, 1), (values, 1), (blocks, 0)):
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        cos, sin = context.rotations
-        out, k, v = self.step(x[0, 0], cos[0, 0], sin[0, 0], keys, values, blocks, cache.lengths, self.matrices, self.norms)
+        if layer == 0:
+            context.seen = _Seen(cache, context)
+        seen = context.seen
+        out, k, v = self.step(x[0, 0], *seen.shared, seen.keys[layer], seen.values[layer], self.matrices, self.norms)
         cache.extend(layer, context.positions, k[None, None], v[None, None])
         return out[None, None]
+
+
+class _Seen:
+    """What a token's steps look at: each layer's blocks of the cache, and what all layers share."""
+
+    def __init__(self, cache: KVCache, context: Context):
+        self.keys, self.values = (
+            all_[:, 0].unflatten(2, (-1, CACHE_BLOCK)).unbind() for all_ in (cache.keys, cache.values)
+        )  # n_layers × (K, …, 64, hd)
+        n_blocks = max(FEWEST_BLOCKS, -(-cache.longest // CACHE_BLOCK))
+        blocks = cache.keys.new_empty(n_blocks)  # its length is what counts: a number would be compiled for itself alone
+        for tensor, dim in ((blocks, 0), *((tensor, 1) for tensor in (*self.keys, *self.values))):
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        cos, sin = context.rotations
+        self.shared = cos[0, 0], sin[0, 0], blocks, cache.lengths
 
 
 class _FastOutput:
@@ -143,10 +155,10 @@ def _layer_step(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
     blocks: Tensor,
     length: Tensor,
+    keys: Tensor,
+    values: Tensor,
     matrices: tuple[Matrix, ...],
     norms: tuple,
 ) -> tuple[Tensor, Tensor, Tensor]:

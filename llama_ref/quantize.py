@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from llama_ref.heap import give_back_memory
 from llama_ref.model import Transformer
 from llama_ref.quantization.kernels import faster
 from llama_ref.quantization.modules import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
@@ -59,6 +60,7 @@ def replace_matrices(model: nn.Module, kind: type[QuantizedMatrix], new: Callabl
     # By name: a list of the modules would keep all of them while they are replaced.
     for name in [name for name, module in model.named_modules() if type(module) is kind]:
         replace_module(model, name, new(model.get_submodule(name)))
+        give_back_memory()
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -30,12 +30,12 @@ USUAL_OF_MODELS = 0.7  # how often a draft model is right
 MEASURED = {
     ("bfloat16", False): (1.4, 0.04),
     ("bfloat16", True): (1.4, 0.05),
-    ("float32", False): (1.1, 0.03),
-    ("float32", True): (1.1, 0.03),
-    ("int8", False): (0.55, 0.23),
-    ("int8", True): (0.66, 0.32),
-    ("int4", False): (0.45, 0.34),
-    ("int4", True): (42.0, 0.2),
+    ("float32", False): (2.5, 0.0),
+    ("float32", True): (2.5, 0.0),  # taken from the uncompiled, not measured
+    ("int8", False): (0.40, 0.22),
+    ("int8", True): (0.68, 0.34),
+    ("int4", False): (0.47, 0.44),
+    ("int4", True): (7.4, 0.31),
 }
 
 

@@ -17,6 +17,7 @@ from llama_ref.checkpoint.quantized import StoredQuantized
 from llama_ref.checkpoint.shapes import expected_shapes, model_without_memory
 from llama_ref.checkpoint.slices import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
 from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, Stored, open_stored
+from llama_ref.heap import give_back_memory
 from llama_ref.model import Transformer
 from llama_ref.quantization.modules import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
@@ -114,6 +115,7 @@ def _quantized(
     out = quantized(scheme, name, weight, dtype)
     for piece in pieces:
         piece.release()
+    give_back_memory()
     return out
 
 

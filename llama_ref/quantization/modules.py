@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
 
 BLOCK_WEIGHTS = 1 << 22  # turned into the input's dtype at a time: few enough to stay in a processor's cache
+CUDA_INT8_SINCE = "2.10"  # PyTorch's kernel for int8; on CPU and MPS it is older
 FEW_ROWS = 48  # up to here PyTorch's kernel for int8 was faster than casting the matrix, on two Zen 5 cores
 
 
@@ -69,7 +70,7 @@ class Int8Linear(Int8Matrix):
         """(…, in) -> (…, out)."""
         if x.dtype == torch.float16:  # sums of unscaled products would leave its range
             return self._times_blocks(x)
-        if x.numel() <= FEW_ROWS * x.shape[-1]:
+        if x.numel() <= FEW_ROWS * x.shape[-1] and (x.device.type != "cuda" or torch.__version__ >= CUDA_INT8_SINCE):
             return torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.q, self.scale.to(x.dtype)).unflatten(
                 0, x.shape[:-1]
             )

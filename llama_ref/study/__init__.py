@@ -1,0 +1,50 @@
+"""Studying a model: every activation has a name (names.py), and the model that generates is the one under the lens.
+
+`trace(model, tokens, names)` runs a text and keeps the activations that the names match; `recording(model, names)` does so for
+whatever runs in its block, generation too. `patch(model, {name: edit})` changes activations while its block lasts: `zero()`,
+`mean()`, `scale(2)`, `set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…, rows=…)`, or any function of a
+tensor. `patch_grid(model, clean, corrupted, metric, over=…)` asks where in the model a difference is made.
+`logit_lens`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`, `spectra` and `quantization_errors` ask the
+usual questions. All are put on from outside and taken off again: model.py knows nothing of them, and looking changes no bit of
+the logits.
+"""
+
+from llama_ref.study.attention import attention_pattern, summarize_attention
+from llama_ref.study.attribution import attribute
+from llama_ref.study.grid import Grid, logit_difference, patch_grid, probability
+from llama_ref.study.lens import logit_lens
+from llama_ref.study.names import all_names, axes
+from llama_ref.study.patch import Edit, edit, mean, patch, scale, set_to, swap_from, zero
+from llama_ref.study.residual import residual_stream
+from llama_ref.study.rope import rope_waves
+from llama_ref.study.trace import Recording, Trace, recording, trace
+from llama_ref.study.weights import quantization_errors, spectra
+
+__all__ = [
+    "Edit",
+    "Grid",
+    "Recording",
+    "Trace",
+    "all_names",
+    "attention_pattern",
+    "attribute",
+    "axes",
+    "edit",
+    "logit_difference",
+    "logit_lens",
+    "mean",
+    "patch",
+    "patch_grid",
+    "probability",
+    "quantization_errors",
+    "recording",
+    "residual_stream",
+    "rope_waves",
+    "scale",
+    "set_to",
+    "spectra",
+    "summarize_attention",
+    "swap_from",
+    "trace",
+    "zero",
+]

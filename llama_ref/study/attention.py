@@ -1,0 +1,119 @@
+"""Where heads look, in numbers: at the first token, at the one before, at what followed last time.
+
+A head that finds nothing looks at the first token (Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
+2023). One that has seen `A B … A` and looks at `B` lets a model repeat what came after; on random tokens that come twice this
+shows by itself (Olsson et al., "In-context Learning and Induction Heads", 2022).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ref.errors import RequestError
+from llama_ref.model import Transformer
+from llama_ref.study.inputs import check_index, check_token, one_row
+from llama_ref.study.trace import trace
+
+PATTERN_BYTES = 1 << 28  # of attention patterns held at a time; more layers than that take another pass over the model
+REPEATED_TOKENS = 50
+
+
+@dataclass(frozen=True)
+class AttentionSummary:
+    """Every head's habits on one sequence, (n_layers, H) each, on the CPU; NaN where the sequence is too short to tell.
+
+    `sink`: attention paid to the first token, a mean over all later ones. `previous`: to the token before, a mean over those
+    for which that is not the first. `entropy`: of where they look, in nats, a mean over all but the first. `induction`: on
+    random tokens that come twice, to the one that followed the first time.
+    """
+
+    tokens: list[int]
+    sink: Tensor
+    previous: Tensor
+    entropy: Tensor
+    induction: Tensor
+
+
+def sink_mass(pattern: Tensor) -> Tensor:
+    """(…, T, T) -> (…): mean attention that later tokens pay to the first."""
+    return pattern[..., 1:, 0].mean(-1)
+
+
+def previous_token_score(pattern: Tensor) -> Tensor:
+    """(…, T, T) -> (…): mean attention to the token before, where that is not the first, which would be the sink's."""
+    return pattern.diagonal(offset=-1, dim1=-2, dim2=-1)[..., 1:].mean(-1)
+
+
+def attention_entropy(pattern: Tensor) -> Tensor:
+    """(…, T, T) -> (…): mean entropy in nats of where tokens look; the first, which sees but itself, is left out."""
+    return torch.special.entr(pattern[..., 1:, :]).sum(-1).mean(-1)
+
+
+def induction_score(pattern: Tensor, period: int) -> Tensor:
+    """(…, T, T) -> (…): mean attention of the last `period` tokens to what followed each of them one period before."""
+    return pattern.diagonal(offset=1 - period, dim1=-2, dim2=-1)[..., -period:].mean(-1)
+
+
+@torch.no_grad()
+def summarize_attention(
+    model: Transformer,
+    tokens: Sequence[int] | Tensor,
+    *,
+    bos: int | None = None,
+    ids: Sequence[int] | None = None,
+    seed: int = 1,
+) -> AttentionSummary:
+    """Every head's habits on a sequence, and on random tokens for the induction score, which see `repeated_tokens`."""
+    row = one_row(model, tokens)
+    measures = (sink_mass, previous_token_score, attention_entropy)
+    sink, previous, entropy = _measure(model, row, measures)
+    repeated = repeated_tokens(model, bos=bos, ids=ids, seed=seed)
+    (induction,) = _measure(model, repeated, [lambda pattern: induction_score(pattern, REPEATED_TOKENS)])
+    return AttentionSummary(row[0].tolist(), sink, previous, entropy, induction)
+
+
+def repeated_tokens(
+    model: Transformer,
+    n_tokens: int = REPEATED_TOKENS,
+    *,
+    bos: int | None = None,
+    ids: Sequence[int] | None = None,
+    seed: int = 1,
+) -> Tensor:
+    """`bos`, where one is given, and `n_tokens` random ids twice: (1, T). `ids`: those to draw from (default: all)."""
+    if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 2:
+        raise RequestError(f"n_tokens is {n_tokens!r:.40}, expected a whole number of 2 or more")
+    pool = torch.arange(model.args.vocab_size) if ids is None else torch.as_tensor(ids)
+    if not len(pool):
+        raise RequestError("ids is empty, expected the ids to draw random tokens from")
+    drawn = pool[torch.randint(len(pool), (n_tokens,), generator=torch.Generator().manual_seed(seed))]
+    before = torch.tensor([] if bos is None else [check_token(model, bos)], dtype=drawn.dtype)
+    return one_row(model, torch.cat((before, drawn, drawn)))
+
+
+@torch.no_grad()
+def attention_pattern(model: Transformer, tokens: Sequence[int] | Tensor, layer: int, head: int) -> Tensor:
+    """How one head spreads its attention: float32 (T, T), a row for each token that looks, adding up to 1."""
+    row = one_row(model, tokens)
+    layer = check_index("layer", layer, model.args.n_layers)
+    head = check_index("head", head, model.args.n_heads)
+    name = f"layers.{layer}.attention.pattern"
+    return trace(model, row, [name])[name][0, head].float().cpu()
+
+
+def _measure(model: Transformer, row: Tensor, measures: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+    """What each measure says of every head: (n_layers, H) each."""
+    layers = [[measure(pattern).cpu() for measure in measures] for pattern in _patterns(model, row)]
+    return [torch.stack(column) for column in zip(*layers, strict=True)]
+
+
+def _patterns(model: Transformer, row: Tensor) -> Iterator[Tensor]:
+    """Every layer's patterns, float32 (H, T, T), in turn: a few layers a pass where all would take too much memory."""
+    n_layers, T = model.args.n_layers, row.shape[1]
+    step = max(1, PATTERN_BYTES // (model.args.n_heads * T * T * 4))
+    for start in range(0, n_layers, step):
+        names = [f"layers.{layer}.attention.pattern" for layer in range(start, min(start + step, n_layers))]
+        traced = trace(model, row, names)
+        yield from (traced[name][0].float() for name in names)

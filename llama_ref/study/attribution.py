@@ -1,0 +1,120 @@
+"""Direct logit attribution: which part of the model wrote a token's logit into the residual stream.
+
+The last residual is a sum: the embedding, each head's output through its columns of `wo`, each feed-forward's output. With the
+final norm's scale frozen at the value that it has there, the logit is linear in that sum, so each part has its share, and the
+shares add up. What a part does by way of later layers is not in it. Source: Elhage et al., "A Mathematical Framework for
+Transformer Circuits" (2021).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ref.errors import LlamaRefError
+from llama_ref.model import Transformer
+from llama_ref.quantization.modules import QuantizedMatrix
+from llama_ref.study.inputs import check_index, check_token, one_row
+from llama_ref.study.trace import trace
+
+# The model rounds its residual stream at every addition, and in bfloat16 each part before: how far the shares may then be from
+# its logit, in roundings of all that was added up.
+ROUNDINGS = 16
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The parts of `target`'s logit at one position, or of its lead over `other`; float32, on the CPU.
+
+    `embedding` is a number, `heads` (n_layers, H), `ffns` (n_layers,). They add up to `total`, and the model's own `logit`
+    differs from that by rounding alone.
+    """
+
+    tokens: list[int]
+    position: int
+    target: int
+    other: int | None
+    logit: float
+    embedding: float
+    heads: Tensor
+    ffns: Tensor
+
+    @property
+    def total(self) -> float:
+        return self.embedding + self.heads.double().sum().item() + self.ffns.double().sum().item()
+
+    def parts(self) -> Iterator[tuple[str, float]]:
+        """Every part by name, in the order in which they are added: embedding, layers.0.heads.0, …, layers.0.ffn, …"""
+        yield "embedding", self.embedding
+        for layer, (heads, ffn) in enumerate(zip(self.heads.tolist(), self.ffns.tolist(), strict=True)):
+            yield from ((f"layers.{layer}.heads.{head}", share) for head, share in enumerate(heads))
+            yield f"layers.{layer}.ffn", ffn
+
+
+@torch.no_grad()
+def attribute(
+    model: Transformer, tokens: Sequence[int] | Tensor, target: int, other: int | None = None, *, position: int = -1
+) -> Attribution:
+    """Share out a token's logit after one position of a sequence; with `other`, how far it is ahead of that token.
+
+    Raises RequestError for a token or position that is not there, LlamaRefError where the shares do not add up to the logit
+    within rounding, as where weights are not finite.
+    """
+    row = one_row(model, tokens)
+    position = check_index("position", position, row.shape[1])
+    target, other = check_token(model, target), None if other is None else check_token(model, other)
+    layers = range(model.args.n_layers)
+    last = f"layers.{layers[-1]}.residual_post"
+    names = [f"layers.{layer}.{part}" for layer in layers for part in ("attention.head_output", "ffn.output")]
+    traced = trace(model, row, ["embedding", *names, last, "norm"])
+    here = {name: traced[name][0, position].float() for name in ("embedding", *names, last)}
+    direction = _direction(model, here[last], target, other)  # (D,)
+    heads = [_head_shares(model, layer, here[f"layers.{layer}.attention.head_output"], direction) for layer in layers]
+    ffns = [here[f"layers.{layer}.ffn.output"] @ direction for layer in layers]
+    logits = model.logits(traced["norm"][:, position])[0]
+    logit = logits[target] if other is None else logits[target] - logits[other]
+    found = Attribution(
+        *(row[0].tolist(), position, target, other, logit.item(), (here["embedding"] @ direction).item()),
+        heads=torch.stack(heads).cpu(),
+        ffns=torch.stack(ffns).cpu(),
+    )
+    _check_sum(model, found, here[last], direction)
+    return found
+
+
+def _direction(model: Transformer, residual: Tensor, target: int, other: int | None) -> Tensor:
+    """What a vector has to be multiplied with for its share of the logit, at this residual's scale: (D,)."""
+    scale = torch.rsqrt(residual.pow(2).mean() + model.norm.eps)
+    unembedding = matrix_rows(model.output, [target] if other is None else [target, other])
+    wanted = unembedding[0] if other is None else unembedding[0] - unembedding[1]
+    return scale * model.norm.weight.float() * wanted
+
+
+def _head_shares(model: Transformer, layer: int, head_output: Tensor, direction: Tensor) -> Tensor:
+    """Each head's share, (H, hd) -> (H,): its output times what its own columns of `wo` write."""
+    read = direction @ matrix(model.layers[layer].attention.wo)  # (D,) @ (D, H·hd) -> (H·hd,)
+    return (head_output * read.view_as(head_output)).sum(-1)
+
+
+def _check_sum(model: Transformer, found: Attribution, residual: Tensor, direction: Tensor) -> None:
+    added = sum(abs(share) for _, share in found.parts()) + (residual * direction).abs().sum().item()
+    allowed = ROUNDINGS * torch.finfo(model.norm.weight.dtype).eps * added
+    if not abs(found.total - found.logit) <= allowed:
+        raise LlamaRefError(
+            f"the parts add up to {found.total:g}, but the logit is {found.logit:g}, and rounding explains {allowed:.2g} at"
+            " most: are all weights finite (llama-ref verify --deep), or was the model changed from outside?"
+        )
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The float32 matrix (out, in) that a linear layer or embedding computes with, quantized or not."""
+    return module.dequantize() if isinstance(module, QuantizedMatrix) else module.weight.detach().float()
+
+
+def matrix_rows(module: nn.Module, rows: list[int]) -> Tensor:
+    """Some rows of that matrix, without the others where nothing is quantized."""
+    if isinstance(module, QuantizedMatrix):
+        return module.dequantize()[rows]
+    return F.embedding(torch.tensor(rows, device=module.weight.device), module.weight.detach()).float()

@@ -1,0 +1,43 @@
+"""How the residual stream grows and turns on its way through the layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_ref.model import Transformer
+from llama_ref.study.inputs import one_row
+from llama_ref.study.lens import residual_points
+from llama_ref.study.trace import trace
+
+
+@dataclass(frozen=True)
+class ResidualStream:
+    """Length and direction of the stream at each of P points, for each of T tokens: float32 (P, T) each, on the CPU.
+
+    `norm` is the Euclidean length. `drift` is the cosine with the point before (1 at the first), `to_last` that with the last.
+    """
+
+    tokens: list[int]
+    points: list[str]
+    norm: Tensor
+    drift: Tensor
+    to_last: Tensor
+
+
+@torch.no_grad()
+def residual_stream(model: Transformer, tokens: Sequence[int] | Tensor) -> ResidualStream:
+    """Measure one sequence's residual stream at all its points. Raises RequestError for tokens that are none."""
+    row = one_row(model, tokens)
+    points = residual_points(model.args.n_layers)
+    traced = trace(model, row, points)
+    stream = [traced[point][0].float() for point in points]  # P × (T, D)
+    drift = [F.cosine_similarity(before, after, dim=-1) for before, after in pairwise(stream)]
+    to_last = [F.cosine_similarity(x, stream[-1], dim=-1) for x in stream]
+    norm = torch.stack([x.norm(dim=-1) for x in stream])
+    return ResidualStream(
+        row[0].tolist(), points, norm.cpu(), torch.stack([torch.ones_like(norm[0]), *drift]).cpu(), torch.stack(to_last).cpu()
+    )

@@ -1,0 +1,108 @@
+"""What the matrices themselves tell: their singular values, and what rounding them to few bits costs each."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from llama_ref.errors import RequestError
+from llama_ref.model import Transformer
+from llama_ref.quantization.modules import QuantizedMatrix
+from llama_ref.quantization.scheme import Scheme
+from llama_ref.quantize import is_quantized, quantized, refuse_unfit
+from llama_ref.study.attribution import matrix
+
+ROWS_AT_A_TIME = 1 << 13  # taken to float64
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A matrix's singular values, largest first: float64 (min(out, in),), on the CPU."""
+
+    name: str
+    shape: tuple[int, int]
+    values: Tensor
+
+    @property
+    def stable_rank(self) -> float:
+        """‖W‖²_F / σ₁²: in how many directions as strong as the strongest its strength would fit."""
+        return (self.values / self.values[0]).square().sum().item()
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of σ / Σσ: how many directions share the work (Roy and Vetterli, 2007)."""
+        return torch.special.entr(self.values / self.values.sum()).sum().exp().item()
+
+
+@dataclass(frozen=True)
+class QuantizationError:
+    """What rounding does to one matrix: ‖W - W'‖ / ‖W‖, the largest |w - w'|, and the bits that a weight then takes."""
+
+    name: str
+    bits_per_weight: float
+    relative: float
+    largest: float
+
+
+@torch.no_grad()
+def spectra(model: Transformer, names: str = "*") -> Iterator[Spectrum]:
+    """Singular values of every matrix whose name ("layers.0.attention.wq.weight") matches the glob, one at a time.
+
+    By way of the smaller of WWᵀ and WᵀW in float64, which a vocabulary's 128,256 rows make no larger; values below 1e-8 of the
+    largest are noise. A tied output is the embedding and is left out. Raises RequestError where nothing matches.
+    """
+    for name, module in _matrices(model, names):
+        weight = matrix(module)
+        yield Spectrum(name, tuple(weight.shape), _singular_values(weight))
+
+
+@torch.no_grad()
+def quantization_errors(model: Transformer, scheme: Scheme | str, names: str = "*") -> Iterator[QuantizationError]:
+    """What a scheme ("int8", "int4", "int4:group=32") would do to every matrix whose name matches, one at a time.
+
+    The rounding is that of loading with `quantize`. Raises RequestError for a model that is quantized already, a matrix that
+    the scheme cannot hold, or a glob that nothing matches.
+    """
+    scheme = Scheme.parse(scheme)
+    if is_quantized(model):
+        raise RequestError("the model's matrices are rounded already: load it without quantize to see what rounding costs")
+    chosen = _matrices(model, names)
+    for name, module in chosen:
+        refuse_unfit(scheme, name, module.weight.shape[1])
+    for name, module in chosen:
+        weight = module.weight.detach()
+        rounded = quantized(scheme, name, weight, weight.dtype)
+        yield _error(name, weight.float(), rounded)
+
+
+def _error(name: str, weight: Tensor, rounded: QuantizedMatrix) -> QuantizationError:
+    difference = rounded.dequantize() - weight
+    relative = difference.norm() / weight.norm()
+    bits = 8 * rounded.quantized_bytes / weight.numel()
+    return QuantizationError(name, bits, relative.item(), difference.abs().max().item())
+
+
+def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
+    kinds = (nn.Linear, nn.Embedding, QuantizedMatrix)
+    found = [(f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    if _is_tied(model):
+        found = [(name, module) for name, module in found if name != "output.weight"]
+    chosen = [(name, module) for name, module in found if fnmatchcase(name, names)]
+    if not chosen:
+        raise RequestError(f"no matrix is called {names!r:.80}; the names are {found[0][0]}, {found[1][0]}, …")
+    return chosen
+
+
+def _is_tied(model: Transformer) -> bool:
+    if isinstance(model.output, QuantizedMatrix):
+        return next(model.output.buffers()).data_ptr() == next(model.tok_embeddings.buffers()).data_ptr()
+    return model.output.weight is model.tok_embeddings.weight
+
+
+def _singular_values(weight: Tensor) -> Tensor:
+    weight = weight.cpu() if weight.device.type == "mps" else weight  # which has no float64
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    gram = sum(rows.double().T @ rows.double() for rows in tall.split(ROWS_AT_A_TIME))  # (min, min)
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0).cpu()

@@ -1,0 +1,277 @@
+"""`llama-ref lens`, `attention`, `attribute` and `patch`: real tables, JSON that parses, and no traceback."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from folders import tiny_folder
+from llama_ref.cli import main
+
+CAPITAL, ITALY, PARIS, ROME = "The capital of France is", "The capital of Italy is", " Paris", " Rome"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys) -> Run:
+    """A command line in this process: exit code, stdout, stderr. Whatever leaves `main` but SystemExit is a traceback."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        try:
+            code = main(list(words))
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """Two layers of four heads; a token is a byte."""
+    return str(tiny_folder(tmp_path_factory.mktemp("study") / "Tiny"))
+
+
+def parsed(text: str) -> Any:
+    """Strict JSON, which knows no NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# ---- on the real small model
+
+
+def test_the_lens_shows_the_answer_rising(run, demo_folder):
+    code, out, err = run("lens", str(demo_folder), CAPITAL, "--target", PARIS)
+    assert (code, err) == (0, "")
+    assert out.startswith("<|begin_of_text|>│The│␣capital│␣of│␣France│␣is\n")
+    rows = re.findall(r"^ (embedding|layer \d+) +(\S+) +([\d,]+) +\d+\.\d\d +\d+\.\d\d  (\S.*?) *$", out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["embedding", *(f"layer {i}" for i in range(30))]
+    assert int(rows[10][2].replace(",", "")) > 100 and rows[-1][2] == "1"
+    assert re.match(r"␣Paris [78]\d%  ", rows[-1][3])
+    assert re.search(r"␣Paris is the likeliest from layer 2\d on, in the end with [78]\d%", out)
+
+
+def test_the_parts_of_an_answer_add_up(run, demo_folder):
+    code, out, err = run("attribute", str(demo_folder), CAPITAL, "--target", PARIS, "--dtype", "float32")
+    assert (code, err) == (0, "")
+    logit, total, rounding = map(float, re.search(r"␣Paris: logit (\S+) = the parts' (\S+), (\S+) of rounding", out).groups())
+    assert logit == pytest.approx(total, abs=0.002) and abs(rounding) < 1e-3
+    assert re.search(r"^ 29 +[+-]\d+\.\d\d +[+-]\d+\.\d\d +\+1\d\.\d\d  █+ *$", out, re.MULTILINE)
+    assert re.search(r"^ layer 23 head 4 +\+2\.\d\d  █+ *$", out, re.MULTILINE)
+
+
+def test_one_head_carries_the_country_to_the_end(run, demo_folder):
+    words = ("patch", str(demo_folder), CAPITAL, ITALY, "--target", PARIS, "--other", ROME, "--over", "layer,head")
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    assert re.search(r"clean: .*France.*\n +logit of ␣Paris above ␣Rome: \d", out)
+    assert re.search(r"corrupted: .*Italy.*\n +logit of ␣Paris above ␣Rome: -\d", out)
+    assert re.search(r"^ *23( +-?\d+){4} +[789]\d( +-?\d+){4} *$", out, re.MULTILINE)
+    assert re.search(r"Most: layer 23, head 4 [789]\d%", out)
+
+
+def test_where_heads_look_in_the_real_model(run, demo_folder):
+    code, out, err = run("attention", str(demo_folder), CAPITAL)
+    assert (code, err) == (0, "")
+    rows = re.findall(r"^ (\d+) +" + r" +".join([r"\d\.\d\d \(h\d (\d\.\d\d)\)"] * 4), out, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(range(30))
+    assert max(float(row[3]) for row in rows) > 0.5, "no induction head"
+    code, out, _ = run("attention", str(demo_folder), "한 🙂", "--layer=17", "--head", "3")
+    assert code == 0 and "<0xED><0x95>@1" in out and "␣🙂@3" in out
+    assert len(re.findall(r"@\d+ +\S.*@0 \d+(\.\d)?%", out)) >= 4
+
+
+# ---- JSON
+
+
+def test_the_lens_as_json_has_all_points_and_positions(run, tiny):
+    code, out, err = run("lens", tiny, " a\n", "--target", "b", "--top", "2", "--json")
+    assert (code, err) == (0, "")
+    found = parsed(out)
+    assert [token["text"] for token in found["tokens"]] == ["<|begin_of_text|>", "␣", "a", "\\n"]
+    assert [token["id"] for token in found["tokens"]] == [256, 32, 97, 10]
+    assert found["target"] == {"id": 98, "text": "b"}
+    names = ["embedding", *(f"layers.{i}.residual_{part}" for i in (0, 1) for part in ("mid", "post"))]
+    assert [point["point"] for point in found["points"]] == names
+    assert all([at["position"] for at in point["positions"]] == [0, 1, 2, 3] for point in found["points"])
+    last = found["points"][-1]["positions"][-1]
+    assert last["kl"] == 0 and 0 < last["target_probability"] < 1 and 1 <= last["target_rank"] <= 512
+    assert len(last["top"]) == 2 and last["top"][0]["probability"] >= last["top"][1]["probability"]
+    assert parsed(run("lens", tiny, "x", "--json")[1])["target"] is None
+
+
+def test_attention_as_json_has_every_head_or_the_whole_pattern(run, tiny):
+    found = parsed(run("attention", tiny, "abc", "--json")[1])
+    assert [(layer["layer"], len(layer["heads"])) for layer in found["layers"]] == [(0, 4), (1, 4)]
+    assert found["layers"][1]["heads"][2].keys() == {"head", "sink", "previous", "induction", "entropy"}
+    assert [layer["layer"] for layer in parsed(run("attention", tiny, "abc", "--layer", "1", "-j")[1])["layers"]] == [1]
+    found = parsed(run("attention", tiny, "abc", "--layer", "-1", "--head", "0", "--json")[1])
+    assert (found["layer"], found["head"]) == (1, 0)
+    assert [sum(row) for row in found["pattern"]] == pytest.approx([1] * 4)
+    assert found["pattern"][0] == [1, 0, 0, 0]
+
+
+def test_attribution_as_json_has_every_part(run, tiny):
+    code, out, err = run("attribute", tiny, "42", "--target", "7", "--other", "1", "--json", "--dtype", "float32")
+    assert (code, err) == (0, "")
+    found = parsed(out)
+    assert (found["target"]["text"], found["other"]["text"], found["position"]) == ("7", "1", 2)
+    parts = [found["embedding"], *(part for layer in found["layers"] for part in (*layer["heads"], layer["ffn"]))]
+    assert len(parts) == 1 + 2 * 5
+    assert sum(parts) == pytest.approx(found["total"]) == pytest.approx(found["logit"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("over", "axis", "n"), [("layer,position", "position", 3), ("layer, head", "head", 4)])
+def test_a_grid_as_json_has_its_labels(run, tiny, over, axis, n):
+    code, out, _ = run("patch", tiny, "12", "13", "--target", "x", "--over", over, "--json")
+    found = parsed(out)
+    assert code == 0 and found["metric"] == "probability of x" and found["target"]["id"] == ord("x")
+    assert [a["name"] for a in found["axes"]] == ["layer", axis]
+    assert [len(row) for row in found["values"]] == [n, n]
+    assert [token["text"] for token in found["corrupted_tokens"]] == ["<|begin_of_text|>", "1", "3"]
+
+
+def test_texts_that_do_not_differ_have_nothing_to_bring_back(run, tiny):
+    code, out, _ = run("patch", tiny, "same", "same", "--target", "x")
+    assert code == 0 and "no difference to bring back" in out
+
+
+# ---- what is shown
+
+
+def on_a_terminal(columns: int, *words: str) -> list[str]:
+    """What a command prints where it knows the width, which a pipe has not."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "dumb"}
+    command = [sys.executable, "-m", "llama_ref.cli", *words]
+    with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, env=environment) as process:
+        os.close(follower)
+        written = b""
+        try:
+            while part := os.read(leader, 1 << 16):
+                written += part
+        except OSError:  # how Linux says that nobody holds the other end any more
+            pass
+        errors = process.stderr.read()
+    os.close(leader)
+    assert process.returncode == 0, errors
+    return re.sub(r"\x1b\[[0-9;]*m", "", written.decode()).replace("\r", "").split("\n")
+
+
+def test_a_lens_fits_a_terminal_of_80_columns(tiny):
+    lines = on_a_terminal(80, "lens", tiny, "a long prompt", "--target", "z", "--top", "20")
+    assert max(map(len, lines)) <= 80
+    (head,) = (line for line in lines if line.startswith(" after"))
+    assert head.split() == ["after", "z", "rank", "entropy", "KL", "likeliest", "next"]
+    rows = [line for line in lines if line.startswith((" embedding", " layer"))]
+    assert len(rows) == 3 and all("…" in row and re.search(r" \d\.\d\d ", row) for row in rows)
+
+
+def test_a_grid_goes_on_below_where_a_line_ends(tiny):
+    lines = on_a_terminal(80, "patch", tiny, "0123456789abc", "0123456789abd", "--target", "z")
+    assert max(map(len, lines)) <= 80
+    heads = [re.findall(r"@(\d+)", line) for line in lines if re.match(r" *layer +@", line)]
+    assert len(heads) == 2 and [int(head) for part in heads for head in part] == list(range(14))
+    assert sum(bool(re.match(r" *[01]( +-?\d+)+ *$", line)) for line in lines) == 4
+
+
+def test_text_from_a_model_is_no_markup_and_no_command_of_the_terminal(run, tiny):
+    code, out, _ = run("lens", tiny, "[bold]\x1b[31m\x00:smile:", "--target", "[")
+    assert code == 0 and "\x1b" not in out and "\x00" not in out
+    assert "[│b│o│l│d│]│\\x1b│[│3│1│m│\\x00│:│s│m│i│l│e│:" in out and re.search(r"after +\[ +rank", out)
+
+
+def test_of_a_target_of_several_tokens_the_first_is_taken(run, tiny):
+    code, out, err = run("attribute", tiny, "x", "--target", "42")
+    assert code == 0 and out.count("4: logit") == 1
+    assert err == "--target is 2 tokens, 4│2: the first, 4, is taken\n"
+    assert (
+        "--other is 3 tokens, <0xED>│<0x95>│<0x9C>: the first, <0xED>"
+        in run("attribute", tiny, "x", "--target", "4", "--other", "한")[2]
+    )
+
+
+# ---- misuse
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("lens", "{}", ""), "prompt is an empty text, expected one to study"),
+        (("lens", "{}", "x", "--target", ""), r'target is an empty text, .* such as " Paris"'),
+        (("attribute", "{}", "", "--target", "x"), "prompt is an empty text"),
+        (("patch", "{}", "a", "", "--target", "x"), "corrupted is an empty text"),
+        (("lens", "{}", "12345", "--max_seq_len", "5"), "the prompt has 6 tokens, but max_seq_len is 5: shorten it"),
+        (("patch", "{}", "1", "12345", "--target", "x", "--max_seq_len", "5"), "the corrupted has 6 tokens, but"),
+        (("lens", "{}", "x", "--top", "0"), "top is 0, expected a whole number from 1 to 512"),
+        (("lens", "{}", "x", "--top", "many"), "top is 'many', expected"),
+        (("attention", "{}", "x", "--layer", "2"), "--layer is 2, expected a whole number: there is 0 to 1"),
+        (("attention", "{}", "x", "--layer", "1.5"), "--layer is 1.5, expected a whole number"),
+        (("attention", "{}", "x", "--layer", "0", "--head", "4"), "--head is 4, .* there is 0 to 3"),
+        (("attention", "{}", "x", "--head", "1"), "--head is 1, but of which layer"),
+        (("patch", "{}", "ab", "abc", "--target", "x"), r"clean has 3 tokens, .*│a│b, but corrupted has 4, .* word them so"),
+        (("patch", "{}", "a", "b", "--target", "x", "--over", "head"), "over is 'head', expected layer,position or layer,head"),
+        (("lens", "{}", "x", "--compile"), "--compile is of no use here"),
+        (("attention", "{}", "x", "--pipeline_parallel_size", "2"), "--pipeline_parallel_size 2: a model is studied whole"),
+        (("lens", "{}", "x", "--quantize", "int3"), "quantize is 'int3'"),
+        (("lens", "{}", "x", "--device", "gpu"), "device gpu is unknown"),
+        (("lens", "nowhere-at-all", "x"), "nowhere-at-all"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_makes_no_sense_is_a_line_and_2(run, tiny, words, message):
+    code, out, err = run(*(word.format(tiny) for word in words))
+    assert (code, out) == (2, "")
+    assert re.match(f"llama-ref: .*{message}", err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("lens", "x"), ("attribute", "x", "y"), ("patch", "x", "y", "--target", "z"), ("lens", "x", "y", "z")]
+)
+def test_words_that_are_missing_or_too_many_are_misuse(run, words):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "") and "ERROR" in err
+
+
+@pytest.mark.parametrize("command", ["lens", "attention", "attribute", "patch"])
+def test_several_processes_are_refused(run, tiny, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = {"patch": ("y", "--target", "z"), "attribute": ("--target", "z")}.get(command, ())
+    code, out, err = run(command, tiny, "x", *words)
+    assert (code, out) == (2, "") and "2 processes: a model is studied whole, in one process" in err
+
+
+def test_weights_that_are_not_finite_end_in_no_traceback(run, tiny, tmp_path):
+    folder = tmp_path / "NaN"
+    folder.mkdir()
+    for file in Path(tiny).iterdir():
+        if file.name != "consolidated.00.pth":
+            (folder / file.name).symlink_to(file)
+    state = torch.load(Path(tiny) / "consolidated.00.pth", weights_only=True)
+    state["layers.1.attention.wo.weight"][:] = torch.nan
+    torch.save(state, folder / "consolidated.00.pth")
+    here = (str(folder), "x", "--target", "z", "--verify", "never")
+    code, out, _ = run("lens", *here, "--json")
+    last = parsed(out)["points"][-1]["positions"][0]
+    assert code == 0 and last["target_probability"] is last["target_rank"] is last["kl"] is None
+    assert run("lens", *here)[0] == run("attention", str(folder), "x", "--verify", "never")[0] == 0
+    code, out, err = run("attribute", *here)
+    assert (code, out) == (1, "") and "the parts add up to nan" in err
+    code, out, _ = run("patch", str(folder), "x", "y", *here[2:])
+    assert code == 0 and "nothing to compare" in out

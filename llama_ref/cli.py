@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs: `list` shall 
 
 BUILDING = (  # the example scripts', too
     Option("quantize", None, "int8, int4 or int4:group=32: round the weights to so many bits as they are read."),
-    Option("compile", False, "compile the decode step (CPU, one sequence): faster after some seconds."),
+    Option("compile", False, "compile the decode step (on a CPU that of one sequence): faster after some seconds."),
     Option("speculate", None, "ngram: guess what comes from what came before, for text that repeats itself."),
     Option("draft", None, "a smaller model of the same vocabulary, which guesses what comes."),
     Option("verify", "auto", "compare with checklist.chk: auto (each file once), always or never."),
@@ -257,7 +257,7 @@ def quantize(src: str, dst: str, *, to: str, calibrate: bool = True, force: bool
         src: a folder, or a release name such as Llama3.2-1B-Instruct.
         dst: the folder to write.
         to: int8, int4 or int4:group=32 (groups of 32, 64, 128 or 256 weights share a scale).
-        calibrate: to four bits, let the model read a text first, and weigh errors by what its layers saw.
+        calibrate: to four bits, round by what the layers are given while the model reads a text (minutes for large models).
         force: replace the checkpoint that is at dst.
         verify: compare src with its checklist.chk: auto (each file once), always or never.
     """

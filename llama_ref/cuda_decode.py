@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from llama_ref.model import KVCache, Transformer, TransformerBlock, rope_frequencies, rope_rotations
-from llama_ref.terminal import note
 
 SMALLEST_WINDOW = 256  # tokens
 MOST_RECORDINGS = 16  # the least recently used goes first; a text of 128k tokens comes to 10
@@ -225,6 +224,13 @@ def _warm_up(model: Transformer, layer_step: Callable[..., Tensor]) -> None:
     keys, values = torch.zeros(2, *shape, dtype=norm.dtype, device=norm.device)
     tokens = torch.zeros(1, 1, dtype=torch.long, device=norm.device)
     decode_step(model, layer_step, tokens, tokens[0], keys, values, SMALLEST_WINDOW)
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    from llama_ref.terminal import note  # only now: rich draws from Python's random numbers when it is imported
+
+    note(text)
 
 
 def _first_line(error: Exception) -> str:

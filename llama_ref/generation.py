@@ -154,6 +154,7 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        *,
         trace: "Recording | None" = None,
         **sampling: Any,
     ) -> tuple[list[list[int]], list[list[float]] | None]:

@@ -67,7 +67,7 @@ class PassTime:
         return cls(*MEASURED.get((kind, is_compiled), MEASURED["bfloat16", is_compiled]))
 
     def with_guesses(self, n: int) -> float:
-        return self.several + (n + 1) * self.each if n else 1.0
+        return max(1.0, self.several + (n + 1) * self.each) if n else 1.0
 
 
 @dataclass

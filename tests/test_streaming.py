@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from corpus import WHOLE
 from llama_ref.errors import RequestError
 from llama_ref.loop import Row, new_cache
+from llama_ref.model import KVCache
 from llama_ref.streaming import Stream
 from llama_ref.tokenizer import Tokenizer
 
@@ -214,4 +215,4 @@ def test_a_cache_that_holds_the_prompts_beginning_changes_nothing(llama, known):
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 9), (2, 64)])
 def test_a_cache_of_the_wrong_size_is_refused(llama, rows, tokens):
     with pytest.raises(RequestError, match=f"the cache has {rows} rows of {tokens} tokens; .* need one row of 10"):
-        llama.stream([1, 2, 3, 4], 6, cache=new_cache(llama.model, rows, tokens))
+        llama.stream([1, 2, 3, 4], 6, cache=KVCache(llama.model.args, rows, tokens, dtype=llama.dtype))

@@ -24,7 +24,7 @@ from llama_ref.quantization import planes
 from llama_ref.quantization.modules import Int4Linear, Int8Linear, Int8Matrix
 from llama_ref.quantization.pieces import PIECE, PiecewiseInt8Linear, in_pieces
 from llama_ref.quantization.planes import COLUMNS, PlanarInt4Linear, held
-from llama_ref.quantize import replace_matrices
+from llama_ref.quantize import replace_matrices, use_fast_kernels
 
 STREAMS = 4  # rows read side by side: they share what is loaded of the vector; more were slower
 FEWEST_BLOCKS = 2  # of the cache: a compiler takes a length of 0 or 1 for a case of its own
@@ -42,11 +42,11 @@ Matrix = tuple[Tensor, ...]  # (weight,), (q, scale) or (words, scale, zero): se
 
 
 def compile_decode(model: Transformer) -> None:
-    """Make a model's decode steps of one row faster; changed in place.
+    """Make a model's decode steps faster, on a CPU those of one row; changed in place.
 
     Takes some seconds to compile, fewer where PyTorch's cache on disk has it from an earlier run. Where that does not work,
     without a C++ compiler above all, the model stays as it is and one line on stderr says so. Raises RequestError for a model
-    that is divided among processes, or not on the CPU.
+    that is divided among processes, or on neither a CPU nor CUDA.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # only now: to import the compiler takes a second
     from torch._inductor.exc import InductorError
@@ -57,6 +57,7 @@ def compile_decode(model: Transformer) -> None:
         raise RequestError("compile is for one process; leave it out, or start without torchrun")
     device = model.norm.weight.device
     if device.type == "cuda":
+        use_fast_kernels(model)  # which are recorded as they are; a CPU's matrices get layouts of their own
         return compile_cuda_decode(model)
     if device.type != "cpu":
         raise RequestError(f"compile is for the CPU and for CUDA, not for {device.type}; leave it out")
@@ -76,6 +77,9 @@ def compile_decode(model: Transformer) -> None:
     except (BackendCompilerFailed, InductorError) as error:
         for module in (*model.layers, model.output):
             del module.forward
+        for module in model.modules():
+            if isinstance(module, PlanarInt4Linear):
+                module.matrix = planes.matrix
         note(f"it cannot be compiled here ({str(error).splitlines()[0]}): decoding stays uncompiled")
 
 
@@ -146,7 +150,7 @@ def _matrix(module: nn.Module) -> Matrix:
     """The tensors that a compiled product takes."""
     if isinstance(module, PlanarInt4Linear):
         return module.words, module.scale, module.zero
-    if isinstance(module, Int8Matrix | PiecewiseInt8Linear):
+    if isinstance(module, Int8Matrix):
         return module.q, module.scale
     return (module.weight,)
 

@@ -104,8 +104,8 @@ class Llama:
         bytes in all).
         `quantize`: "int8", "int4" or "int4:group=32" rounds the weights as they are read (quantize.py). `compile` makes
         decoding faster, of one sequence on a CPU (compile.py), of any number on CUDA (cuda_decode.py); building waits some
-        seconds for it. `speculate`="ngram"
-        has text that repeats made faster, `draft` any text: it names a smaller model of the same vocabulary (speculate.py).
+        seconds for it. `speculate`="ngram" has text that repeats made faster, `draft` any text: it names a smaller model of
+        the same vocabulary (speculate.py).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
         """
         _check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
@@ -127,11 +127,9 @@ class Llama:
             options = {"device": device, "dtype": dtype, "share": job.share, "quantize": quantize, "progress": progress}
             model = load_model(folder, args, **options)
         _divide(model, job)
-        if device.type == "cuda":
-            use_fast_kernels(model)  # before: there what is compiled runs them; on a CPU it has layouts of its own
         if compile:
             compile_decode(model)
-        use_fast_kernels(model)
+        use_fast_kernels(model)  # for what is quantized, and not compiled
         speculation = DraftModel(small.model, model) if small else NGrams(PassTime.of(model)) if speculate else None
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         return cls(model, tokenizer, **limits, seed=seed, job=job, speculation=speculation)

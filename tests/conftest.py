@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from llama_ref.checkpoint import verified
 from llama_ref.checkpoint.hashing import hash_file
+from llama_ref.cli import main
 from llama_ref.generation import Llama
 from llama_ref.tokenizer import Tokenizer
 
@@ -96,3 +97,11 @@ def unprivileged_folder() -> Iterator[Path]:
     finally:
         if is_root:
             os.seteuid(0)
+
+
+def exit_code(words: Sequence[str]) -> int:
+    """Of a command line run in this process. Whatever leaves `main` but SystemExit is a traceback."""
+    try:
+        return main(list(words))
+    except SystemExit as exit:
+        return exit.code

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import exit_code
 from llama_ref.checkpoint.report import human_bytes
-from llama_ref.cli import main
 from llama_ref.generation import Llama
 
 CAPITAL = "The capital of France is"
@@ -51,11 +51,7 @@ def run(build_once, monkeypatch, capsys) -> Run:
 
     def run(*words: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            code = main(list(words))
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
+        return exit_code(words), *capsys.readouterr()
 
     return run
 

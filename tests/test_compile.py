@@ -10,7 +10,8 @@ from llama_ref.generation import Llama
 from llama_ref.loop import new_cache
 from llama_ref.model import Transformer
 from llama_ref.parallel import SummedLinear
-from llama_ref.quantization.modules import Int4Linear
+from llama_ref.quantization.modules import Int4Linear, Int8Linear
+from llama_ref.quantization.pieces import PiecewiseInt8Linear
 from llama_ref.quantization.planes import COLUMNS, PlanarInt4Linear, product
 from llama_ref.quantize import quantize_model
 
@@ -75,6 +76,28 @@ def test_without_a_compiler_a_model_stays_as_it_is_and_one_line_says_so(monkeypa
     assert capsys.readouterr().err.splitlines() == [
         "no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled"
     ]
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+def test_with_a_compiler_that_fails_a_model_computes_as_before(scheme, monkeypatch, capsys, tmp_path):
+    plain, model = random_model(torch.float32, scheme), random_model(torch.float32, scheme)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # with nothing in it that was compiled before
+    torch.compiler.reset()
+    with torch._inductor.config.patch({"cpp.cxx": (None, "false")}):
+        compile_decode(model)
+        expected, found = (decoded(each, [5, 7], [3, 1]) for each in (plain, model))
+    torch.compiler.reset()
+    assert "decoding stays uncompiled" in capsys.readouterr().err.splitlines()[-1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pieces_hold_the_same_numbers_in_every_dtype():
+    torch.manual_seed(1)
+    matrix = Int8Linear.of(torch.randn(24, 5120) * 1e-4)  # scales that float16 would round
+    pieces = PiecewiseInt8Linear(matrix)
+    assert torch.equal(pieces.dequantize(), matrix.dequantize())
+    for dtype in (torch.float16, torch.float32):
+        assert torch.equal(pieces(torch.eye(5120, dtype=dtype)), matrix(torch.eye(5120, dtype=dtype)))
 
 
 def test_a_divided_model_is_refused():

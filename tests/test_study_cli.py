@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import exit_code
 from folders import tiny_folder
-from llama_ref.cli import main
 
 CAPITAL, ITALY, PARIS, ROME = "The capital of France is", "The capital of Italy is", " Paris", " Rome"
 Run = Callable[..., tuple[int, str, str]]
@@ -28,11 +28,7 @@ def run(capsys) -> Run:
     """A command line in this process: exit code, stdout, stderr. Whatever leaves `main` but SystemExit is a traceback."""
 
     def run(*words: str) -> tuple[int, str, str]:
-        try:
-            code = main(list(words))
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
+        return exit_code(words), *capsys.readouterr()
 
     return run
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_ref import huge_pages
-from llama_ref.quantization.modules import Int4Linear, QuantizedMatrix
+from llama_ref.quantization.modules import Int4Linear, QuantizedMatrix, wide_dtype
 from llama_ref.quantization.rounding import unpack
 
 aten = torch.ops.aten
@@ -92,7 +92,7 @@ class TiledInt4Linear(QuantizedMatrix):
 
     def _columns(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Some rows' weights as columns, (K, n): tiles hold them so, and to turn them round takes longer than all else."""
-        wide = torch.float32 if dtype == torch.float16 else dtype
+        wide = wide_dtype(dtype)
         start, stop, _ = rows.indices(self.shape[0])
         size, _ = _tile()
         tiles = slice(start // size, -(-stop // size))

@@ -17,6 +17,11 @@ CUDA_INT8_SINCE = "2.10"  # PyTorch's kernel for int8; on CPU and MPS it is olde
 FEW_ROWS = 48  # up to here PyTorch's kernel for int8 was faster than casting the matrix, on two Zen 5 cores
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What weights of this dtype are put together in: scales may be too small for float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class QuantizedMatrix(nn.Module):
     """What the modules here have in common; `shape` is (out, in)."""
 
@@ -120,7 +125,7 @@ class Int4Linear(QuantizedMatrix):
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         # Two roundings in bfloat16, each far below a step of the four bits.
-        wide = torch.float32 if dtype == torch.float16 else dtype
+        wide = wide_dtype(dtype)
         scale, zero = self.scale[rows, :, None].to(wide), self.zero[rows, :, None].to(wide)  # (n, K/G, 1)
         q = unpack(self.packed[rows], self.scale.shape[1]).to(wide).sub_(8)  # (n, K/G, G)
         return q.mul_(scale).add_(zero).to(dtype).flatten(1)

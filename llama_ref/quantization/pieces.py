@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_ref import huge_pages
-from llama_ref.quantization.modules import FEW_ROWS, Int8Linear, QuantizedMatrix
+from llama_ref.quantization.modules import FEW_ROWS, Int8Linear, Int8Matrix, wide_dtype
 
 LONG_ROW, PIECE = 4096, 1024  # a longer row is cut, where it can be
 
@@ -18,14 +18,12 @@ def in_pieces(columns: int) -> bool:
     return columns > LONG_ROW and columns % PIECE == 0
 
 
-class PiecewiseInt8Linear(QuantizedMatrix):
+class PiecewiseInt8Linear(Int8Matrix):
     """An Int8Linear with `q` int8 (P, N, 1024): the rows' P pieces, `scale` float32 (N,) as it was."""
 
     def __init__(self, module: Int8Linear):
-        super().__init__()
+        super().__init__(huge_pages.contiguous(module.q.unflatten(1, (-1, PIECE)).transpose(0, 1)), module.scale)
         self.shape = module.shape
-        self.register_buffer("q", huge_pages.contiguous(module.q.unflatten(1, (-1, PIECE)).transpose(0, 1)))
-        self.register_buffer("scale", module.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), for prompts and batches."""
@@ -37,6 +35,7 @@ class PiecewiseInt8Linear(QuantizedMatrix):
         return torch.stack(products).sum(0).to(x.dtype).unflatten(0, x.shape[:-1])
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        wide = torch.empty(len(self.scale[rows]), len(self.q), PIECE, dtype=dtype, device=self.q.device)  # (n, P, 1024)
+        shape = len(self.scale[rows]), len(self.q), PIECE
+        wide = torch.empty(shape, dtype=wide_dtype(dtype), device=self.q.device)  # (n, P, 1024)
         wide.copy_(self.q[:, rows].transpose(0, 1))
-        return wide.flatten(1).mul_(self.scale[rows, None].to(dtype))
+        return wide.flatten(1).mul_(self.scale[rows, None].to(wide.dtype)).to(dtype)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ref import huge_pages
-from llama_ref.quantization.modules import Int4Linear, QuantizedMatrix
+from llama_ref.quantization.modules import Int4Linear, QuantizedMatrix, wide_dtype
 from llama_ref.quantization.pieces import PIECE, in_pieces
 
 PLANES, LANES = 8, 16
@@ -24,7 +24,7 @@ MASKS = [15 << (4 * p) for p in range(SIGN_PLANE)] + [-(1 << 28)]
 
 def matrix(words: Tensor, scale: Tensor, zero: Tensor, like: Tensor) -> Tensor:
     """The weights (N, P · blocks · 128) in `like`'s dtype: as fast as its memory where it is compiled."""
-    wide = torch.float32 if like.dtype == torch.float16 else like.dtype
+    wide = wide_dtype(like.dtype)
     plane = torch.arange(PLANES)[:, None]
     q = (words[:, :, :, None] >> (4 * plane)) & 15  # (P, N, blocks, 8, 16)
     q = (q ^ (8 * (plane == SIGN_PLANE))) - 8

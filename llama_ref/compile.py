@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llama_ref.cuda_decode import compile_cuda_decode
 from llama_ref.device import fast_for_one_row
 from llama_ref.errors import RequestError
+from llama_ref.heap import keep_scratch_memory
 from llama_ref.loop import CACHE_BLOCK, new_cache
 from llama_ref.model import Context, KVCache, Transformer, TransformerBlock, rotate
 from llama_ref.parallel import SummedLinear
@@ -71,6 +72,7 @@ def compile_decode(model: Transformer) -> None:
     for block in model.layers:
         block.forward = _FastBlock(block, step)
     model.output.forward = _FastOutput(model.output, head)
+    keep_scratch_memory()
     note("compiling the decode step: some seconds, fewer the next time")
     try:
         _warm_up(model)
@@ -127,11 +129,13 @@ class _Seen:
             all_[:, 0].unflatten(2, (-1, CACHE_BLOCK)).unbind() for all_ in (cache.keys, cache.values)
         )  # n_layers × (K, …, 64, hd)
         n_blocks = max(FEWEST_BLOCKS, -(-cache.longest // CACHE_BLOCK))
-        blocks = cache.keys.new_empty(n_blocks)  # its length is what counts: a number would be compiled for itself alone
-        for tensor, dim in ((blocks, 0), *((tensor, 1) for tensor in (*self.keys, *self.values))):
+        mask = torch.zeros(n_blocks * CACHE_BLOCK)  # made once: to compare places costs more in every layer and head
+        mask[cache.longest :] = -torch.inf
+        mask = mask.view(n_blocks, CACHE_BLOCK)
+        for tensor, dim in ((mask, 0), *((tensor, 1) for tensor in (*self.keys, *self.values))):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
         cos, sin = context.rotations
-        self.shared = cos[0, 0], sin[0, 0], blocks, cache.lengths
+        self.shared = cos[0, 0], sin[0, 0], mask
 
 
 class _FastOutput:
@@ -159,8 +163,7 @@ def _layer_step(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    blocks: Tensor,
-    length: Tensor,
+    mask: Tensor,
     keys: Tensor,
     values: Tensor,
     matrices: tuple[Matrix, ...],
@@ -168,15 +171,15 @@ def _layer_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A block for one token: x (D,), keys and values (K, …, 64, hd) -> x, its own k and v (K, hd).
 
-    Of the keys and values the first `length` (1,) places count, in the first `len(blocks)` blocks.
+    Of the keys and values those places in the first n blocks count where `mask` (n, 64) is 0.
     """
     wq, wk, wv, wo, w1, w2, w3 = matrices
     n_kv_heads, head_dim = keys.shape[0], keys.shape[-1]
     h = _norm(x, *norms[0])
     q, k, v = (matvec(w, h).view(-1, head_dim) for w in (wq, wk, wv))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    keys, values = keys[:, : len(blocks)], values[:, : len(blocks)]
-    x = x + matvec(wo, _attend(q.view(n_kv_heads, -1, head_dim), k, v, keys, values, length))
+    keys, values = keys[:, : len(mask)], values[:, : len(mask)]
+    x = x + matvec(wo, _attend(q.view(n_kv_heads, -1, head_dim), k, v, keys, values, mask))
     h = _norm(x, *norms[1])
     return x + matvec(w2, F.silu(matvec(w1, h)) * matvec(w3, h)), k, v
 
@@ -199,20 +202,22 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Attention of one token's q (K, G, hd) to what came before and to itself, k and v (K, hd): (K · G · hd,).
 
-    keys and values (K, n, 64, hd) are blocks of the cache, small enough to stay in the nearest cache of the processor while all
-    heads of a group go over them; the first `length` (1,) places count.
+    keys and values (K, n, 64, hd) are blocks of the cache, small enough to stay in the nearest cache of the processor while they
+    are gone over; `mask` (n, 64) is 0 where a place counts, else -inf. The G heads of a group go side by side: what they share is
+    read and converted once.
     """
+    G = q.shape[1]
     q32 = held(q.float() * q.shape[-1] ** -0.5)
-    n_blocks, size = keys.shape[1:3]
-    known = torch.arange(n_blocks * size).view(n_blocks, 1, size) < length  # (n, 1, 64)
-    scores = (q32[:, None, :, None] * keys[:, :, None].float()).sum(-1)  # (K, n, G, 64)
-    scores = torch.where(known, scores, -torch.inf)
+    keys32 = keys.float()
+    seen = torch.where((mask == 0)[..., None], values.float(), 0)  # where nothing counts, memory may hold a NaN
+    scores = torch.stack([(q32[:, g, None, None] * keys32).sum(-1) for g in range(G)], dim=1)  # (K, G, n, 64)
+    scores = torch.where(mask == 0, scores, mask)
     own = (q32 * k[:, None].float()).sum(-1)  # (K, G)
-    top = torch.maximum(scores.amax((1, 3)), own)
-    p, p_own = held((scores - top[:, None, :, None]).exp()), (own - top).exp()
-    seen = torch.where(known[..., None], values[:, :, None].float(), 0)  # beyond, memory may hold a NaN
-    mixed = (p[..., None] * seen).sum(-2).sum(1) + p_own[..., None] * v[:, None].float()  # (K, G, hd)
-    return (mixed / (p.sum((1, 3)) + p_own)[..., None]).to(q.dtype).flatten()
+    top = torch.maximum(scores.amax((2, 3)), own)
+    p, p_own = held((scores - top[..., None, None]).exp()), (own - top).exp()
+    mixed = torch.stack([(p[:, g, ..., None] * seen).sum(-2) for g in range(G)], dim=1).sum(2)  # (K, G, hd)
+    mixed = mixed + p_own[..., None] * v[:, None].float()
+    return (mixed / (p.sum((2, 3)) + p_own)[..., None]).to(q.dtype).flatten()

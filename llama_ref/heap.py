@@ -1,8 +1,12 @@
-"""Memory that is free, but not given back to the system."""
+"""Memory that is free, but not given back to the system: to have less of it, or to keep it where it is needed again at once."""
 
 import ctypes
 from collections.abc import Callable
 from functools import cache
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+LARGEST_BLOCK = 32 << 20  # the most that glibc takes for M_MMAP_THRESHOLD
+KEPT = 64 << 20
 
 
 def give_back_memory() -> None:
@@ -11,13 +15,24 @@ def give_back_memory() -> None:
     Of blocks under 32 MB, as most temporary tensors here are, it keeps what lies below a block that lives on: without this,
     turning a 1B's matrices into another layout left 0.7 GB with it.
     """
-    if trim := _malloc_trim():
+    if trim := _of_glibc("malloc_trim"):
         trim(0)
 
 
+def keep_scratch_memory() -> None:
+    """From now on let glibc keep up to 64 MB of freed memory for what comes next, as it is.
+
+    After some thousand tokens a layer's attention needs a few MB for a moment. As glibc is set up it gives these back at once, and
+    the system clears them anew for the next layer: after 32k tokens that took longer than the attention.
+    """
+    if option := _of_glibc("mallopt"):
+        option(M_MMAP_THRESHOLD, LARGEST_BLOCK)
+        option(M_TRIM_THRESHOLD, KEPT)
+
+
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def _of_glibc(name: str) -> Callable[..., int] | None:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # another C library, or Windows
         return None

@@ -33,6 +33,19 @@ environment() {
     PATH=$venv/bin:$PATH
 }
 
+# A browser for the tests of the report's page, from the system's packages where there is none and we may install it; else those
+# tests say that they are skipped.
+browser() {
+    local candidate
+    for candidate in chromium chromium-browser google-chrome; do
+        if command -v "$candidate" >/dev/null; then return; fi
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing chromium"
+        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } >/dev/null || true
+    fi
+}
+
 find_python() {
     local candidate
     if [ -n "${PYTHON:-}" ]; then

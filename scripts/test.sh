@@ -9,6 +9,7 @@ say "ruff check"
 ruff check .
 say "ruff format --check"
 ruff format --check .
+browser
 if [ ! -e "$demo/params.json" ]; then
     say "building $demo"
     python scripts/make_demo_checkpoint.py >/dev/null

@@ -1,0 +1,300 @@
+"""Walk a prompt through a model in this terminal: docs/tour.md with its code run here, on the demo or any other Llama folder.
+
+    python scripts/tour.py [FOLDER] [--prompt TEXT --other TEXT] [--pause]
+    python scripts/tour.py --write
+
+docs/tour.md is the only source: prose, blocks of Python, and behind each what it prints for the demo. Through a pipe this
+prints that document anew, with the outputs of the folder given. `--write` brings the outputs in docs/tour.md up to date and
+makes docs/tour.ipynb of it (with nbformat, from the extra `dev`).
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.syntax import Syntax
+from rich.text import Text
+
+from llama_ref.checkpoint.folder import find_folder, open_folder
+from llama_ref.command_line import EXIT_BAD, EXIT_CLOSED_PIPE, EXIT_INTERRUPTED, EXIT_MISUSE, complain
+from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
+from llama_ref.study.inputs import refuse_divided, refuse_empty
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
+SOURCE, NOTEBOOK = REPOSITORY / "docs" / "tour.md", REPOSITORY / "docs" / "tour.ipynb"
+MOST_TOKENS = 64  # of a prompt: every activation is kept, and tables have a column for a token
+
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")
+SETTING = re.compile(r'^(folder|prompt|other) = "([^"\n]*)"', re.MULTILINE)
+OF_THE_DEMO = "The outputs are those of this checkpoint here. The text speaks of the demo's: numbers and words may differ."
+FROM_THE_ROOT = """import os
+from pathlib import Path
+
+if Path.cwd().name == "docs":  # where the notebook lies; paths are from the repository's root
+    os.chdir("..")
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some prose, or a block of Python with what it prints ("": nothing)."""
+
+    text: str
+    is_code: bool = False
+    output: str = ""
+
+    @property
+    def markdown(self) -> str:
+        if not self.is_code:
+            return self.text
+        return f"```python\n{self.text}```\n" + (f"\n```text\n{self.output}```\n" if self.output else "")
+
+
+def parse(document: str) -> list[Part]:
+    """The parts of a document in order; their `markdown` joined is the document."""
+    parts, end = [], 0
+    for block in BLOCK.finditer(document):
+        parts += [Part(document[end : block.start()]), Part(block[1], True, block[2] or "")]
+        end = block.end()
+    return [*parts, Part(document[end:])]
+
+
+def with_settings(parts: Sequence[Part], settings: dict[str, str]) -> list[Part]:
+    """The parts with other values of `folder`, `prompt` and `other` in the code."""
+
+    def setting(found: re.Match[str]) -> str:
+        return f"{found[1]} = {settings[found[1]]!r}" if found[1] in settings else found[0]
+
+    return [replace(part, text=SETTING.sub(setting, part.text)) if part.is_code else part for part in parts]
+
+
+class Interpreter:
+    """Runs one block after another, as a notebook does."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {"__name__": "tour"}
+
+    def run(self, code: str) -> str:
+        """What the block prints."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, SOURCE.name, "exec", dont_inherit=True), self.names)
+        return printed.getvalue()
+
+
+def run(parts: Sequence[Part]) -> Iterator[Part]:
+    """Each part, with what its code prints now."""
+    interpreter = Interpreter()
+    for part in parts:
+        yield replace(part, output=interpreter.run(part.text)) if part.is_code else part
+
+
+# ---- to a terminal, or through a pipe
+
+
+class Shown(Protocol):
+    """Where the tour is shown."""
+
+    def prose(self, text: str) -> None: ...
+
+    def code(self, code: str) -> None: ...
+
+    def output(self, text: str) -> None: ...
+
+
+class InTerminal:
+    """Markdown, highlighted code, and what it prints behind a bar."""
+
+    def __init__(self, pause: bool) -> None:
+        self.console = Console(highlight=False)
+        self.pause = pause and sys.stdin.isatty()
+
+    def prose(self, text: str) -> None:
+        for section in re.split(r"^(?=## )", text, flags=re.MULTILINE):
+            if section.startswith("## ") and self.pause:
+                self.console.input("[dim]Enter goes on, Ctrl-C leaves. [/dim]")
+            if section.startswith("## "):
+                heading, _, section = section.partition("\n")
+                self._print(Rule(Text(heading.removeprefix("## "), style="bold"), align="left"))
+            if section.strip():  # links lead to files beside the document: only their text means something here
+                self._print(Markdown(RELATIVE_LINK.sub(r"\1", section), code_theme="ansi_dark"))
+            self._print("")
+
+    def code(self, code: str) -> None:
+        syntax = Syntax(code.rstrip(), "python", theme="ansi_dark", background_color="default", word_wrap=True)
+        self._print(Padding(syntax, (0, 0, 0, 2)))
+
+    def output(self, text: str) -> None:
+        self._print("")
+        for line in text.splitlines():
+            self._print(Text(f"│ {line}", style="green"), soft_wrap=True)
+        if text:
+            self._print("")
+
+    def _print(self, what: Any, **options: Any) -> None:
+        """By way of `print`: Console.print would end the program itself when the reader of a pipe has gone."""
+        with self.console.capture() as captured:
+            self.console.print(what, markup=False, emoji=False, **options)
+        print(captured.get(), end="", flush=True)
+
+
+class InPipe:
+    """The document itself."""
+
+    def prose(self, text: str) -> None:
+        print(text, end="", flush=True)
+
+    def code(self, code: str) -> None:
+        self._code = code
+
+    def output(self, text: str) -> None:
+        print(Part(self._code, True, text).markdown, end="", flush=True)
+
+
+def show(parts: Sequence[Part], where: Shown) -> None:
+    """Walk through: code is shown before it runs."""
+    interpreter = Interpreter()
+    for part in parts:
+        if part.is_code:
+            where.code(part.text)
+            where.output(interpreter.run(part.text))
+        else:
+            where.prose(part.text)
+
+
+# ---- the notebook
+
+
+def notebook(parts: Sequence[Part]) -> str:
+    """The document as a notebook, with its outputs: the same text for the same document. Needs nbformat."""
+    try:
+        import nbformat.v4 as nb
+    except ImportError:
+        raise RequestError("the notebook is written with nbformat, which is not installed: pip install nbformat") from None
+    cells = [nb.new_code_cell(FROM_THE_ROOT.rstrip(), execution_count=1)]
+    for part in parts:
+        if part.is_code:
+            printed = [nb.new_output("stream", name="stdout", text=part.output)] if part.output else []
+            count = 1 + sum(cell.cell_type == "code" for cell in cells)
+            cells.append(nb.new_code_cell(part.text.rstrip(), execution_count=count, outputs=printed))
+        elif part.text.strip():
+            cells.append(nb.new_markdown_cell(part.text.strip()))
+    cells[0], cells[1] = cells[1], cells[0]  # the title first
+    for number, cell in enumerate(cells):
+        cell.id = f"tour-{number:02d}"
+    python = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return nb.writes(nb.new_notebook(cells=cells, metadata=python | {"language_info": {"name": "python"}})) + "\n"
+
+
+def write() -> None:
+    """Bring docs/tour.md's outputs and docs/tour.ipynb up to date."""
+    document = parse(SOURCE.read_text(encoding="utf-8"))
+    settings = settings_of(document, None, None, None)
+    outputs = [part.output for part in run(with_settings(document, settings))]
+    document = [replace(part, output=output) for part, output in zip(document, outputs, strict=True)]
+    cells = notebook(document)  # first: it may lack nbformat, and then neither is written
+    SOURCE.write_text("".join(part.markdown for part in document), encoding="utf-8")
+    NOTEBOOK.write_text(cells, encoding="utf-8")
+
+
+# ---- the command
+
+
+def settings_of(document: Sequence[Part], folder: str | None, prompt: str | None, other: str | None) -> dict[str, str]:
+    """What to set in the document. Raises RequestError, FolderNotFound or CheckpointError for what cannot be toured."""
+    refuse_divided()
+    if (prompt is None) != (other is None):
+        raise RequestError("--prompt and --other go together: the tour compares two prompts of as many tokens")
+    refuse_empty(**{"--prompt": prompt, "--other": other})
+    path = find_folder(folder) if folder else _demo()
+    found = dict(SETTING.findall("".join(part.text for part in document if part.is_code)))
+    found |= {"folder": str(path) if folder else os.path.relpath(path)}
+    if prompt is not None:
+        found |= {"prompt": prompt, "other": other}
+    _check_prompts(path, found["prompt"], found["other"])
+    return found
+
+
+def _demo() -> Path:
+    if not (DEMO / "params.json").exists():
+        raise FolderNotFound(
+            f"the demo, {DEMO}, is not there yet: make it with `bash scripts/demo.sh`, or `python scripts/make_demo_checkpoint.py`"
+            " where its packages are installed, or name another folder"
+        )
+    return DEMO
+
+
+def _check_prompts(path: Path, prompt: str, other: str) -> None:
+    """Raise for a checkpoint or prompts that would break off the tour in its middle."""
+    folder = open_folder(path)
+    args = folder.read_args()
+    tokenizer = folder.open_tokenizer(args)
+    if folder.is_quantized:
+        raise RequestError(f"{path} is quantized, and the tour needs the matrices themselves: name the folder it was made from")
+    n_prompt, n_other = (len(tokenizer.encode(text, bos=True, eos=False)) for text in (prompt, other))
+    if n_prompt != n_other:
+        raise RequestError(
+            f"{prompt!r:.80} has {n_prompt} tokens and {other!r:.80} has {n_other}, but the tour compares them token by token: "
+            "give two with --prompt and --other that have as many"
+        )
+    if n_prompt > MOST_TOKENS:
+        raise RequestError(f"the prompts have {n_prompt:,} tokens, and the tour's tables hold {MOST_TOKENS}: shorten them")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    out = argparse.ArgumentParser(description="Walk a prompt through a model: docs/tour.md, with its code run here.")
+    out.add_argument("folder", nargs="?", help="a checkpoint's folder or release name (default: the demo's)")
+    out.add_argument("--prompt", help="another text than the document's; needs --other")
+    out.add_argument("--other", help="a text of as many tokens that differs in a word, to compare with in section 8")
+    out.add_argument("--pause", action="store_true", help="wait for Enter before each section, at a terminal")
+    out.add_argument("--write", action="store_true", help="bring docs/tour.md and docs/tour.ipynb up to date, on the demo")
+    return out
+
+
+def tour(words: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    if words.write:
+        if words.folder or words.prompt or words.other:
+            raise RequestError("--write is of the demo and the document's own prompts: give nothing with it")
+        write()
+        return
+    document = parse(SOURCE.read_text(encoding="utf-8"))
+    settings = settings_of(document, words.folder, words.prompt, words.other)
+    where = InTerminal(words.pause) if sys.stdout.isatty() else InPipe()
+    show(with_settings(document, settings), where)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 fine, 1 a bad checkpoint, 2 misuse."""
+    words = parser().parse_args(argv)
+    try:
+        tour(words)
+        return 0
+    except (RequestError, FolderNotFound) as error:
+        return complain(error, EXIT_MISUSE)
+    except LlamaRefError as error:
+        return complain(error, EXIT_BAD)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain again
+        return EXIT_CLOSED_PIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

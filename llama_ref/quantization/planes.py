@@ -117,7 +117,8 @@ def held(x: Tensor) -> Tensor:
 
 def _to_words(q: Tensor) -> Tensor:
     """0..15 uint8 (n, blocks · 128) -> int32 (n, blocks, 16)."""
-    planes = q.view(len(q), -1, PLANES, LANES).int()
-    planes[:, :, SIGN_PLANE] ^= 8  # two's complement of q - 8
-    shifts = 4 * torch.arange(PLANES, dtype=torch.int32, device=q.device)[:, None]
-    return (planes << shifts).sum(2, dtype=torch.int32)
+    planes = q.view(len(q), -1, PLANES, LANES)
+    words = torch.zeros(len(q), planes.shape[1], LANES, dtype=torch.int32, device=q.device)
+    for p, plane in enumerate(planes.unbind(2)):
+        words |= (plane ^ (8 if p == SIGN_PLANE else 0)).int() << 4 * p  # two's complement of q - 8 in the sign's
+    return words

@@ -11,12 +11,14 @@ makes docs/tour.ipynb of it (with nbformat, from the extra `dev`).
 import argparse
 import contextlib
 import io
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -25,6 +27,7 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
+from rich.theme import Theme
 
 from llama_ref.checkpoint.folder import find_folder, open_folder
 from llama_ref.command_line import EXIT_BAD, EXIT_CLOSED_PIPE, EXIT_INTERRUPTED, EXIT_MISUSE, complain
@@ -37,9 +40,9 @@ SOURCE, NOTEBOOK = REPOSITORY / "docs" / "tour.md", REPOSITORY / "docs" / "tour.
 MOST_TOKENS = 64  # of a prompt: every activation is kept, and tables have a column for a token
 
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
-RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")
+LINK = re.compile(r"\[([^\]]+)\]\(([^)]+)\)")
 SETTING = re.compile(r'^(folder|prompt|other) = "([^"\n]*)"', re.MULTILINE)
-OF_THE_DEMO = "The outputs are those of this checkpoint here. The text speaks of the demo's: numbers and words may differ."
+NOTE = "> *The outputs here are of {folder}. Where the text tells of words and numbers, it tells of the demo's own.*\n\n"
 FROM_THE_ROOT = """import os
 from pathlib import Path
 
@@ -76,9 +79,14 @@ def with_settings(parts: Sequence[Part], settings: dict[str, str]) -> list[Part]
     """The parts with other values of `folder`, `prompt` and `other` in the code."""
 
     def setting(found: re.Match[str]) -> str:
-        return f"{found[1]} = {settings[found[1]]!r}" if found[1] in settings else found[0]
+        return f"{found[1]} = {_literal(settings[found[1]])}" if found[1] in settings else found[0]
 
     return [replace(part, text=SETTING.sub(setting, part.text)) if part.is_code else part for part in parts]
+
+
+def _literal(text: str) -> str:
+    """A text as Python writes it; what is no Unicode (a byte of a file's name) escaped, for no compiler takes it otherwise."""
+    return json.dumps(text, ensure_ascii=any("\ud800" <= char <= "\udfff" for char in text))
 
 
 class Interpreter:
@@ -119,7 +127,7 @@ class InTerminal:
     """Markdown, highlighted code, and what it prints behind a bar."""
 
     def __init__(self, pause: bool) -> None:
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, theme=Theme({"markdown.code": "bold cyan"}))  # no black boxes on white
         self.pause = pause and sys.stdin.isatty()
 
     def prose(self, text: str) -> None:
@@ -129,8 +137,9 @@ class InTerminal:
             if section.startswith("## "):
                 heading, _, section = section.partition("\n")
                 self._print(Rule(Text(heading.removeprefix("## "), style="bold"), align="left"))
-            if section.strip():  # links lead to files beside the document: only their text means something here
-                self._print(Markdown(RELATIVE_LINK.sub(r"\1", section), code_theme="ansi_dark"))
+                self._print("")
+            if section.strip():
+                self._print(Markdown(LINK.sub(_named, section), code_theme="ansi_dark"))
             self._print("")
 
     def code(self, code: str) -> None:
@@ -149,6 +158,12 @@ class InTerminal:
         with self.console.capture() as captured:
             self.console.print(what, markup=False, emoji=False, **options)
         print(captured.get(), end="", flush=True)
+
+
+def _named(link: re.Match[str]) -> str:
+    """A link in words: `rotate` (llama_ref/model.py), for a terminal cannot follow it from here."""
+    name, path = link[1], link[2].removeprefix("../")
+    return f"`{path}`" if path.endswith(name.strip("`/")) else f"{name} ({path})"
 
 
 class InPipe:
@@ -179,11 +194,8 @@ def show(parts: Sequence[Part], where: Shown) -> None:
 
 
 def notebook(parts: Sequence[Part]) -> str:
-    """The document as a notebook, with its outputs: the same text for the same document. Needs nbformat."""
-    try:
-        import nbformat.v4 as nb
-    except ImportError:
-        raise RequestError("the notebook is written with nbformat, which is not installed: pip install nbformat") from None
+    """The document as a notebook, with its outputs: the same text for the same document. Raises RequestError."""
+    nb = _nbformat()
     cells = [nb.new_code_cell(FROM_THE_ROOT.rstrip(), execution_count=1)]
     for part in parts:
         if part.is_code:
@@ -199,15 +211,23 @@ def notebook(parts: Sequence[Part]) -> str:
     return nb.writes(nb.new_notebook(cells=cells, metadata=python | {"language_info": {"name": "python"}})) + "\n"
 
 
+def _nbformat() -> ModuleType:
+    try:
+        import nbformat.v4
+    except ImportError:
+        raise RequestError("the notebook is written with nbformat, which is not installed: pip install nbformat") from None
+    return nbformat.v4
+
+
 def write() -> None:
     """Bring docs/tour.md's outputs and docs/tour.ipynb up to date."""
+    _nbformat()  # raises now, not after the work
     document = parse(SOURCE.read_text(encoding="utf-8"))
     settings = settings_of(document, None, None, None)
     outputs = [part.output for part in run(with_settings(document, settings))]
     document = [replace(part, output=output) for part, output in zip(document, outputs, strict=True)]
-    cells = notebook(document)  # first: it may lack nbformat, and then neither is written
     SOURCE.write_text("".join(part.markdown for part in document), encoding="utf-8")
-    NOTEBOOK.write_text(cells, encoding="utf-8")
+    NOTEBOOK.write_text(notebook(document), encoding="utf-8")
 
 
 # ---- the command
@@ -231,8 +251,8 @@ def settings_of(document: Sequence[Part], folder: str | None, prompt: str | None
 def _demo() -> Path:
     if not (DEMO / "params.json").exists():
         raise FolderNotFound(
-            f"the demo, {DEMO}, is not there yet: make it with `bash scripts/demo.sh`, or `python scripts/make_demo_checkpoint.py`"
-            " where its packages are installed, or name another folder"
+            f"the demo is not there yet ({DEMO}): make it with `bash scripts/demo.sh`, or where its packages are, with "
+            "`python scripts/make_demo_checkpoint.py`; or name another folder"
         )
     return DEMO
 
@@ -275,12 +295,17 @@ def tour(words: argparse.Namespace) -> None:
     document = parse(SOURCE.read_text(encoding="utf-8"))
     settings = settings_of(document, words.folder, words.prompt, words.other)
     where = InTerminal(words.pause) if sys.stdout.isatty() else InPipe()
+    if words.folder or words.prompt:
+        where.prose(NOTE.format(folder=settings["folder"]))
     show(with_settings(document, settings), where)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 fine, 1 a bad checkpoint, 2 misuse."""
     words = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # no letter that cannot be shown shall end the tour
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         tour(words)
         return 0

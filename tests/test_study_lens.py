@@ -92,6 +92,14 @@ def test_only_the_positions_asked_for_are_read(model):
     assert torch.equal(some.top_ids, every.top_ids[:, [4, 9]])
 
 
+def test_only_the_points_asked_for_are_read(model):
+    points = residual_points(2)
+    every, some = logit_lens(model, TOKENS, target=TARGET), logit_lens(model, TOKENS, target=TARGET, points=points[:4:3])
+    assert some.points == ["embedding", "layers.1.residual_mid"]
+    for name in ("top_ids", "top_probabilities", "entropy", "kl", "target_probability", "target_rank"):
+        assert torch.equal(getattr(some, name), getattr(every, name)[[0, 3]])
+
+
 def test_the_last_point_is_the_model_itself(model):
     found = logit_lens(model, TOKENS, top=512)
     own = model(torch.tensor([TOKENS]))[0].softmax(-1)
@@ -332,6 +340,14 @@ def test_a_token_is_shown_on_one_line_and_harmless(text, shown):
         (lambda model: logit_lens(model, [1], top=0), "top is 0, expected a whole number from 1 to 512"),
         (lambda model: logit_lens(model, [1], positions=[1]), "position is 1, .* there is only 0"),
         (lambda model: logit_lens(model, [1], positions=[]), "positions is empty"),
+        (
+            lambda model: logit_lens(model, [1], points=["layers.2.residual_mid"]),
+            "points holds 'layers.2.residual_mid', expected",
+        ),
+        (lambda model: logit_lens(model, [1], points=["layers.0.residual_mid", "embedding"]), "points is .*, in this order"),
+        (lambda model: logit_lens(model, [1], points=["embedding"] * 2), "points is .*, in this order"),
+        (lambda model: logit_lens(model, [1], points=[]), r"points is \[\], expected some of embedding, layers.0.residual_mid"),
+        (lambda model: logit_lens(model, [1], points="embedding"), "points is 'embedding', expected some of"),
         (lambda model: attribute(model, [1], True), "token True"),
         (lambda model: attribute(model, [1], 2, position=1), "position is 1, expected a whole number: there is only 0"),
         (lambda model: attention_pattern(model, [1], 2, 0), "layer is 2, .* there is 0 to 1"),

@@ -4,7 +4,7 @@ The final norm and the output matrix are put onto the residual stream at every p
 attention, after each layer's feed-forward. At the last point this is the model itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,57 +54,86 @@ def logit_lens(
     target: int | None = None,
     top: int = 5,
     positions: Sequence[int] | None = None,
+    points: Sequence[str] | None = None,
 ) -> LogitLens:
-    """Read the residual stream of one sequence at all its points through the final norm and the output matrix.
+    """Read the residual stream of one sequence through the final norm and the output matrix.
 
-    `positions` (default: all) may count from the end. Holds the stream itself, D numbers for each point and token, and logits
-    of one point and a few positions at a time; each position costs as many output matrices as there are points. Raises
-    RequestError.
+    `positions` (default: all) may count from the end; `points` are some of `residual_points`, in their order (default: all).
+    Holds the stream itself, D numbers for each point and token, and logits of one point and a few positions at a time; each
+    position costs as many output matrices as there are points. Raises RequestError.
     """
     row = one_row(model, tokens)
     T = row.shape[1]
     at = list(range(T)) if positions is None else [check_index("position", position, T) for position in positions]
     if not at:
         raise RequestError("positions is empty, expected those to read at, or None for all")
-    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= model.args.vocab_size:
-        raise RequestError(f"top is {top!r:.40}, expected a whole number from 1 to {model.args.vocab_size}")
+    check_top(model, top)
     target = None if target is None else check_token(model, target)
-    points = residual_points(model.args.n_layers)
-    traced = trace(model, row, points)
+    every = residual_points(model.args.n_layers)
+    points = every if points is None else _check_points(every, points)
+    traced = trace(model, row, [*points, every[-1]])
     residuals = [traced[point][0, at] for point in points]  # P × (T, D)
-    step = max(1, LOGITS_AT_A_TIME // model.args.vocab_size)
-    chunks = [_read(model, [x[i : i + step] for x in residuals], target, top) for i in range(0, len(at), step)]
+    last = traced[every[-1]][0, at]
+    chunks = [_read(model, [x[some] for x in residuals], last[some], target, top) for some in a_few_at_a_time(model, len(at))]
     probability, rank, ids, probabilities, entropy, kl = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
     seen = {} if target is None else {"target_probability": probability, "target_rank": rank}
     return LogitLens(row[0].tolist(), at, points, ids, probabilities, entropy, kl, target, **seen)
 
 
-def _read(model: Transformer, residuals: list[Tensor], target: int | None, top: int) -> tuple[Tensor, ...]:
-    """Some positions at all points, P × (t, D): the target's probability and rank, top ids and theirs, entropy, KL."""
-    final = _log_probabilities(model, residuals[-1])  # (t, V)
+def _check_points(every: list[str], points: Sequence[str]) -> list[str]:
+    expected = f"expected some of {every[0]}, {every[1]}, …, {every[-1]}, in this order"
+    if isinstance(points, str) or not isinstance(points, Sequence):
+        raise RequestError(f"points is {points!r:.60}, {expected}")
+    strange = [point for point in points if point not in every]
+    if strange:
+        raise RequestError(f"points holds {strange[0]!r:.60}, {expected}")
+    if not points or list(points) != [point for point in every if point in points]:
+        raise RequestError(f"points is {list(points)!r:.80}, {expected}")
+    return list(points)
+
+
+def _read(model: Transformer, residuals: list[Tensor], last: Tensor, target: int | None, top: int) -> tuple[Tensor, ...]:
+    """Some positions at P points, (t, D) each: the target's probability and rank, top ids and theirs, entropy, KL."""
+    final = log_probabilities(model, last)  # (t, V)
     p_final = final.exp()
     certainty = vecdot(p_final, final)  # (t,), minus the entropy
+    followed = torch.full_like(last[:, 0], target or 0, dtype=torch.long)  # (t,)
     rows = []
     for residual in residuals:
-        logprobs = _log_probabilities(model, residual)
+        logprobs = log_probabilities(model, residual)
         kl = (certainty - vecdot(p_final, logprobs)).clamp(min=0)  # rounding may leave a little below 0
-        rows.append((*_of_target(logprobs, target or 0), *_likeliest(logprobs, top), -vecdot(logprobs.exp(), logprobs), kl))
+        rows.append((*of_tokens(logprobs, followed), *likeliest(logprobs, top), -vecdot(logprobs.exp(), logprobs), kl))
     return tuple(torch.stack(column).cpu() for column in zip(*rows, strict=True))
 
 
-def _log_probabilities(model: Transformer, residual: Tensor) -> Tensor:
+# ---- from residuals to probabilities, some positions at a time
+
+
+def check_top(model: Transformer, top: int) -> None:
+    """Raise RequestError for a number of likeliest tokens that a vocabulary does not have."""
+    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= model.args.vocab_size:
+        raise RequestError(f"top is {top!r:.40}, expected a whole number from 1 to {model.args.vocab_size}")
+
+
+def a_few_at_a_time(model: Transformer, n: int) -> Iterator[slice]:
+    """n positions in parts whose logits are few enough to be held."""
+    step = max(1, LOGITS_AT_A_TIME // model.args.vocab_size)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def log_probabilities(model: Transformer, residual: Tensor) -> Tensor:
     """(t, D) -> float32 (t, V)."""
     return model.logits(model.norm(residual)).log_softmax(-1)
 
 
-def _of_target(logprobs: Tensor, target: int) -> tuple[Tensor, Tensor]:
-    """A token's probability and rank, (t,) each; where numbers are NaN it is behind all others."""
-    own = logprobs[:, target, None]
+def of_tokens(logprobs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The probability and rank of each row's own token, (t,) each; where numbers are NaN it is behind all others."""
+    own = logprobs.gather(-1, ids[:, None])
     before = (logprobs <= own).logical_not_()
     return own[:, 0].exp(), 1 + torch.count_nonzero(before, dim=-1)
 
 
-def _likeliest(logprobs: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def likeliest(logprobs: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Ids and probabilities of the likeliest tokens, (t, top) each."""
     best = logprobs.topk(top, dim=-1)
     return best.indices, best.values.exp()

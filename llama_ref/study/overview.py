@@ -1,0 +1,150 @@
+"""All that is usually asked about one text, asked at once: what the report shows (report.py)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.model import Transformer
+from llama_ref.quantize import is_quantized
+from llama_ref.study.attention import (
+    REPEATED_TOKENS,
+    AttentionSummary,
+    attention_entropy,
+    induction_score,
+    previous_token_score,
+    repeated_tokens,
+    sink_mass,
+)
+from llama_ref.study.attribution import Attribution, attribute
+from llama_ref.study.inputs import check_token, one_row
+from llama_ref.study.lens import LogitLens, check_top, logit_lens, residual_points
+from llama_ref.study.patterns import PackedPatterns, how_many_kept, pack, watch_patterns
+from llama_ref.study.predictions import Predictions, predict
+from llama_ref.study.residual import ResidualStream, residual_stream
+
+# One layer's patterns are then 0.5 GB in a model of 32 heads, of which three copies exist for a moment, and the page of an 8B
+# is up to 45 MB. Twice the tokens would be four times the memory.
+MOST_TOKENS = 2048
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A text as a model reads it. `lens` is of the embedding and of every layer's end, and follows `attribution`'s target.
+
+    `attribution` is None where the shares of the logit do not add up to it, as with weights that are not finite; then
+    `not_attributed` says why.
+    """
+
+    tokens: list[int]
+    target: int
+    dtype: str
+    predictions: Predictions
+    lens: LogitLens
+    attention: AttentionSummary
+    patterns: PackedPatterns
+    attribution: Attribution | None
+    not_attributed: str | None
+    residual: ResidualStream
+
+
+@torch.no_grad()
+def overview(
+    model: Transformer,
+    tokens: Sequence[int] | Tensor,
+    *,
+    target: int | None = None,
+    top: int = 5,
+    bos: int | None = None,
+    ids: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Overview:
+    """Ask a model everything about one sequence, with `top` likeliest tokens wherever there is a choice of them.
+
+    `target`, the token that is followed through the layers and whose logit is shared out, is by default the one that the model
+    itself holds likeliest after the last. `bos` and `ids` are for the random tokens of the induction score. `progress` is
+    called with the steps done and their number. Raises RequestError, for more than 2,048 tokens too.
+    """
+    row = one_row(model, tokens)
+    _check_length(row.shape[1])
+    check_top(model, top)
+    target = None if target is None else check_token(model, target)
+    repeated = repeated_tokens(model, bos=bos, ids=ids)
+    ends = [point for point in residual_points(model.args.n_layers) if not point.endswith("residual_mid")]
+    steps = _Steps(3 + len(ends) + 2 * model.args.n_layers, progress)
+
+    predictions = predict(model, row, top)
+    steps.advance()
+    target = int(predictions.top_ids[-1, 0]) if target is None else target
+    lens = logit_lens(model, row, target=target, top=top, points=ends)
+    steps.advance(len(ends))
+    attention, patterns = _attention(model, row, repeated, steps)
+    attribution, not_attributed = _attribution(model, row, target)
+    steps.advance()
+    residual = residual_stream(model, row)
+    steps.advance()
+    return Overview(
+        *(row[0].tolist(), target, _dtype(model), predictions, lens, attention, patterns),
+        *(attribution, not_attributed, residual),
+    )
+
+
+class _Steps:
+    """Counts what is done, and tells of it."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self.progress = 0, total, progress
+        self.advance(0)
+
+    def advance(self, n: int = 1) -> None:
+        self.done += n
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _check_length(n_tokens: int) -> None:
+    if n_tokens > MOST_TOKENS:
+        raise RequestError(
+            f"the text has {n_tokens:,} tokens, and a report is of {MOST_TOKENS:,} at most: every head's attention is a matrix"
+            " of tokens by tokens; shorten the text"
+        )
+
+
+def _attention(model: Transformer, row: Tensor, repeated: Tensor, steps: _Steps) -> tuple[AttentionSummary, PackedPatterns]:
+    """Habits and patterns, in one pass over the text and one over random tokens; the numbers are summarize_attention's."""
+    T = row.shape[1]
+    measured, packed, induction = [], [], []
+
+    def see(pattern: Tensor) -> None:
+        measured.append([measure(pattern).cpu() for measure in (sink_mass, previous_token_score, attention_entropy)])
+        packed.append(pack(pattern, how_many_kept(T)))
+        steps.advance()
+
+    def see_repeated(pattern: Tensor) -> None:
+        induction.append(induction_score(pattern, REPEATED_TOKENS).cpu())
+        steps.advance()
+
+    watch_patterns(model, row, see)
+    watch_patterns(model, repeated, see_repeated)
+    sink, previous, entropy = (torch.stack(column) for column in zip(*measured, strict=True))
+    summary = AttentionSummary(row[0].tolist(), sink, previous, entropy, torch.stack(induction))
+    return summary, PackedPatterns(T, how_many_kept(T), packed)
+
+
+def _attribution(model: Transformer, row: Tensor, target: int) -> tuple[Attribution | None, str | None]:
+    try:
+        return attribute(model, row, target), None
+    except RequestError:
+        raise
+    except LlamaRefError as error:  # the shares do not add up
+        return None, str(error)
+
+
+def _dtype(model: Transformer) -> str:
+    """What the model computes in: bfloat16, say."""
+    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    return f"{dtype}, quantized matrices" if is_quantized(model) else dtype

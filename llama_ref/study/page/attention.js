@@ -1,0 +1,247 @@
+// Where heads look: one head's shares over the text, all heads' habits, and the head's whole pattern.
+
+const LISTED = 8; // shares in the list
+const HELD = 12; // decoded heads
+const HABITS = {
+  sink: ["the first token", "Mean share that later tokens give to the first. A head that finds nothing looks there."],
+  previous: ["the token before", "Mean share given to the token just before."],
+  induction: ["induction", "On random tokens that come twice: the share given to what followed the first time."],
+  entropy: ["entropy", "Of where tokens look, in nats: little where few tokens get all."],
+};
+
+// ---- packed patterns, see patterns.py
+
+const decoded = new Map();
+
+/** A head's pattern; a promise, for the browser inflates beside. */
+function patternOf(layer, head) {
+  const key = `${layer}.${head}`;
+  const found = decoded.get(key) ?? decode(layer, head);
+  decoded.delete(key);
+  decoded.set(key, found); // the last one used is the last one to go
+  if (decoded.size > HELD) decoded.delete(decoded.keys().next().value);
+  return found;
+}
+
+async function decode(layer, head) {
+  const packed = atob(byId(`layer-${layer}`).textContent.split(" ")[head]);
+  const stream = new Blob([Uint8Array.from(packed, (char) => char.charCodeAt(0))]).stream();
+  const bytes = await new Response(stream.pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
+  return new Pattern(new DataView(bytes));
+}
+
+/** The shares of all tokens; those that were not kept count as equal parts of what is left over. */
+class Pattern {
+  constructor(packed) {
+    this.steps = new Uint8Array(nTokens * nTokens);
+    this.rest = new Float32Array(nTokens);
+    this.restEach = new Float32Array(nTokens);
+    for (let t = 0; t < nTokens; t++) this.unpackRow(packed, t);
+  }
+
+  unpackRow(packed, t) {
+    let key = 0;
+    let sum = 0;
+    let shown = 0;
+    for (let i = t * data.kept; i < (t + 1) * data.kept; i++) {
+      key += packed.getUint16(2 * i, true);
+      const steps = packed.getUint8(2 * nTokens * data.kept + i);
+      this.steps[t * nTokens + key] = steps;
+      sum += steps;
+      if (steps && key <= t) shown++;
+    }
+    this.rest[t] = Math.max(0, 1 - sum / 254);
+    this.restEach[t] = shown <= t ? this.rest[t] / (t + 1 - shown) : 0;
+  }
+
+  /** What token t gives to token s: null if that is not a number, undefined if s comes later. */
+  share(t, s) {
+    if (s > t) return undefined;
+    const steps = this.steps[t * nTokens + s];
+    return steps === 255 ? null : steps ? steps / 254 : this.restEach[t];
+  }
+
+  /** Whether a share was kept on its own. */
+  kept(t, s) {
+    return this.steps[t * nTokens + s] > 0;
+  }
+}
+
+// ---- the explorer
+
+function startAttention() {
+  const explorer = { pattern: null, hovered: null, direction: "from" };
+  const at = () => explorer.hovered ?? selection.position;
+  /** What is between the token looked from (or at) and another one. */
+  const share = (other) => {
+    const [looking, seen] = explorer.direction === "from" ? [at(), other] : [other, at()];
+    return explorer.pattern.share(looking, seen);
+  };
+
+  const strip = new Strip(byId("looks"), {
+    label: "Tokens of the text, shaded by attention",
+    describe: () => null,
+    hover: (position) => {
+      if (explorer.hovered === position) return;
+      explorer.hovered = position;
+      showLooks();
+    },
+  });
+  const map = headsMap();
+  const grid = patternGrid(explorer);
+
+  /** `stale`: the pattern is another one, or its colours are. */
+  function showLooks(stale = false) {
+    if (!explorer.pattern) return;
+    strip.shade((position) => {
+      const found = share(position);
+      return found === undefined ? null : scales.share.strength(found ?? 0);
+    });
+    for (const [position, chip] of strip.chips.entries()) chip.classList.toggle("source", position === at());
+    showShares(explorer, at(), share);
+    grid.paint(stale);
+  }
+
+  async function showHead() {
+    const { layer, head } = selection;
+    byId("layer").value = layer;
+    byId("head").value = head;
+    byId("habits").textContent = headHabits(layer, head);
+    map.paint();
+    const pattern = await patternOf(layer, head);
+    if (layer !== selection.layer || head !== selection.head) return; // another was chosen meanwhile
+    explorer.pattern = pattern;
+    byId("pattern-title").textContent = `Layer ${layer}, head ${head}: the whole pattern`;
+    showLooks(true);
+  }
+
+  onSelect((change) => (change.layer === undefined && change.head === undefined ? showLooks() : showHead()));
+  byId("direction").addEventListener("change", (event) => {
+    explorer.direction = event.target.value;
+    showLooks();
+  });
+  startHeadControls();
+  byId("shares").style.minHeight = `${1.75 * (Math.min(nTokens, LISTED + 1) + 1)}rem`; // what is below stays where it is
+  strip.mark();
+  onTheme(() => {
+    drawLegend(byId("looks-legend"), "share, square-root scale", scales.share);
+    showLooks(true);
+  });
+  showHead();
+}
+
+/** The largest shares with their tokens, and what all others have together. */
+function showShares({ pattern, direction }, at, share) {
+  const from = direction === "from";
+  const found = range(nTokens)
+    .filter((other) => (from ? other <= at && pattern.kept(at, other) : other >= at && pattern.kept(other, at)))
+    .sort((a, b) => share(b) - share(a));
+  const place = (other) => make("span", { class: "at" }, ` @${other}`);
+  const rows = found.slice(0, LISTED).map((other) => ({
+    label: make("span", { "data-position": other }, tokenElement(data.tokens[other]), place(other)),
+    share: share(other),
+    text: percent(share(other)),
+  }));
+  if (from && pattern.share(at, 0) !== null) {
+    const left = 1 - rows.reduce((sum, row) => sum + row.share, 0);
+    if (left > 0.005) rows.push({ label: make("span", {}, "elsewhere"), share: left, text: percent(left), kind: "rest" });
+  }
+  const head = make("h3", {}, ...tokenAt(at), from ? " looks at" : " is looked at by");
+  byId("shares").replaceChildren(head, rows.length ? barList(rows) : quiet("No share large enough to be kept."));
+}
+
+function startHeadControls() {
+  fillOptions(byId("layer"), range(nLayers));
+  fillOptions(byId("head"), range(nHeads));
+  byId("layer").addEventListener("change", (event) => select({ layer: Number(event.target.value) }));
+  byId("head").addEventListener("change", (event) => select({ head: Number(event.target.value) }));
+  const step = (by) => {
+    const to = clamp(selection.layer * nHeads + selection.head + by, 0, nLayers * nHeads - 1);
+    select({ layer: Math.floor(to / nHeads), head: to % nHeads });
+  };
+  byId("head-before").addEventListener("click", () => step(-1));
+  byId("head-after").addEventListener("click", () => step(1));
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "[") step(-1);
+    if (event.key === "]") step(1);
+  });
+}
+
+function headHabits(layer, head) {
+  const { sink, previous, induction, entropy } = data.attention;
+  return (
+    `Gives ${percent(sink[layer][head])} to the first token and ${percent(previous[layer][head])} to the one before; ` +
+    `induction ${percent(induction[layer][head])}, entropy ${number(entropy[layer][head])} nats.`
+  );
+}
+
+// ---- all heads
+
+function headsMap() {
+  let habit = "sink";
+  let scale;
+  const values = () => data.attention[habit];
+  const grid = new Grid(byId("heads-grid"), {
+    label: "All heads: layers by heads",
+    rows: nLayers,
+    columns: nHeads,
+    rowName: (row) => `layer ${row}`,
+    columnName: String,
+    strength: (row, column) => (values()[row][column] === null ? null : scale.strength(values()[row][column])),
+    describe: (row, column) => [title(`layer ${row}, head ${column}`), make("p", {}, headHabits(row, column))],
+    pick: (layer, head) => select({ layer, head }),
+    marked: () => ({ row: selection.layer, column: selection.head }),
+    size: (space) => [fitTo(space, nHeads, 44), nLayers > 20 ? 14 : 18],
+  });
+  const show = () => {
+    const high = extent(values().flat())?.[1] ?? 1;
+    scale = habit === "entropy" ? scales.linear(high, `${number(high, 1)} nats`) : scales.linear(1, "100%");
+    byId("habit-note").textContent = HABITS[habit][1];
+    drawLegend(byId("heads-legend"), "", scale);
+    grid.paint();
+  };
+  byId("habit").append(...Object.entries(HABITS).map(([name, [text]]) => new Option(text, name)));
+  byId("habit").addEventListener("change", (event) => {
+    habit = event.target.value;
+    show();
+  });
+  onTheme(show);
+  return grid;
+}
+
+// ---- the whole pattern
+
+function patternGrid(explorer) {
+  const marked = () => ({ [explorer.direction === "from" ? "row" : "column"]: explorer.hovered ?? selection.position });
+  byId("pattern-note").textContent =
+    "Rows look, columns are looked at." +
+    (data.kept < nTokens ? ` Each row keeps its ${data.kept} largest shares; the others are drawn at their mean.` : "");
+  const grid = new Grid(byId("pattern-grid"), {
+    label: "Attention pattern: tokens by tokens",
+    rows: nTokens,
+    columns: nTokens,
+    rowName: (row) => (nTokens <= 30 ? shortened(labelOf(data.tokens[row]), 12) : String(row)),
+    columnName: (column) => labelOf(data.tokens[column]),
+    strength: (row, column) => {
+      const share = explorer.pattern?.share(row, column);
+      return share ? scales.share.strength(share) : share;
+    },
+    describe: (row, column) => describeShare(explorer.pattern, row, column),
+    pick: (row, column) => select({ position: explorer.direction === "from" ? row : column }),
+    marked,
+    size: (space) => range(2).fill(fitTo(Math.min(space, 560), nTokens, 56)),
+  });
+  return grid;
+}
+
+function describeShare(pattern, row, column) {
+  const share = pattern.share(row, column);
+  const known = share === null || pattern.kept(row, column);
+  const guess = data.kept < nTokens ? `about ${percent(share)}` : `less than ${percent(0.5 / 254)}`;
+  return [
+    make("p", {}, ...tokenAt(row), " looks at ", ...tokenAt(column)),
+    title(known ? percent(share) : guess),
+    known || data.kept === nTokens ? null : quiet("the mean of what was not kept"),
+  ];
+}

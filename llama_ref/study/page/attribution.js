@@ -1,0 +1,119 @@
+// What wrote the target's logit: bars by layer, with their running sum, and the strongest parts by name.
+
+const STRONGEST = 14;
+const BARS_HEIGHT = 210;
+const SUM_HEIGHT = 110;
+
+/** Embedding and layers in the order in which they write: {name, attention, ffn, soFar}. */
+function writers({ embedding, heads, ffns }) {
+  const found = [{ name: "embedding", attention: 0, ffn: 0, soFar: embedding }];
+  for (const [layer, shares] of heads.entries()) {
+    const attention = shares.reduce((a, b) => a + b, 0);
+    found.push({ name: `layer ${layer}`, attention, ffn: ffns[layer], soFar: found[layer].soFar + attention + ffns[layer] });
+  }
+  return found;
+}
+
+function partsByName({ embedding, heads, ffns }) {
+  return [
+    { name: "embedding", share: embedding, kind: "embedding" },
+    ...heads.flatMap((shares, layer) =>
+      shares.map((share, head) => ({ name: `layer ${layer} head ${head}`, share, kind: "", layer, head })),
+    ),
+    ...ffns.map((share, layer) => ({ name: `layer ${layer} ffn`, share, kind: "ffn" })),
+  ].sort((a, b) => Math.abs(b.share) - Math.abs(a.share));
+}
+
+function startAttribution() {
+  const found = data.attribution;
+  byId("attribution-title").replaceChildren("What wrote the logit of ", tokenElement(data.target));
+  byId("attribution-pictures").hidden = !found;
+  if (!found) {
+    byId("sum").textContent = `Not shared out: ${data.not_attributed}`;
+    return;
+  }
+  const parts = writers(found);
+  const attention = parts.reduce((sum, part) => sum + part.attention, 0);
+  const ffn = parts.reduce((sum, part) => sum + part.ffn, 0);
+  byId("sum").textContent =
+    `Embedding ${signed(found.embedding)}, attention ${signed(attention)} and feed-forward ${signed(ffn)} add up to ` +
+    `${signed(found.total)}. The model’s own logit is ${signed(found.logit)}: ` +
+    `the difference, ${scientific(found.rounding)}, is rounding.`;
+  drawKeys(byId("attribution-keys"), [
+    { kind: "attention", name: "attention, all heads", square: true },
+    { kind: "ffn", name: "feed-forward", square: true },
+    { kind: "sum-line", name: "sum so far" },
+  ]);
+  drawnToWidth(byId("by-layer"), (width) => drawByLayer(byId("by-layer"), parts, width));
+  byId("strongest").replaceChildren(barList(partsByName(found).slice(0, STRONGEST).map(strongestRow)));
+}
+
+/** A head's name leads to it in the explorer. */
+function strongestRow({ name, share, kind, layer, head }) {
+  let label = make("span", {}, name);
+  if (head !== undefined) {
+    label = make("button", { type: "button", title: "Show where it looks" }, name);
+    label.addEventListener("click", () => {
+      select({ layer, head, position: nTokens - 1 });
+      byId("attention").scrollIntoView();
+    });
+  }
+  return { label, share, text: signed(share), kind };
+}
+
+function drawByLayer(element, parts, width) {
+  const height = SUM_HEIGHT + BARS_HEIGHT;
+  const step = (width - MARGIN.left - MARGIN.right) / parts.length;
+  const x = (i) => MARGIN.left + (i + 0.5) * step;
+  const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
+  chart.append(svg("title", {}, "Shares of the logit by layer"));
+  const sums = bounded([0, ...parts.map((part) => part.soFar)], MARGIN.top, SUM_HEIGHT - 14);
+  drawAxis(chart, sums, 3, width);
+  drawCurve(chart, { values: parts.map((part) => part.soFar), kind: "sum-line" }, x, sums.y);
+  for (const [i, { soFar }] of parts.entries()) {
+    chart.append(svg("circle", { class: "dot sum-line", cx: x(i), cy: sums.y(soFar), r: 2.2 }));
+  }
+  const ends = parts.flatMap(({ attention, ffn }) =>
+    [Math.max, Math.min].map((further) => further(attention, 0) + further(ffn, 0)),
+  );
+  const bars = bounded([0, ...ends], SUM_HEIGHT + 6, height - MARGIN.bottom);
+  drawAxis(chart, bars, 5, width);
+  for (const [i, part] of parts.entries()) drawStack(chart, part, x(i), Math.max(1, Math.min(26, 0.72 * step)), bars.y);
+  drawLayers(chart, (layer) => x(layer + 1), width, "layer", height - MARGIN.bottom);
+  element.replaceChildren(chart);
+  hoverNearest(chart, height, parts.length, x, (i) => describeWriter(parts[i], i - 1));
+}
+
+function bounded(values, top, bottom) {
+  let [low, high] = extent(values);
+  if (low === high) high = low + 1;
+  return { low, high, y: (value) => bottom - ((value - low) / (high - low)) * (bottom - top) };
+}
+
+function drawAxis(chart, { low, high, y }, count, width) {
+  for (const tick of ticks([low, high], count)) {
+    const at = y(tick);
+    chart.append(svg("line", { class: tick ? "rule" : "zero", x1: MARGIN.left, x2: width - MARGIN.right, y1: at, y2: at }));
+    chart.append(svg("text", { x: MARGIN.left - 8, y: at + 4, "text-anchor": "end" }, `${Number(tick.toPrecision(4))}`));
+  }
+}
+
+/** Attention at the line and the feed-forward layer beyond it, or on the other side where its sign is the other. */
+function drawStack(chart, { attention, ffn }, x, width, y) {
+  const beside = attention * ffn > 0 ? attention : 0;
+  for (const [from, to, kind] of [[0, attention, "attention"], [beside, beside + ffn, "ffn"]]) {
+    const [top, bottom] = [y(Math.max(from, to)), y(Math.min(from, to))];
+    chart.append(svg("rect", { class: kind, x: x - width / 2, y: top, width, height: bottom - top }));
+  }
+}
+
+function describeWriter({ name, attention, ffn, soFar }, layer) {
+  if (layer < 0) return [title(name), make("p", {}, signed(soFar))];
+  const strongest = partsByName(data.attribution).filter((part) => part.layer === layer).slice(0, 4);
+  return [
+    title(name),
+    make("p", {}, `attention ${signed(attention)} · feed-forward ${signed(ffn)}`),
+    make("p", {}, `sum so far ${signed(soFar)}`),
+    barList(strongest.map(({ head, share }) => ({ label: make("span", {}, `head ${head}`), share, text: signed(share) }))),
+  ];
+}

@@ -1,0 +1,222 @@
+// What all sections share: the data, the selection, elements, numbers as text, colours, and the card at the pointer.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const nTokens = data.tokens.length;
+const nLayers = data.attention.sink.length;
+const nHeads = data.attention.sink[0].length;
+const pointNames = ["embedding", ...Array.from({ length: nLayers }, (_, layer) => `layer ${layer}`)];
+
+const byId = (id) => document.getElementById(id);
+const range = (n) => Array.from({ length: n }, (_, i) => i);
+const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+
+// ---- what is selected; every section listens
+
+const selection = { position: nTokens - 1, layer: 0, head: 0 };
+const listeners = [];
+
+function onSelect(listener) {
+  listeners.push(listener);
+}
+
+function select(change) {
+  Object.assign(selection, change);
+  for (const listener of listeners) listener(change);
+}
+
+// ---- elements; text from outside is only ever text
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function fillOptions(element, names, chosen = 0) {
+  element.append(...names.map((name, i) => new Option(name, i, i === chosen, i === chosen)));
+}
+
+// ---- tokens
+
+const labelOf = (id) => data.vocabulary[id][0];
+const bytesOf = (id) => data.vocabulary[id][1];
+
+/** A token's text; the mark of a space stands back, so that the word is what one reads. */
+function tokenParts(id) {
+  return labelOf(id)
+    .split(/(␣+)/)
+    .filter((part) => part)
+    .map((part) => (part[0] === "␣" ? make("span", { class: "space" }, part) : part));
+}
+
+const tokenElement = (id) => make("span", { class: "token" }, ...tokenParts(id));
+
+/** A token of the text and where it stands, as parts of a sentence. */
+const tokenAt = (position) => [tokenElement(data.tokens[position]), ` @${position}`];
+
+function shortened(text, length) {
+  const letters = [...text];
+  return letters.length > length ? `${letters.slice(0, length - 1).join("")}…` : text;
+}
+
+// ---- numbers
+
+/** 0.62 -> 62%, 0.00062 -> 0.06%; what is less than that keeps its size: 3·10⁻⁶. */
+function percent(share) {
+  if (share === null) return "–";
+  if (share !== 0 && share < 0.000095) return scientific(share);
+  return `${(100 * share).toFixed(share >= 0.0995 || share === 0 ? 0 : share >= 0.00995 ? 1 : 2)}%`;
+}
+
+function scientific(value) {
+  const [digit, exponent] = value.toExponential(0).split("e");
+  return `${digit.replace("-", "−")}·${power(Number(exponent))}`;
+}
+
+const power = (exponent) => `10${String(exponent).replace(/./g, (char) => (char === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[char]))}`;
+
+const number = (value, digits = 2) => (value === null ? "–" : value.toFixed(digits));
+const signed = (value) => (value === null ? "–" : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`);
+const whole = (value) => (value === null ? "–" : value.toLocaleString("en"));
+
+/** Of those that are numbers; null if none is. */
+function extent(values) {
+  const known = values.filter((value) => value !== null && Number.isFinite(value));
+  return known.length ? [known.reduce((a, b) => Math.min(a, b)), known.reduce((a, b) => Math.max(a, b))] : null;
+}
+
+function median(values) {
+  const known = values.filter((value) => value !== null).sort((a, b) => a - b);
+  if (!known.length) return null;
+  const middle = known.length >> 1;
+  return known.length % 2 ? known[middle] : (known[middle - 1] + known[middle]) / 2;
+}
+
+// ---- colours, read from the style sheet so that they follow the theme
+
+const themed = [];
+const probe = document.body.appendChild(make("span", { hidden: "" }));
+let ramp = []; // [red, green, blue] of 256 strengths
+let pixels = []; // the same as ImageData has them, in one number
+
+function colour(name) {
+  probe.style.color = `var(--${name})`;
+  return getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number);
+}
+
+const css = ([red, green, blue]) => `rgb(${red} ${green} ${blue})`;
+
+/** 256 steps from the palest colour of the scale to the strongest. */
+function makeRamp() {
+  const stops = range(6).map((i) => colour(`scale-${i}`));
+  ramp = range(256).map((i) => {
+    const at = (i / 255) * (stops.length - 1);
+    const from = Math.min(Math.floor(at), stops.length - 2);
+    return stops[from].map((value, c) => Math.round(value + (stops[from + 1][c] - value) * (at - from)));
+  });
+  pixels = ramp.map(asPixel);
+}
+
+const asPixel = ([red, green, blue]) => new Uint32Array(new Uint8Array([red, green, blue, 255]).buffer)[0];
+const shade = (strength) => ramp[Math.round(255 * clamp(strength, 0, 1))];
+
+/** Black or white, whichever can be read better on a colour. */
+function inkOn(rgb) {
+  const [r, g, b] = rgb.map((value) => ((value / 255 + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#0b0e13" : "#ffffff";
+}
+
+/** How strongly a value is to be shaded, from 0 to 1, and what stands at both ends of the legend. */
+const scales = {
+  share: { strength: Math.sqrt, low: "0", high: "100%" },
+  linear: (high, text) => ({ strength: (value) => value / (high || 1), low: "0", high: text }),
+  logarithmic: (low) => ({
+    strength: (value) => 1 - Math.log10(Math.max(value, low)) / Math.log10(low),
+    low: percent(low),
+    high: "100%",
+  }),
+};
+
+function drawLegend(element, text, scale) {
+  const bar = make("span", { class: "ramp" });
+  bar.style.background = `linear-gradient(to right, ${range(9).map((i) => css(shade(i / 8))).join(", ")})`;
+  element.replaceChildren(text, make("span", {}, scale.low), bar, make("span", {}, scale.high));
+}
+
+/** Call now and whenever the colours change. */
+function onTheme(paint) {
+  themed.push(paint);
+  paint();
+}
+
+function startTheme() {
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const root = document.documentElement;
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+  const repaint = () => {
+    byId("theme").textContent = isDark() ? "☀ Light" : "☾ Dark";
+    makeRamp();
+    for (const paint of themed) paint();
+  };
+  byId("theme").addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    repaint();
+  });
+  system.addEventListener("change", repaint);
+  repaint();
+}
+
+// ---- the card
+
+const card = {
+  element: byId("card"),
+
+  /** Beside what is between {left, top, bottom} in the window, below it where there is room. */
+  show(content, rectangle) {
+    this.element.replaceChildren(...content.filter((part) => part !== null));
+    this.element.hidden = false;
+    const { width, height } = this.element.getBoundingClientRect();
+    const below = rectangle.bottom + 10 + height <= innerHeight;
+    const top = below ? rectangle.bottom + 10 : Math.max(4, rectangle.top - height - 10);
+    const left = clamp(rectangle.left, 8, Math.max(8, innerWidth - width - 8));
+    this.element.style.transform = `translate(${Math.round(left)}px, ${Math.round(top)}px)`;
+  },
+
+  hide() {
+    this.element.hidden = true;
+  },
+};
+addEventListener("scroll", () => card.hide(), { passive: true });
+addEventListener("keydown", (event) => event.key === "Escape" && card.hide());
+
+const quiet = (...parts) => make("p", { class: "quiet" }, ...parts);
+const title = (...parts) => make("p", { class: "head" }, ...parts);
+
+/** Likeliest tokens with bars; `actual` is marked where it is among them. */
+function alternatives(ids, probabilities, actual = null) {
+  const row = (id, share) => ({ label: tokenElement(id), share, text: percent(share), marked: id === actual });
+  return barList(ids.map((id, i) => row(id, probabilities[i])));
+}
+
+/** Rows {label, share, text, kind, marked}: bars from the left, or, where some shares are below 0, from a line in between. */
+function barList(rows) {
+  const [low, high] = extent([0, ...rows.map((row) => row.share)]);
+  const width = Math.max(high, low < 0 ? 0 : 1e-12) - low || 1;
+  const list = make("div", { class: "bars" });
+  for (const { label, share, text, kind = "", marked = false } of rows) {
+    const fill = make("span", { class: `fill ${kind}` });
+    fill.style.left = `${(100 * (Math.min(share ?? 0, 0) - low)) / width}%`;
+    fill.style.width = `${(100 * Math.abs(share ?? 0)) / width}%`;
+    label.classList.toggle("actual", marked);
+    list.append(label, make("span", { class: "track" }, fill), make("span", { class: "share" }, text));
+  }
+  return list;
+}

@@ -1,0 +1,138 @@
+// Line charts in SVG, drawn again for every width that the window gives them.
+
+const CHART_HEIGHT = 190;
+const MARGIN = { left: 46, right: 12, top: 10, bottom: 34 };
+
+/** Call `draw` with the element's width, now and when it changes; gives a function that draws again. */
+function drawnToWidth(element, draw) {
+  const again = () => element.clientWidth && draw(element.clientWidth);
+  let width = 0;
+  new ResizeObserver(() => {
+    if (element.clientWidth !== width) {
+      width = element.clientWidth;
+      again();
+    }
+  }).observe(element);
+  return again;
+}
+
+/** Round numbers, `count` or so, that lie within what is shown. */
+function ticks([low, high], count = 5) {
+  const rough = (high - low) / count || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough);
+  const first = Math.ceil(low / step - 1e-9);
+  return range(Math.max(1, Math.floor(high / step + 1e-9) - first + 1)).map((i) => (first + i) * step);
+}
+
+/** Powers of ten, few enough to be told apart; 1 is one of them where it is shown. */
+function decades([low, high]) {
+  const first = Math.ceil(Math.log10(low) - 1e-9);
+  const last = Math.floor(Math.log10(high) + 1e-9);
+  const step = Math.ceil((last - first + 1) / 6) || 1;
+  const exponents = range(last - first + 1).map((i) => first + i);
+  return exponents.filter((exponent) => exponent % step === 0).map((exponent) => 10 ** exponent);
+}
+
+/** A value's height in the chart; null where it has none. */
+function heightScale(values, { logarithmic = false, upsideDown = false, within = null }) {
+  const usable = values.filter((value) => value !== null && (!logarithmic || value > 0));
+  let [low, high] = within ?? extent(usable) ?? [0, 1];
+  if (logarithmic) [low, high] = [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high) || 0)];
+  if (low === high) [low, high] = logarithmic ? [low / 10, high] : [low - 1, high + 1];
+  const scaled = logarithmic ? Math.log10 : (value) => value;
+  const [bottom, top] = [CHART_HEIGHT - MARGIN.bottom, MARGIN.top];
+  const y = (value) => {
+    if (value === null || (logarithmic && value <= 0)) return null;
+    const share = (scaled(value) - scaled(low)) / (scaled(high) - scaled(low));
+    return upsideDown ? top + share * (bottom - top) : bottom - share * (bottom - top);
+  };
+  return { y, ticks: logarithmic ? decades([low, high]) : ticks([low, high]) };
+}
+
+/**
+ * Lines over the layers. `series`: [{name, values, kind, dashed}], `labels`: what each value is at; there are `perLayer` of
+ * them for a layer, after one for the embedding. A value that is null leaves a gap.
+ */
+function lineChart(element, { series, labels, perLayer = 1, format, formatTick = format, describe = null, ...scaling }) {
+  return drawnToWidth(element, (width) => {
+    const lines = series();
+    const scale = heightScale(lines.flatMap((line) => line.values), scaling);
+    const x = (i) => MARGIN.left + (i / Math.max(1, labels.length - 1)) * (width - MARGIN.left - MARGIN.right);
+    const chart = svg("svg", { viewBox: `0 0 ${width} ${CHART_HEIGHT}`, height: CHART_HEIGHT, role: "img" });
+    chart.append(svg("title", {}, lines.map((line) => line.name).join(", ")));
+    drawHeights(chart, scale, formatTick, width);
+    drawLayers(chart, (layer) => x((layer + 1) * perLayer), width, "after layer");
+    for (const line of lines) drawCurve(chart, line, x, scale.y);
+    element.replaceChildren(chart);
+    const listed = (i) => lines.map((line) => make("p", {}, `${line.name}: ${format(line.values[i])}`));
+    hoverNearest(chart, CHART_HEIGHT, labels.length, x, describe ?? ((i) => [title(labels[i]), ...listed(i)]));
+  });
+}
+
+function drawHeights(chart, scale, format, width) {
+  for (const tick of scale.ticks) {
+    const y = scale.y(tick);
+    chart.append(svg("line", { class: "rule", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y }));
+    chart.append(svg("text", { x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, format(tick)));
+  }
+}
+
+/** The layers' numbers under the axis, as many as there is room for; -1 is the embedding. */
+function drawLayers(chart, x, width, name, bottom = CHART_HEIGHT - MARGIN.bottom) {
+  const write = (middle, y, text) => chart.append(svg("text", { x: middle, y, "text-anchor": "middle" }, text));
+  const every = [1, 2, 5, 10, 20, 50].find((n) => n * (x(1) - x(0)) >= 22) ?? 100;
+  write(x(-1), bottom + 17, "emb.");
+  for (const layer of range(nLayers)) {
+    if (layer % every === 0 && x(layer) - x(-1) >= 28) write(x(layer), bottom + 17, layer);
+  }
+  write((MARGIN.left + width - MARGIN.right) / 2, bottom + 32, name);
+}
+
+function drawCurve(chart, { values, kind, dashed = false }, x, y) {
+  let path = "";
+  let pen = "M";
+  for (const [i, value] of values.entries()) {
+    const height = y(value);
+    if (height === null) {
+      pen = "M";
+      continue;
+    }
+    path += `${pen}${x(i).toFixed(1)},${height.toFixed(1)}`;
+    pen = "L";
+    const alone = [values[i - 1], values[i + 1]].every((other) => other === undefined || y(other) === null);
+    if (alone) chart.append(svg("circle", { class: `dot ${kind}`, cx: x(i), cy: height, r: 3 }));
+  }
+  chart.append(svg("path", { class: `curve ${kind}${dashed ? " dashed" : ""}`, d: path }));
+}
+
+/** A rule and a card at whichever of n places is nearest to the pointer. */
+function hoverNearest(chart, height, n, x, describe) {
+  const rule = svg("line", { class: "here", y1: MARGIN.top, y2: height - MARGIN.bottom, visibility: "hidden" });
+  chart.append(rule);
+  chart.addEventListener("pointermove", (event) => {
+    const box = chart.getBoundingClientRect();
+    const at = event.clientX - box.left;
+    const i = range(n).reduce((best, other) => (Math.abs(x(other) - at) < Math.abs(x(best) - at) ? other : best));
+    rule.setAttribute("x1", x(i));
+    rule.setAttribute("x2", x(i));
+    rule.setAttribute("visibility", "visible");
+    card.show(describe(i), { left: box.left + x(i) + 12, top: event.clientY, bottom: event.clientY });
+  });
+  chart.addEventListener("pointerleave", () => {
+    rule.setAttribute("visibility", "hidden");
+    card.hide();
+  });
+}
+
+/** What the lines are: [{kind, name, dashed}], or {kind, name, square} for bars. */
+function drawKeys(element, keys) {
+  element.replaceChildren(
+    ...keys.map(({ kind, name, dashed = false, square = false }) => {
+      const sample = svg("svg", { viewBox: "0 0 24 10", "aria-hidden": "true" });
+      if (square) sample.append(svg("rect", { class: kind, x: 7, y: 0, width: 10, height: 10, rx: 2 }));
+      else sample.append(svg("line", { class: `curve ${kind}${dashed ? " dashed" : ""}`, x1: 0, x2: 24, y1: 5, y2: 5 }));
+      return make("li", {}, sample, name);
+    }),
+  );
+}

@@ -1,0 +1,137 @@
+// Strips of tokens, and the one that shows how the model expected each.
+
+class Strip {
+  /** `describe(position)` gives the card's content or null, `hover` is told the position under the pointer, or null. */
+  constructor(element, { label, describe, hover = () => {} }) {
+    Object.assign(this, { element, describe, hover });
+    this.chips = data.tokens.map((id, position) => this.chip(id, position));
+    element.setAttribute("role", "toolbar");
+    element.setAttribute("aria-label", label);
+    for (const [position, chip] of this.chips.entries()) {
+      element.append(chip);
+      if (labelOf(data.tokens[position]).endsWith("\\n")) element.append(make("br"));
+    }
+    element.addEventListener("pointerover", (event) => this.enter(event.target.closest(".chip")));
+    element.addEventListener("pointerleave", () => this.enter(null));
+    element.addEventListener("focusin", (event) => {
+      if (event.target.matches(":focus-visible")) this.enter(event.target.closest(".chip"));
+    });
+    element.addEventListener("focusout", () => this.enter(null));
+    element.addEventListener("click", (event) => this.pick(event.target.closest(".chip")));
+    element.addEventListener("keydown", (event) => this.key(event));
+    onSelect(({ position }) => position !== undefined && this.mark());
+  }
+
+  chip(id, position) {
+    return make("button", { type: "button", class: "chip", "data-position": position }, ...tokenParts(id));
+  }
+
+  position(chip) {
+    return chip?.dataset.position === undefined ? null : Number(chip.dataset.position);
+  }
+
+  enter(chip) {
+    const position = this.position(chip);
+    this.hover(position);
+    const content = chip ? this.describe(position) : null;
+    if (content) card.show(content, chip.getBoundingClientRect());
+    else card.hide();
+  }
+
+  pick(chip) {
+    const position = this.position(chip);
+    if (position !== null) select({ position });
+  }
+
+  /** Tab comes to the selected token only, and the arrow keys go on from there: 500 tokens are no 500 stops. */
+  key(event) {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const position = this.position(event.target.closest(".chip"));
+    if (!step || position === null) return;
+    event.preventDefault();
+    this.chips[clamp(position + step, 0, nTokens - 1)].focus();
+  }
+
+  mark() {
+    for (const [position, chip] of this.chips.entries()) {
+      const selected = position === selection.position;
+      chip.setAttribute("aria-pressed", selected);
+      chip.tabIndex = selected ? 0 : -1;
+    }
+    this.reveal(this.chips[selection.position]);
+  }
+
+  /** Scroll the strip, and not the page, until a chip can be seen. */
+  reveal(chip) {
+    const strip = this.element;
+    const top = chip.offsetTop - strip.offsetTop;
+    const bottom = top + chip.offsetHeight;
+    if (top < strip.scrollTop) strip.scrollTop = top - 12;
+    if (bottom > strip.scrollTop + strip.clientHeight) strip.scrollTop = bottom + 12 - strip.clientHeight;
+  }
+
+  /** Shade every chip by strength(position) from 0 to 1; null leaves one without. */
+  shade(strength) {
+    for (const [position, chip] of this.chips.entries()) {
+      const strong = strength(position);
+      const rgb = strong === null ? null : shade(strong);
+      chip.style.backgroundColor = rgb ? css(rgb) : "";
+      chip.style.color = rgb ? inkOn(rgb) : "";
+    }
+  }
+}
+
+/** What a token is: its text, number and bytes. */
+function identity(id, position) {
+  const bytes = bytesOf(id);
+  return [
+    title(tokenElement(id)),
+    quiet(`position ${position} · id ${id}`, ...(bytes ? [" · bytes ", make("code", {}, bytes)] : [" · no text"])),
+    data.parts[position] ? quiet("a part of ", make("span", { class: "token" }, data.parts[position])) : null,
+  ];
+}
+
+function startTokens() {
+  const { probability, rank, top_ids: ids, top_probabilities: probabilities } = data.predictions;
+  const scale = scales.logarithmic(1e-4);
+
+  function expected(position) {
+    if (position === 0) return [quiet("The first token: nothing stands before it to foretell it.")];
+    return [
+      make("p", {}, `expected with ${percent(probability[position])}, rank ${whole(rank[position])}`),
+      alternatives(ids[position - 1], probabilities[position - 1], data.tokens[position]),
+    ];
+  }
+
+  const met = (position) => [...identity(data.tokens[position], position), ...expected(position)];
+  const coming = [quiet("What the model would say next"), alternatives(ids[nTokens - 1], probabilities[nTokens - 1])];
+  const strip = new Strip(byId("strip"), {
+    label: "Tokens of the text",
+    describe: (position) => (position === null ? coming : met(position)),
+  });
+  strip.mark();
+  strip.element.scrollTop = 0; // a text is read from its beginning
+  strip.chips[0].classList.add("unknown");
+  if (probabilities[nTokens - 1][0] !== null) {
+    strip.element.append(make("button", { type: "button", class: "chip coming" }, "→ ", ...tokenParts(ids[nTokens - 1][0])));
+  }
+  onTheme(() => {
+    strip.shade((position) => (probability[position] === null ? null : scale.strength(probability[position])));
+    drawLegend(byId("strip-legend"), "probability, log scale", scale);
+  });
+}
+
+// ---- the bar on top
+
+function startBar() {
+  const step = (by) => select({ position: clamp(selection.position + by, 0, nTokens - 1) });
+  byId("previous").addEventListener("click", () => step(-1));
+  byId("next").addEventListener("click", () => step(1));
+  const show = () => {
+    byId("previous").disabled = selection.position === 0;
+    byId("next").disabled = selection.position === nTokens - 1;
+    byId("selected").replaceChildren(...tokenAt(selection.position));
+  };
+  onSelect(show);
+  show();
+}

@@ -1,0 +1,100 @@
+"""A text and what the model makes of it, as one HTML file: `llama-ref lens NAME "…" --out report.html`.
+
+The page (page/) is complete in itself: no library, no network. Its policy, which a browser enforces, allows the one style sheet
+and the one script whose SHA-256 stands in it, and nothing else: no request, no inline handler, no other script. What comes from
+the model or the prompt is data in JSON and comes onto the page as text alone.
+"""
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+
+from llama_ref.checkpoint.writing import ADVICE_WHEN_FULL
+from llama_ref.errors import RequestError
+from llama_ref.study.overview import Overview
+from llama_ref.study.report_data import packed_layers, page_data, to_json
+from llama_ref.tokenizer import Tokenizer
+
+ENDINGS = (".html", ".htm")
+SCRIPTS = ("base", "charts", "grids", "tokens", "lens", "attention", "attribution", "norms", "main")  # in this order
+
+
+def check_report(path: str | Path) -> None:
+    """Raise RequestError where no report could be written: better before a model is loaded than after."""
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise RequestError(f"out is {path!r:.60}, expected a file that ends in {' or '.join(ENDINGS)}")
+    target = _target(path)
+    if target.suffix.lower() not in ENDINGS:
+        raise RequestError(f"out is {str(path)!r}, expected a file that ends in {' or '.join(ENDINGS)}")
+    if not target.parent.is_dir():
+        raise RequestError(f"out is {str(path)!r}, but there is no folder {target.parent}: make it first")
+    if target.is_dir():
+        raise RequestError(f"out is {str(path)!r}, which is a folder: name a file in it")
+    effective = os.access in os.supports_effective_ids
+    if not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=effective):
+        raise RequestError(f"out is {str(path)!r}, but nothing may be written into {target.parent}: choose another folder")
+
+
+def write_report(found: Overview, tokenizer: Tokenizer, path: str | Path, *, model_name: str) -> None:
+    """Write the page, whole or not at all; a file that is there is replaced. Raises RequestError where it cannot be written."""
+    check_report(path)
+    target = _target(path)
+    partial = target.with_name(f".{target.stem[:40]}.{os.getpid()}.partial")
+    try:
+        with partial.open("x", encoding="utf-8", newline="\n") as file:
+            file.writelines(_page(found, tokenizer, model_name))
+            file.flush()
+            os.fsync(file.fileno())  # some file systems tell of a full disk only now
+        partial.replace(target)
+    except OSError as error:
+        advice = ADVICE_WHEN_FULL.get(error.errno, "choose another folder or name")
+        raise RequestError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _target(path: str | Path) -> Path:
+    """The file itself, where a link leads to it."""
+    return Path(os.path.realpath(Path(path).expanduser()))
+
+
+def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[str]:
+    """The page in pieces: its frame, with what belongs there in place of each {{name}}."""
+    style = _source("report.css")
+    script = '"use strict";\n' + "\n".join(_source(f"{name}.js") for name in SCRIPTS)
+    inserted = {
+        "policy": [_policy(style, script)],
+        "style": [style],
+        "script": [script],
+        "data": [to_json(page_data(found, tokenizer, model_name))],
+        "patterns": _blocks(packed_layers(found)),
+    }
+    for i, piece in enumerate(re.split(r"\{\{(\w+)\}\}", _source("report.html"))):
+        yield from inserted[piece] if i % 2 else [piece]
+
+
+def _blocks(layers: Iterable[str]) -> Iterator[str]:
+    """Data that no browser runs, a block for each layer: so that no more is decoded than is looked at."""
+    for layer, heads in enumerate(layers):
+        yield f'<script type="text/plain" id="layer-{layer}">{heads}</script>\n'
+
+
+def _policy(style: str, script: str) -> str:
+    """What the page may do, in the words of Content-Security-Policy. Text between tags is hashed as it stands there."""
+    return (
+        f"default-src 'none'; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _sha256(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _source(name: str) -> str:
+    return (files("llama_ref.study") / "page" / name).read_text(encoding="utf-8")

@@ -3,45 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llama_ref.command_line import EXIT_BAD, EXIT_MISUSE, Option, command, complain, run
+from llama_ref.cli_study import STUDY_COMMANDS
+from llama_ref.command_line import EXIT_BAD, EXIT_MISUSE, command, complain, run
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
+from llama_ref.options import LOADING, SAMPLING, build, pick
 
-if TYPE_CHECKING:  # a command imports what it needs when it runs: `list` shall not wait for torch
-    from llama_ref.generation import Llama
-
-BUILDING = (  # the example scripts', too
-    Option("quantize", None, "int8, int4 or int4:group=32: round the weights to so many bits as they are read."),
-    Option("compile", False, "compile the decode step (on a CPU that of one sequence): faster after some seconds."),
-    Option("speculate", None, "ngram: guess what comes from what came before, for text that repeats itself."),
-    Option("draft", None, "a smaller model of the same vocabulary, which guesses what comes."),
-    Option("verify", "auto", "compare with checklist.chk: auto (each file once), always or never."),
-    Option("device", None, "cuda, mps or cpu (default: the first of these that is there)."),
-    Option("dtype", None, "bfloat16, float16 or float32 (default: bfloat16 where the device has it, else float16)."),
-    Option("pipeline_parallel_size", 1, "runs of layers to deal torchrun's processes out to."),
-)
-LOADING = (
-    Option("max_seq_len", 8192, "the longest prompt and answer together, in tokens."),
-    Option("seed", 1, "of the sampling."),
-    Option("tokenizer_path", None, "a tokenizer.model other than the folder's own."),
-    *BUILDING,
-)
-STUDIED_WITH = ("max_seq_len", "tokenizer_path", "quantize", "verify", "device", "dtype")
-STUDYING = (
-    *(option for option in LOADING if option.name in STUDIED_WITH),
-    Option("compile", False, "refused: only the plain model shows what it computes."),
-    Option("pipeline_parallel_size", 1, "refused: a model is studied in one process."),
-)
-SAMPLING = (
-    Option("max_gen_len", None, "tokens to make at most (default: as many as the context holds)."),
-    Option("temperature", 0.6, "0 takes the likeliest token each time."),
-    Option("top_p", 0.9, "sample from the fewest likeliest tokens that hold this probability together."),
-    Option("top_k", None, "sample from this many likeliest tokens."),
-    Option("min_p", 0.0, "sample from tokens at least this fraction as likely as the likeliest."),
-    Option("repetition_penalty", 1.0, "above 1 discourages tokens that are already there."),
-    Option("stop", (), "end before this text; or a JSON list of such texts."),
-)
+# A command imports what it needs when it runs: `list` shall not wait for torch.
 
 
 @command()
@@ -294,9 +263,9 @@ def complete(name: str, prompt: str | None = None, *, echo: bool = False, **opti
 
     if prompt is None and is_first_process():  # torchrun's processes have one standard input
         prompt = _read_prompt()
-    llama = _build(name, options)
+    llama = build(name, options)
     prompt = from_first(llama.job, lambda: prompt)
-    pace = Pace(llama.stream(prompt, **_pick(SAMPLING, options)))
+    pace = Pace(llama.stream(prompt, **pick(SAMPLING, options)))
     if echo:
         print(prompt, end="", flush=True)
     for piece in pace:
@@ -325,7 +294,7 @@ def chat(name: str, *, system: str | None = None, **options: Any) -> None:
     from llama_ref import repl
     from llama_ref.session import Session
 
-    repl.chat(Session(_build(name, options), system), _pick(SAMPLING, options))
+    repl.chat(Session(build(name, options), system), pick(SAMPLING, options))
 
 
 @command(*(option for option in LOADING if option.name in ("quantize", "compile", "device", "dtype", "verify")))
@@ -373,161 +342,6 @@ def bench(
     print_report(report, as_json=json)
 
 
-@command(*STUDYING)
-def lens(name: str, prompt: str, *, target: str | None = None, top: int = 5, json: bool = False, **options: Any) -> None:
-    """What would each layer say next? The logit lens: the output matrix put onto the residual stream at every point.
-
-    Args:
-        name: a folder, or a release name such as Llama3.2-1B.
-        prompt: the text to continue.
-        target: a token to follow through the layers, with its space in front where it has one: " Paris".
-        top: likeliest tokens to show.
-        json: print it as JSON, of all points and after every token.
-    """
-    from llama_ref.study.inputs import prompt_tokens
-    from llama_ref.study.lens import logit_lens
-    from llama_ref.study.view import print_lens
-
-    llama = _open_to_study(name, options, prompt=prompt, target=target)
-    wanted = None if target is None else _first_token(llama, "target", target)
-    positions = None if json else [-1]
-    found = logit_lens(llama.model, prompt_tokens(llama, prompt), target=wanted, top=top, positions=positions)
-    print_lens(found, llama.tokenizer, as_json=json)
-
-
-@command(*STUDYING)
-def attention(
-    name: str, prompt: str, *, layer: int | None = None, head: int | None = None, json: bool = False, **options: Any
-) -> None:
-    """Where do heads look? At the first token, the one before, what came after last time; one head, token by token.
-
-    Args:
-        name: a folder, or a release name such as Llama3.2-1B.
-        prompt: the text to read.
-        layer: only this layer's heads, counted from 0.
-        head: where this head of the layer looks from each token.
-        json: print it as JSON.
-    """
-    from llama_ref.study.attention import attention_pattern, summarize_attention
-    from llama_ref.study.inputs import check_index, prompt_tokens
-    from llama_ref.study.view import print_attention, print_pattern
-
-    if head is not None and layer is None:
-        raise RequestError(f"--head is {head!r}, but of which layer? Give --layer too")
-    llama = _open_to_study(name, options, prompt=prompt)
-    tokens, tokenizer, args = prompt_tokens(llama, prompt), llama.tokenizer, llama.model.args
-    layer = None if layer is None else check_index("--layer", layer, args.n_layers)
-    if head is None:
-        words = sorted(tokenizer.vocabulary.ranks.values())
-        summary = summarize_attention(llama.model, tokens, bos=tokenizer.bos_id, ids=words)
-        print_attention(summary, tokenizer, layer, as_json=json)
-        return
-    head = check_index("--head", head, args.n_heads)
-    print_pattern(attention_pattern(llama.model, tokens, layer, head), tokens, tokenizer, layer, head, as_json=json)
-
-
-@command(*STUDYING)
-def attribute(name: str, prompt: str, *, target: str, other: str | None = None, json: bool = False, **options: Any) -> None:
-    """Which heads and layers made a token likely? Direct logit attribution after the prompt's last token.
-
-    Args:
-        name: a folder, or a release name such as Llama3.2-1B.
-        prompt: the text to continue.
-        target: the token, with its space in front where it has one: " Paris".
-        other: a token to compare it with: shares of how far the target is ahead.
-        json: print it as JSON.
-    """
-    from llama_ref.study import attribution
-    from llama_ref.study.inputs import prompt_tokens
-    from llama_ref.study.view import print_attribution
-
-    llama = _open_to_study(name, options, prompt=prompt, target=target, other=other)
-    wanted = _first_token(llama, "target", target)
-    against = None if other is None else _first_token(llama, "other", other)
-    found = attribution.attribute(llama.model, prompt_tokens(llama, prompt), wanted, against)
-    print_attribution(found, llama.tokenizer, as_json=json)
-
-
-@command(*STUDYING)
-def patch(
-    name: str,
-    clean: str,
-    corrupted: str,
-    *,
-    target: str,
-    other: str | None = None,
-    over: str = "layer,position",
-    json: bool = False,
-    **options: Any,
-) -> None:
-    """Where does a model keep what tells two texts apart? Runs one with activations of the other, cell by cell.
-
-    Args:
-        name: a folder, or a release name such as Llama3.2-1B.
-        clean: the text that leads to the target: "The capital of France is".
-        corrupted: one of as many tokens that does not: "The capital of Italy is".
-        target: the token whose probability is measured, with its space in front where it has one: " Paris".
-        other: a token that the target's logit is compared with: then their difference is measured.
-        over: layer,position (the residual stream before a layer) or layer,head (what a head gives, at all positions).
-        json: print it as JSON.
-    """
-    from llama_ref.study import grid
-    from llama_ref.study.inputs import check_over, check_same_length, prompt_tokens
-    from llama_ref.study.view import print_grid
-
-    axes = check_over(over)
-    llama = _open_to_study(name, options, clean=clean, corrupted=corrupted, target=target, other=other)
-    wanted = _first_token(llama, "target", target)
-    against = None if other is None else _first_token(llama, "other", other)
-    texts = [prompt_tokens(llama, text, which) for which, text in (("clean", clean), ("corrupted", corrupted))]
-    check_same_length(llama.tokenizer, *texts)
-    metric = grid.probability(wanted) if against is None else grid.logit_difference(wanted, against)
-    found = grid.patch_grid(llama.model, *texts, metric, over=axes)
-    print_grid(found, *texts, llama.tokenizer, wanted, against, as_json=json)
-
-
-def _open_to_study(name: str, options: dict[str, Any], **texts: str | None) -> "Llama":
-    """Load a model alone and as it is. Raises RequestError for an empty text, or another way of running it."""
-    from llama_ref.study.inputs import refuse_divided, refuse_empty
-
-    refuse_empty(**texts)
-    refuse_divided(options["pipeline_parallel_size"])
-    if options["compile"]:
-        raise RequestError("--compile is of no use here: only the plain model shows what it computes; leave it out")
-    return _load(name, options)
-
-
-def _first_token(llama: "Llama", name: str, text: str) -> int:
-    from llama_ref.study.inputs import first_token
-    from llama_ref.terminal import note
-
-    token, remark = first_token(llama.tokenizer, text, f"--{name}")
-    if remark:
-        note(remark)
-    return token
-
-
-def _build(name: str, options: dict[str, Any]) -> "Llama":
-    from llama_ref.generation import check_stream_options
-
-    check_stream_options(**_pick(SAMPLING, options))
-    return _load(name, _pick(LOADING, options))
-
-
-def _load(name: str, options: dict[str, Any]) -> "Llama":
-    from rich.progress import DownloadColumn, TransferSpeedColumn
-
-    from llama_ref.generation import Llama
-    from llama_ref.terminal import progress_bar
-
-    with progress_bar("loading", DownloadColumn(), TransferSpeedColumn()) as progress:
-        return Llama.build(name, progress=progress, **options)
-
-
-def _pick(wanted: tuple[Option, ...], options: dict[str, Any]) -> dict[str, Any]:
-    return {option.name: options[option.name] for option in wanted}
-
-
 COMMANDS = {
     "list": list_,
     "info": info,
@@ -541,10 +355,7 @@ COMMANDS = {
     "complete": complete,
     "chat": chat,
     "bench": bench,
-    "lens": lens,
-    "attention": attention,
-    "attribute": attribute,
-    "patch": patch,
+    **STUDY_COMMANDS,
 }
 
 

@@ -53,7 +53,7 @@ def _strings(word: str) -> str | list[str]:
 TEXT_NAMES = (
     *("name", "a", "b", "src", "dst", "to", "max_shard_size", "prompt", "system", "ckpt_dir", "tokenizer_path"),
     *("verify", "device", "dtype", "quantize", "speculate", "draft", "batch", "context", "against", "png"),
-    *("target", "other", "clean", "corrupted", "over"),
+    *("target", "other", "clean", "corrupted", "over", "out", "matrices"),
 )
 TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
 

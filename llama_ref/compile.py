@@ -205,9 +205,9 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Attention of one token's q (K, G, hd) to what came before and to itself, k and v (K, hd): (K · G · hd,).
 
-    keys and values (K, n, 64, hd) are blocks of the cache, small enough to stay in the nearest cache of the processor while they
-    are gone over; `mask` (n, 64) is 0 where a place counts, else -inf. The G heads of a group go side by side: what they share is
-    read and converted once.
+    keys and values (K, n, 64, hd) are blocks of the cache, small enough to stay in the nearest cache of the processor while
+    they are gone over; `mask` (n, 64) is 0 where a place counts, else -inf. The G heads of a group go side by side: what they
+    share is read and converted once.
     """
     G = q.shape[1]
     q32 = held(q.float() * q.shape[-1] ** -0.5)

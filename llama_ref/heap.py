@@ -22,8 +22,8 @@ def give_back_memory() -> None:
 def keep_scratch_memory() -> None:
     """From now on let glibc keep up to 64 MB of freed memory for what comes next, as it is.
 
-    After some thousand tokens a layer's attention needs a few MB for a moment. As glibc is set up it gives these back at once, and
-    the system clears them anew for the next layer: after 32k tokens that took longer than the attention.
+    After some thousand tokens a layer's attention needs a few MB for a moment. As glibc is set up it gives these back at
+    once, and the system clears them anew for the next layer: after 32k tokens that took longer than the attention.
     """
     if option := _of_glibc("mallopt"):
         option(M_MMAP_THRESHOLD, LARGEST_BLOCK)

@@ -1,4 +1,4 @@
-"""`llama-ref lens`, `attention`, `attribute` and `patch`: real tables, JSON that parses, and no traceback."""
+"""The study's commands, `llama-ref lens` and the others: real tables, JSON that parses, files, and no traceback."""
 
 import fcntl
 import json
@@ -92,6 +92,23 @@ def test_where_heads_look_in_the_real_model(run, demo_folder):
     assert len(re.findall(r"@\d+ +\S.*@0 \d+(\.\d)?%", out)) >= 4
 
 
+def test_the_stream_of_the_real_model_grows_and_its_first_token_most(run, demo_folder):
+    code, out, err = run("norms", str(demo_folder), CAPITAL)
+    assert (code, err) == (0, "")
+    rows = re.findall(r"^ (embedding|layer \d+) +([\d.]+) +[\d.]+ +-?[\d.]+ +([\d.]+) ", out, re.MULTILINE)
+    assert len(rows) == 31 and float(rows[25][1]) > 20 * float(rows[25][2]) > 20 * float(rows[1][2])
+
+
+def test_what_four_bits_cost_each_matrix_and_how_many_directions_it_has(run, demo_folder):
+    code, out, err = run("spectra", str(demo_folder), "--matrices", "layers.[03].attention.w[qk].weight")
+    assert (code, err) == (0, "")
+    found = re.findall(r"^ layers\.([03])\.attention\.w([qk])\.weight +\d+×576 +[\d.]+ +([\d.]+) +([\d.]+)", out, re.MULTILINE)
+    assert len(found) == 4 and all(1 < float(stable) < float(effective) < 576 for _, _, stable, effective in found)
+    code, out, _ = run("spectra", str(demo_folder), "--matrices", "layers.0.feed_forward.*", "--to", "int4:group=32", "--json")
+    matrices = parsed(out)["matrices"]
+    assert code == 0 and len(matrices) == 3 and all(0 < matrix["relative"] < 0.15 for matrix in matrices)
+
+
 # ---- JSON
 
 
@@ -140,6 +157,27 @@ def test_a_grid_as_json_has_its_labels(run, tiny, over, axis, n):
     assert [a["name"] for a in found["axes"]] == ["layer", axis]
     assert [len(row) for row in found["values"]] == [n, n]
     assert [token["text"] for token in found["corrupted_tokens"]] == ["<|begin_of_text|>", "1", "3"]
+
+
+def test_the_stream_as_json_has_every_point_and_token(run, tiny):
+    found = parsed(run("norms", tiny, "ab", "--json")[1])
+    assert [point["point"] for point in found["points"]][::2] == [
+        "embedding",
+        "layers.0.residual_post",
+        "layers.1.residual_post",
+    ]
+    assert all(len(point[measure]) == 3 for point in found["points"] for measure in ("norm", "drift", "to_last"))
+
+
+def test_waves_are_read_without_weights(run, tmp_path, tiny):
+    params = json.loads((Path(tiny) / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(params | {"use_scaled_rope": True}))
+    (tmp_path / "consolidated.00.pth").write_bytes(b"no weights at all")
+    pairs = parsed(run("rope", str(tmp_path), "--json")[1])["pairs"]
+    assert len(pairs) == params["dim"] // params["n_heads"] // 2
+    assert pairs[0]["slowed"] == 1 and pairs[0]["frequency"] == 1
+    code, out, err = run("rope", str(tmp_path))
+    assert (code, err) == (0, "") and re.search(r"^ 0 +1 +6\.3 +6\.3 +1\.00×", out, re.MULTILINE)
 
 
 def test_texts_that_do_not_differ_have_nothing_to_bring_back(run, tiny):
@@ -203,6 +241,48 @@ def test_of_a_target_of_several_tokens_the_first_is_taken(run, tiny):
     )
 
 
+# ---- files
+
+
+def test_a_report_and_pictures_are_written_and_the_table_is_shown_all_the_same(run, tiny, tmp_path):
+    words = ("lens", tiny, "<b>한</b>", "--target", "z")
+    plain = run(*words)
+    assert run(*words, "--out", str(tmp_path / "a.html"), "--png", str(tmp_path / "new" / "png")) == plain
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert '"model":"Tiny"' in page and '"target":122,' in page and "<b>" not in page
+    pictures = {path.name: path.read_bytes()[:4] for path in (tmp_path / "new" / "png").iterdir()}
+    names = ("attention", "attribution", "lens", "norms", "pattern", "target")
+    assert pictures == {f"{name}.png": b"\x89PNG" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("words", "picture"),
+    [
+        (("attention", "{}", "abc"), "attention"),
+        (("attention", "{}", "abc", "--layer", "1", "--head", "2"), "pattern"),
+        (("attribute", "{}", "abc", "--target", "d"), "attribution"),
+        (("patch", "{}", "ab", "ac", "--target", "d", "--over", "layer,head"), "patch"),
+        (("norms", "{}", "abc"), "norms"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_other_commands_draw_what_they_show(run, tiny, tmp_path, words, picture):
+    words = [word.format(tiny) for word in words]
+    assert run(*words, "--png", str(tmp_path), "--json") == run(*words, "--json")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{picture}.png"]
+
+
+def test_where_nothing_can_be_written_is_told_before_anything_is_loaded(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for words, message in (
+        (("--out", str(tmp_path / "no" / "a.html")), "there is no folder"),
+        (("--out", str(tmp_path / "a.pdf")), r"expected a file that ends in .html or .htm"),
+        (("--png", str(tmp_path / "file")), "which is a file, expected a folder for pictures"),
+    ):
+        code, out, err = run("lens", "nowhere-at-all", "x", *words)
+        assert (code, out) == (2, "") and re.fullmatch(f"llama-ref: (out|png) is .*{message}.*\n", err)
+
+
 # ---- misuse
 
 
@@ -223,6 +303,10 @@ def test_of_a_target_of_several_tokens_the_first_is_taken(run, tiny):
         (("attention", "{}", "x", "--head", "1"), "--head is 1, but of which layer"),
         (("patch", "{}", "ab", "abc", "--target", "x"), r"clean has 3 tokens, .*│a│b, but corrupted has 4, .* word them so"),
         (("patch", "{}", "a", "b", "--target", "x", "--over", "head"), "over is 'head', expected layer,position or layer,head"),
+        (("norms", "{}", ""), "prompt is an empty text"),
+        (("spectra", "{}", "--matrices", "zz*"), "no matrix is called 'zz\\*'"),
+        (("spectra", "{}", "--to", "int3"), "quantize is 'int3', expected"),
+        (("rope", "nowhere-at-all"), "there is no folder nowhere-at-all"),
         (("lens", "{}", "x", "--compile"), "--compile is of no use here"),
         (("attention", "{}", "x", "--pipeline_parallel_size", "2"), "--pipeline_parallel_size 2: a model is studied whole"),
         (("lens", "{}", "x", "--quantize", "int3"), "quantize is 'int3'"),
@@ -245,7 +329,7 @@ def test_words_that_are_missing_or_too_many_are_misuse(run, words):
     assert (code, out) == (2, "") and "ERROR" in err
 
 
-@pytest.mark.parametrize("command", ["lens", "attention", "attribute", "patch"])
+@pytest.mark.parametrize("command", ["lens", "attention", "attribute", "patch", "norms"])
 def test_several_processes_are_refused(run, tiny, monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = {"patch": ("y", "--target", "z"), "attribute": ("--target", "z")}.get(command, ())
@@ -267,6 +351,8 @@ def test_weights_that_are_not_finite_end_in_no_traceback(run, tiny, tmp_path):
     last = parsed(out)["points"][-1]["positions"][0]
     assert code == 0 and last["target_probability"] is last["target_rank"] is last["kl"] is None
     assert run("lens", *here)[0] == run("attention", str(folder), "x", "--verify", "never")[0] == 0
+    assert run("lens", *here, "--out", str(tmp_path / "a.html"), "--png", str(tmp_path / "png"))[0] == 0
+    assert not (tmp_path / "png" / "attribution.png").exists() and (tmp_path / "a.html").exists()
     code, out, err = run("attribute", *here)
     assert (code, out) == (1, "") and "the parts add up to nan" in err
     code, out, _ = run("patch", str(folder), "x", "y", *here[2:])

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +26,6 @@ from llama_ref.generation import Llama
 from llama_ref.model import Transformer
 from llama_ref.quantize import quantize_model
 from llama_ref.study import lens, patterns
-from llama_ref.study import overview as overview_module
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
 from llama_ref.study.lens import logit_lens, residual_points
@@ -189,7 +189,7 @@ def test_a_page_of_many_heads_stays_small_and_holds_one_layers_patterns_at_a_tim
         alive.append(len({tensor.untyped_storage().data_ptr() for tensor in tensors}))
         return pack(pattern, kept)
 
-    monkeypatch.setattr(overview_module, "pack", spy)
+    monkeypatch.setattr(sys.modules["llama_ref.study.overview"], "pack", spy)  # the package has the function of that name
     found = overview(model, [i * 7 % 512 for i in range(T)])
     write_report(found, tiny.tokenizer, tmp_path / "report.html", model_name="Many")
     assert (tmp_path / "report.html").stat().st_size * (16 / 4) < 12e6  # as many heads as in a 1B

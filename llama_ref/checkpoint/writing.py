@@ -118,18 +118,30 @@ def write_sums(
 
 
 def _write_atomically(target: Path, data: bytes) -> None:
-    partial_file = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with partial_file.open("xb") as file:
+        with whole_file(target) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial_file.replace(target)
     except OSError as error:
         advice = ADVICE_WHEN_FULL.get(error.errno, "allow writing there")
         raise CheckpointError(f"cannot write {target}: {error.strerror}; {advice}") from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `path`, in place of one that is there, when the block ends well, and vanishes when it does not.
+
+    Raises OSError where it cannot be written.
+    """
+    partial_file = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial")
+    try:
+        with partial_file.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # some file systems tell of a full disk only now
+        partial_file.replace(path)
     finally:
-        partial_file.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial_file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,9 +4,10 @@
 whatever runs in its block, generation too. `patch(model, {name: edit})` changes activations while its block lasts: `zero()`,
 `mean()`, `scale(2)`, `set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…, rows=…)`, or any function of a
 tensor. `patch_grid(model, clean, corrupted, metric, over=…)` asks where in the model a difference is made.
-`logit_lens`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`, `spectra` and `quantization_errors` ask the
-usual questions. All are put on from outside and taken off again: model.py knows nothing of them, and looking changes no bit of
-the logits.
+`logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`, `spectra` and
+`quantization_errors` ask the usual questions; `overview` asks all of them about a text, and `write_report` makes a page of the
+answers (pictures: `llama_ref.study.figures`). All are put on from outside and taken off again: model.py knows nothing of
+them, and looking changes no bit of the logits.
 """
 
 from llama_ref.study.attention import attention_pattern, summarize_attention
@@ -14,7 +15,10 @@ from llama_ref.study.attribution import attribute
 from llama_ref.study.grid import Grid, logit_difference, patch_grid, probability
 from llama_ref.study.lens import logit_lens
 from llama_ref.study.names import all_names, axes
+from llama_ref.study.overview import Overview, overview
 from llama_ref.study.patch import Edit, edit, mean, patch, scale, set_to, swap_from, zero
+from llama_ref.study.predictions import predict
+from llama_ref.study.report import write_report
 from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
 from llama_ref.study.trace import Recording, Trace, recording, trace
@@ -23,6 +27,7 @@ from llama_ref.study.weights import quantization_errors, spectra
 __all__ = [
     "Edit",
     "Grid",
+    "Overview",
     "Recording",
     "Trace",
     "all_names",
@@ -33,8 +38,10 @@ __all__ = [
     "logit_difference",
     "logit_lens",
     "mean",
+    "overview",
     "patch",
     "patch_grid",
+    "predict",
     "probability",
     "quantization_errors",
     "recording",
@@ -46,5 +53,6 @@ __all__ = [
     "summarize_attention",
     "swap_from",
     "trace",
+    "write_report",
     "zero",
 ]

@@ -45,6 +45,12 @@ class Attribution:
     def total(self) -> float:
         return self.embedding + self.heads.double().sum().item() + self.ffns.double().sum().item()
 
+    @property
+    def strongest_head(self) -> tuple[int, int]:
+        """Layer and head of the one that wrote most for the target."""
+        layer, head = divmod(int(self.heads.argmax()), self.heads.shape[1])
+        return layer, head
+
     def parts(self) -> Iterator[tuple[str, float]]:
         """Every part by name, in the order in which they are added: embedding, layers.0.heads.0, …, layers.0.ffn, …"""
         yield "embedding", self.embedding

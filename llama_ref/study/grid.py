@@ -4,6 +4,7 @@ The corrupted text runs once for every cell with one activation taken from the c
 or head; a metric of the last token's logits says how far that brings the clean answer back. Meng et al., arXiv:2202.05262.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.attached import refuse_strange
+from llama_ref.study.inputs import check_over
 from llama_ref.study.names import LAYER_AXES, matching
 from llama_ref.study.patch import patch
 from llama_ref.study.trace import as_tokens, trace
@@ -42,6 +44,16 @@ class Grid:
     clean: float
     corrupted: float
 
+    @property
+    def restored(self) -> np.ndarray:
+        """What share of the difference each cell brings back: 0 as corrupted, 1 as clean, NaN where these do not differ.
+
+        float64, of the values' shape.
+        """
+        gap = self.clean - self.corrupted
+        with np.errstate(invalid="ignore"):  # infinite logits
+            return (self.values.astype(np.float64) - self.corrupted) / (gap or math.nan)
+
     def to_json(self) -> dict[str, Any]:
         """Everything as plain lists, numbers and texts, for json.dumps."""
         of_axes = [{"name": name, "labels": labels} for name, labels in zip(self.axes, self.labels, strict=True)]
@@ -65,7 +77,7 @@ def patch_grid(
     together, as many as make 1024 tokens. Raises RequestError for texts of two lengths or a name without that axis.
     """
     refuse_strange(model)
-    axis = _axis(over)
+    axis = check_over(over, '"layer×position" or "layer×head"').removeprefix("layer×")
     name = _name(model, name, axis)
     clean_ids, corrupted_ids = as_tokens(model, clean), as_tokens(model, corrupted)
     if clean_ids.shape != corrupted_ids.shape or len(clean_ids) != 1:
@@ -127,13 +139,6 @@ def _one_each(source: Tensor, dim: int, cells: Tensor) -> Callable[[Tensor], Ten
         return value
 
     return change
-
-
-def _axis(over: str) -> str:
-    parts = [part.strip() for part in str(over).replace("*", "×").replace(" x ", "×").split("×")]
-    if len(parts) != 2 or parts[0] != "layer" or parts[1] not in DEFAULT_NAMES:
-        raise RequestError(f'over is {over!r:.60}, expected "layer×position" or "layer×head"')
-    return parts[1]
 
 
 def _name(model: Transformer, name: str | None, axis: str) -> str:

@@ -1,6 +1,7 @@
 """What is to be studied: a prompt's ids, a token by its text, a layer and a head; and how tokens are shown."""
 
 import os
+import re
 from collections.abc import Sequence
 from numbers import Integral
 
@@ -78,11 +79,14 @@ def first_token(tokenizer: Tokenizer, text: str, name: str = "target") -> tuple[
     return tokens[0], f"{name} is {len(tokens)} tokens, {cut}{more}: the first, {first}, is taken"
 
 
-def check_over(over: str) -> str:
-    """ "layer,head" as patch_grid spells it, "layer×head". Raises RequestError for axes that there are not."""
-    axes = "×".join(part.strip() for part in over.split(","))
+def check_over(over: str, expected: str = "layer,position or layer,head") -> str:
+    """The axes of a grid, "layer,head", "layer*head" or "layer x head", as "layer×head".
+
+    Raises RequestError for axes that there are not; `expected` says how a caller spells those that there are.
+    """
+    axes = "×".join(part.strip() for part in re.split(r"[,*×]|\sx\s", str(over)))
     if axes not in ("layer×position", "layer×head"):
-        raise RequestError(f"over is {over!r:.60}, expected layer,position or layer,head")
+        raise RequestError(f"over is {over!r:.60}, expected {expected}")
     return axes
 
 

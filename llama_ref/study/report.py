@@ -10,12 +10,11 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
-from llama_ref.checkpoint.writing import ADVICE_WHEN_FULL
 from llama_ref.errors import RequestError
+from llama_ref.study.output import write_output
 from llama_ref.study.overview import Overview
 from llama_ref.study.report_data import packed_layers, page_data, to_json
 from llama_ref.tokenizer import Tokenizer
@@ -43,20 +42,7 @@ def check_report(path: str | Path) -> None:
 def write_report(found: Overview, tokenizer: Tokenizer, path: str | Path, *, model_name: str) -> None:
     """Write the page, whole or not at all; a file that is there is replaced. Raises RequestError where it cannot be written."""
     check_report(path)
-    target = _target(path)
-    partial = target.with_name(f".{target.stem[:40]}.{os.getpid()}.partial")
-    try:
-        with partial.open("x", encoding="utf-8", newline="\n") as file:
-            file.writelines(_page(found, tokenizer, model_name))
-            file.flush()
-            os.fsync(file.fileno())  # some file systems tell of a full disk only now
-        partial.replace(target)
-    except OSError as error:
-        advice = ADVICE_WHEN_FULL.get(error.errno, "choose another folder or name")
-        raise RequestError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    write_output(_target(path), (piece.encode() for piece in _page(found, tokenizer, model_name)))
 
 
 def _target(path: str | Path) -> Path:

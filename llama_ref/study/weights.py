@@ -1,6 +1,6 @@
 """What the matrices themselves tell: their singular values, and what rounding them to few bits costs each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,6 +13,8 @@ from llama_ref.quantization.modules import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
 from llama_ref.quantize import is_quantized, quantized, refuse_unfit
 from llama_ref.study.attribution import matrix
+
+Progress = Callable[[int, int], None]
 
 ROWS_AT_A_TIME = 1 << 13  # taken to float64
 
@@ -47,19 +49,22 @@ class QuantizationError:
 
 
 @torch.no_grad()
-def spectra(model: Transformer, names: str = "*") -> Iterator[Spectrum]:
+def spectra(model: Transformer, names: str = "*", progress: Progress | None = None) -> Iterator[Spectrum]:
     """Singular values of every matrix whose name ("layers.0.attention.wq.weight") matches the glob, one at a time.
 
     By way of the smaller of WWᵀ and WᵀW in float64, which a vocabulary's 128,256 rows make no larger; values below 1e-8 of the
-    largest are noise. A tied output is the embedding and is left out. Raises RequestError where nothing matches.
+    largest are noise. A tied output is the embedding and is left out. `progress` is called with how many are done and how many
+    there are. Raises RequestError where nothing matches.
     """
-    for name, module in _matrices(model, names):
+    for name, module in _counted(_matrices(model, names), progress):
         weight = matrix(module)
         yield Spectrum(name, tuple(weight.shape), _singular_values(weight))
 
 
 @torch.no_grad()
-def quantization_errors(model: Transformer, scheme: Scheme | str, names: str = "*") -> Iterator[QuantizationError]:
+def quantization_errors(
+    model: Transformer, scheme: Scheme | str, names: str = "*", progress: Progress | None = None
+) -> Iterator[QuantizationError]:
     """What a scheme ("int8", "int4", "int4:group=32") would do to every matrix whose name matches, one at a time.
 
     The rounding is that of loading with `quantize`. Raises RequestError for a model that is quantized already, a matrix that
@@ -71,7 +76,7 @@ def quantization_errors(model: Transformer, scheme: Scheme | str, names: str = "
     chosen = _matrices(model, names)
     for name, module in chosen:
         refuse_unfit(scheme, name, module.weight.shape[1])
-    for name, module in chosen:
+    for name, module in _counted(chosen, progress):
         weight = module.weight.detach()
         rounded = quantized(scheme, name, weight, weight.dtype)
         yield _error(name, weight.float(), rounded)
@@ -93,6 +98,13 @@ def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
     if not chosen:
         raise RequestError(f"no matrix is called {names!r:.80}; the names are {found[0][0]}, {found[1][0]}, …")
     return chosen
+
+
+def _counted(matrices: list[tuple[str, nn.Module]], progress: Progress | None) -> Iterator[tuple[str, nn.Module]]:
+    for done, named in enumerate(matrices):
+        if progress is not None:
+            progress(done, len(matrices))
+        yield named
 
 
 def _is_tied(model: Transformer) -> bool:

@@ -1,0 +1,25 @@
+"""The study's answers as pictures, for papers and slides: `llama-ref lens … --png DIR`, or from Python.
+
+Each `draw_…` writes one PNG file; the `…_figure` beside it makes the matplotlib Figure, for whoever wants to go on from there.
+matplotlib (extra `study`) is imported when something is drawn.
+"""
+
+from llama_ref.study.figures.attention import draw_attention, draw_pattern
+from llama_ref.study.figures.attribution import draw_attribution
+from llama_ref.study.figures.grid import draw_grid
+from llama_ref.study.figures.lens import draw_lens, draw_target
+from llama_ref.study.figures.overview import draw_overview
+from llama_ref.study.figures.residual import draw_norms
+from llama_ref.study.figures.saving import check_pictures
+
+__all__ = [
+    "check_pictures",
+    "draw_attention",
+    "draw_attribution",
+    "draw_grid",
+    "draw_lens",
+    "draw_norms",
+    "draw_overview",
+    "draw_pattern",
+    "draw_target",
+]

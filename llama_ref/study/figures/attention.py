@@ -1,0 +1,104 @@
+"""Attention as pictures: every head's habits, and where one head looks from every token."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from llama_ref.study.attention import REPEATED_TOKENS, AttentionSummary
+from llama_ref.study.figures import sheet
+from llama_ref.study.figures.letters import prompt, token_label
+from llama_ref.study.figures.saving import save
+from llama_ref.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MEASURES = {
+    "sink": "sink: to the first token",
+    "previous": "previous: to the token before",
+    "induction": "induction: to what followed last time",
+    "entropy": "entropy of where it looks",
+}
+FEW_HEADS = 12  # their maps stand side by side
+CELL, MAP = (0.22, 0.19), (7.0, 9.0)  # inches: of a head, and of all at most
+TOKEN, PATTERN = 0.2, (3.6, 11.0)  # inches: of a token, and of all at least and at most
+
+
+def draw_attention(summary: AttentionSummary, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Sink, previous-token and induction score and entropy of every head, as maps of layers × heads."""
+    save(path, attention_figure, summary, tokenizer)
+
+
+def draw_pattern(pattern: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, layer: int, head: int, path: str | Path) -> None:
+    """Where one head looks from every token, (T, T)."""
+    save(path, pattern_figure, pattern, tokens, tokenizer, layer, head)
+
+
+def attention_figure(summary: AttentionSummary, tokenizer: Tokenizer) -> "Figure":
+    """Four maps; the title of each tells, and a frame shows, which head does it most (of entropy: least)."""
+    from matplotlib.colors import Normalize
+
+    n_layers, H = summary.sink.shape
+    columns = 4 if H <= FEW_HEADS else 2
+    cell = (min(CELL[0], MAP[0] / H), min(CELL[1], MAP[1] / n_layers))
+    has_gaps = any(getattr(summary, measure).isnan().any() for measure in MEASURES)
+    grey = " Grey: no number, where the text is too short or the model's numbers are not finite." if has_gaps else ""
+    size = (max(2.0, H * cell[0]), n_layers * cell[1])
+    caption = (
+        f"Means over the text's tokens; induction: on {REPEATED_TOKENS} random tokens that come twice. Framed: the head that"
+        f" does it most, of entropy least.{grey}\n{prompt(tokenizer, summary.tokens)}"
+    )
+    figure = sheet.new_figure(columns * (size[0] + 1), 4 / columns * (size[1] + 0.9), "Where heads look", caption)
+    panels = figure.subplots(4 // columns, columns).flat
+    for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+        values = getattr(summary, measure).numpy()
+        norm, unit = Normalize(0, 1), "share of attention"
+        if measure == "entropy":
+            norm, unit = Normalize(0, max(0.1, float(np.log(len(summary.tokens))))), "nats"
+        image = sheet.heat_map(axes, values, norm)
+        _name_best(axes, title, values, least=measure == "entropy")
+        sheet.name_ticks(axes, "x", list(map(str, range(H))), size[0] / H)
+        sheet.name_ticks(axes, "y", list(map(str, range(n_layers))), cell[1])
+        sheet.name_axis(axes, "x", "head")
+        sheet.name_axis(axes, "y", "layer")
+        sheet.color_bar(figure, image, axes, unit, size)
+    return figure
+
+
+def _name_best(axes: "Axes", title: str, values: np.ndarray, *, least: bool) -> None:
+    found = "no numbers"
+    if not np.isnan(values).all():
+        layer, head = np.unravel_index(np.nanargmin(values) if least else np.nanargmax(values), values.shape)
+        found = f"{'least' if least else 'most'}: layer {layer}, head {head}, {values[layer, head]:.2f}"
+        sheet.frame_cells(axes, values == values[layer, head])
+    axes.set_title(f"{title}\n{found}", fontsize=sheet.TEXT)
+
+
+def pattern_figure(pattern: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, layer: int, head: int) -> "Figure":
+    """A square of T × T, the first token at the top left."""
+    from matplotlib.colors import PowerNorm
+
+    T = len(tokens)
+    side = min(max(T * TOKEN, PATTERN[0]), PATTERN[1])
+    is_numbered = side / T >= sheet.NUMBERED
+    numbers = " Numbers are percent." if is_numbered else ""
+    caption = f"Each row adds up to 1. Colours go by the square root, so that small shares can be seen.{numbers}"
+    figure = sheet.new_figure(side + 2.0, side + 1.2, f"Where layer {layer}, head {head} looks", caption)
+    axes = figure.subplots()
+    image = sheet.heat_map(axes, pattern.numpy(), PowerNorm(0.5, 0, 1))
+    axes.invert_yaxis()
+    if is_numbered:
+        shares = [
+            ["" if share < 0.005 else sheet.percent(share) for share in row[: t + 1]] for t, row in enumerate(pattern.tolist())
+        ]
+        sheet.write_cells(axes, image, shares, (side / T, side / T))
+    names = [token_label(tokenizer, token) for token in tokens]
+    for axis, name in (("x", "looks at"), ("y", "from")):
+        sheet.name_ticks(axes, axis, names, side / T, range(T))
+        sheet.name_axis(axes, axis, name)
+    sheet.color_bar(figure, image, axes, "share of attention", (side, side), ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+    return figure

@@ -1,0 +1,91 @@
+"""Activation patching as a picture: which cells of the clean run bring its answer back."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llama_ref.study.figures import sheet
+from llama_ref.study.figures.letters import prompt, quoted, token_label
+from llama_ref.study.figures.saving import save
+from llama_ref.study.grid import Grid
+from llama_ref.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CELL, WIDTH = (0.36, 0.18), 16.0  # inches: of a cell, and of all at most
+MARGIN = 1.7  # inches beside the map
+
+
+def draw_grid(
+    grid: Grid,
+    clean: Sequence[int],
+    corrupted: Sequence[int],
+    tokenizer: Tokenizer,
+    target: int,
+    other: int | None,
+    path: str | Path,
+) -> None:
+    """The share of the clean run's answer that each cell brings back: layers × positions or heads."""
+    save(path, grid_figure, grid, clean, corrupted, tokenizer, target, other)
+
+
+def grid_figure(
+    grid: Grid, clean: Sequence[int], corrupted: Sequence[int], tokenizer: Tokenizer, target: int, other: int | None
+) -> "Figure":
+    """A map from -100% to 100%, with numbers where there is room; where the texts differ, both tokens are named."""
+    from matplotlib.colors import Normalize
+
+    restored = grid.restored
+    rows, columns = restored.shape
+    width = min(columns * CELL[0], WIDTH)
+    title, caption = _words(grid, clean, corrupted, tokenizer, target, other)
+    height = sheet.row_height(CELL[1], rows)
+    figure = sheet.new_figure(width + MARGIN, rows * height + 1.2, title, caption)
+    cell = ((figure.get_figwidth() - MARGIN) / columns, height)
+    axes = figure.subplots()
+    image = sheet.heat_map(axes, restored, Normalize(-1, 1), sheet.DIFFERENCES)
+    if cell[0] >= sheet.NUMBERED:
+        sheet.write_cells(axes, image, [map(sheet.percent, row) for row in restored.tolist()], cell)
+    sheet.name_ticks(axes, "y", grid.labels[0], cell[1])
+    sheet.name_axis(axes, "y", grid.axes[0])
+    if grid.axes[1] == "position":
+        sheet.name_ticks(axes, "x", _columns(clean, corrupted, tokenizer), cell[0], range(columns))
+        sheet.name_axis(axes, "x", "token of the corrupted text (← of the clean one, where they differ)")
+    else:
+        sheet.name_ticks(axes, "x", grid.labels[1], cell[0])
+        sheet.name_axis(axes, "x", grid.axes[1])
+    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    extend = beyond[bool((restored < -1).any()), bool((restored > 1).any())]
+    bar = sheet.color_bar(
+        figure, image, axes, "share of the difference that comes back", (width, rows * cell[1]), extend=extend
+    )
+    bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    return figure
+
+
+def _beyond(restored: np.ndarray) -> str:
+    """At which ends of the colours there are cells of more than that."""
+    less, more = (restored < -1).any(), (restored > 1).any()
+    return "both" if less and more else "min" if less else "max" if more else "neither"
+
+
+def _columns(clean: Sequence[int], corrupted: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    pairs = zip(clean, corrupted, strict=True)
+    names = [(token_label(tokenizer, right), token_label(tokenizer, wrong)) for right, wrong in pairs]
+    return [wrong if right == wrong else f"{wrong}\n← {right}" for right, wrong in names]
+
+
+def _words(
+    grid: Grid, clean: Sequence[int], corrupted: Sequence[int], tokenizer: Tokenizer, target: int, other: int | None
+) -> tuple[str, str]:
+    """Title and caption."""
+    metric = f"Probability of {quoted(tokenizer, target)}"
+    if other is not None:
+        metric = f"{quoted(tokenizer, target)} ahead of {quoted(tokenizer, other)}"
+    title = f"{metric}: what each {grid.axes[1]} brings back"
+    names = [f"{name} ({value:.3g})" for name, value in (("Clean", grid.clean), ("Corrupted", grid.corrupted))]
+    how = f"{grid.name} of each cell taken from the clean run; in percent of the difference between the two texts."
+    return title, f"{how}\n{prompt(tokenizer, clean, corrupted, names=names)}"

@@ -1,0 +1,142 @@
+"""The logit lens as pictures: what every layer would say after every token, and a target on its way up."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llama_ref.errors import RequestError
+from llama_ref.study.figures import sheet
+from llama_ref.study.figures.letters import prompt, quoted, token_label
+from llama_ref.study.figures.saving import save
+from llama_ref.study.lens import LogitLens
+from llama_ref.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+MOST_WORDS = 36  # positions with a word in every cell; of longer texts the last so many, below a map of all
+WIDTH, HEIGHT, LOW = 0.56, 0.18, 0.08  # inches: of a cell with a word, and a row's height without
+MARGIN = 1.7  # inches beside a map
+LOWEST = 1e-20  # probability that a curve has room for
+LEAST = 1e-6  # of a target's probability: what is less has the colour of this
+
+
+def draw_lens(lens: LogitLens, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Every layer's likeliest next token after every position, and how likely it, or the lens's target, is there."""
+    save(path, lens_figure, lens, tokenizer)
+
+
+def draw_target(lens: LogitLens, tokenizer: Tokenizer, path: str | Path) -> None:
+    """The target's probability and rank after the last position, at all points of the model."""
+    save(path, target_figure, lens, tokenizer)
+
+
+def block_ends(lens: LogitLens) -> list[int]:
+    """Which of the lens's points are the embedding and the ends of layers; all, where it was read within layers alone."""
+    ends = [p for p, point in enumerate(lens.points) if not point.endswith("residual_mid")]
+    return ends or list(range(len(lens.points)))
+
+
+# ---- all positions
+
+
+def lens_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
+    """A map of layers × positions with a word in every cell; of a long text one of all positions, and its end with words."""
+    T, n_rows = len(lens.positions), len(block_ends(lens))
+    n_words, low, high = min(T, MOST_WORDS), sheet.row_height(LOW, n_rows), sheet.row_height(HEIGHT, n_rows)
+    heights = [n_rows * low, n_rows * high] if n_words < T else [n_rows * high]
+    figure = sheet.new_figure(MARGIN + n_words * WIDTH, sum(heights) + len(heights), *_lens_words(lens, tokenizer))
+    width = figure.get_figwidth() - MARGIN
+    panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    if n_words < T:
+        image = _draw_map(panels[0], lens, tokenizer, range(T), (width / T, low))
+        panels[0].axvspan(T - n_words - 0.5, T - 0.5, facecolor="none", edgecolor=sheet.ORANGE)
+    cell = (width / n_words, high)
+    image = _draw_map(panels[-1], lens, tokenizer, range(T - n_words, T), cell)
+    _write_words(panels[-1], image, lens, tokenizer, range(T - n_words, T), cell)
+    of = "the likeliest next token" if lens.target is None else quoted(tokenizer, lens.target)
+    extend = "neither" if lens.target is None else "min"
+    sheet.color_bar(figure, image, list(panels), f"probability of {of}", (width, sum(heights)), extend=extend)
+    return figure
+
+
+def _draw_map(axes: "Axes", lens: LogitLens, tokenizer: Tokenizer, columns: range, cell: tuple[float, float]) -> "AxesImage":
+    from matplotlib.colors import LogNorm, Normalize
+
+    ends = block_ends(lens)
+    if lens.target_probability is None:
+        values, norm = lens.top_probabilities[ends][:, columns, 0], Normalize(0, 1)
+    else:
+        values, norm = lens.target_probability[ends][:, columns].clamp(min=LEAST), LogNorm(LEAST, 1)
+    image = sheet.heat_map(axes, values.numpy(), norm)
+    positions = [lens.positions[column] for column in columns]
+    names = [token_label(tokenizer, lens.tokens[position]) for position in positions]
+    sheet.name_ticks(axes, "x", names, cell[0], positions)
+    sheet.name_ticks(axes, "y", [sheet.layer_name(lens.points[end]) for end in ends], cell[1])
+    sheet.name_axis(axes, "x", "after reading")
+    sheet.name_axis(axes, "y", "layer")
+    return image
+
+
+def _write_words(
+    axes: "Axes", image: "AxesImage", lens: LogitLens, tokenizer: Tokenizer, columns: range, cell: tuple[float, float]
+) -> None:
+    said = lens.top_ids[block_ends(lens)][:, columns, 0].numpy()
+    known = ~lens.top_probabilities[block_ends(lens)][:, columns, 0].isnan().numpy()
+    words = [
+        [token_label(tokenizer, token, cell[0] * 72) if is_known else "–" for token, is_known in zip(*row, strict=True)]
+        for row in zip(said.tolist(), known.tolist(), strict=True)
+    ]
+    sheet.write_cells(axes, image, words, cell)
+    sheet.frame_cells(axes, known & (said == (said[-1] if lens.target is None else lens.target)))
+
+
+def _lens_words(lens: LogitLens, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Title and caption."""
+    T = len(lens.positions)
+    title, framed = "What each layer would say next", "where it is what the model says in the end"
+    if lens.target is not None:
+        title, framed = f"How likely {quoted(tokenizer, lens.target)} is after each layer", "where it is that token"
+    parts = f" Above: all {T:,} positions; below: the last {MOST_WORDS}." if T > MOST_WORDS else ""
+    return title, (
+        "Logit lens: the residual stream after each layer, read through the final norm and the output matrix."
+        f" In the cells: the likeliest next token, framed {framed}.{parts}\n{prompt(tokenizer, lens.tokens)}"
+    )
+
+
+# ---- a target
+
+
+def target_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
+    """Two curves from embedding to last layer, with a point after each attention and after each feed-forward."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if lens.target is None:
+        raise RequestError("the lens follows no token: make it with target=")
+    probability, rank = lens.target_probability[:, -1].numpy(), lens.target_rank[:, -1].numpy().astype(float)
+    rank[np.isnan(probability)] = np.nan
+    target, text = quoted(tokenizer, lens.target), prompt(tokenizer, lens.tokens[: lens.positions[-1] + 1])
+    caption = f"Logit lens after the last token.{sheet.hollow(lens.points)}\n{text}"
+    figure = sheet.new_figure(7.5, 4.6, f"How {target} becomes likely", caption)
+    panels = figure.subplots(2, sharex=True)
+    for axes, values, name, color in zip(
+        panels,
+        (probability, rank),
+        (f"probability of {target}", "rank (1: the likeliest)"),
+        (sheet.BLUE, sheet.ORANGE),
+        strict=True,
+    ):
+        axes.set_yscale("log")
+        sheet.draw_depth(axes, lens.points, values, color)
+        sheet.name_axis(axes, "y", name)
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(max(low, LOWEST), min(high, 2))
+    panels[1].invert_yaxis()
+    panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
+    panels[1].yaxis.set_minor_locator(NullLocator())
+    panels[1].yaxis.set_major_formatter("{x:,g}")
+    sheet.name_axis(panels[1], "x", "after layer (E: embedding)")
+    return figure

@@ -1,0 +1,27 @@
+"""All pictures of one text."""
+
+from pathlib import Path
+
+from llama_ref.study.figures.attention import draw_attention, draw_pattern
+from llama_ref.study.figures.attribution import draw_attribution
+from llama_ref.study.figures.lens import draw_lens, draw_target
+from llama_ref.study.figures.residual import draw_norms
+from llama_ref.study.overview import Overview
+from llama_ref.tokenizer import Tokenizer
+
+
+def draw_overview(found: Overview, tokenizer: Tokenizer, folder: str | Path) -> None:
+    """lens.png, target.png, attention.png, norms.png; where the logit could be shared out, attribution.png and pattern.png too.
+
+    The pattern is that of the head which wrote most of the target's logit.
+    """
+    folder = Path(folder)
+    draw_lens(found.lens, tokenizer, folder / "lens.png")
+    draw_target(found.lens, tokenizer, folder / "target.png")
+    draw_attention(found.attention, tokenizer, folder / "attention.png")
+    draw_norms(found.residual, tokenizer, folder / "norms.png")
+    if found.attribution is not None:
+        draw_attribution(found.attribution, tokenizer, folder / "attribution.png")
+        layer, head = found.attribution.strongest_head
+        pattern = found.patterns.unpack(layer, head)
+        draw_pattern(pattern, found.tokens, tokenizer, layer, head, folder / "pattern.png")

@@ -1,0 +1,46 @@
+"""The residual stream as a picture: how long it grows, and how it turns."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llama_ref.study.figures import sheet
+from llama_ref.study.figures.letters import prompt, quoted
+from llama_ref.study.figures.saving import save
+from llama_ref.study.residual import ResidualStream
+from llama_ref.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEASURES = {"norm": "length (Euclidean)", "drift": "cosine with the point before", "to_last": "cosine with the last point"}
+
+
+def draw_norms(stream: ResidualStream, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Length and direction of the residual stream through the layers: the first token, and the others' median."""
+    save(path, norms_figure, stream, tokenizer)
+
+
+def norms_figure(stream: ResidualStream, tokenizer: Tokenizer) -> "Figure":
+    """Three curves over the depth. The first token stands apart: as a sink it grows a hundred times as long as others."""
+    T = len(stream.tokens)
+    first = quoted(tokenizer, stream.tokens[0])
+    caption = (
+        f"After each layer.{sheet.hollow(stream.points)} Band: the middle half of the tokens."
+        f"\n{prompt(tokenizer, stream.tokens)}"
+    )
+    figure = sheet.new_figure(7.5, 6.5, "How the residual stream grows and turns", caption)
+    panels = figure.subplots(3, sharex=True)
+    panels[0].set_yscale("log")
+    for axes, (measure, name) in zip(panels, MEASURES.items(), strict=True):
+        values = getattr(stream, measure).numpy()  # (P, T)
+        lines = [sheet.draw_depth(axes, stream.points, values[:, 0], sheet.ORANGE)]
+        if T > 1:
+            low, middle, high = np.quantile(values[:, 1:], (0.25, 0.5, 0.75), axis=1)
+            lines.append(sheet.draw_depth(axes, stream.points, middle, sheet.BLUE))
+            axes.fill_between(sheet.depth(stream.points), low, high, color=sheet.BLUE, alpha=0.2, linewidth=0)
+        sheet.name_axis(axes, "y", name)
+    sheet.name_axis(panels[2], "x", "after layer (E: embedding)")
+    sheet.name_lines(panels[0], lines, [f"the first token, {first}", f"the other {T - 1:,}: median"][: len(lines)])
+    return figure

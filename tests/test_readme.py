@@ -102,3 +102,12 @@ def test_the_table_of_releases_names_every_release():
 
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert [name for name in known if f"`{name}`" not in text] == []
+
+
+def test_every_link_to_a_file_leads_to_one():
+    links = [
+        (name, target)
+        for name in READMES
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (REPOSITORY / name).read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 20 and [link for link in links if not (REPOSITORY / link[1]).exists()] == []

@@ -36,6 +36,7 @@ def random_model(dtype: torch.dtype, scheme: str | None = None) -> Transformer:
 def decoded(model: Transformer, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     """Logits (T, V) of each token behind a prompt, one step at a time."""
     cache = new_cache(model, 1, len(prompt) + len(tokens))
+    cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)  # as memory may be that was never written
     model(torch.tensor([prompt]), cache)
     return torch.cat([model(torch.tensor([[token]]), cache)[0] for token in tokens])
 
@@ -45,7 +46,7 @@ def test_compiled_steps_give_the_plain_ones_logits(scheme):
     plain, fast = random_model(torch.float32, scheme), random_model(torch.float32, scheme)
     compile_decode(fast)
     assert fast.layers[0].forward is not None and "forward" in vars(fast.layers[0]), "nothing was put on"
-    for prompt in ([5], [5, 7], list(range(1, 40))):  # from one token in the cache to many
+    for prompt in ([5], [5, 7], list(range(1, 40)), list(range(1, 312))):  # from one token in the cache to five blocks of them
         expected, found = (decoded(model, prompt, [3, 1, 4, 1, 5]) for model in (plain, fast))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     rows = torch.tensor([[1, 2, 3], [4, 5, 6]])

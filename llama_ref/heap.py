@@ -19,15 +19,14 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def keep_scratch_memory() -> None:
-    """From now on let glibc keep up to 64 MB of freed memory for what comes next, as it is.
+def keep_scratch_memory() -> bool:
+    """From now on let glibc keep up to 64 MB of freed memory for what comes next, as it is; whether it does.
 
     After some thousand tokens a layer's attention needs a few MB for a moment. As glibc is set up it gives these back at
     once, and the system clears them anew for the next layer: after 32k tokens that took longer than the attention.
     """
-    if option := _of_glibc("mallopt"):
-        option(M_MMAP_THRESHOLD, LARGEST_BLOCK)
-        option(M_TRIM_THRESHOLD, KEPT)
+    option = _of_glibc("mallopt")
+    return option is not None and option(M_MMAP_THRESHOLD, LARGEST_BLOCK) == option(M_TRIM_THRESHOLD, KEPT) == 1
 
 
 @cache

@@ -1,5 +1,6 @@
 """`llama-ref lens`, `attention`, …: the study's commands. Like cli.py's, each imports what it needs when it runs."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ def lens(
         prompt: the text to continue.
         target: a token to follow through the layers, with its space in front where it has one: " Paris".
         top: likeliest tokens to show.
-        out: an HTML file for all that the study has to say of the prompt, tokens, layers, heads: a page to open in a browser.
-        png: a folder for the same as pictures (needs matplotlib).
+        out: write an HTML page with everything: tokens, layers, attention, attribution.
+        png: draw the same as pictures into this folder (needs matplotlib).
         json: print it as JSON, of all points and after every token.
     """
     from llama_ref.study.inputs import prompt_tokens
@@ -234,13 +235,11 @@ def spectra(name: str, *, matrices: str = "layers.0.*", to: str | None = None, j
     llama = _open_to_study(name, options)
     with progress_bar("measuring") as progress:
         if to is None:
-            found = list(weights.spectra(llama.model, matrices, progress))
+            measured, show = weights.spectra(llama.model, matrices, progress), print_spectra
         else:
-            found = list(weights.quantization_errors(llama.model, to, matrices, progress))
-    if to is None:
-        print_spectra(found, as_json=json)
-    else:
-        print_errors(found, to, as_json=json)
+            measured, show = weights.quantization_errors(llama.model, to, matrices, progress), partial(print_errors, scheme=to)
+        found = list(measured)
+    show(found, as_json=json)
 
 
 # ---- what they share
@@ -270,7 +269,7 @@ def _write_overview(
         bos, ids = llama.tokenizer.bos_id, _words(llama)
         found = overview(llama.model, tokens, target=target, top=top, bos=bos, ids=ids, progress=progress)
     if out is not None:
-        write_report(found, llama.tokenizer, out, model_name=find_folder(name).name)
+        write_report(found, llama.tokenizer, out, model_name=find_folder(name).resolve().name)
     if png is not None:
         draw_overview(found, llama.tokenizer, png)
 

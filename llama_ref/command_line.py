@@ -89,7 +89,7 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
     """
     from llama_ref.terminal import is_first_process
 
-    _settle_streams()
+    settle_streams()
     if not is_first_process():
         logging.getLogger("llama_ref").setLevel(logging.ERROR)  # the first one warns for all
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  stays open as long as the process
@@ -100,10 +100,18 @@ def run(component: Any, argv: list[str] | None = None, name: str | None = None) 
 
 
 def _run(component: Any, argv: list[str] | None, name: str | None) -> int:
-    try:
+    def call() -> int | None:
         words = _with_explicit_switches(sys.argv[1:] if argv is None else argv)
-        call = fire.Fire(component, command=words, name=name, serialize=lambda result: None)
-        code = (call._run() if isinstance(call, Call) else 0) or 0
+        found = fire.Fire(component, command=words, name=name, serialize=lambda result: None)
+        return found._run() if isinstance(found, Call) else 0
+
+    return guarded(call)
+
+
+def guarded(action: Callable[[], int | None]) -> int:
+    """Do something and give its exit code (None: 0), or that of what went wrong, told in a line; see `run`."""
+    try:
+        code = action() or 0
         sys.stdout.flush()
         return code
     except (RequestError, FolderNotFound) as error:
@@ -141,7 +149,7 @@ def _known_failure(error: RuntimeError) -> LlamaRefError | None:
     return None
 
 
-def _settle_streams() -> None:
+def settle_streams() -> None:
     """Let no command end for a letter that cannot be shown or is no UTF-8, nor for a stream that the shell closed (`>&-`)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)

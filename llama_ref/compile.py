@@ -46,8 +46,9 @@ def compile_decode(model: Transformer) -> None:
     """Make a model's decode steps faster, on a CPU those of one row; changed in place.
 
     Takes some seconds to compile, fewer where PyTorch's cache on disk has it from an earlier run. Where that does not work,
-    without a C++ compiler above all, the model stays as it is and one line on stderr says so. Raises RequestError for a model
-    that is divided among processes, or on neither a CPU nor CUDA.
+    without a C++ compiler above all, the model stays as it is and one line on stderr says so. The whole process keeps up to 64
+    MB of freed memory from then on (heap.py). Raises RequestError for a model that is divided among processes, or on neither a
+    CPU nor CUDA.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # only now: to import the compiler takes a second
     from torch._inductor.exc import InductorError
@@ -72,7 +73,6 @@ def compile_decode(model: Transformer) -> None:
     for block in model.layers:
         block.forward = _FastBlock(block, step)
     model.output.forward = _FastOutput(model.output, head)
-    keep_scratch_memory()
     note("compiling the decode step: some seconds, fewer the next time")
     try:
         _warm_up(model)
@@ -83,6 +83,8 @@ def compile_decode(model: Transformer) -> None:
             if isinstance(module, PlanarInt4Linear):
                 module.matrix = planes.matrix
         note(f"it cannot be compiled here ({str(error).splitlines()[0]}): decoding stays uncompiled")
+    else:
+        keep_scratch_memory()
 
 
 def _warm_up(model: Transformer) -> None:
@@ -129,7 +131,8 @@ class _Seen:
             all_[:, 0].unflatten(2, (-1, CACHE_BLOCK)).unbind() for all_ in (cache.keys, cache.values)
         )  # n_layers × (K, …, 64, hd)
         n_blocks = max(FEWEST_BLOCKS, -(-cache.longest // CACHE_BLOCK))
-        mask = torch.zeros(n_blocks * CACHE_BLOCK)  # made once: to compare places costs more in every layer and head
+        # Made once: to compare places costs more in every layer and head.
+        mask = cache.keys.new_zeros(n_blocks * CACHE_BLOCK, dtype=torch.float32)
         mask[cache.longest :] = -torch.inf
         mask = mask.view(n_blocks, CACHE_BLOCK)
         for tensor, dim in ((mask, 0), *((tensor, 1) for tensor in (*self.keys, *self.values))):

@@ -35,6 +35,7 @@ SAMPLING = (
 
 
 def build(name: str, options: dict[str, Any]) -> "Llama":
+    """A model to generate with. Raises RequestError for senseless options of the sampling before it loads."""
     from llama_ref.generation import check_stream_options
 
     check_stream_options(**pick(SAMPLING, options))
@@ -42,6 +43,7 @@ def build(name: str, options: dict[str, Any]) -> "Llama":
 
 
 def load(name: str, options: dict[str, Any]) -> "Llama":
+    """Llama.build with a bar on stderr."""
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
     from llama_ref.generation import Llama
@@ -52,4 +54,5 @@ def load(name: str, options: dict[str, Any]) -> "Llama":
 
 
 def pick(wanted: tuple[Option, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Of all options those that are wanted."""
     return {option.name: options[option.name] for option in wanted}

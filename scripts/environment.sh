@@ -33,18 +33,23 @@ environment() {
     PATH=$venv/bin:$PATH
 }
 
-# A browser for the tests of the report's page, from the system's packages where there is none and we may install it; else those
-# tests say that they are skipped.
+# A browser for the tests of the report's page. Where there is none, it is installed from the system's packages if we are root in
+# a container or a CI job; else those tests are skipped, and say so.
 browser() {
     local candidate
     for candidate in chromium chromium-browser google-chrome; do
         if command -v "$candidate" >/dev/null; then return; fi
     done
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    if [ "$(id -u)" = 0 ] && [ -n "${CI:-}$(is_container)" ] && command -v apt-get >/dev/null; then
         say "installing chromium"
-        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } >/dev/null || true
+        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } >/dev/null ||
+            say "chromium could not be installed"
+    else
+        say "no browser: install chromium for the tests of the report's page, which are skipped"
     fi
 }
+
+is_container() { if [ -e /.dockerenv ] || grep -qsE 'docker|containerd|kubepods' /proc/1/cgroup; then echo yes; fi; }
 
 find_python() {
     local candidate

@@ -30,8 +30,8 @@ from rich.text import Text
 from rich.theme import Theme
 
 from llama_ref.checkpoint.folder import find_folder, open_folder
-from llama_ref.command_line import EXIT_BAD, EXIT_CLOSED_PIPE, EXIT_INTERRUPTED, EXIT_MISUSE, complain
-from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
+from llama_ref.command_line import guarded, settle_streams
+from llama_ref.errors import FolderNotFound, RequestError
 from llama_ref.study.inputs import refuse_divided, refuse_empty
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -169,6 +169,9 @@ def _named(link: re.Match[str]) -> str:
 class InPipe:
     """The document itself."""
 
+    def __init__(self) -> None:
+        self._code = ""  # which its output goes behind
+
     def prose(self, text: str) -> None:
         print(text, end="", flush=True)
 
@@ -226,8 +229,9 @@ def write() -> None:
     settings = settings_of(document, None, None, None)
     outputs = [part.output for part in run(with_settings(document, settings))]
     document = [replace(part, output=output) for part, output in zip(document, outputs, strict=True)]
-    SOURCE.write_text("".join(part.markdown for part in document), encoding="utf-8")
-    NOTEBOOK.write_text(notebook(document), encoding="utf-8")
+    texts = {SOURCE: "".join(part.markdown for part in document), NOTEBOOK: notebook(document)}
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
 
 
 # ---- the command
@@ -303,22 +307,8 @@ def tour(words: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 fine, 1 a bad checkpoint, 2 misuse."""
     words = parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # no letter that cannot be shown shall end the tour
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        tour(words)
-        return 0
-    except (RequestError, FolderNotFound) as error:
-        return complain(error, EXIT_MISUSE)
-    except LlamaRefError as error:
-        return complain(error, EXIT_BAD)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain again
-        return EXIT_CLOSED_PIPE
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPTED
+    settle_streams()
+    return guarded(lambda: tour(words))
 
 
 if __name__ == "__main__":

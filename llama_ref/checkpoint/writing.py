@@ -132,16 +132,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises OSError where it cannot be written.
     """
-    partial_file = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial")
-    try:
-        with partial_file.open("xb") as file:
+    partial_file = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex}.partial")  # nobody else's, whoever writes beside us
+    with partial_file.open("xb") as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())  # some file systems tell of a full disk only now
-        partial_file.replace(path)
-    finally:
-        with suppress(OSError):
-            partial_file.unlink(missing_ok=True)
+            partial_file.replace(path)
+        finally:
+            with suppress(OSError):
+                partial_file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from llama_ref.study.attention import (
     REPEATED_TOKENS,
     AttentionSummary,
     attention_entropy,
+    attention_pattern,
     induction_score,
     previous_token_score,
     repeated_tokens,
@@ -25,19 +26,20 @@ from llama_ref.study.patterns import PackedPatterns, how_many_kept, pack, watch_
 from llama_ref.study.predictions import Predictions, predict
 from llama_ref.study.residual import ResidualStream, residual_stream
 
-# One layer's patterns are then 0.5 GB in a model of 32 heads, of which three copies exist for a moment, and the page of an 8B
-# is up to 45 MB. Twice the tokens would be four times the memory.
+# One layer's patterns are then 0.5 GB in a model of 32 heads, of which three copies exist for a moment, the residual stream of
+# an 8B is 1.1 GB, and its page is up to 45 MB. Twice the tokens would be four times the patterns.
 MOST_TOKENS = 2048
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # steps done, steps in all
 
 
 @dataclass(frozen=True)
 class Overview:
     """A text as a model reads it. `lens` is of the embedding and of every layer's end, and follows `attribution`'s target.
 
-    `attribution` is None where the shares of the logit do not add up to it, as with weights that are not finite; then
-    `not_attributed` says why.
+    `patterns` have every head's largest shares, `strongest` is the layer, the head and the whole pattern, float32 (T, T), of
+    the one that wrote most of the target's logit. `attribution` and `strongest` are None where the shares of the logit do not
+    add up to it, as with weights that are not finite; then `not_attributed` says why.
     """
 
     tokens: list[int]
@@ -49,6 +51,7 @@ class Overview:
     patterns: PackedPatterns
     attribution: Attribution | None
     not_attributed: str | None
+    strongest: tuple[int, int, Tensor] | None
     residual: ResidualStream
 
 
@@ -75,7 +78,7 @@ def overview(
     target = None if target is None else check_token(model, target)
     repeated = repeated_tokens(model, bos=bos, ids=ids)
     ends = [point for point in residual_points(model.args.n_layers) if not point.endswith("residual_mid")]
-    steps = _Steps(3 + len(ends) + 2 * model.args.n_layers, progress)
+    steps = _Steps(4 + len(ends) + 2 * model.args.n_layers, progress)
 
     predictions = predict(model, row, top)
     steps.advance()
@@ -85,12 +88,23 @@ def overview(
     attention, patterns = _attention(model, row, repeated, steps)
     attribution, not_attributed = _attribution(model, row, target)
     steps.advance()
-    residual = residual_stream(model, row)
+    strongest = None if attribution is None else _pattern_of(model, row, *attribution.strongest_head)
     steps.advance()
-    return Overview(
-        *(row[0].tolist(), target, _dtype(model), predictions, lens, attention, patterns),
-        *(attribution, not_attributed, residual),
+    found = Overview(
+        tokens=row[0].tolist(),
+        target=target,
+        dtype=_dtype(model),
+        predictions=predictions,
+        lens=lens,
+        attention=attention,
+        patterns=patterns,
+        attribution=attribution,
+        not_attributed=not_attributed,
+        strongest=strongest,
+        residual=residual_stream(model, row),
     )
+    steps.advance()
+    return found
 
 
 class _Steps:
@@ -109,7 +123,7 @@ class _Steps:
 def _check_length(n_tokens: int) -> None:
     if n_tokens > MOST_TOKENS:
         raise RequestError(
-            f"the text has {n_tokens:,} tokens, and a report is of {MOST_TOKENS:,} at most: every head's attention is a matrix"
+            f"the text has {n_tokens:,} tokens, but a report holds at most {MOST_TOKENS:,}: every head's attention is a matrix"
             " of tokens by tokens; shorten the text"
         )
 
@@ -142,6 +156,10 @@ def _attribution(model: Transformer, row: Tensor, target: int) -> tuple[Attribut
         raise
     except LlamaRefError as error:  # the shares do not add up
         return None, str(error)
+
+
+def _pattern_of(model: Transformer, row: Tensor, layer: int, head: int) -> tuple[int, int, Tensor]:
+    return layer, head, attention_pattern(model, row, layer, head)
 
 
 def _dtype(model: Transformer) -> str:

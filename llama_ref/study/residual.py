@@ -34,10 +34,12 @@ def residual_stream(model: Transformer, tokens: Sequence[int] | Tensor) -> Resid
     row = one_row(model, tokens)
     points = residual_points(model.args.n_layers)
     traced = trace(model, row, points)
-    stream = [traced[point][0].float() for point in points]  # P × (T, D)
-    drift = [F.cosine_similarity(before, after, dim=-1) for before, after in pairwise(stream)]
-    to_last = [F.cosine_similarity(x, stream[-1], dim=-1) for x in stream]
-    norm = torch.stack([x.norm(dim=-1) for x in stream])
-    return ResidualStream(
-        row[0].tolist(), points, norm.cpu(), torch.stack([torch.ones_like(norm[0]), *drift]).cpu(), torch.stack(to_last).cpu()
-    )
+    stream = [traced[point][0] for point in points]  # P × (T, D), in float32 only as each is measured
+    norm = torch.stack([x.float().norm(dim=-1) for x in stream])
+    drift = [torch.ones_like(norm[0]), *(_cosine(before, after) for before, after in pairwise(stream))]
+    to_last = [_cosine(x, stream[-1]) for x in stream]
+    return ResidualStream(row[0].tolist(), points, norm.cpu(), torch.stack(drift).cpu(), torch.stack(to_last).cpu())
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a.float(), b.float(), dim=-1)

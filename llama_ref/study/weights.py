@@ -14,7 +14,7 @@ from llama_ref.quantization.scheme import Scheme
 from llama_ref.quantize import is_quantized, quantized, refuse_unfit
 from llama_ref.study.attribution import matrix
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # matrices done, matrices in all
 
 ROWS_AT_A_TIME = 1 << 13  # taken to float64
 
@@ -101,10 +101,11 @@ def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
 
 
 def _counted(matrices: list[tuple[str, nn.Module]], progress: Progress | None) -> Iterator[tuple[str, nn.Module]]:
+    tell = progress or (lambda done, total: None)
     for done, named in enumerate(matrices):
-        if progress is not None:
-            progress(done, len(matrices))
+        tell(done, len(matrices))
         yield named
+    tell(len(matrices), len(matrices))
 
 
 def _is_tied(model: Transformer) -> bool:

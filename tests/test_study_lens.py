@@ -194,6 +194,14 @@ def test_constructed_patterns_have_the_scores_they_are_made_for(keys, sink, prev
     assert attention.attention_entropy(pattern).item() == 0
 
 
+def test_a_text_whose_patterns_no_memory_holds_is_refused(model):
+    most = 2**15 / model.args.n_heads**0.5  # 4 · H · T² = 2³²
+    tokens = [1] * (int(most) + 1)
+    for ask in (summarize_attention, lambda model, tokens: attention_pattern(model, tokens, 0, 0)):
+        with pytest.raises(RequestError, match=rf"has {len(tokens):,} tokens.* in one layer; shorten it to {int(most):,}"):
+            ask(model, tokens)
+
+
 def test_even_attention_has_the_entropy_of_its_width():
     pattern = torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None]
     assert attention.attention_entropy(pattern).item() == pytest.approx((math.log(2) + math.log(3) + math.log(4)) / 3)

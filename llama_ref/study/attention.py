@@ -5,18 +5,21 @@ A head that finds nothing looks at the first token (Xiao et al., "Efficient Stre
 shows by itself (Olsson et al., "In-context Learning and Induction Heads", 2022).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llama_ref.checkpoint.report import human_bytes
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.trace import trace
 
 PATTERN_BYTES = 1 << 28  # of attention patterns held at a time; more layers than that take another pass over the model
+LARGEST_LAYER = 1 << 32  # bytes of one layer's patterns, of which three copies exist for a moment
 REPEATED_TOKENS = 50
 
 
@@ -67,6 +70,7 @@ def summarize_attention(
 ) -> AttentionSummary:
     """Every head's habits on a sequence, and on random tokens for the induction score, which see `repeated_tokens`."""
     row = one_row(model, tokens)
+    _refuse_long(model, row.shape[1])
     measures = (sink_mass, previous_token_score, attention_entropy)
     sink, previous, entropy = _measure(model, row, measures)
     repeated = repeated_tokens(model, bos=bos, ids=ids, seed=seed)
@@ -97,10 +101,21 @@ def repeated_tokens(
 def attention_pattern(model: Transformer, tokens: Sequence[int] | Tensor, layer: int, head: int) -> Tensor:
     """How one head spreads its attention: float32 (T, T), a row for each token that looks, adding up to 1."""
     row = one_row(model, tokens)
+    _refuse_long(model, row.shape[1])
     layer = check_index("layer", layer, model.args.n_layers)
     head = check_index("head", head, model.args.n_heads)
     name = f"layers.{layer}.attention.pattern"
     return trace(model, row, [name])[name][0, head].float().cpu()
+
+
+def _refuse_long(model: Transformer, n_tokens: int) -> None:
+    """Raise RequestError where one layer's patterns, float32 (H, T, T), are more than most machines hold."""
+    H = model.args.n_heads
+    if 4 * H * n_tokens**2 > LARGEST_LAYER:
+        raise RequestError(
+            f"the text has {n_tokens:,} tokens, and every head's attention is a matrix of tokens by tokens:"
+            f" {human_bytes(4 * H * n_tokens**2)} in one layer; shorten it to {math.isqrt(LARGEST_LAYER // (4 * H)):,} tokens"
+        )
 
 
 def _measure(model: Transformer, row: Tensor, measures: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:

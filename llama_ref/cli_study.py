@@ -228,16 +228,19 @@ def spectra(name: str, *, matrices: str = "layers.0.*", to: str | None = None, j
         to: int8, int4 or int4:group=32: show what this costs each matrix, instead of its singular values.
         json: print it as JSON; of spectra, all singular values.
     """
+    from llama_ref.quantization.scheme import Scheme
     from llama_ref.study import weights
     from llama_ref.study.views.weights import print_errors, print_spectra
     from llama_ref.terminal import progress_bar
 
+    scheme = None if to is None else Scheme.parse(to)
     llama = _open_to_study(name, options)
     with progress_bar("measuring") as progress:
-        if to is None:
+        if scheme is None:
             measured, show = weights.spectra(llama.model, matrices, progress), print_spectra
         else:
-            measured, show = weights.quantization_errors(llama.model, to, matrices, progress), partial(print_errors, scheme=to)
+            measured = weights.quantization_errors(llama.model, scheme, matrices, progress)
+            show = partial(print_errors, scheme=str(scheme))
         found = list(measured)
     show(found, as_json=json)
 
@@ -263,15 +266,17 @@ def _write_overview(
     from llama_ref.study.figures import draw_overview
     from llama_ref.study.overview import overview
     from llama_ref.study.report import write_report
-    from llama_ref.terminal import progress_bar
+    from llama_ref.terminal import note, progress_bar
 
     with progress_bar("studying") as progress:
         bos, ids = llama.tokenizer.bos_id, _words(llama)
         found = overview(llama.model, tokens, target=target, top=top, bos=bos, ids=ids, progress=progress)
     if out is not None:
         write_report(found, llama.tokenizer, out, model_name=find_folder(name).resolve().name)
+        note(f"wrote {out}: open it in a browser")
     if png is not None:
         draw_overview(found, llama.tokenizer, png)
+        note(f"wrote pictures into {png}")
 
 
 def _words(llama: "Llama") -> list[int]:

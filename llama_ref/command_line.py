@@ -1,5 +1,6 @@
 """What every command line here shares, the scripts' too: flags that explain themselves, errors in one line, exit codes."""
 
+import errno
 import functools
 import inspect
 import json
@@ -122,7 +123,7 @@ def guarded(action: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain again
         return EXIT_CLOSED_PIPE
     except OSError as error:
-        return complain(error, EXIT_BAD)
+        return complain(_known_os_error(error), EXIT_BAD)
     except RuntimeError as error:
         known = _known_failure(error)
         if known is None:
@@ -131,6 +132,13 @@ def guarded(action: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _known_os_error(error: OSError) -> Exception:
+    """A full disk below standard output, in words; others name their file themselves."""
+    if error.errno != errno.ENOSPC or error.filename is not None:
+        return error
+    return LlamaRefError(f"cannot write the output: {error.strerror}; send it elsewhere or free some space there")
 
 
 def _known_failure(error: RuntimeError) -> LlamaRefError | None:
@@ -162,9 +170,14 @@ def settle_streams() -> None:
 def _with_explicit_switches(words: list[str]) -> list[str]:
     """`--quick NAME` -> `--quick=True NAME`, `-q NAME` too: Fire would take the name for the switch's value.
 
-    And `--force=false` -> `--force=False`: Fire would take the text for true. Raises RequestError for another value.
+    And `--force=false` -> `--force=False`: Fire would take the text for true. Raises RequestError for another value, and for a
+    flag that wants a text and has none: Fire would make it "True".
     """
     followed_by = [*words, ""][1:]
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        name = word.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in TEXTS and (after is None or after.startswith("--") or after in SHORT_SWITCHES):
+            raise RequestError(f"{word} needs a value behind it, as in {word} VALUE")
     return [_explicit_switch(word, after) for word, after in zip(words, followed_by, strict=True)]
 
 

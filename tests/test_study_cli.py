@@ -11,12 +11,11 @@ import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from conftest import exit_code
+from conftest import exit_code, parsed
 from folders import tiny_folder
 
 CAPITAL, ITALY, PARIS, ROME = "The capital of France is", "The capital of Italy is", " Paris", " Rome"
@@ -37,15 +36,6 @@ def run(capsys) -> Run:
 def tiny(tmp_path_factory) -> str:
     """Two layers of four heads; a token is a byte."""
     return str(tiny_folder(tmp_path_factory.mktemp("study") / "Tiny"))
-
-
-def parsed(text: str) -> Any:
-    """Strict JSON, which knows no NaN."""
-
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 # ---- on the real small model
@@ -246,11 +236,13 @@ def test_of_a_target_of_several_tokens_the_first_is_taken(run, tiny):
 
 def test_a_report_and_pictures_are_written_and_the_table_is_shown_all_the_same(run, tiny, tmp_path):
     words = ("lens", tiny, "<b>한</b>", "--target", "z")
-    plain = run(*words)
-    assert run(*words, "--out", str(tmp_path / "a.html"), "--png", str(tmp_path / "new" / "png")) == plain
-    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    code, shown, _ = run(*words)
+    page, folder = tmp_path / "a.html", tmp_path / "new" / "png"
+    told = f"wrote {page}: open it in a browser\nwrote pictures into {folder}\n"
+    assert run(*words, "--out", str(page), "--png", str(folder)) == (code, shown, told)
+    page = page.read_text(encoding="utf-8")
     assert '"model":"Tiny"' in page and '"target":122,' in page and "<b>" not in page
-    pictures = {path.name: path.read_bytes()[:4] for path in (tmp_path / "new" / "png").iterdir()}
+    pictures = {path.name: path.read_bytes()[:4] for path in folder.iterdir()}
     names = ("attention", "attribution", "lens", "norms", "pattern", "target")
     assert pictures == {f"{name}.png": b"\x89PNG" for name in names}
 
@@ -306,6 +298,8 @@ def test_where_nothing_can_be_written_is_told_before_anything_is_loaded(run, tmp
         (("norms", "{}", ""), "prompt is an empty text"),
         (("spectra", "{}", "--matrices", "zz*"), "no matrix is called 'zz\\*'"),
         (("spectra", "{}", "--to", "int3"), "quantize is 'int3', expected"),
+        (("lens", "{}", "x", "--png"), "--png needs a value behind it"),
+        (("lens", "{}", "x", "--target", "--json"), "--target needs a value behind it"),
         (("rope", "nowhere-at-all"), "there is no folder nowhere-at-all"),
         (("lens", "{}", "x", "--compile"), "--compile is of no use here"),
         (("attention", "{}", "x", "--pipeline_parallel_size", "2"), "--pipeline_parallel_size 2: a model is studied whole"),
@@ -353,6 +347,9 @@ def test_weights_that_are_not_finite_end_in_no_traceback(run, tiny, tmp_path):
     assert run("lens", *here)[0] == run("attention", str(folder), "x", "--verify", "never")[0] == 0
     assert run("lens", *here, "--out", str(tmp_path / "a.html"), "--png", str(tmp_path / "png"))[0] == 0
     assert not (tmp_path / "png" / "attribution.png").exists() and (tmp_path / "a.html").exists()
+    code, out, err = run("spectra", str(folder), "--verify", "never", "--matrices", "layers.1.attention.*", "--json")
+    found = {matrix["matrix"]: matrix["values"][0] for matrix in parsed(out)["matrices"]}
+    assert code == 0 and [name for name, value in found.items() if value is None] == ["layers.1.attention.wo.weight"]
     code, out, err = run("attribute", *here)
     assert (code, out) == (1, "") and "the parts add up to nan" in err
     code, out, _ = run("patch", str(folder), "x", "y", *here[2:])

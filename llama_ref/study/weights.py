@@ -21,7 +21,7 @@ ROWS_AT_A_TIME = 1 << 13  # taken to float64
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A matrix's singular values, largest first: float64 (min(out, in),), on the CPU."""
+    """A matrix's singular values, largest first: float64 (min(out, in),), on the CPU; NaN where a weight is not finite."""
 
     name: str
     shape: tuple[int, int]
@@ -117,5 +117,7 @@ def _is_tied(model: Transformer) -> bool:
 def _singular_values(weight: Tensor) -> Tensor:
     weight = weight.cpu() if weight.device.type == "mps" else weight  # which has no float64
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    if not weight.isfinite().all():
+        return torch.full((tall.shape[1],), torch.nan, dtype=torch.float64)
     gram = sum(rows.double().T @ rows.double() for rows in tall.split(ROWS_AT_A_TIME))  # (min, min)
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0).cpu()

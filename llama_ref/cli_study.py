@@ -92,7 +92,7 @@ def attention(
     if head is None:
         summary = summarize_attention(llama.model, tokens, bos=tokenizer.bos_id, ids=_words(llama))
         if png is not None:
-            figures.draw_attention(summary, tokenizer, Path(png) / "attention.png")
+            figures.draw_attention(summary, tokenizer, Path(png) / "attention.png", layer)
         print_attention(summary, tokenizer, layer, as_json=json)
         return
     head = check_index("--head", head, args.n_heads)

@@ -4,6 +4,8 @@ import errno
 import importlib.util
 import os
 import struct
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from corpus import CODE, ODD, PROSE
+from folders import tiny_folder
+from llama_ref.bench.roofline import check_picture
 from llama_ref.errors import RequestError
-from llama_ref.study.attention import AttentionSummary
+from llama_ref.generation import Llama
+from llama_ref.study.attention import AttentionSummary, attention_pattern
 from llama_ref.study.attribution import Attribution
 from llama_ref.study.figures import (
     check_pictures,
@@ -26,19 +31,21 @@ from llama_ref.study.figures import (
     draw_grid,
     draw_lens,
     draw_norms,
+    draw_overview,
     draw_pattern,
     draw_target,
     letters,
     saving,
 )
-from llama_ref.study.figures.attention import attention_figure, pattern_figure
+from llama_ref.study.figures.attention import attention_figure, layer_figure, pattern_figure
 from llama_ref.study.figures.attribution import attribution_figure
 from llama_ref.study.figures.grid import grid_figure
 from llama_ref.study.figures.lens import LEAST, MOST_WORDS, lens_figure, target_figure
 from llama_ref.study.figures.residual import norms_figure
-from llama_ref.study.figures.sheet import TALLEST, WIDEST, depth
+from llama_ref.study.figures.sheet import TALLEST, WIDEST, depths
 from llama_ref.study.grid import Grid
 from llama_ref.study.lens import LogitLens, logit_lens, residual_points
+from llama_ref.study.overview import overview
 from llama_ref.study.residual import ResidualStream
 from llama_ref.tokenizer import Tokenizer
 
@@ -125,15 +132,18 @@ def a_grid(axis: str, n: int, clean: float = 2.0, corrupted: float = -1.0) -> Gr
 def draw_all(folder: Path, tokens: list[int], tokenizer: Tokenizer) -> list[Path]:
     """Every picture of a text, by its own command's function."""
     other, T = tokens[::-1], len(tokens)
-    paths = [folder / f"{name}.png" for name in ("lens", "followed", "target", "heads", "head", "parts", "norms", "grid")]
+    paths = [
+        folder / f"{name}.png" for name in ("lens", "followed", "target", "heads", "layer", "head", "parts", "norms", "grid")
+    ]
     draw_lens(a_lens(tokens), tokenizer, paths[0])
     draw_lens(a_lens(tokens, target=tokens[-1]), tokenizer, paths[1])
     draw_target(a_lens(tokens, target=tokens[-1]), tokenizer, paths[2])
     draw_attention(a_summary(tokens), tokenizer, paths[3])
-    draw_pattern(rand(T, T).tril(), tokens, tokenizer, 1, 2, paths[4])
-    draw_attribution(an_attribution(tokens, other=tokens[0]), tokenizer, paths[5])
-    draw_norms(a_stream(tokens), tokenizer, paths[6])
-    draw_grid(a_grid("position", T), tokens, other, tokenizer, tokens[0], tokens[-1], paths[7])
+    draw_attention(a_summary(tokens), tokenizer, paths[4], layer=1)
+    draw_pattern(rand(T, T).tril(), tokens, tokenizer, 1, 2, paths[5])
+    draw_attribution(an_attribution(tokens, other=tokens[0]), tokenizer, paths[6])
+    draw_norms(a_stream(tokens), tokenizer, paths[7])
+    draw_grid(a_grid("position", T), tokens, other, tokenizer, tokens[0], tokens[-1], paths[8])
     return paths
 
 
@@ -141,6 +151,12 @@ def texts(figure: Figure) -> list[str]:
     """Everything that is written in a figure."""
     figure.draw_without_rendering()
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_visible()]
+
+
+def framed(axes) -> set[tuple[int, int]]:
+    """Column and row of each cell with a frame."""
+    (frames,) = axes.collections
+    return {tuple((path.vertices.min(0) + 0.5).astype(int).tolist()) for path in frames.get_paths()}
 
 
 def names(axes, axis: str) -> list[str]:
@@ -158,7 +174,7 @@ def test_every_picture_is_a_png_that_a_screen_can_show(tmp_path, tokenizer, n):
         width, height = struct.unpack(">II", data[16:24])
         assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82"), path
         assert 800 <= width <= WIDEST * 150 and 300 <= height <= TALLEST * 150, path
-    assert len(list((tmp_path / "made" / "here").iterdir())) == 8
+    assert len(list((tmp_path / "made" / "here").iterdir())) == 9
 
 
 def test_the_same_data_are_the_same_bytes_whatever_a_matplotlibrc_says(tmp_path, tokenizer):
@@ -186,13 +202,21 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, tokenizer
     assert path.read_bytes() == b"the old one" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_is_made_and_checked_before_anything_is_loaded(tmp_path, monkeypatch):
-    check_pictures(str(tmp_path / "a" / "b"))
-    assert (tmp_path / "a" / "b").is_dir() and not any((tmp_path / "a" / "b").iterdir())
+def test_a_folder_is_checked_before_anything_is_loaded_and_made_by_the_first_picture(tmp_path, tokenizer):
+    new = tmp_path / "a" / "b"
+    check_pictures(str(new))
+    assert not any(tmp_path.iterdir()), "a command may yet be refused"
+    draw_norms(a_stream([1, 2]), tokenizer, new / "norms.png")
+    check_pictures(new)
+    assert [path.name for path in new.iterdir()] == ["norms.png"]
     (tmp_path / "file").write_text("")
+    (tmp_path / "round").symlink_to("round")
     for bad, message in (
         (tmp_path / "file", "which is a file, expected a folder"),
         (tmp_path / "file" / "below", "nothing can be written there: Not a directory"),
+        (tmp_path / "round", "nothing can be written there: Too many levels of symbolic links"),
+        (tmp_path / "new" / ("x" * 300) / "below", "nothing can be written there: File name too long"),
+        (tmp_path / "/".join(["x" * 200] * 19) / ("x" * (4090 - 201 * 19 - len(str(tmp_path)))), "File name too long"),
         (tmp_path / "one.png", "expected a folder: there are several pictures"),
         ("zero\0byte", "nothing can be written there"),
         ("~nobody-of-this-name/x", "nothing can be written there"),
@@ -202,15 +226,43 @@ def test_a_folder_is_made_and_checked_before_anything_is_loaded(tmp_path, monkey
     ):
         with pytest.raises(RequestError, match=message):
             check_pictures(bad)
+
+
+@pytest.mark.parametrize(("check", "name"), [(check_pictures, ""), (check_picture, "roofline.png")])
+def test_where_matplotlib_is_missing_it_is_told_how_to_get_it(tmp_path, monkeypatch, check, name):
+    check(tmp_path / name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"pip install 'llama-ref\[study\]'"):
-        check_pictures(tmp_path)
+    with pytest.raises(RequestError, match=r"--png needs matplotlib, .*: pip install matplotlib, or leave --png out"):
+        check(tmp_path / name)
+
+
+def test_a_matplotlib_that_does_not_work_is_told_before_anything_is_loaded(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise AttributeError('numpy has no attribute matrix')")
+    code = "from llama_ref.pictures import check_matplotlib; check_matplotlib()"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "RequestError: --png needs matplotlib, which is installed but does not work (numpy has no attribute" in done.stderr
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, tokenizer, is_there):
+    real = tmp_path / "elsewhere" / "real.png"
+    if is_there:
+        real.parent.mkdir()
+        real.write_bytes(b"the old one")
+    (tmp_path / "norms.png").symlink_to(real)
+    (tmp_path / "folder").symlink_to(tmp_path / "new")
+    check_pictures(tmp_path / "folder")
+    draw_norms(a_stream([1, 2]), tokenizer, tmp_path / "norms.png")
+    draw_norms(a_stream([1, 2]), tokenizer, tmp_path / "folder" / "norms.png")
+    assert (tmp_path / "norms.png").is_symlink() and real.read_bytes() == (tmp_path / "new" / "norms.png").read_bytes()
+    assert real.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_that_may_not_be_written_is_refused(unprivileged_folder):
     unprivileged_folder.chmod(0o500)
     for path in (unprivileged_folder, unprivileged_folder / "below"):
-        with pytest.raises(RequestError, match="nothing can be written there: Permission denied"):
+        with pytest.raises(RequestError, match=f"nothing may be written into {unprivileged_folder}: choose another"):
             check_pictures(path)
     with pytest.raises(RequestError, match=r"cannot write .*Permission denied; choose another folder"):
         saving.save(unprivileged_folder / "a.png", Figure)
@@ -221,9 +273,9 @@ def test_a_folder_that_may_not_be_written_is_refused(unprivileged_folder):
 
 def test_the_lens_is_a_map_of_layers_and_positions_with_a_word_in_every_cell(tokenizer):
     tokens = tokenizer.encode("The capital of France is", bos=True, eos=False)
-    found = a_lens(tokens)
+    found, ends = a_lens(tokens), [0, 2, 4, 6]
+    found.top_ids[2, 4, 0] = found.top_ids[6, 4, 0]
     axes = lens_figure(found, tokenizer).axes[0]
-    ends = [0, 2, 4, 6]
     np.testing.assert_array_equal(axes.images[0].get_array(), found.top_probabilities[ends, :, 0])
     assert names(axes, "y") == ["embedding", "0", "1", "2"]
     assert names(axes, "x")[1:] == ["The", "␣capital", "␣of", "␣France", "␣is"]
@@ -232,8 +284,7 @@ def test_the_lens_is_a_map_of_layers_and_positions_with_a_word_in_every_cell(tok
     for (column, row), word in cells.items():
         said = letters.token_label(tokenizer, found.top_ids[ends[row], column, 0].item(), 99)
         assert word == said or (word[-1] == "…" and said.startswith(word[:-1]))
-    (frames,) = axes.collections
-    assert len(frames.get_paths()) >= 6, "what the last layer says is framed there, at least"
+    assert framed(axes) == {*((column, 3) for column in range(6)), (4, 1)}, "where it is what the last layer says"
 
 
 def test_a_lens_with_a_target_is_coloured_by_it_and_frames_it(tokenizer):
@@ -242,8 +293,7 @@ def test_a_lens_with_a_target_is_coloured_by_it_and_frames_it(tokenizer):
     found.target_probability[0, 0] = 1e-30
     axes, bar = lens_figure(found, tokenizer).axes
     np.testing.assert_array_equal(axes.images[0].get_array(), found.target_probability[::2].clamp(min=LEAST))
-    corners = [path.vertices.min(0).tolist() for path in axes.collections[0].get_paths()]
-    assert corners == [[0.5, 2.5]]
+    assert framed(axes) == {(1, 3)}
     assert bar.get_ylabel() == f"probability of “{letters.token_label(tokenizer, 7)}”"
 
 
@@ -297,6 +347,28 @@ def test_heads_are_maps_that_say_which_does_it_most(tokenizer):
     assert "no numbers" in gaps.axes[0].get_title() and any("Grey: no number" in text for text in texts(gaps))
 
 
+@pytest.mark.parametrize(("n", "numbered"), [(HEADS, True), (64, False)])
+def test_the_heads_of_one_layer_are_bars(tokenizer, n, numbered):
+    summary = AttentionSummary([1, 2, 3], *(rand(LAYERS, n) ** power for power in (1, 2, 3, 4)))
+    summary.previous[1, 2] = torch.nan
+    figure = layer_figure(summary, tokenizer, 1)
+    for axes, measure in zip(figure.axes, ("sink", "previous", "induction", "entropy"), strict=True):
+        values = getattr(summary, measure)[1].numpy()
+        np.testing.assert_array_equal([bar.get_height() for bar in axes.patches], values)
+        best = np.nanargmin(values) if measure == "entropy" else np.nanargmax(values)
+        assert f"layer 1, head {best}, {values[best]:.2f}" in axes.get_title()
+        (unlike,) = (
+            head for head, bar in enumerate(axes.patches) if bar.get_facecolor() != axes.patches[best - 1].get_facecolor()
+        )
+        assert unlike == best
+        numbers = ["–" if np.isnan(value) else f"{value:.2f}" if numbered else "" for value in values]
+        assert [text.get_text() for text in axes.texts] == numbers
+    assert sum("–: no number" in text for text in texts(figure)) == 1
+    assert not any("–: no number" in text for text in texts(layer_figure(summary, tokenizer, 0)))
+    with pytest.raises(RequestError, match="layer is 3"):
+        layer_figure(summary, tokenizer, 3)
+
+
 @pytest.mark.parametrize(("n", "numbered"), [(3, True), (40, False)])
 def test_a_pattern_is_drawn_as_it_is(tokenizer, n, numbered):
     pattern = rand(n, n).tril()
@@ -325,18 +397,28 @@ def test_the_bars_of_an_attribution_add_up(tokenizer):
     assert names(strongest, "y")[0].startswith("layer ") and len(names(strongest, "y")) == len(parts)
 
 
-def test_the_first_token_stands_apart_from_the_others_median(tokenizer):
-    stream = a_stream([1, 2, 3, 4])
+def test_a_lead_is_not_called_a_logit(tokenizer):
+    target, other = (f"“{letters.token_label(tokenizer, token)}”" for token in (40, 41))
+    figure = attribution_figure(an_attribution([1, 2, 3], other=41), tokenizer)
+    shown = " ".join(texts(figure))
+    assert f"adds to how far {target} is ahead of {other}" in shown and "share of the lead" in shown
+    assert "two logits differ by" in shown and "own logit is" not in shown and "share of the logit" not in shown
+    assert f"adds to the logit of {target}" in " ".join(texts(attribution_figure(an_attribution([1, 2, 3]), tokenizer)))
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_the_first_token_stands_apart_from_the_others_median(tokenizer, n):
+    stream = a_stream(list(range(n)))
     panels = norms_figure(stream, tokenizer).axes
     for axes, values in zip(panels, (stream.norm, stream.drift, stream.to_last), strict=True):
         curves = {tuple(line.get_xdata()): [] for line in axes.lines}
         for line in axes.lines:
             curves[tuple(line.get_xdata())].append(line.get_ydata())
-        first, others = curves[tuple(depth(stream.points))]
+        first, others = curves[tuple(depths(stream.points))]
         np.testing.assert_allclose(first, values[:, 0])
-        np.testing.assert_allclose(others, np.median(values[:, 1:], axis=1))
+        np.testing.assert_allclose(others, np.median(values[:, 1:], axis=1), rtol=1e-6)
     assert panels[0].get_yscale() == "log"
-    assert [text.get_text() for text in panels[0].get_legend().get_texts()][1] == "the other 3: median"
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()][1] == f"the other {n - 1}: median"
 
 
 @pytest.mark.parametrize("axis", ["position", "head"])
@@ -353,6 +435,24 @@ def test_a_grid_shows_the_share_that_comes_back(tokenizer, axis):
         assert names(axes, "x") == ["0", "1", "2", "3"]
     same = grid_figure(a_grid(axis, 4, clean=1, corrupted=1), [1] * 4, [1] * 4, tokenizer, 5, None).axes[0]
     assert {text.get_text() for text in same.texts} == {"–"} and same.images[0].get_array().mask.all()
+
+
+@pytest.mark.parametrize("columns", [1, 16])
+def test_a_grids_colours_stand_beside_it_and_their_name_is_on_the_sheet(tokenizer, columns):
+    figure = grid_figure(a_grid("head", columns), [1], [2], tokenizer, 5, 6)
+    figure.draw_without_rendering()
+    axes, bar = figure.axes
+    assert 0 < (bar.get_window_extent().x0 - axes.get_window_extent().x1) / figure.dpi < 0.2, "inches"
+    name = bar.yaxis.label.get_window_extent()
+    assert name.y0 >= 0 and name.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize(
+    ("restored", "extend"), [((-1, 1), "neither"), ((-1.5, 1), "min"), ((np.nan, 1.5), "max"), ((-1.5, 1.5), "both")]
+)
+def test_colours_have_a_point_where_a_cell_is_beyond_them(tokenizer, restored, extend):
+    grid = Grid(np.array([restored], float), ("layer", "head"), (["0"], ["0", "1"]), "residual_pre", 1.0, 0.0)
+    assert grid_figure(grid, [1], [2], tokenizer, 5, 6).axes[0].images[0].colorbar.extend == extend
 
 
 def test_numbers_that_are_not_finite_are_gaps(tmp_path, tokenizer):
@@ -373,6 +473,19 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path, tokenizer):
     grid.values[0, 0], grid.values[0, 1] = np.inf, np.nan
     draw_grid(grid, [1], [2], tokenizer, 3, 4, tmp_path / "grid.png")
     assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_the_head_that_wrote_most_is_drawn_from_its_whole_pattern(tmp_path):
+    llama = Llama.build(tiny_folder(tmp_path / "Tiny"), device="cpu", dtype="float32", max_seq_len=128)
+    tokens = llama.encode("a text of which the page keeps only the larger shares " * 2)
+    found = overview(llama.model, tokens)
+    draw_overview(found, llama.tokenizer, tmp_path / "all")
+    layer, head = found.attribution.strongest_head
+    assert not torch.allclose(found.patterns.unpack(layer, head).sum(-1), torch.ones(len(tokens)), atol=1e-3)
+    draw_pattern(
+        attention_pattern(llama.model, tokens, layer, head), tokens, llama.tokenizer, layer, head, tmp_path / "alone.png"
+    )
+    assert (tmp_path / "all" / "pattern.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
 
 
 def test_the_answer_rises_in_the_picture_of_the_real_model(llama):

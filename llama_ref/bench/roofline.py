@@ -1,6 +1,5 @@
 """The roofline as a picture: how much is computed for each byte that is read, and how fast, under what the machine allows."""
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 from llama_ref.args import ModelArgs
 from llama_ref.bench.figures import Report, Result, Spread, Work
 from llama_ref.errors import RequestError
+from llama_ref.pictures import check_matplotlib
 from llama_ref.plan import matrices
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def check_picture(path: str | Path) -> None:
         raise RequestError(f"png is {str(path)!r}, expected a file that ends in {', '.join(ENDINGS)}")
     if not path.absolute().parent.is_dir():
         raise RequestError(f"png is {str(path)!r}, but there is no folder {path.absolute().parent}: make it first")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("--png needs matplotlib, which is not installed: pip install matplotlib, or leave --png out")
+    check_matplotlib()
 
 
 def draw_roofline(report: Report, path: str | Path) -> None:

@@ -46,6 +46,17 @@ def residual_points(n_layers: int) -> list[str]:
     return ["embedding", *parts]
 
 
+def depth(point: str) -> float:
+    """Where a point of the residual stream stands: the embedding at -1, the end of layer i at i, its middle half before."""
+    return -1.0 if point == "embedding" else int(point.split(".")[1]) - 0.5 * point.endswith("residual_mid")
+
+
+def block_ends(points: Sequence[str]) -> list[int]:
+    """Which of some points are the embedding and the ends of layers; all, where there are none but within layers."""
+    ends = [p for p, point in enumerate(points) if depth(point).is_integer()]
+    return ends or list(range(len(points)))
+
+
 @torch.no_grad()
 def logit_lens(
     model: Transformer,

@@ -1,5 +1,6 @@
 """Reports and pictures as files: whole or not at all."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,7 +9,11 @@ from llama_ref.errors import RequestError
 
 
 def write_output(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write one file, in place of one that is there, and its folder. Raises RequestError where it cannot be written."""
+    """Write one file, in place of one that is there, and its folder; where a link stands, what it leads to.
+
+    Raises RequestError where it cannot be written.
+    """
+    path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:

@@ -21,7 +21,7 @@ from llama_ref.study.attention import (
 )
 from llama_ref.study.attribution import Attribution, attribute
 from llama_ref.study.inputs import check_token, one_row
-from llama_ref.study.lens import LogitLens, check_top, logit_lens, residual_points
+from llama_ref.study.lens import LogitLens, block_ends, check_top, logit_lens, residual_points
 from llama_ref.study.patterns import PackedPatterns, how_many_kept, pack, watch_patterns
 from llama_ref.study.predictions import Predictions, predict
 from llama_ref.study.residual import ResidualStream, residual_stream
@@ -77,7 +77,8 @@ def overview(
     check_top(model, top)
     target = None if target is None else check_token(model, target)
     repeated = repeated_tokens(model, bos=bos, ids=ids)
-    ends = [point for point in residual_points(model.args.n_layers) if not point.endswith("residual_mid")]
+    every = residual_points(model.args.n_layers)
+    ends = [every[p] for p in block_ends(every)]
     steps = _Steps(4 + len(ends) + 2 * model.args.n_layers, progress)
 
     predictions = predict(model, row, top)

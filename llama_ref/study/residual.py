@@ -28,6 +28,18 @@ class ResidualStream:
     to_last: Tensor
 
 
+def quartiles_of_others(values: Tensor) -> Tensor:
+    """A quarter, the median and three quarters of all tokens but the first, (P, T) -> (3, P): NaN where there are no others.
+
+    The first is left out because it is a sink, a hundred times as long as others; of an even number the two in the middle
+    share the median.
+    """
+    if values.shape[1] == 1:
+        return values.new_full((3, len(values)), torch.nan)
+    at = values.new_tensor([0.25, 0.5, 0.75])
+    return torch.stack([row[1:].quantile(at) for row in values], dim=1)  # row by row: quantile takes no more than 2²⁴ numbers
+
+
 @torch.no_grad()
 def residual_stream(model: Transformer, tokens: Sequence[int] | Tensor) -> ResidualStream:
     """Measure one sequence's residual stream at all its points. Raises RequestError for tokens that are none."""

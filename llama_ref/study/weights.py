@@ -29,7 +29,7 @@ class Spectrum:
 
     @property
     def stable_rank(self) -> float:
-        """‖W‖²_F / σ₁²: in how many directions as strong as the strongest its strength would fit."""
+        """‖W‖²_F / σ₁²: 1 where one direction has all the strength, the number of them where they share it evenly."""
         return (self.values / self.values[0]).square().sum().item()
 
     @property

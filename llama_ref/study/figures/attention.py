@@ -11,10 +11,10 @@ from llama_ref.study.attention import REPEATED_TOKENS, AttentionSummary
 from llama_ref.study.figures import sheet
 from llama_ref.study.figures.letters import prompt, token_label
 from llama_ref.study.figures.saving import save
+from llama_ref.study.inputs import check_index
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MEASURES = {
@@ -25,12 +25,16 @@ MEASURES = {
 }
 FEW_HEADS = 12  # their maps stand side by side
 CELL, MAP = (0.22, 0.19), (7.0, 9.0)  # inches: of a head, and of all at most
+BAR, BARS, ROW, MARGIN = 0.36, 14.0, 1.3, 0.8  # inches: of a bar's place, all at most, a row of them, and what stands beside
 TOKEN, PATTERN = 0.2, (3.6, 11.0)  # inches: of a token, and of all at least and at most
 
 
-def draw_attention(summary: AttentionSummary, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Sink, previous-token and induction score and entropy of every head, as maps of layers × heads."""
-    save(path, attention_figure, summary, tokenizer)
+def draw_attention(summary: AttentionSummary, tokenizer: Tokenizer, path: str | Path, layer: int | None = None) -> None:
+    """Sink, previous-token and induction score and entropy of every head: maps of layers × heads, or bars for one layer's."""
+    if layer is None:
+        save(path, attention_figure, summary, tokenizer)
+    else:
+        save(path, layer_figure, summary, tokenizer, layer)
 
 
 def draw_pattern(pattern: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, layer: int, head: int, path: str | Path) -> None:
@@ -45,22 +49,17 @@ def attention_figure(summary: AttentionSummary, tokenizer: Tokenizer) -> "Figure
     n_layers, H = summary.sink.shape
     columns = 4 if H <= FEW_HEADS else 2
     cell = (min(CELL[0], MAP[0] / H), min(CELL[1], MAP[1] / n_layers))
-    has_gaps = any(getattr(summary, measure).isnan().any() for measure in MEASURES)
-    grey = " Grey: no number, where the text is too short or the model's numbers are not finite." if has_gaps else ""
     size = (max(2.0, H * cell[0]), n_layers * cell[1])
-    caption = (
-        f"Means over the text's tokens; induction: on {REPEATED_TOKENS} random tokens that come twice. Framed: the head that"
-        f" does it most, of entropy least.{grey}\n{prompt(tokenizer, summary.tokens)}"
-    )
+    caption = _caption(summary, tokenizer, range(n_layers), best="Framed", gap="Grey")
     figure = sheet.new_figure(columns * (size[0] + 1), 4 / columns * (size[1] + 0.9), "Where heads look", caption)
     panels = figure.subplots(4 // columns, columns).flat
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         values = getattr(summary, measure).numpy()
-        norm, unit = Normalize(0, 1), "share of attention"
-        if measure == "entropy":
-            norm, unit = Normalize(0, max(0.1, float(np.log(len(summary.tokens))))), "nats"
-        image = sheet.heat_map(axes, values, norm)
-        _name_best(axes, title, values, least=measure == "entropy")
+        most, unit = _scale(summary, measure)
+        image = sheet.heat_map(axes, values, Normalize(0, most))
+        is_best, found = _best(values, measure)
+        sheet.frame_cells(axes, is_best)
+        axes.set_title(f"{title}\n{found}", fontsize=sheet.TEXT)
         sheet.name_ticks(axes, "x", list(map(str, range(H))), size[0] / H)
         sheet.name_ticks(axes, "y", list(map(str, range(n_layers))), cell[1])
         sheet.name_axis(axes, "x", "head")
@@ -69,13 +68,52 @@ def attention_figure(summary: AttentionSummary, tokenizer: Tokenizer) -> "Figure
     return figure
 
 
-def _name_best(axes: "Axes", title: str, values: np.ndarray, *, least: bool) -> None:
-    found = "no numbers"
-    if not np.isnan(values).all():
-        layer, head = np.unravel_index(np.nanargmin(values) if least else np.nanargmax(values), values.shape)
-        found = f"{'least' if least else 'most'}: layer {layer}, head {head}, {values[layer, head]:.2f}"
-        sheet.frame_cells(axes, values == values[layer, head])
-    axes.set_title(f"{title}\n{found}", fontsize=sheet.TEXT)
+def layer_figure(summary: AttentionSummary, tokenizer: Tokenizer, layer: int) -> "Figure":
+    """Four rows of bars; the head that does it most (of entropy: least) has another colour."""
+    n_layers, H = summary.sink.shape
+    layer = check_index("layer", layer, n_layers)
+    caption = _caption(summary, tokenizer, [layer], best="Orange", gap="–")
+    figure = sheet.new_figure(MARGIN + min(H * BAR, BARS), 4 * ROW, f"Where the heads of layer {layer} look", caption)
+    pitch = (figure.get_figwidth() - MARGIN) / H
+    panels = figure.subplots(4, sharex=True)
+    for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+        values = getattr(summary, measure)[[layer]].numpy()  # (1, H)
+        most, unit = _scale(summary, measure)
+        (is_best,), found = _best(values, measure, first_layer=layer)
+        axes.bar(range(H), values[0], 0.8, color=np.where(is_best, sheet.ORANGE, sheet.BLUE))
+        sheet.write_bars(axes, values[0], pitch)
+        axes.set(xlim=(-0.6, H - 0.4), ylim=(0, 1.2 * most))
+        axes.tick_params(labelsize=sheet.SMALL)
+        axes.set_title(f"{title}; {found}", fontsize=sheet.TEXT)
+        sheet.name_ticks(axes, "x", list(map(str, range(H))), pitch)
+        sheet.name_axis(axes, "y", unit)
+    sheet.name_axis(panels[-1], "x", "head")
+    return figure
+
+
+def _caption(summary: AttentionSummary, tokenizer: Tokenizer, layers: Sequence[int], *, best: str, gap: str) -> str:
+    has_gaps = any(getattr(summary, measure)[list(layers)].isnan().any() for measure in MEASURES)
+    gaps = f" {gap}: no number, where the text is too short or the model's numbers are not finite." if has_gaps else ""
+    return (
+        f"Means over the text's tokens; induction: on {REPEATED_TOKENS} random tokens that come twice. {best}: the head that"
+        f" does it most, of entropy least.{gaps}\n{prompt(tokenizer, summary.tokens)}"
+    )
+
+
+def _scale(summary: AttentionSummary, measure: str) -> tuple[float, str]:
+    """The most that a measure can be, and its unit."""
+    if measure == "entropy":
+        return max(0.1, float(np.log(len(summary.tokens)))), "nats"
+    return 1.0, "share of attention"
+
+
+def _best(values: np.ndarray, measure: str, first_layer: int = 0) -> tuple[np.ndarray, str]:
+    """Whether a head does it most, for each of (layers, H), and in words which one does."""
+    if np.isnan(values).all():
+        return np.zeros_like(values, dtype=bool), "no numbers"
+    best, word = (np.nanmin(values), "least") if measure == "entropy" else (np.nanmax(values), "most")
+    layer, head = np.argwhere(values == best)[0]
+    return values == best, f"{word}: layer {first_layer + layer}, head {head}, {best:.2f}"
 
 
 def pattern_figure(pattern: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, layer: int, head: int) -> "Figure":

@@ -26,17 +26,18 @@ def draw_attribution(found: Attribution, tokenizer: Tokenizer, path: str | Path)
 
 def attribution_figure(found: Attribution, tokenizer: Tokenizer) -> "Figure":
     """Layers upward: bars of attention and feed-forward around zero, the running sum; beside them the strongest parts."""
-    what = quoted(tokenizer, found.target)
+    what, own = f"the logit of {quoted(tokenizer, found.target)}", "the model's own logit is"
     if found.other is not None:
-        what = f"{what} ahead of {quoted(tokenizer, found.other)}"
+        what = f"how far {quoted(tokenizer, found.target)} is ahead of {quoted(tokenizer, found.other)}"
+        own = "the model's own two logits differ by"
     caption = (
-        f"Direct logit attribution: the parts add up to {found.total:.2f}; the model's own logit is {found.logit:.2f}."
+        f"Direct logit attribution: the parts add up to {found.total:.2f}; {own} {found.logit:.2f}."
         " What a part does by way of later layers is not in its share."
         f"\n{prompt(tokenizer, found.tokens[: found.position + 1])}"
     )
     row = sheet.row_height(ROW, len(found.ffns) + 1)
     height = max(2.6, row * (len(found.ffns) + 1)) + 0.6
-    figure = sheet.new_figure(11, height, f"Which parts of the model wrote the logit of {what}", caption)
+    figure = sheet.new_figure(11, height, f"What each part of the model adds to {what}", caption)
     layers, so_far, strongest = figure.subplots(1, 3, width_ratios=[5, 2, 4])
     _draw_layers(layers, found)
     _draw_sum(so_far, found)
@@ -54,7 +55,7 @@ def _draw_layers(axes: "Axes", found: Attribution) -> None:
     axes.barh([i - BAR / 2 for i in layers], found.heads.sum(-1).tolist(), BAR, color=sheet.BLUE, label="attention")
     axes.barh(-1, found.embedding, 2 * BAR, color=sheet.GREY, label="embedding")
     axes.legend(fontsize=sheet.SMALL, loc="best")
-    _around_zero(axes, "share of the logit")
+    _around_zero(axes, "share of the logit" if found.other is None else "share of the lead")
 
 
 def _draw_sum(axes: "Axes", found: Attribution) -> None:

@@ -40,10 +40,9 @@ def grid_figure(
 
     restored = grid.restored
     rows, columns = restored.shape
-    width = min(columns * CELL[0], WIDTH)
     title, caption = _words(grid, clean, corrupted, tokenizer, target, other)
     height = sheet.row_height(CELL[1], rows)
-    figure = sheet.new_figure(width + MARGIN, rows * height + 1.2, title, caption)
+    figure = sheet.new_figure(min(columns * CELL[0], WIDTH) + MARGIN, rows * height + 1.2, title, caption)
     cell = ((figure.get_figwidth() - MARGIN) / columns, height)
     axes = figure.subplots()
     image = sheet.heat_map(axes, restored, Normalize(-1, 1), sheet.DIFFERENCES)
@@ -57,11 +56,8 @@ def grid_figure(
     else:
         sheet.name_ticks(axes, "x", grid.labels[1], cell[0])
         sheet.name_axis(axes, "x", grid.axes[1])
-    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-    extend = beyond[bool((restored < -1).any()), bool((restored > 1).any())]
-    bar = sheet.color_bar(
-        figure, image, axes, "share of the difference that comes back", (width, rows * cell[1]), extend=extend
-    )
+    size, name = (columns * cell[0], rows * cell[1]), "share that comes back"
+    bar = sheet.color_bar(figure, image, axes, name, size, extend=_beyond(restored))
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     return figure
 

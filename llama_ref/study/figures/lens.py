@@ -9,7 +9,7 @@ from llama_ref.errors import RequestError
 from llama_ref.study.figures import sheet
 from llama_ref.study.figures.letters import prompt, quoted, token_label
 from llama_ref.study.figures.saving import save
-from llama_ref.study.lens import LogitLens
+from llama_ref.study.lens import LogitLens, block_ends
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,14 +30,8 @@ def draw_lens(lens: LogitLens, tokenizer: Tokenizer, path: str | Path) -> None:
 
 
 def draw_target(lens: LogitLens, tokenizer: Tokenizer, path: str | Path) -> None:
-    """The target's probability and rank after the last position, at all points of the model."""
+    """The target's probability and rank after the last position, at all points of the lens."""
     save(path, target_figure, lens, tokenizer)
-
-
-def block_ends(lens: LogitLens) -> list[int]:
-    """Which of the lens's points are the embedding and the ends of layers; all, where it was read within layers alone."""
-    ends = [p for p, point in enumerate(lens.points) if not point.endswith("residual_mid")]
-    return ends or list(range(len(lens.points)))
 
 
 # ---- all positions
@@ -45,7 +39,7 @@ def block_ends(lens: LogitLens) -> list[int]:
 
 def lens_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
     """A map of layers × positions with a word in every cell; of a long text one of all positions, and its end with words."""
-    T, n_rows = len(lens.positions), len(block_ends(lens))
+    T, n_rows = len(lens.positions), len(block_ends(lens.points))
     n_words, low, high = min(T, MOST_WORDS), sheet.row_height(LOW, n_rows), sheet.row_height(HEIGHT, n_rows)
     heights = [n_rows * low, n_rows * high] if n_words < T else [n_rows * high]
     figure = sheet.new_figure(MARGIN + n_words * WIDTH, sum(heights) + len(heights), *_lens_words(lens, tokenizer))
@@ -66,7 +60,7 @@ def lens_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
 def _draw_map(axes: "Axes", lens: LogitLens, tokenizer: Tokenizer, columns: range, cell: tuple[float, float]) -> "AxesImage":
     from matplotlib.colors import LogNorm, Normalize
 
-    ends = block_ends(lens)
+    ends = block_ends(lens.points)
     if lens.target_probability is None:
         values, norm = lens.top_probabilities[ends][:, columns, 0], Normalize(0, 1)
     else:
@@ -84,8 +78,8 @@ def _draw_map(axes: "Axes", lens: LogitLens, tokenizer: Tokenizer, columns: rang
 def _write_words(
     axes: "Axes", image: "AxesImage", lens: LogitLens, tokenizer: Tokenizer, columns: range, cell: tuple[float, float]
 ) -> None:
-    said = lens.top_ids[block_ends(lens)][:, columns, 0].numpy()
-    known = ~lens.top_probabilities[block_ends(lens)][:, columns, 0].isnan().numpy()
+    said = lens.top_ids[block_ends(lens.points)][:, columns, 0].numpy()
+    known = ~lens.top_probabilities[block_ends(lens.points)][:, columns, 0].isnan().numpy()
     words = [
         [token_label(tokenizer, token, cell[0] * 72) if is_known else "–" for token, is_known in zip(*row, strict=True)]
         for row in zip(said.tolist(), known.tolist(), strict=True)
@@ -111,7 +105,7 @@ def _lens_words(lens: LogitLens, tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def target_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
-    """Two curves from embedding to last layer, with a point after each attention and after each feed-forward."""
+    """Two curves over the lens's points: after each attention and each feed-forward, where it has them all."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if lens.target is None:
@@ -130,6 +124,7 @@ def target_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
         strict=True,
     ):
         axes.set_yscale("log")
+        sheet.name_depths(axes, lens.points)
         sheet.draw_depth(axes, lens.points, values, color)
         sheet.name_axis(axes, "y", name)
     low, high = panels[0].get_ylim()

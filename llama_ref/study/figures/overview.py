@@ -13,7 +13,7 @@ from llama_ref.tokenizer import Tokenizer
 def draw_overview(found: Overview, tokenizer: Tokenizer, folder: str | Path) -> None:
     """lens.png, target.png, attention.png, norms.png; where the logit could be shared out, attribution.png and pattern.png too.
 
-    The pattern is that of the head which wrote most of the target's logit.
+    The pattern is that of the head which wrote most of the target's logit, as `llama-ref attention --layer --head` draws it.
     """
     folder = Path(folder)
     draw_lens(found.lens, tokenizer, folder / "lens.png")
@@ -22,6 +22,6 @@ def draw_overview(found: Overview, tokenizer: Tokenizer, folder: str | Path) -> 
     draw_norms(found.residual, tokenizer, folder / "norms.png")
     if found.attribution is not None:
         draw_attribution(found.attribution, tokenizer, folder / "attribution.png")
-        layer, head = found.attribution.strongest_head
-        pattern = found.patterns.unpack(layer, head)
+    if found.strongest is not None:
+        layer, head, pattern = found.strongest
         draw_pattern(pattern, found.tokens, tokenizer, layer, head, folder / "pattern.png")

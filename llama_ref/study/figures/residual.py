@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from llama_ref.study.figures import sheet
 from llama_ref.study.figures.letters import prompt, quoted
 from llama_ref.study.figures.saving import save
-from llama_ref.study.residual import ResidualStream
+from llama_ref.study.residual import ResidualStream, quartiles_of_others
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -27,19 +25,20 @@ def norms_figure(stream: ResidualStream, tokenizer: Tokenizer) -> "Figure":
     T = len(stream.tokens)
     first = quoted(tokenizer, stream.tokens[0])
     caption = (
-        f"After each layer.{sheet.hollow(stream.points)} Band: the middle half of the tokens."
+        f"After each layer.{sheet.hollow(stream.points)} Band: the middle half of the others."
         f"\n{prompt(tokenizer, stream.tokens)}"
     )
     figure = sheet.new_figure(7.5, 6.5, "How the residual stream grows and turns", caption)
     panels = figure.subplots(3, sharex=True)
     panels[0].set_yscale("log")
     for axes, (measure, name) in zip(panels, MEASURES.items(), strict=True):
-        values = getattr(stream, measure).numpy()  # (P, T)
-        lines = [sheet.draw_depth(axes, stream.points, values[:, 0], sheet.ORANGE)]
+        values = getattr(stream, measure)  # (P, T)
+        sheet.name_depths(axes, stream.points)
+        lines = [sheet.draw_depth(axes, stream.points, values[:, 0].numpy(), sheet.ORANGE)]
         if T > 1:
-            low, middle, high = np.quantile(values[:, 1:], (0.25, 0.5, 0.75), axis=1)
+            low, middle, high = quartiles_of_others(values).numpy()
             lines.append(sheet.draw_depth(axes, stream.points, middle, sheet.BLUE))
-            axes.fill_between(sheet.depth(stream.points), low, high, color=sheet.BLUE, alpha=0.2, linewidth=0)
+            axes.fill_between(sheet.depths(stream.points), low, high, color=sheet.BLUE, alpha=0.2, linewidth=0)
         sheet.name_axis(axes, "y", name)
     sheet.name_axis(panels[2], "x", "after layer (E: embedding)")
     sheet.name_lines(panels[0], lines, [f"the first token, {first}", f"the other {T - 1:,}: median"][: len(lines)])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_ref.study.figures import letters
+from llama_ref.study.lens import depth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,37 +83,36 @@ def name_lines(axes: "Axes", lines: Sequence["Line2D"], names: Sequence[str]) ->
 # ---- curves over the model's depth
 
 
-def depth(points: Sequence[str]) -> np.ndarray:
-    """Where points of the residual stream stand: the embedding at -1, layer i at i, its middle half a step before."""
-    return np.array([_layer(point) - 0.5 * point.endswith("residual_mid") for point in points])
+def depths(points: Sequence[str]) -> np.ndarray:
+    """Where points of the residual stream stand, in layers."""
+    return np.array([depth(point) for point in points])
 
 
 def hollow(points: Sequence[str]) -> str:
     """A sentence for the caption on what `draw_depth` draws hollow, if it does."""
-    is_there = any(point.endswith("residual_mid") for point in points)
-    return " Hollow: between a layer's attention and its feed-forward." if is_there else ""
+    return " Hollow: between a layer's attention and its feed-forward." if (depths(points) % 1).any() else ""
 
 
 def layer_name(point: str) -> str:
     """What a point is called beside an axis of layers."""
-    return str(_layer(point)) if "." in point else point
+    return point.split(".")[1] if "." in point else point
 
 
-def _layer(point: str) -> int:
-    return int(point.split(".")[1]) if "." in point else -1
+def name_depths(axes: "Axes", points: Sequence[str]) -> None:
+    """An axis of layers below curves, E for the embedding."""
+    names = ["E", *map(str, range(int(np.ceil(depth(points[-1]))) + 1))]
+    name_ticks(axes, "x", names, (axes.figure.get_figwidth() - 1) / len(names), start=-1)
+    axes.grid(alpha=0.25)
+    axes.tick_params(which="both", labelsize=SMALL)
 
 
 def draw_depth(axes: "Axes", points: Sequence[str], values: np.ndarray, color: str) -> "Line2D":
     """A curve over points of the residual stream, those within layers hollow; a logarithmic axis has no place for 0."""
-    x = depth(points)
+    x = depths(points)
     values = np.where(values > 0, values, np.nan) if axes.get_yscale() == "log" else values
     (line,) = axes.plot(x, values, color=color, linewidth=1, marker="o", markersize=3.5)
     within = x != x.round()
     axes.plot(x[within], values[within], color=color, linestyle="none", marker="o", markersize=3.5, markerfacecolor="white")
-    axes.grid(alpha=0.25)
-    axes.tick_params(which="both", labelsize=SMALL)
-    names = ["E", *map(str, range(_layer(points[-1]) + 1))]
-    name_ticks(axes, "x", names, (axes.figure.get_figwidth() - 1) / len(names), start=-1)
     return line
 
 
@@ -150,6 +150,13 @@ def write_cells(axes: "Axes", image: "AxesImage", texts: Iterable[Iterable[str]]
                 *(column, row, shown), ha="center", va="center_baseline", fontsize=size, color=ink, **letters.style(shown)
             )
             drawn.set_in_layout(False)  # they are within the axes, and there are many
+
+
+def write_bars(axes: "Axes", values: np.ndarray, pitch: float) -> None:
+    """A number on each bar, where they are `pitch` inches apart and have room; a dash where there is none."""
+    for x, value in enumerate(values):
+        text = "–" if np.isnan(value) else f"{value:.2f}" if pitch >= NUMBERED else ""
+        axes.text(x, np.nan_to_num(value), text, ha="center", va="bottom", fontsize=CELL)
 
 
 def percent(share: float) -> str:

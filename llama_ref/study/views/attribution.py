@@ -20,14 +20,14 @@ def print_attribution(found: Attribution, tokenizer: Tokenizer, *, as_json: bool
     if as_json:
         print(json.dumps(_attribution_json(found, tokenizer), indent=2))
         return
-    what = label(tokenizer, found.target)
+    what = f"{label(tokenizer, found.target)}: logit"
     if found.other is not None:
-        what = f"{what} over {label(tokenizer, found.other)}"
+        what = f"{label(tokenizer, found.target)} ahead of {label(tokenizer, found.other)}: by"
     print_rich(prompt(found.tokens[: found.position + 1], tokenizer))
     print_rich(_by_layer(found))
     print_rich(_strongest(found))
     rounding = found.logit - found.total
-    say(f"{what}: logit {found.logit:.3f} = the parts' {found.total:.3f}, {rounding:+.1g} of rounding.", "green")
+    say(f"{what} {found.logit:.3f} = the parts' {found.total:.3f}, {rounding:+.1g} of rounding.", "green")
     say("What a part does by way of later layers is not in its share.")
 
 

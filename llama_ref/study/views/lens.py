@@ -7,15 +7,15 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_ref.study.inputs import label
-from llama_ref.study.lens import LogitLens
+from llama_ref.study.lens import LogitLens, block_ends
 from llama_ref.study.views.shared import (
-    block_ends,
     cut,
     elastic,
     new_table,
     number,
     percent,
     plain,
+    point_name,
     prompt,
     say,
     token_json,
@@ -45,12 +45,12 @@ def _lens_table(lens: LogitLens, tokenizer: Tokenizer) -> Table:
     table = new_table("after", *target, "entropy", "KL")
     table.add_column("likeliest next")
     last = lens.top_ids[-1, -1, 0]
-    for p, name in block_ends(lens.points):
+    for p in block_ends(lens.points):
         of_target = [] if lens.target is None else [percent(lens.target_probability[p, -1]), _rank_cell(lens, p)]
         said = zip(lens.top_ids[p, -1].tolist(), lens.top_probabilities[p, -1].tolist(), strict=True)
         style = "bold" if lens.top_ids[p, -1, 0] == last else ""
         best = elastic("  ".join(f"{cut(label(tokenizer, token))} {percent(share)}" for token, share in said), style)
-        table.add_row(name, *of_target, number(lens.entropy[p, -1]), number(lens.kl[p, -1]), best)
+        table.add_row(point_name(lens.points[p]), *of_target, number(lens.entropy[p, -1]), number(lens.kl[p, -1]), best)
     return table
 
 
@@ -66,7 +66,7 @@ def _rank_cell(lens: LogitLens, p: int) -> str:
 
 def _when_first(lens: LogitLens, target: str) -> str:
     """Where the target comes out on top for good, in a sentence."""
-    ranks = [(name, _rank(lens, p, -1)) for p, name in block_ends(lens.points)]
+    ranks = [(point_name(lens.points[p]), _rank(lens, p, -1)) for p in block_ends(lens.points)]
     if ranks[-1][1] is None:
         return "The model's numbers are not finite: look for NaN in its weights (llama-ref verify --deep)."
     if ranks[-1][1] > 1:

@@ -3,11 +3,11 @@
 import json
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from llama_ref.study.residual import ResidualStream
-from llama_ref.study.views.shared import block_ends, new_table, number, plain, prompt, say, tokens_json
+from llama_ref.study.lens import block_ends
+from llama_ref.study.residual import ResidualStream, quartiles_of_others
+from llama_ref.study.views.shared import new_table, number, plain, point_name, prompt, say, tokens_json
 from llama_ref.terminal import print_rich
 from llama_ref.tokenizer import Tokenizer
 
@@ -22,17 +22,18 @@ def print_norms(stream: ResidualStream, tokenizer: Tokenizer, *, as_json: bool) 
     print_rich(prompt(stream.tokens, tokenizer))
     print_rich(_stream_table(stream))
     say(
-        "Length: Euclidean. Drift: the cosine with half a layer before; to last: with what the model ends with. Of the others"
-        " the median; the first token, where heads look that find nothing, may grow far longer than they do."
+        "Length is the Euclidean norm, drift the cosine with the point half a layer before, to last that with the last point."
+        " Of the others this is the median; the first token, where heads that find nothing look, may grow far longer."
     )
 
 
 def _stream_table(stream: ResidualStream) -> Table:
-    table = new_table("after", "first: length", "drift", "to last", "others: length", "drift", "to last")
-    for p, name in block_ends(stream.points):
-        rows = [getattr(stream, measure)[p] for measure in MEASURES]  # (T,) each
-        others = [row[1:].median() if len(row) > 1 else torch.nan for row in rows]
-        table.add_row(name, *map(number, [*(row[0] for row in rows), *others]))
+    table = new_table("after", *(f"{of}\n{name}" for of in ("first:", "others:") for name in ("length", "drift", "to last")))
+    measured = [getattr(stream, measure) for measure in MEASURES]  # (P, T) each
+    medians = [quartiles_of_others(values)[1] for values in measured]  # (P,) each
+    for p in block_ends(stream.points):
+        shown = [*(values[p, 0] for values in measured), *(median[p] for median in medians)]
+        table.add_row(point_name(stream.points[p]), *map(number, shown))
     return table
 
 

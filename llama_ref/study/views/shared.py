@@ -37,10 +37,11 @@ def new_table(first: str, *columns: str | Text) -> Table:
     return table
 
 
-def block_ends(points: Sequence[str]) -> list[tuple[int, str]]:
-    """(index, what to call it) of the embedding and of every layer's end."""
-    ends = [(p, point) for p, point in enumerate(points) if not point.endswith("residual_mid")]
-    return [(p, f"layer {point.split('.')[1]}" if "." in point else point) for p, point in ends]
+def point_name(point: str) -> str:
+    """layers.3.residual_post -> layer 3"""
+    if "." not in point:
+        return point
+    return f"{'within ' * point.endswith('residual_mid')}layer {point.split('.')[1]}"
 
 
 def elastic(text: str, style: str = "") -> Text:

@@ -10,7 +10,6 @@ from llama_ref.terminal import print_rich
 
 def print_spectra(spectra: Iterable[Spectrum], *, as_json: bool) -> None:
     """A line for each matrix: its largest singular value and its ranks; as JSON, all singular values."""
-    spectra = list(spectra)
     if as_json:
         print(json.dumps({"matrices": [_spectrum_json(spectrum) for spectrum in spectra]}, indent=2))
         return
@@ -25,14 +24,13 @@ def print_spectra(spectra: Iterable[Spectrum], *, as_json: bool) -> None:
         )
     print_rich(table)
     say(
-        "Largest: singular value. Stable rank: in how many directions as strong as the strongest the matrix's strength would"
-        " fit. Effective rank: how many directions share it, the exponential of the entropy of its singular values."
+        "Largest: of the singular values. Stable rank: ‖W‖² over the square of the largest. Effective rank: the exponential of"
+        " the entropy of all of them, as shares of their sum."
     )
 
 
 def print_errors(errors: Iterable[QuantizationError], scheme: str, *, as_json: bool) -> None:
     """A line for each matrix: what rounding it to few bits changes."""
-    errors = list(errors)
     if as_json:
         print(json.dumps(finite({"scheme": scheme, "matrices": [vars(error) for error in errors]}), indent=2))
         return

@@ -1,9 +1,11 @@
 """Fixtures that several test files share."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +17,7 @@ import torch
 from fairscale.nn.model_parallel import initialize as model_parallel
 from hypothesis import settings
 
+from folders import tiny_folder
 from llama_ref.checkpoint import verified
 from llama_ref.checkpoint.hashing import hash_file
 from llama_ref.cli import main
@@ -45,6 +48,17 @@ def demo_folder() -> Path:
 def llama(demo_folder) -> Llama:
     """The real small model in float32: greedy text does not hang on how a batch was put together."""
     return Llama.build(demo_folder, max_seq_len=512, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def peaked(tmp_path_factory) -> Llama:
+    """Two layers of four heads, a token a byte; matrices large enough for its distributions to differ from uniform."""
+    folder = tiny_folder(tmp_path_factory.mktemp("peaked") / "Tiny")
+    llama = Llama.build(folder, device="cpu", dtype="float32", max_seq_len=1024)
+    for name, parameter in llama.model.named_parameters():
+        if "norm" not in name:
+            parameter.data.mul_(10)
+    return llama
 
 
 @pytest.fixture(scope="session")
@@ -105,3 +119,12 @@ def exit_code(words: Sequence[str]) -> int:
         return main(list(words))
     except SystemExit as exit:
         return exit.code
+
+
+def parsed(text: str) -> Any:
+    """Strict JSON, which knows no NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)

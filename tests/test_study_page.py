@@ -3,25 +3,28 @@
 Needs Debian's chromium (or Chrome) and the package playwright; without them these tests are skipped, but fail where CI is set.
 """
 
+import base64
 import io
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from folders import tiny_folder
+from folders import byte_tokenizer, tiny_folder
 from llama_ref.generation import Llama
 from llama_ref.study.attention import attention_pattern
 from llama_ref.study.lens import logit_lens
 from llama_ref.study.overview import overview
 from llama_ref.study.predictions import predict
 from llama_ref.study.report import write_report
+from llama_ref.tokenizer import Tokenizer
 
 CAPITAL = "The capital of France is"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -76,19 +79,9 @@ def open_page(browser) -> Open:
     return open_page
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Llama:
-    """Two layers of four heads, a token a byte; matrices large enough for its distributions to differ from uniform."""
-    llama = Llama.build(tiny_folder(tmp_path_factory.mktemp("page") / "Tiny"), device="cpu", dtype="float32", max_seq_len=1024)
-    for name, parameter in llama.model.named_parameters():
-        if "norm" not in name:
-            parameter.data.mul_(10)
-    return llama
-
-
-def write(llama: Llama, tokens: list[int], folder: Path, name: str = "A model") -> Path:
+def write(llama: Llama, tokens: list[int], folder: Path, name: str = "A model", top: int = 5) -> Path:
     path = folder / "report.html"
-    write_report(overview(llama.model, tokens, bos=llama.tokenizer.bos_id), llama.tokenizer, path, model_name=name)
+    write_report(overview(llama.model, tokens, top=top, bos=llama.tokenizer.bos_id), llama.tokenizer, path, model_name=name)
     return path
 
 
@@ -103,20 +96,33 @@ def long_tokens() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def long(tiny, long_tokens, tmp_path_factory) -> Path:
-    return write(tiny, long_tokens, tmp_path_factory.mktemp("long"))
+def long(peaked, long_tokens, tmp_path_factory) -> Path:
+    return write(peaked, long_tokens, tmp_path_factory.mktemp("long"))
 
 
 def card(page: Any) -> str:
     return page.locator("#card").inner_text()
 
 
+def pointer(page: Any, grid: str, x: float, y: float) -> tuple[float, float]:
+    """In the window, at so many pixels from a grid's upper left corner; negative ones from the other."""
+    box = page.locator(grid).bounding_box()
+    return box["x"] + (x if x >= 0 else box["width"] + x), box["y"] + (y if y >= 0 else box["height"] + y)
+
+
 def point_at(page: Any, grid: str, x: float, y: float) -> None:
     """At so many pixels from a grid's upper left corner, which is brought into view first; negative ones from the other."""
     page.locator(grid).evaluate("(grid) => grid.scrollIntoView({ block: 'center' })")
     page.wait_for_timeout(60)  # what scrolls hides the card
-    box = page.locator(grid).bounding_box()
-    page.mouse.move(box["x"] + (x if x >= 0 else box["width"] + x), box["y"] + (y if y >= 0 else box["height"] + y))
+    page.mouse.move(*pointer(page, grid, x, y))
+
+
+def point_at_place(page: Any, chart: str, key: str) -> str:
+    """The card of the next place of a chart to the left or right, by keys alone."""
+    page.locator(chart).focus()
+    page.wait_for_timeout(60)  # what scrolls hides the card
+    page.keyboard.press(key)
+    return card(page)
 
 
 def percent(text: str) -> float:
@@ -153,19 +159,41 @@ def test_a_token_tells_what_the_model_expected(open_page, paris, llama):
                 f"position {position} · id {tokens[position]} · bytes {llama.tokenizer.token_bytes(tokens[position]).hex(' ')}"
                 in text
             )
-            assert f"rank {expected.rank[position]:,}" in text
+            assert re.search(rf"had probability [\d.·⁰-⁹⁻]+%?, rank {expected.rank[position]:,}\n", text)
             shares = [percent(share) for share in page.locator("#card .share").all_inner_texts()]
             assert shares == pytest.approx(expected.top_probabilities[position - 1].tolist(), abs=0.006)
         chips.nth(0).hover()
         assert "nothing stands before it" in card(page)
         chips.nth(6).hover()
         assert re.search(r"say next\s+␣Paris\s+[78]\d%", card(page))
+        assert page.locator("#strip button").count() == 6  # what comes next is no token that could be selected
 
 
 def test_parts_of_a_character_name_it(open_page, llama, tmp_path):
     with open_page(write(llama, llama.encode("서울 👍"), tmp_path)) as page:
         page.locator("#strip .chip").nth(1).hover()
         assert re.match(r"<0x[0-9A-F]{2}>\s+position 1 .*\s+a part of 서\n", card(page))
+
+
+def test_lines_break_after_newlines_alone(open_page, peaked, tmp_path):
+    tokenizer_path = byte_tokenizer(tmp_path / "tokenizer.model")
+    with tokenizer_path.open("ab") as file:
+        file.write(base64.b64encode(rb"a\n") + b" 256\n")
+    found = overview(peaked.model, [65, 256, 66, 10, 67], ids=range(256))
+    (tmp_path / "page").mkdir()
+    write_report(found, Tokenizer(tokenizer_path), tmp_path / "page" / "report.html", model_name="Letters")
+    with open_page(tmp_path / "page" / "report.html") as page:
+        assert page.locator("#strip .chip").all_inner_texts()[1:4] == [r"a\n", "B", r"\n"]
+        assert page.locator("#strip br").count() == 1 and page.locator("#strip .chip:nth-child(4) + br").count() == 1
+
+
+def test_many_alternatives_leave_room_for_the_card(open_page, peaked, tmp_path):
+    with open_page(write(peaked, [256, 84, 104], tmp_path, top=60), height=800) as page:
+        for chip in (1, 3):
+            page.locator("#strip .chip").nth(chip).hover()
+            assert page.locator("#card .bars .share").count() == 10 and "… and 50 more" in card(page)
+            box = page.locator("#card").bounding_box()
+            assert box["y"] >= 0 and box["y"] + box["height"] <= 800
 
 
 def test_selecting_a_token_moves_the_whole_page(open_page, paris):
@@ -204,6 +232,86 @@ def test_keys_reach_tokens_heads_and_cells(open_page, paris):
         assert page.locator("#layer").input_value() == str(int(layer) - 1)
 
 
+@pytest.mark.parametrize(
+    ("modifiers", "stepped"), [({}, 1), ({"ctrlKey": True, "altKey": True}, 1), ({"altKey": True}, 1), ({"metaKey": True}, 0)]
+)
+def test_brackets_are_brackets_on_every_keyboard(open_page, paris, modifiers, stepped):
+    with open_page(paris) as page:
+        before = int(page.locator("#head").input_value())
+        pressed = "(how) => document.body.dispatchEvent(new KeyboardEvent('keydown', { key: ']', bubbles: true, ...how }))"
+        page.evaluate(pressed, modifiers)
+        assert int(page.locator("#head").input_value()) == before + stepped
+
+
+@pytest.mark.parametrize(
+    ("chart", "first", "last"),
+    [
+        ("#rise-probability", "embedding, after ␣is @5", "layer 29, after ␣is @5"),
+        ("#rise-rank", "embedding, after ␣is @5", "layer 29, after ␣is @5"),
+        ("#by-layer", "embedding", "layer 29"),
+        ("#norms", "embedding", "after layer 29"),
+        ("#cosines", "embedding", "after layer 29"),
+    ],
+)
+def test_charts_are_read_by_keys(open_page, paris, chart, first, last):
+    with open_page(paris) as page:
+        assert point_at_place(page, chart, "ArrowRight").split("\n")[0] == first
+        box = page.locator(f"{chart} svg").get_attribute("viewBox")
+        page.set_viewport_size({"width": 700, "height": 900})
+        page.wait_for_selector(f'{chart} svg:not([viewBox="{box}"])')  # drawn again, the keys stay where they are
+        assert page.locator(chart).evaluate("(chart) => chart === document.activeElement")
+        page.keyboard.press("ArrowLeft")
+        assert card(page).split("\n")[0] == last
+        assert page.locator("#spoken").text_content().startswith(last)
+        page.keyboard.press("Tab")
+        assert page.locator("#card").is_hidden()
+
+
+def test_what_takes_arrow_keys_says_so(open_page, paris):
+    with open_page(paris) as page:
+        for element in page.locator(".grid, .chart").all():
+            assert element.get_attribute("role") == "application" and element.get_attribute("tabindex") == "0"
+            assert re.fullmatch(r".+; .*arrow keys move.*", element.get_attribute("aria-label"))
+        assert page.locator("svg title").count() == 0  # a browser would show it over the card
+
+
+def test_one_region_speaks(open_page, paris):
+    with open_page(paris) as page:
+        live = page.locator("[aria-live], [role=status], [role=alert], [role=log], output")
+        assert live.evaluate_all("(all) => all.map((one) => one.id)") == ["spoken"]
+        page.locator("#strip .chip").nth(2).click()
+        assert live.text_content() == "␣capital @2 is selected"
+        page.locator("#strip .chip").nth(1).hover()
+        assert live.text_content() == card(page)
+        page.locator("#looks .chip").nth(4).hover()
+        assert live.text_content().startswith("␣France @4 looks at")
+        page.locator("#head").select_option("3")
+        assert re.match(r"Layer \d+, head 3\. Gives ", live.text_content())
+
+
+def test_a_card_is_made_once_for_a_cell(open_page, paris):
+    with open_page(paris) as page:
+        page.evaluate(
+            """() => {
+              window.made = 0;
+              new MutationObserver((changes) => { window.made += changes.length; }).observe(card.element, { childList: true });
+            }"""
+        )
+        for grid, x, y in (("#lens-grid", -50, -30), ("#heads-grid", -20, -8), ("#norms", -40, 60)):
+            point_at(page, grid, x, y)
+            before = page.evaluate("() => made")
+            for _ in range(3):
+                page.mouse.move(*(at + 1 for at in pointer(page, grid, x, y)))
+                page.mouse.move(*pointer(page, grid, x, y))
+            assert page.evaluate("() => made") == before > 0, grid
+        point_at(page, "#pattern-grid", -84, -28)
+        old, at = card(page), pointer(page, "#pattern-grid", -84, -28)
+        page.keyboard.press("[")
+        page.wait_for_timeout(100)
+        page.mouse.move(at[0] + 1, at[1])
+        assert card(page) != old  # the same cell of another head
+
+
 # ---- the lens
 
 
@@ -239,6 +347,24 @@ def test_colours_and_cell_sizes_can_be_chosen(open_page, paris):
             page.locator("#lens-size").select_option(index=choice)
             widths.append(page.locator("#lens-grid").bounding_box()["width"])
         assert len(pictures) == 4 and widths[0] > widths[1]
+
+
+def test_a_selection_moves_the_columns_and_leaves_the_rows(open_page, paris, long):
+    with open_page(paris, height=620) as page:
+        grid = page.locator("#lens-grid")
+        scrolled = "(grid) => [grid.scrollLeft, grid.scrollTop, grid.scrollTop + grid.clientHeight - grid.scrollHeight]"
+        assert grid.evaluate(scrolled)[2] == pytest.approx(0, abs=1)  # the model itself is seen first
+        grid.evaluate("(grid) => { grid.scrollTop = 0; }")
+        point_at(page, "#lens-grid", -300, 60)
+        page.mouse.down()
+        page.mouse.up()
+        assert page.locator("#selected").inner_text() != "␣is @5" and grid.evaluate(scrolled)[1] == 0
+        page.locator("#lens-size").select_option("1")
+        assert grid.evaluate(scrolled)[2] == pytest.approx(0, abs=1)
+    with open_page(long) as page:
+        before = page.locator("#lens-grid").evaluate(scrolled)[0]
+        page.locator("#strip .chip").nth(2).click()
+        assert page.locator("#lens-grid").evaluate(scrolled)[0] < before
 
 
 # ---- attention
@@ -295,24 +421,37 @@ def test_the_parts_add_up_in_words_and_in_bars(open_page, paris):
         assert embedding + attention + ffn == pytest.approx(total, abs=0.02) and logit == pytest.approx(total, abs=0.02)
         assert page.locator("#by-layer rect").count() == 2 * 31
         names = page.locator("#strongest .bars > :first-child, #strongest .share + *").all_inner_texts()
-        assert names[0] == "layer 29 ffn" and "layer 23 head 4" in names
+        assert names[0] == "layer 29 feed-forward" and "layer 23 head 4" in names
         page.locator("#by-layer svg").scroll_into_view_if_needed()
         point_at(page, "#by-layer svg", -14, 60)
         assert card(page).startswith("layer 29\n") and "feed-forward +7." in card(page)
 
 
+def test_no_difference_is_none(open_page, peaked, tmp_path):
+    found = overview(peaked.model, [256, 84, 104])
+    same = replace(found, attribution=replace(found.attribution, logit=found.attribution.total))
+    write_report(same, peaked.tokenizer, tmp_path / "report.html", model_name="Exact")
+    with open_page(tmp_path / "report.html") as page:
+        assert page.locator("#sum").inner_text().endswith(": the difference, 0, is rounding.")
+
+
 def test_the_streams_length_can_be_read(open_page, paris):
     with open_page(paris) as page:
+        lines = "(lines) => lines.map((line) => getComputedStyle(line).stroke)"
+        drawn = page.locator("#cosines .dashed").evaluate_all(lines)
+        assert len(drawn) == 2 and set(page.locator("#cosine-keys .dashed").evaluate_all(lines)) == set(drawn)
         assert page.locator("#norms path").count() == 2 and page.locator("#cosines path").count() == 4
         point_at(page, "#norms svg", -14, 60)
-        assert re.search(r"after layer 29\s+median of all tokens: [\d.]+\s+selected token: [\d.]+", card(page))
+        assert re.search(r"after layer 29\s+median of all but the first: [\d.]+\s+selected token: [\d.]+", card(page))
 
 
 # ---- themes
 
 
-TEXTS = "p, h1, h2, h3, dt, dd, a, button, select, label, figcaption, .share, .at, .legend span, svg text"
-LEAST_CONTRAST = """(texts) => {
+TEXTS = (
+    "p, h1, h2, h3, dt, dd, a, button, select, label, figcaption, .chip, .token, .space, .share, .at, .legend span, svg text"
+)
+CONTRASTS = """
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
   const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
   const luminance = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
@@ -322,15 +461,27 @@ LEAST_CONTRAST = """(texts) => {
       if (rgb.length === 3 || rgb[3] === 1) return rgb;
     }
   };
+  const between = (...colours) => {
+    const [low, high] = colours.map(luminance).sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
   const contrast = (element) => {
     const style = getComputedStyle(element);
-    const ink = luminance(parse(element.closest("svg") ? style.fill : style.color));
-    const paper = luminance(behind(element));
-    return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+    const paper = behind(element);
+    let seen = 1;
+    for (let at = element; at; at = at.parentElement) seen *= getComputedStyle(at).opacity;
+    const ink = parse(element.closest("svg") ? style.fill : style.color);
+    return between(ink.slice(0, 3).map((value, c) => paper[c] + seen * (value - paper[c])), paper);
   };
+"""
+LEAST_CONTRAST = f"""(texts) => {{{CONTRASTS}
   const shown = [...document.querySelectorAll(texts)].filter((e) => e.checkVisibility() && e.textContent && !e.disabled);
   return Math.min(...shown.map(contrast));
-}"""
+}}"""
+LEAST_CONTRAST_OF_THE_RAMP = f"""() => {{{CONTRASTS}
+  const inHex = (text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16));
+  return Math.min(...ramp.map((rgb) => between(inHex(inkOn(rgb)), rgb)));
+}}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -338,11 +489,19 @@ def test_both_themes_can_be_read_and_the_button_changes_between_them(open_page, 
     with open_page(paris, scheme=scheme) as page:
         first = page.screenshot()
         assert is_dark(first) == (scheme == "dark")
-        assert page.evaluate(LEAST_CONTRAST, TEXTS) >= 4.5
+        read_everything(page)
         page.locator("#theme").click()
         second = page.screenshot()
         assert is_dark(second) != is_dark(first)
-        assert page.evaluate(LEAST_CONTRAST, TEXTS) >= 4.5
+        read_everything(page)
+
+
+def read_everything(page: Any) -> None:
+    """Texts, those of tokens and of the card among them, and whatever may stand on any shade, have a contrast of 4.5."""
+    page.locator("#strip .chip").nth(4).hover()
+    assert page.locator("#card .actual").count() <= 1 and page.locator("#card").is_visible()
+    assert page.evaluate(LEAST_CONTRAST, TEXTS) >= 4.5
+    assert page.evaluate(LEAST_CONTRAST_OF_THE_RAMP) >= 4.5
 
 
 def is_dark(png: bytes) -> bool:
@@ -354,8 +513,8 @@ def is_dark(png: bytes) -> bool:
 # ---- sizes
 
 
-def test_500_tokens_scroll_and_answer(open_page, long, long_tokens, tiny):
-    found = overview(tiny.model, long_tokens, bos=tiny.tokenizer.bos_id)
+def test_500_tokens_scroll_and_answer(open_page, long, long_tokens, peaked):
+    found = overview(peaked.model, long_tokens, bos=peaked.tokenizer.bos_id)
     with open_page(long) as page:
         assert page.locator("*").count() < 20_000
         assert page.locator("#strip .chip").count() == 501
@@ -397,8 +556,8 @@ ATTACKS = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>",
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_text_is_only_ever_text(open_page, tiny, tmp_path, attack):
-    with open_page(write(tiny, [256, *attack.encode()], tmp_path, attack)) as page:
+def test_a_text_is_only_ever_text(open_page, peaked, tmp_path, attack):
+    with open_page(write(peaked, [256, *attack.encode()], tmp_path, attack)) as page:
         shown = page.locator("#strip .chip").all_inner_texts()[1:-1]
         assert len(shown) == len(attack.encode()) and "".join(shown).startswith(attack[0] if attack[0] == "<" else "<0xE2>")
         assert page.locator("h1").inner_text().startswith(attack[:8].strip()) and page.locator("img").count() == 0
@@ -432,23 +591,28 @@ def test_the_policy_stops_what_is_not_the_pages_own(browser, paris):
     context.close()
 
 
-def test_numbers_that_are_none_are_drawn_as_missing(open_page, tmp_path):
+@pytest.mark.parametrize(
+    ("broken", "ranks"), [("layers.0.feed_forward.w2.weight", 1), ("norm.weight", 0), ("tok_embeddings.weight", 0)]
+)
+def test_numbers_that_are_none_are_drawn_as_missing(open_page, tmp_path, broken, ranks):
     llama = Llama.build(tiny_folder(tmp_path / "NaN"), device="cpu", dtype="float32", max_seq_len=64)
-    llama.model.layers[0].feed_forward.w2.weight.data[0, 0] = torch.nan
+    llama.model.get_parameter(broken).data[..., 0] = torch.nan
     (tmp_path / "page").mkdir()
     with open_page(write(llama, [256, 84, 104, 101], tmp_path / "page")) as page:
         assert page.locator("#warning").is_visible()
-        assert "Not shared out: the parts add up to nan" in page.locator("#sum").inner_text()
+        assert "Not shared out: " in page.locator("#sum").inner_text()
         assert page.locator("#attribution-pictures").is_hidden()
         point_at(page, "#lens-grid", -20, -10)
         assert "rank –" in card(page) and "entropy –" in card(page)
-        page.locator("#layer").select_option("1")
-        page.locator("#looks .chip").nth(2).hover()
-        assert set(page.locator("#shares .share").all_inner_texts()) == {"–"}
-        assert page.locator("#rise-rank .dot").count() == 1  # the embedding alone has a rank
+        assert page.locator("#rise-rank .dot").count() == ranks  # the embedding's alone, if that
+        assert page.locator("#cosines svg").count() == 1  # the last section stands, as all before it
+        if broken != "norm.weight":  # by which no head reads
+            page.locator("#layer").select_option("1")
+            page.locator("#looks .chip").nth(2).hover()
+            assert set(page.locator("#shares .share").all_inner_texts()) == {"–"}
 
 
-def test_a_single_token_has_a_page(open_page, tiny, tmp_path):
-    with open_page(write(tiny, [256], tmp_path)) as page:
+def test_a_single_token_has_a_page(open_page, peaked, tmp_path):
+    with open_page(write(peaked, [256], tmp_path)) as page:
         assert page.locator("#lead").inner_text().startswith("What the model makes of a text of one token")
         assert shown_shares(page) == [1.0]

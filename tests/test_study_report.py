@@ -4,7 +4,6 @@ import base64
 import errno
 import gc
 import hashlib
-import json
 import math
 import os
 import re
@@ -18,14 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, parsed
 from folders import tiny_folder
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
 from llama_ref.quantize import quantize_model
-from llama_ref.study import lens, patterns
+from llama_ref.study import lens, patterns, report
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
 from llama_ref.study.lens import logit_lens, residual_points
@@ -46,16 +45,6 @@ ATTACKS = [
     "<img src=x onerror=alert(1)>\\u003c'\"`${alert(1)}",
     "\0\x1b[31m\ud800\u202e",
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Llama:
-    """Two layers of four heads, a token a byte; matrices large enough for its distributions to differ from uniform."""
-    llama = Llama.build(tiny_folder(tmp_path_factory.mktemp("report") / "Tiny"), device="cpu", dtype="float32", max_seq_len=64)
-    for name, parameter in llama.model.named_parameters():
-        if "norm" not in name:
-            parameter.data.mul_(10)
-    return llama
 
 
 def random_model(**shape: int) -> Transformer:
@@ -103,11 +92,8 @@ class Page(HTMLParser):
 
     @property
     def data(self) -> dict[str, Any]:
-        def refuse(word: str) -> None:
-            raise AssertionError(f"{word} is no JSON")
-
         (text,) = [text for attributes, text in self.scripts if attributes.get("id") == "data"]
-        return json.loads(text, parse_constant=refuse)
+        return parsed(text)
 
 
 def written(llama: Llama, tokens: list[int], folder: Path, model_name: str = "Tiny", **options: Any) -> Page:
@@ -125,10 +111,10 @@ def close(found: Any, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("logits_at_a_time", [lens.LOGITS_AT_A_TIME, 3 * 512, 1])
-def test_every_token_has_what_the_logits_before_it_gave_it(tiny, monkeypatch, logits_at_a_time):
+def test_every_token_has_what_the_logits_before_it_gave_it(peaked, monkeypatch, logits_at_a_time):
     monkeypatch.setattr(lens, "LOGITS_AT_A_TIME", logits_at_a_time)
-    found = predict(tiny.model, TOKENS, top=3)
-    expected = tiny.model(torch.tensor([TOKENS]))[0].softmax(-1)  # (T, V)
+    found = predict(peaked.model, TOKENS, top=3)
+    expected = peaked.model(torch.tensor([TOKENS]))[0].softmax(-1)  # (T, V)
     ordered = expected.sort(dim=-1, descending=True)
     torch.testing.assert_close(found.top_probabilities, ordered.values[:, :3])
     assert torch.equal(found.top_ids, ordered.indices[:, :3])
@@ -142,12 +128,12 @@ def test_every_token_has_what_the_logits_before_it_gave_it(tiny, monkeypatch, lo
 # ---- patterns
 
 
-def test_short_patterns_are_whole_but_for_rounding(tiny):
-    found = overview(tiny.model, TOKENS).patterns
+def test_short_patterns_are_whole_but_for_rounding(peaked):
+    found = overview(peaked.model, TOKENS).patterns
     assert found.kept == len(TOKENS)
     for layer in range(2):
         for head in range(4):
-            expected = attention_pattern(tiny.model, TOKENS, layer, head)
+            expected = attention_pattern(peaked.model, TOKENS, layer, head)
             torch.testing.assert_close(found.unpack(layer, head), expected, rtol=0, atol=0.5 / 254 + 1e-6)
 
 
@@ -180,7 +166,7 @@ def test_whatever_heads_do_500_tokens_of_a_1b_are_10_mb(sharpness):
     assert 16 * 32 * sum(len(base64.b64encode(head)) for head in packed) / 4 < 10e6
 
 
-def test_a_page_of_many_heads_stays_small_and_holds_one_layers_patterns_at_a_time(tiny, tmp_path, monkeypatch):
+def test_a_page_of_many_heads_stays_small_and_holds_one_layers_patterns_at_a_time(peaked, tmp_path, monkeypatch):
     model = random_model(n_layers=4, n_heads=32, n_kv_heads=8, dim=128)
     T, alive = 500, []
 
@@ -191,7 +177,7 @@ def test_a_page_of_many_heads_stays_small_and_holds_one_layers_patterns_at_a_tim
 
     monkeypatch.setattr(sys.modules["llama_ref.study.overview"], "pack", spy)  # the package has the function of that name
     found = overview(model, [i * 7 % 512 for i in range(T)])
-    write_report(found, tiny.tokenizer, tmp_path / "report.html", model_name="Many")
+    write_report(found, peaked.tokenizer, tmp_path / "report.html", model_name="Many")
     assert (tmp_path / "report.html").stat().st_size * (16 / 4) < 12e6  # as many heads as in a 1B
     assert len(alive) == 4 and max(alive) <= 3  # the layer's scores, their softmax, and it is shown
 
@@ -199,9 +185,9 @@ def test_a_page_of_many_heads_stays_small_and_holds_one_layers_patterns_at_a_tim
 # ---- the numbers
 
 
-def test_the_page_has_the_lenses_own_numbers(tiny, tmp_path):
-    model, target = tiny.model, 101
-    data = written(tiny, TOKENS, tmp_path, target=target, top=3).data
+def test_the_page_has_the_lenses_own_numbers(peaked, tmp_path):
+    model, target = peaked.model, 101
+    data = written(peaked, TOKENS, tmp_path, target=target, top=3).data
     assert (data["tokens"], data["target"], data["model"], data["dtype"]) == (TOKENS, target, "Tiny", "float32")
     predictions = predict(model, TOKENS, top=3)
     assert data["predictions"]["probability"][0] is None and data["predictions"]["rank"][0] is None
@@ -223,11 +209,13 @@ def test_the_page_has_the_lenses_own_numbers(tiny, tmp_path):
     stream = residual_stream(model, TOKENS)
     for name in ("norm", "drift", "to_last"):
         close(data["residual"][name], getattr(stream, name))
+        ordered = getattr(stream, name)[:, 1:].sort().values  # (P, 9): without the first token
+        close(data["residual"]["medians"][name], ordered[:, 4])
 
 
-def test_patterns_stand_in_the_page_layer_by_layer(tiny, tmp_path):
-    found = overview(tiny.model, TOKENS)
-    write_report(found, tiny.tokenizer, tmp_path / "report.html", model_name="Tiny")
+def test_patterns_stand_in_the_page_layer_by_layer(peaked, tmp_path):
+    found = overview(peaked.model, TOKENS)
+    write_report(found, peaked.tokenizer, tmp_path / "report.html", model_name="Tiny")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     blocks = {attributes["id"]: text for attributes, text in page.scripts if attributes.get("type") == "text/plain"}
     assert list(blocks) == ["layer-0", "layer-1"]
@@ -235,17 +223,17 @@ def test_patterns_stand_in_the_page_layer_by_layer(tiny, tmp_path):
         assert [base64.b64decode(head) for head in blocks[f"layer-{layer}"].split(" ")] == found.patterns.heads[layer]
 
 
-def test_without_a_target_the_likeliest_next_token_is_followed(tiny):
-    found = overview(tiny.model, TOKENS)
-    assert found.target == tiny.model(torch.tensor([TOKENS]))[0, -1].argmax()
+def test_without_a_target_the_likeliest_next_token_is_followed(peaked):
+    found = overview(peaked.model, TOKENS)
+    assert found.target == peaked.model(torch.tensor([TOKENS]))[0, -1].argmax()
     assert found.lens.target == found.target == found.attribution.target
     assert found.lens.points == [point for point in residual_points(2) if "mid" not in point]
     assert found.attribution.position == len(TOKENS) - 1
 
 
-def test_progress_comes_to_its_end(tiny):
+def test_progress_comes_to_its_end(peaked):
     told = []
-    overview(tiny.model, TOKENS, progress=lambda done, total: told.append((done, total)))
+    overview(peaked.model, TOKENS, progress=lambda done, total: told.append((done, total)))
     assert told[0][0] == 0 and told[-1][0] == told[-1][1] and len({total for _, total in told}) == 1
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
@@ -292,18 +280,18 @@ def flat(values: Any) -> list[Any]:
     return [one for value in values for one in flat(value)] if isinstance(values, list) else [values]
 
 
-def test_a_row_that_is_no_token_has_no_text(tiny, tmp_path):
+def test_a_row_that_is_no_token_has_no_text(peaked, tmp_path):
     model = random_model(vocab_size=600)
     found = overview(model, [599, 1])
-    write_report(found, tiny.tokenizer, tmp_path / "report.html", model_name="Wide")
+    write_report(found, peaked.tokenizer, tmp_path / "report.html", model_name="Wide")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.data["vocabulary"]["599"] == ["<id 599>", None]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_no_text_gets_out_of_its_place(tiny, tmp_path, attack):
+def test_no_text_gets_out_of_its_place(peaked, tmp_path, attack):
     tokens = [256, *attack.encode("utf-8", errors="surrogatepass")]
-    plain, page = written(tiny, TOKENS, tmp_path), written(tiny, tokens, tmp_path, attack)
+    plain, page = written(peaked, TOKENS, tmp_path), written(peaked, tokens, tmp_path, attack)
     assert page.tags == plain.tags and page.styles == plain.styles and page.policy == plain.policy
     assert page.scripts[-1] == plain.scripts[-1]
     assert [attributes for attributes, _ in page.scripts] == [attributes for attributes, _ in plain.scripts]
@@ -315,8 +303,8 @@ def test_no_text_gets_out_of_its_place(tiny, tmp_path, attack):
 # ---- the page
 
 
-def test_the_policy_allows_this_style_and_this_script_alone(tiny, tmp_path):
-    page = written(tiny, TOKENS, tmp_path)
+def test_the_policy_allows_this_style_and_this_script_alone(peaked, tmp_path):
+    page = written(peaked, TOKENS, tmp_path)
     code = page.scripts[-1]
     assert code[0] == {} and len(page.styles) == 1
     style, script = (hash_of(text) for text in (page.styles[0], code[1]))
@@ -342,6 +330,13 @@ def test_sources_make_no_markup_of_text(path):
     assert len(text.splitlines()) <= 500
 
 
+def test_styles_are_of_what_there_is():
+    style, *others = (path.read_text(encoding="utf-8") for path in sorted(SOURCES, key=lambda path: path.suffix != ".css"))
+    classes = set(re.findall(r"\.([a-z][\w-]*)(?=[^{}]*\{)", style))
+    named = set(re.findall(r"(?<![\w.-])[\w-]+", " ".join(re.findall(r"""["`'][^"`'\n]*["`']""", "\n".join(others)))))
+    assert len(classes) > 40 and classes <= named
+
+
 # ---- the file
 
 
@@ -356,34 +351,37 @@ def test_sources_make_no_markup_of_text(path):
         ("", "out is '', expected a file"),
         (3, "out is 3, expected a file"),
         ("nul\0.html", "expected a file"),
+        ("~no-such-user/report.html", "where nothing can be written: .*home directory; choose another"),
+        (f"{'a' * 300}.html", "where nothing can be written: File name too long; choose another"),
+        (f"{'a' * 300}/report.html", "File name too long|there is no folder"),
     ],
 )
-def test_where_nothing_can_be_written_is_told_before_anything_is_done(tiny, tmp_path, monkeypatch, name, message):
+def test_where_nothing_can_be_written_is_told_before_anything_is_done(peaked, tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(RequestError, match=message):
         check_report(name)
     with pytest.raises(RequestError, match=message):
-        write_report(overview(tiny.model, [256]), tiny.tokenizer, name, model_name="Tiny")
+        write_report(overview(peaked.model, [256]), peaked.tokenizer, name, model_name="Tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
 
 
-def test_a_folder_that_may_not_be_written_is_told(tiny, unprivileged_folder):
+def test_a_folder_that_may_not_be_written_is_told(peaked, unprivileged_folder):
     unprivileged_folder.chmod(0o500)
     path = unprivileged_folder / "report.html"
     with pytest.raises(RequestError, match=r"nothing may be written into .*: choose another folder"):
         check_report(path)
     with pytest.raises(RequestError, match="nothing may be written into"):
-        write_report(overview(tiny.model, [256]), tiny.tokenizer, path, model_name="Tiny")
+        write_report(overview(peaked.model, [256]), peaked.tokenizer, path, model_name="Tiny")
     unprivileged_folder.chmod(0o700)
     assert list(unprivileged_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_full_disk_leaves_what_was_there(tiny, tmp_path, monkeypatch, error):
+def test_a_full_disk_leaves_what_was_there(peaked, tmp_path, monkeypatch, error):
     path = tmp_path / "report.html"
     path.write_text("the last one")
-    found = overview(tiny.model, TOKENS)
+    found = overview(peaked.model, TOKENS)
 
     def fail(descriptor: int) -> None:
         raise error
@@ -391,17 +389,26 @@ def test_a_full_disk_leaves_what_was_there(tiny, tmp_path, monkeypatch, error):
     monkeypatch.setattr(os, "fsync", fail)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else RequestError
     with pytest.raises(expected, match=None if expected is KeyboardInterrupt else "No space left on device; free some space"):
-        write_report(found, tiny.tokenizer, path, model_name="Tiny")
+        write_report(found, peaked.tokenizer, path, model_name="Tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"] and path.read_text() == "the last one"
 
 
-def test_a_file_is_replaced_where_a_link_leads(tiny, tmp_path):
+def test_a_missing_source_is_no_fault_of_the_place(peaked, tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("the last one")
+    monkeypatch.setattr(report, "SCRIPTS", (*report.SCRIPTS, "gone"))
+    with pytest.raises(FileNotFoundError, match=r"page/gone\.js"):
+        write_report(overview(peaked.model, [256]), peaked.tokenizer, path, model_name="Tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"] and path.read_text() == "the last one"
+
+
+def test_a_file_is_replaced_where_a_link_leads(peaked, tmp_path):
     (tmp_path / "there").mkdir()
     target, link = tmp_path / "there" / "old.html", tmp_path / "link.HTML"
     target.write_text("old")
     link.symlink_to(target)
     check_report(link)
-    write_report(overview(tiny.model, [256]), tiny.tokenizer, link, model_name="Tiny")
+    write_report(overview(peaked.model, [256]), peaked.tokenizer, link, model_name="Tiny")
     assert link.is_symlink() and target.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
@@ -411,17 +418,17 @@ def test_a_file_is_replaced_where_a_link_leads(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
-        ([1] * (MOST_TOKENS + 1), {}, r"the text has 2,049 tokens, and a report is of 2,048 at most"),
+        ([1] * (MOST_TOKENS + 1), {}, r"the text has 2,049 tokens, but a report holds at most 2,048"),
         ([], {}, "tokens is empty"),
         ([1], {"target": 512}, "token 512 is not in the vocabulary"),
         ([1], {"top": 0}, "top is 0"),
         ([1], {"ids": []}, "ids is empty"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_the_model_runs(tiny, monkeypatch, tokens, options, message):
+def test_what_makes_no_sense_is_refused_before_the_model_runs(peaked, monkeypatch, tokens, options, message):
     def run(*args: Any) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(tiny.model, "hidden", run)
+    monkeypatch.setattr(peaked.model, "hidden", run)
     with pytest.raises(RequestError, match=message):
-        overview(tiny.model, tokens, **options)
+        overview(peaked.model, tokens, **options)

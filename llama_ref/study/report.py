@@ -9,7 +9,9 @@ import base64
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,22 +29,35 @@ def check_report(path: str | Path) -> None:
     """Raise RequestError where no report could be written: better before a model is loaded than after."""
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise RequestError(f"out is {path!r:.60}, expected a file that ends in {' or '.join(ENDINGS)}")
-    target = _target(path)
+    try:
+        problem = _problem(_target(path))
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody has
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        problem = f"where nothing can be written: {reason}; choose another folder or name"
+    if problem:
+        raise RequestError(f"out is {str(path)!r:.200}, {problem}")
+
+
+def _problem(target: Path) -> str | None:
+    """What would keep a report from being written there, where no OSError tells."""
     if target.suffix.lower() not in ENDINGS:
-        raise RequestError(f"out is {str(path)!r}, expected a file that ends in {' or '.join(ENDINGS)}")
+        return f"expected a file that ends in {' or '.join(ENDINGS)}"
     if not target.parent.is_dir():
-        raise RequestError(f"out is {str(path)!r}, but there is no folder {target.parent}: make it first")
-    if target.is_dir():
-        raise RequestError(f"out is {str(path)!r}, which is a folder: name a file in it")
+        return f"but there is no folder {target.parent}: make it first"
     effective = os.access in os.supports_effective_ids
     if not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=effective):
-        raise RequestError(f"out is {str(path)!r}, but nothing may be written into {target.parent}: choose another folder")
+        return f"but nothing may be written into {target.parent}: choose another folder"
+    with suppress(FileNotFoundError):
+        if stat.S_ISDIR(target.stat().st_mode):
+            return "which is a folder: name a file in it"
+    return None
 
 
 def write_report(found: Overview, tokenizer: Tokenizer, path: str | Path, *, model_name: str) -> None:
     """Write the page, whole or not at all; a file that is there is replaced. Raises RequestError where it cannot be written."""
     check_report(path)
-    write_output(_target(path), (piece.encode() for piece in _page(found, tokenizer, model_name)))
+    page = _page(found, tokenizer, model_name)
+    write_output(_target(path), (piece.encode() for piece in page))
 
 
 def _target(path: str | Path) -> Path:
@@ -51,8 +66,8 @@ def _target(path: str | Path) -> Path:
 
 
 def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[str]:
-    """The page in pieces: its frame, with what belongs there in place of each {{name}}."""
-    style = _source("report.css")
+    """The page in pieces: its frame, with what belongs there in place of each {{name}}. Its sources are all read at once."""
+    frame, style = _source("report.html"), _source("report.css")
     script = '"use strict";\n' + "\n".join(_source(f"{name}.js") for name in SCRIPTS)
     inserted = {
         "policy": [_policy(style, script)],
@@ -61,8 +76,8 @@ def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[st
         "data": [to_json(page_data(found, tokenizer, model_name))],
         "patterns": _blocks(packed_layers(found)),
     }
-    for i, piece in enumerate(re.split(r"\{\{(\w+)\}\}", _source("report.html"))):
-        yield from inserted[piece] if i % 2 else [piece]
+    pieces = enumerate(re.split(r"\{\{(\w+)\}\}", frame))
+    return (text for i, piece in pieces for text in (inserted[piece] if i % 2 else [piece]))
 
 
 def _blocks(layers: Iterable[str]) -> Iterator[str]:

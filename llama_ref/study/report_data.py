@@ -13,7 +13,7 @@ from llama_ref.study.inputs import label
 from llama_ref.study.lens import LogitLens
 from llama_ref.study.overview import Overview
 from llama_ref.study.predictions import Predictions
-from llama_ref.study.residual import ResidualStream
+from llama_ref.study.residual import ResidualStream, quartiles_of_others
 from llama_ref.tokenizer import Tokenizer
 
 DIGITS = 5  # of a number: more than any picture shows
@@ -108,8 +108,10 @@ def _attribution(found: Attribution) -> dict[str, Any]:
 
 
 def _residual(found: ResidualStream) -> dict[str, Any]:
-    """Of every point, within layers too: twice as many as the lens has, less one."""
-    return {measure: _numbers(getattr(found, measure)) for measure in ("norm", "drift", "to_last")}
+    """Of every point, within layers too: twice as many as the lens has, less one; `medians` are of all tokens but the first."""
+    measured = {measure: getattr(found, measure) for measure in ("norm", "drift", "to_last")}
+    medians = {measure: _numbers(quartiles_of_others(values)[1]) for measure, values in measured.items()}
+    return {measure: _numbers(values) for measure, values in measured.items()} | {"medians": medians}
 
 
 def _ranks(ranks: Tensor, probabilities: Tensor) -> Any:

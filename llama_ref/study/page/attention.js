@@ -34,7 +34,6 @@ async function decode(layer, head) {
 class Pattern {
   constructor(packed) {
     this.steps = new Uint8Array(nTokens * nTokens);
-    this.rest = new Float32Array(nTokens);
     this.restEach = new Float32Array(nTokens);
     for (let t = 0; t < nTokens; t++) this.unpackRow(packed, t);
   }
@@ -50,8 +49,8 @@ class Pattern {
       sum += steps;
       if (steps && key <= t) shown++;
     }
-    this.rest[t] = Math.max(0, 1 - sum / 254);
-    this.restEach[t] = shown <= t ? this.rest[t] / (t + 1 - shown) : 0;
+    const rest = Math.max(0, 1 - sum / 254);
+    this.restEach[t] = shown <= t ? rest / (t + 1 - shown) : 0;
   }
 
   /** What token t gives to token s: null if that is not a number, undefined if s comes later. */
@@ -80,11 +79,11 @@ function startAttention() {
 
   const strip = new Strip(byId("looks"), {
     label: "Tokens of the text, shaded by attention",
-    describe: () => null,
     hover: (position) => {
       if (explorer.hovered === position) return;
       explorer.hovered = position;
       showLooks();
+      if (position !== null) say(byId("shares").innerText);
     },
   });
   const map = headsMap();
@@ -115,7 +114,11 @@ function startAttention() {
     showLooks(true);
   }
 
-  onSelect((change) => (change.layer === undefined && change.head === undefined ? showLooks() : showHead()));
+  onSelect(({ layer, head }) => {
+    if (layer === undefined && head === undefined) return showLooks();
+    say(`Layer ${selection.layer}, head ${selection.head}. ${headHabits(selection.layer, selection.head)}`);
+    return showHead();
+  });
   byId("direction").addEventListener("change", (event) => {
     explorer.direction = event.target.value;
     showLooks();
@@ -162,7 +165,7 @@ function startHeadControls() {
   byId("head-before").addEventListener("click", () => step(-1));
   byId("head-after").addEventListener("click", () => step(1));
   addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.metaKey) return; // Ctrl and Alt are how many keyboards write a bracket
     if (event.key === "[") step(-1);
     if (event.key === "]") step(1);
   });

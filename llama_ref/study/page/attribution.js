@@ -1,27 +1,33 @@
 // What wrote the target's logit: bars by layer, with their running sum, and the strongest parts by name.
 
-const STRONGEST = 14;
+const STRONGEST = 14; // parts in the list
+const LISTED_OF_A_LAYER = 4; // heads in a card
 const BARS_HEIGHT = 210;
 const SUM_HEIGHT = 110;
 
-/** Embedding and layers in the order in which they write: {name, attention, ffn, soFar}. */
+/** Embedding and layers in the order in which they write: {name, attention, ffn, soFar, strongest}. */
 function writers({ embedding, heads, ffns }) {
-  const found = [{ name: "embedding", attention: 0, ffn: 0, soFar: embedding }];
+  const found = [{ name: "embedding", attention: 0, ffn: 0, soFar: embedding, strongest: [] }];
   for (const [layer, shares] of heads.entries()) {
     const attention = shares.reduce((a, b) => a + b, 0);
-    found.push({ name: `layer ${layer}`, attention, ffn: ffns[layer], soFar: found[layer].soFar + attention + ffns[layer] });
+    const soFar = found[layer].soFar + attention + ffns[layer];
+    const ordered = strongestFirst(shares.map((share, head) => ({ name: `head ${head}`, share })));
+    const strongest = ordered.slice(0, LISTED_OF_A_LAYER);
+    found.push({ name: `layer ${layer}`, attention, ffn: ffns[layer], soFar, strongest });
   }
   return found;
 }
 
+const strongestFirst = (parts) => parts.sort((a, b) => Math.abs(b.share) - Math.abs(a.share));
+
 function partsByName({ embedding, heads, ffns }) {
-  return [
+  return strongestFirst([
     { name: "embedding", share: embedding, kind: "embedding" },
     ...heads.flatMap((shares, layer) =>
       shares.map((share, head) => ({ name: `layer ${layer} head ${head}`, share, kind: "", layer, head })),
     ),
-    ...ffns.map((share, layer) => ({ name: `layer ${layer} ffn`, share, kind: "ffn" })),
-  ].sort((a, b) => Math.abs(b.share) - Math.abs(a.share));
+    ...ffns.map((share, layer) => ({ name: `layer ${layer} feed-forward`, share, kind: "ffn" })),
+  ]);
 }
 
 function startAttribution() {
@@ -44,7 +50,8 @@ function startAttribution() {
     { kind: "ffn", name: "feed-forward", square: true },
     { kind: "sum-line", name: "sum so far" },
   ]);
-  drawnToWidth(byId("by-layer"), (width) => drawByLayer(byId("by-layer"), parts, width));
+  const reader = new Reader(byId("by-layer"), "Shares of the logit by layer");
+  drawnToWidth(byId("by-layer"), (width) => drawByLayer(reader, parts, width));
   byId("strongest").replaceChildren(barList(partsByName(found).slice(0, STRONGEST).map(strongestRow)));
 }
 
@@ -61,12 +68,11 @@ function strongestRow({ name, share, kind, layer, head }) {
   return { label, share, text: signed(share), kind };
 }
 
-function drawByLayer(element, parts, width) {
+function drawByLayer(reader, parts, width) {
   const height = SUM_HEIGHT + BARS_HEIGHT;
   const step = (width - MARGIN.left - MARGIN.right) / parts.length;
   const x = (i) => MARGIN.left + (i + 0.5) * step;
-  const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
-  chart.append(svg("title", {}, "Shares of the logit by layer"));
+  const chart = newChart(width, height);
   const sums = bounded([0, ...parts.map((part) => part.soFar)], MARGIN.top, SUM_HEIGHT - 14);
   drawAxis(chart, sums, 3, width);
   drawCurve(chart, { values: parts.map((part) => part.soFar), kind: "sum-line" }, x, sums.y);
@@ -80,8 +86,8 @@ function drawByLayer(element, parts, width) {
   drawAxis(chart, bars, 5, width);
   for (const [i, part] of parts.entries()) drawStack(chart, part, x(i), Math.max(1, Math.min(26, 0.72 * step)), bars.y);
   drawLayers(chart, (layer) => x(layer + 1), width, "layer", height - MARGIN.bottom);
-  element.replaceChildren(chart);
-  hoverNearest(chart, height, parts.length, x, (i) => describeWriter(parts[i], i - 1));
+  reader.element.replaceChildren(chart);
+  reader.read(chart, { n: parts.length, x, describe: (i) => describeWriter(parts[i]) });
 }
 
 function bounded(values, top, bottom) {
@@ -107,13 +113,12 @@ function drawStack(chart, { attention, ffn }, x, width, y) {
   }
 }
 
-function describeWriter({ name, attention, ffn, soFar }, layer) {
-  if (layer < 0) return [title(name), make("p", {}, signed(soFar))];
-  const strongest = partsByName(data.attribution).filter((part) => part.layer === layer).slice(0, 4);
+function describeWriter({ name, attention, ffn, soFar, strongest }) {
+  if (!strongest.length) return [title(name), make("p", {}, signed(soFar))];
   return [
     title(name),
     make("p", {}, `attention ${signed(attention)} · feed-forward ${signed(ffn)}`),
     make("p", {}, `sum so far ${signed(soFar)}`),
-    barList(strongest.map(({ head, share }) => ({ label: make("span", {}, `head ${head}`), share, text: signed(share) }))),
+    barList(strongest.map(({ name: head, share }) => ({ label: make("span", {}, head), share, text: signed(share) }))),
   ];
 }

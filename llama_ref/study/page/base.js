@@ -1,4 +1,4 @@
-// What all sections share: the data, the selection, elements, numbers as text, colours, and the card at the pointer.
+// What all sections share: the data, the selection, elements, numbers as text, colours, and the card at what one points at.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const nTokens = data.tokens.length;
@@ -40,6 +40,11 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** To who listens instead of looking: the page's one live region, so that a change is told once. */
+function say(text) {
+  byId("spoken").textContent = text;
+}
+
 function fillOptions(element, names, chosen = 0) {
   element.append(...names.map((name, i) => new Option(name, i, i === chosen, i === chosen)));
 }
@@ -77,6 +82,7 @@ function percent(share) {
 }
 
 function scientific(value) {
+  if (value === 0) return "0";
   const [digit, exponent] = value.toExponential(0).split("e");
   return `${digit.replace("-", "−")}·${power(Number(exponent))}`;
 }
@@ -91,13 +97,6 @@ const whole = (value) => (value === null ? "–" : value.toLocaleString("en"));
 function extent(values) {
   const known = values.filter((value) => value !== null && Number.isFinite(value));
   return known.length ? [known.reduce((a, b) => Math.min(a, b)), known.reduce((a, b) => Math.max(a, b))] : null;
-}
-
-function median(values) {
-  const known = values.filter((value) => value !== null).sort((a, b) => a - b);
-  if (!known.length) return null;
-  const middle = known.length >> 1;
-  return known.length % 2 ? known[middle] : (known[middle - 1] + known[middle]) / 2;
 }
 
 // ---- colours, read from the style sheet so that they follow the theme
@@ -128,10 +127,10 @@ function makeRamp() {
 const asPixel = ([red, green, blue]) => new Uint32Array(new Uint8Array([red, green, blue, 255]).buffer)[0];
 const shade = (strength) => ramp[Math.round(255 * clamp(strength, 0, 1))];
 
-/** Black or white, whichever can be read better on a colour. */
+/** Black or white, whichever can be read better on a colour: with a contrast of 4.5 on any, which no paler black has. */
 function inkOn(rgb) {
   const [r, g, b] = rgb.map((value) => ((value / 255 + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#0b0e13" : "#ffffff";
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
 }
 
 /** How strongly a value is to be shaded, from 0 to 1, and what stands at both ends of the legend. */
@@ -176,13 +175,19 @@ function startTheme() {
 
 // ---- the card
 
+const MOST_IN_CARD = 10; // alternatives
+
 const card = {
   element: byId("card"),
+  of: null,
 
-  /** Beside what is between {left, top, bottom} in the window, below it where there is room. */
-  show(content, rectangle) {
-    this.element.replaceChildren(...content.filter((part) => part !== null));
-    this.element.hidden = false;
+  /**
+   * Beside what is between {left, top, bottom} in the window, below it where there is room. `of` is what the card is of: it
+   * has the content that `describe` makes until it is of something else.
+   */
+  show(of, describe, rectangle) {
+    if (of !== this.of) this.fill(describe());
+    this.of = of;
     const { width, height } = this.element.getBoundingClientRect();
     const below = rectangle.bottom + 10 + height <= innerHeight;
     const top = below ? rectangle.bottom + 10 : Math.max(4, rectangle.top - height - 10);
@@ -190,8 +195,15 @@ const card = {
     this.element.style.transform = `translate(${Math.round(left)}px, ${Math.round(top)}px)`;
   },
 
+  fill(content) {
+    this.element.replaceChildren(...content.filter((part) => part !== null));
+    this.element.hidden = false;
+    say(this.element.innerText);
+  },
+
   hide() {
     this.element.hidden = true;
+    this.of = null;
   },
 };
 addEventListener("scroll", () => card.hide(), { passive: true });
@@ -200,10 +212,11 @@ addEventListener("keydown", (event) => event.key === "Escape" && card.hide());
 const quiet = (...parts) => make("p", { class: "quiet" }, ...parts);
 const title = (...parts) => make("p", { class: "head" }, ...parts);
 
-/** Likeliest tokens with bars; `actual` is marked where it is among them. */
+/** Likeliest tokens with bars, as many as a card has room for; `actual` is marked where it is among them. */
 function alternatives(ids, probabilities, actual = null) {
   const row = (id, share) => ({ label: tokenElement(id), share, text: percent(share), marked: id === actual });
-  return barList(ids.map((id, i) => row(id, probabilities[i])));
+  const list = barList(ids.slice(0, MOST_IN_CARD).map((id, i) => row(id, probabilities[i])));
+  return ids.length > MOST_IN_CARD ? [list, quiet(`… and ${ids.length - MOST_IN_CARD} more`)] : [list];
 }
 
 /** Rows {label, share, text, kind, marked}: bars from the left, or, where some shares are below 0, from a line in between. */

@@ -35,10 +35,10 @@ function decades([low, high]) {
 }
 
 /** A value's height in the chart; null where it has none. */
-function heightScale(values, { logarithmic = false, upsideDown = false, within = null }) {
+function heightScale(values, { logarithmic = false, upsideDown = false }) {
   const usable = values.filter((value) => value !== null && (!logarithmic || value > 0));
-  let [low, high] = within ?? extent(usable) ?? [0, 1];
-  if (logarithmic) [low, high] = [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high) || 0)];
+  let [low, high] = extent(usable) ?? (logarithmic ? [0.1, 1] : [0, 1]);
+  if (logarithmic) [low, high] = [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high))];
   if (low === high) [low, high] = logarithmic ? [low / 10, high] : [low - 1, high + 1];
   const scaled = logarithmic ? Math.log10 : (value) => value;
   const [bottom, top] = [CHART_HEIGHT - MARGIN.bottom, MARGIN.top];
@@ -51,24 +51,27 @@ function heightScale(values, { logarithmic = false, upsideDown = false, within =
 }
 
 /**
- * Lines over the layers. `series`: [{name, values, kind, dashed}], `labels`: what each value is at; there are `perLayer` of
+ * Lines over the layers. `series`: [{name, values, kind, dashed}], `places`: what each value is at; there are `perLayer` of
  * them for a layer, after one for the embedding. A value that is null leaves a gap.
  */
-function lineChart(element, { series, labels, perLayer = 1, format, formatTick = format, describe = null, ...scaling }) {
+function lineChart(element, { label, series, places, perLayer = 1, format, formatTick = format, describe = null, ...scaling }) {
+  const reader = new Reader(element, label);
   return drawnToWidth(element, (width) => {
     const lines = series();
     const scale = heightScale(lines.flatMap((line) => line.values), scaling);
-    const x = (i) => MARGIN.left + (i / Math.max(1, labels.length - 1)) * (width - MARGIN.left - MARGIN.right);
-    const chart = svg("svg", { viewBox: `0 0 ${width} ${CHART_HEIGHT}`, height: CHART_HEIGHT, role: "img" });
-    chart.append(svg("title", {}, lines.map((line) => line.name).join(", ")));
+    const x = (i) => MARGIN.left + (i / Math.max(1, places.length - 1)) * (width - MARGIN.left - MARGIN.right);
+    const chart = newChart(width, CHART_HEIGHT);
     drawHeights(chart, scale, formatTick, width);
     drawLayers(chart, (layer) => x((layer + 1) * perLayer), width, "after layer");
     for (const line of lines) drawCurve(chart, line, x, scale.y);
     element.replaceChildren(chart);
     const listed = (i) => lines.map((line) => make("p", {}, `${line.name}: ${format(line.values[i])}`));
-    hoverNearest(chart, CHART_HEIGHT, labels.length, x, describe ?? ((i) => [title(labels[i]), ...listed(i)]));
+    reader.read(chart, { n: places.length, x, describe: describe ?? ((i) => [title(places[i]), ...listed(i)]) });
   });
 }
+
+/** An empty picture; the element that it stands in says what it is. */
+const newChart = (width, height) => svg("svg", { viewBox: `0 0 ${width} ${height}`, height, "aria-hidden": "true" });
 
 function drawHeights(chart, scale, format, width) {
   for (const tick of scale.ticks) {
@@ -106,33 +109,72 @@ function drawCurve(chart, { values, kind, dashed = false }, x, y) {
   chart.append(svg("path", { class: `curve ${kind}${dashed ? " dashed" : ""}`, d: path }));
 }
 
-/** A rule and a card at whichever of n places is nearest to the pointer. */
-function hoverNearest(chart, height, n, x, describe) {
-  const rule = svg("line", { class: "here", y1: MARGIN.top, y2: height - MARGIN.bottom, visibility: "hidden" });
-  chart.append(rule);
-  chart.addEventListener("pointermove", (event) => {
-    const box = chart.getBoundingClientRect();
-    const at = event.clientX - box.left;
-    const i = range(n).reduce((best, other) => (Math.abs(x(other) - at) < Math.abs(x(best) - at) ? other : best));
-    rule.setAttribute("x1", x(i));
-    rule.setAttribute("x2", x(i));
-    rule.setAttribute("visibility", "visible");
-    card.show(describe(i), { left: box.left + x(i) + 12, top: event.clientY, bottom: event.clientY });
-  });
-  chart.addEventListener("pointerleave", () => {
-    rule.setAttribute("visibility", "hidden");
+/** A chart's numbers, one place at a time: a rule and a card at the nearest to the pointer, or where the arrow keys go. */
+class Reader {
+  constructor(element, label) {
+    Object.assign(this, { element, places: [], at: null });
+    element.tabIndex = 0;
+    element.setAttribute("role", "application");
+    element.setAttribute("aria-label", `${label}; left and right arrow keys move`);
+    element.addEventListener("pointermove", (event) => this.point(event));
+    element.addEventListener("pointerleave", () => this.leave());
+    element.addEventListener("blur", () => this.leave());
+    element.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  /** A chart was drawn: it has n places, the i-th x(i) from the left, and `describe(i)` is a card's content. */
+  read(chart, { n, x, describe }) {
+    if (this.at !== null) card.hide();
+    this.at = null;
+    this.places = range(n).map((i) => ({ x: x(i), describe: () => describe(i) }));
+    this.rule = svg("line", { class: "here", y1: MARGIN.top, y2: chart.getAttribute("height") - MARGIN.bottom });
+    this.rule.setAttribute("visibility", "hidden");
+    chart.append(this.rule);
+  }
+
+  point({ clientX, clientY }) {
+    const at = clientX - this.element.getBoundingClientRect().left;
+    const distance = (i) => Math.abs(this.places[i].x - at);
+    this.show(range(this.places.length).reduce((best, i) => (distance(i) < distance(best) ? i : best)), clientY, clientY);
+  }
+
+  key(event) {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const last = this.places.length - 1;
+    const { top, bottom } = this.element.getBoundingClientRect();
+    this.show(clamp((this.at ?? (step > 0 ? -1 : last + 1)) + step, 0, last), top, bottom);
+  }
+
+  show(i, top, bottom) {
+    const { x, describe } = this.places[i];
+    this.at = i;
+    this.rule.setAttribute("x1", x);
+    this.rule.setAttribute("x2", x);
+    this.rule.setAttribute("visibility", "visible");
+    card.show(this.places[i], describe, { left: this.element.getBoundingClientRect().left + x + 12, top, bottom });
+  }
+
+  leave() {
+    if (this.at === null) return;
+    this.at = null;
+    this.rule.setAttribute("visibility", "hidden");
     card.hide();
-  });
+  }
 }
 
-/** What the lines are: [{kind, name, dashed}], or {kind, name, square} for bars. */
+/** What the lines are: [{kind, name, dashed}], {kinds, name} for several of one meaning, or {kind, name, square} for bars. */
 function drawKeys(element, keys) {
   element.replaceChildren(
-    ...keys.map(({ kind, name, dashed = false, square = false }) => {
+    ...keys.map(({ kind, kinds = [kind], name, dashed = false, square = false }) => {
       const sample = svg("svg", { viewBox: "0 0 24 10", "aria-hidden": "true" });
       if (square) sample.append(svg("rect", { class: kind, x: 7, y: 0, width: 10, height: 10, rx: 2 }));
-      else sample.append(svg("line", { class: `curve ${kind}${dashed ? " dashed" : ""}`, x1: 0, x2: 24, y1: 5, y2: 5 }));
+      else sample.append(...kinds.map((of, i) => sampleLine(of, dashed, (10 * (i + 1)) / (kinds.length + 1))));
       return make("li", {}, sample, name);
     }),
   );
 }
+
+const sampleLine = (kind, dashed, y) =>
+  svg("line", { class: `curve ${kind}${dashed ? " dashed" : ""}`, x1: 0, x2: 24, y1: y, y2: y });

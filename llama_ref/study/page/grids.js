@@ -17,7 +17,7 @@ class Grid {
     this.context = this.canvas.getContext("2d");
     this.cursor = null; // {row, column} under the pointer, or where the arrow keys went
     element.tabIndex = 0;
-    element.setAttribute("role", "group");
+    element.setAttribute("role", "application");
     element.setAttribute("aria-label", `${label}; arrow keys move, Enter selects`);
     element.append(this.room);
     this.listen();
@@ -63,6 +63,7 @@ class Grid {
       this.layOut(); // which paints
       return;
     }
+    if (stale && this.cursor) this.cursor = { ...this.cursor }; // another cell, to the card: it may have another content
     const { clientWidth: width, clientHeight: height } = this.element;
     const density = devicePixelRatio || 1;
     this.canvas.width = width * density;
@@ -226,13 +227,16 @@ class Grid {
       return;
     }
     const moved = !this.cursor || cell.row !== this.cursor.row || cell.column !== this.cursor.column;
-    this.cursor = cell;
     this.byKeys = !pointer;
-    if (moved) this.paint(false);
+    if (moved) {
+      this.cursor = cell;
+      this.paint(false);
+    }
     const box = this.element.getBoundingClientRect();
     const top = pointer ? pointer.clientY : box.top + this.y(cell.row);
     const left = pointer ? pointer.clientX + 12 : box.left + this.x(cell.column);
-    card.show(this.describe(cell.row, cell.column), { left, top, bottom: pointer ? top : top + this.cellHeight });
+    const bottom = pointer ? top : top + this.cellHeight;
+    card.show(this.cursor, () => this.describe(cell.row, cell.column), { left, top, bottom });
   }
 
   leave() {
@@ -250,7 +254,7 @@ class Grid {
       const to = { row, column: clamp(from.column + step[1], 0, this.columns - 1) };
       event.preventDefault();
       if (this.strength(to.row, to.column) === undefined) return;
-      this.reveal(to.row, to.column);
+      this.reveal(to);
       this.moveTo(to);
     } else if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
@@ -258,13 +262,16 @@ class Grid {
     }
   }
 
-  /** Scroll until a cell can be seen. */
-  reveal(row, column) {
-    const { clientWidth, clientHeight } = this.element;
-    const left = column * this.cellWidth;
-    const top = row * this.cellHeight;
-    this.element.scrollLeft = clamp(this.element.scrollLeft, left + this.cellWidth - (clientWidth - this.gutter), left);
-    this.element.scrollTop = clamp(this.element.scrollTop, top + this.cellHeight - (clientHeight - HEADER_HEIGHT), top);
+  /** Scroll until a cell can be seen, or, where one of both is not given, until its row or column can. */
+  reveal({ row = null, column = null }) {
+    const { scrollLeft, scrollTop, clientWidth, clientHeight } = this.element;
+    const into = (scroll, start, size, room) => clamp(scroll, start + size - room, start);
+    if (column !== null) {
+      this.element.scrollLeft = into(scrollLeft, column * this.cellWidth, this.cellWidth, clientWidth - this.gutter);
+    }
+    if (row !== null) {
+      this.element.scrollTop = into(scrollTop, row * this.cellHeight, this.cellHeight, clientHeight - HEADER_HEIGHT);
+    }
   }
 }
 

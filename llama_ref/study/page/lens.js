@@ -16,19 +16,19 @@ function lensColours() {
   const { top_probabilities: top, target_probability: target, entropy, kl } = data.lens;
   const highest = (values) => extent(values.flat())?.[1] ?? 1;
   const nats = (values) => scales.linear(highest(values), `${number(highest(values), 1)} nats`);
-  return {
-    "probability of the likeliest": { value: (p, t) => top[p][t][0], scale: scales.linear(1, "100%") },
-    [`probability of ${labelOf(data.target)}`]: { value: (p, t) => target[p][t], scale: scales.logarithmic(1e-6) },
-    entropy: { value: (p, t) => entropy[p][t], scale: nats(entropy) },
-    "KL to the last layer": { value: (p, t) => kl[p][t], scale: nats(kl) },
-  };
+  return [
+    { name: "probability of the likeliest", value: (p, t) => top[p][t][0], scale: scales.linear(1, "100%") },
+    { name: `probability of ${labelOf(data.target)}`, value: (p, t) => target[p][t], scale: scales.logarithmic(1e-6) },
+    { name: "entropy", value: (p, t) => entropy[p][t], scale: nats(entropy) },
+    { name: "KL to the last layer", value: (p, t) => kl[p][t], scale: nats(kl) },
+  ];
 }
 
 function describeReading(p, t) {
   const read = (name) => data.lens[name][p][t];
   return [
     title(`${pointNames[p]}, after `, ...tokenAt(t)),
-    alternatives(read("top_ids"), read("top_probabilities"), data.target),
+    ...alternatives(read("top_ids"), read("top_probabilities"), data.target),
     quiet(tokenElement(data.target), ` ${percent(read("target_probability"))}, rank ${whole(read("target_rank"))}`),
     quiet(`entropy ${number(read("entropy"))} · KL to the last layer ${number(read("kl"))} nats`),
   ];
@@ -41,7 +41,7 @@ function likeliestAt(p, t) {
 
 function startLens() {
   const colours = lensColours();
-  let { value, scale } = Object.values(colours)[0];
+  let { value, scale } = colours[0];
   let size = nTokens <= 12 || innerWidth < 600 ? "wide" : "narrow";
   const grid = new Grid(byId("lens-grid"), {
     label: "Logit lens: layers by tokens",
@@ -60,24 +60,24 @@ function startLens() {
     grid.paint();
     drawLegend(byId("lens-legend"), "", scale);
   };
-  fillOptions(byId("lens-colour"), Object.keys(colours));
+  fillOptions(byId("lens-colour"), colours.map(({ name }) => name));
   byId("lens-colour").addEventListener("change", (event) => {
-    ({ value, scale } = Object.values(colours)[event.target.value]);
+    ({ value, scale } = colours[event.target.value]);
     paint();
   });
   fillOptions(byId("lens-size"), Object.keys(CELL_SIZES), Object.keys(CELL_SIZES).indexOf(size));
   byId("lens-size").addEventListener("change", (event) => {
     size = Object.keys(CELL_SIZES)[event.target.value];
     grid.layOut();
-    grid.reveal(nLayers, selection.position);
+    grid.reveal({ row: nLayers, column: selection.position });
   });
   onTheme(paint);
   onSelect(({ position }) => {
     if (position === undefined) return;
-    grid.reveal(nLayers, position);
+    grid.reveal({ column: position });
     grid.paint();
   });
-  requestAnimationFrame(() => grid.reveal(nLayers, selection.position));
+  requestAnimationFrame(() => grid.reveal({ row: nLayers, column: selection.position }));
   startRise();
 }
 
@@ -87,12 +87,13 @@ function startRise() {
   const { target_probability: probability, target_rank: rank, top_probabilities: top } = data.lens;
   const through = (values) => values.map((row) => row[selection.position]);
   const shared = {
-    labels: pointNames,
+    places: pointNames,
     describe: (i) => describeReading(i, selection.position),
   };
   const redraw = [
     lineChart(byId("rise-probability"), {
       ...shared,
+      label: `Probability of ${labelOf(data.target)} through the layers`,
       series: () => [
         { name: "likeliest token", kind: "two", dashed: true, values: through(top).map((row) => row[0]) },
         { name: labelOf(data.target), kind: "one", values: through(probability) },
@@ -103,6 +104,7 @@ function startRise() {
     }),
     lineChart(byId("rise-rank"), {
       ...shared,
+      label: `Rank of ${labelOf(data.target)} through the layers`,
       series: () => [{ name: labelOf(data.target), kind: "one", values: through(rank) }],
       logarithmic: true,
       upsideDown: true,

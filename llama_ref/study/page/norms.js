@@ -1,17 +1,17 @@
-// How the residual stream grows and turns, at the selected token and at the median of all.
+// How the residual stream grows and turns, at the selected token and at the median of all but the first.
 
 function startNorms() {
-  const { norm, drift, to_last: toLast } = data.residual;
+  const { norm, drift, to_last: toLast, medians } = data.residual;
   const within = (layer) => [`layer ${layer}, after attention`, `after layer ${layer}`];
   const names = ["embedding", ...range(nLayers).flatMap(within)];
   const here = (values) => values.map((row) => row[selection.position]);
-  const medians = { norm: norm.map(median), drift: drift.map(median), toLast: toLast.map(median) };
-  const shared = { labels: names, perLayer: 2 };
+  const shared = { places: names, perLayer: 2 };
   const redraw = [
     lineChart(byId("norms"), {
       ...shared,
+      label: "Length of the residual stream through the layers",
       series: () => [
-        { name: "median of all tokens", kind: "one", dashed: true, values: medians.norm },
+        { name: "median of all but the first", kind: "one", dashed: true, values: medians.norm },
         { name: "selected token", kind: "one", values: here(norm) },
       ],
       logarithmic: true,
@@ -19,8 +19,9 @@ function startNorms() {
     }),
     lineChart(byId("cosines"), {
       ...shared,
+      label: "Cosines of the residual stream through the layers",
       series: () => [
-        { name: "with the last layer, median", kind: "three", dashed: true, values: medians.toLast },
+        { name: "with the last layer, median", kind: "three", dashed: true, values: medians.to_last },
         { name: "with the last layer", kind: "three", values: here(toLast) },
         { name: "with the point before, median", kind: "one", dashed: true, values: medians.drift },
         { name: "with the point before", kind: "one", values: here(drift) },
@@ -30,12 +31,12 @@ function startNorms() {
   ];
   drawKeys(byId("norm-keys"), [
     { kind: "one", name: "selected token" },
-    { kind: "one", name: "median of all", dashed: true },
+    { kind: "one", name: "median of all but the first", dashed: true },
   ]);
   drawKeys(byId("cosine-keys"), [
     { kind: "one", name: "with the point before" },
     { kind: "three", name: "with the last layer" },
-    { kind: "two", name: "medians", dashed: true },
+    { kinds: ["one", "three"], name: "medians of all but the first", dashed: true },
   ]);
   const show = () => {
     byId("stream-lead").replaceChildren(

@@ -1,15 +1,15 @@
 // Strips of tokens, and the one that shows how the model expected each.
 
 class Strip {
-  /** `describe(position)` gives the card's content or null, `hover` is told the position under the pointer, or null. */
-  constructor(element, { label, describe, hover = () => {} }) {
+  /** `describe(position)` gives the card's content, `hover` is told the position under the pointer, or null. */
+  constructor(element, { label, describe = null, hover = () => {} }) {
     Object.assign(this, { element, describe, hover });
     this.chips = data.tokens.map((id, position) => this.chip(id, position));
     element.setAttribute("role", "toolbar");
     element.setAttribute("aria-label", label);
     for (const [position, chip] of this.chips.entries()) {
       element.append(chip);
-      if (labelOf(data.tokens[position]).endsWith("\\n")) element.append(make("br"));
+      if (bytesOf(data.tokens[position])?.endsWith("0a")) element.append(make("br"));
     }
     element.addEventListener("pointerover", (event) => this.enter(event.target.closest(".chip")));
     element.addEventListener("pointerleave", () => this.enter(null));
@@ -33,8 +33,7 @@ class Strip {
   enter(chip) {
     const position = this.position(chip);
     this.hover(position);
-    const content = chip ? this.describe(position) : null;
-    if (content) card.show(content, chip.getBoundingClientRect());
+    if (chip && this.describe) card.show(chip, () => this.describe(position), chip.getBoundingClientRect());
     else card.hide();
   }
 
@@ -98,22 +97,22 @@ function startTokens() {
   function expected(position) {
     if (position === 0) return [quiet("The first token: nothing stands before it to foretell it.")];
     return [
-      make("p", {}, `expected with ${percent(probability[position])}, rank ${whole(rank[position])}`),
-      alternatives(ids[position - 1], probabilities[position - 1], data.tokens[position]),
+      make("p", {}, `had probability ${percent(probability[position])}, rank ${whole(rank[position])}`),
+      ...alternatives(ids[position - 1], probabilities[position - 1], data.tokens[position]),
     ];
   }
 
   const met = (position) => [...identity(data.tokens[position], position), ...expected(position)];
-  const coming = [quiet("What the model would say next"), alternatives(ids[nTokens - 1], probabilities[nTokens - 1])];
+  const coming = () => [quiet("What the model would say next"), ...alternatives(ids[nTokens - 1], probabilities[nTokens - 1])];
   const strip = new Strip(byId("strip"), {
     label: "Tokens of the text",
-    describe: (position) => (position === null ? coming : met(position)),
+    describe: (position) => (position === null ? coming() : met(position)),
   });
   strip.mark();
   strip.element.scrollTop = 0; // a text is read from its beginning
   strip.chips[0].classList.add("unknown");
   if (probabilities[nTokens - 1][0] !== null) {
-    strip.element.append(make("button", { type: "button", class: "chip coming" }, "→ ", ...tokenParts(ids[nTokens - 1][0])));
+    strip.element.append(make("span", { class: "chip coming" }, "→ ", ...tokenParts(ids[nTokens - 1][0])));
   }
   onTheme(() => {
     strip.shade((position) => (probability[position] === null ? null : scale.strength(probability[position])));
@@ -132,6 +131,10 @@ function startBar() {
     byId("next").disabled = selection.position === nTokens - 1;
     byId("selected").replaceChildren(...tokenAt(selection.position));
   };
-  onSelect(show);
+  onSelect(({ position }) => {
+    if (position === undefined) return;
+    show();
+    say(`${byId("selected").textContent} is selected`);
+  });
   show();
 }

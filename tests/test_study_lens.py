@@ -17,6 +17,7 @@ from llama_ref.quantize import quantize_model, quantized, tie
 from llama_ref.study import attention, lens, weights
 from llama_ref.study.attention import attention_pattern, induction_score, repeated_tokens, summarize_attention
 from llama_ref.study.attribution import attribute
+from llama_ref.study.grid import patch_grid
 from llama_ref.study.inputs import readable
 from llama_ref.study.lens import logit_lens, residual_points
 from llama_ref.study.residual import residual_stream
@@ -348,6 +349,9 @@ def test_a_token_is_shown_on_one_line_and_harmless(text, shown):
         (lambda model: logit_lens(model, [1], top=0), "top is 0, expected a whole number from 1 to 512"),
         (lambda model: logit_lens(model, [1], positions=[1]), "position is 1, .* there is only 0"),
         (lambda model: logit_lens(model, [1], positions=[]), "positions is empty"),
+        (lambda model: logit_lens(model, [1], positions=3), "positions is 3, expected a list of them"),
+        (lambda model: list(spectra(model, 5)), "names is 5, expected a matrix's name or a glob"),
+        (lambda model: patch_grid(model, [1], [2], "x"), "metric is 'x', expected probability"),
         (
             lambda model: logit_lens(model, [1], points=["layers.2.residual_mid"]),
             "points holds 'layers.2.residual_mid', expected",
@@ -362,6 +366,7 @@ def test_a_token_is_shown_on_one_line_and_harmless(text, shown):
         (lambda model: attention_pattern(model, [1], 0, 4), "head is 4, .* there is 0 to 3"),
         (lambda model: repeated_tokens(model, 1), "n_tokens is 1"),
         (lambda model: repeated_tokens(model, ids=[]), "ids is empty"),
+        (lambda model: repeated_tokens(model, ids=["a", "b"]), r"ids is \['a', 'b'\], expected a list of the ids"),
         (lambda model: next(spectra(model, "bogus")), "no matrix is called 'bogus'; the names are tok_embeddings.weight, "),
         (lambda model: next(quantization_errors(model, "int3")), "quantize is 'int3'"),
     ],

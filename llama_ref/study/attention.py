@@ -6,6 +6,7 @@ shows by itself (Olsson et al., "In-context Learning and Induction Heads", 2022)
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -89,12 +90,19 @@ def repeated_tokens(
     """`bos`, where one is given, and `n_tokens` random ids twice: (1, T). `ids`: those to draw from (default: all)."""
     if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 2:
         raise RequestError(f"n_tokens is {n_tokens!r:.40}, expected a whole number of 2 or more")
-    pool = torch.arange(model.args.vocab_size) if ids is None else torch.as_tensor(ids)
-    if not len(pool):
-        raise RequestError("ids is empty, expected the ids to draw random tokens from")
+    pool = torch.arange(model.args.vocab_size) if ids is None else _pool(ids)
     drawn = pool[torch.randint(len(pool), (n_tokens,), generator=torch.Generator().manual_seed(seed))]
     before = torch.tensor([] if bos is None else [check_token(model, bos)], dtype=drawn.dtype)
     return one_row(model, torch.cat((before, drawn, drawn)))
+
+
+def _pool(ids: Sequence[int]) -> Tensor:
+    if not len(ids):
+        raise RequestError("ids is empty, expected the ids to draw random tokens from")
+    try:
+        return torch.tensor([operator.index(token) for token in ids])
+    except TypeError:
+        raise RequestError(f"ids is {ids!r:.60}, expected a list of the ids to draw random tokens from") from None
 
 
 @torch.no_grad()

@@ -77,6 +77,8 @@ def patch_grid(
     together, as many as make 1024 tokens. Raises RequestError for texts of two lengths or a name without that axis.
     """
     refuse_strange(model)
+    if not callable(metric):
+        raise RequestError(f"metric is {metric!r:.60}, expected probability(…), logit_difference(…) or a function of logits")
     axis = check_over(over, '"layer×position" or "layer×head"').removeprefix("layer×")
     name = _name(model, name, axis)
     clean_ids, corrupted_ids = as_tokens(model, clean), as_tokens(model, corrupted)

@@ -75,6 +75,8 @@ def logit_lens(
     """
     row = one_row(model, tokens)
     T = row.shape[1]
+    if positions is not None and not isinstance(positions, Sequence):
+        raise RequestError(f"positions is {positions!r:.60}, expected a list of them ([-1], say), or None for all")
     at = list(range(T)) if positions is None else [check_index("position", position, T) for position in positions]
     if not at:
         raise RequestError("positions is empty, expected those to read at, or None for all")

@@ -90,6 +90,8 @@ def _error(name: str, weight: Tensor, rounded: QuantizedMatrix) -> QuantizationE
 
 
 def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
+    if not isinstance(names, str):
+        raise RequestError(f"names is {names!r:.60}, expected a matrix's name or a glob of names, such as 'layers.0.*'")
     kinds = (nn.Linear, nn.Embedding, QuantizedMatrix)
     found = [(f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, kinds)]
     if _is_tied(model):

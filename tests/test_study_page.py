@@ -1,11 +1,10 @@
 """The report in a real browser, without a network: it draws, answers pointer and keys, and reports no error.
 
-Needs Debian's chromium (or Chrome) and the package playwright; without them these tests are skipped, but fail where CI is set.
+Needs Debian's chromium (or Chrome) and the package playwright; without them these tests are skipped, and say so.
 """
 
 import base64
 import io
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,23 +35,18 @@ Open = Callable[..., AbstractContextManager[Any]]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        missing(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing("the package playwright is not installed")
-    with sync_playwright() as playwright:
+    program = find_browser()
+    with pytest.importorskip(
+        "playwright.sync_api", reason="the package playwright is not installed"
+    ).sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
-def missing(what: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(f"{what}, and the report's page has to be looked at in CI")
-    pytest.skip(what)
+def find_browser() -> str:
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    return program or pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed; install chromium to run this")
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +112,19 @@ def point_at(page: Any, grid: str, x: float, y: float) -> None:
 
 
 def point_at_place(page: Any, chart: str, key: str) -> str:
-    """The card of the next place of a chart to the left or right, by keys alone."""
+    """The card of the place of a chart that a key leads to."""
     page.locator(chart).focus()
     page.wait_for_timeout(60)  # what scrolls hides the card
     page.keyboard.press(key)
     return card(page)
+
+
+@pytest.mark.parametrize("ci", ["true", ""])
+def test_without_a_browser_the_page_is_not_looked_at(monkeypatch, ci):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(pytest.skip.Exception, match=r"none of chromium, .* is installed; install chromium"):
+        find_browser()
 
 
 def percent(text: str) -> float:
@@ -271,8 +273,31 @@ def test_what_takes_arrow_keys_says_so(open_page, paris):
     with open_page(paris) as page:
         for element in page.locator(".grid, .chart").all():
             assert element.get_attribute("role") == "application" and element.get_attribute("tabindex") == "0"
-            assert re.fullmatch(r".+; .*arrow keys move.*", element.get_attribute("aria-label"))
+            assert re.fullmatch(r".+; arrow keys, Home, End, Page Up and Page Down move.*", element.get_attribute("aria-label"))
         assert page.locator("svg title").count() == 0  # a browser would show it over the card
+
+
+def test_keys_go_far_in_long_texts(open_page, long):
+    with open_page(long) as page:
+        page.locator("#strip .chip").nth(499).focus()
+        for key, position in (("Home", 0), ("PageDown", 20), ("PageDown", 40), ("PageUp", 20), ("End", 499), ("PageDown", 499)):
+            page.keyboard.press(key)
+            assert page.locator("#strip .chip:focus").get_attribute("data-position") == str(position)
+        for grid, keys in (
+            ("#lens-grid", {"Home": "1, after .* @0", "PageDown": "1, after .* @20", "End": "1, after .* @499",
+                            "Shift+PageUp": "embedding, after .* @499", "Control+Home": "embedding, after .* @0",
+                            "PageUp": "embedding, after .* @0", "Control+End": "layer 1, after .* @499"}),
+            ("#pattern-grid", {"Control+Home": ".* @0 looks at .* @0", "Shift+PageDown": ".* @20 looks at .* @0",
+                               "End": ".* @20 looks at .* @20", "Shift+PageUp": ".* @0 looks at .* @0",
+                               "Control+End": ".* @499 looks at .* @499", "PageUp": ".* @499 looks at .* @479"}),
+        ):  # fmt: skip
+            page.locator(grid).focus()
+            page.wait_for_timeout(60)  # what scrolls hides the card
+            for key, expected in keys.items():
+                page.keyboard.press(key)
+                assert re.search(expected, card(page).split("\n")[0]), (grid, key)
+        for key, expected in (("End", "after layer 1"), ("PageUp", "embedding"), ("Home", "embedding")):
+            assert point_at_place(page, "#norms", key).split("\n")[0] == expected
 
 
 def test_one_region_speaks(open_page, paris):
@@ -382,6 +407,9 @@ def test_the_explorer_shows_the_pattern_of_the_head_that_is_chosen(open_page, pa
                 page.locator("#looks .chip").nth(position).hover()
                 assert f"@{position} looks at" in page.locator("#shares h3").inner_text()
                 assert shown_shares(page) == pytest.approx(pattern[position].tolist(), abs=0.006)
+                texts = page.locator("#shares .share").all_inner_texts()
+                ordered = pattern[position, : position + 1].sort(descending=True).values.tolist()
+                assert texts == page.evaluate("(shares) => shares.map(percent)", ordered)  # to the last digit
             page.get_by_text("who looks at it", exact=True).click()
             page.locator("#looks .chip").nth(1).hover()
             assert page.locator("#shares h3").inner_text() == "The @1 is looked at by"
@@ -547,6 +575,50 @@ def test_a_narrow_window_has_nothing_beside_it(open_page, which, request):
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
         page.set_viewport_size({"width": 900, "height": 800})
         page.wait_for_selector('#norms svg:not([viewBox="0 0 368 190"])')  # drawn again, as wide as there is room
+
+
+# ---- on paper
+
+PRINTED = """() => ({
+  theme: document.documentElement.dataset.theme ?? null,
+  scrolled: [...document.querySelectorAll(".grid, .strip")].map((box) => [box.scrollLeft, box.scrollTop]),
+  widths: [...document.querySelectorAll(".grid, .chart svg")].map((box) => box.getBoundingClientRect().width),
+})"""
+LAYOUT_ON_PAPER = """() => {
+  const canvas = document.querySelector("#lens-grid canvas");
+  const view = (grid) => grid.scrollWidth <= grid.clientWidth && grid.scrollHeight <= grid.clientHeight;
+  window.onPaper = {
+    dots: canvas.width / canvas.clientWidth,
+    paper: getComputedStyle(document.body).backgroundColor,
+    whole: [...document.querySelectorAll(".grid, .strip")].every(view),
+    width: Math.max(...[...document.querySelectorAll("main *")].map((e) => e.getBoundingClientRect().right)),
+    left: document.querySelector("main").getBoundingClientRect().left,
+    cut: document.querySelector("#lens-cut").hidden ? null : document.querySelector("#lens-cut").textContent,
+    answer: [...canvas.getContext("2d").getImageData(canvas.width - 14, canvas.height - 11, 1, 1).data].slice(0, 3),
+    shade: shade(data.lens.top_probabilities.at(-1).at(-1)[0]),
+  };
+}"""
+
+
+@pytest.mark.parametrize(("which", "scheme", "pages"), [("paris", "dark", 7), ("long", "light", 11), ("long", "dark", 11)])
+def test_paper_is_light_and_holds_all_that_fits(open_page, which, scheme, pages, request):
+    with open_page(request.getfixturevalue(which), scheme=scheme) as page:
+        page.locator("#strip .chip").nth(4).hover()
+        before = page.evaluate(PRINTED)
+        page.evaluate(f"() => addEventListener('beforeprint', {LAYOUT_ON_PAPER})")  # after the page's own
+        pdf = page.pdf()
+        assert page.evaluate(PRINTED) == before
+        found = page.evaluate("() => onPaper")
+        assert found["dots"] == 2 and found["whole"] and found["paper"] == "rgb(255, 255, 255)"
+        assert found["width"] - found["left"] <= 43 * 16 + 1
+        assert found["answer"] == found["shade"]  # the last cell's, in the light theme
+        assert (found["cut"] or "").startswith("Here are the last 13 of 500 tokens" if which == "long" else "")
+        assert 3 <= len(re.findall(rb"/Type /Page\b", pdf)) <= pages
+        page.emulate_media(media="print", color_scheme=scheme)
+        for selector in (".bar", "button:not(.chip):not(.bars button)", "#lens-size", ".doing"):
+            assert not any(one.is_visible() for one in page.locator(selector).all()), selector
+        adjusted = page.evaluate("() => getComputedStyle(document.querySelector('.chip')).printColorAdjust")
+        assert adjusted == "exact"
 
 
 # ---- what may go wrong

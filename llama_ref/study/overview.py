@@ -27,7 +27,7 @@ from llama_ref.study.predictions import Predictions, predict
 from llama_ref.study.residual import ResidualStream, residual_stream
 
 # One layer's patterns are then 0.5 GB in a model of 32 heads, of which three copies exist for a moment, the residual stream of
-# an 8B is 1.1 GB, and its page is up to 45 MB. Twice the tokens would be four times the patterns.
+# an 8B is 1.1 GB, and its page is up to 65 MB. Twice the tokens would be four times the patterns.
 MOST_TOKENS = 2048
 
 Progress = Callable[[int, int], None]  # steps done, steps in all

@@ -22,7 +22,7 @@ from llama_ref.study.report_data import packed_layers, page_data, to_json
 from llama_ref.tokenizer import Tokenizer
 
 ENDINGS = (".html", ".htm")
-SCRIPTS = ("base", "charts", "grids", "tokens", "lens", "attention", "attribution", "norms", "main")  # in this order
+SCRIPTS = ("base", "charts", "paper", "grids", "tokens", "lens", "attention", "attribution", "norms", "main")  # in this order
 
 
 def check_report(path: str | Path) -> None:

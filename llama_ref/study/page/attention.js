@@ -2,6 +2,7 @@
 
 const LISTED = 8; // shares in the list
 const HELD = 12; // decoded heads
+const LEAST = 16; // as float16's bits: what is less, about 10⁻⁶, has not even one digit that is sure
 const HABITS = {
   sink: ["the first token", "Mean share that later tokens give to the first. A head that finds nothing looks there."],
   previous: ["the token before", "Mean share given to the token just before."],
@@ -27,42 +28,57 @@ async function decode(layer, head) {
   const packed = atob(byId(`layer-${layer}`).textContent.split(" ")[head]);
   const stream = new Blob([Uint8Array.from(packed, (char) => char.charCodeAt(0))]).stream();
   const bytes = await new Response(stream.pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
-  return new Pattern(new DataView(bytes));
+  return new Pattern(new Uint8Array(bytes));
 }
 
-/** The shares of all tokens; those that were not kept count as equal parts of what is left over. */
+/** Of two bytes, none of them a share below 0; NaN for whatever is no number. */
+function float16(bits) {
+  const [exponent, fraction] = [bits >> 10, bits & 1023];
+  if (exponent >= 31) return NaN;
+  return exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24;
+}
+
+/** The shares of all tokens; those that were not kept are drawn as equal parts of what is left over. */
 class Pattern {
+  /** `packed`: of the keys' distances and then of the shares, all low bytes and then all high ones. */
   constructor(packed) {
-    this.steps = new Uint8Array(nTokens * nTokens);
+    const n = nTokens * data.kept;
+    const at = (matrix, i) => packed[2 * n * matrix + i] + 256 * packed[2 * n * matrix + n + i];
+    this.bits = new Uint16Array(nTokens * nTokens); // shares as they come, half the size of what they are
     this.restEach = new Float32Array(nTokens);
-    for (let t = 0; t < nTokens; t++) this.unpackRow(packed, t);
+    this.least = new Float32Array(nTokens); // of what was kept: no other share is larger
+    for (let t = 0; t < nTokens; t++) this.unpackRow(t, at);
   }
 
-  unpackRow(packed, t) {
+  unpackRow(t, at) {
     let key = 0;
-    let sum = 0;
-    let shown = 0;
+    const shares = [];
     for (let i = t * data.kept; i < (t + 1) * data.kept; i++) {
-      key += packed.getUint16(2 * i, true);
-      const steps = packed.getUint8(2 * nTokens * data.kept + i);
-      this.steps[t * nTokens + key] = steps;
-      sum += steps;
-      if (steps && key <= t) shown++;
+      key += at(0, i);
+      this.bits[t * nTokens + key] = at(1, i);
+      if (key <= t && this.kept(t, key)) shares.push(float16(at(1, i)));
     }
-    const rest = Math.max(0, 1 - sum / 254);
-    this.restEach[t] = shown <= t ? rest / (t + 1 - shown) : 0;
+    const rest = 1 - shares.reduce((sum, share) => sum + share, 0);
+    const whole = this.isWhole(t); // then what is left over is what was rounded
+    this.restEach[t] = whole ? 0 : Math.max(0, rest) / (t + 1 - shares.length);
+    this.least[t] = whole ? float16(LEAST) : Math.min(...shares);
   }
 
   /** What token t gives to token s: null if that is not a number, undefined if s comes later. */
   share(t, s) {
     if (s > t) return undefined;
-    const steps = this.steps[t * nTokens + s];
-    return steps === 255 ? null : steps ? steps / 254 : this.restEach[t];
+    const share = this.kept(t, s) ? float16(this.bits[t * nTokens + s]) : this.restEach[t];
+    return Number.isNaN(share) ? null : share;
+  }
+
+  /** Whether every share of a token's was kept, but for those that are next to nothing. */
+  isWhole(t) {
+    return t < data.kept;
   }
 
   /** Whether a share was kept on its own. */
   kept(t, s) {
-    return this.steps[t * nTokens + s] > 0;
+    return this.bits[t * nTokens + s] >= LEAST;
   }
 }
 
@@ -146,8 +162,9 @@ function showShares({ pattern, direction }, at, share) {
     text: percent(share(other)),
   }));
   if (from && pattern.share(at, 0) !== null) {
-    const left = 1 - rows.reduce((sum, row) => sum + row.share, 0);
-    if (left > 0.005) rows.push({ label: make("span", {}, "elsewhere"), share: left, text: percent(left), kind: "rest" });
+    const listed = new Set(found.slice(0, LISTED));
+    const left = range(at + 1).reduce((sum, other) => sum + (listed.has(other) ? 0 : share(other)), 0);
+    if (left > 0.00995) rows.push({ label: make("span", {}, "elsewhere"), share: left, text: percent(left), kind: "rest" });
   }
   const head = make("h3", {}, ...tokenAt(at), from ? " looks at" : " is looked at by");
   byId("shares").replaceChildren(head, rows.length ? barList(rows) : quiet("No share large enough to be kept."));
@@ -241,10 +258,9 @@ function patternGrid(explorer) {
 function describeShare(pattern, row, column) {
   const share = pattern.share(row, column);
   const known = share === null || pattern.kept(row, column);
-  const guess = data.kept < nTokens ? `about ${percent(share)}` : `less than ${percent(0.5 / 254)}`;
   return [
     make("p", {}, ...tokenAt(row), " looks at ", ...tokenAt(column)),
-    title(known ? percent(share) : guess),
-    known || data.kept === nTokens ? null : quiet("the mean of what was not kept"),
+    title(known ? percent(share) : `at most ${percent(pattern.least[row])}`),
+    known || pattern.isWhole(row) ? null : quiet("not kept; drawn at the mean of what was not"),
   ];
 }

@@ -24,6 +24,16 @@ function select(change) {
   for (const listener of listeners) listener(change);
 }
 
+// ---- keys
+
+const FAR = 20; // places that Page Up and Page Down pass
+
+/** Where a key leads along n places: one on, far on, or to an end; null for any other key. */
+function keyedTo(key, at, n) {
+  const to = { ArrowLeft: at - 1, ArrowRight: at + 1, PageUp: at - FAR, PageDown: at + FAR, Home: 0, End: n - 1 }[key];
+  return to === undefined ? null : clamp(to, 0, n - 1);
+}
+
 // ---- elements; text from outside is only ever text
 
 function make(tag, attributes = {}, ...children) {
@@ -156,14 +166,18 @@ function onTheme(paint) {
   paint();
 }
 
+function recolour() {
+  makeRamp();
+  for (const paint of themed) paint();
+}
+
 function startTheme() {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
   const repaint = () => {
     byId("theme").textContent = isDark() ? "☀ Light" : "☾ Dark";
-    makeRamp();
-    for (const paint of themed) paint();
+    recolour();
   };
   byId("theme").addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";

@@ -3,9 +3,12 @@
 const CHART_HEIGHT = 190;
 const MARGIN = { left: 46, right: 12, top: 10, bottom: 34 };
 
+const drawn = []; // what draws each picture again
+
 /** Call `draw` with the element's width, now and when it changes; gives a function that draws again. */
 function drawnToWidth(element, draw) {
   const again = () => element.clientWidth && draw(element.clientWidth);
+  drawn.push(again);
   let width = 0;
   new ResizeObserver(() => {
     if (element.clientWidth !== width) {
@@ -109,13 +112,13 @@ function drawCurve(chart, { values, kind, dashed = false }, x, y) {
   chart.append(svg("path", { class: `curve ${kind}${dashed ? " dashed" : ""}`, d: path }));
 }
 
-/** A chart's numbers, one place at a time: a rule and a card at the nearest to the pointer, or where the arrow keys go. */
+/** A chart's numbers, one place at a time: a rule and a card at the nearest to the pointer, or where keys go. */
 class Reader {
   constructor(element, label) {
     Object.assign(this, { element, places: [], at: null });
     element.tabIndex = 0;
     element.setAttribute("role", "application");
-    element.setAttribute("aria-label", `${label}; left and right arrow keys move`);
+    element.setAttribute("aria-label", `${label}; arrow keys, Home, End, Page Up and Page Down move`);
     element.addEventListener("pointermove", (event) => this.point(event));
     element.addEventListener("pointerleave", () => this.leave());
     element.addEventListener("blur", () => this.leave());
@@ -139,12 +142,12 @@ class Reader {
   }
 
   key(event) {
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!step) return;
+    const n = this.places.length;
+    const to = keyedTo(event.key, this.at ?? (event.key === "ArrowLeft" || event.key === "PageUp" ? n : -1), n);
+    if (to === null) return;
     event.preventDefault();
-    const last = this.places.length - 1;
     const { top, bottom } = this.element.getBoundingClientRect();
-    this.show(clamp((this.at ?? (step > 0 ? -1 : last + 1)) + step, 0, last), top, bottom);
+    this.show(to, top, bottom);
   }
 
   show(i, top, bottom) {

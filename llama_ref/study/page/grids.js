@@ -2,6 +2,7 @@
 
 const HEADER_HEIGHT = 22;
 const SMALLEST_WITH_TEXT = 34; // pixels of a cell's width
+const NARROWEST_ON_PAPER = 44; // where cells have texts
 const EDGE = 2; // pixels of both borders
 
 class Grid {
@@ -15,10 +16,11 @@ class Grid {
     this.canvas = make("canvas");
     this.room = make("div", {}, this.canvas);
     this.context = this.canvas.getContext("2d");
-    this.cursor = null; // {row, column} under the pointer, or where the arrow keys went
+    this.cut = 0; // first columns that paper has no room for
+    this.cursor = null; // {row, column} under the pointer, or where keys went
     element.tabIndex = 0;
     element.setAttribute("role", "application");
-    element.setAttribute("aria-label", `${label}; arrow keys move, Enter selects`);
+    element.setAttribute("aria-label", `${label}; arrow keys, Home, End, Page Up and Page Down move, Enter selects`);
     element.append(this.room);
     this.listen();
     drawnToWidth(element.parentElement, () => this.layOut());
@@ -31,8 +33,10 @@ class Grid {
     this.context.font = `11.5px ${getComputedStyle(this.element).fontFamily}`;
     const names = range(this.rows).map((row) => this.context.measureText(this.rowName(row)).width);
     this.gutter = Math.ceil(names.reduce((a, b) => Math.max(a, b))) + 12;
-    [this.cellWidth, this.cellHeight] = this.size(this.element.parentElement.clientWidth - this.gutter - EDGE);
-    const width = this.gutter + this.columns * this.cellWidth + 1;
+    const space = this.element.parentElement.clientWidth - this.gutter - EDGE - 1;
+    [this.cellWidth, this.cellHeight] = this.size(space);
+    const columns = paper.on ? this.fitPaper(space) : this.columns;
+    const width = this.gutter + columns * this.cellWidth + 1;
     const height = HEADER_HEIGHT + this.rows * this.cellHeight + 1;
     this.room.style.width = `${width}px`;
     this.room.style.height = `${height}px`;
@@ -42,9 +46,25 @@ class Grid {
     this.paint();
   }
 
+  /** Narrow the cells to what paper has room for; gives how many columns it has: the last, where it has not all. */
+  fitPaper(space) {
+    this.cellWidth = clamp(Math.floor(space / this.columns), Math.min(this.cellWidth, NARROWEST_ON_PAPER), this.cellWidth);
+    this.cellHeight = Math.min(this.cellHeight, (paper.height - HEADER_HEIGHT) / this.rows);
+    const columns = Math.min(this.columns, Math.floor(space / this.cellWidth + 1e-6));
+    this.cut = this.columns - columns;
+    return columns;
+  }
+
+  /** How far it is scrolled; paper shows the end. */
+  get scroll() {
+    const { scrollLeft: left, scrollTop: top } = this.element;
+    return paper.on ? { left: this.cut * this.cellWidth, top: 0 } : { left, top };
+  }
+
   /** The cells in view, the last ones excluded. */
   view() {
-    const { scrollLeft, scrollTop, clientWidth, clientHeight } = this.element;
+    const { clientWidth, clientHeight } = this.element;
+    const { left: scrollLeft, top: scrollTop } = this.scroll;
     return {
       left: Math.floor(scrollLeft / this.cellWidth),
       right: Math.min(this.columns, Math.ceil((scrollLeft + clientWidth - this.gutter) / this.cellWidth)),
@@ -53,8 +73,8 @@ class Grid {
     };
   }
 
-  x = (column) => this.gutter + column * this.cellWidth - this.element.scrollLeft;
-  y = (row) => HEADER_HEIGHT + row * this.cellHeight - this.element.scrollTop;
+  x = (column) => this.gutter + column * this.cellWidth - this.scroll.left;
+  y = (row) => HEADER_HEIGHT + row * this.cellHeight - this.scroll.top;
 
   // ---- painting
 
@@ -65,7 +85,7 @@ class Grid {
     }
     if (stale && this.cursor) this.cursor = { ...this.cursor }; // another cell, to the card: it may have another content
     const { clientWidth: width, clientHeight: height } = this.element;
-    const density = devicePixelRatio || 1;
+    const density = paper.on ? paper.density : devicePixelRatio || 1;
     this.canvas.width = width * density;
     this.canvas.height = height * density;
     this.canvas.style.width = `${width}px`;
@@ -122,7 +142,8 @@ class Grid {
 
   paintTexts(view) {
     const context = this.context;
-    context.font = `11.5px ${getComputedStyle(document.documentElement).getPropertyValue("--mono")}`;
+    const mono = getComputedStyle(document.documentElement).getPropertyValue("--mono");
+    context.font = `${Math.min(11.5, this.cellHeight - 1)}px ${mono}`;
     context.textBaseline = "middle";
     context.textAlign = "left";
     for (let row = view.top; row < view.bottom; row++) {
@@ -204,7 +225,7 @@ class Grid {
     element.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /** Cells move away from under a pointer; the arrow keys' cell takes its card along. */
+  /** Cells move away from under a pointer; the keys' cell takes its card along. */
   scrolled() {
     if (this.byKeys && this.cursor) this.moveTo(this.cursor);
     else card.hide();
@@ -247,19 +268,26 @@ class Grid {
   }
 
   key(event) {
-    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
     const from = this.cursor ?? { row: this.marked().row ?? this.rows - 1, column: this.marked().column ?? 0 };
-    if (step) {
-      const row = clamp(from.row + step[0], 0, this.rows - 1);
-      const to = { row, column: clamp(from.column + step[1], 0, this.columns - 1) };
+    const to = this.keyed(event, from);
+    if (to) {
       event.preventDefault();
-      if (this.strength(to.row, to.column) === undefined) return;
       this.reveal(to);
       this.moveTo(to);
     } else if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
       this.pick(from.row, from.column);
     }
+  }
+
+  /** Where a key leads: Page Up and Page Down along the row, with Shift along the column; with Ctrl Home and End to a corner. */
+  keyed({ key, ctrlKey, shiftKey }, from) {
+    const along = { ArrowUp: "ArrowLeft", ArrowDown: "ArrowRight" }[key] ?? (shiftKey && key.startsWith("Page") ? key : null);
+    const row = along || (ctrlKey && ["Home", "End"].includes(key)) ? keyedTo(along ?? key, from.row, this.rows) : from.row;
+    let column = along ? from.column : keyedTo(key, from.column, this.columns);
+    if (column === null) return null;
+    while (column > 0 && this.strength(row, column) === undefined) column--; // the last that there is
+    return { row, column };
   }
 
   /** Scroll until a cell can be seen, or, where one of both is not given, until its row or column can. */

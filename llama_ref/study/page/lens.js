@@ -58,6 +58,10 @@ function startLens() {
   });
   const paint = () => {
     grid.paint();
+    const shown = nTokens - grid.cut;
+    byId("lens-cut").hidden = !paper.on || shown === nTokens;
+    byId("lens-cut").textContent =
+      `Here are the last ${shown} of ${nTokens} tokens, as many as there is room for; with cells “all in view”, all are.`;
     drawLegend(byId("lens-legend"), "", scale);
   };
   fillOptions(byId("lens-colour"), colours.map(({ name }) => name));

@@ -40,3 +40,4 @@ startLens();
 startAttention();
 startAttribution();
 startNorms();
+startPaper();

@@ -42,13 +42,13 @@ class Strip {
     if (position !== null) select({ position });
   }
 
-  /** Tab comes to the selected token only, and the arrow keys go on from there: 500 tokens are no 500 stops. */
+  /** Tab comes to the selected token only, and keys go on from there: 500 tokens are no 500 stops. */
   key(event) {
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     const position = this.position(event.target.closest(".chip"));
-    if (!step || position === null) return;
+    const to = position === null ? null : keyedTo(event.key, position, nTokens);
+    if (to === null) return;
     event.preventDefault();
-    this.chips[clamp(position + step, 0, nTokens - 1)].focus();
+    this.chips[to].focus();
   }
 
   mark() {

@@ -8,6 +8,7 @@ The plain blocks of model.py stay in place for everything else: prompts and batc
 
 import shutil
 from collections.abc import Callable
+from threading import Thread
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,7 @@ def compile_decode(model: Transformer) -> None:
         raise RequestError(f"compile is for the CPU and for CUDA, not for {device.type}; leave it out")
     if not _has_compiler():
         return note("no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled")
+    _probe_vectors()
     unpack = torch.compile(planes.matrix, options=OPTIONS, dynamic=True)
     replace_matrices(model, Int4Linear, lambda matrix: PlanarInt4Linear(matrix, unpack))
     replace_matrices(model, Int8Linear, lambda matrix: PiecewiseInt8Linear(matrix) if in_pieces(matrix.shape[1]) else matrix)
@@ -85,6 +87,15 @@ def compile_decode(model: Transformer) -> None:
         note(f"it cannot be compiled here ({str(error).splitlines()[0]}): decoding stays uncompiled")
     else:
         keep_scratch_memory()
+
+
+def _probe_vectors() -> None:
+    """Let Inductor find out beside the rest which vector instructions work here: it starts processes for it, and waits."""
+    try:
+        from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+    except ImportError:
+        return  # another version: it will find out when it needs to
+    Thread(target=valid_vec_isa_list, daemon=True).start()
 
 
 def _warm_up(model: Transformer) -> None:

@@ -232,9 +232,11 @@ def quantize(src: str, dst: str, *, to: str, calibrate: bool = True, force: bool
     """
     from llama_ref.checkpoint.quantizing import quantize_folder
     from llama_ref.checkpoint.report import printable
+    from llama_ref.quantization.scheme import Scheme
 
+    scheme = Scheme.parse(to, "--to")
     with _writing() as progress:
-        path = quantize_folder(src, dst, to, calibrate=calibrate, force=force, verify=verify, progress=progress)
+        path = quantize_folder(src, dst, scheme, calibrate=calibrate, force=force, verify=verify, progress=progress)
     print(printable(str(path)))
 
 

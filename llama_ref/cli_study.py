@@ -233,7 +233,7 @@ def spectra(name: str, *, matrices: str = "layers.0.*", to: str | None = None, j
     from llama_ref.study.views.weights import print_errors, print_spectra
     from llama_ref.terminal import progress_bar
 
-    scheme = None if to is None else Scheme.parse(to)
+    scheme = None if to is None else Scheme.parse(to, "--to")
     llama = _open_to_study(name, options)
     with progress_bar("measuring") as progress:
         if scheme is None:

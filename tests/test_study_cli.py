@@ -297,7 +297,7 @@ def test_where_nothing_can_be_written_is_told_before_anything_is_loaded(run, tmp
         (("patch", "{}", "a", "b", "--target", "x", "--over", "head"), "over is 'head', expected layer,position or layer,head"),
         (("norms", "{}", ""), "prompt is an empty text"),
         (("spectra", "{}", "--matrices", "zz*"), "no matrix is called 'zz\\*'"),
-        (("spectra", "{}", "--to", "int3"), "quantize is 'int3', expected"),
+        (("spectra", "{}", "--to", "int3"), "--to is 'int3', expected"),
         (("lens", "{}", "x", "--png"), "--png needs a value behind it"),
         (("lens", "{}", "x", "--target", "--json"), "--target needs a value behind it"),
         (("rope", "nowhere-at-all"), "there is no folder nowhere-at-all"),

@@ -25,18 +25,21 @@ class Scheme:
     group: int | None = None
 
     @classmethod
-    def parse(cls, text: "str | Scheme") -> "Scheme":
-        """ "int8", "int4" (groups of 128) or "int4:group=32". Raises RequestError that says what is possible."""
+    def parse(cls, text: "str | Scheme", name: str = "quantize") -> "Scheme":
+        """ "int8", "int4" (groups of 128) or "int4:group=32". Raises RequestError that says what is possible.
+
+        `name` is what the text was given as.
+        """
         if isinstance(text, Scheme):
             return text
         match = re.fullmatch(r"int(8|4)(?::group=([0-9]{1,4}))?", text) if isinstance(text, str) else None
         if not match or (match[1] == "8" and match[2]):
-            raise RequestError(f"quantize is {text!r:.60}, expected {POSSIBLE}")
+            raise RequestError(f"{name} is {text!r:.60}, expected {POSSIBLE}")
         if match[1] == "8":
             return cls(8)
         group = int(match[2] or DEFAULT_GROUP)
         if group not in GROUPS:
-            raise RequestError(f"quantize is {text!r}: groups of {group} are not possible, expected {POSSIBLE}")
+            raise RequestError(f"{name} is {text!r}: groups of {group} are not possible, expected {POSSIBLE}")
         return cls(4, group)
 
     def __str__(self) -> str:

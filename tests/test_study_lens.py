@@ -209,9 +209,7 @@ def test_even_attention_has_the_entropy_of_its_width():
     assert attention.sink_mass(pattern).item() == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
 
 
-@pytest.mark.parametrize("pattern_bytes", [attention.PATTERN_BYTES, 1])
-def test_a_summary_is_of_the_patterns_of_every_head(model, monkeypatch, pattern_bytes):
-    monkeypatch.setattr(attention, "PATTERN_BYTES", pattern_bytes)
+def test_a_summary_is_of_the_patterns_of_every_head(model):
     found = summarize_attention(model, TOKENS, bos=256, ids=range(256))
     assert found.sink.shape == found.previous.shape == found.entropy.shape == found.induction.shape == (2, 4)
     repeated = repeated_tokens(model, bos=256, ids=range(256))

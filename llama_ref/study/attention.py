@@ -7,7 +7,7 @@ shows by itself (Olsson et al., "In-context Learning and Induction Heads", 2022)
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,9 @@ from llama_ref.checkpoint.report import human_bytes
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.inputs import check_index, check_token, one_row
+from llama_ref.study.patterns import watch_patterns
 from llama_ref.study.trace import trace
 
-PATTERN_BYTES = 1 << 28  # of attention patterns held at a time; more layers than that take another pass over the model
 LARGEST_LAYER = 1 << 32  # bytes of one layer's patterns, of which three copies exist for a moment
 REPEATED_TOKENS = 50
 
@@ -68,13 +68,18 @@ def summarize_attention(
     bos: int | None = None,
     ids: Sequence[int] | None = None,
     seed: int = 1,
+    see: Callable[[Tensor], None] = lambda pattern: None,
 ) -> AttentionSummary:
-    """Every head's habits on a sequence, and on random tokens for the induction score, which see `repeated_tokens`."""
+    """Every head's habits on a sequence, and on random tokens for the induction score, which see `repeated_tokens`.
+
+    One layer's patterns are held at a time; `see` is shown those of the sequence, float32 (H, T, T), layer by layer. Raises
+    RequestError before the model runs.
+    """
     row = one_row(model, tokens)
     _refuse_long(model, row.shape[1])
-    measures = (sink_mass, previous_token_score, attention_entropy)
-    sink, previous, entropy = _measure(model, row, measures)
     repeated = repeated_tokens(model, bos=bos, ids=ids, seed=seed)
+    measures = (sink_mass, previous_token_score, attention_entropy)
+    sink, previous, entropy = _measure(model, row, measures, see)
     (induction,) = _measure(model, repeated, [lambda pattern: induction_score(pattern, REPEATED_TOKENS)])
     return AttentionSummary(row[0].tolist(), sink, previous, entropy, induction)
 
@@ -126,17 +131,18 @@ def _refuse_long(model: Transformer, n_tokens: int) -> None:
         )
 
 
-def _measure(model: Transformer, row: Tensor, measures: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
-    """What each measure says of every head: (n_layers, H) each."""
-    layers = [[measure(pattern).cpu() for measure in measures] for pattern in _patterns(model, row)]
+def _measure(
+    model: Transformer,
+    row: Tensor,
+    measures: Sequence[Callable[[Tensor], Tensor]],
+    see: Callable[[Tensor], None] = lambda pattern: None,
+) -> list[Tensor]:
+    """What each measure says of every head, (n_layers, H) each, in one pass; `see` is shown the patterns too."""
+    layers: list[list[Tensor]] = []
+
+    def look(pattern: Tensor) -> None:
+        layers.append([measure(pattern).cpu() for measure in measures])
+        see(pattern)
+
+    watch_patterns(model, row, look)
     return [torch.stack(column) for column in zip(*layers, strict=True)]
-
-
-def _patterns(model: Transformer, row: Tensor) -> Iterator[Tensor]:
-    """Every layer's patterns, float32 (H, T, T), in turn: a few layers a pass where all would take too much memory."""
-    n_layers, T = model.args.n_layers, row.shape[1]
-    step = max(1, PATTERN_BYTES // (model.args.n_heads * T * T * 4))
-    for start in range(0, n_layers, step):
-        names = [f"layers.{layer}.attention.pattern" for layer in range(start, min(start + step, n_layers))]
-        traced = trace(model, row, names)
-        yield from (traced[name][0].float() for name in names)

@@ -9,20 +9,11 @@ from torch import Tensor
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import Transformer
 from llama_ref.quantize import is_quantized
-from llama_ref.study.attention import (
-    REPEATED_TOKENS,
-    AttentionSummary,
-    attention_entropy,
-    attention_pattern,
-    induction_score,
-    previous_token_score,
-    repeated_tokens,
-    sink_mass,
-)
+from llama_ref.study.attention import AttentionSummary, attention_pattern, summarize_attention
 from llama_ref.study.attribution import Attribution, attribute
 from llama_ref.study.inputs import check_token, one_row
 from llama_ref.study.lens import LogitLens, block_ends, check_top, logit_lens, residual_points
-from llama_ref.study.patterns import PackedPatterns, how_many_kept, pack, watch_patterns
+from llama_ref.study.patterns import PackedPatterns, how_many_kept, pack
 from llama_ref.study.predictions import Predictions, predict
 from llama_ref.study.residual import ResidualStream, residual_stream
 
@@ -76,17 +67,16 @@ def overview(
     _check_length(row.shape[1])
     check_top(model, top)
     target = None if target is None else check_token(model, target)
-    repeated = repeated_tokens(model, bos=bos, ids=ids)
     every = residual_points(model.args.n_layers)
     ends = [every[p] for p in block_ends(every)]
-    steps = _Steps(4 + len(ends) + 2 * model.args.n_layers, progress)
+    steps = _Steps(5 + len(ends) + model.args.n_layers, progress)
 
+    attention, patterns = _attention(model, row, bos, ids, steps)  # first: it has requests of its own to refuse
     predictions = predict(model, row, top)
     steps.advance()
     target = int(predictions.top_ids[-1, 0]) if target is None else target
     lens = logit_lens(model, row, target=target, top=top, points=ends)
     steps.advance(len(ends))
-    attention, patterns = _attention(model, row, repeated, steps)
     attribution, not_attributed = _attribution(model, row, target)
     steps.advance()
     strongest = None if attribution is None else _pattern_of(model, row, *attribution.strongest_head)
@@ -129,24 +119,17 @@ def _check_length(n_tokens: int) -> None:
         )
 
 
-def _attention(model: Transformer, row: Tensor, repeated: Tensor, steps: _Steps) -> tuple[AttentionSummary, PackedPatterns]:
-    """Habits and patterns, in one pass over the text and one over random tokens; the numbers are summarize_attention's."""
-    T = row.shape[1]
-    measured, packed, induction = [], [], []
+def _attention(
+    model: Transformer, row: Tensor, bos: int | None, ids: Sequence[int] | None, steps: _Steps
+) -> tuple[AttentionSummary, PackedPatterns]:
+    T, packed = row.shape[1], list[list[bytes]]()
 
     def see(pattern: Tensor) -> None:
-        measured.append([measure(pattern).cpu() for measure in (sink_mass, previous_token_score, attention_entropy)])
         packed.append(pack(pattern, how_many_kept(T)))
         steps.advance()
 
-    def see_repeated(pattern: Tensor) -> None:
-        induction.append(induction_score(pattern, REPEATED_TOKENS).cpu())
-        steps.advance()
-
-    watch_patterns(model, row, see)
-    watch_patterns(model, repeated, see_repeated)
-    sink, previous, entropy = (torch.stack(column) for column in zip(*measured, strict=True))
-    summary = AttentionSummary(row[0].tolist(), sink, previous, entropy, torch.stack(induction))
+    summary = summarize_attention(model, row, bos=bos, ids=ids, see=see)
+    steps.advance()
     return summary, PackedPatterns(T, how_many_kept(T), packed)
 
 

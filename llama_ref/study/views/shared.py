@@ -30,6 +30,7 @@ def prompt(tokens: Sequence[int], tokenizer: Tokenizer) -> Text:
 
 
 def new_table(first: str, *columns: str | Text) -> Table:
+    """The first column to the left, numbers to the right."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     for column in columns:
@@ -50,10 +51,12 @@ def elastic(text: str, style: str = "") -> Text:
 
 
 def cut(text: str) -> str:
+    """A token's text in no more than WIDEST_LABEL letters."""
     return text if len(text) <= WIDEST_LABEL else text[: WIDEST_LABEL - 1] + "…"
 
 
 def bar(value: float, longest: float) -> Text:
+    """A share as a bar, full and green above 0, light and red below; none for what is no number."""
     length = round(BAR * abs(value) / longest) if longest and math.isfinite(value) else 0
     return Text("█" * length, style="green") if value > 0 else Text("░" * length, style="red")
 
@@ -69,6 +72,7 @@ def percent(share: Tensor | float) -> str:
 
 
 def number(value: Tensor | float) -> str:
+    """Two decimals; a dash for NaN."""
     return "–" if math.isnan(value) else f"{float(value):.2f}"
 
 
@@ -91,6 +95,7 @@ def plain(values: Tensor) -> Any:
 
 
 def finite(values: Any) -> Any:
+    """The same in lists and mappings of any depth, with None for what JSON has no number for."""
     if isinstance(values, list):
         return [finite(value) for value in values]
     if isinstance(values, dict):

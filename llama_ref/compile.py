@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ref.compiled_forward import CompiledForward
 from llama_ref.cuda_decode import compile_cuda_decode
 from llama_ref.device import fast_for_one_row
 from llama_ref.errors import RequestError
@@ -112,7 +113,7 @@ def _has_compiler() -> bool:
     return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
-class _FastBlock:
+class _FastBlock(CompiledForward):
     """In place of a block's forward: the compiled step for one token of one row, the block's own for all else."""
 
     def __init__(self, block: TransformerBlock, step: Callable):
@@ -130,7 +131,7 @@ class _FastBlock:
             context.seen = _Seen(cache, context)
         seen = context.seen
         out, k, v = self.step(x[0, 0], *seen.shared, seen.keys[layer], seen.values[layer], self.matrices, self.norms)
-        cache.extend(layer, context.positions, k[None, None], v[None, None])
+        cache.write(layer, context.positions, k[None, None], v[None, None])
         return out[None, None]
 
 
@@ -152,7 +153,7 @@ class _Seen:
         self.shared = cos[0, 0], sin[0, 0], mask
 
 
-class _FastOutput:
+class _FastOutput(CompiledForward):
     """In place of the output's forward, likewise."""
 
     def __init__(self, output: nn.Module, head: Callable):

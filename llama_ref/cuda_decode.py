@@ -1,138 +1,301 @@
-"""Decode steps on CUDA, put onto a model from outside: recorded once, then replayed by a single call.
+"""Fast passes on CUDA, put onto a model from outside: fewer kernels, and for a few tokens all of them launched by one call.
 
-For one token a GPU needs less time than Python takes to ask for a thousand kernels. A CUDA graph has them recorded, and runs
-them again as they were: the same kernels, in the same shapes, at the same addresses. So nothing may be in the recording that
-changes from token to token. Ids and lengths stand in tensors that are filled before each replay; positions and mask are made
-from the lengths, on the device; and attention looks, masked, at a window of the cache that stays as wide as it is for many
-tokens: widths are powers of two, so that a text that grows needs few recordings.
+For one token a GPU needs less time than Python takes to ask for a thousand kernels. Two things are done about that:
 
-The cache's addresses are in the recording too, and every call of the generation loop brings a cache of its own. A recording is
-kept under those addresses, not under the cache: PyTorch's allocator likes to give a new cache the memory that the last one of
-its size had, and the next call then finds its recordings made. Nothing is copied for that, no cache is kept alive, and those
-that are held for long, by conversations or a draft model, stand side by side.
+* A layer is a handful of launches: wq, wk and wv are joined into one matrix and so are w1 and w3 (the model's own weights
+  become views of the joined ones, so nothing is held twice), and what lies between the products is one kernel each
+  (cuda_kernels.py).
+* The whole pass over a few tokens, output matrix included, is captured as a CUDA graph and replayed. Nothing in a graph may
+  change from token to token: ids and lengths lie in tensors that are filled before each replay, and attention is told the row's
+  lengths on the device. What it is told on the host is an upper bound, a power of two: a text that grows needs few graphs.
 
-Before that a layer is compiled (torch.compile, where Triton is there for it), which fuses what small kernels there are between
-the products: one function for all layers and widths, in seconds. `torch.compile(mode="reduce-overhead")` would record as well,
-but never forgets a recording whose cache is gone, and checks every weight's address before each replay.
+The cache's addresses are in a graph too, and every call of the generation loop brings a cache of its own. A graph is kept under
+those addresses, not under the cache: PyTorch's allocator gives a new cache the memory of the last one of its size, and the next
+call finds its graphs made. Nothing is copied, no cache is kept alive.
 
-None of this has been timed: it was tested on a CPU and on a pretended GPU.
+Graphs share the memory for what they compute on the way, which is right as long as they are replayed on one CUDA stream.
 """
 
+import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llama_ref.model import KVCache, Transformer, TransformerBlock, rope_frequencies, rope_rotations
+from llama_ref.compiled_forward import CompiledForward
+from llama_ref.cuda_attention import FlashKVCache, FlashLengths, flash
+from llama_ref.cuda_kernels import rms_norm
+from llama_ref.cuda_linear import joined, linear, norm_linear, norm_query, norm_swiglu
+from llama_ref.device import is_out_of_memory
+from llama_ref.loop import new_cache
+from llama_ref.model import KVCache, Transformer, TransformerBlock, attend, rope_frequencies, rope_rotations
 
-SMALLEST_WINDOW = 256  # tokens
-MOST_RECORDINGS = 16  # the least recently used goes first; a text of 128k tokens comes to 10
+SMALLEST_WIDTH = 256  # tokens
+MOST_GRAPHS = 24  # the least recently used goes first; a text of 128k tokens comes to 10
+# Tokens of a row in a captured pass; drafts are padded to the next. More are launched one by one: they take longer than that.
+PASS_LENGTHS = (1, 4, 8, 13)
 
-Step = Callable[[Tensor, Tensor], Tensor]  # ids (B, 1) and lengths (B,) -> the last layer's normed output (B, 1, D)
-Recorder = Callable[[Step, Tensor, Tensor], Callable[[], Tensor]]  # a step and its inputs -> what does it again, on these
+Pass = Callable[[Tensor, Tensor], Tensor]  # ids (B, T) and lengths (B,) -> logits (B, T, V)
+Capture = Callable[[Pass, Tensor, Tensor], Callable[[], Tensor]]  # a pass and its inputs -> what does it again, on these
 
 
 def compile_cuda_decode(model: Transformer) -> None:
-    """Make a model on a CUDA device faster at steps of one token, for any number of rows; changed in place.
+    """Make a model on a CUDA device faster; changed in place.
 
-    Takes some seconds to compile, fewer where PyTorch's cache on disk has it from an earlier run. Where that does not work,
-    without Triton or a C compiler above all, steps are recorded uncompiled, and one line on stderr says so. Quantized matrices
-    must be in the layout that they are to have (`quantize.use_fast_kernels`) before.
+    Takes a second or two, longer the first time that Triton compiles the kernels on a machine. Without Triton the kernels are
+    PyTorch's own, more and smaller.
     """
-    model.hidden = StaticDecode(model, compiled_layer_step(model), CudaGraphs(model.norm.weight.device))
+    fast = FastPasses(model, CudaGraphs(model.norm.weight.device))
+    model.hidden, model.forward = FastHidden(fast), FastForward(fast)
+    fast.warm_up()
 
 
-def compiled_layer_step(model: Transformer) -> Callable[..., Tensor]:
-    """`layer_step` compiled for a model's layers, or as it is, with a note, where that cannot be done."""
-    compiled = torch.compile(layer_step, dynamic=False)
-    note("compiling the decode step: some seconds, fewer the next time")
-    try:
-        _warm_up(model, compiled)
-    except Exception as error:  # of many kinds: no Triton, no C compiler, no Python headers, a card too old
-        note(f"it cannot be compiled here ({_first_line(error)}): decode steps are recorded uncompiled")
-        return layer_step
-    return compiled
+class FastHidden(CompiledForward):
+    """In place of `Transformer.hidden`: prompts."""
 
-
-class StaticDecode:
-    """In place of a model's `hidden`: recorded steps for one token of each row, the model's own way for all else."""
-
-    def __init__(self, model: Transformer, layer_step: Callable[..., Tensor], record: Recorder):
-        self.model = weakref.proxy(model)  # which holds this: memory of a GPU must not wait for Python to find the circle
-        self.layer_step = layer_step
-        self.record: Recorder | None = record  # None: it was tried in vain
-        self.recordings: OrderedDict[tuple, Recording] = OrderedDict()
-        self.cleaned: weakref.WeakSet[KVCache] = weakref.WeakSet()
+    def __init__(self, fast: "FastPasses"):
+        self.fast = fast
 
     def __call__(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """As `Transformer.hidden`."""
-        if self.record is None or cache is None or tokens.shape[1] != 1 or cache.longest == cache.max_seq_len:
-            return Transformer.hidden(self.model, tokens, cache)
+        if cache is None:
+            return Transformer.hidden(self.fast.model, tokens, cache)
+        return self.fast.hidden(tokens, cache)
+
+
+class FastForward(CompiledForward):
+    """In place of `Transformer.forward`: decode steps and drafts, captured where they are short enough."""
+
+    is_asynchronous = True
+
+    def __init__(self, fast: "FastPasses"):
+        self.fast = fast
+
+    def __call__(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As `Transformer.forward`."""
+        if cache is None:
+            return Transformer.forward(self.fast.model, tokens, cache)
+        return self.fast.logits(tokens, cache)
+
+    @property
+    def recordings(self) -> "OrderedDict[tuple, CapturedPass]":
+        return self.fast.graphs
+
+    @property
+    def record_seconds(self) -> float:
+        return self.fast.capture_seconds
+
+
+class FastPasses:
+    """A model's passes in fused layers, and the graphs captured of them."""
+
+    def __init__(self, model: Transformer, capture: Capture):
+        self.model = weakref.proxy(model)  # which holds this: GPU memory must not wait for Python to find the circle
+        self.layers = [FusedLayer(block) for block in model.layers]
+        self.angles = Angles(model)
+        self.capture: Capture | None = capture  # None: it failed
+        self.graphs: OrderedDict[tuple, CapturedPass] = OrderedDict()
+        self.n_captured, self.capture_seconds = 0, 0.0
+        self.cleared: weakref.WeakSet[KVCache] = weakref.WeakSet()
+        self.lock = threading.Lock()
+
+    # ---- passes that are launched kernel by kernel
+
+    @torch.inference_mode()
+    def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """The last layer's normed output (B, T, D) for new ids (B, T); the cache grows by T tokens."""
+        self._clear(cache)
+        cache.make_room(tokens.shape[1])
+        x = self._layers(tokens, cache.lengths, cache, cache.longest + tokens.shape[1])
+        cache.advance(tokens.shape[1])
+        norm = self.model.norm
+        return rms_norm(x, norm.weight, norm.eps).view(*tokens.shape, -1)
+
+    def _layers(self, tokens: Tensor, lengths: Tensor, cache: KVCache, width: int) -> Tensor:
+        """The last layer's output (B · T, D). No row comes to more than `width` tokens, the new ones included."""
+        B, T = tokens.shape
+        positions = (lengths[:, None] + torch.arange(T, device=tokens.device)).flatten()  # (N,)
+        cos, sin = self.angles.up_to(cache.max_seq_len)
+        look = attention_to(cache, lengths, positions, T, width)
+        x = self.model.tok_embeddings(tokens.flatten())  # (N, D)
+        for i, layer in enumerate(self.layers):
+            keys, values = cache.keys[i], cache.values[i]  # (B, K, S, hd)
+            q = layer.query(x, positions, cos, sin, keys, values)  # (N, H, hd)
+            x = layer.rest(x, look(i, q.view(B, T, *q.shape[1:])).flatten(0, 1).flatten(1))
+        return x
+
+    # ---- passes that are captured
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """float32 logits (B, T, V) for new ids (B, T); the cache grows by T tokens."""
+        T = tokens.shape[1]
+        padded = next((n for n in PASS_LENGTHS if n >= T), None)
+        if self.capture is None or padded is None or cache.longest + padded > cache.max_seq_len:
+            return self.model.logits(self.hidden(tokens, cache))
+        self._clear(cache)
         try:
-            recording = self._recording(tokens, cache)
-        except RuntimeError as error:  # nothing is lost: what the step wrote, the plain one writes again
-            note(f"the decode step cannot be recorded here ({_first_line(error)}): decoding stays uncompiled")
-            self.record = None
-            return self(tokens, cache)
-        hidden = recording(tokens, cache.lengths)
-        cache.advance(1)
-        return hidden
+            run = self._captured(tokens, padded, cache)
+        except RuntimeError as error:  # nothing is lost: what the pass wrote, the plain one writes again
+            self._captures_failed(error)
+            return self.model.logits(self.hidden(tokens, cache))
+        logits = run(tokens, cache.lengths)
+        cache.advance(T)
+        return logits
 
-    @torch.inference_mode()
-    def _recording(self, tokens: Tensor, cache: KVCache) -> "Recording":
-        if cache not in self.cleaned:  # a NaN that memory was left with would be one even where masked
+    def _captured(self, tokens: Tensor, T: int, cache: KVCache) -> "CapturedPass":
+        with self.lock:
+            width = next_width(cache, T)
+            key = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape, T, width)
+            if key not in self.graphs:
+                try:
+                    self.graphs[key] = self._new(tokens, T, cache, width)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or not self.graphs:
+                        raise
+                    self.graphs.clear()  # they may hold what is missing
+                    self.graphs[key] = self._new(tokens, T, cache, width)
+                if len(self.graphs) > MOST_GRAPHS:
+                    self.graphs.popitem(last=False)
+            self.graphs.move_to_end(key)
+            return self.graphs[key]
+
+    def _new(self, tokens: Tensor, T: int, cache: KVCache, width: int) -> "CapturedPass":
+        begun, B = time.perf_counter(), len(tokens)
+
+        def run(tokens: Tensor, lengths: Tensor) -> Tensor:
+            x = self._layers(tokens, lengths, cache, width)
+            return norm_linear(x, self.model.norm, self.model.output).float().view(B, T, -1)
+
+        ids = torch.nn.functional.pad(tokens, (0, T - tokens.shape[1]))  # the tokens themselves: capturing runs the pass once
+        made = CapturedPass(self.capture, run, ids, cache.lengths.clone(), self.angles.up_to(cache.max_seq_len))
+        self.n_captured += 1
+        self.capture_seconds += time.perf_counter() - begun
+        return made
+
+    def _captures_failed(self, error: RuntimeError) -> None:
+        if is_out_of_memory(error):
+            return  # this call is launched kernel by kernel, the next may be luckier
+        note(f"a decode step cannot be captured here ({_first_line(error)}): its kernels are launched one by one")
+        self.capture = None
+
+    def _clear(self, cache: KVCache) -> None:
+        """Where attention is masked, a NaN that memory was left with would count all the same."""
+        if cache.needs_mask and cache not in self.cleared:
             cache.keys[:, :, :, cache.longest :] = cache.values[:, :, :, cache.longest :] = 0
-            self.cleaned.add(cache)
-        width = window(cache)
-        key = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape, width)
-        if key not in self.recordings:
-            keys, values = cache.keys, cache.values
+            self.cleared.add(cache)
 
-            def step(tokens: Tensor, lengths: Tensor) -> Tensor:
-                return decode_step(self.model, self.layer_step, tokens, lengths, keys, values, width)
+    def warm_up(self) -> None:
+        """Have every kernel compiled now, a prompt's, a token's, a draft's and a batch's: none is in the middle of a text."""
+        note("preparing the decode step: a few seconds, longer the first time")
+        device = self.model.norm.weight.device
+        for B, prompts, passes in ((1, (17, 33, 65), PASS_LENGTHS), (2, (), (1,))):
+            cache = new_cache(self.model, B, SMALLEST_WIDTH)
+            for T in prompts + passes:
+                tokens = torch.zeros(B, T, dtype=torch.long, device=device)
+                self.logits(tokens, cache)
+                cache.set_lengths([1] * B)
+        self.graphs.clear()
+        self.n_captured, self.capture_seconds = 0, 0.0
 
-            self.recordings[key] = Recording(self.record, step, tokens, cache.lengths)
-            if len(self.recordings) > MOST_RECORDINGS:
-                self.recordings.popitem(last=False)
-        self.recordings.move_to_end(key)
-        return self.recordings[key]
+
+class FusedLayer:
+    """A block with wq, wk, wv and w1, w3 joined; the block's own matrices become views of the joined ones."""
+
+    def __init__(self, block: TransformerBlock):
+        attention, feed_forward = block.attention, block.feed_forward
+        self.wqkv = joined(attention.wq, attention.wk, attention.wv)
+        self.wo = attention.wo
+        self.w13 = joined(feed_forward.w1, feed_forward.w3)
+        self.w2 = feed_forward.w2
+        self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
+
+    def query(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Rotated queries (N, H, hd) of x (N, D); its keys and values are written to the layer's cache."""
+        return norm_query(x, self.attention_norm, self.wqkv, positions, cos, sin, keys, values)
+
+    def rest(self, x: Tensor, heads: Tensor) -> Tensor:
+        """The block's output (N, D) from its input x and what its heads (N, H · hd) gathered."""
+        x = linear(heads, self.wo, add=x)
+        hidden = norm_swiglu(x, self.ffn_norm, self.w13)  # (N, F)
+        return linear(hidden, self.w2, add=x)
 
 
-class Recording:
-    """A step with tensors of its own for what goes in."""
+class Angles:
+    """Cosines and sines of every position, made once and for as many positions as a cache has."""
 
-    def __init__(self, record: Recorder, step: Step, tokens: Tensor, lengths: Tensor):
-        self.tokens, self.lengths = tokens.clone(), lengths.clone()
-        self.run = record(step, self.tokens, self.lengths)
+    def __init__(self, model: Transformer):
+        self.args, self.device = model.args, model.norm.weight.device
+        self.tables: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
-    @torch.inference_mode()
+    def up_to(self, n_positions: int) -> tuple[Tensor, Tensor]:
+        """Two float32 tables (at least n_positions, hd/2). Older tables stay valid for graphs that read them."""
+        if len(self.tables[0]) < n_positions:
+            positions = torch.arange(n_positions, device=self.device)[None]
+            cos, sin = rope_rotations(positions, rope_frequencies(self.args, self.device))  # (1, S, 1, hd/2)
+            self.tables = cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous()
+        return self.tables
+
+
+class Looks(Protocol):
+    def __call__(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of a layer's queries (B, T, H, hd) to a cache: the same shape."""
+        ...
+
+
+def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, width: int) -> Looks:
+    """Attention for T new tokens a row at `positions` (N,), after `lengths` (B,) others, of a cache's first `width` tokens."""
+    if isinstance(cache, FlashKVCache):
+        at = FlashLengths.of(lengths, T, cache.max_seq_len, width)
+        return lambda layer, q: flash(q, *cache.stored[:, layer], at)
+    visible = torch.arange(width, device=positions.device) <= positions.view(-1, T)[:, :, None]  # (B, T, S)
+
+    def masked(layer: int, q: Tensor) -> Tensor:
+        keys, values = (all_[layer, :, :, :width].transpose(1, 2) for all_ in (cache.keys, cache.values))
+        B, _, H, _ = q.shape
+        G = H // keys.shape[2]
+        return attend(q, keys, values, visible[:, None].expand(B, G, T, width).reshape(B, 1, G * T, width))
+
+    return masked
+
+
+class CapturedPass:
+    """A captured pass with tensors of its own for what goes in. `kept`: what else it reads must stay where it is."""
+
+    def __init__(self, capture: Capture, run: Pass, tokens: Tensor, lengths: Tensor, kept: tuple[Tensor, ...]):
+        self.tokens, self.lengths, self.kept = tokens, lengths, kept
+        self.run = capture(run, self.tokens, self.lengths)
+
     def __call__(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        self.tokens.copy_(tokens)
+        """Logits (B, T, V) of ids (B, T); they may be fewer a row than were captured."""
+        T = tokens.shape[1]
+        self.tokens[:, :T].copy_(tokens)
         self.lengths.copy_(lengths)
-        return self.run().clone()  # the next replay writes to the same place
+        return self.run()[:, :T].clone()  # the next replay writes to the same place
 
 
 class CudaGraphs:
-    """Records steps as CUDA graphs, which share the memory for what they compute on the way."""
+    """Captures passes as CUDA graphs, which share the memory for what they compute on the way."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Step, tokens: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
+    def __call__(self, run: Pass, tokens: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device):
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
-                out = step(tokens, lengths)  # once unrecorded: what is compiled, chosen and loaded only once must be by now
+                out = run(tokens, lengths)  # once uncaptured: what is compiled, chosen and loaded only once must be by now
             current.wait_stream(self.stream)
             # Other threads may use the device meanwhile. `out` is outside of the shared memory: no other graph overwrites it.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                out.copy_(step(tokens, lengths))
+                out.copy_(run(tokens, lengths))
 
         def replay() -> Tensor:
             graph.replay()
@@ -141,89 +304,9 @@ class CudaGraphs:
         return replay
 
 
-def window(cache: KVCache) -> int:
-    """How much of a cache the next token's attention looks at: the first power of two that has room for it, or all."""
-    return min(max(SMALLEST_WINDOW, 1 << cache.longest.bit_length()), cache.max_seq_len)
-
-
-def decode_step(
-    model: Transformer,
-    layer_step: Callable[..., Tensor],
-    tokens: Tensor,
-    lengths: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    width: int,
-) -> Tensor:
-    """`Transformer.hidden` for ids (B, 1) at places `lengths` (B,), with no shape and no number that hangs on the lengths.
-
-    keys and values (n_layers, B, K, max_seq_len, hd) are a cache's; of these, attention reads the first `width` tokens.
-    """
-    positions = lengths[:, None]  # (B, 1)
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]  # (B, 1)
-    rotations = rope_rotations(positions, rope_frequencies(model.args, tokens.device))
-    visible = (torch.arange(width, device=tokens.device) <= positions)[:, None, None]  # (B, 1, 1, S)
-    x = model.tok_embeddings(tokens)  # (B, 1, D)
-    for block, *of_layer in zip(model.layers, keys, values, strict=True):
-        shared = (x, rows, positions, *rotations)
-        for tensor, dim in [*((tensor, 0) for tensor in (*shared, visible, *of_layer)), (visible, 3)]:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        for tensor in of_layer:
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        x = layer_step(block, *shared, visible, *of_layer)
-    return model.norm(x)
-
-
-def layer_step(
-    block: TransformerBlock,
-    x: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    visible: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> Tensor:
-    """One block on x (B, 1, D), keys and values (B, K, max_seq_len, hd); made of tensors alone, the same for all layers."""
-    return block(x, LayerContext(rows, positions, (cos, sin), visible, keys, values), layer=0)
-
-
-@dataclass
-class LayerContext:
-    """In place of a block's `Context`, and of the `KVCache` in it: what a single layer needs of them."""
-
-    rows: Tensor
-    positions: Tensor
-    rotations: tuple[Tensor, Tensor]
-    visible: Tensor
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def cache(self) -> "LayerContext":
-        return self
-
-    def extend(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, 1, K, hd); return the window of all, (B, S, K, hd) each."""
-        self.keys[self.rows, :, positions] = k
-        self.values[self.rows, :, positions] = v
-        width = self.visible.shape[-1]
-        return self.keys[:, :, :width].transpose(1, 2), self.values[:, :, :width].transpose(1, 2)
-
-    def mask(self, group: int) -> Tensor:
-        """`visible` for the G heads of a group: (B, 1, G, S)."""
-        return self.visible.expand(-1, -1, group, -1)
-
-
-@torch.inference_mode()
-def _warm_up(model: Transformer, layer_step: Callable[..., Tensor]) -> None:
-    """Compile for one row; a batch's first step compiles for any number of rows."""
-    norm = model.norm.weight
-    shape = (model.args.n_layers, 1, model.args.n_kv_heads, SMALLEST_WINDOW + 1, model.args.head_dim)
-    keys, values = torch.zeros(2, *shape, dtype=norm.dtype, device=norm.device)
-    tokens = torch.zeros(1, 1, dtype=torch.long, device=norm.device)
-    decode_step(model, layer_step, tokens, tokens[0], keys, values, SMALLEST_WINDOW)
+def next_width(cache: KVCache, n_tokens: int) -> int:
+    """How much of a cache the next pass may look at: the first power of two that has room for `n_tokens` more, or all."""
+    return min(max(SMALLEST_WIDTH, 1 << (cache.longest + n_tokens - 1).bit_length()), cache.max_seq_len)
 
 
 def note(text: str) -> None:

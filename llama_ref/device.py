@@ -1,8 +1,10 @@
 """Which device and which precision, when nobody says."""
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 
@@ -89,6 +91,22 @@ def fast_for_one_row(tokens: torch.Tensor, dtype: torch.dtype) -> Iterator[None]
         yield
     finally:
         torch.backends.mkldnn.enabled = before
+
+
+def prepare_cuda() -> None:
+    """Keep cuDNN's attention off, for the whole process: a model is about to be put on a CUDA device.
+
+    PyTorch from 2.11 on prefers it on Hopper and Blackwell, and it plans anew for every length: 20 to 40 ms for each token of a
+    text that grows (transformers pull request 48163, vLLM does the same). On Blackwell it also gave wrong numbers (pytorch
+    issue 193893). The switch is process-wide, so that a context manager around each call would race between threads.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether there is Triton, which PyTorch for CUDA brings along on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -20,7 +20,7 @@ from llama_ref.checkpoint.slices import refuse_undealable
 from llama_ref.checkpoint.verified import Verify, verified
 from llama_ref.checkpoint.weights import Progress, load_model
 from llama_ref.compile import compile_decode
-from llama_ref.device import choose_device, choose_dtype
+from llama_ref.device import choose_device, choose_dtype, prepare_cuda
 from llama_ref.errors import RequestError
 from llama_ref.loop import Row, steps
 from llama_ref.model import KVCache, Transformer
@@ -112,6 +112,8 @@ class Llama:
         SamplingParams(seed=seed)  # raises for a seed that is none
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
+        if device.type == "cuda":
+            prepare_cuda()
         folder = open_folder(ckpt_dir)
         job = join_job(model_parallel_size, pipeline_parallel_size, device)
         _check_speculation(speculate, draft, job)

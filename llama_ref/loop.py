@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_ref.compiled_forward import compiled_forward
+from llama_ref.cuda_attention import kv_cache_class
 from llama_ref.device import fast_for_one_row, is_out_of_memory
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import KVCache, Transformer
@@ -16,7 +18,9 @@ from llama_ref.model import KVCache, Transformer
 FinishReason = Literal["stop", "length"]
 
 PREFILL_TOKENS = 1024  # at a time, of all rows together: bounds activations; masks grow with the context alone
+MASKLESS_PREFILL_TOKENS = 8192  # where attention needs no mask: a GPU is busy with a whole prompt of the usual length
 CACHE_BLOCK = 64  # tokens; a cache holds whole blocks: what is compiled for a CPU reads it by these (compile.py)
+CUDA_CACHE_BLOCK = 1024  # coarser: captured graphs belong to addresses, which caches of one size share (cuda_decode.py)
 LOGPROB_POSITIONS = 128  # logits take 0.5 MB a position: an echoed prompt's are made this many at a time
 
 
@@ -71,8 +75,10 @@ def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
     """
     norm = model.layers[0].attention_norm.weight  # a norm is there in every part of a model, and is never quantized
     try:
-        room = -(-n_tokens // CACHE_BLOCK) * CACHE_BLOCK
-        return KVCache(model.args, batch_size, room, dtype=norm.dtype, device=norm.device)
+        kind = kv_cache_class(norm.device, norm.dtype, model.args)
+        block = CACHE_BLOCK if norm.device.type == "cpu" or batch_size > 1 else CUDA_CACHE_BLOCK
+        room = -(-n_tokens // block) * block
+        return kind(model.args, batch_size, room, dtype=norm.dtype, device=norm.device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -101,21 +107,56 @@ def steps(
     if cache is None:
         cache = new_cache(model, len(rows), max(row.total_len for row in rows))
     logits = prefill(model, rows, cache, prompt_logprobs)
+    forward = compiled_forward(model)
+    decode_ahead = forward is not None and forward.is_asynchronous
     while not finished(rows):
         chosen = sample(logits)
         logprobs = -F.cross_entropy(logits, chosen, reduction="none")
-        for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
+        fetch = fetching(torch.stack((chosen.to(logprobs), logprobs)))  # float32 holds every id
+        is_ahead = decode_ahead and _may_go_on(rows) and cache.longest < cache.max_seq_len
+        if is_ahead:  # the device has the next step before the host has seen this one's ids; a stop token wastes one step
+            logits = _decode(model, chosen, cache)
+        for row, token, logprob in zip(rows, *fetch(), strict=True):
             if not row.finish_reason:
                 refuse_nan(logprob, cache.keys.dtype)
-                row.take(token, logprob, stop_tokens)
+                row.take(int(token), logprob, stop_tokens)
+        if is_ahead:
+            _hold_finished(rows, cache)
         yield
-        if not finished(rows):
-            logits = _decode(model, chosen, rows, cache)
+        if not is_ahead and not finished(rows):
+            logits = _decode(model, chosen, cache)
+            _hold_finished(rows, cache)
+
+
+def fetching(numbers: Tensor) -> Callable[[], list]:
+    """Begin to bring numbers to the host; calling the result waits for them alone, not for what is launched meanwhile."""
+    if not numbers.is_cuda:
+        return numbers.tolist
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def fetch() -> list:
+        copied.synchronize()
+        return host.tolist()
+
+    return fetch
+
+
+def _may_go_on(rows: list[Row]) -> bool:
+    """Whether some row will want another token after the next, unless that is a stop token."""
+    return any(not row.finish_reason and len(row.generated) + 1 < row.max_gen_len for row in rows)
 
 
 def finished(rows: list[Row]) -> bool:
     """Whether no row goes on."""
     return all(row.finish_reason for row in rows)
+
+
+def prefill_tokens(cache: KVCache) -> int:
+    """How many tokens of a prompt, of all rows together, one pass takes."""
+    return PREFILL_TOKENS if cache.needs_mask else MASKLESS_PREFILL_TOKENS
 
 
 @torch.inference_mode()
@@ -133,7 +174,7 @@ def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs
 
     last: list[Tensor] = [tokens] * len(rows)  # each row's final state (D,), filled in below
     begin = known
-    for piece in tokens.to(cache.lengths.device).split(max(1, PREFILL_TOKENS // len(rows)), dim=1):
+    for piece in tokens.to(cache.lengths.device).split(max(1, prefill_tokens(cache) // len(rows)), dim=1):
         hidden = model.hidden(piece, cache)  # (B, T, D)
         if prompt_logprobs:
             _score_prompts(model, rows, hidden, begin)
@@ -146,13 +187,16 @@ def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs
 
 
 @torch.inference_mode()
-def _decode(model: Transformer, chosen: Tensor, rows: list[Row], cache: KVCache) -> Tensor:
-    """One token (B,) further: logits (B, V). Rows that have finished mark time on their last place: they may have no other."""
+def _decode(model: Transformer, chosen: Tensor, cache: KVCache) -> Tensor:
+    """One token (B,) further: logits (B, V)."""
     with fast_for_one_row(chosen, cache.keys.dtype):
-        logits = model.logits(model.hidden(chosen[:, None], cache))[:, 0]
+        return model(chosen[:, None], cache)[:, 0]
+
+
+def _hold_finished(rows: list[Row], cache: KVCache) -> None:
+    """Finished rows keep overwriting their last cache slot; they may have no room for another."""
     if any(row.finish_reason for row in rows):
         cache.set_lengths([len(row.prompt) + len(row.generated) - bool(row.finish_reason) for row in rows])
-    return logits
 
 
 def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: int) -> None:

@@ -68,6 +68,8 @@ class KVCache:
     asking the device. For inference: use it under `torch.inference_mode()` or with frozen weights.
     """
 
+    needs_mask = True  # whether its attention makes a mask of new tokens times all tokens
+
     def __init__(
         self, args: ModelArgs, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
@@ -87,17 +89,32 @@ class KVCache:
         end = self.longest + n_tokens
         if end > self.max_seq_len:
             raise ValueError(f"{self.longest} + {n_tokens} tokens do not fit into a cache of {self.max_seq_len}")
-        if len(self.lengths) > 1:  # shorter rows leave places unwritten, and a NaN there would be a NaN even where masked
-            self.keys[:, :, :, self.longest : end] = self.values[:, :, :, self.longest : end] = 0
+        self.clear_unwritten(n_tokens)
         return self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
 
-    def extend(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new k and v (B, T, K, hd) at `positions` (B, T); return all of its so far, (B, S, K, hd) each."""
-        # Indices that stand apart put their own dimensions first: [(B, 1), :, (B, T)] is (B, T, K, hd), as k and v are.
+    def clear_unwritten(self, n_tokens: int) -> None:
+        """Clear the next `n_tokens` places: shorter rows leave theirs unwritten, and a NaN counts even where it is masked."""
+        if len(self.lengths) > 1:
+            new = slice(self.longest, self.longest + n_tokens)
+            self.keys[:, :, :, new] = self.values[:, :, :, new] = 0
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store one layer's new k and v (B, T, K, hd) at `positions` (B, T)."""
+        # Advanced indices separated by a slice move to the front (NumPy's rule): [(B, 1), :, (B, T)] is (B, T, K, hd).
         self.keys[layer][self.rows, :, positions] = k
         self.values[layer][self.rows, :, positions] = v
-        filled = self.longest + positions.shape[1]
-        return self.keys[layer, :, :, :filled].transpose(1, 2), self.values[layer, :, :, :filled].transpose(1, 2)
+
+    def read(self, layer: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """One layer's first `n_tokens` keys and values: views (B, S, K, hd) each."""
+        return self.keys[layer, :, :, :n_tokens].transpose(1, 2), self.values[layer, :, :, :n_tokens].transpose(1, 2)
+
+    def attend(self, layer: int, q: Tensor, context: "Context") -> Tensor:
+        """Attention of the new tokens' q (B, T, H, hd), whose keys and values are written: (B, T, H, hd).
+
+        A subclass may compute it another way, as its device does best.
+        """
+        k, v = self.read(layer, context.n_seen)  # (B, S, K, hd)
+        return attend(q, k, v, context.mask(group=q.shape[2] // k.shape[2]))
 
     def advance(self, n_tokens: int) -> None:
         self.lengths += n_tokens
@@ -110,27 +127,43 @@ class KVCache:
 
 
 class Context:
-    """What all layers of one pass share: where the new tokens stand, how far to turn them, and what each may look at."""
+    """State shared by all layers of one forward pass: positions, RoPE's cosines and sines, the causal mask, the KV cache."""
 
     def __init__(self, args: ModelArgs, tokens: Tensor, cache: KVCache | None):
-        T = tokens.shape[1]
         self.cache = cache
+        self.n_new = tokens.shape[1]  # T
         if cache is None:
-            self.positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
+            self.n_seen = self.n_new  # S, the new tokens included
+            self.positions = torch.arange(self.n_new, device=tokens.device)[None]  # (1, T)
         else:
-            self.positions = cache.make_room(T)  # (B, T)
+            self.n_seen = cache.longest + self.n_new
+            self.positions = cache.make_room(self.n_new)  # (B, T)
         self.rotations = rope_rotations(self.positions, rope_frequencies(args, tokens.device))
-        self.visible: Tensor | None = None  # None: the cache was empty, and causal attention among the new tokens will do
         self._mask: Tensor | None = None
-        if cache is not None and cache.longest > 0:
-            keys = torch.arange(cache.longest + T, device=tokens.device)  # (S,)
-            self.visible = keys <= self.positions[:, :, None]  # (B, T, S): nothing later than oneself
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of q (B, T, H, hd) over all tokens so far; the new ones' k and v are (B, T, K, hd)."""
+        if self.cache is None:
+            return attend(q, k, v, mask=None)
+        self.cache.write(layer, self.positions, k, v)
+        return self.cache.attend(layer, q, self)
+
+    @property
+    def visible(self) -> Tensor | None:
+        """Which tokens each new one may look at, none later than itself: bool (B, T, S).
+
+        None where the cache was empty: causal attention among the new tokens will do.
+        """
+        if self.n_seen == self.n_new:
+            return None
+        keys = torch.arange(self.n_seen, device=self.positions.device)  # (S,)
+        return keys <= self.positions[:, :, None]
 
     def mask(self, group: int) -> Tensor | None:
         """`visible` for G heads that queue up as G·T queries: (B, 1, G·T, S). Made once for all layers."""
-        if self._mask is None and self.visible is not None:
-            B, T, S = self.visible.shape
-            self._mask = self.visible[:, None].expand(B, group, T, S).reshape(B, 1, group * T, S)
+        if self._mask is None and (visible := self.visible) is not None:
+            B, T, S = visible.shape
+            self._mask = visible[:, None].expand(B, group, T, S).reshape(B, 1, group * T, S)
         return self._mask
 
 
@@ -147,7 +180,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     (B, H, T, hd), K = q.shape, k.shape[1]
     q = q.reshape(B, K, H // K * T, hd)  # (4, 32, 1, 64) -> (4, 8, 4, 64)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.view(B, H, T, hd).transpose(1, 2)
+    return out.reshape(B, H, T, hd).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -167,9 +200,7 @@ class Attention(nn.Module):
         k = self.wk(x).unflatten(-1, heads)  # (B, T, K, hd)  (4, 128, 8, 64)
         v = self.wv(x).unflatten(-1, heads)  # (B, T, K, hd)
         q, k = rotate(q, *context.rotations), rotate(k, *context.rotations)
-        if context.cache is not None:
-            k, v = context.cache.extend(layer, context.positions, k, v)  # (B, S, K, hd)
-        out = attend(q, k, v, context.mask(group=q.shape[2] // k.shape[2]))  # (B, T, H, hd)
+        out = context.attend(layer, q, k, v)  # (B, T, H, hd)
         return self.wo(out.flatten(-2))  # (B, T, D)
 
 

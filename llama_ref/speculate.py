@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_ref.compiled_forward import compiled_forward
 from llama_ref.device import fast_for_one_row
-from llama_ref.loop import PREFILL_TOKENS, Row, finished, new_cache, prefill, refuse_nan
+from llama_ref.loop import Row, finished, new_cache, prefill, prefill_tokens, refuse_nan
 from llama_ref.model import KVCache, Transformer
 from llama_ref.quantization.modules import Int8Matrix, QuantizedMatrix
 from llama_ref.sampling import Sampler
@@ -63,7 +64,7 @@ class PassTime:
             return cls(1.05, 0.01)
         dtype = str(norm.dtype).removeprefix("torch.")
         kind = "int8" if isinstance(matrix, Int8Matrix) else "int4" if isinstance(matrix, QuantizedMatrix) else dtype
-        is_compiled = "forward" in vars(block)  # compile.py puts its own in front of the class's
+        is_compiled = compiled_forward(block) is not None
         return cls(*MEASURED.get((kind, is_compiled), MEASURED["bfloat16", is_compiled]))
 
     def with_guesses(self, n: int) -> float:
@@ -341,10 +342,13 @@ class ModelDrafter:
 @torch.inference_mode()
 def _last_logits(model: Transformer, tokens: list[int], cache: KVCache) -> Tensor:
     """Logits (1, V) after the last of some tokens that follow what the cache holds."""
-    for piece in torch.tensor([tokens], device=cache.lengths.device).split(PREFILL_TOKENS, dim=1):
-        with fast_for_one_row(piece, cache.keys.dtype):
-            hidden = model.hidden(piece, cache)
-    return model.logits(hidden[:, -1])
+    *before, last = torch.tensor([tokens], device=cache.lengths.device).split(prefill_tokens(cache), dim=1)
+    for piece in before:
+        model.hidden(piece, cache)
+    with fast_for_one_row(last, cache.keys.dtype):
+        if last.shape[1] == 1:
+            return model(last, cache)[:, 0]
+        return model.logits(model.hidden(last, cache)[:, -1])
 
 
 def _bytes_read(model: Transformer) -> int:

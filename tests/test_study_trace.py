@@ -16,7 +16,7 @@ from folders import tiny_folder
 from llama_ref import study
 from llama_ref.args import ModelArgs
 from llama_ref.compile import compile_decode
-from llama_ref.cuda_decode import StaticDecode, layer_step
+from llama_ref.cuda_decode import FastForward, FastHidden, FastPasses
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.loop import new_cache
@@ -450,7 +450,8 @@ def for_the_cpu(model: Transformer) -> None:
 
 
 def for_cuda(model: Transformer) -> None:
-    model.hidden = StaticDecode(model, layer_step, lambda step, *inputs: lambda: step(*inputs))
+    fast = FastPasses(model, lambda step, *inputs: lambda: step(*inputs))
+    model.hidden, model.forward = FastHidden(fast), FastForward(fast)
 
 
 @pytest.mark.parametrize("make_fast", [for_the_cpu, for_cuda])

@@ -10,11 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ref.device import has_triton
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
 
 BLOCK_WEIGHTS = 1 << 22  # turned into the input's dtype at a time: few enough to stay in a processor's cache
-CUDA_INT8_SINCE = "2.10"  # PyTorch's kernel for int8; on CPU and MPS it is older
+CUDA_BLOCK_WEIGHTS = 1 << 26  # where every block costs launches
 FEW_ROWS = 48  # up to here PyTorch's kernel for int8 was faster than casting the matrix, on two Zen 5 cores
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether this project's own kernels take x: on a CUDA device, where there is Triton."""
+    return x.is_cuda and has_triton()
+
+
+def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """x (…, in) times a quantized matrix, in those kernels: (…, out)."""
+    from llama_ref.cuda_products import product  # only now: it imports Triton
+
+    return product(x.reshape(-1, x.shape[-1]), weight, scale, zero).unflatten(0, x.shape[:-1])
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,7 +56,8 @@ class QuantizedMatrix(nn.Module):
         raise NotImplementedError
 
     def _blocks(self) -> Iterator[slice]:
-        step = max(1, BLOCK_WEIGHTS // self.shape[1])
+        weights = CUDA_BLOCK_WEIGHTS if next(self.buffers()).is_cuda else BLOCK_WEIGHTS
+        step = max(1, weights // self.shape[1])
         return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
 
     def _times_blocks(self, x: Tensor) -> Tensor:
@@ -73,9 +87,11 @@ class Int8Matrix(QuantizedMatrix):
 class Int8Linear(Int8Matrix):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
+        if has_kernels(x):
+            return on_cuda(x, self.q, self.scale)
         if x.dtype == torch.float16:  # sums of unscaled products would leave its range
             return self._times_blocks(x)
-        if x.numel() <= FEW_ROWS * x.shape[-1] and (x.device.type != "cuda" or torch.__version__ >= CUDA_INT8_SINCE):
+        if x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_cuda:  # there PyTorch's kernel is a naive loop
             return torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.q, self.scale.to(x.dtype)).unflatten(
                 0, x.shape[:-1]
             )
@@ -121,6 +137,8 @@ class Int4Linear(QuantizedMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
+        if has_kernels(x):
+            return on_cuda(x, self.packed, self.scale, self.zero)
         return self._times_blocks(x)
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ref.compiled_forward import CompiledForward
 from llama_ref.errors import RequestError
-from llama_ref.model import Attention, Context, FeedForward, KVCache, Transformer, TransformerBlock, attend, rotate
+from llama_ref.model import Attention, Context, FeedForward, KVCache, Transformer, TransformerBlock, rotate
 from llama_ref.parallel import SummedLinear
 from llama_ref.pipeline import LogitsForAll
-
-COMPILED = ("llama_ref.compile", "llama_ref.cuda_decode")  # whose forwards make way for the plain ones meanwhile
 
 
 class Pass:
@@ -114,8 +113,9 @@ class Attached:
 
     def _put_on(self) -> None:
         model = self.model
-        if "hidden" in vars(model):
-            self._set_aside(model, "hidden")
+        for attribute in ("hidden", "forward"):
+            if attribute in vars(model):
+                self._set_aside(model, attribute)
         self._put(model.tok_embeddings, self.embedding)
         for i, block in enumerate(model.layers):
             self._put(block, self.block, i)
@@ -132,7 +132,7 @@ class Attached:
 
     def _set_aside(self, module: nn.Module, attribute: str) -> None:
         standing = vars(module)[attribute]
-        if type(standing).__module__ not in COMPILED:
+        if not isinstance(standing, CompiledForward):
             raise RequestError(
                 f"a {type(module).__name__} has a {attribute} of its own, {standing!r:.60}: only those of model.py, compiled "
                 "or not, can be studied; take it off first"
@@ -196,11 +196,11 @@ class Attached:
         k = see("k_unrotated", module.wk(x).unflatten(-1, heads))  # (B, T, K, hd)
         v = see("v", module.wv(x).unflatten(-1, heads))  # (B, T, K, hd)
         q, k = see("q", rotate(q, *context.rotations)), see("k", rotate(k, *context.rotations))
-        if context.cache is not None:
-            k, v = context.cache.extend(layer, context.positions, k, v)  # (B, S, K, hd)
-        out = attend(q, k, v, context.mask(group=q.shape[2] // k.shape[2]))  # (B, T, H, hd)
+        out = context.attend(layer, q, k, v)  # (B, T, H, hd)
         looking = self.looking(f"layers.{i}.attention.scores") + self.looking(f"layers.{i}.attention.pattern")
         if looking:
+            if context.cache is not None:
+                k, v = context.cache.read(layer, context.n_seen)  # (B, S, K, hd)
             out = _beside(out, q, k, v, context.visible, see, _in_path(looking))
         out = see("head_output", out)
         added = module.wo(out.flatten(-2))  # (B, T, D)

@@ -1,0 +1,118 @@
+"""KV caches for CUDA: attention that reads each row's own length, without masks and split over the cache.
+
+PyTorch ships FlashAttention 2 with the rows' lengths on the device (`aten._flash_attention_forward`, `seqused_k`). One call
+serves prompts, later pieces of a prompt, drafts and decode steps of ragged batches: a token looks at its row's own tokens up
+to itself. For one token the heads of a group are packed as rows and the cache is split over the whole card, where with a mask a
+few blocks would read all of it. Nothing beyond a row's length is read.
+"""
+
+from dataclasses import dataclass
+from functools import cache as cached
+
+import torch
+from torch import Tensor
+
+from llama_ref.args import ModelArgs
+from llama_ref.model import Context, KVCache, attend
+
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class CudaKVCache(KVCache):
+    """A cache on a CUDA device; its lengths are set without waiting for the device."""
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        self.lengths.copy_(torch.tensor(lengths, pin_memory=self.lengths.is_cuda), non_blocking=True)
+        self.longest = max(lengths)
+
+
+class FlashKVCache(CudaKVCache):
+    """A cache whose attention is `flash`. A row's tokens lie side by side: `stored` is (2, n_layers, B, S, K, hd)."""
+
+    needs_mask = False
+
+    def __init__(self, args: ModelArgs, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str):
+        super().__init__(args, batch_size, 0, dtype=dtype, device=device)
+        shape = (2, args.n_layers, batch_size, max_seq_len, args.n_kv_heads, args.head_dim)
+        self.stored = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = self.stored.transpose(3, 4)  # (n_layers, B, K, S, hd) each
+        self._lengths: tuple[Context, FlashLengths] | None = None  # of the pass under way, the same for all layers
+
+    def clear_unwritten(self, n_tokens: int) -> None:
+        """Nothing to do: what lies beyond a row's length is not even read."""
+
+    def attend(self, layer: int, q: Tensor, context: Context) -> Tensor:
+        if self._lengths is None or self._lengths[0] is not context:
+            lengths = FlashLengths.of(self.lengths, context.n_new, self.max_seq_len, context.n_seen)
+            self._lengths = context, lengths
+        return flash(q, *self.stored[:, layer], self._lengths[1])
+
+
+@dataclass(frozen=True)
+class FlashLengths:
+    """Where queries and keys of each row begin, and how many keys count: int32 (B + 1,), (B + 1,) and (B,).
+
+    T new tokens a row; `width`: no row has more keys than that. It decides into how many parts the cache is split.
+    """
+
+    query_starts: Tensor
+    key_starts: Tensor
+    n_keys: Tensor
+    T: int
+    width: int
+
+    @classmethod
+    def of(cls, lengths: Tensor, T: int, max_seq_len: int, width: int) -> "FlashLengths":
+        """For rows that hold `lengths` (B,) tokens before the T new ones, in a cache of `max_seq_len` tokens a row."""
+        steps = torch.arange(len(lengths) + 1, device=lengths.device, dtype=torch.int32)
+        return cls(steps * T, steps * max_seq_len, (lengths + T).int(), T, width)
+
+
+def flash(q: Tensor, keys: Tensor, values: Tensor, at: FlashLengths) -> Tensor:
+    """Causal attention of q (B, T, H, hd) to a cache's keys and values (B, S, K, hd), the new tokens' included.
+
+    Gives (B, T, H, hd). bfloat16 or float16, on NVIDIA cards from Ampere on.
+    """
+    out = torch.ops.aten._flash_attention_forward(
+        q.flatten(0, 1),
+        keys.flatten(0, 1),
+        values.flatten(0, 1),
+        at.query_starts,
+        at.key_starts,
+        at.T,
+        at.width,
+        0.0,  # dropout
+        at.T > 1,  # causal: the last query is its row's last token
+        False,
+        seqused_k=at.n_keys,
+    )[0]
+    return out.reshape(q.shape)
+
+
+def kv_cache_class(device: torch.device, dtype: torch.dtype, args: ModelArgs) -> type[KVCache]:
+    """The cache that attends fastest on a device, in a dtype, for a model's heads."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return KVCache
+    return FlashKVCache if has_flash(device, dtype, args.head_dim) else CudaKVCache
+
+
+@cached
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `flash` works here and gives what masked attention gives; tried once."""
+    if dtype not in FLASH_DTYPES or head_dim % 8:
+        return False
+    B, T, S, K, G = 2, 3, 40, 2, 4
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, T, K * G, head_dim, generator=generator).to(device, dtype)
+    keys, values = torch.randn(2, B, S, K, head_dim, generator=generator).to(device, dtype)
+    lengths = torch.tensor([30, 7], device=device)
+    positions = lengths[:, None] + torch.arange(T, device=device)  # (B, T)
+    visible = torch.arange(S, device=device) <= positions[:, :, None]  # (B, T, S)
+    mask = visible[:, None].expand(B, G, T, S).reshape(B, 1, G * T, S)
+    try:
+        with torch.inference_mode():
+            found = flash(q, keys, values, FlashLengths.of(lengths, T, S, S))
+            expected = attend(q, keys, values, mask)
+            return bool((found - expected).abs().max() < 0.05)
+    except (RuntimeError, TypeError):  # an older card, or another PyTorch
+        return False

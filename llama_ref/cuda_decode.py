@@ -6,8 +6,9 @@ For one token a GPU needs less time than Python takes to ask for a thousand kern
   become views of the joined ones, so nothing is held twice), and what lies between the products is one kernel each
   (cuda_kernels.py).
 * The whole pass over a few tokens, output matrix included, is captured as a CUDA graph and replayed. Nothing in a graph may
-  change from token to token: ids and lengths lie in tensors that are filled before each replay, and attention is told the row's
-  lengths on the device. What it is told on the host is an upper bound, a power of two: a text that grows needs few graphs.
+  change from token to token: ids and lengths lie in tensors that are filled before each replay, and attention finds the rows'
+  lengths there. Where it cannot (without Triton), it looks, masked, at a part of the cache that stays as wide as it is for many
+  tokens, a power of two: a text that grows needs few graphs.
 
 The cache's addresses are in a graph too, and every call of the generation loop brings a cache of its own. A graph is kept under
 those addresses, not under the cache: PyTorch's allocator gives a new cache the memory of the last one of its size, and the next
@@ -30,9 +31,12 @@ from llama_ref.compiled_forward import CompiledForward
 from llama_ref.cuda_attention import FlashKVCache, FlashLengths, flash
 from llama_ref.cuda_kernels import rms_norm
 from llama_ref.cuda_linear import joined, linear, norm_linear, norm_query, norm_swiglu
-from llama_ref.device import is_out_of_memory
+from llama_ref.device import has_triton, is_out_of_memory
 from llama_ref.loop import new_cache
 from llama_ref.model import KVCache, Transformer, TransformerBlock, attend, rope_frequencies, rope_rotations
+
+if has_triton():
+    from llama_ref.cuda_flash_decode import attend_one
 
 SMALLEST_WIDTH = 256  # tokens
 MOST_GRAPHS = 24  # the least recently used goes first; a text of 128k tokens comes to 10
@@ -149,7 +153,7 @@ class FastPasses:
 
     def _captured(self, tokens: Tensor, T: int, cache: KVCache) -> "CapturedPass":
         with self.lock:
-            width = next_width(cache, T)
+            width = cache.max_seq_len if self._reads_lengths(cache, T) else next_width(cache, T)
             key = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape, T, width)
             if key not in self.graphs:
                 try:
@@ -163,6 +167,10 @@ class FastPasses:
                     self.graphs.popitem(last=False)
             self.graphs.move_to_end(key)
             return self.graphs[key]
+
+    def _reads_lengths(self, cache: KVCache, T: int) -> bool:
+        """Whether attention goes by the lengths on the device alone, so that one graph serves all of them."""
+        return cache.keys.is_cuda and has_triton() and (T == 1 or not cache.needs_mask)
 
     def _new(self, tokens: Tensor, T: int, cache: KVCache, width: int) -> "CapturedPass":
         begun, B = time.perf_counter(), len(tokens)
@@ -249,6 +257,8 @@ class Looks(Protocol):
 
 def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, width: int) -> Looks:
     """Attention for T new tokens a row at `positions` (N,), after `lengths` (B,) others, of a cache's first `width` tokens."""
+    if T == 1 and positions.is_cuda and has_triton():
+        return lambda layer, q: attend_one(q[:, 0], cache.keys[layer], cache.values[layer], lengths)[:, None]
     if isinstance(cache, FlashKVCache):
         at = FlashLengths.of(lengths, T, cache.max_seq_len, width)
         return lambda layer, q: flash(q, *cache.stored[:, layer], at)

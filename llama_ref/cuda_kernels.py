@@ -67,7 +67,53 @@ def _has_triton(x: Tensor) -> bool:
     return x.is_cuda and has_triton()
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Ids (B,) of the largest logits (B, V), the first of several."""
+    return _row_stats(logits)[0] if _has_triton(logits) else logits.argmax(-1)
+
+
+def log_normalizer(logits: Tensor) -> Tensor:
+    """log Σ exp(logits) of float32 (B, V): (B,)."""
+    return _row_stats(logits)[1] if _has_triton(logits) else logits.logsumexp(-1)
+
+
+def _row_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """PyTorch's own kernels go over a row of 128,256 with one of the card's many processors."""
+    B, V = logits.shape
+    block = 1024
+    n = triton.cdiv(V, block)
+    like = {"device": logits.device}
+    places = torch.empty(B, n, dtype=torch.int32, **like)
+    tops, sums = torch.empty(2, B, n, dtype=torch.float32, **like)
+    _part_stats[(B, n)](logits.contiguous(), places, tops, sums, V, n, block, num_warps=4)
+    ids = torch.empty(B, dtype=torch.int64, **like)
+    normalizers = torch.empty(B, dtype=torch.float32, **like)
+    _whole_stats[(B,)](places, tops, sums, ids, normalizers, n, triton.next_power_of_2(n), num_warps=4)
+    return ids, normalizers
+
+
 if has_triton():
+
+    @triton.jit
+    def _part_stats(logits, places, tops, sums, V, n, BLOCK: tl.constexpr):
+        row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        place = part * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * V + place, mask=place < V, other=float("-inf"))
+        top = tl.max(x, 0)
+        tl.store(places + row * n + part, tl.min(tl.where(x == top, place, V), 0))
+        tl.store(tops + row * n + part, top)
+        tl.store(sums + row * n + part, tl.sum(tl.where(x == float("-inf"), 0.0, tl.exp(x - top)), 0))
+
+    @triton.jit
+    def _whole_stats(places, tops, sums, ids, normalizers, n, PARTS: tl.constexpr):
+        row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
+        x = tl.load(tops + row * n + part, mask=part < n, other=float("-inf"))
+        top = tl.max(x, 0)
+        place = tl.load(places + row * n + part, mask=(part < n) & (x == top), other=2147483647)
+        tl.store(ids + row, tl.min(place, 0).to(tl.int64))
+        total = tl.load(sums + row * n + part, mask=part < n, other=0.0)
+        shrunk = tl.where(x == float("-inf"), 0.0, total * tl.exp(x - top))
+        tl.store(normalizers + row, tl.log(tl.sum(shrunk, 0)) + top)
 
     @triton.jit
     def _rms_norm(x, weight, out, eps, D, BLOCK: tl.constexpr):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_ref.compiled_forward import compiled_forward
 from llama_ref.cuda_attention import kv_cache_class
+from llama_ref.cuda_kernels import log_normalizer
 from llama_ref.device import fast_for_one_row, is_out_of_memory
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import KVCache, Transformer
@@ -111,7 +112,7 @@ def steps(
     decode_ahead = forward is not None and forward.is_asynchronous
     while not finished(rows):
         chosen = sample(logits)
-        logprobs = -F.cross_entropy(logits, chosen, reduction="none")
+        logprobs = logits.gather(1, chosen[:, None])[:, 0] - log_normalizer(logits)
         fetch = fetching(torch.stack((chosen.to(logprobs), logprobs)))  # float32 holds every id
         is_ahead = decode_ahead and _may_go_on(rows) and cache.longest < cache.max_seq_len
         if is_ahead:  # the device has the next step before the host has seen this one's ids; a stop token wastes one step

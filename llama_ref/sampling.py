@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama_ref.cuda_kernels import likeliest
 from llama_ref.errors import RequestError
 
 PREFILTER = 1024  # this many of the likeliest tokens nearly always hold top_p; where they do not, everything is sorted
@@ -87,7 +88,7 @@ class Sampler:
         """float32 logits (B, V) -> chosen ids (B,)."""
         logits = self._adjust(logits)
         if self.params.temperature == 0:
-            return self._remember(logits.argmax(-1))
+            return self._remember(likeliest(logits))
         return self._remember(sample(logits, self.params, self._uniform(len(logits), 1)))
 
     def fork(self) -> "Sampler":

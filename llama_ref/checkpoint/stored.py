@@ -23,6 +23,7 @@ from llama_ref.checkpoint.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.naming import in_meta_order, theirs
 from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
 from llama_ref.checkpoint.slices import places, split_dim
+from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -44,8 +45,15 @@ class Piece:
         """Whether it is the file's own bytes, not a copy of them."""
         return 0 <= self.tensor.data_ptr() - self.mapped.data_ptr() < max(1, self.mapped.nbytes)
 
-    def copy_to(self, target: Tensor) -> None:
-        """Fill `target` some rows at a time, and let go of each before the next."""
+    def copy_to(self, target: Tensor, copier: PinnedCopier | None = None) -> None:
+        """Fill `target` some rows at a time, releasing the pages of each before the next.
+
+        With a `copier`, `target` is on its device, which may still be copying on return.
+        """
+        if copier:
+            copier.copy(self.tensor, target, release_rows if self.is_mapped else None)
+            self.release()
+            return
         n_rows = max(1, COPIED_BYTES // max(1, self.tensor[0].nbytes))
         for rows, place in zip(self.tensor.split(n_rows), target.split(n_rows), strict=True):
             place.copy_(rows)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
-from llama_ref.checkpoint.inspect_pth import inspect_pth
+from llama_ref.checkpoint.inspect_pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.inspect_safetensors import inspect_safetensors
+from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.naming import in_meta_order, theirs
 from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
@@ -186,12 +187,29 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Raises CheckpointError for a file that is not an archive of tensors, is cut short or contradicts itself, or whose pickle
     asks for anything but tensors.
     """
-    names = inspect_pth(path)  # vouches for every tensor's place, and that torch's own reader will meet nothing else
+    held = inspect_pth(path)  # vouches for every tensor's place
     try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
-    return {name: tensors[name] for name in names if not is_ignored(name)}
+        memory = map_file(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be mapped ({error})") from error
+    storages: dict[tuple[str, str], Tensor] = {}
+    tensors = {}
+    for name, info in held.items():
+        if not is_ignored(name):
+            key = info.storage_key, info.dtype
+            if key not in storages:
+                storages[key] = _storage(memory, info)
+            tensors[name] = storages[key].as_strided(info.shape, info.stride, info.storage_offset)
+    return tensors
+
+
+def _storage(memory: mmap.mmap, info: TensorInfo) -> Tensor:
+    """All elements of the storage that a tensor of a .pth is part of."""
+    dtype = getattr(torch, info.dtype)
+    n_elements = info.storage_nbytes // dtype.itemsize
+    if not n_elements:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    return torch.frombuffer(memory, dtype=dtype, count=n_elements, offset=info.data_offset)
 
 
 def release_pages(tensor: Tensor) -> None:
@@ -286,7 +304,3 @@ def _several(folder: CheckpointFolder) -> str:
 def _on_same_bytes(shards: Iterable[Mapping[str, Tensor]]) -> bool:
     """Whether output and embedding are one matrix: no output in the files, or both names on the same bytes."""
     return all(OUTPUT not in shard or shard[OUTPUT].data_ptr() == shard[EMBEDDING].data_ptr() for shard in shards)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

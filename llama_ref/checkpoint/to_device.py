@@ -40,7 +40,12 @@ class PinnedCopier:
         self.turn = 0
         self.scratch: Tensor | None = None  # on the device
 
-    def copy(self, source: Tensor, target: Tensor, release: Callable[[Tensor], None] | None = None) -> None:
+    def copy(
+        self,
+        source: Tensor,
+        target: Tensor,
+        release: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """Fill `target`, on the device, from `source`, on the host; shapes equal, dtypes any.
 
         The device may still be copying on return, but `source` has been read completely.
@@ -99,10 +104,14 @@ def _pinned_copier(device: torch.device) -> PinnedCopier | None:
     if not torch.cuda.is_available():
         return None
     try:
-        buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(N_BUFFERS)]
+        buffers = [_pinned_buffer() for _ in range(N_BUFFERS)]
     except RuntimeError:  # a limit on locked memory
         return None
     return PinnedCopier(buffers, partial(_run, device))
+
+
+def _pinned_buffer() -> Tensor:
+    return torch.empty(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _run(device: torch.device, copy: Callable[[], None]) -> Event:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.checkpoint.inspect_safetensors import HeldTensor, inspect_safetensors
+from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.errors import CheckpointError
 
@@ -18,10 +19,9 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     """
     tensors = inspect_safetensors(path)
     try:
-        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
-    except (OSError, RuntimeError) as error:
+        data = torch.frombuffer(map_file(path), dtype=torch.uint8)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be mapped ({error})") from error
-    data = torch.empty(0, dtype=torch.uint8).set_(storage)
     return {name: _tensor(path, name, data, held) for name, held in tensors.items() if not is_ignored(name)}
 
 

@@ -15,7 +15,8 @@ from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
 from llama_ref.checkpoint.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes
 from llama_ref.checkpoint.slices import split_dim
-from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, has_output, refuse_misfits
+from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, has_output, refuse_misfits
+from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.quantization.modules import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
@@ -65,21 +66,34 @@ class StoredQuantized:
         self._check(expected_shapes(args))
 
     def matrix(
-        self, name: str, ranges: list[range] | None, device: torch.device | str, dtype: torch.dtype
+        self,
+        name: str,
+        ranges: list[range] | None,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        copier: PinnedCopier | None = None,
     ) -> Tensor | QuantizedMatrix:
         """A tensor's module, or the tensor itself in `dtype` where it is not quantized; of it what `ranges` say.
 
-        Raises RequestError for ranges that cut through a group.
+        `copier` copies to `device`, releasing the file's pages. Raises RequestError for ranges that cut through a group.
         """
+
+        def on_device(tensor: Tensor, ranges: list[range] | None = None, dim: int | None = None) -> Tensor:
+            part = _cut(tensor, ranges, dim)
+            if copier is None:
+                return part.to(device)
+            out = torch.empty(part.shape, dtype=part.dtype, device=device)
+            Piece(part, tensor).copy_to(out, copier)
+            return out
+
         source = EMBEDDING if self.tied and name == OUTPUT else name
         stem, bits = source.removesuffix(".weight"), self.scheme.bits_of(name)
         if bits is None:
-            return self.tensors[name].to(device, dtype)
+            return on_device(self.tensors[name]).to(dtype)
         dim = split_dim(name)
         if bits == 8:
-            q = _cut(self.tensors[f"{stem}.q"], ranges, dim).to(device)
-            scale = self.tensors[f"{stem}.scale"]
-            scale = (_cut(scale, ranges, 0) if dim == 0 else scale).to(device)
+            q = on_device(self.tensors[f"{stem}.q"], ranges, dim)
+            scale = on_device(self.tensors[f"{stem}.scale"], ranges if dim == 0 else None, 0)
             return Int8Embedding(q, scale, dtype) if name == EMBEDDING else Int8Linear(q, scale)
         packed, scale, zero = (self.tensors[f"{stem}.{part}"] for part in ("packed", "scale", "zero"))
         group = 2 * packed.shape[1] // scale.shape[1]
@@ -87,8 +101,8 @@ class StoredQuantized:
             self._refuse_cut_groups(name, ranges, group)
             halves = [range(each.start // 2, each.stop // 2) for each in ranges]
             ranges = [range(each.start // group, each.stop // group) for each in ranges]
-            return Int4Linear(_cut(packed, halves, 1).to(device), *(_cut(t, ranges, 1).to(device) for t in (scale, zero)))
-        return Int4Linear(*(_cut(tensor, ranges, 0).to(device) for tensor in (packed, scale, zero)))
+            return Int4Linear(on_device(packed, halves, 1), *(on_device(t, ranges, 1) for t in (scale, zero)))
+        return Int4Linear(*(on_device(tensor, ranges, 0) for tensor in (packed, scale, zero)))
 
     def _refuse_cut_groups(self, name: str, ranges: list[range], group: int) -> None:
         for each in ranges:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
-from llama_ref.checkpoint.inspect_pth import inspect_pth
+from llama_ref.checkpoint.inspect_pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.inspect_safetensors import inspect_safetensors
+from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.naming import in_meta_order, theirs
 from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
 from llama_ref.checkpoint.slices import places, split_dim
+from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -44,8 +46,15 @@ class Piece:
         """Whether it is the file's own bytes, not a copy of them."""
         return 0 <= self.tensor.data_ptr() - self.mapped.data_ptr() < max(1, self.mapped.nbytes)
 
-    def copy_to(self, target: Tensor) -> None:
-        """Fill `target` some rows at a time, and let go of each before the next."""
+    def copy_to(self, target: Tensor, copier: PinnedCopier | None = None) -> None:
+        """Fill `target` some rows at a time, releasing the pages of each before the next.
+
+        With a `copier`, `target` is on its device, which may still be copying on return.
+        """
+        if copier:
+            copier.copy(self.tensor, target, release_rows if self.is_mapped else None)
+            self.release()
+            return
         n_rows = max(1, COPIED_BYTES // max(1, self.tensor[0].nbytes))
         for rows, place in zip(self.tensor.split(n_rows), target.split(n_rows), strict=True):
             place.copy_(rows)
@@ -178,12 +187,29 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Raises CheckpointError for a file that is not an archive of tensors, is cut short or contradicts itself, or whose pickle
     asks for anything but tensors.
     """
-    names = inspect_pth(path)  # vouches for every tensor's place, and that torch's own reader will meet nothing else
+    held = inspect_pth(path)  # vouches for every tensor's place
     try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as weights ({_first_line(error)}); fetch it again") from error
-    return {name: tensors[name] for name in names if not is_ignored(name)}
+        memory = map_file(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be mapped ({error})") from error
+    storages: dict[tuple[str, str], Tensor] = {}
+    tensors = {}
+    for name, info in held.items():
+        if not is_ignored(name):
+            key = info.storage_key, info.dtype
+            if key not in storages:
+                storages[key] = _storage(memory, info)
+            tensors[name] = storages[key].as_strided(info.shape, info.stride, info.storage_offset)
+    return tensors
+
+
+def _storage(memory: mmap.mmap, info: TensorInfo) -> Tensor:
+    """All elements of the storage that a tensor of a .pth is part of."""
+    dtype = getattr(torch, info.dtype)
+    n_elements = info.storage_nbytes // dtype.itemsize
+    if not n_elements:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    return torch.frombuffer(memory, dtype=dtype, count=n_elements, offset=info.data_offset)
 
 
 def release_pages(tensor: Tensor) -> None:
@@ -278,7 +304,3 @@ def _several(folder: CheckpointFolder) -> str:
 def _on_same_bytes(shards: Iterable[Mapping[str, Tensor]]) -> bool:
     """Whether output and embedding are one matrix: no output in the files, or both names on the same bytes."""
     return all(OUTPUT not in shard or shard[OUTPUT].data_ptr() == shard[EMBEDDING].data_ptr() for shard in shards)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

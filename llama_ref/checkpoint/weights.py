@@ -1,7 +1,8 @@
 """Weights on disk to a Transformer in memory, tensor by tensor.
 
 Files are mapped, not read: where nothing has to change (CPU, the file's own dtype, one piece) a parameter is the file's
-pages themselves; otherwise each tensor is cast and copied once, and its pages are let go before the next.
+pages themselves; otherwise each tensor is cast and copied once, and its pages are let go before the next. To CUDA, all copies
+go through pinned buffers (to_device.py), so that the host never holds more than these and one tensor.
 """
 
 import math
@@ -17,6 +18,7 @@ from llama_ref.checkpoint.quantized import StoredQuantized
 from llama_ref.checkpoint.shapes import expected_shapes, model_without_memory
 from llama_ref.checkpoint.slices import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
 from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Piece, Stored, open_stored
+from llama_ref.checkpoint.to_device import PinnedCopier, pinned_copier
 from llama_ref.heap import give_back_memory
 from llama_ref.model import Transformer
 from llama_ref.quantization.modules import QuantizedMatrix
@@ -62,17 +64,20 @@ def load_model(
             refuse_unfit(scheme, name, shape[-1])
     done = 0
     total = sum(map(math.prod, parts.values())) * dtype.itemsize
-    for name, ranges in wanted.items():
-        if folder.is_quantized:
-            matrix = stored.matrix(name, ranges, device, dtype)
-        elif scheme and scheme.bits_of(name):
-            matrix = _quantized(scheme, name, stored, ranges, device, dtype)
-        else:
-            matrix = _join(stored.pieces(name, ranges), split_dim(name), device, dtype)
-        _set(model, _name_here(name, layers), matrix)
-        done += math.prod(parts[name]) * dtype.itemsize
-        if progress:
-            progress(done, total)
+    with pinned_copier(device) as copier:
+        for name, ranges in wanted.items():
+            if folder.is_quantized:
+                matrix = stored.matrix(name, ranges, device, dtype, copier)
+            elif scheme and scheme.bits_of(name):
+                matrix = _quantized(scheme, name, stored, ranges, device, dtype, copier)
+            else:
+                matrix = _join(stored.pieces(name, ranges), split_dim(name), device, dtype, copier)
+            _set(model, _name_here(name, layers), matrix)
+            if copier:
+                give_back_memory()  # of copies in another row order, which the C library would keep
+            done += math.prod(parts[name]) * dtype.itemsize
+            if progress:
+                progress(done, total)
     if is_one_matrix:
         tie(model)
     return model.eval().requires_grad_(False)
@@ -107,11 +112,17 @@ def _set(model: Transformer, name: str, matrix: Tensor | QuantizedMatrix) -> Non
 
 
 def _quantized(
-    scheme: Scheme, name: str, stored: Stored, ranges: list[range] | None, device: torch.device | str, dtype: torch.dtype
+    scheme: Scheme,
+    name: str,
+    stored: Stored,
+    ranges: list[range] | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    copier: PinnedCopier | None,
 ) -> QuantizedMatrix:
     """A tensor from the files' own numbers, whatever dtype the model has, so that all ways to a quantized model lead to one."""
     pieces = stored.pieces(name, ranges)
-    weight = _join(pieces, split_dim(name), device, stored.dtype(name))
+    weight = _join(pieces, split_dim(name), device, stored.dtype(name), copier)
     out = quantized(scheme, name, weight, dtype)
     for piece in pieces:
         piece.release()
@@ -119,7 +130,13 @@ def _quantized(
     return out
 
 
-def _join(pieces: list[Piece], dim: int | None, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def _join(
+    pieces: list[Piece],
+    dim: int | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    copier: PinnedCopier | None,
+) -> Tensor:
     """A tensor's pieces as one, in `dtype` on `device`; the mapped pages themselves where they will do."""
     first = pieces[0].tensor
     if len(pieces) == 1 and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
@@ -132,5 +149,5 @@ def _join(pieces: list[Piece], dim: int | None, device: torch.device | str, dtyp
     shape[dim] = sum(sizes)
     whole = torch.empty(shape, dtype=dtype, device=device)
     for piece, target in zip(pieces, whole.split(sizes, dim), strict=True):
-        piece.copy_to(target)
+        piece.copy_to(target, copier)
     return whole

@@ -54,14 +54,14 @@ def _strings(word: str) -> str | list[str]:
 TEXT_NAMES = (
     *("name", "a", "b", "src", "dst", "to", "max_shard_size", "prompt", "system", "ckpt_dir", "tokenizer_path"),
     *("verify", "device", "dtype", "quantize", "speculate", "draft", "batch", "context", "against", "png"),
-    *("target", "other", "clean", "corrupted", "over", "out", "matrices"),
+    *("target", "other", "clean", "corrupted", "over", "out", "matrices", "only", "stage"),
 )
 TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
 
 
 SHORT_SWITCHES = {"-q": "quick", "-e": "echo", "-f": "force", "-j": "json"}
 SWITCH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-SWITCHES = {"calibrate", "compile", "json", "echo", "all", "quick", "deep", "force", "chat"}
+SWITCHES = {"calibrate", "rehearse", "compile", "json", "echo", "all", "quick", "deep", "force", "chat"}
 
 
 def command(*options: Option) -> Callable[[Callable[..., int | None]], Callable[..., Call]]:
@@ -174,7 +174,7 @@ def _with_explicit_switches(words: list[str]) -> list[str]:
     flag that wants a text and has none: Fire would make it "True".
     """
     followed_by = [*words, ""][1:]
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for word, after in zip(words, [*words, None][1:], strict=True):
         name = word.removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in TEXTS and (after is None or after.startswith("--") or after in SHORT_SWITCHES):
             raise RequestError(f"{word} needs a value behind it, as in {word} VALUE")

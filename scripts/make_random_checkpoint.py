@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -238,4 +237,6 @@ def _tokenizer(given: str | None, params: Mapping[str, Any]) -> Path | None:
 
 
 if __name__ == "__main__":
+    import fire  # only for the command line: the tests use the rest without it
+
     fire.Fire(main)

@@ -1,33 +1,49 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share.
 
+Nothing but pytest and PyTorch is imported before a fixture needs it, so that `pytest -m cuda` runs on a machine with a GPU and
+little else: there, a file that imports a package the machine lacks is skipped.
+"""
+
+import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait take 7 times as long on busy cores
 
-import llama_models
 import pytest
 import torch
-from fairscale.nn.model_parallel import initialize as model_parallel
-from hypothesis import settings
 
-from folders import tiny_folder
-from llama_ref.checkpoint import verified
-from llama_ref.checkpoint.hashing import hash_file
-from llama_ref.cli import main
-from llama_ref.generation import Llama
-from llama_ref.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from llama_ref.generation import Llama
+    from llama_ref.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+OWN = {"llama_ref", "scripts", *(path.stem for folder in ("tests", "scripts") for path in (REPOSITORY / folder).glob("*"))}
 
-settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine is no failure, nor is a day's luck
-settings.load_profile("suite")
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine is no failure, nor is a day's luck
+    settings.load_profile("suite")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """With `-m cuda`, skip files that import a package this machine lacks; without it, that stays an error."""
+    report = yield
+    if report.failed and collector.config.option.markexpr == "cuda":
+        missing = re.search(r"No module named '(\w+)", str(report.longrepr))
+        if missing and missing[1] not in OWN:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 0, f"Skipped: {missing[1]} is not installed")
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,14 +61,19 @@ def demo_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama(demo_folder) -> Llama:
+def llama(demo_folder) -> "Llama":
     """The real small model in float32: greedy text does not hang on how a batch was put together."""
+    from llama_ref.generation import Llama
+
     return Llama.build(demo_folder, max_seq_len=512, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")
-def peaked(tmp_path_factory) -> Llama:
+def peaked(tmp_path_factory) -> "Llama":
     """Two layers of four heads, a token a byte; matrices large enough for its distributions to differ from uniform."""
+    from folders import tiny_folder
+    from llama_ref.generation import Llama
+
     folder = tiny_folder(tmp_path_factory.mktemp("peaked") / "Tiny")
     llama = Llama.build(folder, device="cpu", dtype="float32", max_seq_len=1024)
     for name, parameter in llama.model.named_parameters():
@@ -64,6 +85,8 @@ def peaked(tmp_path_factory) -> Llama:
 @pytest.fixture(scope="session")
 def one_process_group() -> Iterator[None]:
     """What Meta's reference model needs before it can be built."""
+    from fairscale.nn.model_parallel import initialize as model_parallel
+
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     model_parallel.initialize_model_parallel(1)
     yield
@@ -74,18 +97,25 @@ def one_process_group() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def meta_tokenizer_path() -> Path:
     """The real Llama 3 tokenizer.model, as Meta's package carries it."""
+    import llama_models
+
     return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
 
 
 @pytest.fixture(scope="session")
-def tokenizer(meta_tokenizer_path) -> Tokenizer:
+def tokenizer(meta_tokenizer_path) -> "Tokenizer":
     """Ours, on the real file."""
+    from llama_ref.tokenizer import Tokenizer
+
     return Tokenizer(meta_tokenizer_path)
 
 
 @pytest.fixture
 def hashed(monkeypatch, tmp_path) -> list[str]:
     """The names of files that verified loading hashed, as it goes on, with a cache of this test's own."""
+    from llama_ref.checkpoint import verified
+    from llama_ref.checkpoint.hashing import hash_file
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     names = []
 
@@ -115,6 +145,8 @@ def unprivileged_folder() -> Iterator[Path]:
 
 def exit_code(words: Sequence[str]) -> int:
     """Of a command line run in this process. Whatever leaves `main` but SystemExit is a traceback."""
+    from llama_ref.cli import main
+
     try:
         return main(list(words))
     except SystemExit as exit:

@@ -298,11 +298,3 @@ def test_bad_requests_are_refused_before_anything_is_loaded(words, message, tiny
 def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
     assert main(["bench", str(tmp_path), *SMALL]) != 0
     assert capsys.readouterr().err.startswith("llama-ref: ")
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_our_own_figures_on_cuda(tiny):
-    found = compare(small_settings(tiny, device="cuda", dtype="bfloat16"))
-    assert found.results[0].peak_bytes > 0
-    assert found.bandwidth.median > 0

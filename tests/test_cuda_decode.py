@@ -22,7 +22,7 @@ from llama_ref.model import KVCache, Transformer
 from llama_ref.quantize import quantize_model
 from llama_ref.session import Session
 from llama_ref.speculate import NGrams
-from parity.oracles import random_model
+from random_models import random_model
 
 ARGS = ModelArgs.from_dict(
     {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 60, "multiple_of": 32, "norm_eps": 1e-5}

@@ -7,7 +7,7 @@ from llama_ref import loop
 from llama_ref.args import ModelArgs
 from llama_ref.errors import LlamaRefError
 from llama_ref.loop import Row, new_cache, steps
-from parity.oracles import random_model
+from random_models import random_model
 
 ARGS = ModelArgs.from_dict(
     {"dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 30, "multiple_of": 8, "norm_eps": 1e-5}

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ref.args import ModelArgs
 from llama_ref.model import KVCache, RMSNorm, Transformer, attend, rotate
-from parity.oracles import random_model
+from random_models import random_model
 
 ARGS = ModelArgs.from_dict(
     {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 50, "multiple_of": 16, "norm_eps": 1e-5}

@@ -34,7 +34,7 @@ from llama_ref.speculate import (
     speculative_steps,
 )
 from make_random_checkpoint import make_random_checkpoint
-from parity.oracles import random_model
+from random_models import random_model
 from test_sampling import EACH, INF, TOGETHER, assert_frequencies, exact, plain, random_logits
 
 ARGS_OF_32 = ModelArgs.from_dict(PARAMS)

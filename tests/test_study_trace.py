@@ -26,7 +26,8 @@ from llama_ref.quantize import quantize_model
 from llama_ref.speculate import NGrams, PassTime
 from llama_ref.study import names
 from llama_ref.study.names import all_names, axes, matching
-from parity.oracles import hugging_faces_model, random_model
+from parity.oracles import hugging_faces_model
+from random_models import random_model
 
 ARGS = ModelArgs.from_dict(
     {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32, "norm_eps": 1e-5}

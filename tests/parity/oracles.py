@@ -1,31 +1,23 @@
 """Two independent implementations on the very weights that ours holds: Meta's reference and Hugging Face's."""
 
-import torch
-from llama_models.llama3.args import ModelArgs as MetaArgs
-from llama_models.llama3.model import Transformer as MetaTransformer
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_ref.args import ModelArgs
 from llama_ref.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, Transformer
 
-
-def random_model(args: ModelArgs, seed: int, *, tied: bool = False) -> Transformer:
-    """Ours with random weights of a healthy size; the norms too, so that swapped norms would show."""
-    generator = torch.Generator().manual_seed(seed)
-    model = Transformer(args).requires_grad_(False).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.uniform_(0.5, 1.5, generator=generator)
-        else:
-            parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-    if tied:
-        model.output.weight = model.tok_embeddings.weight
-    return model
+if TYPE_CHECKING:
+    from llama_models.llama3.model import Transformer as MetaTransformer
 
 
-def metas_model(model: Transformer, max_seq_len: int, max_batch_size: int = 1) -> MetaTransformer:
+def metas_model(model: Transformer, max_seq_len: int, max_batch_size: int = 1) -> "MetaTransformer":
     """Meta's reference. Its RoPE factor is fixed at 8, so ours must be that, or unscaled."""
+    # Only here: machines that have transformers alone use the other implementation.
+    from llama_models.llama3.args import ModelArgs as MetaArgs
+    from llama_models.llama3.model import Transformer as MetaTransformer
+
     args = model.args
     if args.rope_scaling_factor not in (1.0, 8.0):
         raise ValueError("Meta's reference knows no other RoPE factor than 8")

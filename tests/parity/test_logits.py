@@ -8,7 +8,8 @@ from llama_models.llama3.model import precompute_freqs_cis
 
 from llama_ref.args import ModelArgs
 from llama_ref.model import KVCache, rope_frequencies, rope_rotations
-from parity.oracles import hugging_faces_model, metas_model, random_model
+from parity.oracles import hugging_faces_model, metas_model
+from random_models import random_model
 
 pytestmark = pytest.mark.usefixtures("one_process_group")
 CLOSE = {"atol": 1e-4, "rtol": 0}

@@ -1,0 +1,177 @@
+"""Measure and check this project on a CUDA card: speed, memory, and agreement with the CPU and with transformers.
+
+    python scripts/bench_cuda.py [--device cuda] [--only bf16,quant] [--total 470] [--out DIR] [--rehearse]
+
+Every stage runs in a process of its own with a time limit, most valuable first, all within --total seconds. Each figure is
+printed at once and appended as a line of JSON to DIR/results.jsonl (default: a new folder below the temporary one, or $OUT).
+A failure becomes a line here and a traceback in DIR/errors.txt, and the next measurement begins. A summary comes last.
+
+    env          versions, the attention backend of each call, what the card can do: copy, read and matrix product
+    tests        the tests marked `cuda`
+    parity       1B shape, 4 layers: against transformers, a prompt in pieces, compiled against eager tokens
+    bf16         the largest release that fits: prefill and decode, eager and compiled, up to 128k tokens of context
+    small        the same for the 1B
+    quant        int8 and int4: quantizing, memory, prefill, decode, kernels against float32
+    batch        8, 32 and 128 sequences
+    peer         transformers on the same card: prefill, eager and compiled decode
+    first_token  time from ids to the first token
+    speculate    a pass over several tokens, in decode steps: what speculate.PassTime holds
+    load         reading a checkpoint into the card, plain and quantized
+    memory       what CUDA, a model and its recordings take, beside what `llama-ref plan` predicts
+
+`env` always runs: the others need its bandwidth. No weights are needed: models get random ones on the card, in the shapes of
+the 8B, 3B or 1B, whichever is the largest that fits. The dtype is bfloat16 or, on cards before Ampere, float16. --rehearse
+runs everything in toy shapes on the CPU. Exit code 1 if anything failed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import cuda_stages
+from cuda_figures import Run, figures_line, write_figures
+from llama_ref.command_line import EXIT_BAD, command, run
+from llama_ref.errors import RequestError
+
+STAGES = {  # seconds at most, most valuable first
+    "env": 40,
+    "tests": 120,
+    "parity": 50,
+    "bf16": 130,
+    "small": 40,
+    "quant": 110,
+    "batch": 80,
+    "peer": 90,
+    "first_token": 40,
+    "speculate": 50,
+    "load": 90,
+    "memory": 50,
+}
+EXIT_TERMINATED = 143
+LEAST_SECONDS = 15  # of the total; with less left, a stage is skipped
+
+
+@command()
+def main(
+    *,
+    device: str = "cuda",
+    rehearse: bool = False,
+    only: str | None = None,
+    total: float = 470,
+    out: str | None = None,
+    stage: str | None = None,
+    deadline: float = 0.0,
+) -> int:
+    """Measure all stages, or those that `only` names, each in its own process; `stage` names one to measure in this process.
+
+    device: cuda or cpu
+    rehearse: toy shapes on the CPU
+    only: stages, separated by commas
+    total: seconds for all stages together
+    out: folder for results.jsonl, errors.txt and profiles
+    stage: used by the script itself
+    deadline: used by the script itself
+    """
+    device = "cpu" if rehearse else device
+    if stage:
+        return _measure(stage, device, rehearse, Path(out or "."), deadline)
+    chosen = _chosen(only)
+    _refuse_absent(device)
+    folder = _new_folder(out)
+    if rehearse:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than everything else, and is not what is rehearsed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # so that a stage under way is stopped as well
+    begun = time.time()
+    with tempfile.TemporaryDirectory(prefix="llama-ref-inductor-", ignore_cleanup_errors=True) as scratch:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", scratch)  # shared by the stages, empty at first
+        try:
+            for name in chosen:
+                _run_stage(name, device, rehearse, folder, begun, begun + total)
+        finally:
+            _print_summary(folder)
+    return EXIT_BAD if (folder / "errors.txt").exists() else 0
+
+
+def _chosen(only: str | None) -> list[str]:
+    names = list(STAGES) if only is None else ["env", *only.replace(" ", "").split(",")]
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise RequestError(f"unknown stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    return [name for name in STAGES if name in names]
+
+
+def _refuse_absent(device: str) -> None:
+    """Raise RequestError for a device that is not there, before any stage starts."""
+    if device not in ("cuda", "cpu"):
+        raise RequestError(f"device is {device!r}, expected cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("there is no CUDA device here; try --device cpu, or --rehearse")
+
+
+def _new_folder(out: str | None) -> Path:
+    """The folder for the figures. Raises RequestError where another run has left its own."""
+    out = out or os.environ.get("OUT")
+    if out is None:
+        return Path(tempfile.mkdtemp(prefix="llama-ref-bench-cuda-"))
+    folder = Path(out).expanduser().resolve()
+    if any((folder / name).exists() for name in ("results.jsonl", "errors.txt")):
+        raise RequestError(f"{folder} holds the figures of another run; name another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _run_stage(name: str, device: str, rehearse: bool, folder: Path, begun: float, end: float) -> None:
+    """Run a stage in a process of its own, and stop it with all of its processes at its limit."""
+
+    def say(what: str, **figures: float) -> None:
+        write_figures(folder, name, what, time.time() - begun, **figures)
+
+    left = end - time.time()
+    if left < LEAST_SECONDS:
+        return say("skipped, too late", seconds_left=left)
+    limit = min(STAGES[name], left)
+    words = [f"--stage={name}", f"--device={device}", f"--out={folder}", f"--deadline={time.time() + limit}"]
+    command = [sys.executable, "-u", __file__, *words, *(["--rehearse"] if rehearse else [])]
+    started = time.time()
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return say("stopped at its limit", seconds=limit)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code:
+        with (folder / "errors.txt").open("a") as file:
+            file.write(f"== {name}: its process ended with {code}\n")
+        return say("FAILED", process_ended_with=code)
+    return say("took", seconds=time.time() - started)
+
+
+def _measure(stage: str, device: str, rehearse: bool, folder: Path, deadline: float) -> int:
+    """Run one stage in this process."""
+    run_ = Run(stage, device, rehearse, folder, deadline)
+    with run_.attempt("stage"):
+        getattr(cuda_stages, stage)(run_)
+    return 0
+
+
+def _print_summary(folder: Path) -> None:
+    print(f"\nsummary of {folder}")
+    file = folder / "results.jsonl"
+    for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
+        print(figures_line(line.pop("stage"), line.pop("what"), line))
+    if (folder / "errors.txt").exists():
+        print(f"failures: {folder / 'errors.txt'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

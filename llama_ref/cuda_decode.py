@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.compiled_forward import CompiledForward
-from llama_ref.cuda_attention import FlashKVCache, FlashLengths, flash
+from llama_ref.cuda_attention import FlashKVCache, FlashLengths
 from llama_ref.cuda_kernels import rms_norm
 from llama_ref.cuda_linear import joined, linear, norm_linear, norm_query, norm_swiglu
 from llama_ref.device import has_triton, is_out_of_memory
@@ -36,7 +36,7 @@ from llama_ref.loop import new_cache
 from llama_ref.model import KVCache, Transformer, TransformerBlock, attend, rope_frequencies, rope_rotations
 
 if has_triton():
-    from llama_ref.cuda_flash_decode import attend_one
+    from llama_ref.cuda_flash_decode import attend_one, fits
 
 SMALLEST_WIDTH = 256  # tokens
 MOST_GRAPHS = 24  # the least recently used goes first; a text of 128k tokens comes to 10
@@ -114,17 +114,20 @@ class FastPasses:
         """The last layer's normed output (B, T, D) for new ids (B, T); the cache grows by T tokens."""
         self._clear(cache)
         cache.make_room(tokens.shape[1])
-        x = self._layers(tokens, cache.lengths, cache, cache.longest + tokens.shape[1])
+        x = self._layers(tokens, cache.lengths, cache, cache.longest + tokens.shape[1], cache.longest)
         cache.advance(tokens.shape[1])
         norm = self.model.norm
         return rms_norm(x, norm.weight, norm.eps).view(*tokens.shape, -1)
 
-    def _layers(self, tokens: Tensor, lengths: Tensor, cache: KVCache, width: int) -> Tensor:
-        """The last layer's output (B · T, D). No row comes to more than `width` tokens, the new ones included."""
+    def _layers(self, tokens: Tensor, lengths: Tensor, cache: KVCache, width: int, longest: int = 0) -> Tensor:
+        """The last layer's output (B · T, D). No row comes to more than `width` tokens, the new ones included.
+
+        `longest`: tokens before these, of the longest row, for attention of prompts.
+        """
         B, T = tokens.shape
         positions = (lengths[:, None] + torch.arange(T, device=tokens.device)).flatten()  # (N,)
         cos, sin = self.angles.up_to(cache.max_seq_len)
-        look = attention_to(cache, lengths, positions, T, width)
+        look = attention_to(cache, lengths, positions, T, width, longest)
         x = self.model.tok_embeddings(tokens.flatten())  # (N, D)
         for i, layer in enumerate(self.layers):
             keys, values = cache.keys[i], cache.values[i]  # (B, K, S, hd)
@@ -170,7 +173,7 @@ class FastPasses:
 
     def _reads_lengths(self, cache: KVCache, T: int) -> bool:
         """Whether attention goes by the lengths on the device alone, so that one graph serves all of them."""
-        return cache.keys.is_cuda and has_triton() and (T == 1 or not cache.needs_mask)
+        return not cache.needs_mask if T > 1 else _has_kernel(cache)
 
     def _new(self, tokens: Tensor, T: int, cache: KVCache, width: int) -> "CapturedPass":
         begun, B = time.perf_counter(), len(tokens)
@@ -255,13 +258,13 @@ class Looks(Protocol):
         ...
 
 
-def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, width: int) -> Looks:
+def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, width: int, longest: int) -> Looks:
     """Attention for T new tokens a row at `positions` (N,), after `lengths` (B,) others, of a cache's first `width` tokens."""
-    if T == 1 and positions.is_cuda and has_triton():
+    if T == 1 and _has_kernel(cache):
         return lambda layer, q: attend_one(q[:, 0], cache.keys[layer], cache.values[layer], lengths)[:, None]
     if isinstance(cache, FlashKVCache):
         at = FlashLengths.of(lengths, T, cache.max_seq_len, width)
-        return lambda layer, q: flash(q, *cache.stored[:, layer], at)
+        return lambda layer, q: cache.attend_piece(layer, q, at, longest)
     visible = torch.arange(width, device=positions.device) <= positions.view(-1, T)[:, :, None]  # (B, T, S)
 
     def masked(layer: int, q: Tensor) -> Tensor:
@@ -271,6 +274,11 @@ def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, wid
         return attend(q, keys, values, visible[:, None].expand(B, G, T, width).reshape(B, 1, G * T, width))
 
     return masked
+
+
+def _has_kernel(cache: KVCache) -> bool:
+    """Whether `attend_one` takes the cache."""
+    return cache.keys.is_cuda and has_triton() and fits(cache.keys.shape[-1])
 
 
 class CapturedPass:

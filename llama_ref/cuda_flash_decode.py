@@ -14,9 +14,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_ref.cuda_products import has_pdl
 
-BLOCK = 64  # keys at a time
+BLOCK_NUMBERS = 8192  # of keys at a time, a head's dimension times so many keys
 MOST_SPLITS = 64
 PROGRAMS = 528  # to keep a card busy: four for each of an H100's multiprocessors
+
+
+def fits(head_dim: int) -> bool:
+    """Whether the kernels take heads of this size."""
+    return head_dim in (16, 32, 64, 128, 256)
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -32,13 +37,14 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tens
     out = torch.empty_like(q)
     pdl = has_pdl(q.device)
     launch = {"launch_pdl": True} if pdl else {}
+    block = BLOCK_NUMBERS // hd
     padded = max(16, triton.next_power_of_2(G))  # the fewest rows that a tensor core takes
     scale = math.log2(math.e) / math.sqrt(hd)
     _look[(B * K, splits)](
-        q, keys, values, lengths, sums, tops, scale, *keys.stride()[:3], K, G, padded, hd, BLOCK, splits, pdl,
+        q, keys, values, lengths, sums, tops, scale, *keys.stride()[:3], K, G, padded, hd, block, splits, pdl,
         num_warps=4, num_stages=3, **launch,
     )  # fmt: skip
-    _put_together[(B * H,)](out, sums, tops, lengths, H, hd, BLOCK, splits, pdl, num_warps=4, **launch)
+    _put_together[(B * H,)](out, sums, tops, lengths, H, hd, block, splits, pdl, num_warps=4, **launch)
     return out
 
 

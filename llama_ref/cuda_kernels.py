@@ -47,7 +47,10 @@ def rotate_and_store(
         return q
     q = torch.empty(N, n_heads, hd, dtype=qkv.dtype, device=qkv.device)
     heads = n_heads + 2 * K
-    _rotate_and_store[(N, heads)](qkv, positions, cos, sin, q, keys, values, *keys.stride()[:3], T, n_heads, K, hd, num_warps=1)
+    _rotate_and_store[(N, heads)](
+        qkv, positions, cos, sin, q, keys, values, *keys.stride()[:3], T,
+        n_heads, K, hd, triton.next_power_of_2(hd // 2), num_warps=1,
+    )  # fmt: skip
     return q
 
 
@@ -130,17 +133,19 @@ if has_triton():
     @triton.jit
     def _rotate_and_store(
         qkv, positions, cos, sin, q, keys, values, stride_b, stride_k, stride_s, T,
-        H: tl.constexpr, K: tl.constexpr, HD: tl.constexpr,
+        H: tl.constexpr, K: tl.constexpr, HD: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1)
-        pair = tl.arange(0, HD // 2)
+        pair = tl.arange(0, BLOCK)
+        inside = pair < HD // 2
         place = tl.load(positions + n)
         source = qkv + (n * (H + 2 * K) + head) * HD + 2 * pair
-        even16, odd16 = tl.load(source), tl.load(source + 1)
+        even16, odd16 = tl.load(source, mask=inside), tl.load(source + 1, mask=inside)
         if head < H + K:
             even, odd = even16.to(tl.float32), odd16.to(tl.float32)
-            c, s = tl.load(cos + place * (HD // 2) + pair), tl.load(sin + place * (HD // 2) + pair)
+            c = tl.load(cos + place * (HD // 2) + pair, mask=inside)
+            s = tl.load(sin + place * (HD // 2) + pair, mask=inside)
             even16, odd16 = (even * c - odd * s).to(even16.dtype), (even * s + odd * c).to(odd16.dtype)
         cell = (n // T) * stride_b + place * stride_s + 2 * pair  # of the cache, but for its head
         if head < H:
@@ -149,8 +154,8 @@ if has_triton():
             target = keys + cell + (head - H) * stride_k
         else:
             target = values + cell + (head - H - K) * stride_k
-        tl.store(target, even16)
-        tl.store(target + 1, odd16)
+        tl.store(target, even16, mask=inside)
+        tl.store(target + 1, odd16, mask=inside)
 
     @triton.jit
     def _silu_mul(gate_up, out, F, BLOCK: tl.constexpr):

@@ -15,9 +15,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MOST_ROWS = 64  # that `matmul` takes
-# By a weight's bits: rows a program, columns at a time (words of eight for four bits), warps.
-CONFIGS = {32: (2, 1024, 4), 16: (2, 2048, 4), 8: (2, 4096, 4), 4: (8, 256, 4)}
 BLOCK_WEIGHTS = 1 << 26  # turned into the inputs' dtype at a time for more
+LARGE = 1 << 25  # weights of a matrix that keeps a whole card busy for several rounds
 
 
 @triton.jit
@@ -178,6 +177,37 @@ def _matmul(
     tl.store(out + place, acc, mask=(token < M) & (row < N)[:, None])
 
 
+def _matvec_config(bits: int, N: int, K: int) -> tuple[int, int, int]:
+    """Rows a program, columns at a time (words of eight for four bits) and warps: the fastest on an H200, by shape."""
+    if bits == 4:
+        words = K // 8
+        if words % 512 == 0 and not (words == 512 and N * K > LARGE):
+            return 8, 512, 4
+        return (16, 256, 4 if words == 256 else 8) if words % 256 == 0 and words != 512 else (16, 128, 4)
+    if bits == 8:
+        if K == 4096:
+            return (4, 512, 2) if N * K > LARGE else (2, 4096, 4)
+        return (2, 2048, 4) if K > 2048 or N * K < LARGE else (4, 1024, 4)
+    if K == 4096 and bits == 16:
+        return (2, 4096, 8) if N > K else (2, 2048, 4)
+    return (2, 2048, 4) if K > 4096 else (2, 1024, 4)
+
+
+def _matmul_config(bits: int, M: int, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Rows a program, columns at a time, warps, programs that share a row, tiles under way; likewise."""
+    if itemsize == 4:
+        return 32, 64, 4, 1, 2
+    if bits == 4:
+        return 64, 64, 4, 2, 5
+    return (32, 128, 4, 2, 4) if M <= 32 else (64, 128, 4, 1, 4)
+
+
+@cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether `matmul` pays: without Ampere's matrix instructions it spills, and the matrix is dequantized instead."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @cache
 def has_pdl(device: torch.device) -> bool:
     """Whether a kernel may begin to load its weights before the kernel ahead has finished: from Hopper on."""
@@ -206,7 +236,9 @@ def matvec(
         out_rows = N - 2 * k_rows
     out = torch.empty(out_rows, dtype=x.dtype, device=x.device)
     group = 0 if zero is None else K // zero.shape[1]
-    rows, block, warps = config or CONFIGS[8 * weight.element_size() if not group else 4]
+    rows, block, warps = config or _matvec_config(4 if group else 8 * weight.element_size(), N, K)
+    while head % rows and rope is not None:  # all rows of a program belong to one head
+        rows //= 2
     if group:
         weight = weight.view(torch.uint32)
     pdl = has_pdl(x.device)
@@ -219,11 +251,13 @@ def matvec(
 
 def matmul(
     x: Tensor, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, *,
-    rows: int = 32, block: int = 128, warps: int = 4, split: int = 1, stages: int = 4,
+    config: tuple[int, int, int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x (M, K), M up to 64, times weight (N, K) as in `matvec`: (M, N). `split` programs share the columns of a row."""
+    """x (M, K), M up to 64, times weight (N, K) as in `matvec`: (M, N)."""
     (M, K), N = x.shape, weight.shape[0]
     group = 0 if zero is None else K // zero.shape[1]
+    rows, block, warps, split, stages = config or _matmul_config(4 if group else 8, M, x.element_size())
+    block = max(block, group // 2)
     dtype = x.dtype if split == 1 else torch.float32
     out = torch.empty(split, M, N, dtype=dtype, device=x.device)
     tokens = max(16, triton.next_power_of_2(M))
@@ -268,10 +302,10 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None
     """x (M, K) times a quantized matrix as in `matvec`, for any number of rows: (M, N)."""
     if len(x) == 1:
         return matvec(x[0], weight, scale, zero)[None]
-    if len(x) <= MOST_ROWS:
+    if len(x) <= MOST_ROWS and has_tensor_cores(x.device):
         return matmul(x.contiguous(), weight, scale, zero)
     step = max(1, BLOCK_WEIGHTS // x.shape[1])
-    parts = None if zero is None else zero.split(step)
-    zeros = [None] * -(-len(weight) // step) if parts is None else parts
-    blocks = zip(weight.split(step), scale.split(step), zeros, strict=True)
-    return torch.cat([F.linear(x, dequantize(*block, x.dtype)) for block in blocks], dim=-1)
+    weights, scales = weight.split(step), scale.split(step)
+    zeros = [None] * len(weights) if zero is None else zero.split(step)
+    parts = [F.linear(x, dequantize(*block, x.dtype)) for block in zip(weights, scales, zeros, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -1,6 +1,7 @@
 """The stages of bench_cuda.py, one function each; what they print is listed there."""
 
 import datetime
+import importlib.util
 import inspect
 import json
 import platform
@@ -151,6 +152,8 @@ def _backends(run: Run, q: Tensor, k: Tensor, mask: Tensor | None) -> str:
 def tests(run: Run) -> None:
     files = ["tests/test_on_cuda.py"] if run.rehearse else []
     options = ["-m", "cuda", "-p", "no:cacheprovider", "-o", "addopts=", "-v", "-rfEs", "--strict-markers", "--durations=10"]
+    if importlib.util.find_spec("xdist") and not run.rehearse:
+        options += ["-n", "6", "--dist", "load"]
     command = [sys.executable, "-u", "-m", "pytest", *options, *files]
     path = run.out / "tests.txt"
     with path.open("w") as file:  # not a pipe: what it has printed when it is stopped remains
@@ -295,11 +298,10 @@ def _measure_prefills(run: Run, model: Transformer, name: str, lengths: tuple[in
         if not _has_room(run, what, 1.1 * kv_bytes(model, n) + 3e9):
             continue
         with run.attempt(what):
-            if n <= 8192:
-                prefill_seconds(run, model, run.tokens(n))
+            first = {"first_s": prefill_seconds(run, model, run.tokens(n))} if n <= 32768 else {}
             run.forget_peak()
             seconds, done = prefill_seconds(run, model, run.tokens(n)), n
-            run.say(what, seconds=seconds, tokens_s=run.tokens(n) / seconds, peak_GB=run.peak_GB())
+            run.say(what, seconds=seconds, tokens_s=run.tokens(n) / seconds, peak_GB=run.peak_GB(), **first)
 
 
 def _has_room(run: Run, what: str, n_bytes: float) -> bool:

@@ -102,7 +102,6 @@ def kind(request, monkeypatch) -> type[KVCache]:
     """The kind of cache: both run here, the kernel of the second written out."""
     monkeypatch.setattr(loop, "kv_cache_class", lambda *_: request.param)
     monkeypatch.setattr(cuda_attention, "flash", plain_flash)
-    monkeypatch.setattr(cuda_decode, "flash", plain_flash)
     return request.param
 
 
@@ -171,6 +170,24 @@ def test_the_kernel_takes_these_shapes(B, T):
         at = FlashLengths.of(torch.empty(B, dtype=torch.long, device="cuda"), T, 64, 64)
         out = cuda_attention.flash(q, keys, values, at)
         assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "cuda")
+
+
+def test_late_pieces_of_a_long_prompt_are_put_together_from_two_attentions(monkeypatch):
+    """What cuDNN computes written out: causal from the first key, with the logarithm of the scores' sum."""
+
+    def plain_cudnn(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        if is_causal:
+            scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+        return scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)
+
+    monkeypatch.setattr(cuda_attention, "cudnn_attention", plain_cudnn)
+    q, (keys, values) = torch.randn(1, 7, 8, 16) * 3, torch.randn(2, 1, 40, 2, 16)
+    for longest in (1, 20, 33):
+        at = FlashLengths.of(torch.tensor([longest]), 7, 40, longest + 7)
+        expected = plain_flash(q, keys, values, at)
+        torch.testing.assert_close(cuda_attention.cudnn(q, keys, values, longest), expected)
 
 
 def test_joined_matrices_are_the_models_own():

@@ -1,7 +1,8 @@
-"""Four-bit matrices in the layouts that PyTorch's own kernels demand, on a CPU and on CUDA.
+"""Four-bit matrices in the layout that PyTorch's kernel for CPUs demands.
 
-`faster(module, dtype)` turns an Int4Linear into one of these where there is a kernel for it. Int8Linear needs no other layout.
-The CUDA half has run under pretended devices only; its speed is not known.
+`faster(module, dtype)` turns an Int4Linear into one where there is a kernel for it. Int8Linear needs no other layout, and on
+CUDA this project's own kernels read both as folders hold them (cuda_products.py). On an H200 they take two thirds of the time
+of PyTorch's `_weight_int4pack_mm` at one row, and a fifth at 64.
 """
 
 from functools import cache
@@ -11,15 +12,12 @@ from torch import Tensor
 
 from llama_ref import huge_pages
 from llama_ref.quantization.modules import Int4Linear, QuantizedMatrix, wide_dtype
-from llama_ref.quantization.rounding import unpack
 
 aten = torch.ops.aten
 
 TILE_ROWS = 64  # tiles may have 16, 32 or 64 rows, by the processor's vectors; matrices are filled up to a multiple of all
 CONVERTED_WEIGHTS = 1 << 21  # at a time: the kernel's packing wants each number as an int32
 FEW_ROWS = 128  # up to here the kernel was faster than turning the matrix into bfloat16, on two Zen 5 cores
-AMPERE = (8, 0)  # the first NVIDIA cards with bfloat16, without which the CUDA kernel does not run
-CUDA_K_TILES = (8, 4, 2)
 
 
 def faster(module: Int4Linear, dtype: torch.dtype) -> QuantizedMatrix:
@@ -27,8 +25,6 @@ def faster(module: Int4Linear, dtype: torch.dtype) -> QuantizedMatrix:
     device = module.packed.device
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and _tile() is not None:
         return TiledInt4Linear(module, dtype)
-    if device.type == "cuda" and dtype == torch.bfloat16 and _k_tiles(*module.shape) and _is_ampere(device):
-        return CudaInt4Linear(module)
     return module
 
 
@@ -104,38 +100,6 @@ class TiledInt4Linear(QuantizedMatrix):
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return self._columns(rows, dtype).T
-
-
-class CudaInt4Linear(QuantizedMatrix):
-    """An Int4Linear as the CUDA kernel wants it, for inputs in bfloat16."""
-
-    def __init__(self, module: Int4Linear):
-        super().__init__()
-        self.shape, self.group = module.shape, module.group
-        q = unpack(module.packed, module.scale.shape[1]).flatten(1)
-        pairs = q[:, ::2] << 4 | q[:, 1::2]  # here the first of two is in the high bits
-        tiles = aten._convert_weight_to_int4pack(pairs.contiguous(), _k_tiles(*self.shape))
-        self.register_buffer("tiles", tiles)
-        self.register_buffer("scale_and_zero", torch.stack((module.scale.T, module.zero.T), dim=-1).contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) -> (…, out)."""
-        flat = x.reshape(-1, self.shape[1])
-        return aten._weight_int4pack_mm(flat, self.tiles, self.group, self.scale_and_zero).unflatten(0, x.shape[:-1])
-
-    def dequantize(self) -> Tensor:
-        """float32 (out, in), the products with the unit matrix, which the kernel rounds to bfloat16."""
-        unit = torch.eye(self.shape[1], dtype=torch.bfloat16, device=self.tiles.device)
-        return self(unit).T.float()
-
-
-def _is_ampere(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= AMPERE
-
-
-def _k_tiles(rows: int, columns: int) -> int | None:
-    """The widest of the kernel's tiles that the columns are a multiple of; None where it cannot take the matrix."""
-    return next((tiles for tiles in CUDA_K_TILES if columns % (16 * tiles) == 0 and rows % 8 == 0), None)
 
 
 @cache

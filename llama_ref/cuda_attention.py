@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
+from llama_ref.device import is_out_of_memory
 from llama_ref.model import Context, KVCache, attend
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -35,6 +36,7 @@ class FlashKVCache(CudaKVCache):
     """A cache whose attention is `flash`. A row's tokens lie side by side: `stored` is (2, n_layers, B, S, K, hd)."""
 
     needs_mask = False
+    tries_cudnn = True
 
     def __init__(self, args: ModelArgs, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str):
         super().__init__(args, batch_size, 0, dtype=dtype, device=device)
@@ -55,8 +57,13 @@ class FlashKVCache(CudaKVCache):
     def attend_piece(self, layer: int, q: Tensor, at: "FlashLengths", longest: int) -> Tensor:
         """As `attend`. `longest`: tokens before these, of the longest row."""
         keys, values = self.stored[:, layer]  # (B, S, K, hd) each
-        if is_for_cudnn(q, longest):
-            return cudnn(q, keys, values, longest)
+        if self.tries_cudnn and is_for_cudnn(q, longest):
+            try:
+                return cudnn(q, keys, values, longest)
+            except RuntimeError as error:  # a cuDNN that does not take these shapes, or is not there
+                if is_out_of_memory(error):
+                    raise
+                self.tries_cudnn = False
         return flash(q, keys, values, at)
 
 

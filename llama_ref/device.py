@@ -93,14 +93,15 @@ def fast_for_one_row(tokens: torch.Tensor, dtype: torch.dtype) -> Iterator[None]
         torch.backends.mkldnn.enabled = before
 
 
-def prepare_cuda() -> None:
-    """Keep cuDNN's attention off, for the whole process: a model is about to be put on a CUDA device.
+def prepare_cuda(device: torch.device) -> None:
+    """Keep cuDNN's attention off, for the whole process, where a model is about to be put on a CUDA device.
 
     PyTorch from 2.11 on prefers it on Hopper and Blackwell, and it plans anew for every length: 20 to 40 ms for each token of a
     text that grows (transformers pull request 48163, vLLM does the same). On Blackwell it also gave wrong numbers (pytorch
     issue 193893). The switch is process-wide, so that a context manager around each call would race between threads.
     """
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @cache

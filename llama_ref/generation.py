@@ -112,8 +112,7 @@ class Llama:
         SamplingParams(seed=seed)  # raises for a seed that is none
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
-        if device.type == "cuda":
-            prepare_cuda()
+        prepare_cuda(device)
         folder = open_folder(ckpt_dir)
         job = join_job(model_parallel_size, pipeline_parallel_size, device)
         _check_speculation(speculate, draft, job)

@@ -59,13 +59,7 @@ class Run:
 
     def prepare(self) -> None:
         """Set CUDA up as the project does where it puts a model on it: without cuDNN's attention, which plans per shape."""
-        if not self.on_cuda:
-            return
-        prepare_cuda = getattr(devices, "prepare_cuda", None)
-        if prepare_cuda:
-            prepare_cuda(self.device)
-        else:
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        devices.prepare_cuda(self.device)
 
     # ---- figures
 

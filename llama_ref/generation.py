@@ -15,22 +15,22 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
+from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.slices import refuse_undealable
-from llama_ref.checkpoint.verified import Verify, verified
-from llama_ref.checkpoint.weights import Progress, load_model
-from llama_ref.compile import compile_decode
+from llama_ref.checkpoint.loader import Progress, load_model
+from llama_ref.compiled.cpu import compile_decode
+from llama_ref.decoding.loop import Row, steps
+from llama_ref.decoding.speculative import DraftModel, NGrams, PassTime, Speculation, speculative_steps
+from llama_ref.decoding.stream import Stream, stop_strings
 from llama_ref.device import choose_device, choose_dtype, prepare_cuda
 from llama_ref.errors import RequestError
-from llama_ref.loop import Row, steps
 from llama_ref.model import KVCache, Transformer
-from llama_ref.parallel import agreeing, split_matrices
-from llama_ref.pipeline import split_layers
-from llama_ref.processes import ALONE, Job, join_job
-from llama_ref.quantize import use_fast_kernels
+from llama_ref.parallel.job import ALONE, Job, join_job
+from llama_ref.parallel.pipeline import split_layers
+from llama_ref.parallel.sharding import refuse_undealable
+from llama_ref.parallel.tensor import agreeing, split_matrices
+from llama_ref.quantization.apply import use_fast_kernels
 from llama_ref.sampling import Sampler, SamplingParams
-from llama_ref.speculate import DraftModel, NGrams, PassTime, Speculation, speculative_steps
-from llama_ref.streaming import Stream, stop_strings
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -102,10 +102,10 @@ class Llama:
         cache is taken for each call and only as long as the call needs. `verify`: "auto" compares every file with
         checklist.chk the first time it is used, "always" each time, "never" does not. `progress` is called with (bytes done,
         bytes in all).
-        `quantize`: "int8", "int4" or "int4:group=32" rounds the weights as they are read (quantize.py). `compile` makes
-        decoding faster, of one sequence on a CPU (compile.py), of any number on CUDA (cuda_decode.py); building waits some
-        seconds for it. `speculate`="ngram" has text that repeats made faster, `draft` any text: it names a smaller model of
-        the same vocabulary (speculate.py).
+        `quantize`: "int8", "int4" or "int4:group=32" rounds the weights as they are read (quantization/apply.py). `compile`
+        makes decoding faster, of one sequence on a CPU (compiled/cpu.py), of any number on CUDA (compiled/cuda.py); building
+        waits some seconds for it. `speculate`="ngram" has text that repeats made faster, `draft` any text: it names a smaller
+        model of the same vocabulary (decoding/speculative.py).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
         """
         _check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)

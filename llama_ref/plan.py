@@ -1,7 +1,7 @@
 """How much memory each process of a job takes, and how few cards hold a model: arithmetic on its shape, no weights read.
 
 Weights and KV cache are exact. Activations are an upper estimate, added up from what is alive at the widest moments of
-model.py, loop.py and sampling.py; the tests hold it against what generation takes on the CPU.
+model.py, decoding/loop.py and sampling.py; the tests hold it against what generation takes on the CPU.
 """
 
 import bisect
@@ -13,14 +13,14 @@ from typing import Any
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
-from llama_ref.checkpoint.slices import WHOLE, Share
+from llama_ref.checkpoint.releases import RELEASES, Release, find_release
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
+from llama_ref.parallel.sharding import WHOLE, Share
 from llama_ref.quantization.scheme import SCALE_BITS, Scheme
-from llama_ref.releases import RELEASES, Release, find_release
 
-# As loop.py has them; importing it would import torch, for which an answer need not wait.
+# As decoding/loop.py has them; importing it would import torch, for which an answer need not wait.
 PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 128, 64
-BLOCK_WEIGHTS = 1 << 22  # as quantization/modules.py has it, likewise
+BLOCK_WEIGHTS = 1 << 22  # as quantization/linear.py has it, likewise
 
 # Cards are sold by the GB and mean GiB, of which programs find at least this part: 79.1 on cards of 80, 23.5 on an A30 and 23.6
 # on an RTX 4090 of 24. Those whose GDDR memory keeps its ECC on have less: 14.7 on a T4 of 16, 22.0 on an A10 or L4 of 24.
@@ -372,9 +372,9 @@ def _find_model(name: str) -> Model:
 
 
 def _of_folder(name: str, folder: CheckpointFolder) -> Model:
-    from llama_ref.checkpoint.hf_config import LONG_CONTEXT, SHORT_CONTEXT
+    from llama_ref.checkpoint.hf.config import LONG_CONTEXT, SHORT_CONTEXT
+    from llama_ref.checkpoint.reader import is_tied
     from llama_ref.checkpoint.shapes import other_kind
-    from llama_ref.checkpoint.stored import is_tied
 
     args = folder.read_args()
     release = _release_named(folder.name)
@@ -387,7 +387,7 @@ def _of_folder(name: str, folder: CheckpointFolder) -> Model:
     model = Model(release.name if release else folder.name, name, args, is_tied(folder), context)
     if not folder.is_quantized:
         return model
-    from llama_ref.checkpoint.quantized import scheme_of
+    from llama_ref.checkpoint.quantized_reader import scheme_of
 
     return replace(model, scheme=scheme_of(folder, args), is_quantized=True)
 

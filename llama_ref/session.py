@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.chat import Dialog, Message
+from llama_ref.decoding.loop import new_cache
+from llama_ref.decoding.stream import Stream
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
-from llama_ref.loop import new_cache
-from llama_ref.processes import from_first
-from llama_ref.streaming import Stream
+from llama_ref.parallel.job import from_first
 
 NOT_A_FILE = (OSError, ValueError, RuntimeError)  # besides the first: a name that no file can have, a home that nobody has
 

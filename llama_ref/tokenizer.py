@@ -8,8 +8,8 @@ from typing import Literal
 
 import tiktoken
 
+from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
 from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.tokenizer_json import read_tokenizer_json
 from llama_ref.vocabulary import (
     MAX_FILE_BYTES,
     MAX_ID,

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from llama_ref import Llama
-from llama_ref.command_line import command, run
+from llama_ref.checkpoint.releases import find_release
+from llama_ref.cli.parser import command, run
+from llama_ref.decoding.loop import Row, steps
 from llama_ref.errors import LlamaRefError
-from llama_ref.loop import Row, steps
-from llama_ref.releases import find_release
 
 PROMPT = list(range(1000, 1016))
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "send", "recv")

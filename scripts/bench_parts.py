@@ -26,7 +26,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from llama_ref.command_line import command, run
+from llama_ref.cli.parser import command, run
 from llama_ref.errors import LlamaRefError
 
 VOCAB_SIZE, TEMPERATURE, TOP_P = 128_256, 0.6, 0.9
@@ -121,8 +121,8 @@ def loading(verify: str) -> Callable[..., dict[str, float]]:
     def load(ckpt_dir: str, quantize: str | None, **_: Any) -> dict[str, float]:
         begun = time.perf_counter()
         from llama_ref import Llama
-        from llama_ref.bench.contestant import weight_bytes
         from llama_ref.bench.memory import peak_bytes
+        from llama_ref.bench.peers.base import weight_bytes
 
         imported = time.perf_counter()
         before = _held_bytes()
@@ -143,7 +143,7 @@ def loading(verify: str) -> Callable[..., dict[str, float]]:
 
 def compiling(ckpt_dir: str, quantize: str | None, **_: Any) -> dict[str, float]:
     from llama_ref import Llama
-    from llama_ref.compile import compile_decode
+    from llama_ref.compiled.cpu import compile_decode
 
     llama = Llama.build(ckpt_dir, device="cpu", quantize=quantize, verify="never")
     begun = time.perf_counter()
@@ -169,7 +169,7 @@ PARTS = {
 
 
 def _print_table(figures: dict[str, dict[str, float]]) -> None:
-    from llama_ref.terminal import print_rich
+    from llama_ref.cli.terminal import print_rich
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("part", no_wrap=True)

@@ -26,17 +26,17 @@ from torch import Tensor
 
 from llama_ref.checkpoint.convert import Source, write_native_tokenizer
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.hf_config import params_of
-from llama_ref.checkpoint.outgoing import Outgoing
-from llama_ref.checkpoint.pth_writer import write_pth
-from llama_ref.checkpoint.quantizing import quantize_folder
-from llama_ref.checkpoint.slices import WHOLE
-from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT
-from llama_ref.checkpoint.weights import load_model
-from llama_ref.checkpoint.writing import new_folder, write_params
+from llama_ref.checkpoint.formats.atomic import new_folder, write_params
+from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.pth_writer import write_pth
+from llama_ref.checkpoint.hf.config import params_of
+from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT
 from llama_ref.errors import LlamaRefError
 from llama_ref.model import Transformer
-from llama_ref.quantize import quantized_bytes
+from llama_ref.parallel.sharding import WHOLE
+from llama_ref.quantization.apply import quantized_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
@@ -111,7 +111,7 @@ def theirs(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
     """llama.cpp's precisions, float32 first."""
     import llama_cpp
 
-    from llama_ref.bench.gguf_file import bytes_read, write_gguf
+    from llama_ref.bench.peers.gguf import bytes_read, write_gguf
 
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(quiet, None)

@@ -5,8 +5,8 @@
 
 One sequence at a time, greedy and sampled (temperature 0.8, top_p 0.95, one seed). Drafts come from n-grams of the text, or
 from the model that `--draft` names. First it prints what a pass over several tokens takes, in decode steps, and the line
-through that: the drafts' lengths are chosen by it (PassTime in speculate.py); `--passes` prints that alone. Ratios are medians
-over the rounds; on a busy machine only they mean something.
+through that: the drafts' lengths are chosen by it (PassTime in decoding/speculative.py); `--passes` prints that alone. Ratios
+are medians over the rounds; on a busy machine only they mean something.
 """
 
 import statistics
@@ -16,10 +16,10 @@ import time
 import torch
 
 from llama_ref import Llama
-from llama_ref.command_line import command, run
+from llama_ref.cli.parser import command, run
+from llama_ref.decoding.loop import Row, new_cache
+from llama_ref.decoding.speculative import LONGEST_DRAFT, PassTime
 from llama_ref.device import fast_for_one_row
-from llama_ref.loop import Row, new_cache
-from llama_ref.speculate import LONGEST_DRAFT, PassTime
 
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon", "Dublin", "Athens", "Oslo", "Prague", "Warsaw")
 LIST = "\n".join(f"{i}. {city}" for i, city in enumerate(CITIES, 1))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import fire
 
-from llama_ref.checkpoint.hashing import default_jobs, hash_files
+from llama_ref.checkpoint.verify.hashing import default_jobs, hash_files
 from llama_ref.errors import RequestError
 
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 from llama_ref import Dialog, Llama
-from llama_ref.command_line import command, run
-from llama_ref.options import BUILDING
+from llama_ref.cli.options import BUILDING
+from llama_ref.cli.parser import command, run
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the recipe of mayonnaise?"}],

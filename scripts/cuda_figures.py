@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from llama_ref import device as devices
 from llama_ref.args import ModelArgs
-from llama_ref.loop import Row, new_cache, prefill, steps
+from llama_ref.checkpoint.releases import Release, find_release
+from llama_ref.decoding.loop import Row, new_cache, prefill, steps
 from llama_ref.model import Transformer
 from llama_ref.plan import count_parameters
-from llama_ref.releases import Release, find_release
 from llama_ref.sampling import Sampler, SamplingParams
 
 RELEASES = {"8B": "Llama3.1-8B", "3B": "Llama3.2-3B", "1B": "Llama3.2-1B"}  # largest first

@@ -38,12 +38,12 @@ from cuda_figures import (
 )
 from llama_ref.bench.memory import forget_peak, peak_bytes
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.weights import load_model
-from llama_ref.compile import compile_decode
-from llama_ref.loop import new_cache
+from llama_ref.checkpoint.loader import load_model
+from llama_ref.compiled.cpu import compile_decode
+from llama_ref.decoding.loop import new_cache
 from llama_ref.model import KVCache, Transformer
 from llama_ref.plan import Model, Workload, count_parameters, plan
-from llama_ref.quantize import quantize_model, quantized_bytes, use_fast_kernels
+from llama_ref.quantization.apply import quantize_model, quantized_bytes, use_fast_kernels
 from llama_ref.sampling import SamplingParams
 
 REPOSITORY = Path(__file__).resolve().parents[1]

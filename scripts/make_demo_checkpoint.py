@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import fire
 import torch
 
-from llama_ref.checkpoint.outgoing import Outgoing
-from llama_ref.checkpoint.presence import checkpoint_files
-from llama_ref.checkpoint.pth_writer import write_pth
-from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
+from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
+from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.pth_writer import write_pth
+from llama_ref.checkpoint.verify.presence import checkpoint_files
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.tokenizer import N_SPECIAL
 

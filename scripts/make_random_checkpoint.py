@@ -28,16 +28,16 @@ from rich.progress import Progress
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.outgoing import Outgoing
-from llama_ref.checkpoint.presence import checkpoint_files
-from llama_ref.checkpoint.pth_writer import write_pth
+from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
+from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.pth_writer import write_pth
+from llama_ref.checkpoint.releases import Release, find_release
 from llama_ref.checkpoint.shapes import expected_shapes, other_kind, shard_shape
-from llama_ref.checkpoint.slices import split_dim
-from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
+from llama_ref.checkpoint.verify.presence import checkpoint_files
 from llama_ref.device import DTYPES
 from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
 from llama_ref.files import refuse_impostor
-from llama_ref.releases import Release, find_release
+from llama_ref.parallel.sharding import split_dim
 from llama_ref.tokenizer import N_SPECIAL, read_ranks
 
 LLAMA_3_VOCAB = 128256

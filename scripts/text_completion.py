@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 from llama_ref import Llama
-from llama_ref.command_line import command, run
-from llama_ref.options import BUILDING
+from llama_ref.cli.options import BUILDING
+from llama_ref.cli.parser import command, run
 
 PROMPTS = [
     "I believe the meaning of life is",

@@ -30,7 +30,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from llama_ref.checkpoint.folder import find_folder, open_folder
-from llama_ref.command_line import guarded, settle_streams
+from llama_ref.cli.parser import guarded, settle_streams
 from llama_ref.errors import FolderNotFound, RequestError
 from llama_ref.study.inputs import refuse_divided, refuse_empty
 

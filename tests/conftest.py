@@ -113,8 +113,8 @@ def tokenizer(meta_tokenizer_path) -> "Tokenizer":
 @pytest.fixture
 def hashed(monkeypatch, tmp_path) -> list[str]:
     """The names of files that verified loading hashed, as it goes on, with a cache of this test's own."""
-    from llama_ref.checkpoint import verified
-    from llama_ref.checkpoint.hashing import hash_file
+    from llama_ref.checkpoint import first_load
+    from llama_ref.checkpoint.verify.hashing import hash_file
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     names = []
@@ -123,7 +123,7 @@ def hashed(monkeypatch, tmp_path) -> list[str]:
         names.append(path.name)
         return hash_file(path, *args, **options)
 
-    monkeypatch.setattr(verified, "hash_file", spy)
+    monkeypatch.setattr(first_load, "hash_file", spy)
     return names
 
 

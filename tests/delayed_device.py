@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint import weights
+from llama_ref.checkpoint import loader
 from llama_ref.checkpoint.to_device import PinnedCopier
 
 
@@ -65,5 +65,5 @@ def loading_through(n_bytes: int, at_once: bool = False) -> Iterator[DelayedDevi
         copier.close()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "pinned_copier", copier)
+        patch.setattr(loader, "pinned_copier", copier)
         yield device

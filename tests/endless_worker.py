@@ -6,7 +6,7 @@ torchrun --nproc_per_node W endless_worker.py FOLDER TOKENIZER
 import math
 import sys
 
-from llama_ref.command_line import command, run
+from llama_ref.cli.parser import command, run
 from llama_ref.generation import Llama
 
 

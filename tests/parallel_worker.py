@@ -1,4 +1,4 @@
-"""What each process of tests/test_parallel.py does: load every folder, compute, and let the first process write it down.
+"""What each process of tests/parallel/test_tensor.py does: load every folder, compute, and let the first process write it down.
 
 torchrun --nproc_per_node W parallel_worker.py TASK.json OUT
 """
@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama_ref.checkpoint import stored
+from llama_ref.checkpoint import reader
 from llama_ref.generation import Llama
-from llama_ref.processes import end_process
+from llama_ref.parallel.job import end_process
 
 
 def main(task_file: str, out: str) -> None:
@@ -62,13 +62,13 @@ def _of_all(value: object) -> list:
 
 
 def _note_opened_shards() -> list[str]:
-    opened, read = [], stored.read_shard
+    opened, read = [], reader.read_shard
 
     def noting(path: Path) -> dict[str, Tensor]:
         opened.append(path.name)
         return read(path)
 
-    stored.read_shard = noting
+    reader.read_shard = noting
     return opened
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from llama_ref import loop
+from llama_ref.decoding import loop
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
 

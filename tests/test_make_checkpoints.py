@@ -15,8 +15,8 @@ from llama_models.llama3 import args as meta_args
 from llama_models.llama3 import model as meta_model
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
+from llama_ref.checkpoint.releases import RELEASES
 from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.releases import RELEASES
 from make_demo_checkpoint import make_demo_checkpoint
 from make_random_checkpoint import main, make_random_checkpoint
 

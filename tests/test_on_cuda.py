@@ -16,20 +16,20 @@ from torch import Tensor
 
 from folders import tiny_folder
 from llama_ref.args import ModelArgs
-from llama_ref.bench.compare import compare
+from llama_ref.bench.runner import compare
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.weights import load_model
-from llama_ref.compile import compile_decode
+from llama_ref.checkpoint.loader import load_model
+from llama_ref.compiled.cpu import compile_decode
+from llama_ref.decoding.loop import Row, new_cache, prefill, steps
+from llama_ref.decoding.speculative import NGrams
 from llama_ref.device import choose_dtype
 from llama_ref.generation import Llama
-from llama_ref.loop import Row, new_cache, prefill, steps
 from llama_ref.model import Transformer
-from llama_ref.quantization.modules import Int4Linear, Int8Linear
-from llama_ref.quantize import quantize_model, use_fast_kernels
+from llama_ref.quantization.apply import quantize_model, use_fast_kernels
+from llama_ref.quantization.linear import Int4Linear, Int8Linear
 from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.session import Session
-from llama_ref.speculate import NGrams
 from llama_ref.study import patch, scale, trace
 from random_models import random_model
 

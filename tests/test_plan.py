@@ -14,20 +14,21 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from folders import PARAMS, byte_tokenizer, tiny_folder
-from llama_ref import loop, plan
+from llama_ref import plan
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.quantizing import quantize_folder
+from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.releases import RELEASES
 from llama_ref.checkpoint.shapes import expected_shapes
-from llama_ref.checkpoint.slices import Share, kv_heads, split_dim, wanted_ranges
-from llama_ref.checkpoint.weights import load_model
+from llama_ref.decoding import loop
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
+from llama_ref.parallel.sharding import Share, kv_heads, split_dim, wanted_ranges
 from llama_ref.plan import Layout, Workload, find_model, layouts, longest, smaller_workload, smallest
-from llama_ref.quantization import modules
-from llama_ref.quantize import quantize_model, quantized_bytes, use_fast_kernels
-from llama_ref.releases import RELEASES
+from llama_ref.quantization import linear
+from llama_ref.quantization.apply import quantize_model, quantized_bytes, use_fast_kernels
 from llama_ref.tokenizer import Tokenizer
 from make_random_checkpoint import make_random_checkpoint
 
@@ -142,7 +143,7 @@ def test_parameters_are_the_published_numbers(name):
 def test_the_constants_are_those_of_the_loop():
     as_there = loop.PREFILL_TOKENS, loop.LOGPROB_POSITIONS, loop.CACHE_BLOCK
     assert as_there == (plan.PREFILL_TOKENS, plan.LOGPROB_POSITIONS, plan.CACHE_BLOCK)
-    assert plan.BLOCK_WEIGHTS == modules.BLOCK_WEIGHTS
+    assert plan.BLOCK_WEIGHTS == linear.BLOCK_WEIGHTS
 
 
 SHAPE = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 4096, "norm_eps": 1e-5, "rope_theta": 5e5}
@@ -413,7 +414,7 @@ def test_a_folder_of_another_kind_is_refused_unless_its_name_tells_the_sibling(r
 
 def test_planning_a_release_imports_no_torch():
     code = (
-        "import sys; from llama_ref.plan import *; from llama_ref import plan_view; "
+        "import sys; from llama_ref.plan import *; from llama_ref.cli.views import plan as plan_view; "
         "plan(find_model('Llama3.1-405B'), Workload(80, 8192, 4)); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -91,14 +91,14 @@ def test_what_is_not_run_is_known_not_to_be():
 
 
 def test_the_table_of_states_names_every_state():
-    from llama_ref.checkpoint.report import State
+    from llama_ref.checkpoint.verify.report import State
 
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert [state for state in State if f"| {state} |" not in text] == []
 
 
 def test_the_table_of_releases_names_every_release():
-    from llama_ref.releases import RELEASES as known
+    from llama_ref.checkpoint.releases import RELEASES as known
 
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert [name for name in known if f"`{name}`" not in text] == []

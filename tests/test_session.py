@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor
 
-from llama_ref import loop
 from llama_ref.chat import Dialog
+from llama_ref.decoding import loop
+from llama_ref.decoding.stream import Stream
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer, TransformerBlock
 from llama_ref.session import Session
-from llama_ref.streaming import Stream
 
 SUM, CAPITAL, HI = "What is 2+2?", "What is the capital of France?", "Say hi."
 GREEDY = {"temperature": 0, "max_gen_len": 8}  # SUM is answered within 8 tokens, the others are cut off

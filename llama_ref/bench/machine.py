@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llama_ref.bench.figures import Machine
+from llama_ref.bench.results import Machine
 
 PACKAGES = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp_python",), "meta": ("llama_models", "fairscale")}
 

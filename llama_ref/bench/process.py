@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_ref
-from llama_ref.checkpoint.report import printable
+from llama_ref.checkpoint.verify.report import printable
 from llama_ref.errors import LlamaRefError, RequestError
 
 LONGEST_ERROR = 300  # characters

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
-from llama_ref.bench.figures import Report, Result, Spread, Work
+from llama_ref.bench.results import Report, Result, Spread, Work
 from llama_ref.errors import RequestError
 from llama_ref.pictures import check_matplotlib
 from llama_ref.plan import matrices

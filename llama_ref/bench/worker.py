@@ -20,9 +20,9 @@ from llama_ref.errors import LlamaRefError, RequestError
 PROBE = "bandwidth"
 PLACES = {
     OURS: ("ours", "Ours"),
-    "transformers": ("peer_transformers", "Transformers"),
-    "llama.cpp": ("peer_llama_cpp", "LlamaCpp"),
-    "meta": ("peer_meta", "Meta"),
+    "transformers": ("transformers", "Transformers"),
+    "llama.cpp": ("llama_cpp", "LlamaCpp"),
+    "meta": ("meta", "Meta"),
     PROBE: ("bandwidth", "Bandwidth"),
 }
 LONGEST_ERROR = 300  # characters
@@ -42,7 +42,9 @@ class Served:
         self.device = torch.device(self.settings.device)
         torch.set_num_threads(self.settings.threads)
         module, kind = PLACES[self.name]
-        self.contestant = getattr(importlib.import_module(f"llama_ref.bench.{module}"), kind)(self.settings, Path(scratch))
+        self.contestant = getattr(importlib.import_module(f"llama_ref.bench.peers.{module}"), kind)(
+            self.settings, Path(scratch)
+        )
         return {key: getattr(self.contestant, key, None) for key in ("precision", "weight_bytes", "kv_bytes")}
 
     def read(self) -> dict[str, Any]:

@@ -18,21 +18,21 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs, usual_rope_factor
+from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
-from llama_ref.checkpoint.hf_config import config_of, generation_config_of, params_of
-from llama_ref.checkpoint.naming import in_their_order, is_rotated, theirs
-from llama_ref.checkpoint.outgoing import BLOCK_BYTES, Outgoing
-from llama_ref.checkpoint.presence import HUGGING_FACE, INDEX_NAME, ONE_FILE, checkpoint_files, names_in, stamp_of
-from llama_ref.checkpoint.pth_writer import write_pth
-from llama_ref.checkpoint.safetensors_writer import write_safetensors
+from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
+from llama_ref.checkpoint.formats.lazy_tensor import BLOCK_BYTES, Outgoing
+from llama_ref.checkpoint.formats.pth_writer import write_pth
+from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
+from llama_ref.checkpoint.hf.config import config_of, generation_config_of, params_of
+from llama_ref.checkpoint.hf.names import in_their_order, is_rotated, theirs
+from llama_ref.checkpoint.hf.tokenizer import tokenizer_config, write_tokenizer_json
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Stored, open_stored
 from llama_ref.checkpoint.shapes import expected_shapes
-from llama_ref.checkpoint.slices import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
-from llama_ref.checkpoint.stored import EMBEDDING, OUTPUT, Stored, open_stored
-from llama_ref.checkpoint.verified import Verify, verified
-from llama_ref.checkpoint.writing import new_folder, write_params, write_sums
+from llama_ref.checkpoint.verify.presence import HUGGING_FACE, INDEX_NAME, ONE_FILE, checkpoint_files, names_in, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
 from llama_ref.tokenizer import Tokenizer
-from llama_ref.tokenizer_json import tokenizer_config, write_tokenizer_json
 from llama_ref.vocabulary import ADDED_TOKENS, write_tokenizer_model
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

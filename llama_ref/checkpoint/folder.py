@@ -13,7 +13,7 @@ from llama_ref.errors import CheckpointError, FolderNotFound
 SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
 SAFETENSORS_NAME = re.compile(r"model(?:-([0-9]{5})-of-([0-9]{5}))?\.safetensors")
 if TYPE_CHECKING:
-    from llama_ref.checkpoint.hf_config import HFConfig
+    from llama_ref.checkpoint.hf.config import HFConfig
     from llama_ref.tokenizer import Tokenizer
 
 QUANTIZATION = "quantization"  # the key in params.json; Meta's own int4 releases have quantization_args
@@ -22,7 +22,7 @@ MOST_LISTED = 8  # names in one error
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The files of one checkpoint, Meta's or Hugging Face's, or one that was quantized here (checkpoint/quantized.py).
+    """The files of one checkpoint, Meta's or Hugging Face's, or one that was quantized here (quantized_reader.py).
 
     `params` is params.json or config.json; `shards` stand in the order of their numbers; `tokenizer` is tokenizer.model or
     tokenizer.json; `checklist` is None where none was shipped.
@@ -76,7 +76,7 @@ class CheckpointFolder:
 
 
 def _read_config(path: Path) -> "HFConfig":
-    from llama_ref.checkpoint.hf_config import read_config  # only now: it needs torch, which `list` shall not wait for
+    from llama_ref.checkpoint.hf.config import read_config  # only now: it needs torch, which `list` shall not wait for
 
     return read_config(path)
 

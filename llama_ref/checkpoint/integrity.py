@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-from llama_ref.checkpoint.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
 from llama_ref.checkpoint.folder import checkpoints_root, native_folder
-from llama_ref.checkpoint.hashing import Hashed, Progress, hash_files, run_all
-from llama_ref.checkpoint.presence import (
+from llama_ref.checkpoint.formats.atomic import write_sums
+from llama_ref.checkpoint.verify.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
+from llama_ref.checkpoint.verify.hashing import Hashed, Progress, hash_files, run_all
+from llama_ref.checkpoint.verify.meta_shards import Finding, Structure, examine
+from llama_ref.checkpoint.verify.presence import (
     HUGGING_FACE,
     META,
     Format,
@@ -25,10 +27,8 @@ from llama_ref.checkpoint.presence import (
     size_of,
     stamp_of,
 )
-from llama_ref.checkpoint.report import STATE_OF_IMPOSTOR, FileReport, Report, State
-from llama_ref.checkpoint.structure import Finding, Structure, examine
-from llama_ref.checkpoint.weight_scan import scan_safetensors, scan_weights
-from llama_ref.checkpoint.writing import write_sums
+from llama_ref.checkpoint.verify.report import STATE_OF_IMPOSTOR, FileReport, Report, State
+from llama_ref.checkpoint.verify.weight_scan import scan_safetensors, scan_weights
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_head, what_is
 

@@ -11,8 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.slices import split_dim
 from llama_ref.model import Transformer
+from llama_ref.parallel.sharding import split_dim
 
 Shape = tuple[int, ...]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Context, Transformer, TransformerBlock
+from llama_ref.quantization.apply import replace_module
 from llama_ref.quantization.gptq import round_int4
-from llama_ref.quantization.modules import Int4Linear
+from llama_ref.quantization.linear import Int4Linear
 from llama_ref.quantization.scheme import Scheme
 from llama_ref.quantization.sentences import SENTENCES
-from llama_ref.quantize import replace_module
 
 N_TOKENS = 8192  # of the text; half as many left a third more divergence
 WINDOW_TOKENS = 512

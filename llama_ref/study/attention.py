@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint.report import human_bytes
+from llama_ref.checkpoint.verify.report import human_bytes
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.inputs import check_index, check_token, one_row
-from llama_ref.study.patterns import watch_patterns
+from llama_ref.study.report.packing import watch_patterns
 from llama_ref.study.trace import trace
 
 LARGEST_LAYER = 1 << 32  # bytes of one layer's patterns, of which three copies exist for a moment

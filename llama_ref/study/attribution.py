@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llama_ref.errors import LlamaRefError
 from llama_ref.model import Transformer
-from llama_ref.quantization.modules import QuantizedMatrix
+from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.trace import trace
 

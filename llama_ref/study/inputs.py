@@ -10,7 +10,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
-from llama_ref.study.attached import refuse_strange
+from llama_ref.study.hooks import refuse_strange
 from llama_ref.study.trace import as_tokens
 from llama_ref.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""All that is usually asked about one text, asked at once: what the report shows (report.py)."""
+"""All that is usually asked about one text, asked at once: what the report shows (study/report/writer.py)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import Transformer
-from llama_ref.quantize import is_quantized
+from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.attention import AttentionSummary, attention_pattern, summarize_attention
 from llama_ref.study.attribution import Attribution, attribute
 from llama_ref.study.inputs import check_token, one_row
-from llama_ref.study.lens import LogitLens, block_ends, check_top, logit_lens, residual_points
-from llama_ref.study.patterns import PackedPatterns, how_many_kept, pack
+from llama_ref.study.logit_lens import LogitLens, block_ends, check_top, logit_lens, residual_points
 from llama_ref.study.predictions import Predictions, predict
+from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.residual import ResidualStream, residual_stream
 
 # One layer's patterns are then 0.5 GB in a model of 32 heads, of which three copies exist for a moment, the residual stream of

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.attached import Pass, attached, refuse_strange
+from llama_ref.study.hooks import Pass, attached, refuse_strange
 from llama_ref.study.names import LOOKS, axes, matching
 from llama_ref.study.trace import Trace
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llama_ref.model import Transformer
 from llama_ref.study.inputs import one_row
-from llama_ref.study.lens import a_few_at_a_time, check_top, likeliest, log_probabilities, of_tokens
+from llama_ref.study.logit_lens import a_few_at_a_time, check_top, likeliest, log_probabilities, of_tokens
 from llama_ref.study.trace import trace
 
 

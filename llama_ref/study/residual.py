@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_ref.model import Transformer
 from llama_ref.study.inputs import one_row
-from llama_ref.study.lens import residual_points
+from llama_ref.study.logit_lens import residual_points
 from llama_ref.study.trace import trace
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.quantization.modules import QuantizedMatrix
+from llama_ref.quantization.apply import is_quantized, quantized, refuse_unfit
+from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
-from llama_ref.quantize import is_quantized, quantized, refuse_unfit
 from llama_ref.study.attribution import matrix
 
 Progress = Callable[[int, int], None]  # matrices done, matrices in all

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.hf_config import NAMES, config_of, params_of, read_config
+from llama_ref.checkpoint.hf.config import NAMES, config_of, params_of, read_config
 from llama_ref.model import rope_frequencies
 
 LLAMA_3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from corpus import CODE, PROSE, WHOLE
 from llama_ref.chat import ChatFormat
-from llama_ref.chat_template import chat_template
+from llama_ref.checkpoint.hf.chat_template import chat_template
+from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json, tokenizer_config, write_tokenizer_json
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.tokenizer import Tokenizer
-from llama_ref.tokenizer_json import read_tokenizer_json, tokenizer_config, write_tokenizer_json
 from llama_ref.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from test_chat import ASSISTANTS, DIALOGS, OTHERS
 from vocabularies import KOREAN, VOCABULARIES, vocabulary

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from llama_ref.study.attention import REPEATED_TOKENS, AttentionSummary
-from llama_ref.study.figures import sheet
-from llama_ref.study.figures.letters import prompt, token_label
+from llama_ref.study.figures import canvas
+from llama_ref.study.figures.fonts import prompt, token_label
 from llama_ref.study.figures.saving import save
 from llama_ref.study.inputs import check_index
 from llama_ref.tokenizer import Tokenizer
@@ -51,20 +51,20 @@ def attention_figure(summary: AttentionSummary, tokenizer: Tokenizer) -> "Figure
     cell = (min(CELL[0], MAP[0] / H), min(CELL[1], MAP[1] / n_layers))
     size = (max(2.0, H * cell[0]), n_layers * cell[1])
     caption = _caption(summary, tokenizer, range(n_layers), best="Framed", gap="Grey")
-    figure = sheet.new_figure(columns * (size[0] + 1), 4 / columns * (size[1] + 0.9), "Where heads look", caption)
+    figure = canvas.new_figure(columns * (size[0] + 1), 4 / columns * (size[1] + 0.9), "Where heads look", caption)
     panels = figure.subplots(4 // columns, columns).flat
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         values = getattr(summary, measure).numpy()
         most, unit = _scale(summary, measure)
-        image = sheet.heat_map(axes, values, Normalize(0, most))
+        image = canvas.heat_map(axes, values, Normalize(0, most))
         is_best, found = _best(values, measure)
-        sheet.frame_cells(axes, is_best)
-        axes.set_title(f"{title}\n{found}", fontsize=sheet.TEXT)
-        sheet.name_ticks(axes, "x", list(map(str, range(H))), size[0] / H)
-        sheet.name_ticks(axes, "y", list(map(str, range(n_layers))), cell[1])
-        sheet.name_axis(axes, "x", "head")
-        sheet.name_axis(axes, "y", "layer")
-        sheet.color_bar(figure, image, axes, unit, size)
+        canvas.frame_cells(axes, is_best)
+        axes.set_title(f"{title}\n{found}", fontsize=canvas.TEXT)
+        canvas.name_ticks(axes, "x", list(map(str, range(H))), size[0] / H)
+        canvas.name_ticks(axes, "y", list(map(str, range(n_layers))), cell[1])
+        canvas.name_axis(axes, "x", "head")
+        canvas.name_axis(axes, "y", "layer")
+        canvas.color_bar(figure, image, axes, unit, size)
     return figure
 
 
@@ -73,21 +73,21 @@ def layer_figure(summary: AttentionSummary, tokenizer: Tokenizer, layer: int) ->
     n_layers, H = summary.sink.shape
     layer = check_index("layer", layer, n_layers)
     caption = _caption(summary, tokenizer, [layer], best="Orange", gap="–")
-    figure = sheet.new_figure(MARGIN + min(H * BAR, BARS), 4 * ROW, f"Where the heads of layer {layer} look", caption)
+    figure = canvas.new_figure(MARGIN + min(H * BAR, BARS), 4 * ROW, f"Where the heads of layer {layer} look", caption)
     pitch = (figure.get_figwidth() - MARGIN) / H
     panels = figure.subplots(4, sharex=True)
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         values = getattr(summary, measure)[[layer]].numpy()  # (1, H)
         most, unit = _scale(summary, measure)
         (is_best,), found = _best(values, measure, first_layer=layer)
-        axes.bar(range(H), values[0], 0.8, color=np.where(is_best, sheet.ORANGE, sheet.BLUE))
-        sheet.write_bars(axes, values[0], pitch)
+        axes.bar(range(H), values[0], 0.8, color=np.where(is_best, canvas.ORANGE, canvas.BLUE))
+        canvas.write_bars(axes, values[0], pitch)
         axes.set(xlim=(-0.6, H - 0.4), ylim=(0, 1.2 * most))
-        axes.tick_params(labelsize=sheet.SMALL)
-        axes.set_title(f"{title}; {found}", fontsize=sheet.TEXT)
-        sheet.name_ticks(axes, "x", list(map(str, range(H))), pitch)
-        sheet.name_axis(axes, "y", unit)
-    sheet.name_axis(panels[-1], "x", "head")
+        axes.tick_params(labelsize=canvas.SMALL)
+        axes.set_title(f"{title}; {found}", fontsize=canvas.TEXT)
+        canvas.name_ticks(axes, "x", list(map(str, range(H))), pitch)
+        canvas.name_axis(axes, "y", unit)
+    canvas.name_axis(panels[-1], "x", "head")
     return figure
 
 
@@ -122,21 +122,21 @@ def pattern_figure(pattern: Tensor, tokens: Sequence[int], tokenizer: Tokenizer,
 
     T = len(tokens)
     side = min(max(T * TOKEN, PATTERN[0]), PATTERN[1])
-    is_numbered = side / T >= sheet.NUMBERED
+    is_numbered = side / T >= canvas.NUMBERED
     numbers = " Numbers are percent." if is_numbered else ""
     caption = f"Each row adds up to 1. Colours go by the square root, so that small shares can be seen.{numbers}"
-    figure = sheet.new_figure(side + 2.0, side + 1.2, f"Where layer {layer}, head {head} looks", caption)
+    figure = canvas.new_figure(side + 2.0, side + 1.2, f"Where layer {layer}, head {head} looks", caption)
     axes = figure.subplots()
-    image = sheet.heat_map(axes, pattern.numpy(), PowerNorm(0.5, 0, 1))
+    image = canvas.heat_map(axes, pattern.numpy(), PowerNorm(0.5, 0, 1))
     axes.invert_yaxis()
     if is_numbered:
         shares = [
-            ["" if share < 0.005 else sheet.percent(share) for share in row[: t + 1]] for t, row in enumerate(pattern.tolist())
+            ["" if share < 0.005 else canvas.percent(share) for share in row[: t + 1]] for t, row in enumerate(pattern.tolist())
         ]
-        sheet.write_cells(axes, image, shares, (side / T, side / T))
+        canvas.write_cells(axes, image, shares, (side / T, side / T))
     names = [token_label(tokenizer, token) for token in tokens]
     for axis, name in (("x", "looks at"), ("y", "from")):
-        sheet.name_ticks(axes, axis, names, side / T, range(T))
-        sheet.name_axis(axes, axis, name)
-    sheet.color_bar(figure, image, axes, "share of attention", (side, side), ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+        canvas.name_ticks(axes, axis, names, side / T, range(T))
+        canvas.name_axis(axes, axis, name)
+    canvas.color_bar(figure, image, axes, "share of attention", (side, side), ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
     return figure

@@ -4,11 +4,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_ref.cli.views.study.attribution import part_label
 from llama_ref.study.attribution import Attribution
-from llama_ref.study.figures import sheet
-from llama_ref.study.figures.letters import prompt, quoted
+from llama_ref.study.figures import canvas
+from llama_ref.study.figures.fonts import prompt, quoted
 from llama_ref.study.figures.saving import save
-from llama_ref.study.views.attribution import part_label
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,26 +35,26 @@ def attribution_figure(found: Attribution, tokenizer: Tokenizer) -> "Figure":
         " What a part does by way of later layers is not in its share."
         f"\n{prompt(tokenizer, found.tokens[: found.position + 1])}"
     )
-    row = sheet.row_height(ROW, len(found.ffns) + 1)
+    row = canvas.row_height(ROW, len(found.ffns) + 1)
     height = max(2.6, row * (len(found.ffns) + 1)) + 0.6
-    figure = sheet.new_figure(11, height, f"What each part of the model adds to {what}", caption)
+    figure = canvas.new_figure(11, height, f"What each part of the model adds to {what}", caption)
     layers, so_far, strongest = figure.subplots(1, 3, width_ratios=[5, 2, 4])
     _draw_layers(layers, found)
     _draw_sum(so_far, found)
     _draw_strongest(strongest, found)
     for axes in (layers, so_far):
         axes.set_ylim(-1.6, len(found.ffns) - 0.4)
-        sheet.name_ticks(axes, "y", ["E", *map(str, range(len(found.ffns)))], row, start=-1)
-    sheet.name_axis(layers, "y", "layer (E: embedding)")
+        canvas.name_ticks(axes, "y", ["E", *map(str, range(len(found.ffns)))], row, start=-1)
+    canvas.name_axis(layers, "y", "layer (E: embedding)")
     return figure
 
 
 def _draw_layers(axes: "Axes", found: Attribution) -> None:
     layers = range(len(found.ffns))
-    axes.barh([i + BAR / 2 for i in layers], found.ffns.tolist(), BAR, color=sheet.ORANGE, label="feed-forward")
-    axes.barh([i - BAR / 2 for i in layers], found.heads.sum(-1).tolist(), BAR, color=sheet.BLUE, label="attention")
-    axes.barh(-1, found.embedding, 2 * BAR, color=sheet.GREY, label="embedding")
-    axes.legend(fontsize=sheet.SMALL, loc="best")
+    axes.barh([i + BAR / 2 for i in layers], found.ffns.tolist(), BAR, color=canvas.ORANGE, label="feed-forward")
+    axes.barh([i - BAR / 2 for i in layers], found.heads.sum(-1).tolist(), BAR, color=canvas.BLUE, label="attention")
+    axes.barh(-1, found.embedding, 2 * BAR, color=canvas.GREY, label="embedding")
+    axes.legend(fontsize=canvas.SMALL, loc="best")
     _around_zero(axes, "share of the logit" if found.other is None else "share of the lead")
 
 
@@ -69,20 +69,20 @@ def _draw_strongest(axes: "Axes", found: Attribution) -> None:
     n_shown = max(STRONGEST, 2 * len(found.ffns) // 3)
     parts = sorted(found.parts(), key=lambda part: -abs(part[1]))[:n_shown]
     bars = axes.barh(range(len(parts)), [share for _, share in parts], 0.8, color=[_color(name) for name, _ in parts])
-    axes.bar_label(bars, fmt="{:+.2f}", fontsize=sheet.SMALL, padding=2)
+    axes.bar_label(bars, fmt="{:+.2f}", fontsize=canvas.SMALL, padding=2)
     axes.margins(x=0.15)
     axes.set_ylim(len(parts) - 0.4, -0.6)
-    sheet.name_ticks(axes, "y", [part_label(name) for name, _ in parts], axes.figure.get_figheight() / 1.4 / len(parts))
+    canvas.name_ticks(axes, "y", [part_label(name) for name, _ in parts], axes.figure.get_figheight() / 1.4 / len(parts))
     _around_zero(axes, f"the {len(parts)} strongest parts")
 
 
 def _color(name: str) -> str:
-    return sheet.BLUE if ".heads." in name else sheet.ORANGE if name.endswith(".ffn") else sheet.GREY
+    return canvas.BLUE if ".heads." in name else canvas.ORANGE if name.endswith(".ffn") else canvas.GREY
 
 
 def _around_zero(axes: "Axes", name: str) -> None:
     axes.axvline(0, color="black", linewidth=0.6)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=sheet.SMALL)
-    sheet.name_axis(axes, "x", name)
+    axes.tick_params(labelsize=canvas.SMALL)
+    canvas.name_axis(axes, "x", name)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llama_ref.study.figures import sheet
-from llama_ref.study.figures.letters import prompt, quoted, token_label
+from llama_ref.study.figures import canvas
+from llama_ref.study.figures.fonts import prompt, quoted, token_label
 from llama_ref.study.figures.saving import save
-from llama_ref.study.grid import Grid
+from llama_ref.study.patching_grid import Grid
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,23 +41,23 @@ def grid_figure(
     restored = grid.restored
     rows, columns = restored.shape
     title, caption = _words(grid, clean, corrupted, tokenizer, target, other)
-    height = sheet.row_height(CELL[1], rows)
-    figure = sheet.new_figure(min(columns * CELL[0], WIDTH) + MARGIN, rows * height + 1.2, title, caption)
+    height = canvas.row_height(CELL[1], rows)
+    figure = canvas.new_figure(min(columns * CELL[0], WIDTH) + MARGIN, rows * height + 1.2, title, caption)
     cell = ((figure.get_figwidth() - MARGIN) / columns, height)
     axes = figure.subplots()
-    image = sheet.heat_map(axes, restored, Normalize(-1, 1), sheet.DIFFERENCES)
-    if cell[0] >= sheet.NUMBERED:
-        sheet.write_cells(axes, image, [map(sheet.percent, row) for row in restored.tolist()], cell)
-    sheet.name_ticks(axes, "y", grid.labels[0], cell[1])
-    sheet.name_axis(axes, "y", grid.axes[0])
+    image = canvas.heat_map(axes, restored, Normalize(-1, 1), canvas.DIFFERENCES)
+    if cell[0] >= canvas.NUMBERED:
+        canvas.write_cells(axes, image, [map(canvas.percent, row) for row in restored.tolist()], cell)
+    canvas.name_ticks(axes, "y", grid.labels[0], cell[1])
+    canvas.name_axis(axes, "y", grid.axes[0])
     if grid.axes[1] == "position":
-        sheet.name_ticks(axes, "x", _columns(clean, corrupted, tokenizer), cell[0], range(columns))
-        sheet.name_axis(axes, "x", "token of the corrupted text (← of the clean one, where they differ)")
+        canvas.name_ticks(axes, "x", _columns(clean, corrupted, tokenizer), cell[0], range(columns))
+        canvas.name_axis(axes, "x", "token of the corrupted text (← of the clean one, where they differ)")
     else:
-        sheet.name_ticks(axes, "x", grid.labels[1], cell[0])
-        sheet.name_axis(axes, "x", grid.axes[1])
+        canvas.name_ticks(axes, "x", grid.labels[1], cell[0])
+        canvas.name_axis(axes, "x", grid.axes[1])
     size, name = (columns * cell[0], rows * cell[1]), "share that comes back"
-    bar = sheet.color_bar(figure, image, axes, name, size, extend=_beyond(restored))
+    bar = canvas.color_bar(figure, image, axes, name, size, extend=_beyond(restored))
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     return figure
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_ref.errors import RequestError
-from llama_ref.study.figures import sheet
-from llama_ref.study.figures.letters import prompt, quoted, token_label
+from llama_ref.study.figures import canvas
+from llama_ref.study.figures.fonts import prompt, quoted, token_label
 from llama_ref.study.figures.saving import save
-from llama_ref.study.lens import LogitLens, block_ends
+from llama_ref.study.logit_lens import LogitLens, block_ends
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,20 +40,20 @@ def draw_target(lens: LogitLens, tokenizer: Tokenizer, path: str | Path) -> None
 def lens_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
     """A map of layers × positions with a word in every cell; of a long text one of all positions, and its end with words."""
     T, n_rows = len(lens.positions), len(block_ends(lens.points))
-    n_words, low, high = min(T, MOST_WORDS), sheet.row_height(LOW, n_rows), sheet.row_height(HEIGHT, n_rows)
+    n_words, low, high = min(T, MOST_WORDS), canvas.row_height(LOW, n_rows), canvas.row_height(HEIGHT, n_rows)
     heights = [n_rows * low, n_rows * high] if n_words < T else [n_rows * high]
-    figure = sheet.new_figure(MARGIN + n_words * WIDTH, sum(heights) + len(heights), *_lens_words(lens, tokenizer))
+    figure = canvas.new_figure(MARGIN + n_words * WIDTH, sum(heights) + len(heights), *_lens_words(lens, tokenizer))
     width = figure.get_figwidth() - MARGIN
     panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     if n_words < T:
         image = _draw_map(panels[0], lens, tokenizer, range(T), (width / T, low))
-        panels[0].axvspan(T - n_words - 0.5, T - 0.5, facecolor="none", edgecolor=sheet.ORANGE)
+        panels[0].axvspan(T - n_words - 0.5, T - 0.5, facecolor="none", edgecolor=canvas.ORANGE)
     cell = (width / n_words, high)
     image = _draw_map(panels[-1], lens, tokenizer, range(T - n_words, T), cell)
     _write_words(panels[-1], image, lens, tokenizer, range(T - n_words, T), cell)
     of = "the likeliest next token" if lens.target is None else quoted(tokenizer, lens.target)
     extend = "neither" if lens.target is None else "min"
-    sheet.color_bar(figure, image, list(panels), f"probability of {of}", (width, sum(heights)), extend=extend)
+    canvas.color_bar(figure, image, list(panels), f"probability of {of}", (width, sum(heights)), extend=extend)
     return figure
 
 
@@ -65,13 +65,13 @@ def _draw_map(axes: "Axes", lens: LogitLens, tokenizer: Tokenizer, columns: rang
         values, norm = lens.top_probabilities[ends][:, columns, 0], Normalize(0, 1)
     else:
         values, norm = lens.target_probability[ends][:, columns].clamp(min=LEAST), LogNorm(LEAST, 1)
-    image = sheet.heat_map(axes, values.numpy(), norm)
+    image = canvas.heat_map(axes, values.numpy(), norm)
     positions = [lens.positions[column] for column in columns]
     names = [token_label(tokenizer, lens.tokens[position]) for position in positions]
-    sheet.name_ticks(axes, "x", names, cell[0], positions)
-    sheet.name_ticks(axes, "y", [sheet.layer_name(lens.points[end]) for end in ends], cell[1])
-    sheet.name_axis(axes, "x", "after reading")
-    sheet.name_axis(axes, "y", "layer")
+    canvas.name_ticks(axes, "x", names, cell[0], positions)
+    canvas.name_ticks(axes, "y", [canvas.layer_name(lens.points[end]) for end in ends], cell[1])
+    canvas.name_axis(axes, "x", "after reading")
+    canvas.name_axis(axes, "y", "layer")
     return image
 
 
@@ -84,8 +84,8 @@ def _write_words(
         [token_label(tokenizer, token, cell[0] * 72) if is_known else "–" for token, is_known in zip(*row, strict=True)]
         for row in zip(said.tolist(), known.tolist(), strict=True)
     ]
-    sheet.write_cells(axes, image, words, cell)
-    sheet.frame_cells(axes, known & (said == (said[-1] if lens.target is None else lens.target)))
+    canvas.write_cells(axes, image, words, cell)
+    canvas.frame_cells(axes, known & (said == (said[-1] if lens.target is None else lens.target)))
 
 
 def _lens_words(lens: LogitLens, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -113,25 +113,25 @@ def target_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
     probability, rank = lens.target_probability[:, -1].numpy(), lens.target_rank[:, -1].numpy().astype(float)
     rank[np.isnan(probability)] = np.nan
     target, text = quoted(tokenizer, lens.target), prompt(tokenizer, lens.tokens[: lens.positions[-1] + 1])
-    caption = f"Logit lens after the last token.{sheet.hollow(lens.points)}\n{text}"
-    figure = sheet.new_figure(7.5, 4.6, f"How {target} becomes likely", caption)
+    caption = f"Logit lens after the last token.{canvas.hollow(lens.points)}\n{text}"
+    figure = canvas.new_figure(7.5, 4.6, f"How {target} becomes likely", caption)
     panels = figure.subplots(2, sharex=True)
     for axes, values, name, color in zip(
         panels,
         (probability, rank),
         (f"probability of {target}", "rank (1: the likeliest)"),
-        (sheet.BLUE, sheet.ORANGE),
+        (canvas.BLUE, canvas.ORANGE),
         strict=True,
     ):
         axes.set_yscale("log")
-        sheet.name_depths(axes, lens.points)
-        sheet.draw_depth(axes, lens.points, values, color)
-        sheet.name_axis(axes, "y", name)
+        canvas.name_depths(axes, lens.points)
+        canvas.draw_depth(axes, lens.points, values, color)
+        canvas.name_axis(axes, "y", name)
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(max(low, LOWEST), min(high, 2))
     panels[1].invert_yaxis()
     panels[1].yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
     panels[1].yaxis.set_minor_locator(NullLocator())
     panels[1].yaxis.set_major_formatter("{x:,g}")
-    sheet.name_axis(panels[1], "x", "after layer (E: embedding)")
+    canvas.name_axis(panels[1], "x", "after layer (E: embedding)")
     return figure

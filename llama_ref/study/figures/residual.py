@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_ref.study.figures import sheet
-from llama_ref.study.figures.letters import prompt, quoted
+from llama_ref.study.figures import canvas
+from llama_ref.study.figures.fonts import prompt, quoted
 from llama_ref.study.figures.saving import save
 from llama_ref.study.residual import ResidualStream, quartiles_of_others
 from llama_ref.tokenizer import Tokenizer
@@ -25,21 +25,21 @@ def norms_figure(stream: ResidualStream, tokenizer: Tokenizer) -> "Figure":
     T = len(stream.tokens)
     first = quoted(tokenizer, stream.tokens[0])
     caption = (
-        f"After each layer.{sheet.hollow(stream.points)} Band: the middle half of the others."
+        f"After each layer.{canvas.hollow(stream.points)} Band: the middle half of the others."
         f"\n{prompt(tokenizer, stream.tokens)}"
     )
-    figure = sheet.new_figure(7.5, 6.5, "How the residual stream grows and turns", caption)
+    figure = canvas.new_figure(7.5, 6.5, "How the residual stream grows and turns", caption)
     panels = figure.subplots(3, sharex=True)
     panels[0].set_yscale("log")
     for axes, (measure, name) in zip(panels, MEASURES.items(), strict=True):
         values = getattr(stream, measure)  # (P, T)
-        sheet.name_depths(axes, stream.points)
-        lines = [sheet.draw_depth(axes, stream.points, values[:, 0].numpy(), sheet.ORANGE)]
+        canvas.name_depths(axes, stream.points)
+        lines = [canvas.draw_depth(axes, stream.points, values[:, 0].numpy(), canvas.ORANGE)]
         if T > 1:
             low, middle, high = quartiles_of_others(values).numpy()
-            lines.append(sheet.draw_depth(axes, stream.points, middle, sheet.BLUE))
-            axes.fill_between(sheet.depths(stream.points), low, high, color=sheet.BLUE, alpha=0.2, linewidth=0)
-        sheet.name_axis(axes, "y", name)
-    sheet.name_axis(panels[2], "x", "after layer (E: embedding)")
-    sheet.name_lines(panels[0], lines, [f"the first token, {first}", f"the other {T - 1:,}: median"][: len(lines)])
+            lines.append(canvas.draw_depth(axes, stream.points, middle, canvas.BLUE))
+            axes.fill_between(canvas.depths(stream.points), low, high, color=canvas.BLUE, alpha=0.2, linewidth=0)
+        canvas.name_axis(axes, "y", name)
+    canvas.name_axis(panels[2], "x", "after layer (E: embedding)")
+    canvas.name_lines(panels[0], lines, [f"the first token, {first}", f"the other {T - 1:,}: median"][: len(lines)])
     return figure

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_ref.errors import RequestError
 from llama_ref.pictures import check_matplotlib
-from llama_ref.study.figures.letters import any_weight
-from llama_ref.study.output import write_output
+from llama_ref.study.figures.fonts import any_weight
+from llama_ref.study.report.output import write_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

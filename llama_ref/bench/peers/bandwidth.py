@@ -1,0 +1,29 @@
+"""How fast this machine reads memory: what no model that must read its weights for every token can pass."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from llama_ref.bench.peers.ours import synchronize
+from llama_ref.bench.settings import Settings
+
+PROBE_BYTES = 1 << 30  # far beyond any cache
+ROWS, PASSES = 4096, 3
+
+
+class Bandwidth:
+    """Sums of long rows, with the contestants' threads. Of the passes in a row the best counts: what disturbs only slows."""
+
+    def __init__(self, settings: Settings, scratch: Path):
+        self.buffer = torch.ones(ROWS, PROBE_BYTES // 4 // ROWS, device=settings.device)
+
+    def bytes_per_second(self) -> float:
+        return PROBE_BYTES / min(self._seconds() for _ in range(PASSES))
+
+    def _seconds(self) -> float:
+        synchronize(self.buffer.device)
+        begun = time.perf_counter()
+        self.buffer.sum(-1)
+        synchronize(self.buffer.device)
+        return time.perf_counter() - begun

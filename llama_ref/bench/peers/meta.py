@@ -1,0 +1,52 @@
+"""Meta's own reference (llama-models) on the same weights, one process, as its example runs it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from fairscale.nn.model_parallel import initialize as model_parallel
+from llama_models.llama3.args import ModelArgs as MetaArgs
+from llama_models.llama3.model import Transformer as MetaTransformer
+
+from llama_ref.bench.peers.base import kv_bytes, weight_bytes
+from llama_ref.bench.settings import Settings
+from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.loader import load_model
+from llama_ref.device import named_dtype
+
+SAME = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta")
+
+
+class Meta:
+    """Its RoPE factor is always 8: on a 3.2 1B or 3B it takes as long as with the right one, and says something else."""
+
+    def __init__(self, settings: Settings, scratch: Path):
+        folder, dtype = open_folder(settings.name), named_dtype(settings.dtype)
+        args = folder.read_args()
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        model_parallel.initialize_model_parallel(1)
+        torch.set_default_dtype(dtype)  # as its example does; the process is this contestant's own
+        self.model = MetaTransformer(
+            MetaArgs(
+                **{name: getattr(args, name) for name in SAME},
+                use_scaled_rope=args.use_scaled_rope,
+                max_seq_len=settings.prompt_len + settings.gen_len,
+                max_batch_size=max(settings.batches),
+            )
+        ).eval()
+        self.model.load_state_dict(load_model(folder, args, dtype=dtype).state_dict())
+        self.precision = settings.dtype
+        self.weight_bytes = weight_bytes(self.model, self.model.tok_embeddings)
+        self.kv_bytes = kv_bytes(args, dtype.itemsize)
+
+    @torch.inference_mode()
+    def steps(self, prompts: list[list[int]], gen_len: int) -> Iterator[list[int]]:
+        tokens, start = torch.tensor(prompts), 0
+        for _ in range(gen_len):
+            logits = self.model(tokens, start)
+            start += tokens.shape[1]
+            tokens = logits[:, -1:].argmax(-1)
+            yield tokens[:, 0].tolist()
+
+    def matmul_seconds(self, batch: int, prompt_len: int) -> None:
+        return None

@@ -1,0 +1,83 @@
+"""This project's own model, as `Llama.build` makes it, through the loop that all generation goes through."""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from llama_ref.bench.peers.base import kv_bytes, weight_bytes
+from llama_ref.bench.settings import Settings
+from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.decoding.loop import PREFILL_TOKENS, Row, new_cache, steps
+from llama_ref.generation import Llama
+from llama_ref.model import KVCache
+
+REPEATS = 3
+
+
+class Ours:
+    def __init__(self, settings: Settings, scratch: Path):
+        self.llama = Llama.build(
+            settings.name,
+            device=settings.device,
+            dtype=settings.dtype,
+            quantize=settings.quantize,
+            compile=settings.compile,
+            verify=settings.verify,
+        )
+        model = self.llama.model
+        self.precision = f"{settings.quantize or settings.dtype}{', compiled' * settings.compile}"
+        self.weight_bytes = weight_bytes(model, model.tok_embeddings)
+        self.kv_bytes = kv_bytes(model.args, self.llama.dtype.itemsize)
+        self.room = max(settings.contexts, default=0) + settings.gen_len
+        self.filled: KVCache | None = None
+
+    def steps(self, prompts: list[list[int]], gen_len: int, cache: KVCache | None = None) -> Iterator[list[int]]:
+        rows = [Row(prompt, gen_len) for prompt in prompts]
+        for _ in steps(self.llama.model, rows, lambda logits: logits.argmax(-1), stop_tokens=(), cache=cache):
+            yield [row.generated[-1] for row in rows]  # the loop has brought them to the host: nothing is under way
+
+    def steps_after(self, context: int, gen_len: int) -> Iterator[list[int]]:
+        """As `steps` after a prompt of so many tokens, of which only the last is run.
+
+        The others' keys and values are random numbers: what they say does not matter for how long reading them takes.
+        """
+        if self.filled is None:
+            self.filled = new_cache(self.llama.model, 1, self.room)
+            self.filled.keys.normal_()
+            self.filled.values.normal_()
+        self.filled.set_lengths([context - 1])
+        return self.steps([[0] * context], gen_len, self.filled)
+
+    @torch.inference_mode()
+    def matmul_seconds(self, batch: int, prompt_len: int) -> float:
+        """One layer's products on random numbers of the dtype, for all layers and pieces of the prompt, and the output's."""
+        args = self.llama.model.args
+        piece = min(prompt_len, max(1, PREFILL_TOKENS // batch))  # as the loop cuts a prompt
+        shapes = Counter(s for n, s in expected_shapes(args).items() if n.startswith("layers.0.") and len(s) == 2)
+        layer = sum(count * self._product_seconds(batch * piece, *shape) for shape, count in shapes.items())
+        return layer * args.n_layers * prompt_len / piece + self._product_seconds(batch, args.vocab_size, args.dim)
+
+    def _product_seconds(self, rows: int, n_out: int, n_in: int) -> float:
+        like = {"dtype": self.llama.dtype, "device": self.llama.device}
+        x, weight = torch.randn(rows, n_in, **like), torch.randn(n_out, n_in, **like)
+        return statistics.median(self._timed(x, weight) for _ in range(1 + REPEATS))
+
+    def _timed(self, x: torch.Tensor, weight: torch.Tensor) -> float:
+        synchronize(x.device)
+        begun = time.perf_counter()
+        F.linear(x, weight)
+        synchronize(x.device)
+        return time.perf_counter() - begun
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a device was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

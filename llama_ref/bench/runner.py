@@ -1,0 +1,175 @@
+"""Rounds in which ours and the peers take turns, each in its own process, and what they come to."""
+
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_ref.bench.machine import describe_machine
+from llama_ref.bench.process import Failed, Process
+from llama_ref.bench.results import LongResult, Report, Result, Round, Spread, Work
+from llama_ref.bench.roofline import flops
+from llama_ref.bench.settings import OURS, Settings, missing_packages
+from llama_ref.bench.worker import PROBE
+from llama_ref.checkpoint.folder import open_folder
+from llama_ref.errors import LlamaRefError, RequestError
+
+WARM_TOKENS = 8
+Tell = Callable[[str], None]
+
+
+def compare(settings: Settings, tell: Tell = lambda text: None) -> Report:
+    """Measure a checkpoint, beside `settings.against`. `tell` hears what is under way.
+
+    A peer that fails is left out, and a note says why. Raises what loading our own raises, LlamaRefError where it fails later.
+    """
+    with tempfile.TemporaryDirectory(prefix="llama-ref-bench-") as scratch, ExitStack() as stack:
+        return _Comparison(settings, Path(scratch), stack, tell).run()
+
+
+class _Comparison:
+    def __init__(self, settings: Settings, scratch: Path, stack: ExitStack, tell: Tell):
+        self.settings, self.scratch, self.stack, self.tell = settings, scratch, stack, tell
+        self.args = open_folder(settings.name).read_args()
+        self.processes: dict[str, Process] = {}
+        self.facts: dict[str, dict[str, Any]] = {}  # what each said when it was loaded
+        self.rounds: dict[tuple[str, int], list[Round]] = defaultdict(list)
+        self.long_rounds: dict[int, list[Round]] = defaultdict(list)  # by context
+        self.reads: list[float] = []  # bytes per second
+        self.notes: list[str] = []
+
+    def run(self) -> Report:
+        settings = self.settings
+        for name in (OURS, *settings.against, PROBE):
+            self._load(name)
+        for batch in settings.batches:
+            for name in self._contestants():
+                self.tell(f"{name} warms up, batch {batch}")
+                self._try(name, "generate", prompts=self._prompts(batch), gen_len=min(WARM_TOKENS, settings.gen_len))
+        for context in settings.contexts:
+            self.tell(f"{OURS} warms up, context {context:,}")
+            self._try(OURS, "generate_after", context=context, gen_len=min(WARM_TOKENS, settings.gen_len))
+        for number in range(settings.rounds):
+            self.tell(f"round {number + 1} of {settings.rounds}")
+            for batch in settings.batches:
+                self._take_turns(batch)
+            for context in settings.contexts:
+                answer = self._try(OURS, "generate_after", context=context, gen_len=settings.gen_len)
+                self.long_rounds[context].append(Round(**answer))
+        return self._report()
+
+    def _load(self, name: str) -> None:
+        missing = missing_packages(name) if name in self.settings.against else None
+        if missing:
+            self.notes.append(missing)
+            return
+        self.tell(f"{name} loads")
+        self.processes[name] = process = Process(name, self.settings.threads, self.scratch)
+        self.stack.callback(process.end)
+        facts = self._try(name, "load", settings=asdict(self.settings), scratch=str(self.scratch))
+        if facts:
+            self.facts[name] = facts
+
+    def _take_turns(self, batch: int) -> None:
+        for name in self._contestants():
+            answer = self._try(name, "generate", prompts=self._prompts(batch), gen_len=self.settings.gen_len)
+            if answer:
+                self.rounds[name, batch].append(Round(**answer))
+        read = self._try(PROBE, "read") if PROBE in self.processes else None
+        if read:
+            self.reads.append(read["bytes_per_second"])
+
+    def _try(self, name: str, wish: str, **arguments: Any) -> dict[str, Any] | None:
+        """A contestant's answer; None where it is a peer that failed, and takes no further part."""
+        try:
+            return self.processes[name].ask(wish, **arguments)
+        except (Failed, RequestError) as error:
+            if name == OURS:
+                raise error if isinstance(error, RequestError) else LlamaRefError(str(error)) from None
+            self.notes.append(f"{name} is left out: {error}")
+            self.processes.pop(name).end()
+            return None
+
+    def _contestants(self) -> list[str]:
+        return [name for name in self.processes if name != PROBE]
+
+    def _prompts(self, batch: int) -> list[list[int]]:
+        """Ids that a seed makes: what they say does not matter for how long they take."""
+        ids = random.Random(batch)
+        return [[ids.randrange(self.args.vocab_size) for _ in range(self.settings.prompt_len)] for _ in range(batch)]
+
+    def _report(self) -> Report:
+        bandwidth = Spread.of(self.reads) if self.reads else None
+        contestants = self._contestants()
+        results = [self._result(name, batch, bandwidth) for batch in self.settings.batches for name in contestants]
+        machine = describe_machine(torch.device(self.settings.device), [name for name in contestants if name != OURS])
+        long = [self._long_result(context, bandwidth) for context in self.settings.contexts]
+        return Report(machine, self.settings, self.settings.command, bandwidth, results, long, self.notes)
+
+    def _result(self, name: str, batch: int, bandwidth: Spread | None) -> Result:
+        s, facts = self.settings, self.facts[name]
+        rounds, ours = self.rounds[name, batch], self.rounds[OURS, batch]
+        pairs = list(zip(rounds, ours, strict=True))
+        decode = Spread.of(batch * (s.gen_len - 1) / r.decode_seconds for r in rounds)
+        prefill, step = self._prefill_work(batch, facts), self._decode_work(batch, s.prompt_len, facts)
+        matmuls = [r.matmul_seconds / r.first_seconds for r in rounds if r.matmul_seconds is not None]
+        return Result(
+            contestant=name,
+            precision=facts["precision"],
+            batch=batch,
+            first_token=Spread.of(r.first_seconds for r in rounds),
+            prefill=Spread.of(batch * s.prompt_len / r.first_seconds for r in rounds),
+            decode=decode,
+            peak_bytes=max(r.peak_bytes for r in rounds),
+            bytes_per_token=step.bytes,
+            bandwidth_fraction=step.bytes * decode.median / bandwidth.median if bandwidth else None,
+            matmul_fraction=Spread.of(matmuls).median if matmuls else None,
+            matmul_flops=self._matmul_flops(batch, rounds) if matmuls else None,
+            prefill_work=prefill,
+            decode_work=step,
+            prefill_ratio=None if name == OURS else Spread.of(r.first_seconds / o.first_seconds for r, o in pairs),
+            decode_ratio=None if name == OURS else Spread.of(r.decode_seconds / o.decode_seconds for r, o in pairs),
+            same_tokens=_in_common(rounds[-1].tokens, ours[-1].tokens),
+        )
+
+    def _long_result(self, context: int, bandwidth: Spread | None) -> LongResult:
+        n, facts = self.settings.gen_len, self.facts[OURS]
+        shortest = self.settings.contexts[0]
+        decode = Spread.of((n - 1) / each.decode_seconds for each in self.long_rounds[context])
+        pairs = zip(self.long_rounds[context], self.long_rounds[shortest], strict=True)
+        longer = Spread.of((each.decode_seconds - least.decode_seconds) / (n - 1) for each, least in pairs).median
+        work, more = self._decode_work(1, context, facts), facts["kv_bytes"] * (context - shortest)
+        return LongResult(
+            context=context,
+            decode=decode,
+            work=work,
+            kv_bytes=work.bytes - facts["weight_bytes"],
+            bandwidth_fraction=work.bytes * decode.median / bandwidth.median if bandwidth else None,
+            growth_fraction=more / longer / bandwidth.median if bandwidth and more and longer > 0 else None,
+        )
+
+    def _decode_work(self, batch: int, context: int, facts: dict[str, Any]) -> Work:
+        """A token's at half of what is made, weights shared out among the sequences."""
+        seen = context + self.settings.gen_len / 2
+        return Work(flops(self.args, 1, seen, 1), facts["weight_bytes"] / batch + facts["kv_bytes"] * seen)
+
+    def _prefill_work(self, batch: int, facts: dict[str, Any]) -> Work:
+        """A token's, were all weights read once and keys and values not again."""
+        n = self.settings.prompt_len
+        return Work(flops(self.args, n, n * (n + 1) / 2, 1) / n, facts["weight_bytes"] / (batch * n) + facts["kv_bytes"])
+
+    def _matmul_flops(self, batch: int, rounds: list[Round]) -> float:
+        """Operations a second of the prefill's matrix products alone."""
+        all_flops = batch * flops(self.args, self.settings.prompt_len, 0, 1)
+        return all_flops / Spread.of(each.matmul_seconds for each in rounds).median
+
+
+def _in_common(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))

@@ -1,0 +1,269 @@
+"""Are two checkpoints the same model? Tensor by tensor, whatever the number of shards."""
+
+import ctypes
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
+from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
+from llama_ref.checkpoint.hf.names import in_meta_order, theirs
+from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, read_shard, release_rows
+from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.errors import CheckpointError
+from llama_ref.parallel.sharding import split_dim
+from llama_ref.vocabulary import read_tokenizer_model
+
+SPELLINGS_OF_FFN_DIM = {"multiple_of", "ffn_dim_multiplier", "hidden_dim"}
+BLOCK_VALUES = 1 << 20  # compared at a time: memory stays small whatever the tensor
+
+Progress = Callable[[int, int], None]  # tensors done, tensors in all
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor that is not the same. The numbers are None where there is nothing to subtract.
+
+    `max_abs` is the largest absolute difference, `relative_norm` is |a - b| / |a|, `n_different` counts values. A NaN equals
+    a NaN; where only one is, `max_abs` and `relative_norm` are NaN.
+    """
+
+    name: str
+    what: str
+    max_abs: float | None = None
+    relative_norm: float | None = None
+    n_different: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between two checkpoints `a` and `b`."""
+
+    a: str
+    b: str
+    n_tensors: int
+    params: list[str] = field(default_factory=list)  # "norm_eps: 1e-05 in a, 1e-06 in b"
+    tokenizer: str | None = None
+    tensors: list[TensorDifference] = field(default_factory=list)
+
+    @property
+    def identical(self) -> bool:
+        return not (self.params or self.tokenizer or self.tensors)
+
+    def to_json(self) -> str:
+        """For scripts. JSON has no NaN or infinity: they are the texts "nan" and "inf"."""
+        tensors = [{key: _json_number(value) for key, value in asdict(tensor).items()} for tensor in self.tensors]
+        return json.dumps({"identical": self.identical} | asdict(self) | {"tensors": tensors}, indent=2)
+
+
+def _json_number(value: str | float | None) -> str | float | None:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> Comparison:
+    """Compare two folders' params, tokenizers and tensors. Shards are put together in passing, a block of values at a time.
+
+    A tied output that one of them leaves out is the embedding. Raises CheckpointError for a folder that cannot be read.
+    """
+    left, right = open_folder(a), open_folder(b)
+    for folder in (left, right):
+        if folder.is_quantized:
+            raise CheckpointError(f"{folder.path} is quantized, which is not compared: take the folder that it was made from")
+    params, tokenizer = _compare_params(left, right), _compare_tokenizers(left, right)
+    n_tensors, tensors = _compare_tensors(_weights(left), _weights(right), progress)
+    return Comparison(str(left.path), str(right.path), n_tensors, params, tokenizer, tensors)
+
+
+def _compare_params(a: CheckpointFolder, b: CheckpointFolder) -> list[str]:
+    left, right = a.read_args(), b.read_args()
+    spelled_otherwise = SPELLINGS_OF_FFN_DIM | ({"extra"} if a.is_hugging_face != b.is_hugging_face else set())
+    names = [key.name for key in fields(ModelArgs) if key.name not in spelled_otherwise] + ["ffn_dim"]
+    pairs = ((name, getattr(left, name), getattr(right, name)) for name in names)
+    return [f"{name}: {mine!r} in a, {yours!r} in b" for name, mine, yours in pairs if mine != yours]
+
+
+def _compare_tokenizers(a: CheckpointFolder, b: CheckpointFolder) -> str | None:
+    if a.tokenizer is None or b.tokenizer is None:
+        return None if a.tokenizer is b.tokenizer else f"only {'b' if a.tokenizer is None else 'a'} has one"
+    left, right = _ids(a), _ids(b)
+    differing = sum(right.get(token) != rank for token, rank in left.items()) + len(right.keys() - left.keys())
+    return f"{differing:,} of {len(left):,} tokens differ" if differing else None
+
+
+def _ids(folder: CheckpointFolder) -> dict[bytes | str, int]:
+    """The id of every token: bytes of byte pairs, texts of special and added tokens."""
+    if folder.tokenizer.suffix == ".json":
+        vocabulary = read_tokenizer_json(folder.tokenizer).with_unused(folder.read_args().vocab_size)
+    else:
+        vocabulary = read_tokenizer_model(folder.tokenizer)
+    return vocabulary.ranks | vocabulary.special | vocabulary.added
+
+
+class _Shards:
+    """A folder's tensors by name, mapped; each a list of its shards' parts."""
+
+    def __init__(self, folder: CheckpointFolder):
+        self.shards = [read_shard(path) for path in folder.shards]
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for shard in self.shards for name in shard))
+
+    def parts(self, name: str) -> list[Piece]:
+        """The parts of a tensor in the shards' order; one only, if each shard holds the whole of it; none if it is absent."""
+        tensors = [shard[name] for shard in self.shards if name in shard] or [
+            shard[EMBEDDING] for shard in self.shards if name == OUTPUT and EMBEDDING in shard
+        ]
+        found = [Piece(tensor, tensor) for tensor in tensors]
+        is_whole = split_dim(name) is None and all(_same(found[0], other) for other in found[1:])
+        return found[:1] if is_whole else found
+
+
+class _Safetensors:
+    """The same of Hugging Face's files, each tensor in one part, under Meta's names and in Meta's order if it has any."""
+
+    def __init__(self, folder: CheckpointFolder):
+        tensors = {name: tensor for path in folder.shards for name, tensor in map_safetensors(path).items()}
+        if folder.says_tied():
+            tensors.pop(theirs(OUTPUT), None)
+        args = folder.read_args()
+        ours = {theirs(name): name for name in expected_shapes(args)}
+        self.head_dim = args.head_dim
+        self.tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def parts(self, name: str) -> list[Piece]:
+        tensor = self.tensors.get(EMBEDDING if name == OUTPUT and name not in self.tensors else name)
+        if tensor is None:
+            return []
+        has_heads = tensor.dim() == 2 and tensor.shape[0] % self.head_dim == 0
+        return [Piece(in_meta_order(name, tensor, self.head_dim) if has_heads else tensor, tensor)]
+
+
+_Weights = _Shards | _Safetensors
+
+
+def _weights(folder: CheckpointFolder) -> _Weights:
+    return _Safetensors(folder) if folder.is_hugging_face else _Shards(folder)
+
+
+def _compare_tensors(a: _Weights, b: _Weights, progress: Progress | None) -> tuple[int, list[TensorDifference]]:
+    names = list(dict.fromkeys([*a.names(), *b.names()]))
+    out = []
+    for done, name in enumerate(names, 1):
+        difference = _compare_tensor(name, a.parts(name), b.parts(name))
+        if difference:
+            out.append(difference)
+        if progress:
+            progress(done, len(names))
+    return len(names), out
+
+
+def _compare_tensor(name: str, a: list[Piece], b: list[Piece]) -> TensorDifference | None:
+    if not a or not b:
+        return TensorDifference(name, f"only in {'a' if a else 'b'}")
+    if split_dim(name) is None and len(a) != len(b):
+        return TensorDifference(name, f"the shards of {'a' if len(a) > 1 else 'b'} disagree about it")
+    dim = split_dim(name) or 0
+    shapes = [_whole_shape(parts, dim) for parts in (a, b)]
+    if shapes[0] != shapes[1]:
+        return TensorDifference(name, f"shape {shapes[0]} in a, {shapes[1]} in b")
+    dtypes = [_dtypes(parts) for parts in (a, b)]
+    if dtypes[0] == dtypes[1] and all(_same(mine, yours) for mine, yours in _aligned(a, b, dim)):
+        return None
+    what = "values" if dtypes[0] == dtypes[1] else f"{dtypes[0]} in a, {dtypes[1]} in b"
+    return TensorDifference(name, what, *_distance(_aligned(a, b, dim)))
+
+
+def _whole_shape(parts: list[Piece], dim: int) -> tuple[int, ...] | str:
+    """The shape of the parts put together, or a description of parts that cannot be."""
+    shapes = [list(part.tensor.shape) for part in parts]
+    around = [shape[:dim] + shape[dim + 1 :] for shape in shapes]
+    if len(parts) == 1:
+        return tuple(shapes[0])
+    if any(len(shape) <= dim for shape in shapes) or any(other != around[0] for other in around):
+        return " and ".join(str(tuple(shape)) for shape in shapes)
+    shapes[0][dim] = sum(shape[dim] for shape in shapes)
+    return tuple(shapes[0])
+
+
+def _dtypes(parts: list[Piece]) -> str:
+    return " and ".join(dict.fromkeys(str(part.tensor.dtype).removeprefix("torch.") for part in parts))
+
+
+def _aligned(a: list[Piece], b: list[Piece], dim: int) -> Iterator[tuple[Piece, Piece]]:
+    """Views of the same places of both, cut wherever a part of either ends."""
+    if len(a) == len(b) and all(mine.tensor.shape == yours.tensor.shape for mine, yours in zip(a, b, strict=True)):
+        yield from zip(a, b, strict=True)
+        return
+    a, b = list(a), list(b)
+    while a and b:
+        size = min(a[0].tensor.shape[dim], b[0].tensor.shape[dim])
+        yield _narrow(a[0], dim, 0, size), _narrow(b[0], dim, 0, size)
+        for parts in (a, b):
+            rest = _narrow(parts[0], dim, size, parts[0].tensor.shape[dim] - size)
+            parts[:1] = [rest] if rest.tensor.shape[dim] else []
+
+
+def _narrow(piece: Piece, dim: int, start: int, length: int) -> Piece:
+    return replace(piece, tensor=piece.tensor.narrow(dim, start, length))
+
+
+def _same(a: Piece, b: Piece) -> bool:
+    """Whether two tensors of one shape hold the same values in the same dtype, a NaN being equal to a NaN."""
+    if a.tensor.dtype != b.tensor.dtype or a.tensor.shape != b.tensor.shape:
+        return False
+    return all(_has_same_bytes(x, y) or not _unequal(x, y).any() for x, y in _blocks(a, b))
+
+
+def _has_same_bytes(x: Tensor, y: Tensor) -> bool:
+    """Whether the bytes are the same, which is found out in one thread: torch's many wait for each other on busy cores."""
+    if not (x.is_contiguous() and y.is_contiguous()):
+        return False
+    return ctypes.string_at(x.data_ptr(), x.nbytes) == ctypes.string_at(y.data_ptr(), y.nbytes)
+
+
+def _distance(places: Iterable[tuple[Piece, Piece]]) -> tuple[float, float, int]:
+    """(largest absolute difference, |a - b| / |a|, number of values that differ)."""
+    largest, squares, size, n_different = 0.0, 0.0, 0.0, 0
+    for mine, yours in places:
+        for a, b in _blocks(mine, yours):
+            unequal = _unequal(a, b)
+            x, y = a.double(), b.double()
+            distance = (x - y).abs_().masked_fill_(~unequal, 0)
+            n_different += int(unequal.sum())
+            largest = _larger(largest, distance.max().item())
+            squares += distance.square_().sum().item()
+            size += x.square_().nansum().item()
+    return largest, math.sqrt(squares / size) if size else (math.inf if squares else 0.0), n_different
+
+
+def _unequal(x: Tensor, y: Tensor) -> Tensor:
+    if x.dtype != y.dtype:
+        x, y = x.double(), y.double()
+    return (x != y) & ~(x.isnan() & y.isnan())
+
+
+def _larger(x: float, y: float) -> float:
+    return math.nan if math.isnan(x) or math.isnan(y) else max(x, y)
+
+
+def _blocks(a: Piece, b: Piece) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of both, a million values at a time; their pages are let go before the next."""
+    if not a.tensor.numel():
+        return
+    one, other = torch.atleast_1d(a.tensor, b.tensor)
+    rows = max(1, BLOCK_VALUES // one[0].numel())
+    for x, y in zip(one.split(rows), other.split(rows), strict=True):
+        yield x, y
+        for block, piece in ((x, a), (y, b)):
+            if piece.is_mapped:  # a copy's pages are the only place where it is
+                release_rows(block)

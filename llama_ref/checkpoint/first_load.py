@@ -1,0 +1,228 @@
+"""Weights that were never checked are not loaded: each file is compared with checklist.chk once, and that is remembered.
+
+A stamp in the user's cache directory says which sum a file with this path, size, times and inode had. As long as all of these
+stay, the next start costs nothing; a file that changed is hashed again. Hashing runs beside loading, in threads.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import stat
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.verify.checklist import Entry, read_checklist
+from llama_ref.checkpoint.verify.hashing import Cancelled, default_jobs, hash_file
+from llama_ref.checkpoint.verify.report import printable
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.vocabulary import ADDED_TOKENS
+
+if sys.platform != "win32":
+    import fcntl
+
+Verify = Literal["auto", "always", "never"]
+
+LOCK_WAIT_SECONDS = 0.02  # between two tries for a lock that another process holds
+STAMP_LIMIT_BYTES = 1 << 16  # a path and a few numbers; what is longer is no stamp
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a link is not followed, a pipe not waited for
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str | Path | None = None) -> Iterator[None]:
+    """Check the files that are about to be used while the block loads them; it ends well only if all of them are whole.
+
+    "auto" checks files that no stamp vouches for, where there is a checklist (else one line says that there is none); "always"
+    hashes them whatever the stamps say; "never" does nothing. `tokenizer` is checked if it lies in the folder. Raises
+    CheckpointError for a file that is not what the list says, that it does not name, or that changes meanwhile.
+    """
+    if verify not in ("auto", "always", "never"):
+        raise RequestError(f"verify is {verify!r}, expected auto, always or never")
+    if verify == "never":
+        yield
+        return
+    begun_ns = time.time_ns()
+    files = _wanted(folder, tokenizer, verify)
+    cancel = threading.Event()
+    with ThreadPoolExecutor(default_jobs(), thread_name_prefix="verify") as pool:
+        try:
+            checks: list[Future[None]] = [pool.submit(file.check, verify, begun_ns, cancel) for file in files]
+            for params in checks[:1]:
+                params.result()  # the rest is loaded by what it says
+            yield
+            for check in as_completed(checks):
+                check.result()
+            for file in files:
+                file.refuse_change()  # what was loaded is what was hashed
+        except BaseException:
+            cancel.set()
+            raise
+
+
+def _wanted(folder: CheckpointFolder, tokenizer: str | Path | None, verify: Verify) -> list["_File"]:
+    if folder.checklist is None:
+        message = f"{folder.path} has no checklist.chk, so nothing says whether its files are whole"
+        if verify == "always":
+            raise CheckpointError(f"{message}; fetch it, write one with `llama-ref checksum`, or load with verify=auto")
+        logger.warning("%s", printable(message))
+        return []
+    entries = {entry.name: entry for entry in read_checklist(folder.checklist).entries}
+    needed = [folder.params, *folder.shards]
+    if tokenizer is not None and Path(tokenizer).parent.resolve() == folder.path.resolve():
+        needed.append(Path(tokenizer))
+        added = Path(tokenizer).with_name(ADDED_TOKENS)
+        if Path(tokenizer).suffix != ".json" and os.path.lexists(added):  # then it is read too
+            needed.append(added)
+    foreign = [path.name for path in needed if path.name not in entries]
+    if foreign:
+        raise CheckpointError(
+            f"{folder.checklist} does not name {', '.join(foreign)}, so they cannot be checked; fetch the release's full list, "
+            "move what is not part of it away, or load with verify=never"
+        )
+    return [_File(path, entries[path.name]) for path in needed]
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as it is when loading begins, and what the list says of it. Raises CheckpointError if it is no plain file."""
+
+    path: Path
+    entry: Entry
+    identity: dict[str, int | str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "identity", self._identity())
+
+    def check(self, verify: Verify, begun_ns: int, cancel: threading.Event) -> None:
+        """Raise CheckpointError if the file is not what the list says; hash it unless its sum is known.
+
+        Of several processes that want the same file, one hashes, and the others wait for what it finds.
+        """
+        found = self._known_sum(verify, begun_ns)
+        if found is None:
+            with self._lock(cancel):
+                found = self._known_sum(verify, begun_ns) or self._hash(cancel)
+        if found not in (None, self.entry.sum):
+            raise CheckpointError(
+                f"{self.path} is not what checklist.chk says: {self.entry.algorithm} {found}, expected {self.entry.sum}. "
+                f"Nothing was loaded; `llama-ref verify {self.path.parent}` tells what is wrong with it"
+            )
+
+    def refuse_change(self) -> None:
+        """Raise CheckpointError if the file is no longer the one that loading began with."""
+        if self._identity() != self.identity:
+            raise CheckpointError(f"{self.path} changed while it was being checked; try again when it has come to rest")
+
+    def _identity(self) -> dict[str, int | str]:
+        try:
+            status = self.path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{self.path} is not a plain file (a folder, a device or a pipe stands in its place)")
+            path = os.path.realpath(self.path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+        # The time of the last change of the inode is the one that nobody can set back.
+        times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+        return {"path": path, "size": status.st_size, **times, "inode": status.st_ino, "sum": self.entry.sum}
+
+    def _hash(self, cancel: threading.Event) -> str | None:
+        """The file's sum, which is remembered; None when cancelled."""
+        if cancel.is_set():
+            return None
+        try:
+            found = hash_file(self.path, self.entry.algorithm, cancel=cancel)
+        except Cancelled:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+        self.refuse_change()
+        self._remember(found)
+        return found
+
+    def _known_sum(self, verify: Verify, begun_ns: int) -> str | None:
+        """The sum this file was found to have: by anyone since `begun_ns`, or earlier, if it was right and that will do."""
+        try:
+            stamp = json.loads(_read_own(self._stamp_path()))
+            found, hashed_ns = str(stamp["found"]), int(stamp["hashed_ns"])
+            is_of_this_file = stamp["file"] == self.identity
+        except Exception:  # whatever is wrong with a stamp, it vouches for nothing
+            return None
+        is_fresh = begun_ns <= hashed_ns <= time.time_ns()
+        is_enough = is_fresh or (verify == "auto" and found == self.entry.sum)
+        return found if is_of_this_file and is_enough else None
+
+    def _remember(self, found: str) -> None:
+        """Where the cache cannot be written, the file is only hashed again next time."""
+        stamp = {"file": self.identity, "found": found, "hashed_ns": time.time_ns()}
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            path = self._stamp_path()
+            descriptor, partial = tempfile.mkstemp(dir=path.parent)  # readable and writable for this user alone
+            stack.callback(Path(partial).unlink, missing_ok=True)
+            with open(descriptor, "w") as file:  # noqa: PTH123  a descriptor has no path
+                json.dump(stamp, file)
+            Path(partial).replace(path)
+
+    def _stamp_path(self) -> Path:
+        """Raises OSError where nothing can be remembered."""
+        directory = cache_directory() / "verified"
+        if Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(self.path.parent)):
+            raise PermissionError(f"{directory} is in a checkpoint's folder, where nothing is written")
+        key = hashlib.sha256(os.fsencode(f"{self.identity['path']}\0{self.entry.sum}")).hexdigest()
+        return directory / f"{key[:32]}.json"
+
+    @contextlib.contextmanager
+    def _lock(self, cancel: threading.Event) -> Iterator[None]:
+        """Alone among this machine's processes, unless cancelled while waiting or where the cache cannot be written."""
+        with contextlib.ExitStack() as stack:
+            if sys.platform != "win32":
+                with contextlib.suppress(OSError):
+                    path = self._stamp_path().with_suffix(".lock")
+                    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
+                    stack.callback(os.close, descriptor)
+                    while not _is_locked(descriptor) and not cancel.wait(LOCK_WAIT_SECONDS):
+                        pass
+            yield
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_own(path: Path) -> bytes:
+    """The bytes of a small file that nobody but this user can have written. Raises OSError for any other."""
+    with open(os.open(path, os.O_RDONLY | NO_LINK), "rb") as file:  # noqa: PTH123  a descriptor has no path
+        status = os.fstat(file.fileno())
+        is_own = not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+        if not is_own or not stat.S_ISREG(status.st_mode):
+            raise PermissionError(f"{path} is not this user's own")
+        return file.read(STAMP_LIMIT_BYTES)
+
+
+def cache_directory() -> Path:
+    """Where this package may keep what it can do without: llama_ref in $XDG_CACHE_HOME, or in ~/.cache.
+
+    Raises OSError where nobody knows the home directory.
+    """
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():  # as the XDG specification has it: others are ignored
+        return named / "llama_ref"
+    try:
+        return Path.home() / ".cache" / "llama_ref"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error

@@ -1,0 +1,1 @@
+"""Files of tensors: .pth and safetensors, read and written."""

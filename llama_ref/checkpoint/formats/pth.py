@@ -1,0 +1,138 @@
+"""What tensors a `.pth` holds and where their bytes lie, from a few reads of its end and head: no weights, no code."""
+
+import math
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from llama_ref.checkpoint.formats.pth_pickle import (
+    ITEM_BYTES,
+    PICKLE_LIMIT_BYTES,
+    PickledTensor,
+    RefusedPickle,
+    read_tensor_pickle,
+)
+from llama_ref.checkpoint.formats.pth_zip import BadArchive, Record, read_at, read_directory
+from llama_ref.errors import CheckpointError
+from llama_ref.files import refuse_impostor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a `.pth`.
+
+    `dtype` is torch's name of it ("bfloat16"); `storage_offset` and `stride` count elements; `data_offset` is where its
+    storage's bytes begin in the file. Tensors that share a `storage_key` share memory (a tied output). Known to lie within
+    its storage, which is known to lie within the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage_key: str
+    storage_offset: int
+    storage_nbytes: int
+    data_offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEM_BYTES[self.dtype]
+
+    @property
+    def file_offset(self) -> int:
+        """Where the tensor's first element lies in the file."""
+        return self.data_offset + self.storage_offset * ITEM_BYTES[self.dtype]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie row by row, one after another."""
+        in_order = (math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+        steps = zip(self.shape, self.stride, in_order, strict=True)
+        return 0 in self.shape or all(size == 1 or step == expected for size, step, expected in steps)
+
+
+def inspect_pth(path: str | Path) -> dict[str, TensorInfo]:
+    """The tensors of a `.pth` by name, checked against the archive they lie in.
+
+    Reads a few hundred kilobytes whatever the file's size. Raises CheckpointError: what the file is instead, what is broken
+    in the archive, or what its pickle asks for that tensors do not need.
+    """
+    path = Path(path)
+    head = refuse_impostor(path, "a .pth of weights")
+    if not head.startswith(b"PK"):
+        raise CheckpointError(f"{path} {_not_zip(head)}")
+    try:
+        with path.open("rb", buffering=0) as file:
+            return _inspect(file)
+    except (BadArchive, RefusedPickle) as error:
+        raise type(error)(f"{path} cannot be used: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def archive_records(path: str | Path) -> list[Record]:
+    """The records of a `.pth`'s archive, data included, in the order of their offsets. Raises BadArchive."""
+    with Path(path).open("rb", buffering=0) as file:
+        return read_directory(file, os.fstat(file.fileno()).st_size)
+
+
+def _not_zip(head: bytes) -> str:
+    if head[8:9] == b"{":
+        return "is a safetensors file under another name; convert it, or fetch the .pth"
+    if head.startswith(b"\x80"):
+        return "is a bare pickle or torch's format before 1.6, which is not read; save it anew with a current torch"
+    return "is no .pth of torch.save (it does not begin with PK); fetch it again"
+
+
+def _inspect(file: BinaryIO) -> dict[str, TensorInfo]:
+    records = {record.name: record for record in read_directory(file, os.fstat(file.fileno()).st_size)}
+    pickles = [name for name in records if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise BadArchive(
+            f"the archive has {len(pickles)} records named data.pkl, expected one; it may be a zip of something else"
+        )
+    root = pickles[0].removesuffix("data.pkl")
+    data = _small_record(file, records[pickles[0]])
+    if f"{root}byteorder" in records and _small_record(file, records[f"{root}byteorder"]) != b"little":
+        raise BadArchive("its numbers are stored big-endian; save it on a little-endian machine")
+    tensors, _ = read_tensor_pickle(data)
+    return {name: _placed(name, tensor, records, root) for name, tensor in tensors.items()}
+
+
+def _small_record(file: BinaryIO, record: Record) -> bytes:
+    if record.size > PICKLE_LIMIT_BYTES:
+        raise BadArchive(
+            f"its record {record.name!r} claims {record.size:,} bytes, far more than a dictionary of tensors needs"
+        )
+    data = read_at(file, record.data_offset, record.size)
+    if record.crc and zlib.crc32(data) != record.crc:
+        raise BadArchive(f"its record {record.name!r} does not match the archive's own CRC-32: the file is damaged")
+    return data
+
+
+def _placed(name: str, tensor: PickledTensor, records: dict[str, Record], root: str) -> TensorInfo:
+    storage = tensor.storage
+    record = records.get(f"{root}data/{storage.key}")
+    if record is None:
+        raise BadArchive(f"its tensor {name!r} refers to storage {storage.key!r}, which the archive lacks")
+    if record.size != storage.nbytes:
+        raise BadArchive(
+            f"its tensor {name!r} claims a storage of {storage.nbytes:,} bytes, but the archive's has {record.size:,}"
+        )
+    held = storage.nbytes // ITEM_BYTES[tensor.dtype]
+    numel = math.prod(tensor.shape)
+    last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
+    if numel and (last >= held or numel > held):
+        raise BadArchive(
+            f"its tensor {name!r} of shape {tensor.shape}, stride {tensor.stride} and offset {tensor.offset} "
+            f"reads past its storage of {held:,} elements"
+        )
+    if storage.dtype not in (None, tensor.dtype):
+        raise BadArchive(f"its tensor {name!r} is {tensor.dtype} on a storage of {storage.dtype}")
+    return TensorInfo(tensor.dtype, tensor.shape, tensor.stride, storage.key, tensor.offset, storage.nbytes, record.data_offset)

@@ -1,0 +1,165 @@
+"""Write a `.pth` as `torch.save` does, but block by block: tensors larger than memory go through one block's worth of it."""
+
+import hashlib
+import io
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from llama_ref.checkpoint.formats.atomic import new_file
+from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, Outgoing, refuse_unwritable
+from llama_ref.checkpoint.formats.pth_pickle import STORAGES
+from llama_ref.checkpoint.formats.pth_zip import END, END64, END64_SIGNATURE, LOCAL, LOCATOR64, LOCATOR64_SIGNATURE
+
+ALIGNMENT_BYTES = 64  # of every record's data, so that it can be mapped and used in place
+PADDING_FIELD = b"FB"  # the extra field that torch pads with
+ZIP64_VERSION = 45
+ZIP64_FIELD_BYTES = 20  # behind the padding, in a large record's header
+FORMAT_VERSION = b"3\n"  # torch's, of zip archives without code
+RECORD_BYTES = 512  # at most, of headers, padding and directory entry
+
+STORAGE_OF = {getattr(torch, dtype): getattr(torch, storage) for storage, dtype in STORAGES.items()}
+
+
+def write_pth(
+    path: str | Path,
+    tensors: Sequence[Outgoing],
+    aliases: Mapping[str, str] | None = None,
+    progress: BytesWritten | None = None,
+) -> None:
+    """Write the new file `path`, whole or not at all, for `torch.load` to read by copy or by map.
+
+    `aliases` ({"output.weight": "tok_embeddings.weight"}) are second names of tensors, on the same storage. The same tensors
+    give the same bytes. Raises CheckpointError where the file cannot be written, ValueError where blocks do not make their
+    tensor.
+    """
+    path = Path(path)
+    refuse_unwritable(tensors)
+    index = _index(tensors, aliases or {})
+    with new_file(path, sum(tensor.nbytes + RECORD_BYTES for tensor in tensors) + len(index)) as file:
+        archive = _Archive(file, path.stem)
+        with archive.zip:
+            archive.add("data.pkl", index)
+            # Torch 2.7 and later also put .format_version here, which lets readers compute where storages begin instead of
+            # looking it up. Zip64 records of zipfile are laid out otherwise than torch's, so this promise is not made.
+            archive.add("byteorder", sys.byteorder.encode())
+            for key, tensor in enumerate(tensors):
+                archive.add(f"data/{key}", tensor, progress)
+            archive.add("version", FORMAT_VERSION)
+            archive.add(".data/serialization_id", archive.contents_id())
+            archive.finish()
+
+
+class _Archive:
+    """Stored records with aligned data, each written once and in order."""
+
+    def __init__(self, file: BinaryIO, root: str) -> None:
+        self.sink = _OnwardOnly(file)
+        self.zip = zipfile.ZipFile(self.sink, "w", zipfile.ZIP_STORED)
+        self.root = root if root.isascii() else "archive"  # as torch
+
+    def add(self, name: str, data: bytes | Outgoing, progress: BytesWritten | None = None) -> None:
+        info = zipfile.ZipInfo(f"{self.root}/{name}")
+        is_large = (len(data) if isinstance(data, bytes) else data.nbytes) > zipfile.ZIP64_LIMIT
+        info.extra = self._padding(info, is_large)
+        with self.zip.open(info, "w", force_zip64=is_large) as record:
+            if isinstance(data, bytes):
+                record.write(data)
+            else:
+                data.write_to(record, progress)
+        info.extra = b""  # the directory need not repeat the padding
+
+    def finish(self) -> None:
+        file, begins = self.sink.file, self.sink.tell()
+        self.sink.file = directory = io.BytesIO()
+        self.zip.close()
+        file.write(_with_zip64_end(directory.getvalue(), begins))
+
+    def contents_id(self) -> bytes:
+        """Forty digits that depend on all records so far."""
+        records = "".join(f"{info.filename} {info.CRC}\n" for info in self.zip.infolist())
+        return b"%040d" % (int(hashlib.sha256(records.encode()).hexdigest(), 16) % 10**40)
+
+    def _padding(self, info: zipfile.ZipInfo, is_large: bool) -> bytes:
+        head = LOCAL.size + len(info.filename) + len(PADDING_FIELD) + 2 + (ZIP64_FIELD_BYTES if is_large else 0)
+        n_bytes = -(self.sink.tell() + head) % ALIGNMENT_BYTES
+        return PADDING_FIELD + n_bytes.to_bytes(2, "little") + b"Z" * n_bytes
+
+
+def _with_zip64_end(directory: bytes, begins: int) -> bytes:
+    """A zip's directory at the offset `begins`, ended as torch always does, however small the archive.
+
+    So the end has one length, and a file that was cut short shows how long it was.
+    """
+    if directory[-END.size - LOCATOR64.size :].startswith(LOCATOR64_SIGNATURE):
+        return directory
+    entries, end = directory[: -END.size], directory[-END.size :]
+    n_records, place = END.unpack(end)[4], (len(entries), begins)
+    end64 = END64.pack(END64_SIGNATURE, END64.size - 12, ZIP64_VERSION, ZIP64_VERSION, 0, 0, n_records, n_records, *place)
+    return entries + end64 + LOCATOR64.pack(LOCATOR64_SIGNATURE, 0, begins + len(entries), 1) + end
+
+
+class _OnwardOnly:
+    """A file that cannot seek: zipfile then puts sizes and CRC-32 behind the data, as torch does, and never goes back."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.at = file, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        n_bytes = self.file.write(data)
+        self.at += n_bytes
+        return n_bytes
+
+    def tell(self) -> int:
+        return self.at
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@dataclass(frozen=True)
+class _Storage:
+    tensor: Outgoing
+    key: str
+
+
+class _Entry:
+    """A tensor as torch.save pickles it: on the whole of its own storage, row by row."""
+
+    def __init__(self, tensor: Outgoing, key: str) -> None:
+        self.tensor, self.key = tensor, key
+
+    def __reduce__(self) -> tuple:
+        shape = (*self.tensor.shape,)  # an object of its own: of one that tensors share, pickle writes what was written before
+        stride = torch.empty(shape, device="meta").stride()
+        storage = _Storage(self.tensor, self.key)
+        return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: object) -> tuple | None:
+        if not isinstance(value, _Storage):
+            return None
+        return ("storage", STORAGE_OF[value.tensor.dtype], value.key, "cpu", value.tensor.numel)
+
+
+def _index(tensors: Sequence[Outgoing], aliases: Mapping[str, str]) -> bytes:
+    """data.pkl: the dictionary of tensors, their bytes left to the archive's records."""
+    for tensor in tensors:
+        if tensor.dtype not in STORAGE_OF:
+            raise ValueError(f"{tensor.name} is {tensor.dtype}, which has no storage in a .pth")
+    entries = {tensor.name: _Entry(tensor, str(key)) for key, tensor in enumerate(tensors)}
+    for alias, name in aliases.items():
+        if alias in entries or name not in entries:
+            raise ValueError(f"{alias} cannot be another name of {name}: {alias} is taken, or {name} is not there")
+        entries[alias] = entries[name]  # one object: pickled once, read back as one tensor
+    out = io.BytesIO()
+    _Pickler(out, protocol=2).dump(entries)
+    return out.getvalue()

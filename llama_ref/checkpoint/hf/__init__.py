@@ -1,0 +1,1 @@
+"""Hugging Face's conventions: config.json, tensor names, tokenizer.json, chat templates."""

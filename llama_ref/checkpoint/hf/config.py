@@ -1,0 +1,221 @@
+"""A model's numbers in Hugging Face's words: config.json to ModelArgs and back, and the params.json that says the same."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_ref.args import BadValue, ModelArgs, ffn_dim, json_object, require, short, usual_rope_factor, with_usual_names
+from llama_ref.checkpoint.releases import SHAPES
+from llama_ref.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT
+
+NAMES = {  # ModelArgs' and Hugging Face's
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "hidden_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+}
+REQUIRED = (*(theirs for theirs in NAMES.values() if theirs != "num_key_value_heads"), "model_type")
+
+# Up to version 4, transformers wrote rope_theta and, where RoPE is scaled, a section rope_scaling (whose rope_type was
+# once called type). Since version 5 it writes all of that into one section.
+ROPE_SECTIONS = ("rope_scaling", "rope_parameters")
+ROPE_KEYS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")  # may also stand outside of them
+OLD_ROPE_KEYS = {"type": "rope_type"}
+LLAMA_3_ROPE = {
+    "low_freq_factor": float(LOW_FREQ_FACTOR),  # transformers 4 warns of whole numbers
+    "high_freq_factor": float(HIGH_FREQ_FACTOR),
+    "original_max_position_embeddings": ORIGINAL_CONTEXT,
+}
+
+ONLY = (  # key, the values that a Llama 3 may have there, what any other would mean; absent or null is the first of them
+    ("architectures", (["LlamaForCausalLM"],), "only it has an output over the vocabulary"),
+    ("hidden_act", ("silu", "swish"), "a Llama 3's feed-forward layers have no other activation"),
+    ("attention_bias", (False,), "a Llama 3's projections have no biases"),
+    ("mlp_bias", (False,), "a Llama 3's projections have no biases"),
+    ("tie_word_embeddings", (False, True), "it says whether output and embedding are one matrix"),
+)
+NEVER = {  # keys that stand in no Llama 3's config.json, and what they mean
+    "sliding_window": "a Llama 3's attention sees the whole context",
+    "quantization_config": "its weights are quantized, and only plain ones are read; fetch the model before quantization",
+    "compression_config": "its weights are quantized, and only plain ones are read; fetch the model before quantization",
+}
+VISION_MODELS = ("mllama", "llama4")
+
+LARGEST_MULTIPLE = 4096  # that the FFN's width is rounded up to; the releases have 256, 1024 and this
+LONG_CONTEXT, SHORT_CONTEXT = 131072, 8192  # tokens that Llama 3.1 and later, and 3.0, were trained for
+
+
+@dataclass(frozen=True)
+class HFConfig:
+    """What config.json says. `tied`: output and embedding are one matrix, and the files need not hold the output."""
+
+    args: ModelArgs
+    tied: bool
+
+
+def read_config(path: str | Path) -> HFConfig:
+    """Read the config.json of a Llama 3, as transformers 4 or 5 writes it.
+
+    `args.hidden_dim` is always set, for config.json says the FFN's width outright; `params_of` finds the formula. Raises
+    CheckpointError for a file that cannot be read, and for a model that is no Llama 3, naming the key that shows it.
+    """
+    with json_object(path, "the model's config.json", "model_type, hidden_size, …") as config:
+        _refuse_other_models(config)
+        require(config, REQUIRED)
+        theta, factor = _read_rope(config)
+        args = ModelArgs.from_dict(
+            {ours: config.get(theirs) for ours, theirs in NAMES.items()}
+            | {"rope_theta": theta, "use_scaled_rope": factor is not None, "rope_scaling_factor": factor},
+            names=NAMES | {"rope_scaling_factor": "factor"},
+        )
+        _expect(config, "head_dim", (args.head_dim,), "hidden_size / num_attention_heads, for a Llama 3's heads fill its width")
+        return HFConfig(args, tied=config.get("tie_word_embeddings") is True)
+
+
+def _refuse_other_models(config: Mapping[str, Any]) -> None:
+    if config.get("model_type") in VISION_MODELS:
+        raise BadValue(f'"model_type" is {short(config["model_type"])}, a vision model, and only text models are read so far')
+    _expect(config, "model_type", ("llama",), "only Llama 3 models are read")
+    for key, allowed, why in ONLY:
+        _expect(config, key, allowed, why)
+    for key, why in NEVER.items():
+        if config.get(key) is not None:
+            raise BadValue(f'"{key}" is {short(config[key])}, expected none: {why}')
+
+
+def _expect(found: Mapping[str, Any], key: str, allowed: Sequence[Any], why: str) -> None:
+    """Raise BadValue unless the key is absent or null or has one of the values, a whole number not passing for a truth."""
+    value = found.get(key)
+    if value is None or any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed):
+        return
+    raise BadValue(f'"{key}" is {short(value)}, expected {" or ".join(map(json.dumps, allowed))}: {why}')
+
+
+def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(theta, factor); the factor is None where RoPE is not scaled. What each place says must agree with the others."""
+    pairs = [(key, config.get(key)) for key in ROPE_KEYS]
+    for name in ROPE_SECTIONS:
+        section = config.get(name) or {}
+        if not isinstance(section, dict):
+            raise BadValue(f'"{name}" is {short(section)}, expected an object or null')
+        pairs += section.items()
+    rope = with_usual_names(pairs, OLD_ROPE_KEYS)
+    require(rope, ["rope_theta", *(["rope_type"] if "factor" in rope else [])])
+    _expect(rope, "partial_rotary_factor", (1.0,), "a Llama 3's RoPE turns whole heads")
+    _expect(rope, "rope_type", ("default", "llama3"), "a Llama 3's RoPE is scaled in no other way")
+    if rope.get("rope_type", "default") == "default":
+        return rope["rope_theta"], None
+    require(rope, ["factor", *LLAMA_3_ROPE])
+    for key, usual in LLAMA_3_ROPE.items():
+        _expect(rope, key, (usual,), "every Llama 3.1 and later has that")
+    return rope["rope_theta"], rope["factor"]
+
+
+def config_of(args: ModelArgs, *, tied: bool, dtype: torch.dtype, bos: int, eos: Sequence[int]) -> dict[str, Any]:
+    """The config.json of a text model, in the keys that transformers 4 wrote and that 5 and vLLM read as well.
+
+    `bos` and `eos` are ids of the token that begins a text and of those that end it: one for a base model; end_of_text,
+    eom_id and eot_id for one that chats. Keys in `args.extra` have no place there.
+    """
+    rope = {"rope_type": "llama3", "factor": args.rope_scaling_factor, **LLAMA_3_ROPE} if args.use_scaled_rope else None
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos,
+        "eos_token_id": _one_or_several(eos),
+        "head_dim": args.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": args.dim,
+        "initializer_range": 0.02,
+        "intermediate_size": args.ffn_dim,
+        "max_position_embeddings": LONG_CONTEXT if args.use_scaled_rope else SHORT_CONTEXT,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": args.n_heads,
+        "num_hidden_layers": args.n_layers,
+        "num_key_value_heads": args.n_kv_heads,
+        "pretraining_tp": 1,
+        "rms_norm_eps": args.norm_eps,
+        "rope_scaling": rope,
+        "rope_theta": args.rope_theta,
+        "tie_word_embeddings": tied,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        "vocab_size": args.vocab_size,
+    }
+
+
+def generation_config_of(*, bos: int, eos: Sequence[int]) -> dict[str, Any]:
+    """The generation_config.json of Meta's own Hugging Face releases, base models' and others' alike."""
+    return {
+        "bos_token_id": bos,
+        "do_sample": True,
+        "eos_token_id": _one_or_several(eos),
+        "temperature": 0.6,
+        "top_p": 0.9,
+    }
+
+
+def _one_or_several(ids: Sequence[int]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else list(ids)
+
+
+def params_of(args: ModelArgs) -> dict[str, Any]:
+    """A text model's params.json, whose formula gives `args.ffn_dim`: Meta's code reads no width that is said outright.
+
+    A release's shape gives that release's params. `rope_scaling_factor` is said only where the shape does not imply it.
+    """
+    multiple_of, multiplier = _ffn_formula(args)
+    params: dict[str, Any] = {
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.n_kv_heads,
+        "vocab_size": args.vocab_size,
+        "ffn_dim_multiplier": multiplier,
+        "multiple_of": multiple_of,
+        "norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+    }
+    if multiplier is None:
+        del params["ffn_dim_multiplier"]
+    if args.use_scaled_rope:
+        params["use_scaled_rope"] = True
+        if args.rope_scaling_factor != usual_rope_factor(args.dim, args.n_heads, args.n_kv_heads):
+            params["rope_scaling_factor"] = args.rope_scaling_factor
+    return params
+
+
+def _ffn_formula(args: ModelArgs) -> tuple[int, float | None]:
+    """(multiple_of, ffn_dim_multiplier) that give `args.ffn_dim`: args' own, a release's, or the shortest there are."""
+    if args.hidden_dim is None:
+        return args.multiple_of, args.ffn_dim_multiplier
+    for shape in SHAPES.values():
+        formula = shape["multiple_of"], shape["ffn_dim_multiplier"]
+        if ffn_dim(args.dim, *formula) == args.hidden_dim and shape["dim"] == args.dim:
+            return formula
+    # The wider the multiple, the more multipliers end in it, and the shorter the shortest of them.
+    multiple_of = math.gcd(args.hidden_dim, LARGEST_MULTIPLE)  # the largest power of two that divides it
+    if ffn_dim(args.dim, multiple_of, None) == args.hidden_dim:
+        return multiple_of, None
+    return multiple_of, _shortest_multiplier(args.dim, multiple_of, args.hidden_dim)
+
+
+def _shortest_multiplier(dim: int, multiple_of: int, width: int) -> float:
+    """The decimal of fewest digits after the point that stretches 8/3·dim to anything that is rounded up to `width`."""
+    plain, least = ffn_dim(dim, 1, None), width - multiple_of + 1
+    scales = (10**digits for digits in count())
+    numerators = ((-(-least * scale // plain), scale) for scale in scales)  # the smallest that reaches `least`, and …
+    # … the next, for the product in floating point may fall just short of it
+    multipliers = (numerator / scale for smallest, scale in numerators for numerator in (smallest, smallest + 1))
+    return next(multiplier for multiplier in multipliers if ffn_dim(dim, multiple_of, multiplier) == width)

@@ -1,0 +1,292 @@
+"""Hugging Face's `tokenizer.json` and `tokenizer_config.json` of a Llama 3 vocabulary: read and written."""
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from llama_ref.errors import CheckpointError
+from llama_ref.vocabulary import SPLIT_PATTERN, Vocabulary, check_ranks, check_vocabulary, read_json, unused_text
+
+MAX_FILE_BYTES = 256 << 20  # Llama 3's file is 9 or 17 MB
+EXPECTED = "Llama 3's tokenizer.json"
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte: itself where Latin-1 prints it, else one from U+0100 on, in turn."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+CHARACTER_OF = _byte_alphabet()
+BYTE_OF = {character: byte for byte, character in enumerate(CHARACTER_OF)}
+
+SPLIT_STEP = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
+BYTE_LEVEL_STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+Merge = tuple[bytes, bytes]
+
+
+# Reading
+
+
+def read_tokenizer_json(path: Path) -> Vocabulary:
+    """The vocabulary of a tokenizer.json that gives any text the ids that Llama 3's byte-pair merging by rank gives it.
+
+    `ignore_merges` is taken to be true: files from before it existed mean the same vocabulary, and Meta's tokenizer has always
+    taken a whole word that is a token as that token. Raises CheckpointError, with the reason, for every other tokenizer.
+    """
+    document = read_json(path, MAX_FILE_BYTES, EXPECTED)
+    model = document.get("model") if isinstance(document, dict) else None
+    if not isinstance(model, dict):
+        raise _refused(path, 'has no section "model"')
+    _check_pipeline(path, document, model)
+    vocab, listed = _vocab_and_merges(path, model)
+    added_tokens = _added_tokens(path, document.get("added_tokens", []), vocab)
+
+    made = {left + right for left, right in listed}
+    ranks = {}
+    for text, token_id in vocab.items():
+        token = _to_bytes(text)
+        if text in added_tokens and (not token or (len(token) > 1 and token not in made)):
+            continue  # an added token, which some files have among the others too
+        if not token:
+            raise _refused(path, f"has the token {text!r}, which is not written in the byte-level alphabet")
+        ranks[token] = token_id
+    check_ranks(path, ranks)
+    _check_merges(path, listed, ranks)
+
+    vocabulary = Vocabulary(
+        ranks,
+        special={text: token_id for text, (token_id, special) in added_tokens.items() if special},
+        added={text: token_id for text, (token_id, special) in added_tokens.items() if not special},
+    )
+    check_vocabulary(path, vocabulary)
+    return vocabulary
+
+
+def _check_pipeline(path: Path, document: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless text goes the way it goes in Llama 3: unchanged, cut by its pattern, bytes, merges."""
+    if model.get("type", "BPE") != "BPE":
+        raise _refused(path, f"is a {model['type']!r:.80} model, not byte-pair encoding (BPE)")
+    if model.get("byte_fallback"):
+        raise _refused(path, "is a SentencePiece-style vocabulary (byte_fallback), as Llama 2 and Mistral have")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise _refused(path, f"has {name} = {model[name]!r:.80}")
+    if document.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
+        raise _refused(path, f"changes the text before it is encoded (normalizer {_shown(document['normalizer'])})")
+
+    step = document.get("pre_tokenizer")
+    steps = step.get("pretokenizers") if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
+    if not isinstance(steps, list) or not steps or not isinstance(steps[-1], dict) or steps[-1].get("type") != "ByteLevel":
+        raise _refused(path, f"has no byte-level pre-tokenizer at its end (pre_tokenizer {_shown(step)})")
+    *splits, byte_level = steps
+    if splits != [SPLIT_STEP] or byte_level.get("add_prefix_space", True) or byte_level.get("use_regex", True):
+        raise _refused(path, f"cuts text by another pattern (pre_tokenizer {_shown(step)})")
+
+
+def _vocab_and_merges(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, int], list[Merge]]:
+    """`vocab` as it stands, and `merges`, which are written as pairs or, in older files, as two words with a space between."""
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise _refused(path, 'has no "vocab" with ids or no list "merges"')
+    owner: dict[int, str] = {}
+    for text, token_id in vocab.items():
+        if type(token_id) is not int:
+            raise _refused(path, f"gives {text!r:.80} the id {token_id!r:.80}, which is not a whole number")
+        if owner.setdefault(token_id, text) != text:
+            raise _refused(path, f"gives id {token_id} to both {owner[token_id]!r:.80} and {text!r:.80}")
+
+    listed: list[Merge] = []
+    last_id = -1
+    for number, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise _refused(path, f"has {_shown(merge)} as merge {number}, which is not a pair of tokens")
+        unknown = next((text for text in (*pair, "".join(pair)) if text not in vocab), None)
+        if unknown is not None:
+            raise _refused(path, f"has {_shown(merge)} as merge {number}, but {unknown!r:.80} is not in its vocab")
+        left, right = map(_to_bytes, pair)
+        if not left or not right:
+            raise _refused(path, f"has {_shown(merge)} as merge {number}, which is not in the byte-level alphabet")
+        merged_id = vocab["".join(pair)]
+        if merged_id < last_id:
+            raise _refused(
+                path,
+                f"makes token {merged_id} by merge {number}, after token {last_id}: its ids are not in the order of merging",
+            )
+        last_id = merged_id
+        listed.append((left, right))
+    return vocab, listed
+
+
+def _added_tokens(path: Path, entries: object, vocab: Mapping[str, int]) -> dict[str, tuple[int, bool]]:
+    """Text -> (id, special) of `added_tokens`, in the order of the ids."""
+    if not isinstance(entries, list):
+        raise _refused(path, 'has "added_tokens" that are not a list')
+    found: dict[str, tuple[int, bool]] = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or type(entry.get("id")) is not int:
+            raise _refused(path, f"has {_shown(entry)} as an added token, which lacks an id or its content")
+        text, token_id = entry["content"], entry["id"]
+        if text in found:
+            raise _refused(path, f"has the added token {text!r:.80} twice")
+        if option := next((name for name in ("lstrip", "rstrip", "single_word") if entry.get(name)), None):
+            raise _refused(path, f"has the added token {text!r:.80} with {option}, so it depends on the text around it")
+        if vocab.get(text, token_id) != token_id:
+            raise _refused(path, f"has {text!r:.80} as added token {token_id}, but also as token {vocab[text]} of its vocab")
+        found[text] = token_id, entry.get("special") is True
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _check_merges(path: Path, listed: list[Merge], ranks: Mapping[bytes, int]) -> None:
+    """Raise CheckpointError if a text exists that merging by these pairs and merging by rank encode differently.
+
+    Merging by rank joins any two neighbours whose bytes together are a token; here only the listed pairs. The first text
+    where the two part has the neighbours a, b of a token that no pair lists. Nothing was merged across the ends of a + b, so
+    these bytes alone come to a, b as well, and there they stay: it is enough to merge each token's own bytes.
+    """
+    priorities = {pair: ranks[pair[0] + pair[1]] for pair in listed}
+    for token in ranks:
+        if any(split not in priorities for split in splits(token, ranks)):
+            parts = _merge_alone(token, priorities)
+            if len(parts) == 2:
+                left, right = (_to_text(part) for part in parts)
+                raise _refused(
+                    path, f"has the token {left + right!r} (id {ranks[token]}) without the merge of {left!r} and {right!r}, "
+                    "so its ids cannot come from ranks"
+                )  # fmt: skip
+
+
+def _merge_alone(token: bytes, priorities: Mapping[Merge, int]) -> list[bytes]:
+    """What the bytes of a token come to if they are a text of their own."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while candidates := [(priorities[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in priorities]:
+        _, i = min(candidates)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def splits(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[Merge]:
+    """Every way in which a token is two other tokens."""
+    for i in range(1, len(token)):
+        left, right = token[:i], token[i:]
+        if left in ranks and right in ranks:
+            yield left, right
+
+
+def _to_bytes(text: str) -> bytes | None:
+    """The bytes that `text` writes in the byte-level alphabet, None if it is not in that alphabet."""
+    try:
+        return bytes([BYTE_OF[character] for character in text])
+    except KeyError:
+        return None
+
+
+def _to_text(token: bytes) -> str:
+    return "".join([CHARACTER_OF[byte] for byte in token])
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _refused(path: Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"{path} {fault}, so it is not {EXPECTED}: only Llama 3's byte-level tokenizers can be read here")
+
+
+# Writing
+
+
+def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
+    """Write a tokenizer.json that gives any text the ids of `vocabulary`, and puts begin_of_text in front.
+
+    Placeholders of unused ids (Vocabulary.with_unused) are left out. Raises CheckpointError for an added token whose text is
+    how the byte-level alphabet writes another token: Hugging Face's library cannot tell the two apart.
+    """
+    check_vocabulary(path, vocabulary)
+    ranks = dict(sorted(vocabulary.ranks.items(), key=lambda item: item[1]))
+    vocab = {_to_text(token): rank for token, rank in ranks.items()}
+    special = {text: i for text, i in vocabulary.special.items() if text != unused_text(i)}
+    added = sorted((special | vocabulary.added).items(), key=lambda item: item[1])
+    rank_ids = set(ranks.values())
+    for text, i in added:
+        if vocab.get(text) != (i if i in rank_ids else None):
+            raise CheckpointError(
+                f"{path}: the added token {text!r} cannot have the id {i}: this format finds a token by how it is written, and "
+                f"in the byte-level alphabet that is token {vocab.get(text, 'of no id')}; rename it, or keep the native format"
+            )
+    # The library takes an added token's id from the vocab, or else counts on from its size, whatever the entry says.
+    if [i for _, i in added if i not in rank_ids] != list(range(len(ranks), len(ranks) + len(added))):
+        vocab |= dict(added)
+
+    bos = vocabulary.special_text("<|begin_of_text|>")
+    bos_step, first, second = {"SpecialToken": {"id": bos, "type_id": 0}}, _sequence("A", 0), _sequence("B", 1)
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added_token(text, i, text in special) for text, i in added],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT_STEP, BYTE_LEVEL_STEP]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos_step, first],
+            "pair": [bos_step, first, {"SpecialToken": {"id": bos, "type_id": 1}}, second],
+            "special_tokens": {bos: {"id": bos, "ids": [vocabulary.special[bos]], "tokens": [bos]}},
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": vocab,
+            "merges": [" ".join(map(_to_text, pair)) for pair in _all_merges(ranks)],
+        },
+    }
+    path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+
+
+def tokenizer_config(vocabulary: Vocabulary, max_seq_len: int, *, instruct: bool = True) -> dict[str, Any]:
+    """What tokenizer_config.json says beside tokenizer.json.
+
+    A model that was trained to chat ends its turns with eot_id and has a chat template; a base model has end_of_text and none,
+    as in Meta's own releases in this format.
+    """
+    # only now: dialogs know the tokenizer, and the tokenizer this file
+    from llama_ref.checkpoint.hf.chat_template import chat_template
+
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": vocabulary.special_text("<|begin_of_text|>"),
+        "eos_token": vocabulary.special_text("<|eot_id|>" if instruct else "<|end_of_text|>"),
+        "pad_token": vocabulary.special_text("<|finetune_right_pad_id|>"),
+        "model_max_length": max_seq_len,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    return config | ({"chat_template": chat_template(vocabulary)} if instruct else {})
+
+
+def _all_merges(ranks: Mapping[bytes, int]) -> Iterator[Merge]:
+    """Every split of every token, in the order of the tokens; so that merging by pairs is merging by rank."""
+    for token in ranks:
+        yield from sorted(splits(token, ranks), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
+def _added_token(text: str, token_id: int, special: bool) -> dict[str, Any]:
+    surroundings = {"single_word": False, "lstrip": False, "rstrip": False}
+    return {"id": token_id, "content": text, **surroundings, "normalized": not special, "special": special}
+
+
+def _sequence(name: str, type_id: int) -> dict[str, Any]:
+    return {"Sequence": {"id": name, "type_id": type_id}}

@@ -1,0 +1,153 @@
+"""Weights on disk to a Transformer in memory, tensor by tensor.
+
+Files are mapped, not read: where nothing has to change (CPU, the file's own dtype, one piece) a parameter is the file's
+pages themselves; otherwise each tensor is cast and copied once, and its pages are let go before the next. To CUDA, all copies
+go through pinned buffers (to_device.py), so that the host never holds more than these and one tensor.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.quantized_reader import StoredQuantized
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, Stored, open_stored
+from llama_ref.checkpoint.shapes import expected_shapes, model_without_memory
+from llama_ref.checkpoint.to_device import PinnedCopier, pinned_copier
+from llama_ref.memory import give_back_memory
+from llama_ref.model import Transformer
+from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
+from llama_ref.quantization.apply import quantized, refuse_unfit, replace_module, tie
+from llama_ref.quantization.linear import QuantizedMatrix
+from llama_ref.quantization.scheme import Scheme
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def load_model(
+    folder: CheckpointFolder,
+    args: ModelArgs,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    share: Share = WHOLE,
+    quantize: Scheme | str | None = None,
+    progress: Progress | None = None,
+) -> Transformer:
+    """Build the model of a folder, in `dtype` on `device`, frozen and in evaluation mode.
+
+    Any number of files is put together. Of several processes each holds its `share` of every matrix and its stage's layers, and
+    reads only those, and its model's `args` count its own layers and key/value heads; what lives in other stages stays on the
+    meta device. With `quantize`, each matrix is quantized from the files' own numbers as soon as it is read, so that the model
+    is never held otherwise; a folder that is quantized is loaded as it is. Raises CheckpointError as `open_stored` does,
+    RequestError for a matrix that the scheme cannot hold.
+    """
+    scheme = None if quantize is None else Scheme.parse(quantize)
+    layers = share.layers(args.n_layers)
+    model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
+    shapes = {name: shape for name, shape in expected_shapes(args).items() if _lives_here(name, share, layers)}
+    wanted = {name: wanted_ranges(name, args, share) for name in shapes}
+    if folder.is_quantized:
+        stored = StoredQuantized(folder, args, scheme)
+    else:
+        stored = open_stored(folder, args, wanted)
+    is_one_matrix = stored.tied and {EMBEDDING, OUTPUT} <= wanted.keys()
+    if is_one_matrix:
+        del wanted[OUTPUT]
+    parts = {name: part_shape(name, shapes[name], ranges) for name, ranges in wanted.items()}
+    if scheme:
+        for name, shape in parts.items():
+            refuse_unfit(scheme, name, shape[-1])
+    done = 0
+    total = sum(map(math.prod, parts.values())) * dtype.itemsize
+    with pinned_copier(device) as copier:
+        for name, ranges in wanted.items():
+            if folder.is_quantized:
+                matrix = stored.matrix(name, ranges, device, dtype, copier)
+            elif scheme and scheme.bits_of(name):
+                matrix = _quantized(scheme, name, stored, ranges, device, dtype, copier)
+            else:
+                matrix = _join(stored.pieces(name, ranges), split_dim(name), device, dtype, copier)
+            _set(model, _name_here(name, layers), matrix)
+            if copier:
+                give_back_memory()  # of copies in another row order, which the C library would keep
+            done += math.prod(parts[name]) * dtype.itemsize
+            if progress:
+                progress(done, total)
+    if is_one_matrix:
+        tie(model)
+    return model.eval().requires_grad_(False)
+
+
+def _lives_here(name: str, share: Share, layers: range) -> bool:
+    """Whether a share's stage needs the tensor; a tied output is needed under its own name."""
+    if name.startswith("layers."):
+        return _layer(name) in layers
+    return share.is_first_stage if name == EMBEDDING else share.is_last_stage
+
+
+def _name_here(name: str, layers: range) -> str:
+    """Layers count from 0 in every stage's model."""
+    if not name.startswith("layers."):
+        return name
+    layer = _layer(name)
+    return name.replace(f"layers.{layer}.", f"layers.{layer - layers.start}.", 1)
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def _set(model: Transformer, name: str, matrix: Tensor | QuantizedMatrix) -> None:
+    """Put a weight into the model, or a module into the place of the one that would hold it."""
+    owner, _, attribute = name.rpartition(".")
+    if isinstance(matrix, QuantizedMatrix):
+        replace_module(model, owner, matrix)
+    else:
+        setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(matrix, requires_grad=False))
+
+
+def _quantized(
+    scheme: Scheme,
+    name: str,
+    stored: Stored,
+    ranges: list[range] | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    copier: PinnedCopier | None,
+) -> QuantizedMatrix:
+    """A tensor from the files' own numbers, whatever dtype the model has, so that all ways to a quantized model lead to one."""
+    pieces = stored.pieces(name, ranges)
+    weight = _join(pieces, split_dim(name), device, stored.dtype(name), copier)
+    out = quantized(scheme, name, weight, dtype)
+    for piece in pieces:
+        piece.release()
+    give_back_memory()
+    return out
+
+
+def _join(
+    pieces: list[Piece],
+    dim: int | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    copier: PinnedCopier | None,
+) -> Tensor:
+    """A tensor's pieces as one, in `dtype` on `device`; the mapped pages themselves where they will do."""
+    first = pieces[0].tensor
+    if len(pieces) == 1 and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
+        if not pieces[0].is_mapped:
+            pieces[0].release()
+        return first
+    dim = dim or 0
+    sizes = [piece.tensor.shape[dim] for piece in pieces]
+    shape = list(first.shape)
+    shape[dim] = sum(sizes)
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    for piece, target in zip(pieces, whole.split(sizes, dim), strict=True):
+        piece.copy_to(target, copier)
+    return whole

@@ -1,0 +1,146 @@
+"""Folders of a quantized model: params.json that names the scheme, and safetensors of whole numbers and scales.
+
+Tensors are named as the modules that hold them name them: of an int8 matrix `layers.0.attention.wq.q` and `….scale`, of an int4
+matrix `….packed`, `….scale` and `….zero` (quantization/linear.py); norms stay `….weight`. A tied output is left out. Files are
+mapped, and on a CPU the model's numbers are the files' own pages.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
+from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, has_output, refuse_misfits
+from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes
+from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.parallel.sharding import split_dim
+from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
+from llama_ref.quantization.scheme import Scheme
+
+
+def scheme_of(folder: CheckpointFolder, args: ModelArgs) -> Scheme:
+    """What params.json says. Raises CheckpointError."""
+    try:
+        return Scheme.from_params(args.extra.get(QUANTIZATION))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder.params}: {error}") from None
+
+
+def parts_of(scheme: Scheme, name: str, shape: Shape) -> dict[str, tuple[Shape, torch.dtype | None]]:
+    """The tensors that one is stored as: shape and dtype by name; None where the dtype may be any that weights have."""
+    stem, bits = name.removesuffix(".weight"), scheme.bits_of(name)
+    if bits is None:
+        return {name: (shape, None)}
+    rows, columns = shape
+    if bits == 8:
+        return {f"{stem}.q": (shape, torch.int8), f"{stem}.scale": ((rows,), torch.float32)}
+    groups = (rows, columns // scheme.group_for(name, columns))
+    return {
+        f"{stem}.packed": ((rows, columns // 2), torch.uint8),
+        f"{stem}.scale": (groups, torch.bfloat16),
+        f"{stem}.zero": (groups, torch.bfloat16),
+    }
+
+
+class StoredQuantized:
+    """A quantized folder's matrices. `tied`: whether the output is the embedding.
+
+    Raises CheckpointError for files that are not what params.json says, RequestError where another `asked` scheme is wanted.
+    """
+
+    def __init__(self, folder: CheckpointFolder, args: ModelArgs, asked: Scheme | None = None):
+        self.folder = folder
+        self.scheme = scheme_of(folder, args)
+        if asked not in (None, self.scheme):
+            raise RequestError(
+                f"{folder.path} is quantized to {self.scheme} already, and to {asked} only its original could be: leave "
+                "quantize out, or name that"
+            )
+        files = [map_safetensors(path) for path in folder.shards]
+        self.tensors = {name: tensor for tensors in files for name, tensor in tensors.items()}
+        self.tied = not has_output(self.tensors)
+        self._check(expected_shapes(args))
+
+    def matrix(
+        self,
+        name: str,
+        ranges: list[range] | None,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        copier: PinnedCopier | None = None,
+    ) -> Tensor | QuantizedMatrix:
+        """A tensor's module, or the tensor itself in `dtype` where it is not quantized; of it what `ranges` say.
+
+        `copier` copies to `device`, releasing the file's pages. Raises RequestError for ranges that cut through a group.
+        """
+
+        def on_device(tensor: Tensor, ranges: list[range] | None = None, dim: int | None = None) -> Tensor:
+            part = _cut(tensor, ranges, dim)
+            if copier is None:
+                return part.to(device)
+            out = torch.empty(part.shape, dtype=part.dtype, device=device)
+            Piece(part, tensor).copy_to(out, copier)
+            return out
+
+        source = EMBEDDING if self.tied and name == OUTPUT else name
+        stem, bits = source.removesuffix(".weight"), self.scheme.bits_of(name)
+        if bits is None:
+            return on_device(self.tensors[name]).to(dtype)
+        dim = split_dim(name)
+        if bits == 8:
+            q = on_device(self.tensors[f"{stem}.q"], ranges, dim)
+            scale = on_device(self.tensors[f"{stem}.scale"], ranges if dim == 0 else None, 0)
+            return Int8Embedding(q, scale, dtype) if name == EMBEDDING else Int8Linear(q, scale)
+        packed, scale, zero = (self.tensors[f"{stem}.{part}"] for part in ("packed", "scale", "zero"))
+        group = 2 * packed.shape[1] // scale.shape[1]
+        if ranges and dim == 1:
+            self._refuse_cut_groups(name, ranges, group)
+            halves = [range(each.start // 2, each.stop // 2) for each in ranges]
+            ranges = [range(each.start // group, each.stop // group) for each in ranges]
+            return Int4Linear(on_device(packed, halves, 1), *(on_device(t, ranges, 1) for t in (scale, zero)))
+        return Int4Linear(*(on_device(tensor, ranges, 0) for tensor in (packed, scale, zero)))
+
+    def _refuse_cut_groups(self, name: str, ranges: list[range], group: int) -> None:
+        for each in ranges:
+            if each.start % group or each.stop % group:
+                raise RequestError(
+                    f"{name} of {self.folder.path} has groups of {group} weights, which so many processes would cut "
+                    f"(columns {each.start:,} to {each.stop:,}): start another number, or quantize the original while loading"
+                )
+
+    def _check(self, shapes: Mapping[str, Shape]) -> None:
+        expected: dict[str, tuple[Shape, torch.dtype | None]] = {}
+        for name, shape in shapes.items():
+            if not (name == OUTPUT and self.tied):
+                try:
+                    expected |= parts_of(self.scheme, name, shape)
+                except RequestError as error:
+                    raise CheckpointError(f"{self.folder.params}: {error}") from None
+        problems = [problem for name, (shape, dtype) in expected.items() if (problem := self._misfit(name, shape, dtype))]
+        problems += [f"{name} is unexpected" for name in sorted(self.tensors.keys() - expected.keys())]
+        refuse_misfits(self.folder, problems)
+
+    def _misfit(self, name: str, shape: Shape, dtype: torch.dtype | None) -> str | None:
+        found = self.tensors.get(name)
+        if found is None:
+            return f"{name} is missing, expected shape {shape}"
+        if tuple(found.shape) != shape:
+            return f"{name} has shape {tuple(found.shape)}, expected {shape}"
+        possible = WEIGHT_DTYPES if dtype is None else (_short(dtype),)
+        return None if _short(found.dtype) in possible else f"{name} is {_short(found.dtype)}, expected {' or '.join(possible)}"
+
+
+def _cut(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:
+    """What ranges hold of a tensor; the mapped one itself where that is all of it."""
+    if ranges is None or dim is None:
+        return tensor
+    parts = [tensor.narrow(dim, each.start, len(each)) for each in ranges]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

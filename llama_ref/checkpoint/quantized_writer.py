@@ -1,0 +1,143 @@
+"""A checkpoint written anew in eight or four bits, in a folder that loads at once (quantized_reader.py)."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_ref.checkpoint.convert import Progress, Source, Written, write_native_tokenizer
+from llama_ref.checkpoint.first_load import Verify
+from llama_ref.checkpoint.folder import QUANTIZATION, open_folder
+from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
+from llama_ref.checkpoint.formats.lazy_tensor import Outgoing, row_blocks
+from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
+from llama_ref.checkpoint.hf.config import params_of
+from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.quantized_reader import parts_of
+from llama_ref.errors import RequestError
+from llama_ref.parallel.sharding import WHOLE
+from llama_ref.quantization.calibration import N_TOKENS, Rounded, calibration_text, round_layers
+from llama_ref.quantization.linear import Int4Linear
+from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8
+from llama_ref.quantization.scheme import Scheme
+
+
+def quantize_folder(
+    source: str | Path,
+    target: str | Path,
+    scheme: Scheme | str,
+    *,
+    calibrate: bool | str = True,
+    force: bool = False,
+    verify: Verify = "auto",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a folder's model in fewer bits: params.json naming the scheme, model.safetensors, tokenizer, checklist.chk.
+
+    To four bits, the model first reads `calibrate` (True: a text of this project's choice), and is rounded by what its layers
+    are given (quantization/calibration.py), which leaves a third of the divergence or less (scripts/bench_quality.py). It holds
+    the rounded layers, and of one layer float32 weights and four squares of its widest input: of an 8B about 3.7 and 5 GB.
+    With False, and to eight bits, some rows are held at a time, and the scales; the folder then loads as, bit for bit, what
+    loading the source with `quantize` gives. `verify`: as `Llama.build` has it; `progress` counts a calibrated layer's bytes
+    twice, rounded and written.
+    Raises RequestError for a matrix that the scheme cannot hold, a source that is quantized already or has no tokenizer to
+    calibrate with, or a `target` that is taken; CheckpointError for a source that cannot be read, is damaged or changes
+    meanwhile, and for a target that cannot be written.
+    """
+    scheme = Scheme.parse(scheme)
+    if open_folder(source).is_quantized:
+        raise RequestError(f"{source} is quantized already: quantize the folder that it was made from")
+    source = Source.open(source)
+    is_calibrated = bool(calibrate) and scheme.bits == 4
+    quantized = [_Quantized(scheme, tensor, source.args.head_dim) for tensor in source.outgoing(WHOLE, None)]
+    tensors = [part for each in quantized for part in each.outgoing()]
+    in_layers = {part.name: part for part in tensors if is_calibrated and part.name.endswith(".packed")}
+    written = Written(progress, [tensors, list(in_layers.values())])
+    n_bytes = sum(tensor.nbytes for tensor in tensors)
+    with new_folder(target, force=force, n_bytes=n_bytes) as folder, source.unchanged(verify):
+        if is_calibrated:
+            text = calibration_text() if calibrate is True else calibrate
+            layers = _rounded(source, scheme, text, lambda name: written.more(in_layers[f"{name}.packed"].nbytes))
+            for each in quantized:
+                each.rounded = layers.pop(each.tensor.name, None)
+        _write_params(folder, source, scheme)
+        write_native_tokenizer(folder, source)
+        write_safetensors(folder / "model.safetensors", tensors, written.more)
+        write_sums(folder, [path.name for path in folder.iterdir()])
+    return Path(target)
+
+
+def _rounded(source: Source, scheme: Scheme, text: str, rounded: Rounded) -> dict[str, Int4Linear]:
+    """The layers' matrices by the names of their tensors. Raises RequestError where the folder cannot read the text."""
+    if source.tokenizer is None:
+        raise RequestError(f"{source.folder.path} has no tokenizer to read a text with: fetch it, or leave calibration out")
+    tokens = source.tokenizer.encode(text, bos=True, eos=False)[:N_TOKENS]
+    model = load_model(source.folder, source.folder.read_args())
+    round_layers(model, scheme, tokens, rounded)
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Int4Linear)}
+
+
+def _write_params(folder: Path, source: Source, scheme: Scheme) -> None:
+    """As they were, unknown keys included, and how the weights were quantized."""
+    params = params_of(source.args) if source.folder.is_hugging_face else json.loads(source.folder.params.read_bytes())
+    if "n_kv_heads" in params:
+        params["n_kv_heads"] = source.args.n_kv_heads
+    write_params(folder, params | {QUANTIZATION: scheme.to_params()})
+
+
+@dataclass
+class _Quantized:
+    """One tensor on its way into a quantized folder.
+
+    A file has the scales before the numbers, which hang on them: the source is read twice, and the scales are kept between.
+    """
+
+    scheme: Scheme
+    tensor: Outgoing
+    head_dim: int
+    scales: list[Tensor] = field(default_factory=list)  # of the whole tensor: scale, and zero where there is one
+    rounded: Int4Linear | None = None  # where it is calibrated: the whole tensor, set before anything is asked for
+
+    @property
+    def bits(self) -> int | None:
+        return self.scheme.bits_of(self.tensor.name)
+
+    def outgoing(self) -> list[Outgoing]:
+        """The tensors that it is stored as. Raises RequestError where the scheme cannot hold it."""
+        if self.bits is None:
+            return [self.tensor]
+        parts = parts_of(self.scheme, self.tensor.name, self.tensor.shape)
+        makers = (self._numbers, lambda: self._scale(0), lambda: self._scale(1))
+        return [Outgoing(name, shape, dtype, make) for (name, (shape, dtype)), make in zip(parts.items(), makers, strict=False)]
+
+    def _scale(self, index: int) -> Iterator[Tensor]:
+        if self.rounded is not None:
+            yield self._once((self.rounded.scale, self.rounded.zero)[index])
+            return
+        if not self.scales:
+            found = [self._scales_of(rows) for rows in self.tensor.blocks()]
+            self.scales = [torch.cat(blocks) for blocks in zip(*found, strict=True)]
+        yield self.scales[index]
+
+    def _scales_of(self, rows: Tensor) -> tuple[Tensor, ...]:
+        if self.bits == 8:
+            return (int8_scales(rows),)
+        return int4_scales(rows, self.scheme.group_for(self.tensor.name, rows.shape[1]))
+
+    def _numbers(self) -> Iterator[Tensor]:
+        if self.rounded is not None:
+            yield from row_blocks(self._once(self.rounded.packed))
+            return
+        start = 0
+        for rows in self.tensor.blocks():
+            scales = [scale[start : start + len(rows)] for scale in self.scales]
+            yield to_int8(rows, *scales) if self.bits == 8 else to_int4(rows, *scales)
+            start += len(rows)
+
+    def _once(self, rows: Tensor) -> Tensor:
+        """Rows of a model that may have each key/value head several times, each once."""
+        repeats = len(rows) // self.tensor.shape[0]
+        return rows if repeats == 1 else rows.unflatten(0, (-1, self.head_dim))[::repeats].flatten(0, 1)

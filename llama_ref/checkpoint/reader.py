@@ -1,0 +1,306 @@
+"""A folder's weights as they lie on disk, under Meta's names and in Meta's layout, whatever the files' own.
+
+Files are mapped, not read. Who wants a tensor gets the pieces that hold it, and lets go of their pages when done.
+"""
+
+import ctypes
+import mmap
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
+from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
+from llama_ref.checkpoint.formats.safetensors import inspect_safetensors
+from llama_ref.checkpoint.hf.names import in_meta_order, theirs
+from llama_ref.checkpoint.mapped_file import map_file
+from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
+from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.errors import CheckpointError
+from llama_ref.parallel.sharding import places, split_dim
+
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+COPIED_BYTES = 4 << 20  # at a time
+MOST_LISTED = 12  # wrong tensors named in one error
+
+Wanted = Mapping[str, list[range] | None]  # places along `split_dim(name)`; None: all of it
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a tensor, and the whole that it is a view or a copy of, as one file holds it."""
+
+    tensor: Tensor
+    mapped: Tensor
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether it is the file's own bytes, not a copy of them."""
+        return 0 <= self.tensor.data_ptr() - self.mapped.data_ptr() < max(1, self.mapped.nbytes)
+
+    def copy_to(self, target: Tensor, copier: PinnedCopier | None = None) -> None:
+        """Fill `target` some rows at a time, releasing the pages of each before the next.
+
+        With a `copier`, `target` is on its device, which may still be copying on return.
+        """
+        if copier:
+            copier.copy(self.tensor, target, release_rows if self.is_mapped else None)
+            self.release()
+            return
+        n_rows = max(1, COPIED_BYTES // max(1, self.tensor[0].nbytes))
+        for rows, place in zip(self.tensor.split(n_rows), target.split(n_rows), strict=True):
+            place.copy_(rows)
+            if self.is_mapped:
+                release_rows(rows)
+        self.release()
+
+    def release(self) -> None:
+        release_pages(self.mapped)
+
+
+class Stored(ABC):
+    """The tensors of a folder. `tied`: whether the output matrix is the embedding."""
+
+    tied: bool
+
+    def pieces(self, name: str, ranges: list[range] | None = None) -> list[Piece]:
+        """What these ranges along `split_dim(name)` hold (None: all), piece after piece in the order asked for."""
+        return self._pieces(EMBEDDING if self.tied and name == OUTPUT else name, ranges)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype in the files; where their parts have several, the narrowest that holds them all."""
+        return reduce(torch.promote_types, self._dtypes(EMBEDDING if self.tied and name == OUTPUT else name))
+
+    @abstractmethod
+    def _dtypes(self, name: str) -> set[torch.dtype]:
+        """Those of the parts that the files hold of a tensor."""
+
+    @abstractmethod
+    def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]: ...
+
+
+def open_stored(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None = None) -> Stored:
+    """Map the files that hold something of `wanted` (None: of anything).
+
+    Raises CheckpointError for a kind of release that is not read yet, for files that are not checkpoints, and for tensors that
+    are missing, unexpected or misshapen: all of them in one message.
+    """
+    _refuse_other_kinds(folder, args)
+    expected = expected_shapes(args)
+    wanted = wanted or dict.fromkeys(expected)
+    return (StoredSafetensors if folder.is_hugging_face else StoredShards)(folder, args, expected, wanted)
+
+
+class StoredShards(Stored):
+    """Meta's consolidated.NN.pth, each with a part of every matrix."""
+
+    def __init__(self, folder: CheckpointFolder, args: ModelArgs, expected: Mapping[str, Shape], wanted: Wanted):
+        self.n_shards = len(folder.shards)
+        self.expected = expected
+        _refuse_uneven(folder, expected)
+        self.home = self._home(wanted)
+        needed = {self.home} | {
+            shard for name, ranges in wanted.items() if ranges for shard, _ in places(ranges, self._shard_size(name))
+        }
+        if any(ranges is None and split_dim(name) is not None for name, ranges in wanted.items()):
+            needed = set(range(self.n_shards))
+        self.shards = {number: read_shard(folder.shards[number]) for number in sorted(needed)}
+        _check_tensors(folder, {folder.shards[n].name: shard for n, shard in self.shards.items()}, expected, self.n_shards)
+        _refuse_different_copies(folder, self.shards)
+        self.tied = _on_same_bytes(self.shards.values())
+
+    def _home(self, wanted: Wanted) -> int:
+        """A shard that is needed anyway: what every shard holds whole is read from there."""
+        first = next(((name, ranges[0].start) for name, ranges in wanted.items() if ranges), None)
+        return first[1] // self._shard_size(first[0]) if first else 0
+
+    def _shard_size(self, name: str) -> int:
+        return self.expected[name][split_dim(name)] // self.n_shards
+
+    def _dtypes(self, name: str) -> set[torch.dtype]:
+        return {shard[name].dtype for shard in self.shards.values()}
+
+    def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
+        dim = split_dim(name)
+        if dim is None:
+            whole = self.shards[self.home][name]
+            return [Piece(whole, whole)]
+        out = []
+        for shard, within in places(ranges or [range(self.expected[name][dim])], self._shard_size(name)):
+            mapped = self.shards[shard][name]
+            out.append(Piece(mapped.narrow(dim, within.start, len(within)), mapped))
+        return out
+
+
+class StoredSafetensors(Stored):
+    """A Hugging Face repository's files, each with some whole tensors."""
+
+    def __init__(self, folder: CheckpointFolder, args: ModelArgs, expected: Mapping[str, Shape], wanted: Wanted):
+        self.head_dim = args.head_dim
+        files = {path.name: map_safetensors(path) for path in folder.shards}
+        self.tensors = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+        self.tied = folder.says_tied()
+        here = {theirs(name): shape for name, shape in expected.items() if not (self.tied and name == OUTPUT)}
+        known = here.keys() | {theirs(OUTPUT)}  # a file may hold the tied output all the same
+        _refuse_twice(folder, files)
+        _check_tensors(folder, {_several(folder): {n: t for n, t in self.tensors.items() if n in here or n not in known}}, here)
+
+    def _dtypes(self, name: str) -> set[torch.dtype]:
+        return {self.tensors[theirs(name)].dtype}
+
+    def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
+        mapped = self.tensors[theirs(name)]
+        dim = split_dim(name)
+        parts = [mapped] if ranges is None or dim is None else [mapped.narrow(dim, r.start, len(r)) for r in ranges]
+        return [Piece(in_meta_order(name, part, self.head_dim), mapped) for part in parts]
+
+
+def is_tied(folder: CheckpointFolder) -> bool:
+    """Whether a folder's output matrix is its embedding. Reads the shards' directories, no weights. Raises CheckpointError."""
+    if folder.is_hugging_face:
+        return folder.says_tied()
+    if folder.is_quantized:
+        return not has_output(name for path in folder.shards for name in inspect_safetensors(path))
+    shards = {path: read_shard(path) for path in folder.shards}
+    for path, shard in shards.items():
+        if EMBEDDING not in shard:
+            raise CheckpointError(f"{path} holds no {EMBEDDING}; it is no shard of a Llama 3")
+    return _on_same_bytes(shards.values())
+
+
+def has_output(names: Iterable[str]) -> bool:
+    """Whether a quantized folder's tensors hold an output, in whatever parts; it is tied where they do not."""
+    return any(name.startswith("output.") for name in names)
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Map a .pth file: its tensors by name, none of their bytes read. Nothing in the file is executed.
+
+    Raises CheckpointError for a file that is not an archive of tensors, is cut short or contradicts itself, or whose pickle
+    asks for anything but tensors.
+    """
+    held = inspect_pth(path)  # vouches for every tensor's place
+    try:
+        memory = map_file(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be mapped ({error})") from error
+    storages: dict[tuple[str, str], Tensor] = {}
+    tensors = {}
+    for name, info in held.items():
+        if not is_ignored(name):
+            key = info.storage_key, info.dtype
+            if key not in storages:
+                storages[key] = _storage(memory, info)
+            tensors[name] = storages[key].as_strided(info.shape, info.stride, info.storage_offset)
+    return tensors
+
+
+def _storage(memory: mmap.mmap, info: TensorInfo) -> Tensor:
+    """All elements of the storage that a tensor of a .pth is part of."""
+    dtype = getattr(torch, info.dtype)
+    n_elements = info.storage_nbytes // dtype.itemsize
+    if not n_elements:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    return torch.frombuffer(memory, dtype=dtype, count=n_elements, offset=info.data_offset)
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Let go of a mapped tensor's pages, which otherwise count as this process's memory until the file is unmapped."""
+    if not sys.platform.startswith("linux") or not tensor.is_contiguous():  # strides may make a tensor larger than its bytes
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start  # only pages that hold nothing else
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def release_rows(rows: Tensor) -> None:
+    """Let go of the pages of some rows of a mapped matrix, and of what lies between them where its columns were cut."""
+    if rows.numel():
+        span = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
+        release_pages(rows.as_strided((span,), (1,)))
+
+
+def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
+    if folder.is_quantized:
+        raise CheckpointError(f"{folder.path} is quantized: take the folder that it was made from")
+    kind = other_kind(args, folder.path)
+    if kind:
+        raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; use the text release in bf16")
+
+
+def _check_tensors(
+    folder: CheckpointFolder, files: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Shape], n_shards: int = 1
+) -> None:
+    described = {
+        file: {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        for file, tensors in files.items()
+    }
+    problems = []
+    for file, wrong in misfits(described, expected, n_shards).items():
+        problems += [f"{file}: {problem}" for problem in wrong]
+        surplus = sorted(strangers(described[file], expected))
+        problems += [f"{file}: {name} {described[file][name][1]} is unexpected" for name in surplus]
+    refuse_misfits(folder, problems)
+
+
+def refuse_misfits(folder: CheckpointFolder, problems: list[str]) -> None:
+    """Raise CheckpointError that lists the problems, where there are any."""
+    if problems:
+        more = f"\n  … and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:MOST_LISTED])
+        raise CheckpointError(f"{folder.path}: the weights do not fit {folder.params.name}:{listed}{more}")
+
+
+def _refuse_different_copies(folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]]) -> None:
+    """Every shard holds the norms whole. Where two disagree, they are not of one model."""
+    first, *others = shards
+    for name in shards[first]:
+        for other in others if split_dim(name) is None else ():
+            one, another = shards[first][name], shards[other][name]
+            if one.dtype == another.dtype and not torch.equal(one.view(torch.uint8), another.view(torch.uint8)):
+                raise CheckpointError(
+                    f"{folder.path}: {folder.shards[first].name} and {folder.shards[other].name} disagree about {name}, of "
+                    "which each holds a copy: they belong to different models; fetch the folder's files from one release"
+                )
+
+
+def _refuse_uneven(folder: CheckpointFolder, expected: Mapping[str, Shape]) -> None:
+    n_shards = len(folder.shards)
+    for name, shape in expected.items():
+        dim = split_dim(name)
+        if dim is not None and shape[dim] % n_shards:
+            raise CheckpointError(
+                f"{folder.path}: {n_shards} shards cannot hold equal parts of {name} {shape}, as {folder.params.name} has it; "
+                "do all of them belong to this model?"
+            )
+
+
+def _refuse_twice(folder: CheckpointFolder, files: Mapping[str, Collection[str]]) -> None:
+    owner: dict[str, str] = {}
+    for file, names in files.items():
+        for name in names:
+            if name in owner:
+                raise CheckpointError(
+                    f"{folder.path}: {owner[name]} and {file} both hold {name}: files of two downloads lie here; "
+                    "remove those that do not belong"
+                )
+            owner[name] = file
+
+
+def _several(folder: CheckpointFolder) -> str:
+    first, *others = folder.shards
+    return f"{first.name} and {len(others)} more" if others else first.name
+
+
+def _on_same_bytes(shards: Iterable[Mapping[str, Tensor]]) -> bool:
+    """Whether output and embedding are one matrix: no output in the files, or both names on the same bytes."""
+    return all(OUTPUT not in shard or shard[OUTPUT].data_ptr() == shard[EMBEDDING].data_ptr() for shard in shards)

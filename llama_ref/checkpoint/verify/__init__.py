@@ -1,0 +1,1 @@
+"""Checking a folder: checksums, structure, and what is told of it."""

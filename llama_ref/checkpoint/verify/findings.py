@@ -1,0 +1,137 @@
+"""What a look at a checkpoint's structure found, and the questions that files of every kind are asked."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llama_ref.args import MOST_LAYERS, PARAMS_LIMIT_BYTES, WIDEST, ModelArgs
+from llama_ref.checkpoint.formats.pth import TensorInfo
+from llama_ref.checkpoint.formats.safetensors import HeldTensor
+from llama_ref.checkpoint.hf.names import LAYER
+from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, shard_shape
+from llama_ref.checkpoint.verify.report import STATE_OF_IMPOSTOR, State
+from llama_ref.errors import CheckpointError
+from llama_ref.files import read_head, read_small, what_is
+
+TORN_VALUE = re.compile(r"(t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][+-]?)?\s*")  # what a cut leaves of a JSON value
+MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not make millions of files "missing"
+MOST_LISTED = 4  # wrong tensors named in one detail
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with one file's structure.
+
+    `if_altered` is the better word where its sum shows it to be changed. `by_others`: only other files show it, so that they
+    may be what is wrong.
+    """
+
+    state: State
+    detail: str
+    expected_size: int | None = None
+    if_altered: State | None = None
+    by_others: bool = False
+
+
+@dataclass
+class Structure:
+    """Findings by file name (a sound file has none), and what was learnt on the way."""
+
+    findings: dict[str, Finding] = field(default_factory=dict)
+    tensors: dict[str, dict[str, TensorInfo]] | dict[str, dict[str, HeldTensor]] = field(default_factory=dict)
+    needed: list[str] = field(default_factory=list)  # files of weights that must be there
+    surplus: dict[str, str] = field(default_factory=dict)  # files of weights that belong to no others, and why
+    notes: list[str] = field(default_factory=list)
+
+
+def kind_of_file(path: Path) -> Finding | None:
+    """A finding where the first bytes show something that is surely no checkpoint's, or cannot be read."""
+    try:
+        kind = what_is(read_head(path))
+    except CheckpointError as error:
+        return Finding(State.UNREADABLE, without_path(error, path))
+    return Finding(STATE_OF_IMPOSTOR[kind], kind) if kind else None
+
+
+def without_path(error: CheckpointError, path: Path) -> str:
+    """An error's text for a report that names the file anyway."""
+    text = str(error)
+    for lead in (f"{path}: ", f"{path} cannot be used: ", f"{path} is ", f"{path} "):
+        text = text.removeprefix(lead)
+    return text
+
+
+def how_json_broke(path: Path, limit_bytes: int = PARAMS_LIMIT_BYTES) -> State | None:
+    """Cut short if all that is there may be the beginning of an object, longer if a whole one stands before something else.
+
+    None where it is JSON, so that only its content can be wrong.
+    """
+    try:
+        text = read_small(path, limit_bytes, "JSON").decode("utf-8-sig", "replace")
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return State.LONGER
+        in_a_string = error.msg.startswith("Unterminated") and not text.rstrip().endswith("}")
+        if text.startswith("{") and (in_a_string or TORN_VALUE.fullmatch(text, error.pos)):
+            return State.CUT_SHORT
+        return State.DAMAGED
+    except (CheckpointError, OSError, ValueError, RecursionError):
+        return State.DAMAGED
+    return None
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first few of what may be hundreds."""
+    more = f", and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
+    return "; ".join(problems[:MOST_LISTED]) + more
+
+
+def implied_model(parts: Mapping[str, Shape]) -> tuple[ModelArgs, int] | None:
+    """The Llama of which these are one shard's tensors, under Meta's names, and its number of shards; None if of none.
+
+    Tells a wrong params.json from wrong weights: these fit one another, so they are some model's. How the width is divided
+    into heads cannot be seen in them: `n_heads` and `n_kv_heads` are any that give these shapes.
+    """
+    layers = [int(match[1]) for name in parts if (match := LAYER.fullmatch(name)) and len(match[1]) < 9]
+    try:
+        (dim,), (words, _) = parts["norm.weight"], parts["tok_embeddings.weight"]
+        (rows, _), (kv_rows, _) = (parts[f"layers.0.attention.{w}.weight"] for w in ("wq", "wk"))
+        width, _ = parts["layers.0.feed_forward.w1.weight"]
+    except (KeyError, ValueError):
+        return None
+    if not all((dim, words, rows, kv_rows, width)) or dim % rows or rows % kv_rows or max(layers) >= MOST_LAYERS:
+        return None
+    n_shards, n_layers = dim // rows, max(layers) + 1
+    if n_shards > MOST_SHARDS or max(dim, words, width) * n_shards > WIDEST or len(parts) < n_layers:
+        return None
+    args = ModelArgs(  # one key/value head stands for all that a shard has
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=rows // kv_rows,
+        n_kv_heads=1,
+        vocab_size=words * n_shards,
+        hidden_dim=width * n_shards,
+        norm_eps=1e-5,
+        rope_theta=5e5,
+    )
+    expected = {name: shard_shape(name, whole, n_shards) for name, whole in expected_shapes(args).items()}
+    found = {name: shape for name, shape in parts.items() if not is_ignored(name)}
+    found.setdefault("output.weight", expected["output.weight"])  # a tied output need not be there
+    return (args, n_shards) if found == expected else None
+
+
+def contradiction(weights: list[str], args: ModelArgs, implied: ModelArgs, names: Mapping[str, str]) -> Finding:
+    """What to say of a params.json or config.json when all weights agree on another model; `names` are the file's own words."""
+    numbers = {
+        names.get("dim", "dim"): (args.dim, implied.dim),
+        names.get("n_layers", "n_layers"): (args.n_layers, implied.n_layers),
+        names.get("vocab_size", "vocab_size"): (args.vocab_size, implied.vocab_size),
+        names.get("hidden_dim", "the feed-forward width"): (args.ffn_dim, implied.ffn_dim),
+        "the width of all key heads": (args.n_kv_heads * args.head_dim, implied.n_kv_heads * implied.head_dim),
+    }
+    differing = [f"{name} is {said:,}, in the weights {held:,}" for name, (said, held) in numbers.items() if said != held]
+    whose = weights[0] if len(weights) == 1 else f"all {len(weights)} files of weights"
+    return Finding(State.MISFIT, f"it and {whose} contradict each other: {'; '.join(differing)}")

@@ -1,0 +1,225 @@
+"""Hugging Face's files of weights, looked at without reading them: by themselves, against config.json, against each other."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import SAFETENSORS_NAME
+from llama_ref.checkpoint.formats.safetensors import REFETCH, HeldTensor, WrongLength, inspect_safetensors
+from llama_ref.checkpoint.hf.config import NAMES, HFConfig
+from llama_ref.checkpoint.hf.names import theirs
+from llama_ref.checkpoint.reader import OUTPUT
+from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes, is_ignored, misfits
+from llama_ref.checkpoint.verify.findings import (
+    Finding,
+    Structure,
+    contradiction,
+    how_json_broke,
+    implied_model,
+    listed,
+    without_path,
+)
+from llama_ref.checkpoint.verify.presence import INDEX_NAME, ONE_FILE, size_of
+from llama_ref.checkpoint.verify.report import State
+from llama_ref.errors import CheckpointError
+from llama_ref.vocabulary import read_json
+
+INDEX_LIMIT_BYTES = 16 << 20  # a 405B's has 100 kB
+MOST_FILES = 1000  # a 405B has 191; a damaged number must not make millions of files "missing"
+LAYER_NAME = re.compile(r"model\.layers\.(\d{1,8})\..+")
+
+Tensors = Mapping[str, HeldTensor]
+
+
+def examine_safetensors(
+    folder: Path, names: Collection[str], openable: Collection[str], found: Structure, config: HFConfig | None, may_blame: bool
+) -> ModelArgs | None:
+    """Findings about files of weights and their index; what model they are, where config.json alone says another.
+
+    `names` are all that are there or should be; only the `openable` are opened. config.json may be blamed if `may_blame`.
+    """
+    files = [name for name in names if SAFETENSORS_NAME.fullmatch(name)]
+    for name in files:
+        if name in openable and name not in found.findings:
+            try:
+                tensors = inspect_safetensors(folder / name)
+                found.tensors[name] = {tensor: held for tensor, held in tensors.items() if not is_ignored(tensor)}
+            except CheckpointError as error:
+                found.findings[name] = _why_broken(folder / name, error)
+    index = _read_index(folder, openable, found)
+    if index is not None and ONE_FILE in files and not index.files & set(files):
+        first = min(index.files, default="no file")
+        found.findings[INDEX_NAME] = Finding(State.MISFIT, f"it names {first}, but the weights are in {ONE_FILE}")
+        index = None
+    found.needed, found.surplus = _which_belong(files, index)
+    held = _Held({name: tensors for name, tensors in found.tensors.items() if name in found.needed}, found.needed, index)
+    if index is not None and (wrong := held.against_index(config)):
+        found.findings[INDEX_NAME] = Finding(State.MISFIT, listed(wrong), by_others=True)
+    return held.judge(found, config, may_blame) if held.files else None
+
+
+def _why_broken(path: Path, error: CheckpointError) -> Finding:
+    detail = without_path(error, path).removesuffix(REFETCH)  # the report gives advice of its own
+    if not isinstance(error, WrongLength):
+        return Finding(State.DAMAGED, detail)
+    whole, size = error.expected_size, size_of(path) or 0
+    state = State.LONGER if whole is not None and size > whole else State.CUT_SHORT
+    return Finding(state, detail, whole)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What model.safetensors.index.json says: which file holds which tensor."""
+
+    place: dict[str, str]
+
+    @property
+    def files(self) -> set[str]:
+        return set(self.place.values())
+
+
+def _read_index(folder: Path, openable: Collection[str], found: Structure) -> _Index | None:
+    if INDEX_NAME not in openable or INDEX_NAME in found.findings:
+        return None
+    path = folder / INDEX_NAME
+    try:
+        content = read_json(path, INDEX_LIMIT_BYTES, "an index of safetensors files")
+        place = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(place, dict) or not place or not all(isinstance(file, str) for file in place.values()):
+            raise CheckpointError('it has no "weight_map" from names of tensors to names of files')
+    except CheckpointError as error:
+        state = how_json_broke(path, INDEX_LIMIT_BYTES) or State.DAMAGED
+        found.findings[INDEX_NAME] = Finding(state, without_path(error, path))
+        return None
+    if unread := sorted(file for file in set(place.values()) if not SAFETENSORS_NAME.fullmatch(file)):
+        detail = f"it names {unread[0]!r:.80}, which is no {ONE_FILE} or model-00001-of-0000N.safetensors"
+        found.findings[INDEX_NAME] = Finding(State.MISFIT, detail)
+        return None
+    if len(set(place.values())) > MOST_FILES:
+        found.findings[INDEX_NAME] = Finding(State.DAMAGED, f"it names more than {MOST_FILES:,} files")
+        return None
+    return _Index({name: file for name, file in place.items() if not is_ignored(name)})
+
+
+def _which_belong(files: list[str], index: _Index | None) -> tuple[list[str], dict[str, str]]:
+    """The files that are one model, there or not, and those of another, with the reason.
+
+    The index knows; without one, a single file is a model, and of several numberings the one of which most is there.
+    """
+    if index is not None:
+        needed, why = sorted(index.files), f"{INDEX_NAME} does not name it"
+    elif ONE_FILE in files or not files:
+        needed, why = [ONE_FILE], f"{ONE_FILE} is a whole model by itself"
+    else:
+        totals = [int(SAFETENSORS_NAME.fullmatch(name)[2]) for name in files]
+        total = max(totals, key=lambda total: (totals.count(total) / max(total, 1), total))
+        needed, why = sorted(name for name in files if SAFETENSORS_NAME.fullmatch(name)[2] == f"{total:05d}"), ""
+        if 0 < total <= MOST_FILES:
+            needed = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+            why = f"it is none of the {total} files whose names end in of-{total:05d}"
+    return needed, {name: why for name in files if name not in needed}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The tensors of the files that could be opened, of those that are `needed`."""
+
+    files: Mapping[str, Tensors]
+    needed: list[str]
+    index: _Index | None
+
+    @property
+    def all_are_here(self) -> bool:
+        return len(self.files) == len(self.needed)
+
+    @property
+    def owners(self) -> dict[str, list[str]]:
+        """The files that hold each tensor."""
+        owners: dict[str, list[str]] = {}
+        for file, tensors in self.files.items():
+            for name in tensors:
+                owners.setdefault(name, []).append(file)
+        return owners
+
+    def against_index(self, config: HFConfig | None) -> list[str]:
+        """Where the index and the files contradict each other, and config.json does not show which files are wrong.
+
+        What no file holds is not told where files are missing.
+        """
+        wrong, owners = [], self.owners
+        of_model = {theirs(name) for name in expected_shapes(config.args)} if config else set()
+        for name, file in self.index.place.items():
+            holders = owners.get(name, [])
+            if holders and file not in holders:
+                wrong.append(f"{name} is in {holders[0]}, not in {file}")
+            elif not holders and self.all_are_here and name not in of_model:
+                wrong.append(f"it names {name}, which no file holds")
+        unnamed = [name for name in owners if name not in self.index.place and (name in of_model or not config)]
+        return wrong + [f"it does not name {name} of {owners[name][0]}" for name in unnamed]
+
+    def judge(self, found: Structure, config: HFConfig | None, may_blame: bool) -> ModelArgs | None:
+        """Findings against config.json and each other; the implied model if config.json is what is wrong."""
+        twice = self._twice()
+        problems = self._problems(config) if config else {}
+        if problems and may_blame and not twice and self.all_are_here and (implied := self._implied(config)):
+            found.findings["config.json"] = contradiction(self.needed, config.args, implied, NAMES)
+            return implied
+        for file in self.files:
+            if wrong := twice.get(file, []) + problems.get(file, []):
+                found.findings[file] = Finding(State.MISFIT, listed(wrong), by_others=file not in problems)
+        return None
+
+    def _twice(self) -> dict[str, list[str]]:
+        """By file, the tensors that belong to another: where the index says, else where it comes first."""
+        wrong: dict[str, list[str]] = {}
+        for name, files in self.owners.items():
+            place = self.index.place.get(name) if self.index else None
+            home = place if place in files else files[0]
+            for file in files:
+                if file != home:
+                    wrong.setdefault(file, []).append(f"{name} is also in {home}")
+        return wrong
+
+    def _problems(self, config: HFConfig) -> dict[str, list[str]]:
+        """By file, what does not fit config.json."""
+        expected = {theirs(name): shape for name, shape in expected_shapes(config.args).items()}
+        may_lack = {theirs(OUTPUT)} if config.tied else set()  # a tied output is not looked at, whether it is there or not
+        problems: dict[str, list[str]] = {}
+        for file, tensors in self.files.items():
+            described = {name: (held.dtype, held.shape) for name, held in tensors.items()}
+            own = {name: shape for name, shape in expected.items() if name in tensors and name not in may_lack}
+            wrong = misfits({file: described}, own, 1)[file]
+            wrong += [f"{name} is unexpected" for name in tensors if name not in expected]
+            if wrong:
+                problems[file] = wrong
+        if self.all_are_here:
+            self._add_missing({name: shape for name, shape in expected.items() if name not in may_lack}, problems)
+        return problems
+
+    def _add_missing(self, expected: Mapping[str, Shape], problems: dict[str, list[str]]) -> None:
+        """Tensors that no file holds, told of the file that the index names, or that holds the tensor before it."""
+        owners, file = self.owners, next(iter(self.files))
+        for name, shape in expected.items():
+            file = owners.get(name, [file])[0]
+            if name not in owners:
+                place = self.index.place.get(name, file) if self.index else file
+                problems.setdefault(place, []).append(f"{name} is missing, expected shape {shape}")
+
+    def _implied(self, config: HFConfig) -> ModelArgs | None:
+        """The model of which all of them together are the tensors."""
+        held = {name: tensor for tensors in self.files.values() for name, tensor in tensors.items()}
+        layers = {int(match[1]) for name in held if (match := LAYER_NAME.fullmatch(name))}
+        if any(tensor.dtype not in WEIGHT_DTYPES for tensor in held.values()) or not layers or len(held) <= max(layers):
+            return None
+        ours = {theirs(name): name for name in _names_of_layers(max(layers) + 1)}
+        model = implied_model({ours.get(name, name): tensor.shape for name, tensor in held.items()})
+        has_output = theirs(OUTPUT) in held
+        return model[0] if model and model[1] == 1 and (has_output or config.tied) else None
+
+
+def _names_of_layers(n_layers: int) -> list[str]:
+    """Every tensor of a model of so many layers, under Meta's names."""
+    least = {"dim": 2, "n_heads": 1, "n_kv_heads": 1, "hidden_dim": 1, "vocab_size": 1, "norm_eps": 1e-5, "rope_theta": 5e5}
+    return list(expected_shapes(ModelArgs(n_layers=n_layers, **least)))

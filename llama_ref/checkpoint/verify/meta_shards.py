@@ -1,0 +1,301 @@
+"""What can be said about a checkpoint's files without reading their weights: kind, size, tensors against params.json."""
+
+import binascii
+import math
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import SHARD_NAME, shard_number
+from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
+from llama_ref.checkpoint.formats.pth_length import archive_length
+from llama_ref.checkpoint.formats.pth_pickle import RefusedPickle
+from llama_ref.checkpoint.hf.config import HFConfig, read_config
+from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as MAX_TOKENIZER_JSON_BYTES
+from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
+from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes, misfits, other_kind, shard_shape, strangers
+from llama_ref.checkpoint.verify.findings import (
+    MOST_SHARDS,
+    Finding,
+    Structure,
+    contradiction,
+    how_json_broke,
+    implied_model,
+    kind_of_file,
+    listed,
+    without_path,
+)
+from llama_ref.checkpoint.verify.hf_shards import examine_safetensors
+from llama_ref.checkpoint.verify.presence import HUGGING_FACE, Format, size_of
+from llama_ref.checkpoint.verify.report import State
+from llama_ref.errors import CheckpointError
+from llama_ref.files import read_head, read_small
+from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, read_json, read_ranks, read_tokenizer_model
+
+__all__ = ["Finding", "Structure", "examine"]
+
+
+def examine(
+    folder: Path,
+    names: Iterable[str],
+    form: Format,
+    *,
+    not_to_open: Collection[str] = (),
+    params_are_right: bool | None = None,
+) -> Structure:
+    """Look at each named file of `folder`. Nothing is executed, and of weights no more than a few MB read.
+
+    `params_are_right` says whether a sum vouches for params.json or config.json. Where it is known to be damaged, weights and
+    tokenizer are looked at by themselves only; where nothing is known, it may be what is wrong if the weights do not fit it.
+    """
+    found, all_names = Structure(), list(names)
+    names = [name for name in all_names if name not in not_to_open]
+    for name in names:
+        if finding := kind_of_file(folder / name):
+            found.findings[name] = finding
+    may_blame_params = params_are_right is None
+    if form is HUGGING_FACE:
+        config = _read_params(folder, names, form, found)
+        config = None if params_are_right is False else config
+        implied = examine_safetensors(folder, all_names, names, found, config, may_blame_params)
+        args = implied or (config.args if config else None)
+        _examine_texts(folder, names, found)
+    else:
+        args = _read_params(folder, names, form, found)
+        args = None if params_are_right is False else args
+        implied, n_shards = _examine_shards(folder, names, found, args, may_blame_params)
+        args = implied or args
+        _count_shards(all_names, found, n_shards)
+    _examine_tokenizer(folder, names, form, found, args)
+    return found
+
+
+# params.json, config.json and their like ----------------------------------------------------------------------------------
+
+
+def _read_params(folder: Path, names: list[str], form: Format, found: Structure) -> ModelArgs | HFConfig | None:
+    path = folder / form.params
+    if form.params not in names or form.params in found.findings:
+        return None
+    try:
+        return read_config(path) if form is HUGGING_FACE else ModelArgs.from_json(path)
+    except CheckpointError as error:
+        # A config.json in good order is most often another model's: anyone may publish a folder of this format.
+        state = how_json_broke(path) or (State.MISFIT if form is HUGGING_FACE else State.DAMAGED)
+        found.findings[form.params] = Finding(state, without_path(error, path))
+        return None
+
+
+def _examine_texts(folder: Path, names: list[str], found: Structure) -> None:
+    """The JSON files that only Hugging Face's own library reads."""
+    for name in names:
+        if name in HUGGING_FACE.others and name.endswith(".json") and name not in found.findings:
+            path = folder / name
+            try:
+                is_object = isinstance(read_json(path, MAX_FILE_BYTES, "a JSON object"), dict)
+                detail = "" if is_object else "it holds no JSON object"
+            except CheckpointError as error:
+                detail = without_path(error, path)
+            if detail:
+                found.findings[name] = Finding(how_json_broke(path, MAX_FILE_BYTES) or State.DAMAGED, detail)
+
+
+# tokenizers ---------------------------------------------------------------------------------------------------------------
+
+
+def _examine_tokenizer(folder: Path, names: list[str], form: Format, found: Structure, args: ModelArgs | None) -> None:
+    """The tokenizer that would be used."""
+    name = next((name for name in form.tokenizers if name in names), None)
+    if name is None or name in found.findings:
+        return
+    if name.endswith(".json"):
+        _examine_tokenizer_json(folder, name, form, found, args)
+    elif ADDED_TOKENS in names and ADDED_TOKENS not in found.findings:
+        _examine_with_added(folder, name, form, found, args)
+    else:
+        _examine_ranks(folder, name, form, found, args)
+
+
+def _examine_tokenizer_json(folder: Path, name: str, form: Format, found: Structure, args: ModelArgs | None) -> None:
+    path = folder / name
+    try:
+        n_words = read_tokenizer_json(path).n_words
+    except CheckpointError as error:
+        state = how_json_broke(path, MAX_TOKENIZER_JSON_BYTES) or State.MISFIT
+        found.findings[name] = Finding(state, without_path(error, path))
+        return
+    if args and n_words > args.vocab_size:  # fewer are usual: fine-tunes pad their embedding
+        found.findings[name] = Finding(State.MISFIT, _wrong_count(n_words, form, args))
+
+
+def _examine_with_added(folder: Path, name: str, form: Format, found: Structure, args: ModelArgs | None) -> None:
+    """tokenizer.model and the added tokens beside it, which only together have `vocab_size` tokens."""
+    path, beside = folder / name, folder / ADDED_TOKENS
+    _examine_ranks(folder, name, form, found, None)
+    if name in found.findings:
+        return
+    try:
+        n_words = read_tokenizer_model(path).n_words
+    except CheckpointError as error:
+        state = how_json_broke(beside, MAX_FILE_BYTES) or State.MISFIT
+        found.findings[ADDED_TOKENS] = Finding(state, without_path(error, beside))
+        return
+    if args and n_words != args.vocab_size:
+        detail = f"with them {name} has {_wrong_count(n_words, form, args)}"
+        found.findings[ADDED_TOKENS] = Finding(State.MISFIT, detail)
+
+
+def _examine_ranks(folder: Path, name: str, form: Format, found: Structure, args: ModelArgs | None) -> None:
+    path = folder / name
+    n_expected = args.vocab_size - N_SPECIAL if args else None
+    try:
+        n_ranks = len(read_ranks(path))
+    except CheckpointError as error:
+        broken = _how_ranks_broke(path, n_expected)
+        found.findings[name] = Finding(broken, without_path(error, path), if_altered=broken)
+        return
+    if n_expected not in (None, n_ranks):
+        detail = _wrong_count(n_ranks + N_SPECIAL, form, args)
+        found.findings[name] = Finding(State.MISFIT, detail, if_altered=_how_ranks_broke(path, n_expected))
+
+
+def _wrong_count(n_words: int, form: Format, args: ModelArgs) -> str:
+    return f"{n_words:,} tokens, but {form.params} has vocab_size {args.vocab_size:,}"
+
+
+def _how_ranks_broke(path: Path, n_expected: int | None) -> State:
+    """Cut short if all that is there is a flawless beginning, longer if the whole vocabulary stands before something else."""
+    try:
+        *lines, rest = read_small(path, MAX_FILE_BYTES, "a tokenizer").split(b"\n")
+    except CheckpointError:
+        return State.DAMAGED
+    n_sound = next((rank for rank, line in enumerate(lines) if not _is_rank(line, rank)), len(lines))
+    if n_sound == len(lines) and (n_sound < n_expected if n_expected else rest):
+        return State.CUT_SHORT
+    if n_expected and n_sound >= n_expected and (len(lines) > n_expected or rest):
+        return State.LONGER
+    return State.DAMAGED
+
+
+def _is_rank(line: bytes, rank: int) -> bool:
+    token, _, number = line.partition(b" ")
+    try:
+        return binascii.b2a_base64(binascii.a2b_base64(token), newline=False) == token and number == str(rank).encode()
+    except binascii.Error:
+        return False
+
+
+# shards -------------------------------------------------------------------------------------------------------------------
+
+
+def _examine_shards(
+    folder: Path, names: list[str], found: Structure, args: ModelArgs | None, may_blame_params: bool
+) -> tuple[ModelArgs | None, int | None]:
+    """Findings about the shards; their model, where params.json alone says another; how many they are, as their shapes tell."""
+    shards = [name for name in names if SHARD_NAME.fullmatch(name)]
+    for name in shards:
+        if name in found.findings:
+            continue
+        try:
+            found.tensors[name] = inspect_pth(folder / name)
+        except CheckpointError as error:
+            found.findings[name] = _why_broken(folder / name, error)
+    expected = _expected_shapes(folder, args, found) if args and shards else None
+    implied, n_shards = None, None
+    if expected:
+        n_shards = next((n for tensors in found.tensors.values() if (n := _n_shards(tensors, args))), len(shards))
+        problems = _problems(found.tensors, expected, n_shards)
+        if may_blame_params and len(problems) == len(found.tensors) and (model := _implied_by(found.tensors)):
+            implied, n_shards = model
+            found.findings["params.json"] = contradiction(list(found.tensors), args, implied, names={})
+        else:
+            found.findings |= {name: Finding(State.MISFIT, listed(wrong)) for name, wrong in problems.items()}
+    _measure_broken(folder, shards, found, expected, n_shards or len(shards))
+    return implied, n_shards
+
+
+def _count_shards(names: list[str], found: Structure, n_shards: int | None) -> None:
+    """Which shards there must be, and which belong to no others."""
+    numbers = [number for name in names if 0 <= (number := shard_number(name)) < MOST_SHARDS]
+    found.needed = [f"consolidated.{n:02d}.pth" for n in range(max(max(numbers, default=-1) + 1, n_shards or 0))]
+    if n_shards is not None:
+        why = f"the tensors are those of {n_shards} shards"
+        found.surplus = {name: why for name in names if shard_number(name) >= n_shards}
+
+
+def _implied_by(files: Mapping[str, Mapping[str, TensorInfo]]) -> tuple[ModelArgs, int] | None:
+    """The model, and its number of shards, that all of them agree about."""
+    alike = {frozenset((name, held.dtype, held.shape) for name, held in tensors.items()) for tensors in files.values()}
+    if len(alike) != 1 or any(dtype not in WEIGHT_DTYPES for _, dtype, _ in next(iter(alike))):
+        return None
+    return implied_model({name: shape for name, _, shape in next(iter(alike))})
+
+
+def _why_broken(path: Path, error: CheckpointError) -> Finding:
+    size, whole = size_of(path) or 0, None
+    with suppress(OSError):
+        whole = archive_length(path)
+    if whole and whole != size:
+        return Finding(State.CUT_SHORT if size < whole else State.LONGER, without_path(error, path), whole)
+    state = State.REFUSED if isinstance(error, RefusedPickle) else State.DAMAGED
+    return Finding(state, without_path(error, path), whole)
+
+
+def _expected_shapes(folder: Path, args: ModelArgs, found: Structure) -> dict[str, Shape] | None:
+    """Whole tensors' shapes by name; None with a note for the kinds of release whose tensors are others."""
+    kind = other_kind(args, folder)
+    if kind:
+        found.notes.append(f"{kind}: its tensors were not compared with params.json")
+        return None
+    return expected_shapes(args)
+
+
+def _problems(
+    files: Mapping[str, Mapping[str, TensorInfo]], expected: Mapping[str, Shape], n_shards: int
+) -> dict[str, list[str]]:
+    """What does not fit in each file that has something that does not."""
+    described = {file: {name: (held.dtype, held.shape) for name, held in held_by.items()} for file, held_by in files.items()}
+    problems = {
+        file: wrong + [f"{stranger} is unexpected" for stranger in strangers(files[file], expected)]
+        for file, wrong in misfits(described, expected, n_shards).items()
+    }
+    return {file: wrong for file, wrong in problems.items() if wrong}
+
+
+def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
+    """How many shards the release must have, by this one's share of the vocabulary."""
+    rows = tensors["tok_embeddings.weight"].shape[:1] if "tok_embeddings.weight" in tensors else ()
+    if not rows or not rows[0] or args.vocab_size % rows[0]:
+        return None
+    n_shards = args.vocab_size // rows[0]
+    return n_shards if n_shards <= MOST_SHARDS else None
+
+
+def _measure_broken(
+    folder: Path, shards: list[str], found: Structure, expected: Mapping[str, Shape] | None, n_shards: int
+) -> None:
+    """Judge broken shards by the size of a sound one (all of a release are alike), or at least by what params.json implies."""
+    sound = max((size_of(folder / name) or 0 for name in found.tensors), default=None)
+    least = sound or (_least_bytes(expected, n_shards) if expected else 0)
+    for name in shards:
+        finding, size = found.findings.get(name), size_of(folder / name) or 0
+        if finding is None or name in found.tensors:
+            continue
+        if size == sound and finding.state in (State.CUT_SHORT, State.LONGER):
+            found.findings[name] = Finding(State.DAMAGED, finding.detail, sound)
+        elif sound and size < sound and finding.state is State.CUT_SHORT:
+            found.findings[name] = Finding(State.CUT_SHORT, finding.detail, sound)
+        elif size < least and finding.expected_size is None:
+            cut = finding.state in (State.DAMAGED, State.REFUSED) and _starts_as_archive(folder / name)
+            found.findings[name] = Finding(State.CUT_SHORT if cut else finding.state, finding.detail, least)
+
+
+def _least_bytes(expected: Mapping[str, Shape], n_shards: int) -> int:
+    return sum(math.prod(shard_shape(name, shape, n_shards)) for name, shape in expected.items()) * torch.bfloat16.itemsize
+
+
+def _starts_as_archive(path: Path) -> bool:
+    return b"PK\3\4".startswith(read_head(path, 4))

@@ -1,0 +1,173 @@
+"""What stands under a name in a folder, before any of it is opened."""
+
+import re
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME
+from llama_ref.checkpoint.verify.report import FileReport, State, human_bytes
+from llama_ref.vocabulary import ADDED_TOKENS
+
+PARTIAL_SUFFIXES = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".tmp", ".aria2")
+ONE_FILE = "model.safetensors"
+INDEX_NAME = f"{ONE_FILE}.index.json"
+
+
+@dataclass(frozen=True)
+class Format:
+    """Whose files a checkpoint is made of.
+
+    Of `tokenizers` the first that is there is used. `others` belong to the checkpoint where they are there.
+    """
+
+    whose: str
+    params: str
+    tokenizers: tuple[str, str]
+    weights: re.Pattern[str]
+    first_weights: str
+    others: tuple[str, ...]
+
+
+META = Format(
+    whose="Meta's",
+    params="params.json",
+    tokenizers=("tokenizer.model", "tokenizer.json"),
+    weights=SHARD_NAME,
+    first_weights="consolidated.00.pth",
+    others=(ADDED_TOKENS,),
+)
+HUGGING_FACE = Format(
+    whose="Hugging Face's",
+    params="config.json",
+    tokenizers=("tokenizer.json", "tokenizer.model"),
+    weights=SAFETENSORS_NAME,
+    first_weights=ONE_FILE,
+    others=(
+        INDEX_NAME,
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        ADDED_TOKENS,
+        "chat_template.json",
+        "chat_template.jinja",
+    ),
+)
+
+
+def format_of(names: Collection[str]) -> Format:
+    """Whose files these are: the format that is complete, Meta's before the other; else the one there are traces of."""
+    for form in (META, HUGGING_FACE):
+        if form.params in names and has_weights(form, names):
+            return form
+    if META.params in names or has_weights(META, names):
+        return META
+    if HUGGING_FACE.params in names or INDEX_NAME in names or has_weights(HUGGING_FACE, names):
+        return HUGGING_FACE
+    return HUGGING_FACE if "tokenizer.json" in names and "tokenizer.model" not in names else META
+
+
+def has_weights(form: Format, names: Collection[str]) -> bool:
+    """Whether files of weights in this format are among the names."""
+    return any(form.weights.fullmatch(name) for name in names)
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds, by name; nothing if it cannot be listed."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return []
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """The names of a checkpoint's files that are there, weights first; none if the folder cannot be listed."""
+    names = names_in(folder)
+    return files_of(format_of(names), names)
+
+
+def files_of(form: Format, names: Collection[str]) -> list[str]:
+    """Those of `names` that belong to a checkpoint of this format, weights first."""
+    tokenizers = [name for name in form.tokenizers if name in names]
+    if form is META:
+        tokenizers = tokenizers[:1]
+    # Beside a tokenizer.json, this file is none that Meta's format knows.
+    others = [name for name in form.others if name in names and (form is not META or tokenizers == ["tokenizer.model"])]
+    weights = [name for name in names if form.weights.fullmatch(name) or (form is META and name.startswith("fp8_scales"))]
+    return [*weights, *(name for name in (form.params,) if name in names), *tokenizers, *others]
+
+
+def cannot_be_opened(folder: Path, name: str) -> FileReport | None:
+    """A report for a file that is missing, is no file, or lies outside the folder; such a one must not be opened."""
+    path = folder / name
+    try:
+        if target := _outside(folder, path):
+            return FileReport(name, State.REFUSED, detail=f"a link leads out of the folder, to {target}")
+        if not path.exists():
+            return FileReport(name, State.MISSING, detail=partial_download(path))
+        if not path.is_file():
+            detail = "not a plain file: a folder, a device or a pipe stands in its place"
+            return FileReport(name, State.UNREADABLE, detail=detail)
+    except RuntimeError:  # as pathlib says it before Python 3.13
+        return FileReport(name, State.UNREADABLE, detail="a link that leads back to itself")
+    except OSError as error:
+        return FileReport(name, State.UNREADABLE, detail=error.strerror or str(error))
+    return None
+
+
+def _outside(folder: Path, path: Path) -> Path | None:
+    """Where links on the way to `path` lead, if that is outside the folder."""
+    target, home = path.resolve(), folder.resolve()
+    return None if target.is_relative_to(home) or _is_own_blob(home, target) else target
+
+
+def _is_own_blob(folder: Path, target: Path) -> bool:
+    """Whether the link is one of Hugging Face's cache, from `snapshots/<revision>/…` to `blobs/` of the same repository."""
+    return any(parent.name == "snapshots" and target.parent == parent.parent / "blobs" for parent in folder.parents)
+
+
+def partial_download(path: Path) -> str:
+    """A sentence about the unfinished download of a missing file, beside it or where Hugging Face's tool keeps such."""
+    for suffix in PARTIAL_SUFFIXES:
+        size = size_of(path.with_name(path.name + suffix))
+        if size is not None:
+            return f"its download has not ended: {path.name}{suffix} is there with {human_bytes(size)}"
+    sizes = [size for part in _hub_parts(path.parent) if (size := size_of(part)) is not None]
+    if sizes:  # their names are sums, which do not tell what they are parts of
+        what = "a download has" if len(sizes) == 1 else f"{len(sizes)} downloads have"
+        return f"{what} not ended: Hugging Face's cache holds {human_bytes(sum(sizes))} in .incomplete files"
+    return ""
+
+
+def _hub_parts(folder: Path) -> Iterator[Path]:
+    """Unfinished files as huggingface_hub leaves them: in a local folder's `.cache`, or in `blobs` of the user's cache."""
+    try:
+        for home in (folder, folder.parent):  # the second: of a repository's original/
+            yield from (home / ".cache" / "huggingface" / "download").rglob("*.incomplete")
+        for parent in folder.resolve().parents:
+            if parent.name == "snapshots":
+                yield from (parent.parent / "blobs").glob("*.incomplete")
+    except (OSError, RuntimeError):
+        return
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes; None where there is nothing."""
+    stamp = stamp_of(path)
+    return stamp[0] if stamp else None
+
+
+def stamp_of(path: Path) -> tuple[int, int] | None:
+    """(bytes, time of the last change in nanoseconds): while both stay, so does the content."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def age_seconds(path: Path) -> float:
+    """Time since the last change; infinite where there is nothing."""
+    stamp = stamp_of(path)
+    return time.time() - stamp[1] / 1e9 if stamp else float("inf")

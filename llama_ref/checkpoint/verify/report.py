@@ -1,0 +1,164 @@
+"""What a check of a folder found, as plain data: states, one report per file, one line for a person."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from llama_ref.checkpoint.verify.checklist import CHECKLIST_NAME
+from llama_ref.files import ADVICE as ADVICE_ON_IMPOSTOR
+
+
+class State(str, Enum):
+    """What is the matter with a file. The words are what tables, JSON and scripts see."""
+
+    WHOLE = "whole"
+    SOUND = "sound"  # everything but a comparison of sums was checked
+    MISSING = "missing"
+    EMPTY = "empty"
+    CUT_SHORT = "cut short"
+    LONGER = "longer"
+    DAMAGED = "damaged"
+    MISNAMED = "misnamed"
+    WEB_PAGE = "web page"
+    ERROR_BODY = "error body"
+    POINTER = "Git LFS pointer"
+    UNWRITTEN = "unwritten"
+    GROWING = "still growing"
+    UNREADABLE = "unreadable"
+    REFUSED = "refused"
+    MISFIT = "does not fit"
+    EXTRA = "extra"
+    NOT_FINITE = "not finite"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+GOOD = (State.WHOLE, State.SOUND)
+STATE_OF_IMPOSTOR = {  # by what `files.what_is` calls it, which is then the `detail`
+    "an empty file": State.EMPTY,
+    "an HTML page": State.WEB_PAGE,
+    "an XML error body": State.ERROR_BODY,
+    "a JSON error body": State.ERROR_BODY,
+    "a Git LFS pointer": State.POINTER,
+    "a run of zero bytes": State.UNWRITTEN,
+}
+
+ADVICE = {state: ADVICE_ON_IMPOSTOR[kind] for kind, state in STATE_OF_IMPOSTOR.items()} | {
+    State.MISSING: "fetch it",
+    State.CUT_SHORT: "the download broke off, fetch that file again",
+    State.LONGER: "something was written behind or into it, delete it and fetch it again",
+    State.DAMAGED: "its content is not what was published, fetch that file again",
+    State.MISNAMED: "rename it",
+    State.GROWING: "a download is still writing it, check again when that has ended",
+    State.UNREADABLE: "make it readable, or fetch it again",
+    State.REFUSED: "do not load it, fetch it again from its publisher",
+    State.MISFIT: "it belongs to another model or was written wrongly, fetch the folder's files from one release",
+    State.EXTRA: "move it out of the folder if it is not part of the release, or fetch the release's full checklist",
+    State.NOT_FINITE: "the model cannot give sensible output, fetch it again, or look into the training that wrote it",
+}
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """One file. Sizes in bytes; sums in hex, None where not known or not computed; `seconds` is the time hashing took."""
+
+    name: str
+    state: State
+    size: int | None = None
+    expected_size: int | None = None
+    expected_sum: str | None = None
+    found_sum: str | None = None
+    detail: str = ""
+    seconds: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.state in GOOD
+
+    @property
+    def advice(self) -> str:
+        return ADVICE.get(self.state, "")
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        return self.size / self.seconds if self.size and self.seconds else None
+
+    def sentence(self) -> str:
+        """What is wrong and what to do, for the last line of a report."""
+        detail = f" ({self.detail})" if self.detail else ""
+        difference = (self.expected_size or 0) - (self.size or 0)
+        if self.state is State.CUT_SHORT and self.size is not None and difference > 0:
+            return f"{printable(self.name)} is {human_bytes(difference)} short: {self.advice}"
+        if self.state is State.LONGER and self.expected_size is not None and difference < 0:
+            return f"{printable(self.name)} is {human_bytes(-difference)} too long: {self.advice}"
+        if self.state in STATE_OF_IMPOSTOR.values() and self.detail:
+            return f"{printable(self.name)} is {self.detail}: {self.advice}"
+        verb = "" if self.state is State.MISFIT else "is "
+        return f"{printable(self.name)} {verb}{self.state}{detail}: {self.advice}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A checked folder. `problem` says why it could not be checked in full, where that is so; `notes` are no faults."""
+
+    folder: Path
+    files: list[FileReport] = field(default_factory=list)
+    problem: str | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def bad(self) -> list[FileReport]:
+        return [file for file in self.files if not file.ok]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was to be checked was checked and is whole."""
+        return not self.bad and self.problem is None
+
+    @property
+    def exit_code(self) -> int:
+        """0 whole; 1 something is not whole; 2 could not be checked."""
+        if any(file.name != CHECKLIST_NAME for file in self.bad):
+            return 1
+        return 0 if self.problem is None else 2
+
+    def summary(self) -> str:
+        """One line that a person understands."""
+        total, bad = len(self.files), self.bad
+        if not self.files:
+            return f"{printable(str(self.folder))} could not be checked: {self.problem}"
+        if not bad:
+            word = "whole" if all(file.state is State.WHOLE for file in self.files) else "sound as far as could be checked"
+            counted = f"all {total} files are {word}" if total > 1 else f"the only file is {word}"
+            return counted if self.problem is None else f"{counted}; {self.problem}"
+        shown = "; ".join(file.sentence() for file in bad[:3])
+        more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+        problem = f"; {self.problem}" if self.problem else ""
+        word = "sound" if any(file.state is State.SOUND for file in self.files) else "whole"
+        return f"{total - len(bad)} of {total} files are {word}; {shown}{more}{problem}"
+
+    def to_json(self) -> str:
+        """The report for scripts: its fields, ok, exit_code and summary, and per file its fields, ok and advice."""
+        files = [asdict(file) | {"state": str(file.state), "ok": file.ok, "advice": file.advice} for file in self.files]
+        head = {"folder": str(self.folder), "ok": self.ok, "exit_code": self.exit_code, "summary": self.summary()}
+        tail = {"problem": self.problem, "notes": self.notes, "seconds": round(self.seconds, 3), "files": files}
+        return json.dumps(head | tail, indent=2)
+
+
+def human_bytes(n: float) -> str:
+    """1234567 -> "1.23 MB" (powers of ten, three digits)."""
+    if n < 1000:
+        return f"{n:.0f} byte{'' if n == 1 else 's'}"
+    units = iter(("kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while (n := n / 1000) >= 999.5:
+        unit = next(units, unit)
+    return f"{n:.3g} {unit}"
+
+
+def printable(text: str) -> str:
+    """A file's name as a terminal may be shown it: control characters and stray bytes escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)

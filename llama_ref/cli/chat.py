@@ -1,0 +1,110 @@
+"""`llama-ref chat`: a conversation at the terminal, or through a pipe."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from llama_ref.cli.terminal import note
+from llama_ref.cli.timing import Pace
+from llama_ref.errors import RequestError
+from llama_ref.parallel.job import Job, from_first
+from llama_ref.session import Session
+
+HELP = """/system TEXT  begin anew with this system prompt (without TEXT: none)
+/reset        begin anew with the same system prompt
+/save FILE    write the conversation as JSON
+/load FILE    go on from such a file
+/exit         leave (so does Ctrl-D)
+Ctrl-C breaks off an answer. A line that ends in \\ goes on in the next."""
+
+
+def chat(session: Session, options: dict) -> None:
+    """Read lines, answer them, obey the commands; until /exit or the end of input.
+
+    At a terminal it prompts and greets; through a pipe only answers go to stdout. Of several processes the first reads, for
+    all. `options` are `Llama.stream`'s.
+    """
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history for input()
+        note("Type a message, or /help.")
+    for line in _lines("> " if interactive else "", session.llama.job):
+        if not line.strip():
+            continue
+        try:
+            if line.startswith("/"):
+                if line.split()[0] == "/exit":
+                    return
+                note(_command(session, line))
+            else:
+                _answer(session, line, options, interactive)
+        except RequestError as error:
+            note(str(error))
+
+
+def _lines(prompt: str, job: Job) -> Iterator[str]:
+    """Lines of input; a backslash at the end joins the next one. Ctrl-C at the prompt drops what was typed.
+
+    Without a prompt nobody is typing, and Ctrl-C ends the program as usual.
+    """
+    typed = ""
+    while True:
+        try:
+            line = from_first(job, partial(input, "… " if typed and prompt else prompt))
+        except EOFError:
+            if prompt:
+                note("")
+            if typed:
+                yield typed
+            return
+        except KeyboardInterrupt:
+            if not prompt:
+                raise
+            note("\n(/exit or Ctrl-D leaves)")
+            typed = ""
+            continue
+        typed += line
+        if typed.endswith("\\"):
+            typed = typed[:-1] + "\n"
+            continue
+        yield typed
+        typed = ""
+
+
+def _answer(session: Session, text: str, options: dict, interactive: bool) -> None:
+    pace = Pace(session.say(text, **options))
+    try:
+        for piece in pace:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pace.stream.close()
+        if not interactive:  # nobody is there to go on with the next turn
+            raise
+    print(flush=True)
+    note(str(pace))
+
+
+def _command(session: Session, line: str) -> str:
+    """Do what a /command says; return a line about it. Raises RequestError for what cannot be done."""
+    command, _, rest = line.partition(" ")
+    rest = rest.strip()
+    match command:
+        case "/help":
+            return HELP
+        case "/reset":
+            session.reset(session.system)
+            return "begun anew"
+        case "/system":
+            session.reset(rest or None)
+            return "begun anew with this system prompt" if rest else "begun anew without a system prompt"
+        case "/save" | "/load" if not rest:
+            raise RequestError(f"{command} needs a file name")
+        case "/save":
+            session.save(rest)
+            return f"saved {len(session.dialog)} messages to {rest}"
+        case "/load":
+            session.load(rest)
+            return f"loaded {len(session.dialog)} messages from {rest}"
+    raise RequestError(f"{command} is unknown; /help lists what there is")

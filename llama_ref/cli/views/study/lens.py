@@ -1,0 +1,99 @@
+"""What `llama-ref lens` prints."""
+
+import json
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from llama_ref.cli.terminal import print_rich
+from llama_ref.cli.views.study.shared import (
+    cut,
+    elastic,
+    new_table,
+    number,
+    percent,
+    plain,
+    point_name,
+    prompt,
+    say,
+    token_json,
+    tokens_json,
+)
+from llama_ref.study.inputs import label
+from llama_ref.study.logit_lens import LogitLens, block_ends
+from llama_ref.tokenizer import Tokenizer
+
+
+def print_lens(lens: LogitLens, tokenizer: Tokenizer, *, as_json: bool) -> None:
+    """What each layer would say after the last position read; as JSON, what each point says after all of them."""
+    if as_json:
+        print(json.dumps(_lens_json(lens, tokenizer), indent=2))
+        return
+    print_rich(prompt(lens.tokens[: lens.positions[-1] + 1], tokenizer))
+    print_rich(_lens_table(lens, tokenizer))
+    say(
+        "Read through the final norm and the output matrix after the last token. Entropy and KL in nats; KL: to what the model"
+        " says in the end. Other positions, and points within layers: --json."
+    )
+    if lens.target is not None:
+        say(_when_first(lens, label(tokenizer, lens.target)), "green")
+
+
+def _lens_table(lens: LogitLens, tokenizer: Tokenizer) -> Table:
+    target = [] if lens.target is None else [Text(cut(label(tokenizer, lens.target))), "rank"]
+    table = new_table("after", *target, "entropy", "KL")
+    table.add_column("likeliest next")
+    last = lens.top_ids[-1, -1, 0]
+    for p in block_ends(lens.points):
+        of_target = [] if lens.target is None else [percent(lens.target_probability[p, -1]), _rank_cell(lens, p)]
+        said = zip(lens.top_ids[p, -1].tolist(), lens.top_probabilities[p, -1].tolist(), strict=True)
+        style = "bold" if lens.top_ids[p, -1, 0] == last else ""
+        best = elastic("  ".join(f"{cut(label(tokenizer, token))} {percent(share)}" for token, share in said), style)
+        table.add_row(point_name(lens.points[p]), *of_target, number(lens.entropy[p, -1]), number(lens.kl[p, -1]), best)
+    return table
+
+
+def _rank(lens: LogitLens, p: int, t: int) -> int | None:
+    """None where a point says nothing, its numbers not being finite."""
+    return None if lens.target_probability[p, t].isnan() else int(lens.target_rank[p, t])
+
+
+def _rank_cell(lens: LogitLens, p: int) -> str:
+    rank = _rank(lens, p, -1)
+    return "–" if rank is None else f"{rank:,}"
+
+
+def _when_first(lens: LogitLens, target: str) -> str:
+    """Where the target comes out on top for good, in a sentence."""
+    ranks = [(point_name(lens.points[p]), _rank(lens, p, -1)) for p in block_ends(lens.points)]
+    if ranks[-1][1] is None:
+        return "The model's numbers are not finite: look for NaN in its weights (llama-ref verify --deep)."
+    if ranks[-1][1] > 1:
+        return f"{target} is number {ranks[-1][1]:,} in the end, with {percent(lens.target_probability[-1, -1])}."
+    stays = next(i for i in range(len(ranks)) if all(rank == 1 for _, rank in ranks[i:]))
+    return f"{target} is the likeliest from {ranks[stays][0]} on, in the end with {percent(lens.target_probability[-1, -1])}."
+
+
+def _lens_json(lens: LogitLens, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "tokens": tokens_json(lens.tokens, tokenizer),
+        "target": token_json(lens.target, tokenizer),
+        "points": [
+            {"point": point, "positions": [_reading_json(lens, p, t, tokenizer) for t in range(len(lens.positions))]}
+            for p, point in enumerate(lens.points)
+        ],
+    }
+
+
+def _reading_json(lens: LogitLens, p: int, t: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    has_target = lens.target is not None
+    said = zip(lens.top_ids[p, t].tolist(), plain(lens.top_probabilities[p, t]), strict=True)
+    return {
+        "position": lens.positions[t],
+        "entropy": plain(lens.entropy[p, t]),
+        "kl": plain(lens.kl[p, t]),
+        "target_probability": plain(lens.target_probability[p, t]) if has_target else None,
+        "target_rank": _rank(lens, p, t) if has_target else None,
+        "top": [token_json(token, tokenizer) | {"probability": share} for token, share in said],
+    }

@@ -1,0 +1,45 @@
+"""What a command on the residual stream prints: how long it grows, and how it turns."""
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from llama_ref.cli.terminal import print_rich
+from llama_ref.cli.views.study.shared import new_table, number, plain, point_name, prompt, say, tokens_json
+from llama_ref.study.logit_lens import block_ends
+from llama_ref.study.residual import ResidualStream, quartiles_of_others
+from llama_ref.tokenizer import Tokenizer
+
+MEASURES = ("norm", "drift", "to_last")
+
+
+def print_norms(stream: ResidualStream, tokenizer: Tokenizer, *, as_json: bool) -> None:
+    """The stream's length and direction after each layer: of the first token, and the others' median; as JSON, of all."""
+    if as_json:
+        print(json.dumps(_stream_json(stream, tokenizer), indent=2))
+        return
+    print_rich(prompt(stream.tokens, tokenizer))
+    print_rich(_stream_table(stream))
+    say(
+        "Length is the Euclidean norm, drift the cosine with the point half a layer before, to last that with the last point."
+        " Of the others this is the median; the first token, where heads that find nothing look, may grow far longer."
+    )
+
+
+def _stream_table(stream: ResidualStream) -> Table:
+    table = new_table("after", *(f"{of}\n{name}" for of in ("first:", "others:") for name in ("length", "drift", "to last")))
+    measured = [getattr(stream, measure) for measure in MEASURES]  # (P, T) each
+    medians = [quartiles_of_others(values)[1] for values in measured]  # (P,) each
+    for p in block_ends(stream.points):
+        shown = [*(values[p, 0] for values in measured), *(median[p] for median in medians)]
+        table.add_row(point_name(stream.points[p]), *map(number, shown))
+    return table
+
+
+def _stream_json(stream: ResidualStream, tokenizer: Tokenizer) -> dict[str, Any]:
+    points = [
+        {"point": point} | {measure: plain(getattr(stream, measure)[p]) for measure in MEASURES}
+        for p, point in enumerate(stream.points)
+    ]
+    return {"tokens": tokens_json(stream.tokens, tokenizer), "points": points}

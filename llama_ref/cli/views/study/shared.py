@@ -1,0 +1,103 @@
+"""What the tables of all study commands have in common, and their JSON."""
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from llama_ref.cli.terminal import print_rich
+from llama_ref.study.inputs import label
+from llama_ref.tokenizer import Tokenizer
+
+WIDTH = 80  # columns of sentences
+WIDEST_LABEL = 16  # columns
+BAR = 12  # columns of the longest bar
+
+
+def say(text: str, style: str = "") -> None:
+    """A sentence below a table, in lines that are no wider than most terminals."""
+    print_rich(Text(textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False), style=style))
+
+
+def prompt(tokens: Sequence[int], tokenizer: Tokenizer) -> Text:
+    """The tokens with their borders."""
+    return Text("│".join(label(tokenizer, token) for token in tokens), style="italic")
+
+
+def new_table(first: str, *columns: str | Text) -> Table:
+    """The first column to the left, numbers to the right."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def point_name(point: str) -> str:
+    """layers.3.residual_post -> layer 3"""
+    if "." not in point:
+        return point
+    return f"{'within ' * point.endswith('residual_mid')}layer {point.split('.')[1]}"
+
+
+def elastic(text: str, style: str = "") -> Text:
+    """A cell that gives way where a line is short, and is cut: columns that may not wrap would all be cut alike."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def cut(text: str) -> str:
+    """A token's text in no more than WIDEST_LABEL letters."""
+    return text if len(text) <= WIDEST_LABEL else text[: WIDEST_LABEL - 1] + "…"
+
+
+def bar(value: float, longest: float) -> Text:
+    """A share as a bar, full and green above 0, light and red below; none for what is no number."""
+    length = round(BAR * abs(value) / longest) if longest and math.isfinite(value) else 0
+    return Text("█" * length, style="green") if value > 0 else Text("░" * length, style="red")
+
+
+def percent(share: Tensor | float) -> str:
+    """0.62 -> 62%; what is less than a tenth of a percent keeps its size: 3e-06."""
+    share = float(share)
+    if math.isnan(share):
+        return "–"
+    if share >= 0.0995 or share == 0:
+        return f"{share:.0%}"
+    return f"{share:.1%}" if share >= 0.0005 else f"{share:.0e}"
+
+
+def number(value: Tensor | float) -> str:
+    """Two decimals; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{float(value):.2f}"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def tokens_json(tokens: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    return [token_json(token, tokenizer) for token in tokens]
+
+
+def token_json(token: int | None, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The id, and the text as tables show it: half a character has no text of its own."""
+    return None if token is None else {"id": token, "text": label(tokenizer, token)}
+
+
+def plain(values: Tensor) -> Any:
+    """Numbers for JSON, which has none for NaN and infinity: null."""
+    return finite(values.tolist())
+
+
+def finite(values: Any) -> Any:
+    """The same in lists and mappings of any depth, with None for what JSON has no number for."""
+    if isinstance(values, list):
+        return [finite(value) for value in values]
+    if isinstance(values, dict):
+        return {key: finite(value) for key, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values

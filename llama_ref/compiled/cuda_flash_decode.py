@@ -1,0 +1,117 @@
+"""Attention of one token a row to a KV cache, split over the cache, as two Triton kernels (flash-decoding).
+
+The first gives each program a stretch of one key head's cache and the query heads that look through it; the second puts a query
+head's stretches together. How long a row is comes from the device, so that one launch, or one CUDA graph, serves every length.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from llama_ref.compiled.cuda_products import has_pdl
+
+BLOCK_NUMBERS = 8192  # of keys at a time, a head's dimension times so many keys
+MOST_SPLITS = 64
+PROGRAMS = 528  # to keep a card busy: four for each of an H100's multiprocessors
+
+
+def fits(head_dim: int) -> bool:
+    """Whether the kernels take heads of this size."""
+    return head_dim in (16, 32, 64, 128, 256)
+
+
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """q (B, H, hd), keys and values (B, K, S, hd) of the same strides, hd's 1: (B, H, hd).
+
+    Row b looks at its first `lengths[b]` + 1 keys; `lengths` int64 (B,) counts those before the new token.
+    """
+    (B, H, hd), K = q.shape, keys.shape[1]
+    G = H // K
+    splits = max(1, min(MOST_SPLITS, triton.next_power_of_2(PROGRAMS // (B * K))))
+    sums = torch.empty(B, H, splits, hd, dtype=torch.float32, device=q.device)
+    tops = torch.empty(B, H, splits, 2, dtype=torch.float32, device=q.device)  # largest score, sum of exponentials
+    out = torch.empty_like(q)
+    pdl = has_pdl(q.device)
+    launch = {"launch_pdl": True} if pdl else {}
+    block = BLOCK_NUMBERS // hd
+    padded = max(16, triton.next_power_of_2(G))  # the fewest rows that a tensor core takes
+    scale = math.log2(math.e) / math.sqrt(hd)
+    _look[(B * K, splits)](
+        q, keys, values, lengths, sums, tops, scale, *keys.stride()[:3], K, G, padded, hd, block, splits, pdl,
+        num_warps=4, num_stages=3, **launch,
+    )  # fmt: skip
+    _put_together[(B * H,)](out, sums, tops, lengths, H, hd, block, splits, pdl, num_warps=4, **launch)
+    return out
+
+
+@triton.jit
+def _stretch(n, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """How many keys a program takes: whole blocks."""
+    return tl.cdiv(tl.cdiv(n, SPLITS), BLOCK) * BLOCK
+
+
+@triton.jit
+def _look(
+    q, keys, values, lengths, sums, tops, scale, stride_b, stride_k, stride_s,
+    K: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, HD: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, kv_head, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
+    n = (tl.load(lengths + row) + 1).to(tl.int32)
+    stretch = _stretch(n, BLOCK, SPLITS)
+    begin = split * stretch
+    if begin < n:
+        g, d = tl.arange(0, PADDED), tl.arange(0, HD)
+        head = (row * K + kv_head) * G + g
+        q_at = tl.load(q + head[:, None] * HD + d, mask=(g < G)[:, None], other=0)
+        first = row.to(tl.int64) * stride_b + kv_head * stride_k
+        top = tl.full((PADDED,), float("-inf"), tl.float32)
+        total = tl.zeros((PADDED,), tl.float32)
+        mixed = tl.zeros((PADDED, HD), tl.float32)
+        for start in range(begin, min(begin + stretch, n), BLOCK):
+            s = start + tl.arange(0, BLOCK)
+            inside = s < n
+            place = first + s.to(tl.int64) * stride_s
+            k = tl.load(keys + place + d[:, None], mask=inside, other=0)  # (HD, BLOCK)
+            scores = tl.dot(q_at, k, input_precision="ieee") * scale
+            scores = tl.where(inside, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            p = tl.exp2(scores - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(p, 1)
+            v = tl.load(values + place[:, None] + d, mask=inside[:, None], other=0)  # (BLOCK, HD)
+            mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
+            top = new_top
+        cell = head * SPLITS + split
+        tl.store(sums + cell[:, None].to(tl.int64) * HD + d, mixed, mask=(g < G)[:, None])
+        tl.store(tops + cell * 2, top, mask=g < G)
+        tl.store(tops + cell * 2 + 1, total, mask=g < G)
+
+
+@triton.jit
+def _put_together(
+    out, sums, tops, lengths,
+    H: tl.constexpr, HD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    head = tl.program_id(0)
+    n = (tl.load(lengths + head // H) + 1).to(tl.int32)
+    stretch = _stretch(n, BLOCK, SPLITS)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, HD)
+    inside = split * stretch < n
+    cell = head * SPLITS + split
+    top = tl.load(tops + cell * 2, mask=inside, other=float("-inf"))
+    total = tl.load(tops + cell * 2 + 1, mask=inside, other=0)
+    mixed = tl.load(sums + cell[:, None].to(tl.int64) * HD + d, mask=inside[:, None], other=0)
+    weight = tl.exp2(top - tl.max(top, 0))
+    y = tl.sum(mixed * weight[:, None], 0) / tl.sum(total * weight, 0)
+    tl.store(out + head * HD + d, y)

@@ -1,0 +1,124 @@
+"""Four-bit matrices in the layout of the compiled decode step: eight numbers in each int32, one in each of its eight nibbles.
+
+128 columns of a row are 16 such words. Nibble p of word l is column 16·p + l, so that 16 lanes take a plane of 16 neighbours at
+a time by masking alone: a nibble that stays where it is in the word is its number times 16^p, which is folded into the input.
+Long rows are cut into pieces (int8_layout.py).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_ref import huge_pages
+from llama_ref.compiled.int8_layout import PIECE, in_pieces
+from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtype
+
+PLANES, LANES = 8, 16
+COLUMNS = PLANES * LANES  # of a block
+PACKED_ROWS = 1 << 10  # at a time
+SIGN_PLANE = PLANES - 1  # the nibble that holds the word's sign bit: as a number from -8 to 7
+MASKS = [15 << (4 * p) for p in range(SIGN_PLANE)] + [-(1 << 28)]
+
+
+def matrix(words: Tensor, scale: Tensor, zero: Tensor, like: Tensor) -> Tensor:
+    """The weights (N, P · blocks · 128) in `like`'s dtype: as fast as its memory where it is compiled."""
+    wide = wide_dtype(like.dtype)
+    plane = torch.arange(PLANES)[:, None]
+    q = (words[:, :, :, None] >> (4 * plane)) & 15  # (P, N, blocks, 8, 16)
+    q = (q ^ (8 * (plane == SIGN_PLANE))) - 8
+    q = q.to(wide).unflatten(3, (scale.shape[-1], -1))  # (P, N, blocks, groups, planes of a group, 16)
+    w = q * scale[..., None, None].to(wide) + zero[..., None, None].to(wide)
+    return w.to(like.dtype).transpose(0, 1).flatten(1)
+
+
+class PlanarInt4Linear(QuantizedMatrix):
+    """An Int4Linear as `words` int32 (P, N, blocks, 16), `scale` and `zero` bfloat16 (P, N, blocks, groups in a block).
+
+    Rows are filled up to whole blocks with columns that count nothing. Wider groups than a block are said for each block.
+    For prompts `matrix`, the function of that name or the same compiled, makes some rows' weights at a time.
+    """
+
+    def __init__(self, module: Int4Linear, matrix: Callable[..., Tensor] = matrix):
+        super().__init__()
+        self.matrix = matrix
+        self.shape = module.shape
+        self.group = min(module.group, COLUMNS)
+        N, K = self.shape
+        self.n_blocks = -(-K // COLUMNS)
+        words = huge_pages.empty(N, self.n_blocks, LANES, dtype=torch.int32, device=module.packed.device)
+        for start in range(0, N, PACKED_ROWS):
+            rows = slice(start, start + PACKED_ROWS)
+            words[rows] = _to_words(F.pad(module.unpacked(rows), (0, self.n_blocks * COLUMNS - K), value=8))
+        self.register_buffer("words", self._in_pieces(words))
+        self.register_buffer("scale", self._by_block(module.scale))
+        self.register_buffer("zero", self._by_block(module.zero))
+
+    def _by_block(self, values: Tensor) -> Tensor:
+        """(N, K/G) -> (P, N, blocks, groups in a block)."""
+        N, K = self.shape
+        values = values.repeat_interleave(K // values.shape[1] // self.group, dim=1)  # one for each `group` columns
+        missing = self.n_blocks * COLUMNS // self.group - values.shape[1]
+        return self._in_pieces(F.pad(values, (0, missing)).view(N, self.n_blocks, -1))
+
+    def _in_pieces(self, rows: Tensor) -> Tensor:
+        """(N, all blocks, …) -> (P, N, blocks of a piece, …)."""
+        if not in_pieces(self.n_blocks * COLUMNS):
+            return rows[None]
+        return huge_pages.contiguous(rows.unflatten(1, (-1, PIECE // COLUMNS)).transpose(0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out), for prompts and batches."""
+        return self._times_blocks(x)
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        parts = (part[:, rows] for part in (self.words, self.scale, self.zero))
+        return self.matrix(*parts, torch.empty(0, dtype=dtype))[:, : self.shape[1]]
+
+
+def product(words: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
+    """The matrix times x float32 (P · blocks · 128,): float32 (N,). To be compiled: every line is of one loop over the words.
+
+    As w = (q - 8) · scale + zero, a row is Σ (q x) · scale - Σ (8 x) · scale + Σ x · zero; the sign's plane has q - 8 already.
+    """
+    n_groups = scale.shape[-1]
+    per_group = PLANES // n_groups
+    x = x.view(-1, PLANES, LANES)
+    powers = torch.tensor([16.0**-p for p in range(PLANES)])[:, None]
+    eights = torch.tensor([-8.0] * SIGN_PLANE + [0.0])[:, None]
+    by_piece = (len(words), 1, words.shape[2])  # (P, 1, blocks)
+    scaled = held(x * powers).view(*by_piece, PLANES, LANES)
+    offsets = held((x * eights).unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
+    sums = held(x.unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
+
+    def rows(words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        out = 0
+        for g in range(n_groups):
+            dots = sum((words & MASKS[p]).float() * scaled[..., p, :] for p in range(g * per_group, (g + 1) * per_group))
+            if n_groups == 1:
+                out = (dots + offsets[..., 0, :]) * scale.float() + sums[..., 0, :] * zero.float()
+            else:
+                out = out + dots * scale[..., g, None].float()
+        return out.sum((-1, -2)).sum(0)
+
+    halves = zip(*(part.chunk(2, dim=1) for part in (words, scale, zero)), strict=True)
+    out = torch.cat([rows(*half) for half in halves])
+    if n_groups > 1:  # many scales: what they add to a row is a smaller product, of whole vectors of them
+        offsets, sums = (held(part.sum(-1).flatten(2)[:, 0])[:, None] for part in (offsets, sums))  # (P, 1, blocks · groups)
+        out = out + (scale.flatten(2).float() * offsets + zero.flatten(2).float() * sums).sum(-1).sum(0)
+    return out
+
+
+def held(x: Tensor) -> Tensor:
+    """The same values, put into memory: without this a compiler works them out anew for every row that needs them."""
+    return torch.cat(x.chunk(2)) if len(x) > 1 else x
+
+
+def _to_words(q: Tensor) -> Tensor:
+    """0..15 uint8 (n, blocks · 128) -> int32 (n, blocks, 16)."""
+    planes = q.view(len(q), -1, PLANES, LANES)
+    words = torch.zeros(len(q), planes.shape[1], LANES, dtype=torch.int32, device=q.device)
+    for p, plane in enumerate(planes.unbind(2)):
+        words |= (plane ^ (8 if p == SIGN_PLANE else 0)).int() << 4 * p  # two's complement of q - 8 in the sign's
+    return words

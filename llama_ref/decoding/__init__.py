@@ -1,0 +1,1 @@
+"""How tokens are made: the generation loop, text as it streams, speculative decoding."""

@@ -1,0 +1,1 @@
+"""One model on several processes: the job, who holds what, tensor and pipeline parallelism."""

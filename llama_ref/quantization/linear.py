@@ -1,0 +1,149 @@
+"""Linear layers and an embedding on whole numbers, in the layout in which folders hold them; any device, any dtype.
+
+All have `dequantize()`, the float32 matrix that they compute with, and `quantized_bytes`. Where many rows come at once, as in
+a prefill, some of the matrix is turned into the input's dtype at a time and multiplied as always.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ref.device import has_triton
+from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
+
+BLOCK_WEIGHTS = 1 << 22  # turned into the input's dtype at a time: few enough to stay in a processor's cache
+CUDA_BLOCK_WEIGHTS = 1 << 26  # where every block costs launches
+FEW_ROWS = 48  # up to here PyTorch's kernel for int8 was faster than casting the matrix, on two Zen 5 cores
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether this project's own kernels take x: on a CUDA device, where there is Triton."""
+    return x.is_cuda and has_triton()
+
+
+def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """x (…, in) times a quantized matrix, in those kernels: (…, out)."""
+    from llama_ref.compiled.cuda_products import product  # only now: it imports Triton
+
+    return product(x.reshape(-1, x.shape[-1]), weight, scale, zero).unflatten(0, x.shape[:-1])
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What weights of this dtype are put together in: scales may be too small for float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class QuantizedMatrix(nn.Module):
+    """What the modules here have in common; `shape` is (out, in)."""
+
+    shape: tuple[int, int]
+
+    def dequantize(self) -> Tensor:
+        """float32 (out, in)."""
+        return torch.cat([self._rows(rows, torch.float32) for rows in self._blocks()])
+
+    @property
+    def quantized_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.shape[1]}, out_features={self.shape[0]}"
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of the matrix, (n, in)."""
+        raise NotImplementedError
+
+    def _blocks(self) -> Iterator[slice]:
+        weights = CUDA_BLOCK_WEIGHTS if next(self.buffers()).is_cuda else BLOCK_WEIGHTS
+        step = max(1, weights // self.shape[1])
+        return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+
+    def _times_blocks(self, x: Tensor) -> Tensor:
+        """x (…, in) times the matrix, some of its rows at a time."""
+        parts = [F.linear(x, self._rows(rows, x.dtype)) for rows in self._blocks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class Int8Matrix(QuantizedMatrix):
+    """`q` int8 (N, K) and `scale` float32 (N,), whose values bfloat16 has: w = q · scale."""
+
+    def __init__(self, q: Tensor, scale: Tensor):
+        super().__init__()
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+        self.shape = (q.shape[0], q.shape[1])
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Int8Matrix":
+        scale = int8_scales(weight)
+        return cls(to_int8(weight, scale), scale)
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return (self.q[rows].float() * self.scale[rows, None]).to(dtype)
+
+
+class Int8Linear(Int8Matrix):
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        if has_kernels(x):
+            return on_cuda(x, self.q, self.scale)
+        if x.dtype == torch.float16:  # sums of unscaled products would leave its range
+            return self._times_blocks(x)
+        if x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_cuda:  # there PyTorch's kernel is a naive loop
+            return torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.q, self.scale.to(x.dtype)).unflatten(
+                0, x.shape[:-1]
+            )
+        parts = [F.linear(x, self.q[rows].to(x.dtype)) * self.scale[rows].to(x.dtype) for rows in self._blocks()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class Int8Embedding(Int8Matrix):
+    """An embedding; `dtype` is what it gives."""
+
+    def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype):
+        super().__init__(q, scale)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Ids (…) -> (…, dim)."""
+        scale = F.embedding(tokens, self.scale[:, None])  # (…, 1)
+        return (F.embedding(tokens, self.q).float() * scale).to(self.dtype)
+
+
+class Int4Linear(QuantizedMatrix):
+    """`packed` uint8 (N, K/2), `scale` and `zero` bfloat16 (N, K/G): w = (q - 8) · scale + zero."""
+
+    def __init__(self, packed: Tensor, scale: Tensor, zero: Tensor):
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.shape = (packed.shape[0], 2 * packed.shape[1])
+
+    @classmethod
+    def of(cls, weight: Tensor, group: int, importance: Tensor | None = None) -> "Int4Linear":
+        scale, zero = int4_scales(weight, group, importance)
+        return cls(to_int4(weight, scale, zero), scale, zero)
+
+    @property
+    def group(self) -> int:
+        return self.shape[1] // self.scale.shape[1]
+
+    def unpacked(self, rows: slice = slice(None)) -> Tensor:
+        """The numbers 0..15 one in a byte: uint8 (N, K)."""
+        return unpack(self.packed[rows], self.scale.shape[1]).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        if has_kernels(x):
+            return on_cuda(x, self.packed, self.scale, self.zero)
+        return self._times_blocks(x)
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        # Two roundings in bfloat16, each far below a step of the four bits.
+        wide = wide_dtype(dtype)
+        scale, zero = self.scale[rows, :, None].to(wide), self.zero[rows, :, None].to(wide)  # (n, K/G, 1)
+        q = unpack(self.packed[rows], self.scale.shape[1]).to(wide).sub_(8)  # (n, K/G, G)
+        return q.mul_(scale).add_(zero).to(dtype).flatten(1)

@@ -1,0 +1,135 @@
+"""Four-bit matrices in the layout that PyTorch's kernel for CPUs demands.
+
+`faster(module, dtype)` turns an Int4Linear into one where there is a kernel for it. Int8Linear needs no other layout, and on
+CUDA this project's own kernels read both as folders hold them (compiled/cuda_products.py). On an H200 they take two thirds of
+the time of PyTorch's `_weight_int4pack_mm` at one row, and a fifth at 64.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from llama_ref import huge_pages
+from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtype
+
+aten = torch.ops.aten
+
+TILE_ROWS = 64  # tiles may have 16, 32 or 64 rows, by the processor's vectors; matrices are filled up to a multiple of all
+CONVERTED_WEIGHTS = 1 << 21  # at a time: the kernel's packing wants each number as an int32
+FEW_ROWS = 128  # up to here the kernel was faster than turning the matrix into bfloat16, on two Zen 5 cores
+
+
+def faster(module: Int4Linear, dtype: torch.dtype) -> QuantizedMatrix:
+    """The same matrix in the layout of PyTorch's kernel for its device and inputs of `dtype`; itself where there is none."""
+    device = module.packed.device
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and _tile() is not None:
+        return TiledInt4Linear(module, dtype)
+    return module
+
+
+class TiledInt4Linear(QuantizedMatrix):
+    """An Int4Linear as the CPU's kernel wants it: tiles of some rows, in each the rows' numbers column by column.
+
+    `tiles` uint8 (N/R, K, R/2) with R rows in a tile, `scale_and_zero` (K/G, N, 2) in the dtype of the inputs, both with N
+    filled up with zeros.
+    """
+
+    def __init__(self, module: Int4Linear, dtype: torch.dtype):
+        super().__init__()
+        self.shape, self.group = module.shape, module.group
+        rows, _ = _tile()
+        N, K = self.shape
+        padded = -(-N // TILE_ROWS) * TILE_ROWS
+        tiles = huge_pages.empty(padded // rows, K, rows // 2, dtype=torch.uint8)
+        step = max(1, CONVERTED_WEIGHTS // K // TILE_ROWS) * TILE_ROWS
+        for start in range(0, padded, step):
+            q = module.unpacked(slice(start, start + step)).int()
+            q = torch.nn.functional.pad(q, (0, 0, 0, min(step, padded - start) - len(q)))
+            block = aten._convert_weight_to_int4pack_for_cpu(q, 1)
+            tiles[start // rows : (start + len(q)) // rows] = block.view(-1, K, rows // 2)
+        scale_and_zero = torch.zeros(K // self.group, padded, 2, dtype=dtype)
+        scale_and_zero[:, :N, 0], scale_and_zero[:, :N, 1] = module.scale.T, module.zero.T
+        self.register_buffer("tiles", tiles)
+        self.register_buffer("scale_and_zero", scale_and_zero)
+
+    @property
+    def scale(self) -> Tensor:
+        """(N, K/G), as `Int4Linear.scale`."""
+        return self.scale_and_zero[:, : self.shape[0], 0].T
+
+    @property
+    def zero(self) -> Tensor:
+        return self.scale_and_zero[:, : self.shape[0], 1].T
+
+    def unpacked(self, rows: slice = slice(None)) -> Tensor:
+        """The numbers 0..15 one in a byte: uint8 (N, K)."""
+        start, stop, _ = rows.indices(self.shape[0])
+        size, _ = _tile()
+        tiles = self._by_row(slice(start // size, -(-stop // size)))  # (n, K, R)
+        return tiles.transpose(1, 2).flatten(0, 1)[start % size :][: stop - start]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        few = x.numel() <= FEW_ROWS * x.shape[-1]
+        if not few or x.dtype != self.scale_and_zero.dtype:
+            parts = [x @ self._columns(rows, x.dtype) for rows in self._blocks()]
+            return torch.cat(parts, dim=-1)
+        packed = self.tiles.view(-1, self.shape[1] // 2)
+        flat = x.reshape(-1, self.shape[1])
+        out = aten._weight_int4pack_mm_for_cpu(flat, packed, self.group, self.scale_and_zero)
+        return out[:, : self.shape[0]].unflatten(0, x.shape[:-1])
+
+    def _by_row(self, tiles: slice) -> Tensor:
+        """Some tiles' numbers with the rows in order: uint8 (n, K, R)."""
+        _, order = _tile()
+        q = torch.cat((self.tiles[tiles] & 15, self.tiles[tiles] >> 4), dim=-1)
+        return q if order is None else q.index_select(-1, order)
+
+    def _columns(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows' weights as columns, (K, n): tiles hold them so, and to turn them round takes longer than all else."""
+        wide = wide_dtype(dtype)
+        start, stop, _ = rows.indices(self.shape[0])
+        size, _ = _tile()
+        tiles = slice(start // size, -(-stop // size))
+        q = self._by_row(tiles).to(wide).sub_(8).unflatten(1, (-1, self.group))  # (n, K/G, G, R)
+        scale_and_zero = self.scale_and_zero[:, tiles.start * size : tiles.stop * size].to(wide)
+        scale, zero = (part.contiguous() for part in scale_and_zero.unflatten(1, (-1, size)).movedim(0, 1).unbind(-1))
+        weights = q.mul_(scale[:, :, None]).add_(zero[:, :, None]).flatten(1, 2)  # (n, K, R)
+        return weights.transpose(0, 1).flatten(1)[:, start % size :][:, : stop - start].to(dtype)
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self._columns(rows, dtype).T
+
+
+@cache
+def _tile() -> tuple[int, Tensor | None] | None:
+    """How this processor's kernel lays out a tile: its rows, and where in its low, then its high halves each row is found.
+
+    Packing is documented nowhere and differs from processor to processor, so that a matrix that says of each number where it
+    stood is packed to find out. None for the order where it is 0, 1, …; None in all for a layout that is not made of tiles.
+    """
+    columns = 32
+    row = torch.arange(TILE_ROWS)[:, None].expand(-1, columns)
+    column = torch.arange(columns).expand(TILE_ROWS, -1)
+    try:
+        seen = [_halves(part) for part in (row % 16, row // 16, column % 16, column // 16)]
+    except RuntimeError:
+        return None  # no such kernel here
+    rows, found_columns = seen[0] + 16 * seen[1], seen[2] + 16 * seen[3]  # (bytes, 2)
+    for size in (16, 32, 64):
+        places = rows.view(-1, columns, size // 2, 2)  # (tiles, K, R/2, low and high)
+        first = places[0, 0].T.flatten()  # (R,)
+        tile_starts = torch.arange(len(places))[:, None, None] * size
+        is_tiled = (places.transpose(2, 3).flatten(2) == first + tile_starts).all()
+        in_order = (found_columns.view(-1, columns, size // 2, 2) == torch.arange(columns)[:, None, None]).all()
+        if is_tiled and in_order and first.sort().values.equal(torch.arange(size)):
+            order = first.argsort()
+            return size, None if order.equal(torch.arange(size)) else order
+    return None
+
+
+def _halves(q: Tensor) -> Tensor:
+    """A matrix as the kernel packs it, each byte's low and high half: (bytes, 2)."""
+    packed = aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1).flatten()
+    return torch.stack((packed & 15, packed >> 4), dim=-1).long()

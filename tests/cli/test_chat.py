@@ -1,0 +1,225 @@
+"""`llama-ref chat`: turns, commands, pipes, and Ctrl-C at a real terminal."""
+
+import codecs
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+
+import pytest
+
+from llama_ref.cli import chat
+from llama_ref.generation import Llama
+from llama_ref.session import Session
+
+SUM = "What is 2+2?"
+BRIEF = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": SUM}]
+GREEDY = {"temperature": 0, "max_gen_len": 8}
+
+
+@pytest.fixture
+def session(llama) -> Session:
+    return Session(Llama(llama.model, llama.tokenizer, max_seq_len=128))
+
+
+@pytest.fixture
+def talk(session, monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
+    """Pipe lines into the conversation; what comes out on stdout and stderr."""
+
+    def pipe(*lines: str, end: str = "\n", **options) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + end))
+        chat.chat(session, GREEDY | options)
+        return capsys.readouterr()
+
+    return pipe
+
+
+# ---- through a pipe
+
+
+def test_each_line_is_a_turn_and_only_answers_go_to_stdout(talk, session):
+    out, err = talk(SUM, "", "  ", "What is 3+3?")
+    assert out == "2 + 2 = 4\n3 + 3 = 3\n"  # so says the model
+    pace = r"\[\d+ tokens in, first token after \d+\.\d\d s; 7 out, \d+\.\d tokens/s; stop\]"
+    assert re.fullmatch(f"{pace}\n{pace}\n", err)
+    assert [message["role"] for message in session.dialog] == ["user", "assistant"] * 2
+
+
+def test_the_last_line_needs_no_newline(talk):
+    assert talk(SUM, end="").out == "2 + 2 = 4\n"
+
+
+def test_a_backslash_joins_lines(talk, session):
+    talk("first \\", "second\\", "", "/not a command \\", end="", max_gen_len=1)
+    assert session.dialog[0]["content"] == "first \nsecond\n"
+    assert len(session.dialog) == 2  # a message that begins with a slash is a command, whole as it is
+
+
+def test_exit_leaves_what_follows_unread(talk):
+    assert talk(SUM, "/exit now", SUM).out == "2 + 2 = 4\n"
+
+
+def test_nothing_in_nothing_out(talk):
+    assert talk("") == ("", "")
+
+
+def test_commands_answer_on_stderr(talk, session, tmp_path):
+    file = tmp_path / "talk.json"
+    out, err = talk("/help", "/system Be brief.", SUM, f"/save {file}", "/reset", f"/load   {file}", "/system", max_gen_len=3)
+    assert out == session.llama.chat_completion([BRIEF], 0.0, max_gen_len=3)[0]["generation"]["content"] + "\n"
+    told = [line for line in err.splitlines() if not line.startswith("[")]
+    assert told[: len(chat.HELP.splitlines())] == chat.HELP.splitlines()
+    assert told[len(chat.HELP.splitlines()) :] == [
+        "begun anew with this system prompt",
+        f"saved 3 messages to {file}",
+        "begun anew",
+        f"loaded 3 messages from {file}",
+        "begun anew without a system prompt",
+    ]
+    assert [message["role"] for message in json.loads(file.read_text())] == ["system", "user", "assistant"]
+    assert session.dialog == []
+
+
+def test_help_tells_all_commands():
+    assert set(re.findall(r"^/\w+", chat.HELP, re.MULTILINE)) == {"/system", "/reset", "/save", "/load", "/exit"}
+
+
+def test_reset_keeps_the_system_prompt(talk, session):
+    talk("/system Be brief.", SUM, "/reset", max_gen_len=1)
+    assert session.dialog == [{"role": "system", "content": "Be brief."}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/bogus", "/bogus is unknown; /help lists what there is"),
+        ("/", "/ is unknown"),
+        ("/ exit", "/ is unknown"),
+        ("/save", "/save needs a file name"),
+        ("/load  ", "/load needs a file name"),
+        ("/load /nowhere/talk.json", "cannot read /nowhere/talk.json: No such file or directory"),
+        ("/save /nowhere/talk.json", "cannot write /nowhere/talk.json: No such file or directory"),
+        ("/save a\0b", "cannot write a\0b"),
+        ("/load /dev/null", "/dev/null is not a saved conversation"),
+        ("word " * 200, "tokens, but max_seq_len is 128"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(talk, line, message):
+    out, err = talk(line, SUM)
+    assert message in err
+    assert out == "2 + 2 = 4\n"
+
+
+def test_an_interrupt_while_a_pipe_is_silent_ends_the_program(demo_folder):
+    words = [sys.executable, "-m", "llama_ref.cli", "chat", str(demo_folder), "--temperature", "0", "--max_seq_len", "128"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, preexec_fn=take_interrupts) as process:
+        process.stdin.write(SUM + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "2 + 2 = 4\n"
+        process.stderr.readline()  # the pace: the turn is over
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "\n")
+
+
+def take_interrupts() -> None:
+    """A shell's background jobs are started deaf to Ctrl-C, and so would be what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# ---- at a terminal
+
+
+class Terminal:
+    """`llama-ref chat` on a pseudo-terminal of its own; stderr is shown there too."""
+
+    def __init__(self, *words: str):
+        ours, theirs = pty.openpty()
+        self.fd, self.screen = ours, ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # readline may write byte by byte
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llama_ref.cli", "chat", *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=self.take_control,
+            env=os.environ | {"TERM": "dumb", "PYTHONUTF8": "1"},
+        )
+        os.close(theirs)
+
+    @staticmethod
+    def take_control() -> None:
+        """Ctrl-C goes to the one process whose terminal it is."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        take_interrupts()
+
+    def type(self, keys: str) -> None:
+        os.write(self.fd, keys.encode())
+
+    def wait_for(self, pattern: str, *, seconds: float = 60, pressing: str = "") -> None:
+        """Read until the screen shows this after what was read before.
+
+        `pressing` is pressed until then, every three seconds: a signal that finds Python's readline on its way back to waiting
+        for a key shows only with the next key.
+        """
+        begin = time.monotonic()
+        presses = 0
+        while not (found := re.search(pattern, self.screen)):
+            waited = time.monotonic() - begin
+            assert waited < seconds, f"no {pattern!r} on the screen, only {self.screen[-500:]!r}"
+            if pressing and waited >= 3 * presses:
+                self.type(pressing)
+                presses += 1
+            if select.select([self.fd], [], [], 0.5)[0]:
+                self.screen += self.read(pattern)
+        assert "Traceback" not in self.screen
+        self.screen = self.screen[found.end() :]
+
+    def read(self, awaited: str) -> str:
+        with contextlib.suppress(OSError):  # raised when the terminal has no other end any more
+            if new := os.read(self.fd, 4096):
+                return self.decoder.decode(new)
+        pytest.fail(f"it ended before {awaited!r}, with {self.screen[-500:]!r}")
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.fd)
+
+
+def test_at_a_terminal_ctrl_c_breaks_off_and_ctrl_d_leaves(demo_folder):
+    terminal = Terminal(str(demo_folder), "--max_seq_len", "1024", "--temperature", "0")
+    try:
+        terminal.wait_for(r"Type a message, or /help\.\s+> ")
+        terminal.type("not meant")
+        terminal.wait_for("not meant")
+        terminal.wait_for(r"\(/exit or Ctrl-D leaves\)\s+> ", pressing="\x03")
+
+        terminal.type("Write a long story about a whale.\n")
+        terminal.wait_for(r"whale\.\s[^>]*\w+ \w+ \w+ \w+")  # a few words of the answer are there
+        terminal.wait_for(r"; broken off\]\s+> ", pressing="\x03")
+
+        terminal.type("/reset\n")
+        terminal.wait_for(r"begun anew\s+> ")
+        terminal.type("What is \\\n")
+        terminal.wait_for("… ")
+        terminal.type("2+2?\n")
+        terminal.wait_for(r"4\s+\[[^\]]* out, [^\]]*; stop\]\s+> ")
+
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.close()

@@ -1,0 +1,121 @@
+"""The compiled decode step gives what the plain one gives, on full, eight-bit and four-bit weights."""
+
+import pytest
+import torch
+
+from llama_ref.args import ModelArgs
+from llama_ref.compiled.cpu import compile_decode
+from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, product
+from llama_ref.compiled.int8_layout import PiecewiseInt8Linear
+from llama_ref.decoding.loop import new_cache
+from llama_ref.errors import RequestError
+from llama_ref.generation import Llama
+from llama_ref.model import Transformer
+from llama_ref.parallel.tensor import SummedLinear
+from llama_ref.quantization.apply import quantize_model
+from llama_ref.quantization.linear import Int4Linear, Int8Linear
+
+NEAR_TIE = 0.25  # two steps of bfloat16, where logits are around 20
+ARGS = {"dim": 192, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 320, "multiple_of": 64}
+ARGS |= {"norm_eps": 1e-5, "rope_theta": 500000.0, "ffn_dim_multiplier": 9.0, "use_scaled_rope": True}  # w2's rows are long
+
+
+@torch.inference_mode()
+def random_model(dtype: torch.dtype, scheme: str | None = None) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs.from_dict(ARGS)).to(dtype).requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+    if scheme:
+        quantize_model(model, scheme)
+    return model
+
+
+@torch.inference_mode()
+def decoded(model: Transformer, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Logits (T, V) of each token behind a prompt, one step at a time."""
+    cache = new_cache(model, 1, len(prompt) + len(tokens))
+    cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)  # as memory may be that was never written
+    model(torch.tensor([prompt]), cache)
+    return torch.cat([model(torch.tensor([[token]]), cache)[0] for token in tokens])
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4", "int4:group=32"])
+def test_compiled_steps_give_the_plain_ones_logits(scheme):
+    plain, fast = random_model(torch.float32, scheme), random_model(torch.float32, scheme)
+    compile_decode(fast)
+    assert fast.layers[0].forward is not None and "forward" in vars(fast.layers[0]), "nothing was put on"
+    for prompt in ([5], [5, 7], list(range(1, 40)), list(range(1, 312))):  # from one token in the cache to five blocks of them
+        expected, found = (decoded(model, prompt, [3, 1, 4, 1, 5]) for model in (plain, fast))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    rows = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    torch.testing.assert_close(fast(rows), plain(rows), atol=1e-4, rtol=1e-4)  # prompts and batches
+
+
+@torch.inference_mode()
+def test_text_of_real_weights_stays_the_same_up_to_near_ties(demo_folder):
+    options = {"max_seq_len": 128, "device": "cpu", "dtype": "bfloat16", "verify": "never"}
+    plain, fast = (Llama.build(demo_folder, **options, compile=compile) for compile in (False, True))
+    prompt = plain.encode("The capital of France is")
+    [tokens], [logprobs] = fast.generate([prompt], 48, temperature=0, logprobs=True)
+    logits = plain.model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
+    behind = logits.amax(-1) - logits[torch.arange(len(tokens)), torch.tensor(tokens)]
+    assert behind.max() <= NEAR_TIE
+    assert (behind == 0).float().mean() >= 0.9
+    expected = torch.log_softmax(logits, -1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+    torch.testing.assert_close(torch.tensor(logprobs), expected, atol=0.2, rtol=0)
+    streamed = fast.stream("The capital of France is", 48, temperature=0)
+    assert "".join(streamed) == fast.tokenizer.decode(tokens)
+
+
+def test_without_a_compiler_a_model_stays_as_it_is_and_one_line_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    model = random_model(torch.float32)
+    compile_decode(model)
+    assert "forward" not in vars(model.layers[0])
+    assert capsys.readouterr().err.splitlines() == [
+        "no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled"
+    ]
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+def test_with_a_compiler_that_fails_a_model_computes_as_before(scheme, monkeypatch, capsys, tmp_path):
+    plain, model = random_model(torch.float32, scheme), random_model(torch.float32, scheme)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # with nothing in it that was compiled before
+    torch.compiler.reset()
+    with torch._inductor.config.patch({"cpp.cxx": (None, "false")}):
+        compile_decode(model)
+        expected, found = (decoded(each, [5, 7], [3, 1]) for each in (plain, model))
+    torch.compiler.reset()
+    assert "decoding stays uncompiled" in capsys.readouterr().err.splitlines()[-1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pieces_hold_the_same_numbers_in_every_dtype():
+    torch.manual_seed(1)
+    matrix = Int8Linear.of(torch.randn(24, 5120) * 1e-4)  # scales that float16 would round
+    pieces = PiecewiseInt8Linear(matrix)
+    assert torch.equal(pieces.dequantize(), matrix.dequantize())
+    for dtype in (torch.float16, torch.float32):
+        assert torch.equal(pieces(torch.eye(5120, dtype=dtype)), matrix(torch.eye(5120, dtype=dtype)))
+
+
+def test_a_divided_model_is_refused():
+    model = random_model(torch.float32)
+    model.layers[0].attention.wo = SummedLinear(model.layers[0].attention.wo.weight, None)
+    with pytest.raises(RequestError, match="compile is for one process"):
+        compile_decode(model)
+
+
+@pytest.mark.parametrize(("columns", "group"), [(128, 128), (384, 64), (576, 64), (2048, 32), (512, 256), (96, 32)])
+def test_planes_hold_the_same_numbers_and_multiply_alike(columns, group):
+    torch.manual_seed(1)
+    matrix = Int4Linear.of(torch.randn(24, columns), group)
+    planar = PlanarInt4Linear(matrix)
+    assert torch.equal(planar.dequantize(), matrix.dequantize())
+    assert torch.equal(planar(torch.eye(columns)), matrix(torch.eye(columns)))
+    x = torch.randn(columns)
+    padded = torch.nn.functional.pad(x, (0, -columns % COLUMNS))
+    found = product(planar.words, planar.scale, planar.zero, padded)
+    torch.testing.assert_close(found, matrix.dequantize() @ x, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,141 @@
+"""How a job of several processes begins on several nodes, and how it ends when something goes wrong."""
+
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from folders import tiny_folder
+from jobs import ENVIRONMENT, TORCHRUN, torchrun
+from llama_ref.cli import commands
+from llama_ref.errors import RequestError
+from llama_ref.parallel.job import join_job
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+WORKER = Path(__file__).parents[1] / "endless_worker.py"
+PATIENCE_SECONDS = 60  # on a busy machine; what hangs, hangs for half an hour
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("job") / "tiny", shards=2)
+
+
+@pytest.fixture
+def endless(folder) -> Iterator[subprocess.Popen]:
+    """A job of two processes that has begun to generate and would go on for hours."""
+    words = ["--standalone", "--nproc_per_node", "2", WORKER, folder, folder / "tokenizer.model"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    with subprocess.Popen([*TORCHRUN, *words], start_new_session=True, **options) as job:
+        try:
+            assert job.stdout.readline() == "going\n", job.communicate()[1]
+            yield job
+        finally:
+            for process in processes_of(job):
+                process.kill()
+
+
+def processes_of(job: subprocess.Popen) -> list[psutil.Process]:
+    """Torchrun itself first, then those that it has started."""
+    try:
+        return [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def worker(job: subprocess.Popen, rank: int) -> psutil.Process:
+    return next(process for process in processes_of(job)[1:] if process.environ().get("RANK") == str(rank))
+
+
+def end_of(job: subprocess.Popen, processes: list[psutil.Process]) -> str:
+    """What a job that must end now says on stderr; all its processes are gone then."""
+    _, stderr = job.communicate(timeout=PATIENCE_SECONDS)
+    _, alive = psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
+    assert not alive
+    return stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["the first", "another"])
+def test_a_killed_process_ends_the_job_with_one_message(endless, rank):
+    processes = processes_of(endless)
+    worker(endless, rank).kill()
+    stderr = end_of(endless, processes)
+    assert endless.returncode != 0
+    # Torchrun says which process was killed, and may end the others before they notice.
+    assert "Signal 9 (SIGKILL) received" in stderr
+    said = [line for line in stderr.splitlines() if line.startswith("llama-ref: ")]
+    assert said in ([], ["llama-ref: another process of this job has ended, so this one cannot go on"])
+    assert "[rank" not in stderr, "a worker's own traceback"
+
+
+def test_ctrl_c_ends_the_job_without_a_word_of_ours(endless):
+    processes = processes_of(endless)
+    os.killpg(endless.pid, signal.SIGINT)  # as a terminal does it: to all of them at once
+    stderr = end_of(endless, processes)
+    assert endless.returncode != 0
+    assert "llama-ref: " not in stderr
+    assert "[rank" not in stderr
+
+
+@pytest.mark.parametrize("fault", ["a damaged shard", "a full disk behind stdout"])
+def test_a_fault_that_one_process_alone_meets_ends_the_job_with_one_message(folder, tmp_path, fault):
+    options = {"timeout": PATIENCE_SECONDS}
+    if fault == "a damaged shard":  # the first process does not open it, and would wait for the other's part of a sum
+        folder = shutil.copytree(folder, tmp_path / "damaged")
+        os.truncate(folder / "consolidated.01.pth", 5000)
+        says = f"{folder}/consolidated.01.pth cannot be used"
+    else:
+        options["stdout"] = os.open("/dev/full", os.O_WRONLY)
+        says = "No space left on device"
+    words = ["--ckpt_dir", folder, "--max_gen_len", "4", "--verify", "never"]
+    done = torchrun(2, SCRIPTS / "text_completion.py", *words, **options)
+    assert done.returncode != 0
+    assert done.stderr.count("llama-ref: ") == 1
+    assert says in done.stderr
+    assert "[rank" not in done.stderr, "a worker's own traceback"
+
+
+def test_a_conversation_of_several_processes_is_that_of_one(folder, tmp_path, monkeypatch, capsys):
+    """The first reads standard input and files; layers and matrices are dealt out."""
+    turns = f"hi\n/save {tmp_path}/talk.json\n/reset\n/load {tmp_path}/talk.json\n/load nowhere\nand\\\nso\n"
+    words = ["chat", str(folder), "--max_gen_len", "4", "--temperature", "0", "--dtype", "float32", "--device", "cpu"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(turns))
+    assert commands.main(words) == 0
+    alone = capsys.readouterr()
+    done = torchrun(4, "-m", "llama_ref.cli", *words, "--pipeline_parallel_size", "2", input=turns, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.out
+    told = [[line for line in err.splitlines() if not line.startswith("[")] for err in (alone.err, done.stderr)]
+    assert told[1] == told[0]
+    assert len(told[0]) == 4, "saved, begun anew, loaded, cannot read"
+
+
+def test_processes_cannot_work_together_on_mps(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever other tests have begun
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match="2 processes cannot work together on mps: take --device cpu"):
+        join_job(None, 1, torch.device("mps"))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_job_may_run_on_several_nodes(folder, stages):
+    """Two agents, as each of two machines would start one; they find each other as torchrun does it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
+    words = [SCRIPTS / "text_completion.py", "--ckpt_dir", folder, "--max_gen_len", "4", "--temperature", "0"]
+    words += ["--pipeline_parallel_size", str(stages)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    nodes = [subprocess.Popen([*TORCHRUN, *meeting, *words], **options) for _ in range(2)]
+    said = [node.communicate(timeout=2 * PATIENCE_SECONDS) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sorted(stdout.count("I believe the meaning of life is") for stdout, _ in said) == [0, 1]

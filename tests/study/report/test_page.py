@@ -1,0 +1,690 @@
+"""The report in a real browser, without a network: it draws, answers pointer and keys, and reports no error.
+
+Needs Debian's chromium (or Chrome) and the package playwright; without them these tests are skipped, and say so.
+"""
+
+import base64
+import io
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from folders import byte_tokenizer, tiny_folder
+from llama_ref.generation import Llama
+from llama_ref.study.attention import attention_pattern
+from llama_ref.study.logit_lens import logit_lens
+from llama_ref.study.overview import overview
+from llama_ref.study.predictions import predict
+from llama_ref.study.report.writer import write_report
+from llama_ref.tokenizer import Tokenizer
+
+CAPITAL = "The capital of France is"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+Open = Callable[..., AbstractContextManager[Any]]
+
+
+# ---- browser and pages
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = find_browser()
+    with pytest.importorskip(
+        "playwright.sync_api", reason="the package playwright is not installed"
+    ).sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def find_browser() -> str:
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    return program or pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed; install chromium to run this")
+
+
+@pytest.fixture(scope="module")
+def open_page(browser) -> Open:
+    """A page, opened from disk with the network off. Whatever it reports as an error or asks for elsewhere fails the test."""
+
+    @contextmanager
+    def open_page(path: Path, *, width: int = 1240, height: int = 900, scheme: str = "light") -> Iterator[Any]:
+        context = browser.new_context(
+            offline=True, color_scheme=scheme, viewport={"width": width, "height": height}, reduced_motion="reduce"
+        )
+        context.set_default_timeout(10_000)
+        page, problems, asked = context.new_page(), [], []
+        page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector("#shares h3")  # the last that comes: a pattern is inflated beside
+        yield page
+        context.close()
+        assert problems == [] and asked == [path.as_uri()]
+
+    return open_page
+
+
+def write(llama: Llama, tokens: list[int], folder: Path, name: str = "A model", top: int = 5) -> Path:
+    path = folder / "report.html"
+    write_report(overview(llama.model, tokens, top=top, bos=llama.tokenizer.bos_id), llama.tokenizer, path, model_name=name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def paris(llama, tmp_path_factory) -> Path:
+    return write(llama, llama.encode(CAPITAL), tmp_path_factory.mktemp("paris"), "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="module")
+def long_tokens() -> list[int]:
+    return torch.randint(256, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture(scope="module")
+def long(peaked, long_tokens, tmp_path_factory) -> Path:
+    return write(peaked, long_tokens, tmp_path_factory.mktemp("long"))
+
+
+def card(page: Any) -> str:
+    return page.locator("#card").inner_text()
+
+
+def pointer(page: Any, grid: str, x: float, y: float) -> tuple[float, float]:
+    """In the window, at so many pixels from a grid's upper left corner; negative ones from the other."""
+    box = page.locator(grid).bounding_box()
+    return box["x"] + (x if x >= 0 else box["width"] + x), box["y"] + (y if y >= 0 else box["height"] + y)
+
+
+def point_at(page: Any, grid: str, x: float, y: float) -> None:
+    """At so many pixels from a grid's upper left corner, which is brought into view first; negative ones from the other."""
+    page.locator(grid).evaluate("(grid) => grid.scrollIntoView({ block: 'center' })")
+    page.wait_for_timeout(60)  # what scrolls hides the card
+    page.mouse.move(*pointer(page, grid, x, y))
+
+
+def point_at_place(page: Any, chart: str, key: str) -> str:
+    """The card of the place of a chart that a key leads to."""
+    page.locator(chart).focus()
+    page.wait_for_timeout(60)  # what scrolls hides the card
+    page.keyboard.press(key)
+    return card(page)
+
+
+@pytest.mark.parametrize("ci", ["true", ""])
+def test_without_a_browser_the_page_is_not_looked_at(monkeypatch, ci):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(pytest.skip.Exception, match=r"none of chromium, .* is installed; install chromium"):
+        find_browser()
+
+
+def percent(text: str) -> float:
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else 0.0
+
+
+# ---- the text
+
+
+def test_the_page_says_what_it_is(open_page, paris):
+    with open_page(paris) as page:
+        assert page.title() == "SmolLM2-135M-Instruct · llama-ref lens"
+        facts = page.locator("#facts").inner_text()
+        assert (
+            re.search(r"Tokens\s+6\s", facts) and "30 × 9 heads" in facts and "float32" in facts and "␣Paris id 7025" in facts
+        )
+        assert re.search(r"[78]\d%, rank 1", facts)
+        headings = page.locator("h2").all_inner_texts()
+        assert headings[:3] == ["The text", "What each layer would say next", "Where heads look"]
+        assert headings[3:] == ["What wrote the logit of ␣Paris", "The stream itself"]
+        assert page.locator("#warning").is_hidden()
+
+
+def test_a_token_tells_what_the_model_expected(open_page, paris, llama):
+    tokens = llama.encode(CAPITAL)
+    expected = predict(llama.model, tokens)
+    with open_page(paris) as page:
+        chips = page.locator("#strip .chip")
+        assert chips.all_inner_texts() == ["<|begin_of_text|>", "The", "␣capital", "␣of", "␣France", "␣is", "→ ␣Paris"]
+        for position in (1, 4):
+            chips.nth(position).hover()
+            text = card(page)
+            assert (
+                f"position {position} · id {tokens[position]} · bytes {llama.tokenizer.token_bytes(tokens[position]).hex(' ')}"
+                in text
+            )
+            assert re.search(rf"had probability [\d.·⁰-⁹⁻]+%?, rank {expected.rank[position]:,}\n", text)
+            shares = [percent(share) for share in page.locator("#card .share").all_inner_texts()]
+            assert shares == pytest.approx(expected.top_probabilities[position - 1].tolist(), abs=0.006)
+        chips.nth(0).hover()
+        assert "nothing stands before it" in card(page)
+        chips.nth(6).hover()
+        assert re.search(r"say next\s+␣Paris\s+[78]\d%", card(page))
+        assert page.locator("#strip button").count() == 6  # what comes next is no token that could be selected
+
+
+def test_parts_of_a_character_name_it(open_page, llama, tmp_path):
+    with open_page(write(llama, llama.encode("서울 👍"), tmp_path)) as page:
+        page.locator("#strip .chip").nth(1).hover()
+        assert re.match(r"<0x[0-9A-F]{2}>\s+position 1 .*\s+a part of 서\n", card(page))
+
+
+def test_lines_break_after_newlines_alone(open_page, peaked, tmp_path):
+    tokenizer_path = byte_tokenizer(tmp_path / "tokenizer.model")
+    with tokenizer_path.open("ab") as file:
+        file.write(base64.b64encode(rb"a\n") + b" 256\n")
+    found = overview(peaked.model, [65, 256, 66, 10, 67], ids=range(256))
+    (tmp_path / "page").mkdir()
+    write_report(found, Tokenizer(tokenizer_path), tmp_path / "page" / "report.html", model_name="Letters")
+    with open_page(tmp_path / "page" / "report.html") as page:
+        assert page.locator("#strip .chip").all_inner_texts()[1:4] == [r"a\n", "B", r"\n"]
+        assert page.locator("#strip br").count() == 1 and page.locator("#strip .chip:nth-child(4) + br").count() == 1
+
+
+def test_many_alternatives_leave_room_for_the_card(open_page, peaked, tmp_path):
+    with open_page(write(peaked, [256, 84, 104], tmp_path, top=60), height=800) as page:
+        for chip in (1, 3):
+            page.locator("#strip .chip").nth(chip).hover()
+            assert page.locator("#card .bars .share").count() == 10 and "… and 50 more" in card(page)
+            box = page.locator("#card").bounding_box()
+            assert box["y"] >= 0 and box["y"] + box["height"] <= 800
+
+
+def test_selecting_a_token_moves_the_whole_page(open_page, paris):
+    with open_page(paris) as page:
+        before = page.locator("#rise-rank path").get_attribute("d"), page.locator("#norms path").last.get_attribute("d")
+        page.locator("#strip .chip").nth(2).click()
+        assert page.locator("#selected").inner_text() == "␣capital @2"
+        assert page.locator("#rise-title").inner_text() == "␣Paris through the layers, after ␣capital @2"
+        assert page.locator("#shares h3").inner_text() == "␣capital @2 looks at"
+        after = page.locator("#rise-rank path").get_attribute("d"), page.locator("#norms path").last.get_attribute("d")
+        assert all(old != new for old, new in zip(before, after, strict=True))
+        page.locator("#next").click()
+        assert page.locator("#selected").inner_text() == "␣of @3"
+
+
+def test_keys_reach_tokens_heads_and_cells(open_page, paris):
+    with open_page(paris) as page:
+        page.locator("#strip .chip").nth(5).focus()
+        page.keyboard.press("ArrowLeft")
+        assert "position 4 · " in card(page)
+        page.keyboard.press("Enter")
+        assert page.locator("#selected").inner_text() == "␣France @4"
+        layer, head = page.locator("#layer").input_value(), int(page.locator("#head").input_value())
+        page.keyboard.press("]")
+        assert (page.locator("#layer").input_value(), page.locator("#head").input_value()) == (layer, str(head + 1))
+        page.locator("#lens-grid").focus()
+        page.keyboard.press("ArrowLeft")
+        assert "layer 29, after ␣of @3" in card(page)
+        page.keyboard.press("Enter")
+        assert page.locator("#selected").inner_text() == "␣of @3"
+        page.keyboard.press("Escape")
+        assert page.locator("#card").is_hidden()
+        page.locator("#heads-grid").focus()
+        page.keyboard.press("ArrowUp")
+        page.keyboard.press("Enter")
+        assert page.locator("#layer").input_value() == str(int(layer) - 1)
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "stepped"), [({}, 1), ({"ctrlKey": True, "altKey": True}, 1), ({"altKey": True}, 1), ({"metaKey": True}, 0)]
+)
+def test_brackets_are_brackets_on_every_keyboard(open_page, paris, modifiers, stepped):
+    with open_page(paris) as page:
+        before = int(page.locator("#head").input_value())
+        pressed = "(how) => document.body.dispatchEvent(new KeyboardEvent('keydown', { key: ']', bubbles: true, ...how }))"
+        page.evaluate(pressed, modifiers)
+        assert int(page.locator("#head").input_value()) == before + stepped
+
+
+@pytest.mark.parametrize(
+    ("chart", "first", "last"),
+    [
+        ("#rise-probability", "embedding, after ␣is @5", "layer 29, after ␣is @5"),
+        ("#rise-rank", "embedding, after ␣is @5", "layer 29, after ␣is @5"),
+        ("#by-layer", "embedding", "layer 29"),
+        ("#norms", "embedding", "after layer 29"),
+        ("#cosines", "embedding", "after layer 29"),
+    ],
+)
+def test_charts_are_read_by_keys(open_page, paris, chart, first, last):
+    with open_page(paris) as page:
+        assert point_at_place(page, chart, "ArrowRight").split("\n")[0] == first
+        box = page.locator(f"{chart} svg").get_attribute("viewBox")
+        page.set_viewport_size({"width": 700, "height": 900})
+        page.wait_for_selector(f'{chart} svg:not([viewBox="{box}"])')  # drawn again, the keys stay where they are
+        assert page.locator(chart).evaluate("(chart) => chart === document.activeElement")
+        page.keyboard.press("ArrowLeft")
+        assert card(page).split("\n")[0] == last
+        assert page.locator("#spoken").text_content().startswith(last)
+        page.keyboard.press("Tab")
+        assert page.locator("#card").is_hidden()
+
+
+def test_what_takes_arrow_keys_says_so(open_page, paris):
+    with open_page(paris) as page:
+        for element in page.locator(".grid, .chart").all():
+            assert element.get_attribute("role") == "application" and element.get_attribute("tabindex") == "0"
+            assert re.fullmatch(r".+; arrow keys, Home, End, Page Up and Page Down move.*", element.get_attribute("aria-label"))
+        assert page.locator("svg title").count() == 0  # a browser would show it over the card
+
+
+def test_keys_go_far_in_long_texts(open_page, long):
+    with open_page(long) as page:
+        page.locator("#strip .chip").nth(499).focus()
+        for key, position in (("Home", 0), ("PageDown", 20), ("PageDown", 40), ("PageUp", 20), ("End", 499), ("PageDown", 499)):
+            page.keyboard.press(key)
+            assert page.locator("#strip .chip:focus").get_attribute("data-position") == str(position)
+        for grid, keys in (
+            ("#lens-grid", {"Home": "1, after .* @0", "PageDown": "1, after .* @20", "End": "1, after .* @499",
+                            "Shift+PageUp": "embedding, after .* @499", "Control+Home": "embedding, after .* @0",
+                            "PageUp": "embedding, after .* @0", "Control+End": "layer 1, after .* @499"}),
+            ("#pattern-grid", {"Control+Home": ".* @0 looks at .* @0", "Shift+PageDown": ".* @20 looks at .* @0",
+                               "End": ".* @20 looks at .* @20", "Shift+PageUp": ".* @0 looks at .* @0",
+                               "Control+End": ".* @499 looks at .* @499", "PageUp": ".* @499 looks at .* @479"}),
+        ):  # fmt: skip
+            page.locator(grid).focus()
+            page.wait_for_timeout(60)  # what scrolls hides the card
+            for key, expected in keys.items():
+                page.keyboard.press(key)
+                assert re.search(expected, card(page).split("\n")[0]), (grid, key)
+        for key, expected in (("End", "after layer 1"), ("PageUp", "embedding"), ("Home", "embedding")):
+            assert point_at_place(page, "#norms", key).split("\n")[0] == expected
+
+
+def test_one_region_speaks(open_page, paris):
+    with open_page(paris) as page:
+        live = page.locator("[aria-live], [role=status], [role=alert], [role=log], output")
+        assert live.evaluate_all("(all) => all.map((one) => one.id)") == ["spoken"]
+        page.locator("#strip .chip").nth(2).click()
+        assert live.text_content() == "␣capital @2 is selected"
+        page.locator("#strip .chip").nth(1).hover()
+        assert live.text_content() == card(page)
+        page.locator("#looks .chip").nth(4).hover()
+        assert live.text_content().startswith("␣France @4 looks at")
+        page.locator("#head").select_option("3")
+        assert re.match(r"Layer \d+, head 3\. Gives ", live.text_content())
+
+
+def test_a_card_is_made_once_for_a_cell(open_page, paris):
+    with open_page(paris) as page:
+        page.evaluate(
+            """() => {
+              window.made = 0;
+              new MutationObserver((changes) => { window.made += changes.length; }).observe(card.element, { childList: true });
+            }"""
+        )
+        for grid, x, y in (("#lens-grid", -50, -30), ("#heads-grid", -20, -8), ("#norms", -40, 60)):
+            point_at(page, grid, x, y)
+            before = page.evaluate("() => made")
+            for _ in range(3):
+                page.mouse.move(*(at + 1 for at in pointer(page, grid, x, y)))
+                page.mouse.move(*pointer(page, grid, x, y))
+            assert page.evaluate("() => made") == before > 0, grid
+        point_at(page, "#pattern-grid", -84, -28)
+        old, at = card(page), pointer(page, "#pattern-grid", -84, -28)
+        page.keyboard.press("[")
+        page.wait_for_timeout(100)
+        page.mouse.move(at[0] + 1, at[1])
+        assert card(page) != old  # the same cell of another head
+
+
+# ---- the lens
+
+
+def test_a_cell_tells_what_its_layer_would_say(open_page, paris, llama):
+    tokens = llama.encode(CAPITAL)
+    read = logit_lens(llama.model, tokens, points=[f"layers.{layer}.residual_post" for layer in (28, 29)])
+    with open_page(paris) as page:
+        page.locator("#lens-grid").evaluate("(grid) => { grid.scrollTop = grid.scrollHeight; }")
+        for row, from_below in ((1, 10), (0, 30)):
+            point_at(page, "#lens-grid", -50, -from_below)
+            best = llama.tokenizer.decode([read.top_ids[row, -1, 0].item()]).replace(" ", "␣")
+            assert card(page).split("\n")[0] == f"layer {28 + row}, after ␣is @5"
+            assert page.locator("#card .bars .token").first.inner_text() == best
+            shares = [percent(share) for share in page.locator("#card .share").all_inner_texts()]
+            assert shares == pytest.approx(read.top_probabilities[row, -1].tolist(), abs=0.006)
+
+
+def test_the_answer_is_seen_to_rise(open_page, paris):
+    with open_page(paris) as page:
+        path = page.locator("#rise-rank path").get_attribute("d")
+        heights = [float(point.split(",")[1]) for point in re.split("[ML]", path)[1:]]
+        assert len(heights) == 31 and min(heights[:20]) > 120 and heights[-1] == min(heights) == 10  # rank 1 is on top
+
+
+def test_colours_and_cell_sizes_can_be_chosen(open_page, paris):
+    with open_page(paris) as page:
+        pictures = set()
+        for choice in range(4):
+            page.locator("#lens-colour").select_option(index=choice)
+            pictures.add(page.locator("#lens-grid").screenshot())
+        widths = []
+        for choice in range(3):
+            page.locator("#lens-size").select_option(index=choice)
+            widths.append(page.locator("#lens-grid").bounding_box()["width"])
+        assert len(pictures) == 4 and widths[0] > widths[1]
+
+
+def test_a_selection_moves_the_columns_and_leaves_the_rows(open_page, paris, long):
+    with open_page(paris, height=620) as page:
+        grid = page.locator("#lens-grid")
+        scrolled = "(grid) => [grid.scrollLeft, grid.scrollTop, grid.scrollTop + grid.clientHeight - grid.scrollHeight]"
+        assert grid.evaluate(scrolled)[2] == pytest.approx(0, abs=1)  # the model itself is seen first
+        grid.evaluate("(grid) => { grid.scrollTop = 0; }")
+        point_at(page, "#lens-grid", -300, 60)
+        page.mouse.down()
+        page.mouse.up()
+        assert page.locator("#selected").inner_text() != "␣is @5" and grid.evaluate(scrolled)[1] == 0
+        page.locator("#lens-size").select_option("1")
+        assert grid.evaluate(scrolled)[2] == pytest.approx(0, abs=1)
+    with open_page(long) as page:
+        before = page.locator("#lens-grid").evaluate(scrolled)[0]
+        page.locator("#strip .chip").nth(2).click()
+        assert page.locator("#lens-grid").evaluate(scrolled)[0] < before
+
+
+# ---- attention
+
+
+def test_the_explorer_shows_the_pattern_of_the_head_that_is_chosen(open_page, paris, llama):
+    tokens = llama.encode(CAPITAL)
+    with open_page(paris) as page:
+        for layer, head in ((23, 4), (3, 7)):
+            page.locator("#layer").select_option(str(layer))
+            page.locator("#head").select_option(str(head))
+            page.get_by_text(f"Layer {layer}, head {head}: the whole pattern").wait_for()
+            pattern = attention_pattern(llama.model, tokens, layer, head)
+            for position in (2, 5):
+                page.locator("#looks .chip").nth(position).hover()
+                assert f"@{position} looks at" in page.locator("#shares h3").inner_text()
+                assert shown_shares(page) == pytest.approx(pattern[position].tolist(), abs=0.006)
+                texts = page.locator("#shares .share").all_inner_texts()
+                ordered = pattern[position, : position + 1].sort(descending=True).values.tolist()
+                assert texts == page.evaluate("(shares) => shares.map(percent)", ordered)  # to the last digit
+            page.get_by_text("who looks at it", exact=True).click()
+            page.locator("#looks .chip").nth(1).hover()
+            assert page.locator("#shares h3").inner_text() == "The @1 is looked at by"
+            assert shown_shares(page) == pytest.approx(pattern[:, 1].tolist(), abs=0.006)
+            page.get_by_text("where it looks", exact=True).click()
+
+
+def shown_shares(page: Any) -> list[float]:
+    """Of the text's tokens, those that are listed; 0 for the others."""
+    shares = [0.0] * page.locator("#looks .chip").count()
+    places, texts = page.locator("#shares [data-position]"), page.locator("#shares .share").all_inner_texts()
+    for position, text in zip(places.evaluate_all("(all) => all.map((e) => e.dataset.position)"), texts, strict=False):
+        shares[int(position)] = percent(text)
+    return shares
+
+
+def test_a_click_in_the_map_or_on_a_part_chooses_a_head(open_page, paris):
+    with open_page(paris) as page:
+        point_at(page, "#heads-grid", -10, -5)
+        assert card(page).startswith("layer 29, head 8")
+        page.mouse.down()
+        page.mouse.up()
+        assert (page.locator("#layer").input_value(), page.locator("#head").input_value()) == ("29", "8")
+        page.locator("#strongest button").first.click()
+        page.get_by_text("Layer 23, head 4: the whole pattern").wait_for()
+        point_at(page, "#pattern-grid", -84, -28)
+        assert re.search(r"␣is @5 looks at ␣France @4\s+9\d%", card(page))
+
+
+# ---- attribution and the stream
+
+
+def test_the_parts_add_up_in_words_and_in_bars(open_page, paris):
+    with open_page(paris) as page:
+        text = page.locator("#sum").inner_text().replace("−", "-")
+        embedding, attention, ffn, total, logit = map(float, re.findall(r"[+-]\d+\.\d\d", text))
+        assert embedding + attention + ffn == pytest.approx(total, abs=0.02) and logit == pytest.approx(total, abs=0.02)
+        assert page.locator("#by-layer rect").count() == 2 * 31
+        names = page.locator("#strongest .bars > :first-child, #strongest .share + *").all_inner_texts()
+        assert names[0] == "layer 29 feed-forward" and "layer 23 head 4" in names
+        page.locator("#by-layer svg").scroll_into_view_if_needed()
+        point_at(page, "#by-layer svg", -14, 60)
+        assert card(page).startswith("layer 29\n") and "feed-forward +7." in card(page)
+
+
+def test_no_difference_is_none(open_page, peaked, tmp_path):
+    found = overview(peaked.model, [256, 84, 104])
+    same = replace(found, attribution=replace(found.attribution, logit=found.attribution.total))
+    write_report(same, peaked.tokenizer, tmp_path / "report.html", model_name="Exact")
+    with open_page(tmp_path / "report.html") as page:
+        assert page.locator("#sum").inner_text().endswith(": the difference, 0, is rounding.")
+
+
+def test_the_streams_length_can_be_read(open_page, paris):
+    with open_page(paris) as page:
+        lines = "(lines) => lines.map((line) => getComputedStyle(line).stroke)"
+        drawn = page.locator("#cosines .dashed").evaluate_all(lines)
+        assert len(drawn) == 2 and set(page.locator("#cosine-keys .dashed").evaluate_all(lines)) == set(drawn)
+        assert page.locator("#norms path").count() == 2 and page.locator("#cosines path").count() == 4
+        point_at(page, "#norms svg", -14, 60)
+        assert re.search(r"after layer 29\s+median of all but the first: [\d.]+\s+selected token: [\d.]+", card(page))
+
+
+# ---- themes
+
+
+TEXTS = (
+    "p, h1, h2, h3, dt, dd, a, button, select, label, figcaption, .chip, .token, .space, .share, .at, .legend span, svg text"
+)
+CONTRASTS = """
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  const luminance = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const rgb = parse(getComputedStyle(at).backgroundColor);
+      if (rgb.length === 3 || rgb[3] === 1) return rgb;
+    }
+  };
+  const between = (...colours) => {
+    const [low, high] = colours.map(luminance).sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const contrast = (element) => {
+    const style = getComputedStyle(element);
+    const paper = behind(element);
+    let seen = 1;
+    for (let at = element; at; at = at.parentElement) seen *= getComputedStyle(at).opacity;
+    const ink = parse(element.closest("svg") ? style.fill : style.color);
+    return between(ink.slice(0, 3).map((value, c) => paper[c] + seen * (value - paper[c])), paper);
+  };
+"""
+LEAST_CONTRAST = f"""(texts) => {{{CONTRASTS}
+  const shown = [...document.querySelectorAll(texts)].filter((e) => e.checkVisibility() && e.textContent && !e.disabled);
+  return Math.min(...shown.map(contrast));
+}}"""
+LEAST_CONTRAST_OF_THE_RAMP = f"""() => {{{CONTRASTS}
+  const inHex = (text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16));
+  return Math.min(...ramp.map((rgb) => between(inHex(inkOn(rgb)), rgb)));
+}}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_both_themes_can_be_read_and_the_button_changes_between_them(open_page, paris, scheme):
+    with open_page(paris, scheme=scheme) as page:
+        first = page.screenshot()
+        assert is_dark(first) == (scheme == "dark")
+        read_everything(page)
+        page.locator("#theme").click()
+        second = page.screenshot()
+        assert is_dark(second) != is_dark(first)
+        read_everything(page)
+
+
+def read_everything(page: Any) -> None:
+    """Texts, those of tokens and of the card among them, and whatever may stand on any shade, have a contrast of 4.5."""
+    page.locator("#strip .chip").nth(4).hover()
+    assert page.locator("#card .actual").count() <= 1 and page.locator("#card").is_visible()
+    assert page.evaluate(LEAST_CONTRAST, TEXTS) >= 4.5
+    assert page.evaluate(LEAST_CONTRAST_OF_THE_RAMP) >= 4.5
+
+
+def is_dark(png: bytes) -> bool:
+    from matplotlib.image import imread
+
+    return imread(io.BytesIO(png))[..., :3].mean() < 0.5
+
+
+# ---- sizes
+
+
+def test_500_tokens_scroll_and_answer(open_page, long, long_tokens, peaked):
+    found = overview(peaked.model, long_tokens, bos=peaked.tokenizer.bos_id)
+    with open_page(long) as page:
+        assert page.locator("*").count() < 20_000
+        assert page.locator("#strip .chip").count() == 501
+        page.locator("#strip .chip").nth(321).hover()
+        assert f"position 321 · id {long_tokens[321]} · " in card(page)
+        page.locator("#lens-size").select_option("0")  # 86 pixels a cell
+        seen = []
+        for column in (0, 250, 490):
+            page.locator("#lens-grid").evaluate("(grid, left) => { grid.scrollLeft = left; }", 86 * column)
+            point_at(page, "#lens-grid", 130, -30)
+            seen.append(int(re.search(r"after .*@(\d+)\n", card(page)).group(1)))
+        assert seen[0] == 0 and seen[1] == 250 and seen[2] > 480
+        page.locator("#lens-size").select_option("2")
+        assert page.locator("#lens-grid").evaluate("(grid) => grid.scrollWidth <= grid.clientWidth")
+        page.locator("#looks .chip").nth(400).hover()
+        kept = found.patterns.unpack(int(page.locator("#layer").input_value()), int(page.locator("#head").input_value()))[400]
+        best = [share for share in kept.topk(8).values.tolist() if share]
+        shares = [percent(text) for text in page.locator("#shares .share").all_inner_texts()]
+        assert shares[: len(best)] == pytest.approx(best, abs=0.006) and sum(shares) == pytest.approx(1, abs=0.02)
+        opened = page.evaluate("() => performance.getEntriesByType('navigation')[0].domComplete")
+        assert opened < 10_000  # milliseconds; half a second on a quiet machine
+
+
+@pytest.mark.parametrize("which", ["paris", "long"])
+def test_a_narrow_window_has_nothing_beside_it(open_page, which, request):
+    with open_page(request.getfixturevalue(which), width=400, height=800) as page:
+        assert page.evaluate("() => document.documentElement.scrollWidth") == 400
+        page.locator("#strip .chip").nth(3).hover()
+        box = page.locator("#card").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 400
+        page.set_viewport_size({"width": 900, "height": 800})
+        page.wait_for_selector('#norms svg:not([viewBox="0 0 368 190"])')  # drawn again, as wide as there is room
+
+
+# ---- on paper
+
+PRINTED = """() => ({
+  theme: document.documentElement.dataset.theme ?? null,
+  scrolled: [...document.querySelectorAll(".grid, .strip")].map((box) => [box.scrollLeft, box.scrollTop]),
+  widths: [...document.querySelectorAll(".grid, .chart svg")].map((box) => box.getBoundingClientRect().width),
+})"""
+LAYOUT_ON_PAPER = """() => {
+  const canvas = document.querySelector("#lens-grid canvas");
+  const view = (grid) => grid.scrollWidth <= grid.clientWidth && grid.scrollHeight <= grid.clientHeight;
+  window.onPaper = {
+    dots: canvas.width / canvas.clientWidth,
+    paper: getComputedStyle(document.body).backgroundColor,
+    whole: [...document.querySelectorAll(".grid, .strip")].every(view),
+    width: Math.max(...[...document.querySelectorAll("main *")].map((e) => e.getBoundingClientRect().right)),
+    left: document.querySelector("main").getBoundingClientRect().left,
+    cut: document.querySelector("#lens-cut").hidden ? null : document.querySelector("#lens-cut").textContent,
+    answer: [...canvas.getContext("2d").getImageData(canvas.width - 14, canvas.height - 11, 1, 1).data].slice(0, 3),
+    shade: shade(data.lens.top_probabilities.at(-1).at(-1)[0]),
+  };
+}"""
+
+
+@pytest.mark.parametrize(("which", "scheme", "pages"), [("paris", "dark", 7), ("long", "light", 11), ("long", "dark", 11)])
+def test_paper_is_light_and_holds_all_that_fits(open_page, which, scheme, pages, request):
+    with open_page(request.getfixturevalue(which), scheme=scheme) as page:
+        page.locator("#strip .chip").nth(4).hover()
+        before = page.evaluate(PRINTED)
+        page.evaluate(f"() => addEventListener('beforeprint', {LAYOUT_ON_PAPER})")  # after the page's own
+        pdf = page.pdf()
+        assert page.evaluate(PRINTED) == before
+        found = page.evaluate("() => onPaper")
+        assert found["dots"] == 2 and found["whole"] and found["paper"] == "rgb(255, 255, 255)"
+        assert found["width"] - found["left"] <= 43 * 16 + 1
+        assert found["answer"] == found["shade"]  # the last cell's, in the light theme
+        assert (found["cut"] or "").startswith("Here are the last 13 of 500 tokens" if which == "long" else "")
+        assert 3 <= len(re.findall(rb"/Type /Page\b", pdf)) <= pages
+        page.emulate_media(media="print", color_scheme=scheme)
+        for selector in (".bar", "button:not(.chip):not(.bars button)", "#lens-size", ".doing"):
+            assert not any(one.is_visible() for one in page.locator(selector).all()), selector
+        adjusted = page.evaluate("() => getComputedStyle(document.querySelector('.chip')).printColorAdjust")
+        assert adjusted == "exact"
+
+
+# ---- what may go wrong
+
+
+ATTACKS = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "\u202e&amp;\u2028\0"]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_text_is_only_ever_text(open_page, peaked, tmp_path, attack):
+    with open_page(write(peaked, [256, *attack.encode()], tmp_path, attack)) as page:
+        shown = page.locator("#strip .chip").all_inner_texts()[1:-1]
+        assert len(shown) == len(attack.encode()) and "".join(shown).startswith(attack[0] if attack[0] == "<" else "<0xE2>")
+        assert page.locator("h1").inner_text().startswith(attack[:8].strip()) and page.locator("img").count() == 0
+        page.locator("#strip .chip").nth(1).hover()
+
+
+def test_the_policy_stops_what_is_not_the_pages_own(browser, paris):
+    context = browser.new_context()
+    page, answered = context.new_page(), []
+    page.on("response", lambda response: answered.append(response.url))
+    page.goto(paris.as_uri())
+    refused = page.evaluate(
+        """async () => {
+          const refused = [];
+          document.addEventListener("securitypolicyviolation", (event) => refused.push(event.effectiveDirective));
+          const script = document.createElement("script");
+          script.textContent = "window.ran = true";
+          const image = new Image();
+          image.src = "http://127.0.0.1:9/picture";
+          document.body.append(script, image);
+          document.body.setAttribute("onclick", "window.ran = true");
+          document.body.setAttribute("style", "color: red");
+          document.body.click();
+          await fetch("http://127.0.0.1:9/data").catch(() => null);
+          await new Promise((resolve) => setTimeout(resolve, 200));
+          return refused;
+        }"""
+    )
+    assert set(refused) == {"script-src-elem", "script-src-attr", "style-src-attr", "img-src", "connect-src"}
+    assert page.evaluate("() => window.ran") is None and answered == [paris.as_uri()]
+    context.close()
+
+
+@pytest.mark.parametrize(
+    ("broken", "ranks"), [("layers.0.feed_forward.w2.weight", 1), ("norm.weight", 0), ("tok_embeddings.weight", 0)]
+)
+def test_numbers_that_are_none_are_drawn_as_missing(open_page, tmp_path, broken, ranks):
+    llama = Llama.build(tiny_folder(tmp_path / "NaN"), device="cpu", dtype="float32", max_seq_len=64)
+    llama.model.get_parameter(broken).data[..., 0] = torch.nan
+    (tmp_path / "page").mkdir()
+    with open_page(write(llama, [256, 84, 104, 101], tmp_path / "page")) as page:
+        assert page.locator("#warning").is_visible()
+        assert "Not shared out: " in page.locator("#sum").inner_text()
+        assert page.locator("#attribution-pictures").is_hidden()
+        point_at(page, "#lens-grid", -20, -10)
+        assert "rank –" in card(page) and "entropy –" in card(page)
+        assert page.locator("#rise-rank .dot").count() == ranks  # the embedding's alone, if that
+        assert page.locator("#cosines svg").count() == 1  # the last section stands, as all before it
+        if broken != "norm.weight":  # by which no head reads
+            page.locator("#layer").select_option("1")
+            page.locator("#looks .chip").nth(2).hover()
+            assert set(page.locator("#shares .share").all_inner_texts()) == {"–"}
+
+
+def test_a_single_token_has_a_page(open_page, peaked, tmp_path):
+    with open_page(write(peaked, [256], tmp_path)) as page:
+        assert page.locator("#lead").inner_text().startswith("What the model makes of a text of one token")
+        assert shown_shares(page) == [1.0]

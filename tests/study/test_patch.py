@@ -1,0 +1,333 @@
+"""Interventions do what they say at the places that they say, and nothing else."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from folders import tiny_folder
+from llama_ref import study
+from llama_ref.args import ModelArgs
+from llama_ref.decoding.loop import new_cache
+from llama_ref.errors import RequestError
+from llama_ref.generation import Llama
+from llama_ref.model import Transformer
+from llama_ref.quantization.apply import quantize_model
+from llama_ref.study.names import all_names, axes
+from random_models import random_model
+
+ARGS = ModelArgs.from_dict(
+    {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 60, "multiple_of": 32, "norm_eps": 1e-5}
+    | {"rope_theta": 500000.0, "use_scaled_rope": True}
+)
+NAMES = all_names(ARGS)
+PATTERN, SCORES = "layers.1.attention.pattern", "layers.1.attention.scores"
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return random_model(ARGS, seed=0)
+
+
+def ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(ARGS.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patching_a_trace_with_itself_changes_nothing(dtype, scheme):
+    model = random_model(ARGS, seed=1).to(dtype)
+    if scheme:
+        quantize_model(model, scheme)
+    expected = study.trace(model, ids(2, 7))
+    for names in [*NAMES, "*"]:
+        with study.patch(model, {names: study.swap_from(expected)}):
+            assert torch.equal(model(ids(2, 7)), expected["logits"]), names
+    with study.patch(model, {"*": lambda value: value}):
+        found = study.trace(model, ids(2, 7))
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_name_is_in_the_path(model, name):
+    """Changed, the logits change, and a trace within the patch has what was put there."""
+    text = ids(2, 6)
+    put = study.trace(model, ids(2, 6, seed=1), name)
+    with study.patch(model, {name: study.swap_from(put)}):
+        found = study.trace(model, text, [name, "logits"])
+    assert torch.equal(found[name], put[name])
+    assert not torch.allclose(found["logits"], model(text), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["embedding", "layers.0.residual_mid", "layers.2.residual_post", "norm", "logits"])
+def test_what_all_goes_through_makes_the_one_run_the_other(model, name):
+    """The whole stream from another text's run: from there on it is that text's."""
+    source = study.trace(model, ids(1, 6, seed=1))
+    with study.patch(model, {name: study.swap_from(source)}):
+        found = study.trace(model, ids(1, 6))
+    later = NAMES[NAMES.index(name) :]
+    assert all(torch.equal(found[other], source[other]) for other in later)
+
+
+def test_zeroing_every_layers_additions_leaves_the_embedding(model):
+    with study.patch(model, {"layers.*.attention.output": study.zero(), "layers.*.ffn.output": study.zero()}):
+        found = study.trace(model, ids(1, 5))
+    assert torch.equal(found["layers.2.residual_post"], found["embedding"])
+    assert torch.equal(found["logits"], model.logits(model.norm(model.tok_embeddings(ids(1, 5)))))
+
+
+def test_zeroed_heads_shares_are_what_the_output_lacks(model):
+    plain = study.trace(model, ids(2, 5))
+    for name in ("head_output", "head_result"):
+        with study.patch(model, {f"layers.0.attention.{name}": study.zero().at(heads=[1, 6], positions=3)}):
+            found = study.trace(model, ids(2, 5))["layers.0.attention.output"]
+        expected = plain["layers.0.attention.output"].clone()
+        expected[:, 3] -= plain["layers.0.attention.head_result"][:, 3, [1, 6]].sum(1)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(found[:, [0, 1, 2, 4]], plain["layers.0.attention.output"][:, [0, 1, 2, 4]])
+
+
+@pytest.mark.parametrize("name", [SCORES, PATTERN])
+def test_a_patched_row_of_scores_sends_the_head_where_it_says(model, name):
+    """Head 5's query at position 4 looks at position 2 alone: it brings home that position's value, and no other changes."""
+    row = torch.full((6,), -torch.inf if name == SCORES else 0.0)
+    row[2] = 1.0
+    plain = study.trace(model, ids(2, 6))
+    with study.patch(model, {name: study.set_to(row).at(heads=5, positions=4)}):
+        found = study.trace(model, ids(2, 6))
+    out, before = found["layers.1.attention.head_output"], plain["layers.1.attention.head_output"]
+    torch.testing.assert_close(out[:, 4, 5], plain["layers.1.attention.v"][:, 2, 5 // 4], atol=1e-6, rtol=1e-5)
+    assert found[PATTERN][:, 5, 4].tolist() == [[0, 0, 1, 0, 0, 0]] * 2
+    out[:, 4, 5] = before[:, 4, 5]
+    assert torch.equal(out, before)
+
+
+def test_edited_scores_show_nobody_the_future(model):
+    with study.patch(model, {"layers.*.attention.scores": study.zero()}):
+        found = study.trace(model, ids(1, 4))
+    expected = torch.ones(4, 4).tril() / torch.arange(1, 5)[:, None]
+    torch.testing.assert_close(found[PATTERN][0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (study.zero(), torch.zeros_like),
+        (study.scale(-2), lambda value: value * -2),
+        (study.set_to(3), lambda value: torch.full_like(value, 3)),
+        (study.set_to(torch.arange(8.0)), lambda value: torch.arange(8.0).expand_as(value)),
+        (study.mean(), lambda value: value.mean((0, 1), keepdim=True).expand_as(value)),
+        (study.edit(torch.Tensor.neg_), torch.neg),
+        (torch.neg, torch.neg),
+    ],
+)
+def test_edits_make_what_they_are_called(model, edit, expected):
+    name = "layers.1.attention.q"
+    before = study.trace(model, ids(2, 4), name)[name]
+    with study.patch(model, {name: edit}):
+        torch.testing.assert_close(study.trace(model, ids(2, 4), name)[name], expected(before))
+
+
+@pytest.mark.parametrize("name", ["layers.0.attention.v", "layers.0.attention.pattern", "layers.0.attention.head_result"])
+def test_an_edit_acts_at_its_places_alone(model, name):
+    edit = study.set_to(7).at(heads=[0, -1]).at(positions=[1, -1], rows=1)
+    before = study.trace(model, ids(3, 5), name)[name]
+    with study.patch(model, {name: edit}):
+        after = study.trace(model, ids(3, 5), name)[name]
+    position_first = axes(name)[1] == "position"
+    after, before = (value if position_first else value.transpose(1, 2) for value in (after, before))
+    expected = before.clone()
+    for position in (1, 4):
+        for head in (0, -1):
+            expected[1, position, head] = 7
+    assert torch.equal(after, expected)
+
+
+def test_an_edit_in_place_reaches_no_other_name(model):
+    plain = study.trace(model, ids(1, 4), "layers.0.residual_post")["layers.0.residual_post"]
+    with study.patch(model, {"layers.1.residual_pre": torch.Tensor.zero_}):
+        found = study.trace(model, ids(1, 4), "layers.[01].residual_p*")
+    assert torch.equal(found["layers.0.residual_post"], plain) and not found["layers.1.residual_pre"].any()
+
+
+def test_what_an_edit_gives_takes_the_models_dtype():
+    model = random_model(ARGS, seed=2).bfloat16()
+    with study.patch(model, {"layers.1.*": lambda value: value.double() * 2}):
+        found = study.trace(model, ids(1, 4))
+    wide = ("scores", "pattern", "logits")
+    assert {value.dtype for name, value in found.items() if not name.endswith(wide)} == {torch.bfloat16}
+    assert {value.dtype for name, value in found.items() if name.endswith(wide)} == {torch.float32}
+
+
+def test_patches_within_patches_act_in_their_order_and_end_with_their_blocks(model):
+    name = "layers.1.ffn.hidden"
+    plain = study.trace(model, ids(1, 4), name)[name]
+    with study.recording(model, name) as recorded, study.patch(model, {name: study.scale(2), "*.hidden": study.scale(3)}):
+        with study.patch(model, {name: study.set_to(1)}):
+            model(ids(1, 4))
+        model(ids(1, 4))
+    model(ids(1, 4))
+    inner, outer = (trace[name] for trace in recorded.traces)
+    assert (inner == 1).all()
+    both = study.trace(model, ids(1, 4), name)[name]
+    assert torch.equal(both, plain) and not torch.equal(outer, plain)
+
+
+def test_with_a_cache_positions_are_the_texts_own(model):
+    """The same edit by steps as at once: keys at 2 and 5, of which the second comes in a step of its own."""
+    text, edits = ids(2, 7), {"layers.1.attention.k": study.zero().at(positions=[2, 5]), "norm": study.scale(2).at(positions=6)}
+    cache = new_cache(model, 2, 7)
+    with study.patch(model, edits), study.recording(model, ["*.k", "logits"]) as recorded:
+        expected = study.trace(model, text, ["*.k", "logits"])
+        for piece in text.split([4, 1, 1, 1], dim=1):
+            model(piece, cache)
+    for name, value in recorded.traces[1].items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-4)
+    assert [bool(k.any()) for k in expected["layers.1.attention.k"][0]] == [True, True, False, True, True, False, True]
+
+
+def test_generation_goes_where_patches_send_it(tmp_path):
+    llama = Llama.build(tiny_folder(tmp_path / "tiny"), max_seq_len=32, device="cpu", dtype="float32", verify="never")
+    prompts, nine = [[5, 6, 7], [8]], 100 * torch.eye(512)[9]
+    plain = llama.generate(prompts, max_gen_len=4, temperature=0)
+    with study.patch(llama.model, {"logits": lambda logits: logits + nine}), study.recording(llama.model, "logits") as recorded:
+        assert llama.generate(prompts, max_gen_len=4, temperature=0)[0] == [[9] * 4] * 2
+    assert recorded.trace["logits"].argmax(-1)[0].tolist() == [9] * 6
+    with study.patch(llama.model, {"layers.*.output": study.zero()}):  # what stands last is all that it says
+        again = llama.generate([[5, 6, 7], [7]], max_gen_len=4, temperature=0)[0]
+    assert again[0] == again[1] != plain[0][0]
+    at_one = {"logits": study.zero().at(positions=1)}
+    with pytest.raises(RequestError, match="edit them without positions"), study.patch(llama.model, at_one):
+        llama.generate(prompts, max_gen_len=4)
+    assert llama.generate(prompts, max_gen_len=4, temperature=0) == plain
+
+
+def test_a_traces_values_go_where_their_positions_are(model):
+    """Into a cached run, one row for all, of which the trace has the beginning only."""
+    source = study.trace(model, ids(1, 3, seed=1))
+    text, cache = ids(2, 5), new_cache(model, 2, 5)
+    names = ["layers.0.attention.v", "layers.0.attention.pattern"]
+    plain = study.trace(model, text, names)
+    with study.patch(model, {name: study.swap_from(source) for name in names}), study.recording(model, names) as recorded:
+        for piece in text.split([2, 2, 1], dim=1):
+            model(piece, cache)
+    v, pattern = (recorded.trace[name] for name in names)
+    assert torch.equal(v[:, :3], source[names[0]].expand(2, -1, -1, -1))
+    torch.testing.assert_close(v[:, 3:], plain[names[0]][:, 3:])
+    assert torch.equal(pattern[:, :, :3, :3], source[names[1]].expand(2, -1, -1, -1))
+    torch.testing.assert_close(pattern[:, :, 3:], plain[names[1]][:, :, 3:])
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"layers.9.norm": study.zero()}, "layers 0 to 2"),
+        ([study.zero()], "expected a dictionary"),
+        ({"norm": 3}, "expected a function"),
+        ({"norm": lambda value: None}, "gave a NoneType"),
+        ({"norm": lambda value: value[0]}, r"gave a tensor \(5, 64\), expected the value's own shape, \(2, 5, 64\)"),
+        ({"norm": study.set_to(torch.zeros(3))}, r"tensor \(3,\)"),
+        ({"norm": study.zero().at(heads=1)}, "norm has no heads"),
+        ({PATTERN: study.zero().at(heads=8)}, "heads 0 to 7"),
+        ({"layers.0.attention.v": study.zero().at(heads=[0, 2])}, "heads 0 to 1"),
+        ({"norm": study.zero().at(rows=-3)}, "rows 0 to 1"),
+        ({"norm": study.zero().at(positions=5)}, "the text has 0 to 4"),
+        ({SCORES: study.mean()}, "has no mean"),
+    ],
+)
+def test_edits_that_do_not_fit_are_refused(model, edits, message):
+    with pytest.raises(RequestError, match=message), study.patch(model, edits):
+        model(ids(2, 5))
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+
+
+def test_what_makes_no_edit_is_refused(model):
+    for make, message in [
+        (lambda: study.zero().at(heads="1"), "heads is '1'"),
+        (lambda: study.zero().at(positions=[1.0]), "positions is"),
+        (lambda: study.scale("2"), "factor is '2'"),
+        (lambda: study.set_to("x"), "expected a tensor or a number"),
+        (lambda: study.edit(None), "expected a function"),
+        (lambda: study.swap_from({}), "expected a Trace"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            make()
+
+
+def test_a_trace_that_does_not_fit_is_refused(model):
+    short = study.trace(model, ids(1, 3), "norm")
+    for edit, message in [
+        (study.swap_from(study.trace(model, ids(1, 5), "embedding")), "'norm' was not traced"),
+        (study.swap_from(short), "a trace of 3 tokens into a text of 5"),
+        (study.swap_from(short).at(positions=[0, 4]), "a trace of 3 tokens into a text of 5"),
+        (study.swap_from(study.trace(model, ids(3, 5), "norm")), "with as many rows, or with one"),
+    ]:
+        with pytest.raises(RequestError, match=message), study.patch(model, {"norm": edit}):
+            model(ids(2, 5))
+    with study.patch(model, {"norm": study.swap_from(short).at(positions=[0, 2])}):
+        found = study.trace(model, ids(2, 5), "norm")["norm"]
+    assert torch.equal(found[:, [0, 2]], short["norm"][:, [0, 2]].expand(2, -1, -1))
+
+
+# ---- grids
+
+
+@pytest.mark.parametrize(
+    ("over", "name", "axis"),
+    [
+        ("layer×position", None, "position"),
+        ("layer*position", "ffn.output", "position"),
+        ("layer × position", "attention.pattern", "position"),
+        ("layer×head", None, "head"),
+        ("layer x head", "attention.v", "head"),
+    ],
+)
+def test_a_grids_cells_are_single_patches(model, over, name, axis):
+    clean, corrupted = ids(1, 5), ids(1, 5, seed=1)
+    metric = study.logit_difference(3, 4)
+    grid = study.patch_grid(model, clean[0].tolist(), corrupted, metric, over, name, progress=False)
+    source = study.trace(model, clean)
+    for layer in range(3):
+        for cell in range(grid.values.shape[1]):
+            place = study.swap_from(source).at(**{f"{axis}s": cell})
+            with study.patch(model, {f"layers.{layer}.{grid.name}": place}):
+                expected = metric(model(corrupted)[:, -1]).item()
+            assert grid.values[layer, cell] == pytest.approx(expected, abs=1e-4)
+    assert grid.clean == pytest.approx(metric(model(clean)[:, -1]).item(), abs=1e-5)
+    assert grid.axes == ("layer", axis) and [len(labels) for labels in grid.labels] == list(grid.values.shape)
+    assert json.loads(json.dumps(grid.to_json()))["values"] == grid.values.tolist()
+    assert grid.values.dtype == "float32"
+
+
+def test_the_last_position_of_the_last_layer_is_the_whole_answer(model):
+    metric = study.probability(7)
+    grid = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), metric, name="residual_post", progress=False)
+    assert grid.values[-1, -1] == pytest.approx(grid.clean, rel=1e-4)
+    assert grid.values[-1, :-1] == pytest.approx([grid.corrupted] * 5, rel=1e-4)
+
+
+def test_a_grid_of_many_cells_takes_several_passes(model, monkeypatch):
+    whole = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), study.probability(7), progress=False)
+    monkeypatch.setattr("llama_ref.study.patching_grid.PASS_TOKENS", 15)
+    parts = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), study.probability(7), progress=True)
+    assert parts.values == pytest.approx(whole.values, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"corrupted": [1, 2, 3]}, "of one length"),
+        ({"clean": [[1, 2], [1, 2]], "corrupted": [[1, 2], [1, 2]]}, "one row each"),
+        ({"over": "position"}, 'expected "layer×position" or'),
+        ({"over": "layer×head", "name": "ffn.output"}, "has no head axis; take one of attention.q_unrotated"),
+        ({"name": "residual"}, "no activation is called"),
+        ({"name": "ffn.*"}, "not a glob"),
+        ({"metric": study.probability(60)}, "token 60; the vocabulary has 0 to 59"),
+        ({"metric": lambda logits: 3.0}, "the metric gave a float"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(model, options, message):
+    given = {"clean": [1, 2], "corrupted": [1, 3], "metric": study.probability(1)} | options
+    with pytest.raises(RequestError, match=message):
+        study.patch_grid(model, **given)

@@ -1,0 +1,29 @@
+"""What the C library keeps of freed memory: scratch space, where it is needed again at once."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# After this nothing of a page's size may be asked of the system again; before it, chance decides what lies on top of the heap.
+SCRATCH = """
+import resource, torch
+from llama_ref.memory import keep_scratch_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        [torch.ones(1 << 20) for _ in range(3)]  # 4 MB each, held at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+assert keep_scratch_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have rules of their own")
+def test_scratch_memory_is_kept_for_the_next_layer():
+    done = subprocess.run([sys.executable, "-c", SCRATCH], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 20

@@ -1,0 +1,265 @@
+"""Which module may import which. Lazy imports and those for type checkers count too."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llama_ref
+
+PACKAGE = Path(llama_ref.__file__).parent
+
+# The floors of the house, lowest first. A room may import its own floor and those below it.
+FLOORS = (
+    {"args"},
+    {"model", "kv_cache"},
+    {"compiled", "quantization", "parallel"},
+    {"decoding"},
+    {"llama_ref", "generation", "session"},  # llama_ref: the package's __init__, the public names
+    {"study", "bench"},
+    {"cli", "__main__"},
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+# All other rooms (checkpoint/, tokenizer.py, device.py, ...) stand beside the floors. They may
+# import each other and the floors up to this one, and every floor may import them ...
+HIGHEST_SEEN_FROM_BESIDE = FLOOR_OF["quantization"]
+# ... but files are for those who load a model: nothing below generation may import these.
+FILES = {"checkpoint", "plan"}
+LOWEST_THAT_SEES_FILES = FLOOR_OF["generation"]
+
+STRANGERS = {("study", "bench"), ("bench", "study")}  # one floor, but neither knows the other
+
+# (importer, imported): what breaks a rule today. When one is mended, remove it here: the tests fail
+# for a pair that breaks no rule any more.
+KNOWN = {
+    ("compiled.cpu", "cli.terminal"),
+    ("compiled.cpu", "decoding.loop"),
+    ("compiled.cuda", "cli.terminal"),
+    ("compiled.cuda", "decoding.loop"),
+    ("generation", "study"),
+    ("study.figures.attribution", "cli.views.study.attribution"),
+    ("study.patching_grid", "cli.terminal"),
+    # A circle: tokenizer, its reader, chat_template, chat, tokenizer.
+    ("checkpoint.hf.tokenizer", "checkpoint.hf.chat_template"),
+}
+
+
+# ---- reading
+
+
+def read_package() -> dict[str, ast.Module]:
+    """Parse every module, by name without the package's ("study.trace"); its own is "llama_ref"."""
+    trees = {}
+    for path in PACKAGE.rglob("*.py"):
+        dotted = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        name = dotted.removesuffix("__init__").strip(".") or "llama_ref"
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return trees
+
+
+def imports(tree: ast.Module, modules: dict[str, ast.Module]) -> Iterator[str]:
+    """Yield every module that a tree imports: its name in `modules`, or another package's ("rich").
+
+    That importing `a.b` also runs `a/__init__.py` does not count.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (own_name(alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            for alias in node.names:
+                inner = own_name(f"{node.module}.{alias.name}")
+                outer = own_name(node.module)
+                hidden = outer in modules and alias.name in bound(modules[outer])
+                yield inner if inner in modules and not hidden else outer
+
+
+def own_name(dotted: str) -> str:
+    """A dotted name without the package's; of other packages the first part."""
+    first, _, rest = dotted.partition(".")
+    if first != "llama_ref":
+        return first
+    return rest if rest else "llama_ref"
+
+
+def bound(tree: ast.Module) -> set[str]:
+    """Names defined or imported at a module's top: they hide a submodule of the same name."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+    return names
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+MODULES = read_package()
+IMPORTS = {(name, found) for name, tree in MODULES.items() for found in imports(tree, MODULES)}
+OWN_IMPORTS = {(a, b) for a, b in IMPORTS if b in MODULES and a != b}
+PRINTS = {
+    (name, "print")
+    for name, tree in MODULES.items()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+}
+
+
+# ---- rules
+
+
+def goes_up(importer: str, imported: str) -> bool:
+    """Whether an import goes against the direction."""
+    a, b = room(importer), room(imported)
+    if a == b:
+        return False
+    if (a, b) in STRANGERS:
+        return True
+    below, above = FLOOR_OF.get(a), FLOOR_OF.get(b)
+    if below is not None and above is not None:
+        return above > below
+    if below is not None:
+        return b in FILES and below < LOWEST_THAT_SEES_FILES
+    return above is not None and above > HIGHEST_SEEN_FROM_BESIDE
+
+
+def talks(importer: str, imported: str) -> bool:
+    """Whether a module outside cli/ prints, or imports what prints."""
+    return room(importer) not in ("cli", "__main__") and imported in ("rich", "print")
+
+
+def circle(edges: set[tuple[str, str]]) -> list[str]:
+    """One circle of modules, the first again at its end; empty where there is none."""
+    after: dict[str, list[str]] = {}
+    for a, b in sorted(edges):
+        after.setdefault(a, []).append(b)
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in after.get(module, ()):
+            if found := walk(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    found = (walk(module, []) for module in sorted(after))
+    return next(filter(None, found), [])
+
+
+def wrong() -> set[tuple[str, str]]:
+    """Every pair that breaks a rule by itself; circles are another matter."""
+    upward = {pair for pair in OWN_IMPORTS if goes_up(*pair)}
+    return upward | {pair for pair in IMPORTS | PRINTS if talks(*pair)}
+
+
+# ---- tests
+
+
+def test_imports_go_down_and_only_the_command_line_prints():
+    assert sorted(wrong() - KNOWN) == []
+
+
+def test_there_is_no_circle():
+    assert " -> ".join(circle(OWN_IMPORTS - KNOWN)) == ""
+
+
+def test_every_known_pair_still_breaks_a_rule():
+    sound = OWN_IMPORTS - KNOWN
+    in_circles = {pair for pair in KNOWN & OWN_IMPORTS if circle(sound | {pair})}
+    assert sorted(KNOWN - wrong() - in_circles) == [], "mended: remove these from KNOWN"
+
+
+def test_the_whole_package_is_read():
+    assert (set(FLOOR_OF) | FILES) - set(map(room, MODULES)) <= {"kv_cache", "__main__"}
+    assert len(MODULES) > 100 and len(OWN_IMPORTS) > 300
+
+
+def test_every_module_named_in_a_string_exists():
+    """Names such as "llama_ref.parallel.job" in sys.modules[...] are checked by no import."""
+    named = {
+        (name, found)
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for found in re.findall(r"\bllama_ref(?:\.[a-z_]\w*)+", node.value)
+    }
+    assert named
+    assert sorted(pair for pair in named if own_name(pair[1]) not in MODULES) == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("args", "model"),
+        ("model", "compiled.cpu"),
+        ("quantization.apply", "decoding.loop"),
+        ("decoding.loop", "generation"),
+        ("generation", "study"),
+        ("study.trace", "cli.terminal"),
+        ("bench.runner", "study.trace"),
+        ("checkpoint.folder", "generation"),
+        ("checkpoint.folder", "decoding.loop"),
+        ("tokenizer", "cli"),
+        ("model", "checkpoint.folder"),
+        ("decoding.loop", "checkpoint.folder"),
+    ],
+)
+def test_what_goes_up_is_seen(importer, imported):
+    assert goes_up(importer, imported)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("cli.commands", "bench.runner"),
+        ("cli.views.plan", "plan"),
+        ("bench.runner", "generation"),
+        ("study.weights", "checkpoint.folder"),
+        ("generation", "checkpoint.loader"),
+        ("decoding.loop", "compiled.cpu"),
+        ("compiled.cpu", "quantization.linear"),
+        ("checkpoint.loader", "quantization.apply"),
+        ("checkpoint.shapes", "model"),
+        ("tokenizer", "checkpoint.hf.tokenizer"),
+        ("model", "args"),
+        ("args", "errors"),
+    ],
+)
+def test_what_goes_down_is_fine(importer, imported):
+    assert not goes_up(importer, imported)
+
+
+def test_every_kind_of_import_is_seen():
+    names = ("llama_ref", "model", "args", "study", "study.trace", "study.names", "cli.terminal")
+    modules = dict.fromkeys(names, ast.parse(""))
+    modules["study"] = ast.parse("from llama_ref.study.trace import trace")
+    source = """
+import os.path, llama_ref.args
+from typing import TYPE_CHECKING
+from llama_ref import model, Llama
+from llama_ref.study import names
+if TYPE_CHECKING:
+    from llama_ref.cli.terminal import note
+def lazy():
+    from llama_ref.study import trace  # the function, not the module
+    from rich.progress import Progress
+"""
+    own = {"args", "model", "llama_ref", "study.names", "cli.terminal", "study"}
+    assert set(imports(ast.parse(source), modules)) == own | {"os", "typing", "rich"}
+    assert talks("study.grid", "rich") and talks("plan", "print")
+    assert not talks("cli.parser", "rich") and not talks("cli.parser", "print")
+
+
+def test_a_circle_is_seen():
+    assert circle({("a", "b"), ("b", "c"), ("c", "d"), ("d", "b")}) == ["b", "c", "d", "b"]
+    assert circle({("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")}) == []

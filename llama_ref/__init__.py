@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from llama_ref.chat import ChatFormat, Dialog, Message
     from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
     from llama_ref.generation import Llama
-    from llama_ref.model import KVCache, Transformer
+    from llama_ref.kv_cache import KVCache
+    from llama_ref.model import Transformer
     from llama_ref.sampling import SamplingParams
     from llama_ref.session import Session
     from llama_ref.tokenizer import Tokenizer
@@ -35,7 +36,8 @@ MODULES = {
     "chat": ("ChatFormat", "Dialog", "Message"),
     "errors": ("CheckpointError", "LlamaRefError", "RequestError"),
     "generation": ("Llama",),
-    "model": ("KVCache", "Transformer"),
+    "kv_cache": ("KVCache",),
+    "model": ("Transformer",),
     "sampling": ("SamplingParams",),
     "session": ("Session",),
     "tokenizer": ("Tokenizer",),

@@ -106,8 +106,8 @@ def prepare_cuda(device: torch.device) -> None:
 
 @cache
 def has_triton() -> bool:
-    """Whether there is Triton, which PyTorch for CUDA brings along on Linux."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether kernels in Triton run here: PyTorch for CUDA brings it along on Linux."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

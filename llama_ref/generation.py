@@ -24,7 +24,8 @@ from llama_ref.decoding.speculative import DraftModel, NGrams, PassTime, Specula
 from llama_ref.decoding.stream import Stream, stop_strings
 from llama_ref.device import choose_device, choose_dtype, prepare_cuda
 from llama_ref.errors import RequestError
-from llama_ref.model import KVCache, Transformer
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Transformer
 from llama_ref.parallel.job import ALONE, Job, join_job
 from llama_ref.parallel.pipeline import split_layers
 from llama_ref.parallel.sharding import refuse_undealable

@@ -18,8 +18,8 @@ from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 from llama_ref.parallel.sharding import WHOLE, Share
 from llama_ref.quantization.scheme import SCALE_BITS, Scheme
 
-# As decoding/loop.py has them; importing it would import torch, for which an answer need not wait.
-PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 128, 64
+# As decoding/loop.py and compiled/caches.py have them. Importing those imports torch, and an answer need not wait.
+PREFILL_TOKENS, MASKLESS_PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 8192, 128, 64
 BLOCK_WEIGHTS = 1 << 22  # as quantization/linear.py has it, likewise
 
 # Cards are sold by the GB and mean GiB, of which programs find at least this part: 79.1 on cards of 80, 23.5 on an A30 and 23.6
@@ -221,13 +221,14 @@ def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int)
 def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: int, *, is_quantized: bool = False) -> int:
     """Upper estimate of what is alive beside weights and cache at the worst moment of any call; `size` bytes a number.
 
-    Prompts of any lengths up to max_seq_len, every way of sampling, log-probabilities of the prompt.
+    Prompts of any lengths up to max_seq_len, every way of sampling, log-probabilities of the prompt. With masks or without, as
+    the device has it: without them a prompt runs in longer pieces.
     """
     B, S, V = workload.max_batch_size, workload.max_seq_len, args.vocab_size
     T = min(max(1, PREFILL_TOKENS // B), S)  # tokens of each row in one piece of the prefill
     state = size * B * T * args.dim  # x: (B, T, D)
     ended = size * B * args.dim  # each row's last state
-    layers = _layer_bytes(args, share, B, T, S, size)
+    layers = max(_layer_bytes(args, share, B, T, S, size), _maskless_layer_bytes(args, share, B, S, size))
     layers += state * (IN_SUMS * (share.world_size > 1) + (share.n_stages > 1))  # and one on its way to the next stage
     gathered = 1 if share.world_size == 1 else 3  # logits: this part, all parts, all in one
     float32 = 4 + 4 * (size < 4)  # log-probabilities, and logits where they are not float32 already
@@ -264,6 +265,17 @@ def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: in
     attend = x + 3 * size * n * q + 2 * size * B * S * kv + 2 * size * group * pairs
     feed_forward = x + 3 * size * n * len(share.of(args.ffn_dim))  # silu(w1 x), w3 x and their product
     return 2 * x + positions + mask + max(norm, rotate, attend, feed_forward)
+
+
+def _maskless_layer_bytes(args: ModelArgs, share: Share, B: int, S: int, size: int) -> int:
+    """Of one layer at its widest where attention needs no mask, as on NVIDIA cards from Ampere on, for a whole long piece."""
+    n = B * min(max(1, MASKLESS_PREFILL_TOKENS // B), S)
+    heads = (len(share.of(args.n_heads)) + 2 * local_kv_heads(args, share)) * args.head_dim
+    x, qkv = size * n * args.dim, size * n * heads
+    wide = 4 + 4 * (size < 4)  # float32 copies on the way
+    norm, rotate = n * args.dim * (wide + 2 * size), qkv + n * heads * wide
+    feed_forward = 3 * size * n * len(share.of(args.ffn_dim))  # w1 x and w3 x, and their gated product
+    return 3 * x + 2 * qkv + max(norm, rotate, feed_forward)
 
 
 # ---- of a job

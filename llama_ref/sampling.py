@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_ref.compiled.cuda_kernels import likeliest
+from llama_ref.compiled.cuda_ops import likeliest
 from llama_ref.errors import RequestError
 
 PREFILTER = 1024  # this many of the likeliest tokens nearly always hold top_p; where they do not, everything is sorted

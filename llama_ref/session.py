@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.chat import Dialog, Message
-from llama_ref.decoding.loop import new_cache
+from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.stream import Stream
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama

@@ -17,7 +17,8 @@ import torch
 
 from llama_ref import Llama
 from llama_ref.cli.parser import command, run
-from llama_ref.decoding.loop import Row, new_cache
+from llama_ref.compiled.caches import new_cache
+from llama_ref.decoding.loop import Row
 from llama_ref.decoding.speculative import LONGEST_DRAFT, PassTime
 from llama_ref.device import fast_for_one_row
 

@@ -39,9 +39,10 @@ from cuda_figures import (
 from llama_ref.bench.memory import forget_peak, peak_bytes
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
+from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
-from llama_ref.decoding.loop import new_cache
-from llama_ref.model import KVCache, Transformer
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Transformer
 from llama_ref.plan import Model, Workload, count_parameters, plan
 from llama_ref.quantization.apply import quantize_model, quantized_bytes, use_fast_kernels
 from llama_ref.sampling import SamplingParams

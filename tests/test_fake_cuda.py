@@ -8,7 +8,7 @@ import torch
 from fake_cuda import fake_cuda
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.releases import find_release
-from llama_ref.decoding.loop import new_cache
+from llama_ref.compiled.caches import new_cache
 from llama_ref.model import Transformer
 from llama_ref.sampling import Sampler, SamplingParams
 

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ref.args import ModelArgs
-from llama_ref.model import KVCache, RMSNorm, Transformer, attend, rotate
+from llama_ref.kv_cache import KVCache, grouped_attention
+from llama_ref.model import RMSNorm, Transformer, rotate
 from random_models import random_model
 
 ARGS = ModelArgs.from_dict(
@@ -109,7 +110,7 @@ def test_keys_and_values_are_not_copied_for_the_query_heads_that_share_them():
     S, H, K, hd = 512, 8, 2, 16
     q, k, v = torch.randn(1, 1, H, hd), torch.randn(1, S, K, hd), torch.randn(1, S, K, hd)
     with LargestResult() as seen:
-        out = attend(q, k, v, mask=torch.ones(1, 1, H // K, S, dtype=torch.bool))
+        out = grouped_attention(q, k, v, torch.ones(1, 1, H // K, S, dtype=torch.bool))
     assert seen.elements < k.numel()
     repeated = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(H // K, dim=1) for x in (k, v))

@@ -20,8 +20,9 @@ from llama_ref.bench.runner import compare
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
+from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
-from llama_ref.decoding.loop import Row, new_cache, prefill, steps
+from llama_ref.decoding.loop import Row, prefill, steps
 from llama_ref.decoding.speculative import NGrams
 from llama_ref.device import choose_dtype
 from llama_ref.generation import Llama

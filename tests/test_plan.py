@@ -21,6 +21,7 @@ from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.releases import RELEASES
 from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.compiled import caches
 from llama_ref.decoding import loop
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
@@ -77,7 +78,7 @@ def test_weights_and_cache_are_those_of_the_loaded_model(tmp_path_factory, case,
     held = sum(parameter.numel() for parameter in model.parameters() if not parameter.is_meta)
     shutil.rmtree(folder)
     assert plan.count_parameters(args, tied, share) == held
-    cache = loop.new_cache(model, batch_size, length)
+    cache = caches.new_cache(model, batch_size, length)
     workload = Workload(1, length, batch_size)
     assert plan.kv_cache_bytes(args, share, workload, 2) == cache.keys.nbytes + cache.values.nbytes
 
@@ -141,8 +142,8 @@ def test_parameters_are_the_published_numbers(name):
 
 
 def test_the_constants_are_those_of_the_loop():
-    as_there = loop.PREFILL_TOKENS, loop.LOGPROB_POSITIONS, loop.CACHE_BLOCK
-    assert as_there == (plan.PREFILL_TOKENS, plan.LOGPROB_POSITIONS, plan.CACHE_BLOCK)
+    as_there = loop.PREFILL_TOKENS, loop.MASKLESS_PREFILL_TOKENS, loop.LOGPROB_POSITIONS, caches.CACHE_BLOCK
+    assert as_there == (plan.PREFILL_TOKENS, plan.MASKLESS_PREFILL_TOKENS, plan.LOGPROB_POSITIONS, plan.CACHE_BLOCK)
     assert plan.BLOCK_WEIGHTS == linear.BLOCK_WEIGHTS
 
 

@@ -35,10 +35,6 @@ STRANGERS = {("study", "bench"), ("bench", "study")}  # one floor, but neither k
 # (importer, imported): what breaks a rule today. When one is mended, remove it here: the tests fail
 # for a pair that breaks no rule any more.
 KNOWN = {
-    ("compiled.cpu", "cli.terminal"),
-    ("compiled.cpu", "decoding.loop"),
-    ("compiled.cuda", "cli.terminal"),
-    ("compiled.cuda", "decoding.loop"),
     ("generation", "study"),
     ("study.figures.attribution", "cli.views.study.attribution"),
     ("study.patching_grid", "cli.terminal"),

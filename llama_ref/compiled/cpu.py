@@ -6,6 +6,7 @@ All layers are of one shape and share one compiled function, which takes their w
 The plain blocks of model.py stay in place for everything else: prompts and batches.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
 from threading import Thread
@@ -15,19 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ref.compiled import int4_layout
+from llama_ref.compiled.caches import CACHE_BLOCK, new_cache
 from llama_ref.compiled.cuda import compile_cuda_decode
 from llama_ref.compiled.forward import CompiledForward
 from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, held
 from llama_ref.compiled.int8_layout import PIECE, PiecewiseInt8Linear, in_pieces
-from llama_ref.decoding.loop import CACHE_BLOCK, new_cache
 from llama_ref.device import fast_for_one_row
 from llama_ref.errors import RequestError
+from llama_ref.kv_cache import KVCache
 from llama_ref.memory import keep_scratch_memory
-from llama_ref.model import Context, KVCache, Transformer, TransformerBlock, rotate
+from llama_ref.model import Context, Transformer, TransformerBlock, rotate
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import SummedLinear
 from llama_ref.quantization.apply import replace_matrices, use_fast_kernels
 from llama_ref.quantization.linear import Int4Linear, Int8Linear, Int8Matrix
+
+logger = logging.getLogger(__name__)
 
 STREAMS = 4  # rows read side by side: they share what is loaded of the vector; more were slower
 FEWEST_BLOCKS = 2  # of the cache: a compiler takes a length of 0 or 1 for a case of its own
@@ -55,8 +59,6 @@ def compile_decode(model: Transformer) -> None:
     from torch._dynamo.exc import BackendCompilerFailed  # only now: to import the compiler takes a second
     from torch._inductor.exc import InductorError
 
-    from llama_ref.cli.terminal import note
-
     if any(isinstance(module, SummedLinear | LogitsForAll) for module in model.modules()):
         raise RequestError("compile is for one process; leave it out, or start without torchrun")
     device = model.norm.weight.device
@@ -66,7 +68,7 @@ def compile_decode(model: Transformer) -> None:
     if device.type != "cpu":
         raise RequestError(f"compile is for the CPU and for CUDA, not for {device.type}; leave it out")
     if not _has_compiler():
-        return note("no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled")
+        return logger.warning("no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled")
     _probe_vectors()
     unpack = torch.compile(int4_layout.matrix, options=OPTIONS, dynamic=True)
     replace_matrices(model, Int4Linear, lambda matrix: PlanarInt4Linear(matrix, unpack))
@@ -76,7 +78,7 @@ def compile_decode(model: Transformer) -> None:
     for block in model.layers:
         block.forward = _FastBlock(block, step)
     model.output.forward = _FastOutput(model.output, head)
-    note("compiling the decode step: some seconds, fewer the next time")
+    logger.info("compiling the decode step: some seconds, fewer the next time")
     try:
         _warm_up(model)
     except (BackendCompilerFailed, InductorError) as error:
@@ -85,7 +87,7 @@ def compile_decode(model: Transformer) -> None:
         for module in model.modules():
             if isinstance(module, PlanarInt4Linear):
                 module.matrix = int4_layout.matrix
-        note(f"it cannot be compiled here ({str(error).splitlines()[0]}): decoding stays uncompiled")
+        logger.warning("it cannot be compiled here (%s): decoding stays uncompiled", str(error).splitlines()[0])
     else:
         keep_scratch_memory()
 

@@ -4,7 +4,7 @@ For one token a GPU needs less time than Python takes to ask for a thousand kern
 
 * A layer is a handful of launches: wq, wk and wv are joined into one matrix and so are w1 and w3 (the model's own weights
   become views of the joined ones, so nothing is held twice), and what lies between the products is one kernel each
-  (cuda_kernels.py).
+  (triton_elementwise.py).
 * The whole pass over a few tokens, output matrix included, is captured as a CUDA graph and replayed. Nothing in a graph may
   change from token to token: ids and lengths lie in tensors that are filled before each replay, and attention finds the rows'
   lengths there. Where it cannot (without Triton), it looks, masked, at a part of the cache that stays as wide as it is for many
@@ -17,6 +17,7 @@ call finds its graphs made. Nothing is copied, no cache is kept alive.
 Graphs share the memory for what they compute on the way, which is right as long as they are replayed on one CUDA stream.
 """
 
+import logging
 import threading
 import time
 import weakref
@@ -27,19 +28,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llama_ref.compiled.cuda_attention import FlashKVCache, FlashLengths
-from llama_ref.compiled.cuda_kernels import rms_norm
-from llama_ref.compiled.cuda_linear import joined, linear, norm_linear, norm_query, norm_swiglu
+from llama_ref.compiled.caches import new_cache
+from llama_ref.compiled.cuda_cache import FlashKVCache, FlashLengths
+from llama_ref.compiled.cuda_ops import joined, linear, norm, norm_linear, norm_query, norm_swiglu
 from llama_ref.compiled.forward import CompiledForward
-from llama_ref.decoding.loop import new_cache
 from llama_ref.device import has_triton, is_out_of_memory
-from llama_ref.model import KVCache, Transformer, TransformerBlock, attend, rope_frequencies, rope_rotations
+from llama_ref.kv_cache import KVCache, group_mask, grouped_attention
+from llama_ref.model import Transformer, TransformerBlock, rope_frequencies, rope_rotations
 
-if has_triton():
-    from llama_ref.compiled.cuda_flash_decode import attend_one, fits
+logger = logging.getLogger(__name__)
 
 SMALLEST_WIDTH = 256  # tokens
 MOST_GRAPHS = 24  # the least recently used goes first; a text of 128k tokens comes to 10
+KERNEL_HEAD_DIMS = (16, 32, 64, 128, 256)  # that triton_attention.py takes
 # Tokens of a row in a captured pass; drafts are padded to the next. More are launched one by one: they take longer than that.
 PASS_LENGTHS = (1, 4, 8, 13)
 
@@ -116,8 +117,7 @@ class FastPasses:
         cache.make_room(tokens.shape[1])
         x = self._layers(tokens, cache.lengths, cache, cache.longest + tokens.shape[1], cache.longest)
         cache.advance(tokens.shape[1])
-        norm = self.model.norm
-        return rms_norm(x, norm.weight, norm.eps).view(*tokens.shape, -1)
+        return norm(x, self.model.norm).view(*tokens.shape, -1)
 
     def _layers(self, tokens: Tensor, lengths: Tensor, cache: KVCache, width: int, longest: int = 0) -> Tensor:
         """The last layer's output (B · T, D). No row comes to more than `width` tokens, the new ones included.
@@ -191,7 +191,7 @@ class FastPasses:
     def _captures_failed(self, error: RuntimeError) -> None:
         if is_out_of_memory(error):
             return  # this call is launched kernel by kernel, the next may be luckier
-        note(f"a decode step cannot be captured here ({_first_line(error)}): its kernels are launched one by one")
+        logger.warning("a decode step cannot be captured here (%s): its kernels are launched one by one", _first_line(error))
         self.capture = None
 
     def _clear(self, cache: KVCache) -> None:
@@ -202,7 +202,7 @@ class FastPasses:
 
     def warm_up(self) -> None:
         """Have every kernel compiled now, a prompt's, a token's, a draft's and a batch's: none is in the middle of a text."""
-        note("preparing the decode step: a few seconds, longer the first time")
+        logger.info("preparing the decode step: a few seconds, longer the first time")
         device = self.model.norm.weight.device
         for B, prompts, passes in ((1, (17, 33, 65), PASS_LENGTHS), (2, (), (1,))):
             cache = new_cache(self.model, B, SMALLEST_WIDTH)
@@ -261,6 +261,8 @@ class Looks(Protocol):
 def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, width: int, longest: int) -> Looks:
     """Attention for T new tokens a row at `positions` (N,), after `lengths` (B,) others, of a cache's first `width` tokens."""
     if T == 1 and _has_kernel(cache):
+        from llama_ref.compiled.triton_attention import attend_one  # only now: it imports Triton
+
         return lambda layer, q: attend_one(q[:, 0], cache.keys[layer], cache.values[layer], lengths)[:, None]
     if isinstance(cache, FlashKVCache):
         at = FlashLengths.of(lengths, T, cache.max_seq_len, width)
@@ -268,17 +270,15 @@ def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, wid
     visible = torch.arange(width, device=positions.device) <= positions.view(-1, T)[:, :, None]  # (B, T, S)
 
     def masked(layer: int, q: Tensor) -> Tensor:
-        keys, values = (all_[layer, :, :, :width].transpose(1, 2) for all_ in (cache.keys, cache.values))
-        B, _, H, _ = q.shape
-        G = H // keys.shape[2]
-        return attend(q, keys, values, visible[:, None].expand(B, G, T, width).reshape(B, 1, G * T, width))
+        keys, values = cache.read(layer, width)  # (B, S, K, hd)
+        return grouped_attention(q, keys, values, group_mask(visible, q.shape[2] // keys.shape[2]))
 
     return masked
 
 
 def _has_kernel(cache: KVCache) -> bool:
     """Whether `attend_one` takes the cache."""
-    return cache.keys.is_cuda and has_triton() and fits(cache.keys.shape[-1])
+    return cache.keys.is_cuda and has_triton() and cache.keys.shape[-1] in KERNEL_HEAD_DIMS
 
 
 class CapturedPass:
@@ -325,13 +325,6 @@ class CudaGraphs:
 def next_width(cache: KVCache, n_tokens: int) -> int:
     """How much of a cache the next pass may look at: the first power of two that has room for `n_tokens` more, or all."""
     return min(max(SMALLEST_WIDTH, 1 << (cache.longest + n_tokens - 1).bit_length()), cache.max_seq_len)
-
-
-def note(text: str) -> None:
-    """A line on stderr."""
-    from llama_ref.cli.terminal import note  # only now: rich draws from Python's random numbers when it is imported
-
-    note(text)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,19 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_ref.compiled.cuda_attention import kv_cache_class
-from llama_ref.compiled.cuda_kernels import log_normalizer
+from llama_ref.compiled.caches import new_cache
+from llama_ref.compiled.cuda_ops import log_normalizer
 from llama_ref.compiled.forward import compiled_forward
-from llama_ref.device import fast_for_one_row, is_out_of_memory
-from llama_ref.errors import LlamaRefError, RequestError
-from llama_ref.model import KVCache, Transformer
+from llama_ref.device import fast_for_one_row
+from llama_ref.errors import LlamaRefError
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Transformer
 
 FinishReason = Literal["stop", "length"]
 
 PREFILL_TOKENS = 1024  # at a time, of all rows together: bounds activations; masks grow with the context alone
 MASKLESS_PREFILL_TOKENS = 8192  # where attention needs no mask: a GPU is busy with a whole prompt of the usual length
-CACHE_BLOCK = 64  # tokens; a cache holds whole blocks: what is compiled for a CPU reads it by these (compiled/cpu.py)
-CUDA_CACHE_BLOCK = 1024  # coarser: captured graphs belong to addresses, which caches of one size share (compiled/cuda.py)
 LOGPROB_POSITIONS = 128  # logits take 0.5 MB a position: an echoed prompt's are made this many at a time
 
 
@@ -67,26 +66,6 @@ class Row:
         self.logprobs.append(logprob)
         if len(self.generated) == self.max_gen_len:
             self.finish_reason = "length"
-
-
-def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
-    """An empty cache for `batch_size` rows of up to `n_tokens` tokens, in the model's dtype and on its device.
-
-    Raises RequestError when there is not the memory for it.
-    """
-    norm = model.layers[0].attention_norm.weight  # a norm is there in every part of a model, and is never quantized
-    try:
-        kind = kv_cache_class(norm.device, norm.dtype, model.args)
-        block = CACHE_BLOCK if norm.device.type == "cpu" or batch_size > 1 else CUDA_CACHE_BLOCK
-        room = -(-n_tokens // block) * block
-        return kind(model.args, batch_size, room, dtype=norm.dtype, device=norm.device)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RequestError(
-            f"no memory for the keys and values of {batch_size} × {n_tokens:,} tokens: ask for a smaller max_seq_len or "
-            "max_gen_len, or fewer prompts at once"
-        ) from error
 
 
 def steps(

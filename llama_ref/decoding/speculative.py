@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.forward import compiled_forward
-from llama_ref.decoding.loop import Row, finished, new_cache, prefill, prefill_tokens, refuse_nan
+from llama_ref.decoding.loop import Row, finished, prefill, prefill_tokens, refuse_nan
 from llama_ref.device import fast_for_one_row
-from llama_ref.model import KVCache, Transformer
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Transformer
 from llama_ref.quantization.linear import Int8Matrix, QuantizedMatrix
 from llama_ref.sampling import Sampler
 

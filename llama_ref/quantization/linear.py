@@ -25,7 +25,7 @@ def has_kernels(x: Tensor) -> bool:
 
 def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """x (…, in) times a quantized matrix, in those kernels: (…, out)."""
-    from llama_ref.compiled.cuda_products import product  # only now: it imports Triton
+    from llama_ref.compiled.triton_products import product  # only now: it imports Triton
 
     return product(x.reshape(-1, x.shape[-1]), weight, scale, zero).unflatten(0, x.shape[:-1])
 

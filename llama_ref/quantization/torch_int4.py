@@ -1,7 +1,7 @@
 """Four-bit matrices in the layout that PyTorch's kernel for CPUs demands.
 
 `faster(module, dtype)` turns an Int4Linear into one where there is a kernel for it. Int8Linear needs no other layout, and on
-CUDA this project's own kernels read both as folders hold them (compiled/cuda_products.py). On an H200 they take two thirds of
+CUDA this project's own kernels read both as folders hold them (compiled/triton_products.py). On an H200 they take two thirds of
 the time of PyTorch's `_weight_int4pack_mm` at one row, and a fifth at 64.
 """
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from llama_ref.compiled.forward import CompiledForward
 from llama_ref.errors import RequestError
-from llama_ref.model import Attention, Context, FeedForward, KVCache, Transformer, TransformerBlock, rotate
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Attention, Context, FeedForward, Transformer, TransformerBlock, attend, rotate
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import SummedLinear
 
@@ -196,7 +197,10 @@ class Attached:
         k = see("k_unrotated", module.wk(x).unflatten(-1, heads))  # (B, T, K, hd)
         v = see("v", module.wv(x).unflatten(-1, heads))  # (B, T, K, hd)
         q, k = see("q", rotate(q, *context.rotations)), see("k", rotate(k, *context.rotations))
-        out = context.attend(layer, q, k, v)  # (B, T, H, hd)
+        if context.cache is None:
+            out = attend(q, k, v)  # (B, T, H, hd)
+        else:
+            out = context.cache.attend(layer, q, k, v, context)  # (B, T, H, hd)
         looking = self.looking(f"layers.{i}.attention.scores") + self.looking(f"layers.{i}.attention.pattern")
         if looking:
             if context.cache is not None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
-from llama_ref.model import KVCache, Transformer
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Transformer
 from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.hooks import Pass, attached, refuse_strange
 from llama_ref.study.names import LOOKS, all_names, axes, matching

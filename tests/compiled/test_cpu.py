@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from llama_ref.args import ModelArgs
+from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, product
 from llama_ref.compiled.int8_layout import PiecewiseInt8Linear
-from llama_ref.decoding.loop import new_cache
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
@@ -69,18 +69,17 @@ def test_text_of_real_weights_stays_the_same_up_to_near_ties(demo_folder):
     assert "".join(streamed) == fast.tokenizer.decode(tokens)
 
 
-def test_without_a_compiler_a_model_stays_as_it_is_and_one_line_says_so(monkeypatch, capsys, tmp_path):
+def test_without_a_compiler_a_model_stays_as_it_is_and_one_line_says_so(monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO", logger="llama_ref")
     monkeypatch.setenv("PATH", str(tmp_path))
     model = random_model(torch.float32)
     compile_decode(model)
     assert "forward" not in vars(model.layers[0])
-    assert capsys.readouterr().err.splitlines() == [
-        "no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled"
-    ]
+    assert caplog.messages == ["no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled"]
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
-def test_with_a_compiler_that_fails_a_model_computes_as_before(scheme, monkeypatch, capsys, tmp_path):
+def test_with_a_compiler_that_fails_a_model_computes_as_before(scheme, monkeypatch, caplog, tmp_path):
     plain, model = random_model(torch.float32, scheme), random_model(torch.float32, scheme)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # with nothing in it that was compiled before
     torch.compiler.reset()
@@ -88,7 +87,7 @@ def test_with_a_compiler_that_fails_a_model_computes_as_before(scheme, monkeypat
         compile_decode(model)
         expected, found = (decoded(each, [5, 7], [3, 1]) for each in (plain, model))
     torch.compiler.reset()
-    assert "decoding stays uncompiled" in capsys.readouterr().err.splitlines()[-1]
+    assert "decoding stays uncompiled" in caplog.messages[-1]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -13,14 +13,16 @@ from torch.utils._pytree import tree_leaves
 from fake_cuda import fake_cuda
 from folders import tiny_folder
 from llama_ref.args import ModelArgs
-from llama_ref.compiled import cuda, cuda_attention
+from llama_ref.compiled import caches, cuda, cuda_cache
+from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda import FastForward, FastHidden, FastPasses, compile_cuda_decode, next_width
-from llama_ref.compiled.cuda_attention import FlashKVCache, FlashLengths
+from llama_ref.compiled.cuda_cache import FlashKVCache, FlashLengths
 from llama_ref.decoding import loop
-from llama_ref.decoding.loop import Row, new_cache, steps
+from llama_ref.decoding.loop import Row, steps
 from llama_ref.decoding.speculative import NGrams
 from llama_ref.generation import Llama
-from llama_ref.model import KVCache, Transformer
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.session import Session
 from random_models import random_model
@@ -93,16 +95,17 @@ def plain_flash(q: Tensor, keys: Tensor, values: Tensor, at: FlashLengths) -> Te
 
 
 @pytest.fixture(autouse=True)
-def small_sizes(monkeypatch) -> None:
+def small_sizes(monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", logger="llama_ref")
     monkeypatch.setattr(cuda, "SMALLEST_WIDTH", 8)
-    monkeypatch.setattr(loop, "CACHE_BLOCK", 1)  # and caches as long as they are asked for
+    monkeypatch.setattr(caches, "CACHE_BLOCK", 1)  # and caches as long as they are asked for
 
 
 @pytest.fixture(params=[KVCache, FlashKVCache], ids=["masked", "flash"])
 def kind(request, monkeypatch) -> type[KVCache]:
     """The kind of cache: both run here, the kernel of the second written out."""
-    monkeypatch.setattr(loop, "kv_cache_class", lambda *_: request.param)
-    monkeypatch.setattr(cuda_attention, "flash", plain_flash)
+    monkeypatch.setattr(caches, "kv_cache_class", lambda *_: request.param)
+    monkeypatch.setattr(cuda_cache, "flash", plain_flash)
     return request.param
 
 
@@ -147,7 +150,7 @@ def test_passes_give_the_plain_ones_logits(kind, prompts, dtype, tolerance, sche
 def test_a_flash_cache_gives_the_plain_models_numbers(monkeypatch):
     """Without any fused layer: pieces of prompts, ragged rows, what was cut back."""
     model = random_model(ARGS, seed=0)
-    monkeypatch.setattr(cuda_attention, "flash", plain_flash)
+    monkeypatch.setattr(cuda_cache, "flash", plain_flash)
     caches = [kind(ARGS, 3, 40, dtype=torch.float32, device="cpu") for kind in (KVCache, FlashKVCache)]
     caches[1].stored.fill_(float("nan"))
     for lengths, T in ((None, 9), ([9, 2, 5], 1), (None, 6), ([4, 4, 4], 13)):
@@ -169,7 +172,7 @@ def test_the_kernel_takes_these_shapes(B, T):
         q = torch.empty(B, T, 32, 128, dtype=torch.bfloat16, device="cuda")
         keys, values = (torch.empty(B, 64, 8, 128, dtype=torch.bfloat16, device="cuda") for _ in "kv")
         at = FlashLengths.of(torch.empty(B, dtype=torch.long, device="cuda"), T, 64, 64)
-        out = cuda_attention.flash(q, keys, values, at)
+        out = cuda_cache.flash(q, keys, values, at)
         assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "cuda")
 
 
@@ -183,12 +186,12 @@ def test_late_pieces_of_a_long_prompt_are_put_together_from_two_attentions(monke
             scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
         return scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)
 
-    monkeypatch.setattr(cuda_attention, "cudnn_attention", plain_cudnn)
+    monkeypatch.setattr(cuda_cache, "cudnn_attention", plain_cudnn)
     q, (keys, values) = torch.randn(1, 7, 8, 16) * 3, torch.randn(2, 1, 40, 2, 16)
     for longest in (1, 20, 33):
         at = FlashLengths.of(torch.tensor([longest]), 7, 40, longest + 7)
         expected = plain_flash(q, keys, values, at)
-        torch.testing.assert_close(cuda_attention.cudnn(q, keys, values, longest), expected)
+        torch.testing.assert_close(cuda_cache.cudnn(q, keys, values, longest), expected)
 
 
 def test_joined_matrices_are_the_models_own():
@@ -328,7 +331,7 @@ def test_a_model_that_is_let_go_is_gone_at_once():
 # ---- where it cannot be done
 
 
-def test_what_cannot_be_recorded_decodes_as_ever_and_one_line_says_so(pair, capsys):
+def test_what_cannot_be_recorded_decodes_as_ever_and_one_line_says_so(pair, caplog):
     plain, fast = pair
 
     def refuses(step: Step, *inputs: Tensor) -> Callable[[], Tensor]:
@@ -338,13 +341,13 @@ def test_what_cannot_be_recorded_decodes_as_ever_and_one_line_says_so(pair, caps
     fast.forward.fast.capture = refuses
     for prompts in ROWS:
         assert generated(fast, prompts, 12) == generated(plain, prompts, 12)
-    assert capsys.readouterr().err.splitlines() == [
+    assert caplog.messages == [
         "a decode step cannot be captured here (operation not permitted when stream is capturing): "
         "its kernels are launched one by one"
     ]
 
 
-def test_out_of_memory_costs_a_call_not_the_feature(pair, capsys):
+def test_out_of_memory_costs_a_call_not_the_feature(pair, caplog):
     plain, fast = pair
     passes = fast.forward.fast
     whole, asked = passes.capture, []
@@ -361,7 +364,7 @@ def test_out_of_memory_costs_a_call_not_the_feature(pair, capsys):
     passes.capture = whole
     assert generated(fast, ROWS[0], 12) == generated(plain, ROWS[0], 12)
     assert passes.graphs
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 # ---- the loop
@@ -426,7 +429,7 @@ def test_a_step_brings_one_tensor_to_the_host(pair):
 @pytest.mark.parametrize("cache_kind", [KVCache, FlashKVCache])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_cuda_everything_stays_on_the_device(monkeypatch, scheme, n_rows, cache_kind, dtype):
-    monkeypatch.setattr(loop, "kv_cache_class", lambda *_: cache_kind)
+    monkeypatch.setattr(caches, "kv_cache_class", lambda *_: cache_kind)
     with fake_cuda():
         with torch.device("meta"):
             model = Transformer(ModelArgs.from_dict(vars(ARGS) | {"dim": 256, "n_heads": 4}))
@@ -447,10 +450,10 @@ def test_on_cuda_everything_stays_on_the_device(monkeypatch, scheme, n_rows, cac
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("prompts", ROWS, ids=["one", "one_token", "ragged"])
-def test_greedy_text_on_cuda_is_the_plain_ones(prompts, capsys):
+def test_greedy_text_on_cuda_is_the_plain_ones(prompts, caplog):
     plain, fast = (random_model(ARGS, seed=0).cuda() for _ in range(2))
     compile_cuda_decode(fast)
     for _ in range(2):  # the second call brings a cache of its own
         assert generated(fast, prompts, 60) == generated(plain, prompts, 60)
     assert fast.forward.recordings
-    assert capsys.readouterr().err.splitlines() == ["preparing the decode step: a few seconds, longer the first time"]
+    assert caplog.messages == ["preparing the decode step: a few seconds, longer the first time"]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from llama_ref.args import ModelArgs
+from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding import loop
-from llama_ref.decoding.loop import Row, new_cache, steps
+from llama_ref.decoding.loop import Row, steps
 from llama_ref.errors import LlamaRefError
 from random_models import random_model
 

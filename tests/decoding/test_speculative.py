@@ -14,8 +14,9 @@ from fake_cuda import fake_cuda
 from folders import PARAMS
 from jobs import torchrun
 from llama_ref.args import ModelArgs
+from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding import speculative
-from llama_ref.decoding.loop import Row, new_cache, steps
+from llama_ref.decoding.loop import Row, steps
 from llama_ref.decoding.speculative import (
     MEASURED,
     Draft,

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corpus import WHOLE
-from llama_ref.decoding.loop import Row, new_cache
+from llama_ref.compiled.caches import new_cache
+from llama_ref.decoding.loop import Row
 from llama_ref.decoding.stream import Stream
 from llama_ref.errors import RequestError
-from llama_ref.model import KVCache
+from llama_ref.kv_cache import KVCache
 from llama_ref.tokenizer import Tokenizer
 
 CAPITAL = "The capital of France is"  # greedily continued " Paris.\n\nThe capital of France is Paris"

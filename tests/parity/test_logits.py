@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from llama_models.llama3.model import precompute_freqs_cis
 
 from llama_ref.args import ModelArgs
-from llama_ref.model import KVCache, rope_frequencies, rope_rotations
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import rope_frequencies, rope_rotations
 from parity.oracles import hugging_faces_model, metas_model
 from random_models import random_model
 

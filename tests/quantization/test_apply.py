@@ -29,7 +29,8 @@ from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.model import KVCache, Transformer
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import Share
 from llama_ref.quantization import rounding, torch_int4
 from llama_ref.quantization.apply import is_quantized, quantize_model, use_fast_kernels

@@ -9,7 +9,7 @@ from torch import Tensor
 from folders import tiny_folder
 from llama_ref import study
 from llama_ref.args import ModelArgs
-from llama_ref.decoding.loop import new_cache
+from llama_ref.compiled.caches import new_cache
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer

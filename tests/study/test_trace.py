@@ -15,9 +15,9 @@ from torch import Tensor
 from folders import tiny_folder
 from llama_ref import study
 from llama_ref.args import ModelArgs
+from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.compiled.cuda import FastForward, FastHidden, FastPasses
-from llama_ref.decoding.loop import new_cache
 from llama_ref.decoding.speculative import NGrams, PassTime
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from llama_ref.bench.peers.base import kv_bytes, weight_bytes
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.shapes import expected_shapes
-from llama_ref.decoding.loop import PREFILL_TOKENS, Row, new_cache, steps
+from llama_ref.compiled.caches import new_cache
+from llama_ref.decoding.loop import PREFILL_TOKENS, Row, steps
 from llama_ref.generation import Llama
-from llama_ref.model import KVCache
+from llama_ref.kv_cache import KVCache
 
 REPEATS = 3
 

@@ -12,16 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_ref.compiled.cuda_products import has_pdl
+from llama_ref.compiled.triton_products import has_pdl
 
 BLOCK_NUMBERS = 8192  # of keys at a time, a head's dimension times so many keys
 MOST_SPLITS = 64
 PROGRAMS = 528  # to keep a card busy: four for each of an H100's multiprocessors
-
-
-def fits(head_dim: int) -> bool:
-    """Whether the kernels take heads of this size."""
-    return head_dim in (16, 32, 64, 128, 256)
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -41,31 +36,32 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tens
     padded = max(16, triton.next_power_of_2(G))  # the fewest rows that a tensor core takes
     scale = math.log2(math.e) / math.sqrt(hd)
     _look[(B * K, splits)](
-        q, keys, values, lengths, sums, tops, scale, *keys.stride()[:3], K, G, padded, hd, block, splits, pdl,
+        q, keys, values, lengths, sums, tops, scale, *keys.stride()[:3], splits,
+        K, G, padded, hd, block, pdl,
         num_warps=4, num_stages=3, **launch,
     )  # fmt: skip
-    _put_together[(B * H,)](out, sums, tops, lengths, H, hd, block, splits, pdl, num_warps=4, **launch)
+    _put_together[(B * H,)](out, sums, tops, lengths, splits, H, hd, block, MOST_SPLITS, pdl, num_warps=4, **launch)
     return out
 
 
 @triton.jit
-def _stretch(n, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def _stretch(n, splits, BLOCK: tl.constexpr):
     """How many keys a program takes: whole blocks."""
-    return tl.cdiv(tl.cdiv(n, SPLITS), BLOCK) * BLOCK
+    return tl.cdiv(tl.cdiv(n, splits), BLOCK) * BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _look(
-    q, keys, values, lengths, sums, tops, scale, stride_b, stride_k, stride_s,
+    q, keys, values, lengths, sums, tops, scale, stride_b, stride_k, stride_s, splits,
     K: tl.constexpr, G: tl.constexpr, PADDED: tl.constexpr, HD: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row, kv_head, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
     n = (tl.load(lengths + row) + 1).to(tl.int32)
-    stretch = _stretch(n, BLOCK, SPLITS)
+    stretch = _stretch(n, splits, BLOCK)
     begin = split * stretch
     if begin < n:
         g, d = tl.arange(0, PADDED), tl.arange(0, HD)
@@ -89,26 +85,26 @@ def _look(
             v = tl.load(values + place[:, None] + d, mask=inside[:, None], other=0)  # (BLOCK, HD)
             mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
             top = new_top
-        cell = head * SPLITS + split
+        cell = head * splits + split
         tl.store(sums + cell[:, None].to(tl.int64) * HD + d, mixed, mask=(g < G)[:, None])
         tl.store(tops + cell * 2, top, mask=g < G)
         tl.store(tops + cell * 2 + 1, total, mask=g < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _put_together(
-    out, sums, tops, lengths,
-    H: tl.constexpr, HD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    out, sums, tops, lengths, splits,
+    H: tl.constexpr, HD: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     head = tl.program_id(0)
     n = (tl.load(lengths + head // H) + 1).to(tl.int32)
-    stretch = _stretch(n, BLOCK, SPLITS)
-    split, d = tl.arange(0, SPLITS), tl.arange(0, HD)
-    inside = split * stretch < n
-    cell = head * SPLITS + split
+    stretch = _stretch(n, splits, BLOCK)
+    split, d = tl.arange(0, MOST), tl.arange(0, HD)
+    inside = split * stretch < n  # never more than `splits`
+    cell = head * splits + split
     top = tl.load(tops + cell * 2, mask=inside, other=float("-inf"))
     total = tl.load(tops + cell * 2 + 1, mask=inside, other=0)
     mixed = tl.load(sums + cell[:, None].to(tl.int64) * HD + d, mask=inside[:, None], other=0)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.device import is_out_of_memory
-from llama_ref.model import Context, KVCache, attend
+from llama_ref.kv_cache import KVCache, group_mask, grouped_attention
+from llama_ref.model import Context
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # cuDNN's attention is nearly twice as fast on Hopper (660 against 350 TFLOP/s), but it spends 0.05 to 1 s on a plan for every
@@ -48,14 +49,18 @@ class FlashKVCache(CudaKVCache):
     def clear_unwritten(self, n_tokens: int) -> None:
         """Nothing to do: what lies beyond a row's length is not even read."""
 
-    def attend(self, layer: int, q: Tensor, context: Context) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        self.write(layer, context.positions, k, v)
         if self._lengths is None or self._lengths[0] is not context:
             lengths = FlashLengths.of(self.lengths, context.n_new, self.max_seq_len, context.n_seen)
             self._lengths = context, lengths
         return self.attend_piece(layer, q, self._lengths[1], self.longest)
 
     def attend_piece(self, layer: int, q: Tensor, at: "FlashLengths", longest: int) -> Tensor:
-        """As `attend`. `longest`: tokens before these, of the longest row."""
+        """Attention of new tokens' q (B, T, H, hd), whose keys and values are stored: (B, T, H, hd).
+
+        `longest`: tokens before these, of the longest row.
+        """
         keys, values = self.stored[:, layer]  # (B, S, K, hd) each
         if self.tries_cudnn and is_for_cudnn(q, longest):
             try:
@@ -159,11 +164,10 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     lengths = torch.tensor([30, 7], device=device)
     positions = lengths[:, None] + torch.arange(T, device=device)  # (B, T)
     visible = torch.arange(S, device=device) <= positions[:, :, None]  # (B, T, S)
-    mask = visible[:, None].expand(B, G, T, S).reshape(B, 1, G * T, S)
     try:
         with torch.inference_mode():
             found = flash(q, keys, values, FlashLengths.of(lengths, T, S, S))
-            expected = attend(q, keys, values, mask)
+            expected = grouped_attention(q, keys, values, group_mask(visible, G))
             return bool((found - expected).abs().max() < 0.05)
     except (RuntimeError, TypeError):  # an older card, or another PyTorch
         return False

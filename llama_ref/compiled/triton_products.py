@@ -132,7 +132,7 @@ def _matvec(
         tl.store(out + row, y, mask=row < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _matmul(
     out, x, w, scale, zero, M, N,
     K: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,

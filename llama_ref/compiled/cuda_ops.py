@@ -1,0 +1,149 @@
+"""The parts of a fused layer on CUDA (cuda.py): each takes the kernel that suits the device, the matrix and the number of rows.
+
+With Triton a single row runs through one kernel together with what stands around its product in a layer, a few rows of a
+quantized matrix through another; many rows are cuBLAS's, of a quantized matrix once it is turned into the inputs' dtype.
+Without Triton every function is model.py's lines. The Triton modules are imported when they are needed, not before.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ref.device import has_triton
+from llama_ref.model import RMSNorm, rotate
+from llama_ref.quantization.linear import Int4Linear, Int8Linear
+
+
+def joined(*modules: nn.Module) -> nn.Module:
+    """One matrix with the rows of several below one another; theirs become views of it. They are of one kind and width."""
+    kind = type(modules[0])
+    if kind is Int8Linear:
+        return Int8Linear(*(_join_buffers(modules, name) for name in ("q", "scale")))
+    if kind is Int4Linear:
+        return Int4Linear(*(_join_buffers(modules, name) for name in ("packed", "scale", "zero")))
+    weight = torch.cat([module.weight.data for module in modules])
+    for module, part in zip(modules, weight.split([len(module.weight) for module in modules]), strict=True):
+        module.weight.data = part
+    with torch.device("meta"):
+        out = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    out.weight = nn.Parameter(weight, requires_grad=False)
+    return out
+
+
+def _join_buffers(modules: tuple[nn.Module, ...], name: str) -> Tensor:
+    parts = [getattr(module, name) for module in modules]
+    whole = torch.cat(parts)
+    for module, part in zip(modules, whole.split([len(part) for part in parts]), strict=True):
+        setattr(module, name, part)
+    return whole
+
+
+def linear(x: Tensor, matrix: nn.Module, add: Tensor | None = None) -> Tensor:
+    """x (N, K) times a matrix (M, K), plus `add` (N, M): (N, M)."""
+    if _is_one_row(x):
+        return _matvec(x, matrix, residual=None if add is None else add[0])
+    if add is None:
+        return matrix(x)
+    if isinstance(matrix, nn.Linear) and x.is_cuda:
+        return torch.addmm(add, x, matrix.weight.T)
+    return add + matrix(x)
+
+
+def norm(x: Tensor, module: RMSNorm) -> Tensor:
+    """RMSNorm of x (N, D)."""
+    if not uses_triton(x):
+        return module(x)
+    from llama_ref.compiled.triton_elementwise import rms_norm
+
+    return rms_norm(x, module.weight, module.eps)
+
+
+def norm_linear(x: Tensor, module: RMSNorm, matrix: nn.Module) -> Tensor:
+    """`linear` of the normed x."""
+    if _is_one_row(x):
+        return _matvec(x, matrix, module)
+    return linear(norm(x, module), matrix)
+
+
+def norm_swiglu(x: Tensor, module: RMSNorm, matrix: nn.Module) -> Tensor:
+    """silu(w1 h) · (w3 h) for h, the normed x (N, K), and w1, w3 joined (2F, K): (N, F)."""
+    if _is_one_row(x):
+        return _matvec(x, matrix, module, gated=True)
+    gate_up = norm_linear(x, module, matrix)
+    if not uses_triton(x):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    from llama_ref.compiled.triton_elementwise import silu_mul
+
+    return silu_mul(gate_up)
+
+
+def norm_query(
+    x: Tensor, module: RMSNorm, matrix: nn.Module, positions: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Rotated queries (N, H, hd) of the normed x (N, D) by wq, wk, wv joined; keys and values go into a layer's cache.
+
+    N tokens are T of each of B rows, at int64 `positions` (N,); cos and sin float32 (S, hd/2) hold every position's angles.
+    keys and values (B, K, S, hd) are one layer's of a cache, of the same strides, hd's 1.
+    """
+    B, K, _, head_dim = keys.shape
+    if _is_one_row(x):
+        q = _matvec(x, matrix, module, rope=(cos, sin, keys[0], values[0], positions))
+        return q.view(1, -1, head_dim)
+    qkv = norm_linear(x, module, matrix)  # (N, (H + 2K) · hd)
+    n_heads = qkv.shape[1] // head_dim - 2 * K
+    if uses_triton(x):
+        from llama_ref.compiled.triton_elementwise import rotate_and_store
+
+        return rotate_and_store(qkv, positions, cos, sin, keys, values, n_heads)
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split((n_heads, K, K), dim=1)  # (N, heads, hd)
+    angles = cos[positions][None, :, None], sin[positions][None, :, None]  # (1, N, 1, hd/2)
+    q, k = (rotate(x[None], *angles)[0] for x in (q, k))
+    rows = torch.arange(B, device=x.device).repeat_interleave(len(x) // B)
+    keys.transpose(1, 2).index_put_((rows, positions), k)
+    values.transpose(1, 2).index_put_((rows, positions), v)
+    return q
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Ids (B,) of the largest of float32 logits (B, V), on any device."""
+    if not uses_triton(logits):
+        return logits.argmax(-1)
+    from llama_ref.compiled.triton_elementwise import row_stats
+
+    return row_stats(logits)[0]
+
+
+def log_normalizer(logits: Tensor) -> Tensor:
+    """log Σ exp of each row of float32 logits (B, V), on any device: (B,)."""
+    if not uses_triton(logits):
+        return logits.logsumexp(-1)
+    from llama_ref.compiled.triton_elementwise import row_stats
+
+    return row_stats(logits)[1]
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether this project's own kernels take x."""
+    return x.is_cuda and has_triton()
+
+
+def _is_one_row(x: Tensor) -> bool:
+    return len(x) == 1 and uses_triton(x)
+
+
+def _matvec(x: Tensor, matrix: nn.Module, module: RMSNorm | None = None, **around: object) -> Tensor:
+    """x (1, K), normed where a norm is given, times a matrix of any kind, with what `matvec` can do around it: (1, …)."""
+    from llama_ref.compiled.triton_products import matvec
+
+    if module is not None:
+        around |= {"gain": module.weight, "eps": module.eps}
+    return matvec(x[0], *_tensors(matrix), **around)[None]
+
+
+def _tensors(matrix: nn.Module) -> tuple[Tensor, ...]:
+    if isinstance(matrix, Int4Linear):
+        return matrix.packed, matrix.scale, matrix.zero
+    if isinstance(matrix, Int8Linear):
+        return matrix.q, matrix.scale
+    return (matrix.weight,)

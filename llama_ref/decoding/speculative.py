@@ -40,6 +40,17 @@ MEASURED = {
     ("int4", False): (0.47, 0.44),
     ("int4", True): (7.4, 0.31),
 }
+# On an H200, of the same kinds (scripts/bench_cuda.py, stages speculate and batch). Uncompiled passes are bound by launches, of
+# which one of several tokens has as many. A compiled step of one token has kernels of its own, those of several tokens are
+# cuBLAS's or read a quantized matrix more slowly: 1.34 steps in bfloat16 on the 8B, 1.78 on the 1B.
+MEASURED_ON_CUDA = {
+    ("bfloat16", False): (1.0, 0.01),
+    ("bfloat16", True): (1.55, 0.005),
+    ("int8", False): (1.0, 0.01),
+    ("int8", True): (1.7, 0.01),
+    ("int4", False): (1.0, 0.01),
+    ("int4", True): (3.3, 0.02),
+}
 
 
 @dataclass(frozen=True)
@@ -57,17 +68,15 @@ class PassTime:
     def of(cls, model: Transformer) -> "PassTime":
         """What was measured for models of this kind (scripts/bench_speculate.py prints it).
 
-        Fewer bits and a compiled step make a step cheaper, and a pass over several tokens less so. A GPU computes far more than
-        it reads: there, not measured yet, such a pass is taken to cost little more than a step.
+        Fewer bits and a compiled step make a step cheaper, and a pass over several tokens less so.
         """
         block = model.layers[0]  # every part of a model has one
         norm, matrix = block.attention_norm.weight, block.attention.wq
-        if norm.device.type != "cpu":
-            return cls(1.05, 0.01)
         dtype = str(norm.dtype).removeprefix("torch.")
         kind = "int8" if isinstance(matrix, Int8Matrix) else "int4" if isinstance(matrix, QuantizedMatrix) else dtype
-        is_compiled = compiled_forward(block) is not None
-        return cls(*MEASURED.get((kind, is_compiled), MEASURED["bfloat16", is_compiled]))
+        is_compiled = any(compiled_forward(module) for module in (model, block))
+        measured = MEASURED if norm.device.type == "cpu" else MEASURED_ON_CUDA
+        return cls(*measured.get((kind, is_compiled), measured["bfloat16", is_compiled]))
 
     def with_guesses(self, n: int) -> float:
         return max(1.0, self.several + (n + 1) * self.each) if n else 1.0

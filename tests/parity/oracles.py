@@ -40,7 +40,7 @@ def hugging_faces_model(model: Transformer) -> LlamaForCausalLM:
     reference = LlamaForCausalLM(hugging_faces_config(model.args))
     reference.load_state_dict(_hugging_faces_names(model))
     reference = reference.to(model.tok_embeddings.weight.dtype).eval()
-    # The cast has rounded RoPE's frequencies too, which from_pretrained does not do: after 1,200 tokens logits were off by 10 %.
+    # The cast rounds RoPE's frequencies too, as from_pretrained does not: after 1,200 tokens logits were off by 10 %.
     rotary = reference.model.rotary_emb
     reference.model.rotary_emb = type(rotary)(reference.config).to(rotary.inv_freq.device)
     return reference

@@ -1,10 +1,8 @@
 """Which device and which precision, when nobody says."""
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 
@@ -102,12 +100,6 @@ def prepare_cuda(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether kernels in Triton run here: PyTorch for CUDA brings it along on Linux."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

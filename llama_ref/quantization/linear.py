@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ref.device import has_triton
+from llama_ref.compiled.triton_probe import has_triton
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
 
 BLOCK_WEIGHTS = 1 << 22  # turned into the input's dtype at a time: few enough to stay in a processor's cache
@@ -20,7 +20,7 @@ FEW_ROWS = 48  # up to here PyTorch's kernel for int8 was faster than casting th
 
 def has_kernels(x: Tensor) -> bool:
     """Whether this project's own kernels take x: on a CUDA device, where there is Triton."""
-    return x.is_cuda and has_triton()
+    return x.is_cuda and has_triton(x.device)
 
 
 def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:

@@ -39,7 +39,6 @@ KNOWN = {
     ("compiled.cpu", "decoding.loop"),
     ("compiled.cuda", "cli.terminal"),
     ("compiled.cuda", "decoding.loop"),
-    ("generation", "study"),
     ("study.figures.attribution", "cli.views.study.attribution"),
     ("study.patching_grid", "cli.terminal"),
     # A circle: tokenizer, its reader, chat_template, chat, tokenizer.

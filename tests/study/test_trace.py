@@ -375,8 +375,8 @@ def tiny_llama(tmp_path_factory) -> Llama:
 @pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]])
 def test_a_recorded_generation_is_the_whole_text_at_once(tiny_llama, prompts):
     plain = tiny_llama.generate(prompts, max_gen_len=6, temperature=0)
-    recorded = study.Recording("*")
-    assert tiny_llama.generate(prompts, max_gen_len=6, temperature=0, trace=recorded) == plain
+    with study.recording(tiny_llama.model) as recorded:
+        assert tiny_llama.generate(prompts, max_gen_len=6, temperature=0) == plain
     traced = recorded.trace
     for row, (prompt, answer) in enumerate(zip(prompts, plain[0], strict=True)):
         text = (prompt + answer)[:-1]  # the last token is not run

@@ -16,7 +16,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import Progress, load_model
+from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.decoding.loop import Row, steps
 from llama_ref.decoding.speculative import DraftModel, NGrams, PassTime, Speculation, speculative_steps
@@ -28,6 +28,7 @@ from llama_ref.parallel.job import ALONE, Job, join_job
 from llama_ref.parallel.pipeline import split_layers
 from llama_ref.parallel.sharding import refuse_undealable
 from llama_ref.parallel.tensor import agreeing, split_matrices
+from llama_ref.progress import Progress
 from llama_ref.quantization.apply import use_fast_kernels
 from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ as they were, unless another dtype is asked for.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,10 +32,9 @@ from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.verify.presence import HUGGING_FACE, INDEX_NAME, ONE_FILE, checkpoint_files, names_in, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
+from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.vocabulary import ADDED_TOKENS, write_tokenizer_model
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face cuts its own
 BASE_MODEL = re.compile(r"(Meta-)?Llama-?3(\.[0-9])?-[0-9]+B(-bf16-mp[0-9]+)?")
@@ -64,13 +63,13 @@ def to_meta(
     shards = source.n_shards if shards is None else shards
     args = source.args_in(shards)
     parts = [source.outgoing(Share(n, shards), dtype) for n in range(shards)]
-    written = Written(progress, parts)
+    written = ProgressCounter(sum(tensor.nbytes for tensors in parts for tensor in tensors), progress)
     with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
         _write_params(folder, source, args)
         write_native_tokenizer(folder, source)
         for n, tensors in enumerate(parts):
             aliases = {OUTPUT: EMBEDDING} if source.stored.tied else {}
-            write_pth(folder / f"consolidated.{n:02d}.pth", tensors, aliases, written.more)
+            write_pth(folder / f"consolidated.{n:02d}.pth", tensors, aliases, written.advance)
         write_sums(folder, checkpoint_files(folder))
     return Path(target)
 
@@ -96,7 +95,7 @@ def to_hugging_face(
     if source.folder.is_hugging_face and chat is not None:
         raise RequestError(f"{source.folder.path} has a tokenizer_config.json of its own, which is kept: leave --chat out")
     tensors = [source.renamed(tensor) for tensor in source.outgoing(WHOLE, dtype)]
-    written = Written(progress, [tensors])
+    written = ProgressCounter(sum(tensor.nbytes for tensor in tensors), progress)
     files = _packed(tensors, max_shard_bytes)
     with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
         if source.folder.is_hugging_face:
@@ -104,7 +103,7 @@ def to_hugging_face(
         else:
             _write_configs(folder, source, tensors[0].dtype, _may_chat(source.folder.name) if chat is None else chat)
         for name, held in files.items():
-            write_safetensors(folder / name, held, written.more)
+            write_safetensors(folder / name, held, written.advance)
         if len(files) > 1:
             weight_map = {tensor.name: name for name, held in files.items() for tensor in held}
             _write_json(folder / INDEX_NAME, {"metadata": {"total_size": written.total}, "weight_map": weight_map})
@@ -262,19 +261,6 @@ def _is_repeated(stored: Stored, name: str, repeats: int, args: ModelArgs) -> bo
         if not torch.equal(heads[:-1], heads[1:]):
             return False
     return True
-
-
-class Written:
-    """Bytes written so far, of the total."""
-
-    def __init__(self, progress: Progress | None, parts: list[list[Outgoing]]):
-        self.progress = progress
-        self.done, self.total = 0, sum(tensor.nbytes for tensors in parts for tensor in tensors)
-
-    def more(self, n_bytes: int) -> None:
-        self.done += n_bytes
-        if self.progress:
-            self.progress(self.done, self.total)
 
 
 def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:

@@ -3,7 +3,7 @@
 import ctypes
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -19,12 +19,11 @@ from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, read_shard, re
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import split_dim
+from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.vocabulary import read_tokenizer_model
 
 SPELLINGS_OF_FFN_DIM = {"multiple_of", "ffn_dim_multiplier", "hidden_dim"}
 BLOCK_VALUES = 1 << 20  # compared at a time: memory stays small whatever the tensor
-
-Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 
 @dataclass(frozen=True)
@@ -158,12 +157,12 @@ def _weights(folder: CheckpointFolder) -> _Weights:
 def _compare_tensors(a: _Weights, b: _Weights, progress: Progress | None) -> tuple[int, list[TensorDifference]]:
     names = list(dict.fromkeys([*a.names(), *b.names()]))
     out = []
-    for done, name in enumerate(names, 1):
+    counter = ProgressCounter(len(names), progress)
+    for name in names:
         difference = _compare_tensor(name, a.parts(name), b.parts(name))
         if difference:
             out.append(difference)
-        if progress:
-            progress(done, len(names))
+        counter.advance()
     return len(names), out
 
 

@@ -6,7 +6,6 @@ go through pinned buffers (to_device.py), so that the host never holds more than
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -21,11 +20,10 @@ from llama_ref.checkpoint.to_device import PinnedCopier, pinned_copier
 from llama_ref.memory import give_back_memory
 from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
+from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.quantization.apply import quantized, refuse_unfit, replace_module, tie
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def load_model(
@@ -62,8 +60,7 @@ def load_model(
     if scheme:
         for name, shape in parts.items():
             refuse_unfit(scheme, name, shape[-1])
-    done = 0
-    total = sum(map(math.prod, parts.values())) * dtype.itemsize
+    counter = ProgressCounter(sum(map(math.prod, parts.values())) * dtype.itemsize, progress)
     with pinned_copier(device) as copier:
         for name, ranges in wanted.items():
             if folder.is_quantized:
@@ -75,9 +72,7 @@ def load_model(
             _set(model, _name_here(name, layers), matrix)
             if copier:
                 give_back_memory()  # of copies in another row order, which the C library would keep
-            done += math.prod(parts[name]) * dtype.itemsize
-            if progress:
-                progress(done, total)
+            counter.advance(math.prod(parts[name]) * dtype.itemsize)
     if is_one_matrix:
         tie(model)
     return model.eval().requires_grad_(False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint.convert import Progress, Source, Written, write_native_tokenizer
+from llama_ref.checkpoint.convert import Source, write_native_tokenizer
 from llama_ref.checkpoint.first_load import Verify
 from llama_ref.checkpoint.folder import QUANTIZATION, open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
@@ -19,6 +19,7 @@ from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_reader import parts_of
 from llama_ref.errors import RequestError
 from llama_ref.parallel.sharding import WHOLE
+from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.quantization.calibration import N_TOKENS, Rounded, calibration_text, round_layers
 from llama_ref.quantization.linear import Int4Linear
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8
@@ -55,17 +56,17 @@ def quantize_folder(
     quantized = [_Quantized(scheme, tensor, source.args.head_dim) for tensor in source.outgoing(WHOLE, None)]
     tensors = [part for each in quantized for part in each.outgoing()]
     in_layers = {part.name: part for part in tensors if is_calibrated and part.name.endswith(".packed")}
-    written = Written(progress, [tensors, list(in_layers.values())])
     n_bytes = sum(tensor.nbytes for tensor in tensors)
+    written = ProgressCounter(n_bytes + sum(part.nbytes for part in in_layers.values()), progress)
     with new_folder(target, force=force, n_bytes=n_bytes) as folder, source.unchanged(verify):
         if is_calibrated:
             text = calibration_text() if calibrate is True else calibrate
-            layers = _rounded(source, scheme, text, lambda name: written.more(in_layers[f"{name}.packed"].nbytes))
+            layers = _rounded(source, scheme, text, lambda name: written.advance(in_layers[f"{name}.packed"].nbytes))
             for each in quantized:
                 each.rounded = layers.pop(each.tensor.name, None)
         _write_params(folder, source, scheme)
         write_native_tokenizer(folder, source)
-        write_safetensors(folder / "model.safetensors", tensors, written.more)
+        write_safetensors(folder / "model.safetensors", tensors, written.advance)
         write_sums(folder, [path.name for path in folder.iterdir()])
     return Path(target)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llama_ref.checkpoint.verify.checklist import CHECKLIST_NAME, format_entry
-from llama_ref.checkpoint.verify.hashing import Progress, hash_files
+from llama_ref.checkpoint.verify.hashing import hash_files
 from llama_ref.checkpoint.verify.report import human_bytes
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.progress import FileProgress
 
 if sys.platform != "win32":
     import fcntl
@@ -101,7 +102,7 @@ def write_params(folder: Path, params: Mapping[str, Any]) -> None:
 
 
 def write_sums(
-    folder: Path, names: Iterable[str], algorithm: str = "md5", jobs: int | None = None, progress: Progress | None = None
+    folder: Path, names: Iterable[str], algorithm: str = "md5", jobs: int | None = None, progress: FileProgress | None = None
 ) -> Path:
     """Write checklist.chk over the named files of a folder, whole or not at all; return its path.
 

@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from llama_ref.checkpoint.verify.presence import size_of
+from llama_ref.progress import FileProgress
 
 READ_BYTES = 1 << 20  # large enough that calls cost nothing, small enough that the bytes are hashed out of the core's cache
-
-Progress = Callable[[Path, int, int], None]  # (path, bytes done, bytes in all); called from the hashing threads
 
 
 class Cancelled(Exception):
@@ -23,7 +22,7 @@ class Cancelled(Exception):
 
 
 def hash_file(
-    path: str | Path, algorithm: str = "md5", progress: Progress | None = None, cancel: threading.Event | None = None
+    path: str | Path, algorithm: str = "md5", progress: FileProgress | None = None, cancel: threading.Event | None = None
 ) -> str:
     """The hex sum of one file, read once through one buffer. Raises OSError, or Cancelled when `cancel` is set."""
     path = Path(path)
@@ -51,7 +50,7 @@ class Hashed:
 
 
 def hash_files(
-    wanted: Iterable[tuple[Path, str]], jobs: int | None = None, progress: Progress | None = None
+    wanted: Iterable[tuple[Path, str]], jobs: int | None = None, progress: FileProgress | None = None
 ) -> dict[Path, Hashed | OSError]:
     """Sums of many (path, algorithm), `jobs` files at a time (default: one per core); an unreadable one's is its OSError.
 

@@ -13,8 +13,7 @@ from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.attention import AttentionSummary, attention_pattern, summarize_attention
 from llama_ref.study.attribution import Attribution, attribute
 from llama_ref.study.inputs import check_token, one_row
-from llama_ref.study.logit_lens import LogitLens, block_ends, check_top, logit_lens, residual_points
-from llama_ref.study.predictions import Predictions, predict
+from llama_ref.study.logit_lens import LogitLens, Predictions, block_ends, check_top, logit_lens, predict, residual_points
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.residual import ResidualStream, residual_stream
 

@@ -39,8 +39,6 @@ KNOWN = {
     ("compiled.cpu", "decoding.loop"),
     ("compiled.cuda", "cli.terminal"),
     ("compiled.cuda", "decoding.loop"),
-    # A circle: tokenizer, its reader, chat_template, chat, tokenizer.
-    ("checkpoint.hf.tokenizer", "checkpoint.hf.chat_template"),
 }
 
 

@@ -26,7 +26,8 @@ from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.config import config_of, generation_config_of, params_of
 from llama_ref.checkpoint.hf.names import in_their_order, is_rotated, theirs
-from llama_ref.checkpoint.hf.tokenizer import tokenizer_config, write_tokenizer_json
+from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
+from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Stored, open_stored
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.verify.presence import HUGGING_FACE, INDEX_NAME, ONE_FILE, checkpoint_files, names_in, stamp_of

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json, tokenizer_config, write_tokenizer_json
+from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json, write_tokenizer_json
+from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.errors import CheckpointError
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.vocabulary import SPECIAL_TOKENS, write_tokenizer_model

@@ -32,6 +32,7 @@ from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Stored, open_stored
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.verify.presence import HUGGING_FACE, INDEX_NAME, ONE_FILE, checkpoint_files, names_in, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.tokenizer import Tokenizer
@@ -228,7 +229,7 @@ def _cast(name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
     cast = rows.to(dtype)
     is_narrower = torch.promote_types(rows.dtype, dtype) != dtype
     if is_narrower and cast.isinf().any() and (cast.isinf() & rows.isfinite()).any():
-        short = str(dtype).removeprefix("torch.")
+        short = dtype_name(dtype)
         raise CheckpointError(
             f"{name} holds {rows.abs().nan_to_num(0, posinf=0).max():.3g}, and {short} ends at {torch.finfo(dtype).max:.3g}; "
             "take another dtype"
@@ -302,7 +303,7 @@ def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> No
     if dtype is not None:
         config = json.loads(source.folder.params.read_bytes())
         key = "dtype" if "dtype" in config else "torch_dtype"  # as transformers 5 writes it, and 4
-        _write_json(folder / "config.json", config | {key: str(dtype).removeprefix("torch.")})
+        _write_json(folder / "config.json", config | {key: dtype_name(dtype)})
 
 
 def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool) -> None:

@@ -18,6 +18,7 @@ from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, read_shard, release_rows
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.errors import CheckpointError
+from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.vocabulary import read_tokenizer_model
@@ -195,7 +196,7 @@ def _whole_shape(parts: list[Piece], dim: int) -> tuple[int, ...] | str:
 
 
 def _dtypes(parts: list[Piece]) -> str:
-    return " and ".join(dict.fromkeys(str(part.tensor.dtype).removeprefix("torch.") for part in parts))
+    return " and ".join(dict.fromkeys(dtype_name(part.tensor.dtype) for part in parts))
 
 
 def _aligned(a: list[Piece], b: list[Piece], dim: int) -> Iterator[tuple[Piece, Piece]]:

@@ -17,6 +17,7 @@ from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, has_output, re
 from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
@@ -130,8 +131,8 @@ class StoredQuantized:
             return f"{name} is missing, expected shape {shape}"
         if tuple(found.shape) != shape:
             return f"{name} has shape {tuple(found.shape)}, expected {shape}"
-        possible = WEIGHT_DTYPES if dtype is None else (_short(dtype),)
-        return None if _short(found.dtype) in possible else f"{name} is {_short(found.dtype)}, expected {' or '.join(possible)}"
+        possible = WEIGHT_DTYPES if dtype is None else (dtype_name(dtype),)
+        return None if dtype_name(found.dtype) in possible else f"{name} is {dtype_name(found.dtype)}, expected {' or '.join(possible)}"
 
 
 def _cut(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:
@@ -140,7 +141,3 @@ def _cut(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:
         return tensor
     parts = [tensor.narrow(dim, each.start, len(each)) for each in ranges]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

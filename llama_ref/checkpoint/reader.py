@@ -25,6 +25,7 @@ from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError
+from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import places, split_dim
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -241,7 +242,7 @@ def _check_tensors(
     folder: CheckpointFolder, files: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Shape], n_shards: int = 1
 ) -> None:
     described = {
-        file: {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        file: {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
         for file, tensors in files.items()
     }
     problems = []

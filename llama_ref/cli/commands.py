@@ -90,8 +90,8 @@ def checksum(name: str, *, algorithm: str = "md5", force: bool = False, jobs: in
     """
     from llama_ref.checkpoint.folder import find_folder
     from llama_ref.checkpoint.integrity import write_checklist
-    from llama_ref.checkpoint.verify.report import printable
     from llama_ref.cli.views.verify import hashing_bars
+    from llama_ref.formatting import printable
 
     with hashing_bars() as progress:
         path = write_checklist(find_folder(name), algorithm, force, jobs, progress)
@@ -165,7 +165,7 @@ def reshard(src: str, dst: str, *, shards: int, force: bool = False, verify: str
         verify: compare src with its checklist.chk: auto (each file once), always or never.
     """
     from llama_ref.checkpoint.convert import to_meta
-    from llama_ref.checkpoint.verify.report import printable
+    from llama_ref.formatting import printable
 
     with _writing() as progress:
         path = to_meta(src, dst, shards=shards, force=force, verify=verify, progress=progress)
@@ -201,8 +201,8 @@ def convert(
         verify: compare src with its checklist.chk: auto (each file once), always or never.
     """
     from llama_ref.checkpoint.convert import parse_bytes, to_hugging_face, to_meta
-    from llama_ref.checkpoint.verify.report import printable
     from llama_ref.device import named_dtype
+    from llama_ref.formatting import printable
 
     if to not in ("hf", "meta"):
         raise RequestError(f"--to is {to!r}, expected hf or meta")
@@ -231,7 +231,7 @@ def quantize(src: str, dst: str, *, to: str, calibrate: bool = True, force: bool
         verify: compare src with its checklist.chk: auto (each file once), always or never.
     """
     from llama_ref.checkpoint.quantized_writer import quantize_folder
-    from llama_ref.checkpoint.verify.report import printable
+    from llama_ref.formatting import printable
     from llama_ref.quantization.scheme import Scheme
 
     scheme = Scheme.parse(to, "--to")

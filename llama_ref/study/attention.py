@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint.verify.report import human_bytes
 from llama_ref.errors import RequestError
+from llama_ref.formatting import human_bytes
 from llama_ref.model import Transformer
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.report.packing import watch_patterns

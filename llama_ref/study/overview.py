@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.formatting import dtype_name
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.quantization.apply import is_quantized
@@ -134,5 +135,5 @@ def _pattern_of(model: Transformer, row: Tensor, layer: int, head: int) -> tuple
 
 def _dtype(model: Transformer) -> str:
     """What the model computes in: bfloat16, say."""
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.norm.weight.dtype)
     return f"{dtype}, quantized matrices" if is_quantized(model) else dtype

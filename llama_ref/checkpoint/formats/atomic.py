@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from llama_ref.checkpoint.verify.checklist import CHECKLIST_NAME, format_entry
 from llama_ref.checkpoint.verify.hashing import hash_files
-from llama_ref.checkpoint.verify.report import human_bytes
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import human_bytes
 from llama_ref.progress import FileProgress
 
 if sys.platform != "win32":

@@ -9,8 +9,8 @@ from rich.table import Column, Table
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.quantized_reader import scheme_of
 from llama_ref.checkpoint.reader import is_tied
-from llama_ref.checkpoint.verify.report import human_bytes
 from llama_ref.cli.terminal import print_rich
+from llama_ref.formatting import human_bytes
 from llama_ref.plan import count_parameters
 
 CONTEXTS = (2048, 8192, 32768, 131072)  # tokens; the last is what Llama 3.1 and later were trained for

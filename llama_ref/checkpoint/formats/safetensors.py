@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.errors import CheckpointError
-from llama_ref.files import refuse_impostor, without_repetition
+from llama_ref.files import refuse_impostor, unique_keys
 
 LENGTH_BYTES = 8  # of the header's length in front of it
 HEADER_LIMIT_BYTES = 10 << 20  # the largest Llama 3's have some 100 kB
@@ -138,7 +138,7 @@ def _are_counts(numbers: Any) -> bool:
 
 
 def _all_texts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = without_repetition(pairs)
+    found = unique_keys(pairs)
     for name in found:
         name.encode()  # half a surrogate pair is no text: a UnicodeEncodeError is a ValueError
     return found

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.errors import CheckpointError
-from llama_ref.vocabulary import SPLIT_PATTERN, Vocabulary, check_ranks, check_vocabulary, read_json, unused_text
+from llama_ref.files import read_json
+from llama_ref.vocabulary import SPLIT_PATTERN, Vocabulary, check_ranks, check_vocabulary, unused_text
 
 MAX_FILE_BYTES = 256 << 20  # Llama 3's file is 9 or 17 MB
 EXPECTED = "Llama 3's tokenizer.json"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
-from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
+from llama_ref.checkpoint.formats.safetensors import map_safetensors
 from llama_ref.checkpoint.hf.names import in_meta_order, theirs
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, read_shard, release_rows

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
-from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
+from llama_ref.checkpoint.formats.safetensors import map_safetensors
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, has_output, refuse_misfits
 from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes
 from llama_ref.checkpoint.to_device import PinnedCopier
@@ -132,7 +132,9 @@ class StoredQuantized:
         if tuple(found.shape) != shape:
             return f"{name} has shape {tuple(found.shape)}, expected {shape}"
         possible = WEIGHT_DTYPES if dtype is None else (dtype_name(dtype),)
-        return None if dtype_name(found.dtype) in possible else f"{name} is {dtype_name(found.dtype)}, expected {' or '.join(possible)}"
+        if dtype_name(found.dtype) in possible:
+            return None
+        return f"{name} is {dtype_name(found.dtype)}, expected {' or '.join(possible)}"
 
 
 def _cut(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:

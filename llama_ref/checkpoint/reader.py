@@ -17,9 +17,8 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
-from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
-from llama_ref.checkpoint.formats.safetensors import inspect_safetensors
+from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
 from llama_ref.checkpoint.hf.names import in_meta_order, theirs
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers

@@ -15,7 +15,7 @@ from bounds import little_memory_and_time
 from folders import tiny_folder
 from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
+from llama_ref.checkpoint.formats.safetensors import map_safetensors
 from llama_ref.checkpoint.hf.names import in_meta_order, in_their_order, theirs
 from llama_ref.checkpoint.reader import OUTPUT, Stored, open_stored
 from llama_ref.checkpoint.shapes import expected_shapes
@@ -89,7 +89,9 @@ BROKEN = {
     "a list for an entry": file_of({"a": [1]}),
     "an unknown dtype": file_of({"a": F32_PAIR | {"dtype": "F31"}}),
     "two numbers in a byte": file_of({"a": F32_PAIR | {"dtype": "F4", "shape": [16]}}),
-    "one name twice": file_of(b'{"a":%b,"a":%b}' % ((json.dumps(F32_PAIR).encode(),) * 2)),
+    "one name twice": file_of(
+        b'{"a":%b,"a":%b}' % tuple(json.dumps(F32_PAIR | {"dtype": dtype}).encode() for dtype in ("F32", "I32"))
+    ),
     "one key twice": file_of(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"dtype":"I32"}}'),
     "metadata of numbers": file_of({"__metadata__": {"format": 1}, "a": F32_PAIR}),
     "an endless header": b"\xff" * 8 + b"{}",

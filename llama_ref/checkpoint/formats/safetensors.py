@@ -1,4 +1,4 @@
-"""What a safetensors file holds, from its header alone, checked against the file's length."""
+"""Read safetensors files: the header, checked against the file's length, and memory-mapped tensors."""
 
 import json
 import math
@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from llama_ref.checkpoint.mapped_file import map_file
+from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.errors import CheckpointError
 from llama_ref.files import refuse_impostor, unique_keys
 
@@ -77,6 +82,31 @@ def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
     if whole != size:
         raise WrongLength(f"{path} has {size:,} bytes, but its header describes {whole:,}", whole)
     return tensors
+
+
+def map_safetensors(path: Path) -> dict[str, Tensor]:
+    """The file's tensors by name, memory-mapped: no byte is read before it is used. Raises as `inspect_safetensors`.
+
+    The library does not promise to map, and only mapped pages can be released again.
+    """
+    tensors = inspect_safetensors(path)
+    try:
+        data = torch.frombuffer(map_file(path), dtype=torch.uint8)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be mapped ({error})") from error
+    return {name: _map_tensor(path, name, data, held) for name, held in tensors.items() if not is_ignored(name)}
+
+
+def _map_tensor(path: Path, name: str, data: Tensor, held: HeldTensor) -> Tensor:
+    dtype = getattr(torch, held.dtype, None)  # the newest names are not in every torch
+    if dtype is None or math.prod(held.shape) * dtype.itemsize != held.nbytes:  # some dtypes pack two numbers in a byte
+        raise CheckpointError(f"{path}: {name} is {held.dtype}, which is not read here; fetch weights in bfloat16")
+    if not held.nbytes:
+        return torch.empty(held.shape, dtype=dtype)
+    flat = data[held.file_offset : held.file_offset + held.nbytes]
+    if flat.data_ptr() % dtype.itemsize:
+        flat = flat.clone()  # a header of odd length, as no writer of today makes it
+    return flat.view(dtype).view(held.shape)
 
 
 def _check_length(path: Path, size: int, length: int, data: bytes) -> None:

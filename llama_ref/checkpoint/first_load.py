@@ -22,7 +22,8 @@ from typing import Literal
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.verify.checklist import Entry, read_checklist
-from llama_ref.checkpoint.verify.hashing import Cancelled, default_jobs, hash_file
+from llama_ref.checkpoint.verify.hashing import Cancelled, hash_file
+from llama_ref.device import cpu_count
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import printable
 from llama_ref.vocabulary import ADDED_TOKENS
@@ -55,7 +56,7 @@ def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str |
     begun_ns = time.time_ns()
     files = _wanted(folder, tokenizer, verify)
     cancel = threading.Event()
-    with ThreadPoolExecutor(default_jobs(), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify") as pool:
         try:
             checks: list[Future[None]] = [pool.submit(file.check, verify, begun_ns, cancel) for file in files]
             for params in checks[:1]:

@@ -33,8 +33,9 @@ def info(name: str, *, json: bool = False) -> None:
         name: a folder, or a release name such as Llama3.2-1B-Instruct.
         json: print it as JSON.
     """
+    from llama_ref.checkpoint.describe import describe
     from llama_ref.checkpoint.folder import open_folder
-    from llama_ref.cli.views.info import describe, print_info
+    from llama_ref.cli.views.info import print_info
 
     print_info(describe(open_folder(name)), as_json=json)
 

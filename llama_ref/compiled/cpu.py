@@ -25,7 +25,7 @@ from llama_ref.errors import RequestError
 from llama_ref.memory import keep_scratch_memory
 from llama_ref.model import Context, KVCache, Transformer, TransformerBlock, rotate
 from llama_ref.parallel.pipeline import LogitsForAll
-from llama_ref.parallel.tensor import SummedLinear
+from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import replace_matrices, use_fast_kernels
 from llama_ref.quantization.linear import Int4Linear, Int8Linear, Int8Matrix
 
@@ -57,7 +57,7 @@ def compile_decode(model: Transformer) -> None:
 
     from llama_ref.cli.terminal import note
 
-    if any(isinstance(module, SummedLinear | LogitsForAll) for module in model.modules()):
+    if any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules()):
         raise RequestError("compile is for one process; leave it out, or start without torchrun")
     device = model.norm.weight.device
     if device.type == "cuda":

@@ -18,7 +18,7 @@ from llama_ref.compiled.forward import CompiledForward
 from llama_ref.errors import RequestError
 from llama_ref.model import Attention, Context, FeedForward, KVCache, Transformer, TransformerBlock, rotate
 from llama_ref.parallel.pipeline import LogitsForAll
-from llama_ref.parallel.tensor import SummedLinear
+from llama_ref.parallel.tensor import RowParallelLinear
 
 
 class Pass:
@@ -83,7 +83,7 @@ def refuse_strange(model: Transformer) -> None:
     if not isinstance(model, Transformer):
         hint = "; a Llama's is its .model" if isinstance(getattr(model, "model", None), Transformer) else ""
         raise RequestError(f"model is of type {type(model).__name__}, expected a llama_ref Transformer{hint}")
-    if any(isinstance(module, SummedLinear | LogitsForAll) for module in model.modules()):
+    if any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules()):
         raise RequestError("the model is divided among processes, and each has only a part: study it in one, without torchrun")
 
 

@@ -25,7 +25,7 @@ from llama_ref.checkpoint.formats.lazy_tensor import BLOCK_BYTES, Outgoing
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.config import config_of, generation_config_of, params_of
-from llama_ref.checkpoint.hf.names import in_their_order, is_rotated, theirs
+from llama_ref.checkpoint.hf.names import is_rotated, theirs, to_hf_rope
 from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Stored, open_stored
@@ -186,7 +186,7 @@ class Source:
 
         def blocks() -> Iterator[Tensor]:
             for rows in tensor.blocks():
-                yield in_their_order(tensor.name, rows, self.args.head_dim)
+                yield to_hf_rope(tensor.name, rows, self.args.head_dim)
 
         return replace(tensor, name=theirs(tensor.name), blocks=blocks)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
-from llama_ref.checkpoint.hf.names import in_meta_order, theirs
+from llama_ref.checkpoint.hf.names import from_hf_rope, theirs
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, read_shard, release_rows
 from llama_ref.checkpoint.shapes import expected_shapes
@@ -145,7 +145,7 @@ class _Safetensors:
         if tensor is None:
             return []
         has_heads = tensor.dim() == 2 and tensor.shape[0] % self.head_dim == 0
-        return [Piece(in_meta_order(name, tensor, self.head_dim) if has_heads else tensor, tensor)]
+        return [Piece(from_hf_rope(name, tensor, self.head_dim) if has_heads else tensor, tensor)]
 
 
 _Weights = _Shards | _Safetensors

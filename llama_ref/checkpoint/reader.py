@@ -19,7 +19,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
-from llama_ref.checkpoint.hf.names import in_meta_order, theirs
+from llama_ref.checkpoint.hf.names import from_hf_rope, theirs
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
 from llama_ref.checkpoint.to_device import PinnedCopier
@@ -160,7 +160,7 @@ class StoredSafetensors(Stored):
         mapped = self.tensors[theirs(name)]
         dim = split_dim(name)
         parts = [mapped] if ranges is None or dim is None else [mapped.narrow(dim, r.start, len(r)) for r in ranges]
-        return [Piece(in_meta_order(name, part, self.head_dim), mapped) for part in parts]
+        return [Piece(from_hf_rope(name, part, self.head_dim), mapped) for part in parts]
 
 
 def is_tied(folder: CheckpointFolder) -> bool:

@@ -16,7 +16,7 @@ from folders import tiny_folder
 from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
-from llama_ref.checkpoint.hf.names import in_meta_order, in_their_order, theirs
+from llama_ref.checkpoint.hf.names import from_hf_rope, theirs, to_hf_rope
 from llama_ref.checkpoint.reader import OUTPUT, Stored, open_stored
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.errors import CheckpointError
@@ -224,9 +224,9 @@ def test_a_tensor_in_two_files_is_an_error_that_names_both(folders):
 @given(n_heads=st.integers(1, 5), half=st.integers(1, 8), width=st.integers(1, 4))
 def test_the_order_of_rows_there_and_back(n_heads, half, width):
     rows = torch.arange(n_heads * 2 * half * width).view(-1, width)
-    turned = in_their_order(WQ, rows, 2 * half)
-    assert torch.equal(in_meta_order(WQ, turned, 2 * half), rows)
+    turned = to_hf_rope(WQ, rows, 2 * half)
+    assert torch.equal(from_hf_rope(WQ, turned, 2 * half), rows)
     for i in range(half):  # what RoPE turns together: neighbours here, halves there
         assert torch.equal(turned[i], rows[2 * i]) and torch.equal(turned[i + half], rows[2 * i + 1])
     unturned = "layers.0.attention.wv.weight"
-    assert in_their_order(unturned, rows, 2 * half) is rows and in_meta_order(unturned, rows, 2 * half) is rows
+    assert to_hf_rope(unturned, rows, 2 * half) is rows and from_hf_rope(unturned, rows, 2 * half) is rows

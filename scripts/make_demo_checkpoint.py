@@ -17,7 +17,7 @@ import torch
 
 from llama_ref.bench.peers.gguf_names import meta_name
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.verify.presence import checkpoint_files
 from llama_ref.errors import LlamaRefError, RequestError
@@ -128,14 +128,14 @@ def _gpt2_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _weights(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> list[Outgoing]:
+def _weights(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> list[LazyTensor]:
     embedding = _embedding(reader, n_ranks, special_rows)
     # SmolLM2's output is tied. Here it cannot be: two tokens on one row would be equally likely everywhere, and every newline
     # might come out as <|end_header_id|>. Of the special tokens only those that SmolLM2 itself produces can be chosen.
     output = embedding.clone()
     output[[n_ranks + special for special in special_rows if special not in PRODUCED]] = 0
     tensors = [_dequantized(t) for t in reader.tensors if t.name != EMBEDDING]
-    return [Outgoing.of(meta_name(EMBEDDING), embedding), *tensors, Outgoing.of("output.weight", output)]
+    return [LazyTensor.from_tensor(meta_name(EMBEDDING), embedding), *tensors, LazyTensor.from_tensor("output.weight", output)]
 
 
 def _embedding(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> torch.Tensor:
@@ -148,9 +148,9 @@ def _embedding(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int])
     return embedding
 
 
-def _dequantized(tensor: "ReaderTensor") -> Outgoing:
+def _dequantized(tensor: "ReaderTensor") -> LazyTensor:
     shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts the dimensions from the innermost
-    return Outgoing(meta_name(tensor.name), shape, torch.bfloat16, lambda: [_dequantize(tensor)])
+    return LazyTensor(meta_name(tensor.name), shape, torch.bfloat16, lambda: [_dequantize(tensor)])
 
 
 def _dequantize(tensor: "ReaderTensor") -> torch.Tensor:

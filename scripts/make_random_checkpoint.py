@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.releases import Release, find_release
 from llama_ref.checkpoint.shapes import expected_shapes, other_kind, shard_shape
@@ -81,15 +81,15 @@ def make_random_checkpoint(
 
 def _shard(
     shapes: Mapping[str, tuple[int, ...]], rank: int, shards: int, seed: int, dtype: torch.dtype, tied: bool
-) -> list[Outgoing]:
+) -> list[LazyTensor]:
     return [
-        Outgoing(name, shard_shape(name, shape, shards), dtype, partial(_random_part, name, shape, rank, shards, seed, dtype))
+        LazyTensor(name, shard_shape(name, shape, shards), dtype, partial(_random_part, name, shape, rank, shards, seed, dtype))
         for name, shape in shapes.items()
         if not (tied and name == "output.weight")
     ]
 
 
-def _write_shard(path: Path, tensors: list[Outgoing], tied: bool) -> None:
+def _write_shard(path: Path, tensors: list[LazyTensor], tied: bool) -> None:
     aliases = {"output.weight": "tok_embeddings.weight"} if tied else {}
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:

@@ -21,7 +21,7 @@ from llama_ref.args import ModelArgs, usual_rope_factor
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
-from llama_ref.checkpoint.formats.lazy_tensor import BLOCK_BYTES, Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import BLOCK_BYTES, LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.config import config_of, generation_config_of, params_of
@@ -169,7 +169,7 @@ class Source:
             )
         return replace(self.args, n_kv_heads=_n_kv_heads_in(shards, self.args))
 
-    def outgoing(self, share: Share, dtype: torch.dtype | None) -> list[Outgoing]:
+    def outgoing(self, share: Share, dtype: torch.dtype | None) -> list[LazyTensor]:
         """A share of every tensor; a tied output is left out."""
         out = []
         for name, shape in expected_shapes(self.args).items():
@@ -178,10 +178,10 @@ class Source:
             ranges = wanted_ranges(name, self.args, share)
             to = dtype or self.stored.dtype(name)
             blocks = partial(self._blocks, name, self._in_files(name, ranges), shape, to)
-            out.append(Outgoing(name, part_shape(name, shape, ranges), to, blocks))
+            out.append(LazyTensor(name, part_shape(name, shape, ranges), to, blocks))
         return out
 
-    def renamed(self, tensor: Outgoing) -> Outgoing:
+    def renamed(self, tensor: LazyTensor) -> LazyTensor:
         """A whole tensor under Hugging Face's name and in its order."""
 
         def blocks() -> Iterator[Tensor]:
@@ -323,9 +323,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _packed(tensors: list[Outgoing], max_bytes: int) -> dict[str, list[Outgoing]]:
+def _packed(tensors: list[LazyTensor], max_bytes: int) -> dict[str, list[LazyTensor]]:
     """File names and what each holds, in order."""
-    files: list[list[Outgoing]] = []
+    files: list[list[LazyTensor]] = []
     room = 0
     for tensor in tensors:
         if not files or tensor.nbytes > room:

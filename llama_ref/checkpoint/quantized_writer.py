@@ -12,7 +12,7 @@ from llama_ref.checkpoint.convert import Source, write_native_tokenizer
 from llama_ref.checkpoint.first_load import Verify
 from llama_ref.checkpoint.folder import QUANTIZATION, open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing, row_blocks
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor, row_blocks
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.config import params_of
 from llama_ref.checkpoint.loader import load_model
@@ -97,7 +97,7 @@ class _Quantized:
     """
 
     scheme: Scheme
-    tensor: Outgoing
+    tensor: LazyTensor
     head_dim: int
     scales: list[Tensor] = field(default_factory=list)  # of the whole tensor: scale, and zero where there is one
     rounded: Int4Linear | None = None  # where it is calibrated: the whole tensor, set before anything is asked for
@@ -106,13 +106,15 @@ class _Quantized:
     def bits(self) -> int | None:
         return self.scheme.bits_of(self.tensor.name)
 
-    def outgoing(self) -> list[Outgoing]:
+    def outgoing(self) -> list[LazyTensor]:
         """The tensors that it is stored as. Raises RequestError where the scheme cannot hold it."""
         if self.bits is None:
             return [self.tensor]
         parts = parts_of(self.scheme, self.tensor.name, self.tensor.shape)
         makers = (self._numbers, lambda: self._scale(0), lambda: self._scale(1))
-        return [Outgoing(name, shape, dtype, make) for (name, (shape, dtype)), make in zip(parts.items(), makers, strict=False)]
+        return [
+            LazyTensor(name, shape, dtype, make) for (name, (shape, dtype)), make in zip(parts.items(), makers, strict=False)
+        ]
 
     def _scale(self, index: int) -> Iterator[Tensor]:
         if self.rounded is not None:

@@ -205,17 +205,17 @@ class Source:
         if dim == 0:
             row_bytes = whole[1] * dtype.itemsize
             for some in _cut(ranges, max(1, BLOCK_BYTES // row_bytes // multiple) * multiple):
-                pieces = self.stored.pieces(name, [some])
-                yield _cast(name, torch.cat([piece.tensor for piece in pieces]), dtype)
-                for piece in pieces:
-                    piece.release()
+                slices = self.stored.slices(name, [some])
+                yield _cast(name, torch.cat([each.tensor for each in slices]), dtype)
+                for each in slices:
+                    each.release()
             return
-        pieces = self.stored.pieces(name, ranges)
-        n_rows = max(1, BLOCK_BYTES // (sum(piece.tensor[0].numel() for piece in pieces) * dtype.itemsize))
+        slices = self.stored.slices(name, ranges)
+        n_rows = max(1, BLOCK_BYTES // (sum(each.tensor[0].numel() for each in slices) * dtype.itemsize))
         for start in range(0, whole[0], n_rows):
-            yield _cast(name, torch.cat([piece.tensor[start : start + n_rows] for piece in pieces], dim=-1), dtype)
-        for piece in pieces:
-            piece.release()
+            yield _cast(name, torch.cat([each.tensor[start : start + n_rows] for each in slices], dim=-1), dtype)
+        for each in slices:
+            each.release()
 
 
 def _cut(ranges: list[range], size: int) -> Iterator[range]:
@@ -256,10 +256,10 @@ def _kv_repeats(stored: Stored, args: ModelArgs, n_shards: int) -> int:
 def _is_repeated(stored: Stored, name: str, repeats: int, args: ModelArgs) -> bool:
     run = repeats * args.head_dim
     for start in range(0, args.n_kv_heads * args.head_dim, run):
-        pieces = stored.pieces(name, [range(start, start + run)])
-        heads = torch.cat([piece.tensor for piece in pieces]).unflatten(0, (repeats, args.head_dim)).view(torch.uint8)
-        for piece in pieces:
-            piece.release()
+        slices = stored.slices(name, [range(start, start + run)])
+        heads = torch.cat([each.tensor for each in slices]).unflatten(0, (repeats, args.head_dim)).view(torch.uint8)
+        for each in slices:
+            each.release()
         if not torch.equal(heads[:-1], heads[1:]):
             return False
     return True

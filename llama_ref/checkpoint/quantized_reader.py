@@ -13,7 +13,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, has_output, refuse_misfits
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, TensorSlice, has_output, refuse_misfits
 from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError, RequestError
@@ -84,7 +84,7 @@ class StoredQuantized:
             if copier is None:
                 return part.to(device)
             out = torch.empty(part.shape, dtype=part.dtype, device=device)
-            Piece(part, tensor).copy_to(out, copier)
+            TensorSlice(part, tensor).copy_to(out, copier)
             return out
 
         source = EMBEDDING if self.tied and name == OUTPUT else name

@@ -1,6 +1,6 @@
 """A folder's weights as they lie on disk, under Meta's names and in Meta's layout, whatever the files' own.
 
-Files are mapped, not read. Who wants a tensor gets the pieces that hold it, and lets go of their pages when done.
+Files are mapped, not read. Who wants a tensor gets the slices that hold it, and lets go of their pages when done.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ Wanted = Mapping[str, list[range] | None]  # places along `split_dim(name)`; Non
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """A stretch of a tensor, and the whole that it is a view or a copy of, as one file holds it."""
 
     tensor: Tensor
@@ -71,9 +71,9 @@ class Stored(ABC):
 
     tied: bool
 
-    def pieces(self, name: str, ranges: list[range] | None = None) -> list[Piece]:
-        """What these ranges along `split_dim(name)` hold (None: all), piece after piece in the order asked for."""
-        return self._pieces(EMBEDDING if self.tied and name == OUTPUT else name, ranges)
+    def slices(self, name: str, ranges: list[range] | None = None) -> list[TensorSlice]:
+        """What these ranges along `split_dim(name)` hold (None: all), each after each in the order asked for."""
+        return self._slices(EMBEDDING if self.tied and name == OUTPUT else name, ranges)
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype in the files; where their parts have several, the narrowest that holds them all."""
@@ -84,7 +84,7 @@ class Stored(ABC):
         """Those of the parts that the files hold of a tensor."""
 
     @abstractmethod
-    def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]: ...
+    def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]: ...
 
 
 def open_stored(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None = None) -> Stored:
@@ -128,15 +128,15 @@ class StoredShards(Stored):
     def _dtypes(self, name: str) -> set[torch.dtype]:
         return {shard[name].dtype for shard in self.shards.values()}
 
-    def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
+    def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]:
         dim = split_dim(name)
         if dim is None:
             whole = self.shards[self.home][name]
-            return [Piece(whole, whole)]
+            return [TensorSlice(whole, whole)]
         out = []
         for shard, within in places(ranges or [range(self.expected[name][dim])], self._shard_size(name)):
             mapped = self.shards[shard][name]
-            out.append(Piece(mapped.narrow(dim, within.start, len(within)), mapped))
+            out.append(TensorSlice(mapped.narrow(dim, within.start, len(within)), mapped))
         return out
 
 
@@ -156,11 +156,11 @@ class StoredSafetensors(Stored):
     def _dtypes(self, name: str) -> set[torch.dtype]:
         return {self.tensors[theirs(name)].dtype}
 
-    def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
+    def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]:
         mapped = self.tensors[theirs(name)]
         dim = split_dim(name)
         parts = [mapped] if ranges is None or dim is None else [mapped.narrow(dim, r.start, len(r)) for r in ranges]
-        return [Piece(from_hf_rope(name, part, self.head_dim), mapped) for part in parts]
+        return [TensorSlice(from_hf_rope(name, part, self.head_dim), mapped) for part in parts]
 
 
 def is_tied(folder: CheckpointFolder) -> bool:

@@ -172,7 +172,7 @@ def stored_in(folder: Path) -> Stored:
     return open_stored(opened, opened.read_args())
 
 
-def test_every_form_gives_the_same_pieces(folders):
+def test_every_form_gives_the_same_slices(folders):
     whole = torch.load(folders["1 shards"] / "consolidated.00.pth", weights_only=True)
     args = open_folder(folders["1 shards"]).read_args()
     for form, folder in folders.items():
@@ -180,17 +180,17 @@ def test_every_form_gives_the_same_pieces(folders):
         assert not stored.tied
         for name in expected_shapes(args):
             dim = split_dim(name)
-            pieces = stored.pieces(name)
-            assert torch.equal(torch.cat([piece.tensor for piece in pieces], dim or 0), whole[name]), (form, name)
+            slices = stored.slices(name)
+            assert torch.equal(torch.cat([each.tensor for each in slices], dim or 0), whole[name]), (form, name)
             assert stored.dtype(name) == torch.float32
             if dim is not None:  # two stretches of whole heads, the later one first
                 wanted = [range(16, 32), range(8)]
-                parts = [piece.tensor for piece in stored.pieces(name, wanted)]
+                parts = [each.tensor for each in stored.slices(name, wanted)]
                 expected = [whole[name].narrow(dim, each.start, len(each)) for each in wanted]
                 assert torch.equal(torch.cat(parts, dim), torch.cat(expected, dim)), (form, name)
-            for piece in pieces:
-                piece.release()
-            assert torch.equal(torch.cat([piece.tensor for piece in stored.pieces(name)], dim or 0), whole[name])
+            for each in slices:
+                each.release()
+            assert torch.equal(torch.cat([each.tensor for each in stored.slices(name)], dim or 0), whole[name])
 
 
 def test_a_tied_output_is_the_embedding_even_where_the_file_has_another(tmp_path):
@@ -201,7 +201,7 @@ def test_a_tied_output_is_the_embedding_even_where_the_file_has_another(tmp_path
     save_file(tensors | {theirs(OUTPUT): torch.zeros(512, 32)}, path, {"format": "pt"})
     stored = stored_in(folder)
     assert stored.tied
-    assert torch.equal(stored.pieces(OUTPUT)[0].tensor, tensors["model.embed_tokens.weight"])
+    assert torch.equal(stored.slices(OUTPUT)[0].tensor, tensors["model.embed_tokens.weight"])
 
 
 def test_an_output_that_is_not_tied_has_to_be_there(folders):

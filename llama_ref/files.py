@@ -55,7 +55,7 @@ def read_head(path: Path, n: int = SNIFF_BYTES) -> bytes:
         raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
 
 
-def refuse_impostor(path: Path, expected: str) -> bytes:
+def check_head(path: Path, expected: str) -> bytes:
     """Raise CheckpointError if `path` is a web page, an error body, a pointer or empty; return its first bytes otherwise."""
     head = read_head(path)
     found = what_is(head)
@@ -66,7 +66,7 @@ def refuse_impostor(path: Path, expected: str) -> bytes:
 
 def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
     """All bytes of a file that has no business being large. Raises CheckpointError beyond `limit_bytes`."""
-    refuse_impostor(path, expected)
+    check_head(path, expected)
     with path.open("rb") as file:
         data = file.read(min(limit_bytes, path.stat().st_size) + 1)  # room for what is there, not for the limit
     if len(data) > limit_bytes:

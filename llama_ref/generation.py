@@ -26,7 +26,7 @@ from llama_ref.errors import RequestError
 from llama_ref.model import KVCache, Transformer
 from llama_ref.parallel.job import ALONE, Job, join_job
 from llama_ref.parallel.pipeline import split_layers
-from llama_ref.parallel.sharding import refuse_undealable
+from llama_ref.parallel.sharding import check_divisible
 from llama_ref.parallel.tensor import agreeing, split_matrices
 from llama_ref.progress import Progress
 from llama_ref.quantization.apply import use_fast_kernels
@@ -121,7 +121,7 @@ class Llama:
             tokenizer = folder.open_tokenizer(args, tokenizer_path)
             if small:
                 _check_vocabulary(folder.path, args, tokenizer, draft, small)
-            refuse_undealable(args, job.share)
+            check_divisible(args, job.share)
             options = {"device": device, "dtype": dtype, "share": job.share, "quantize": quantize, "progress": progress}
             model = load_model(folder, args, **options)
         _divide(model, job)

@@ -65,7 +65,7 @@ def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str |
             for check in as_completed(checks):
                 check.result()
             for file in files:
-                file.refuse_change()  # what was loaded is what was hashed
+                file.check_unchanged()  # what was loaded is what was hashed
         except BaseException:
             cancel.set()
             raise
@@ -120,7 +120,7 @@ class _File:
                 f"Nothing was loaded; `llama-ref verify {self.path.parent}` tells what is wrong with it"
             )
 
-    def refuse_change(self) -> None:
+    def check_unchanged(self) -> None:
         """Raise CheckpointError if the file is no longer the one that loading began with."""
         if self._identity() != self.identity:
             raise CheckpointError(f"{self.path} changed while it was being checked; try again when it has come to rest")
@@ -147,7 +147,7 @@ class _File:
             return None
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-        self.refuse_change()
+        self.check_unchanged()
         self._remember(found)
         return found
 

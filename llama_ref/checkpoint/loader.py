@@ -21,7 +21,7 @@ from llama_ref.memory import give_back_memory
 from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.quantization.apply import quantized, refuse_unfit, replace_module, tie
+from llama_ref.quantization.apply import check_columns, quantized, replace_module, tie
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
 
@@ -59,7 +59,7 @@ def load_model(
     parts = {name: part_shape(name, shapes[name], ranges) for name, ranges in wanted.items()}
     if scheme:
         for name, shape in parts.items():
-            refuse_unfit(scheme, name, shape[-1])
+            check_columns(scheme, name, shape[-1])
     counter = ProgressCounter(sum(map(math.prod, parts.values())) * dtype.itemsize, progress)
     with pinned_copier(device) as copier:
         for name, ranges in wanted.items():

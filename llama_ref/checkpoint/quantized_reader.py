@@ -13,7 +13,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, TensorSlice, has_output, refuse_misfits
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, TensorSlice, check_problems, has_output
 from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError, RequestError
@@ -99,13 +99,13 @@ class StoredQuantized:
         packed, scale, zero = (self.tensors[f"{stem}.{part}"] for part in ("packed", "scale", "zero"))
         group = 2 * packed.shape[1] // scale.shape[1]
         if ranges and dim == 1:
-            self._refuse_cut_groups(name, ranges, group)
+            self._check_groups(name, ranges, group)
             halves = [range(each.start // 2, each.stop // 2) for each in ranges]
             ranges = [range(each.start // group, each.stop // group) for each in ranges]
             return Int4Linear(on_device(packed, halves, 1), *(on_device(t, ranges, 1) for t in (scale, zero)))
         return Int4Linear(*(on_device(tensor, ranges, 0) for tensor in (packed, scale, zero)))
 
-    def _refuse_cut_groups(self, name: str, ranges: list[range], group: int) -> None:
+    def _check_groups(self, name: str, ranges: list[range], group: int) -> None:
         for each in ranges:
             if each.start % group or each.stop % group:
                 raise RequestError(
@@ -123,7 +123,7 @@ class StoredQuantized:
                     raise CheckpointError(f"{self.folder.params}: {error}") from None
         problems = [problem for name, (shape, dtype) in expected.items() if (problem := self._misfit(name, shape, dtype))]
         problems += [f"{name} is unexpected" for name in sorted(self.tensors.keys() - expected.keys())]
-        refuse_misfits(self.folder, problems)
+        check_problems(self.folder, problems)
 
     def _misfit(self, name: str, shape: Shape, dtype: torch.dtype | None) -> str | None:
         found = self.tensors.get(name)

@@ -93,7 +93,7 @@ def open_stored(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None
     Raises CheckpointError for a kind of release that is not read yet, for files that are not checkpoints, and for tensors that
     are missing, unexpected or misshapen: all of them in one message.
     """
-    _refuse_other_kinds(folder, args)
+    _check_kind(folder, args)
     expected = expected_shapes(args)
     wanted = wanted or dict.fromkeys(expected)
     return (StoredSafetensors if folder.is_hugging_face else StoredShards)(folder, args, expected, wanted)
@@ -105,7 +105,7 @@ class StoredShards(Stored):
     def __init__(self, folder: CheckpointFolder, args: ModelArgs, expected: Mapping[str, Shape], wanted: Wanted):
         self.n_shards = len(folder.shards)
         self.expected = expected
-        _refuse_uneven(folder, expected)
+        _check_even(folder, expected)
         self.home = self._home(wanted)
         needed = {self.home} | {
             shard for name, ranges in wanted.items() if ranges for shard, _ in places(ranges, self._shard_size(name))
@@ -114,7 +114,7 @@ class StoredShards(Stored):
             needed = set(range(self.n_shards))
         self.shards = {number: read_shard(folder.shards[number]) for number in sorted(needed)}
         _check_tensors(folder, {folder.shards[n].name: shard for n, shard in self.shards.items()}, expected, self.n_shards)
-        _refuse_different_copies(folder, self.shards)
+        _check_copies(folder, self.shards)
         self.tied = _on_same_bytes(self.shards.values())
 
     def _home(self, wanted: Wanted) -> int:
@@ -150,7 +150,7 @@ class StoredSafetensors(Stored):
         self.tied = folder.says_tied()
         here = {theirs(name): shape for name, shape in expected.items() if not (self.tied and name == OUTPUT)}
         known = here.keys() | {theirs(OUTPUT)}  # a file may hold the tied output all the same
-        _refuse_twice(folder, files)
+        _check_unique(folder, files)
         _check_tensors(folder, {_several(folder): {n: t for n, t in self.tensors.items() if n in here or n not in known}}, here)
 
     def _dtypes(self, name: str) -> set[torch.dtype]:
@@ -229,7 +229,7 @@ def release_rows(rows: Tensor) -> None:
         release_pages(rows.as_strided((span,), (1,)))
 
 
-def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
+def _check_kind(folder: CheckpointFolder, args: ModelArgs) -> None:
     if folder.is_quantized:
         raise CheckpointError(f"{folder.path} is quantized: take the folder that it was made from")
     kind = other_kind(args, folder.path)
@@ -249,10 +249,10 @@ def _check_tensors(
         problems += [f"{file}: {problem}" for problem in wrong]
         surplus = sorted(strangers(described[file], expected))
         problems += [f"{file}: {name} {described[file][name][1]} is unexpected" for name in surplus]
-    refuse_misfits(folder, problems)
+    check_problems(folder, problems)
 
 
-def refuse_misfits(folder: CheckpointFolder, problems: list[str]) -> None:
+def check_problems(folder: CheckpointFolder, problems: list[str]) -> None:
     """Raise CheckpointError that lists the problems, where there are any."""
     if problems:
         more = f"\n  … and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
@@ -260,7 +260,7 @@ def refuse_misfits(folder: CheckpointFolder, problems: list[str]) -> None:
         raise CheckpointError(f"{folder.path}: the weights do not fit {folder.params.name}:{listed}{more}")
 
 
-def _refuse_different_copies(folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]]) -> None:
+def _check_copies(folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]]) -> None:
     """Every shard holds the norms whole. Where two disagree, they are not of one model."""
     first, *others = shards
     for name in shards[first]:
@@ -273,7 +273,7 @@ def _refuse_different_copies(folder: CheckpointFolder, shards: dict[int, dict[st
                 )
 
 
-def _refuse_uneven(folder: CheckpointFolder, expected: Mapping[str, Shape]) -> None:
+def _check_even(folder: CheckpointFolder, expected: Mapping[str, Shape]) -> None:
     n_shards = len(folder.shards)
     for name, shape in expected.items():
         dim = split_dim(name)
@@ -284,7 +284,7 @@ def _refuse_uneven(folder: CheckpointFolder, expected: Mapping[str, Shape]) -> N
             )
 
 
-def _refuse_twice(folder: CheckpointFolder, files: Mapping[str, Collection[str]]) -> None:
+def _check_unique(folder: CheckpointFolder, files: Mapping[str, Collection[str]]) -> None:
     owner: dict[str, str] = {}
     for file, names in files.items():
         for name in names:

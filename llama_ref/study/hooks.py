@@ -56,7 +56,7 @@ def attached(model: Transformer, visitor: Visitor) -> Iterator[None]:
     A compiled model runs on its plain path meanwhile. Blocks may stand in one another. Raises RequestError for a model that is
     divided among processes.
     """
-    refuse_strange(model)
+    check_model(model)
     key = (threading.get_ident(), visitor)
     try:
         with _lock:
@@ -78,7 +78,7 @@ def _leave(model: Transformer, key: tuple[int, Visitor]) -> None:
             del _attached[model]
 
 
-def refuse_strange(model: Transformer) -> None:
+def check_model(model: Transformer) -> None:
     """Raise RequestError for what is no model, or only a part of one."""
     if not isinstance(model, Transformer):
         hint = "; a Llama's is its .model" if isinstance(getattr(model, "model", None), Transformer) else ""

@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.study.hooks import refuse_strange
+from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_over
 from llama_ref.study.names import LAYER_AXES, matching
 from llama_ref.study.patch import patch
@@ -76,7 +76,7 @@ def patch_grid(
     together, as many as make 1024 tokens. `progress` is called with the cells done
     and their number. Raises RequestError for texts of two lengths or a name without that axis.
     """
-    refuse_strange(model)
+    check_model(model)
     if not callable(metric):
         raise RequestError(f"metric is {metric!r:.60}, expected probability(…), logit_difference(…) or a function of logits")
     axis = check_over(over, '"layer×position" or "layer×head"').removeprefix("layer×")

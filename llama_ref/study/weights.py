@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.quantization.apply import is_quantized, quantized, refuse_unfit
+from llama_ref.quantization.apply import check_columns, is_quantized, quantized
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
 from llama_ref.study.attribution import matrix
@@ -74,7 +74,7 @@ def quantization_errors(
         raise RequestError("the model's matrices are rounded already: load it without quantize to see what rounding costs")
     chosen = _matrices(model, names)
     for name, module in chosen:
-        refuse_unfit(scheme, name, module.weight.shape[1])
+        check_columns(scheme, name, module.weight.shape[1])
     for name, module in _counted(chosen, progress):
         weight = module.weight.detach()
         rounded = quantized(scheme, name, weight, weight.dtype)

@@ -47,16 +47,16 @@ def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> It
     path = Path(path).expanduser()
     with _os_errors_told(path, "create"):
         path = path.resolve()
-        _refuse_taken(path, force)
-        _refuse_below_file(path)
-        refuse_full_disk(path, n_bytes)
+        _check_target(path, force)
+        _check_parent(path)
+        check_free_space(path, n_bytes)
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         partial, lock = _make_partial(path)
     try:
         with _os_errors_told(partial, "write"):
             yield partial
-            _refuse_taken(path, force)  # someone else may have been quicker
+            _check_target(path, force)  # someone else may have been quicker
             if path.exists():
                 shutil.rmtree(path)
             partial.rename(path)
@@ -73,7 +73,7 @@ def new_file(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
 
     Raises CheckpointError where there is no room for it, it is there already, or it cannot be written.
     """
-    refuse_full_disk(path, n_bytes)
+    check_free_space(path, n_bytes)
     with _os_errors_told(path, "write", n_bytes), path.open("xb") as file:
         try:
             yield file
@@ -84,7 +84,7 @@ def new_file(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
             raise
 
 
-def refuse_full_disk(path: str | Path, n_bytes: int) -> None:
+def check_free_space(path: str | Path, n_bytes: int) -> None:
     """Raise CheckpointError if `n_bytes` surely do not fit where `path` is or is to be."""
     path = Path(path)
     with _os_errors_told(path, "write"):
@@ -175,13 +175,13 @@ def _nearest(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
-def _refuse_below_file(path: Path) -> None:
+def _check_parent(path: Path) -> None:
     above = _nearest(path.parent)
     if not above.is_dir():
         raise RequestError(f"cannot create {path}: {above} is a file, expected a folder; {ELSEWHERE}")
 
 
-def _refuse_taken(path: Path, force: bool) -> None:
+def _check_target(path: Path, force: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir():

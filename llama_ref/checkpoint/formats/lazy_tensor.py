@@ -71,7 +71,7 @@ def row_blocks(tensor: Tensor, n_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
     yield from tensor.split(max(1, n_bytes // max(1, row_bytes)))
 
 
-def refuse_unwritable(tensors: Sequence[LazyTensor]) -> None:
+def check_writable(tensors: Sequence[LazyTensor]) -> None:
     """Raise ValueError for tensors that no weight file can hold: two of one name, or one without dimensions."""
     seen: set[str] = set()
     for tensor in tensors:

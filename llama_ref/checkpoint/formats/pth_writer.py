@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 
 from llama_ref.checkpoint.formats.atomic import new_file
-from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, refuse_unwritable
+from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, check_writable
 from llama_ref.checkpoint.formats.pth_pickle import STORAGES
 from llama_ref.checkpoint.formats.pth_zip import END, END64, END64_SIGNATURE, LOCAL, LOCATOR64, LOCATOR64_SIGNATURE
 
@@ -41,7 +41,7 @@ def write_pth(
     tensor.
     """
     path = Path(path)
-    refuse_unwritable(tensors)
+    check_writable(tensors)
     index = _index(tensors, aliases or {})
     with new_file(path, sum(tensor.nbytes + RECORD_BYTES for tensor in tensors) + len(index)) as file:
         archive = _Archive(file, path.stem)

@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.errors import CheckpointError
-from llama_ref.files import refuse_impostor, unique_keys
+from llama_ref.files import check_head, unique_keys
 
 LENGTH_BYTES = 8  # of the header's length in front of it
 HEADER_LIMIT_BYTES = 10 << 20  # the largest Llama 3's have some 100 kB
@@ -67,7 +67,7 @@ def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
     At least as strict as the safetensors library: what passes here opens there. Raises WrongLength for a file that is cut short
     or too long, CheckpointError for any other that is broken.
     """
-    refuse_impostor(path, "a safetensors file")
+    check_head(path, "a safetensors file")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -122,7 +122,7 @@ def _check_length(path: Path, size: int, length: int, data: bytes) -> None:
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         header = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_all_texts, parse_int=_short_int, parse_constant=_refuse_constant
+            data.decode("utf-8"), object_pairs_hook=_all_texts, parse_int=_short_int, parse_constant=_reject_constant
         )
     except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
@@ -180,7 +180,7 @@ def _short_int(digits: str) -> int:
     return int(digits)
 
 
-def _refuse_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llama_ref.checkpoint.formats.atomic import new_file
-from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, refuse_unwritable
+from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, check_writable
 
 LENGTH_BYTES = 8  # the index's length in front of it
 ALIGNMENT_BYTES = 8  # of where the tensors begin
@@ -31,7 +31,7 @@ def write_safetensors(path: str | Path, tensors: Sequence[LazyTensor], progress:
 
     Raises CheckpointError where it cannot be written, ValueError where blocks do not make their tensor.
     """
-    refuse_unwritable(tensors)
+    check_writable(tensors)
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # stable; keeps each aligned to its own items
     index = _index(tensors)
     with new_file(Path(path), len(index) + sum(tensor.nbytes for tensor in tensors)) as file:

@@ -71,7 +71,7 @@ def read_config(path: str | Path) -> HFConfig:
     CheckpointError for a file that cannot be read, and for a model that is no Llama 3, naming the key that shows it.
     """
     with json_object(path, "the model's config.json", "model_type, hidden_size, …", PARAMS_LIMIT_BYTES) as config:
-        _refuse_other_models(config)
+        _check_model(config)
         require_keys(config, REQUIRED)
         theta, factor = _read_rope(config)
         args = ModelArgs.from_dict(
@@ -83,7 +83,7 @@ def read_config(path: str | Path) -> HFConfig:
         return HFConfig(args, tied=config.get("tie_word_embeddings") is True)
 
 
-def _refuse_other_models(config: Mapping[str, Any]) -> None:
+def _check_model(config: Mapping[str, Any]) -> None:
     if config.get("model_type") in VISION_MODELS:
         raise BadValue(f'"model_type" is {short(config["model_type"])}, a vision model, and only text models are read so far')
     _expect(config, "model_type", ("llama",), "only Llama 3 models are read")

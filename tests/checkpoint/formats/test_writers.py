@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from llama_ref.checkpoint.formats.atomic import new_folder, refuse_full_disk
+from llama_ref.checkpoint.formats.atomic import check_free_space, new_folder
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor, row_blocks
 from llama_ref.checkpoint.formats.pth import archive_records, inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
@@ -304,7 +304,7 @@ def test_what_surely_does_not_fit_is_refused_before_anything_is_made(tmp_path, w
     ):
         never()
     assert not any(tmp_path.iterdir())
-    refuse_full_disk(tmp_path / "deep" / "out", 1000)
+    check_free_space(tmp_path / "deep" / "out", 1000)
 
 
 LIMITED = """

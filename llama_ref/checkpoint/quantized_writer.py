@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def quantize_folder(
             layers = _rounded(source, scheme, text, lambda name: written.advance(in_layers[f"{name}.packed"].nbytes))
             for each in quantized:
                 each.rounded = layers.pop(each.tensor.name, None)
-        _write_params(folder, source, scheme)
+        write_params(folder, _quantized_params(source, scheme))
         write_native_tokenizer(folder, source)
         write_safetensors(folder / "model.safetensors", tensors, written.advance)
         write_sums(folder, [path.name for path in folder.iterdir()])
@@ -81,12 +82,12 @@ def _rounded(source: Source, scheme: Scheme, text: str, rounded: Rounded) -> dic
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Int4Linear)}
 
 
-def _write_params(folder: Path, source: Source, scheme: Scheme) -> None:
-    """As they were, unknown keys included, and how the weights were quantized."""
+def _quantized_params(source: Source, scheme: Scheme) -> dict[str, Any]:
+    """The source's params.json, unknown keys included, and how the weights are quantized."""
     params = params_of(source.args) if source.folder.is_hugging_face else json.loads(source.folder.params.read_bytes())
     if "n_kv_heads" in params:
         params["n_kv_heads"] = source.args.n_kv_heads
-    write_params(folder, params | {QUANTIZATION: scheme.to_params()})
+    return params | {QUANTIZATION: scheme.to_params()}
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Weights on disk to a Transformer in memory, tensor by tensor.
 
-Files are mapped, not read: where nothing has to change (CPU, the file's own dtype, one each) a parameter is the file's
+Files are mapped, not read: where nothing has to change (CPU, the file's own dtype, one slice) a parameter is the file's
 pages themselves; otherwise each tensor is cast and copied once, and its pages are let go before the next. To CUDA, all copies
 go through pinned buffers (to_device.py), so that the host never holds more than these and one tensor.
 """

@@ -1,6 +1,6 @@
 """A folder's weights as they lie on disk, under Meta's names and in Meta's layout, whatever the files' own.
 
-Files are mapped, not read. Who wants a tensor gets the slices that hold it, and lets go of their pages when done.
+Files are mapped, not read. Callers get memory-mapped slices and release their pages when done.
 """
 
 import ctypes
@@ -72,7 +72,7 @@ class Stored(ABC):
     tied: bool
 
     def slices(self, name: str, ranges: list[range] | None = None) -> list[TensorSlice]:
-        """What these ranges along `split_dim(name)` hold (None: all), each after each in the order asked for."""
+        """The slices that hold these ranges along `split_dim(name)` (None: all), in the order asked for."""
         return self._slices(EMBEDDING if self.tied and name == OUTPUT else name, ranges)
 
     def dtype(self, name: str) -> torch.dtype:

@@ -17,6 +17,11 @@ MPS_RIGHT_SINCE = "2.12"
 AMPERE = (8, 0)  # NVIDIA's first with bfloat16
 
 
+def cpu_count() -> int:
+    """The number of CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """CUDA when there is one (this process's, under torchrun), else MPS, else the CPU; or what is asked for.
 

@@ -121,8 +121,8 @@ def loading(verify: str) -> Callable[..., dict[str, float]]:
     def load(ckpt_dir: str, quantize: str | None, **_: Any) -> dict[str, float]:
         begun = time.perf_counter()
         from llama_ref import Llama
-        from llama_ref.bench.memory import peak_bytes
-        from llama_ref.bench.peers.base import weight_bytes
+        from llama_ref.bench.costs import weight_bytes
+        from llama_ref.bench.machine import peak_bytes
 
         imported = time.perf_counter()
         before = _held_bytes()

@@ -27,7 +27,7 @@ from torch import Tensor
 from llama_ref.checkpoint.convert import Source, write_native_tokenizer
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.hf.config import params_of
 from llama_ref.checkpoint.loader import load_model
@@ -182,7 +182,7 @@ def spread_folder(source: str | Path, target: Path) -> Path:
     return target
 
 
-def _spread(tensor: Outgoing, generator: torch.Generator) -> Outgoing:
+def _spread(tensor: LazyTensor, generator: torch.Generator) -> LazyTensor:
     def blocks() -> Iterator[Tensor]:
         for rows in tensor.blocks():
             groups = rows.float().unflatten(1, (-1, STEPS_GROUP))

@@ -22,9 +22,10 @@ from typing import Literal
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.verify.checklist import Entry, read_checklist
-from llama_ref.checkpoint.verify.hashing import Cancelled, default_jobs, hash_file
-from llama_ref.checkpoint.verify.report import printable
+from llama_ref.checkpoint.verify.hashing import Cancelled, hash_file
+from llama_ref.device import cpu_count
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import printable
 from llama_ref.vocabulary import ADDED_TOKENS
 
 if sys.platform != "win32":
@@ -55,7 +56,7 @@ def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str |
     begun_ns = time.time_ns()
     files = _wanted(folder, tokenizer, verify)
     cancel = threading.Event()
-    with ThreadPoolExecutor(default_jobs(), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify") as pool:
         try:
             checks: list[Future[None]] = [pool.submit(file.check, verify, begun_ns, cancel) for file in files]
             for params in checks[:1]:
@@ -64,7 +65,7 @@ def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str |
             for check in as_completed(checks):
                 check.result()
             for file in files:
-                file.refuse_change()  # what was loaded is what was hashed
+                file.check_unchanged()  # what was loaded is what was hashed
         except BaseException:
             cancel.set()
             raise
@@ -119,7 +120,7 @@ class _File:
                 f"Nothing was loaded; `llama-ref verify {self.path.parent}` tells what is wrong with it"
             )
 
-    def refuse_change(self) -> None:
+    def check_unchanged(self) -> None:
         """Raise CheckpointError if the file is no longer the one that loading began with."""
         if self._identity() != self.identity:
             raise CheckpointError(f"{self.path} changed while it was being checked; try again when it has come to rest")
@@ -146,7 +147,7 @@ class _File:
             return None
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-        self.refuse_change()
+        self.check_unchanged()
         self._remember(found)
         return found
 

@@ -33,8 +33,9 @@ def info(name: str, *, json: bool = False) -> None:
         name: a folder, or a release name such as Llama3.2-1B-Instruct.
         json: print it as JSON.
     """
+    from llama_ref.checkpoint.describe import describe
     from llama_ref.checkpoint.folder import open_folder
-    from llama_ref.cli.views.info import describe, print_info
+    from llama_ref.cli.views.info import print_info
 
     print_info(describe(open_folder(name)), as_json=json)
 
@@ -90,8 +91,8 @@ def checksum(name: str, *, algorithm: str = "md5", force: bool = False, jobs: in
     """
     from llama_ref.checkpoint.folder import find_folder
     from llama_ref.checkpoint.integrity import write_checklist
-    from llama_ref.checkpoint.verify.report import printable
     from llama_ref.cli.views.verify import hashing_bars
+    from llama_ref.formatting import printable
 
     with hashing_bars() as progress:
         path = write_checklist(find_folder(name), algorithm, force, jobs, progress)
@@ -165,7 +166,7 @@ def reshard(src: str, dst: str, *, shards: int, force: bool = False, verify: str
         verify: compare src with its checklist.chk: auto (each file once), always or never.
     """
     from llama_ref.checkpoint.convert import to_meta
-    from llama_ref.checkpoint.verify.report import printable
+    from llama_ref.formatting import printable
 
     with _writing() as progress:
         path = to_meta(src, dst, shards=shards, force=force, verify=verify, progress=progress)
@@ -201,8 +202,8 @@ def convert(
         verify: compare src with its checklist.chk: auto (each file once), always or never.
     """
     from llama_ref.checkpoint.convert import parse_bytes, to_hugging_face, to_meta
-    from llama_ref.checkpoint.verify.report import printable
     from llama_ref.device import named_dtype
+    from llama_ref.formatting import printable
 
     if to not in ("hf", "meta"):
         raise RequestError(f"--to is {to!r}, expected hf or meta")
@@ -231,7 +232,7 @@ def quantize(src: str, dst: str, *, to: str, calibrate: bool = True, force: bool
         verify: compare src with its checklist.chk: auto (each file once), always or never.
     """
     from llama_ref.checkpoint.quantized_writer import quantize_folder
-    from llama_ref.checkpoint.verify.report import printable
+    from llama_ref.formatting import printable
     from llama_ref.quantization.scheme import Scheme
 
     scheme = Scheme.parse(to, "--to")

@@ -195,7 +195,7 @@ def _explicit_switch(word: str, after: str) -> str:
 
 def complain(error: Exception, code: int) -> int:
     """Say what is wrong, once a job, and give the exit code back."""
-    from llama_ref.checkpoint.verify.report import printable
+    from llama_ref.formatting import printable
 
     if _is_first_to_complain():
         lines = f"llama-ref: {error}".split("\n")

@@ -162,6 +162,7 @@ def patch(
         png: a folder for a picture, patch.png (needs matplotlib).
         json: print it as JSON.
     """
+    from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.grid import print_grid
     from llama_ref.study import figures, patching_grid
     from llama_ref.study.inputs import check_over, check_same_length, prompt_tokens
@@ -174,7 +175,8 @@ def patch(
     texts = [prompt_tokens(llama, text, which) for which, text in (("clean", clean), ("corrupted", corrupted))]
     check_same_length(llama.tokenizer, *texts)
     metric = patching_grid.probability(wanted) if against is None else patching_grid.logit_difference(wanted, against)
-    found = patching_grid.patch_grid(llama.model, *texts, metric, over=axes)
+    with progress_bar("patching") as progress:
+        found = patching_grid.patch_grid(llama.model, *texts, metric, over=axes, progress=progress)
     if png is not None:
         figures.draw_grid(found, *texts, llama.tokenizer, wanted, against, Path(png) / "patch.png")
     print_grid(found, *texts, llama.tokenizer, wanted, against, as_json=json)

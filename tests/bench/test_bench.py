@@ -15,10 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from folders import PARAMS, byte_tokenizer, tiny_folder
-from llama_ref.bench.peers.base import weight_bytes
+from llama_ref.bench.costs import flops, weight_bytes
 from llama_ref.bench.process import Failed, Process
 from llama_ref.bench.results import LongResult, Machine, Report, Result, Spread, Work
-from llama_ref.bench.roofline import draw_roofline, flops
+from llama_ref.bench.roofline import draw_roofline
 from llama_ref.bench.runner import compare
 from llama_ref.bench.settings import OURS, PEERS, Settings
 from llama_ref.cli import main

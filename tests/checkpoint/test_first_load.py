@@ -345,7 +345,7 @@ def test_a_load_that_fails_does_not_wait_for_sums(folder):
 
 
 def test_one_bad_file_ends_the_hashing_of_the_others(folder, monkeypatch):
-    monkeypatch.setattr(module, "default_jobs", lambda: 4)
+    monkeypatch.setattr(module, "cpu_count", lambda: 4)
     with (folder / SHARD0).open("r+b") as file:
         file.truncate(1 << 40)
     flip(folder / SHARD1)

@@ -16,8 +16,9 @@ from folders import growing
 from llama_ref.checkpoint.integrity import verify, write_checklist
 from llama_ref.checkpoint.verify.checklist import parse_checklist
 from llama_ref.checkpoint.verify.hashing import hash_file
-from llama_ref.checkpoint.verify.report import State, human_bytes
+from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import human_bytes
 from make_random_checkpoint import make_random_checkpoint
 
 TINY = {

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import exit_code
-from llama_ref.checkpoint.verify.report import human_bytes
+from llama_ref.formatting import human_bytes
 from llama_ref.generation import Llama
 
 CAPITAL = "The capital of France is"

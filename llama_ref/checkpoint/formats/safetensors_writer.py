@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llama_ref.checkpoint.formats.atomic import new_file
-from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, Outgoing, refuse_unwritable
+from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, check_writable
 
 LENGTH_BYTES = 8  # the index's length in front of it
 ALIGNMENT_BYTES = 8  # of where the tensors begin
@@ -26,12 +26,12 @@ DTYPE_NAMES = {
 }
 
 
-def write_safetensors(path: str | Path, tensors: Sequence[Outgoing], progress: BytesWritten | None = None) -> None:
+def write_safetensors(path: str | Path, tensors: Sequence[LazyTensor], progress: BytesWritten | None = None) -> None:
     """Write the new file `path`, whole or not at all: the tensors in their order, those of wider dtypes first.
 
     Raises CheckpointError where it cannot be written, ValueError where blocks do not make their tensor.
     """
-    refuse_unwritable(tensors)
+    check_writable(tensors)
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # stable; keeps each aligned to its own items
     index = _index(tensors)
     with new_file(Path(path), len(index) + sum(tensor.nbytes for tensor in tensors)) as file:
@@ -40,7 +40,7 @@ def write_safetensors(path: str | Path, tensors: Sequence[Outgoing], progress: B
             tensor.write_to(file, progress)
 
 
-def _index(tensors: Sequence[Outgoing]) -> bytes:
+def _index(tensors: Sequence[LazyTensor]) -> bytes:
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     at = 0
     for tensor in tensors:

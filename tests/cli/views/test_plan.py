@@ -15,8 +15,8 @@ from torch.distributed.run import parse_args
 import chat_completion
 import text_completion
 from folders import tiny_folder
-from llama_ref.checkpoint.verify.report import human_bytes
 from llama_ref.cli import main
+from llama_ref.formatting import human_bytes
 from llama_ref.plan import SET_ASIDE
 
 Run = Callable[..., tuple[int, str, str]]

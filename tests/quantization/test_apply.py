@@ -193,18 +193,6 @@ def test_the_size_of_a_block_changes_no_number(monkeypatch, dtype, group, weight
             assert torch.equal(found, same)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("group", [32, 64, 128, 256])
-def test_the_size_of_a_block_changes_no_number_on_cuda(monkeypatch, group):
-    weight = torch.randn(14336, 4096, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
-    expected = rounded(weight, group, None)
-    for n_weights in (1 << 15, 1 << 22):
-        monkeypatch.setitem(rounding.BLOCK_WEIGHTS, "cuda", n_weights)
-        for found, same in zip(rounded(weight, group, None), expected, strict=True):
-            assert torch.equal(found, same)
-
-
 class LiveBytes(TorchDispatchMode):
     """The most bytes that tensors made within the block took together."""
 

@@ -21,11 +21,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich import box
 from rich.table import Table
 
+from llama_ref.cli.flags import Flag
+from llama_ref.cli.options import Json, Name, Quantize
 from llama_ref.cli.parser import command, run
 from llama_ref.errors import LlamaRefError
 
@@ -36,14 +38,14 @@ N_TOKENS = 3
 
 @command()
 def main(
-    ckpt_dir: str = "checkpoints/SmolLM2-135M-Instruct",
+    ckpt_dir: Name = "checkpoints/SmolLM2-135M-Instruct",
     *,
-    quantize: str | None = None,
-    rounds: int = 50,
-    json: bool = False,
-    part: str | None = None,
+    quantize: Quantize = None,
+    rounds: Annotated[int, Flag("number of measurements of each part")] = 50,
+    json: Json = False,
+    part: Annotated[str | None, Flag("used by the script itself")] = None,
 ) -> None:
-    """Measure all parts, each in its own process; `part` names one to measure in this process."""
+    """Measure all parts, each in its own process."""
     settings = {"ckpt_dir": ckpt_dir, "quantize": quantize, "rounds": rounds}
     if part:
         print(_dumped(PARTS[part](**settings)))

@@ -1,8 +1,6 @@
 """Weights in eight and four bits: what is stored, computed, loaded and written, and how little memory it takes."""
 
-import argparse
 import copy
-import inspect
 import json
 import os
 import subprocess
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from bench_quality import log_probabilities, quality
+from bench_quality import log_probabilities, quality, texts
 from fake_cuda import fake_cuda
 from folders import PARAMS, tiny_folder
 from llama_ref.args import ModelArgs
@@ -593,8 +591,7 @@ def test_on_cuda_everything_stays_on_the_device(scheme, dtype):
 
 def test_real_text_loses_little(llama):
     """Code, read by the real small model; four bits cost it much, as it is small (less where it reads before: test_gptq.py)."""
-    text = inspect.getsource(argparse)
-    tokens = torch.tensor([llama.tokenizer.encode(text, bos=True, eos=False)[:256]])
+    tokens = torch.tensor([llama.tokenizer.encode(texts()["code"], bos=True, eos=False)[:256]])
     expected = log_probabilities(llama.model, tokens)
     plain = quality(expected, tokens, expected)
     found = {}

@@ -131,8 +131,8 @@ class Int4Linear(QuantizedMatrix):
         self.shape = (packed.shape[0], 2 * packed.shape[1])
 
     @classmethod
-    def of(cls, weight: Tensor, group: int, importance: Tensor | None = None) -> "Int4Linear":
-        scale, zero = int4_scales(weight, group, importance)
+    def of(cls, weight: Tensor, group: int) -> "Int4Linear":
+        scale, zero = int4_scales(weight, group)
         return cls(to_int4(weight, scale, zero), scale, zero)
 
     @property

@@ -86,9 +86,9 @@ def checkpoints_root() -> Path:
     return _expanded(os.environ.get("LLAMA_MODELS_CONFIG_DIR") or "~/.llama") / "checkpoints"
 
 
-def list_folders(root: Path | None = None) -> list[Path]:
-    """The folders under `root` (default: `checkpoints_root()`), by name; none if there is no such root."""
-    root = root or checkpoints_root()
+def list_folders() -> list[Path]:
+    """The folders under `checkpoints_root()`, by name; none if there is no such root."""
+    root = checkpoints_root()
     try:
         return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):

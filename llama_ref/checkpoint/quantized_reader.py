@@ -2,7 +2,7 @@
 
 Tensors are named as the modules that hold them name them: of an int8 matrix `layers.0.attention.wq.q` and `….scale`, of an int4
 matrix `….packed`, `….scale` and `….zero` (quantization/linear.py); norms stay `….weight`. A tied output is left out. Files are
-mapped, and on a CPU the model's numbers are the files' own pages.
+mapped, and on a CPU the model's numbers are the files' own pages, except those that are not aligned (`_aligned`).
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,8 @@ from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
+
+KERNEL_ALIGNMENT = 16  # bytes: PyTorch's int8 kernel segfaults on matrices that begin elsewhere
 
 
 def scheme_of(folder: CheckpointFolder, args: ModelArgs) -> Scheme:
@@ -82,7 +84,7 @@ class StoredQuantized:
         def on_device(tensor: Tensor, ranges: list[range] | None = None, dim: int | None = None) -> Tensor:
             part = _cut(tensor, ranges, dim)
             if copier is None:
-                return part.to(device)
+                return _aligned(part, tensor) if torch.device(device).type == "cpu" else part.to(device)
             out = torch.empty(part.shape, dtype=part.dtype, device=device)
             TensorSlice(part, tensor).copy_to(out, copier)
             return out
@@ -143,3 +145,15 @@ def _cut(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:
         return tensor
     parts = [tensor.narrow(dim, each.start, len(each)) for each in ranges]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
+
+
+def _aligned(part: Tensor, mapped: Tensor) -> Tensor:
+    """A contiguous part of a mapped tensor, itself or a copy, that begins at a multiple of KERNEL_ALIGNMENT.
+
+    Other programs align tensors to 8 bytes, and rows of a share begin wherever the rows before them end.
+    """
+    if part.data_ptr() % KERNEL_ALIGNMENT == 0:
+        return part
+    copy = torch.empty_like(part)
+    TensorSlice(part, mapped).copy_to(copy)
+    return copy

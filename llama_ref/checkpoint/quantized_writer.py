@@ -94,13 +94,13 @@ def _quantized_params(source: Source, scheme: Scheme) -> dict[str, Any]:
 class _Quantized:
     """One tensor on its way into a quantized folder.
 
-    A file has the scales before the numbers, which hang on them: the source is read twice, and the scales are kept between.
+    The numbers depend on the scales: the source is read twice, and the scales are kept between.
     """
 
     scheme: Scheme
     tensor: LazyTensor
     head_dim: int
-    scales: list[Tensor] = field(default_factory=list)  # of the whole tensor: scale, and zero where there is one
+    scales: list[Tensor] = field(default_factory=list)
     rounded: Int4Linear | None = None  # where it is calibrated: the whole tensor, set before anything is asked for
 
     @property
@@ -120,11 +120,15 @@ class _Quantized:
     def _scale(self, index: int) -> Iterator[Tensor]:
         if self.rounded is not None:
             yield self._once((self.rounded.scale, self.rounded.zero)[index])
-            return
+        else:
+            yield self._scales()[index]
+
+    def _scales(self) -> list[Tensor]:
+        """Of the whole tensor: scale, and zero where there is one; found when first asked for."""
         if not self.scales:
             found = [self._scales_of(rows) for rows in self.tensor.blocks()]
             self.scales = [torch.cat(blocks) for blocks in zip(*found, strict=True)]
-        yield self.scales[index]
+        return self.scales
 
     def _scales_of(self, rows: Tensor) -> tuple[Tensor, ...]:
         if self.bits == 8:
@@ -137,7 +141,7 @@ class _Quantized:
             return
         start = 0
         for rows in self.tensor.blocks():
-            scales = [scale[start : start + len(rows)] for scale in self.scales]
+            scales = [scale[start : start + len(rows)] for scale in self._scales()]
             yield to_int8(rows, *scales) if self.bits == 8 else to_int4(rows, *scales)
             start += len(rows)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_ref import memory
-from llama_ref.quantization.linear import FEW_ROWS, Int8Linear, Int8Matrix, wide_dtype
+from llama_ref.quantization.linear import FEW_ROWS, Int8Linear, Int8Matrix, fits_int8_kernel, wide_dtype
 
 LONG_ROW, PIECE = 4096, 1024  # a longer row is cut, where it can be
 
@@ -30,6 +30,8 @@ class PiecewiseInt8Linear(Int8Matrix):
         if x.dtype == torch.float16 or x.numel() > FEW_ROWS * x.shape[-1]:
             return self._times_blocks(x)
         pieces = x.reshape(-1, len(self.q), PIECE).transpose(0, 1).contiguous()  # (P, T, 1024)
+        if not fits_int8_kernel(pieces, self.q):
+            return self._times_blocks(x)
         scale = self.scale.to(x.dtype)
         products = [torch._weight_int8pack_mm(*each, scale).float() for each in zip(pieces, self.q, strict=True)]
         return torch.stack(products).sum(0).to(x.dtype).unflatten(0, x.shape[:-1])

@@ -35,6 +35,14 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def fits_int8_kernel(x: Tensor, q: Tensor) -> bool:
+    """Whether torch._weight_int8pack_mm may be given inputs x (…, K) and a matrix q int8 (…, K), both contiguous.
+
+    In bfloat16 it reads vectors of 16 numbers from addresses that it takes for aligned, and segfaults on others.
+    """
+    return q.shape[-1] % 16 == 0 and q.data_ptr() % 16 == 0 and x.data_ptr() % 32 == 0
+
+
 class QuantizedMatrix(nn.Module):
     """What the modules here have in common; `shape` is (out, in)."""
 
@@ -92,9 +100,9 @@ class Int8Linear(Int8Matrix):
         if x.dtype == torch.float16:  # sums of unscaled products would leave its range
             return self._times_blocks(x)
         if x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_cuda:  # there PyTorch's kernel is a naive loop
-            return torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.q, self.scale.to(x.dtype)).unflatten(
-                0, x.shape[:-1]
-            )
+            flat = x.reshape(-1, x.shape[-1])
+            if fits_int8_kernel(flat, self.q):
+                return torch._weight_int8pack_mm(flat, self.q, self.scale.to(x.dtype)).unflatten(0, x.shape[:-1])
         parts = [F.linear(x, self.q[rows].to(x.dtype)) * self.scale[rows].to(x.dtype) for rows in self._blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -123,8 +131,8 @@ class Int4Linear(QuantizedMatrix):
         self.shape = (packed.shape[0], 2 * packed.shape[1])
 
     @classmethod
-    def of(cls, weight: Tensor, group: int, importance: Tensor | None = None) -> "Int4Linear":
-        scale, zero = int4_scales(weight, group, importance)
+    def of(cls, weight: Tensor, group: int) -> "Int4Linear":
+        scale, zero = int4_scales(weight, group)
         return cls(to_int4(weight, scale, zero), scale, zero)
 
     @property

@@ -1,11 +1,11 @@
 """Write a checkpoint folder, one of its files, or its list of sums, so that it is there whole or not at all."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
-import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,9 +17,6 @@ from llama_ref.checkpoint.verify.hashing import hash_files
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import human_bytes
 from llama_ref.progress import FileProgress
-
-if sys.platform != "win32":
-    import fcntl
 
 CHECKPOINT_FILE = re.compile(
     r"params\.json|tokenizer\.model|checklist\.chk|consolidated\.\d{2,}\.pth|README\.md"

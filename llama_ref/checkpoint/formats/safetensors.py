@@ -1,4 +1,8 @@
-"""What a safetensors file holds, from its header alone, checked against the file's length."""
+"""What a safetensors file holds, from its header alone, checked against the file's length.
+
+The safetensors library opens whole files only. `verify` has to say what is left of a damaged or half fetched one, where each
+tensor lies in it and how long it should be, and how a hostile header breaks the rules; loading then needs no second reader.
+"""
 
 import json
 import math

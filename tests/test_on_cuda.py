@@ -18,8 +18,10 @@ from folders import tiny_folder
 from llama_ref.args import ModelArgs
 from llama_ref.bench.runner import compare
 from llama_ref.bench.settings import Settings
+from llama_ref.checkpoint import to_device
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.to_device import pinned_copier
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.decoding.loop import Row, new_cache, prefill, steps
 from llama_ref.decoding.speculative import NGrams
@@ -276,3 +278,17 @@ def test_looking_and_patching_leave_no_trace(compiled):
     assert seen["logits"].equal(before)
     assert after.equal(before)
     assert not torch.isclose(patched, before).all()
+
+
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16, torch.float32, torch.int8], ids=str)
+def test_tensors_arrive_through_pinned_memory(monkeypatch, wanted):
+    monkeypatch.setattr(to_device, "BUFFER_BYTES", 1 << 16)
+    sources = [torch.randint(-100, 100, (n, 300)).to(torch.bfloat16) for n in (1, 700, 1300)]
+    targets = [torch.zeros(len(source), 600, dtype=wanted, device=DEVICE) for source in sources]
+    with pinned_copier(DEVICE) as copier:
+        assert copier and all(buffer.is_pinned() for buffer in copier.buffers)
+        for source, target in zip(sources, targets, strict=True):
+            copier.copy(source, target[:, 100:400])
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(target[:, 100:400].cpu(), source.to(wanted))
+        assert not target[:, :100].any() and not target[:, 400:].any()

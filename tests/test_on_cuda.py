@@ -28,7 +28,6 @@ from llama_ref.decoding.speculative import NGrams
 from llama_ref.device import choose_dtype
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
-from llama_ref.quantization import rounding
 from llama_ref.quantization.apply import quantize_model, use_fast_kernels
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
 from llama_ref.sampling import Sampler, SamplingParams
@@ -296,14 +295,3 @@ def test_tensors_arrive_through_pinned_buffers(monkeypatch, wanted):
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(target[:, 100:400].cpu(), source.to(wanted))
         assert not target[:, :100].any() and not target[:, 400:].any()
-
-
-@pytest.mark.parametrize("group", [32, 64, 128, 256])
-def test_the_size_of_a_block_changes_no_number(monkeypatch, group):
-    weight = torch.randn(14336, 4096, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
-    expected = Int4Linear.of(weight, group)
-    for n_weights in (1 << 15, 1 << 22):
-        monkeypatch.setitem(rounding.BLOCK_WEIGHTS, "cuda", n_weights)
-        found = Int4Linear.of(weight, group)
-        for name, buffer in expected.named_buffers():
-            assert torch.equal(found.get_buffer(name), buffer)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import weakref
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from bench_quality import log_probabilities, quality, texts
 from fake_cuda import fake_cuda
@@ -30,7 +27,7 @@ from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import Share
-from llama_ref.quantization import rounding, torch_int4
+from llama_ref.quantization import torch_int4
 from llama_ref.quantization.apply import is_quantized, quantize_model, use_fast_kernels
 from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
 from llama_ref.quantization.rounding import pack, unpack
@@ -168,58 +165,6 @@ def test_a_row_is_rounded_alike_alone_and_among_others(weight):
     whole, alone = Int4Linear.of(many, 128), Int4Linear.of(many[-7:], 128)
     assert torch.equal(whole.unpacked()[-7:], alone.unpacked())
     assert torch.equal(whole.scale[-7:], alone.scale)
-
-
-def rounded(weight: Tensor, group: int, importance: Tensor | None) -> list[Tensor]:
-    int8, int4 = rounding.int8_scales(weight), rounding.int4_scales(weight, group, importance)
-    return [int8, rounding.to_int8(weight, int8), *int4, rounding.to_int4(weight, *int4)]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("group", [32, 64, 128, 256])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_size_of_a_block_changes_no_number(monkeypatch, dtype, group, weighted):
-    generator = torch.Generator().manual_seed(group)
-    weight = torch.randn(300, 1024, generator=generator).to(dtype)
-    importance = torch.rand(1024, generator=generator) if weighted else None
-    expected = rounded(weight, group, importance)
-    for n_weights in (1, 5 << 10, 1 << 17, 1 << 24):
-        monkeypatch.setitem(rounding.BLOCK_WEIGHTS, "cpu", n_weights)
-        for found, same in zip(rounded(weight, group, importance), expected, strict=True):
-            assert torch.equal(found, same)
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made within the block took together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_iter(args) if isinstance(x, Tensor)}
-        for tensor in tree_iter(out):
-            key = tensor.untyped_storage()._cdata if isinstance(tensor, Tensor) else None
-            if key not in (None, *given, *self.live):
-                self.live[key] = tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self.live.pop, key)
-                self.peak = max(self.peak, sum(self.live.values()))
-        return out
-
-
-@pytest.mark.parametrize("group", [32, 128])
-def test_a_block_takes_as_much_memory_as_is_said(monkeypatch, group):
-    weight = torch.randn(256, 1024).bfloat16()
-    monkeypatch.setitem(rounding.BLOCK_WEIGHTS, "cpu", weight.numel())
-    with LiveBytes() as scales:
-        found = rounding.int4_scales(weight, group)
-    with LiveBytes() as weights:
-        rounding.to_int4(weight, *found)
-    assert 16 < scales.peak / weight.numel() <= 18
-    assert weights.peak / weight.numel() <= 18
-    assert 18 * rounding.BLOCK_WEIGHTS["cuda"] < 0.31e9
 
 
 # ---- modules

@@ -1,4 +1,8 @@
-"""Read safetensors files: the header, checked against the file's length, and memory-mapped tensors."""
+"""Read safetensors files: the header, checked against the file's length, and memory-mapped tensors.
+
+The safetensors library opens whole files only. `verify` has to say what is left of a damaged or half fetched one, where each
+tensor lies in it and how long it should be, and how a hostile header breaks the rules; loading then needs no second reader.
+"""
 
 import json
 import math

@@ -1,4 +1,8 @@
-"""Write a `.safetensors` block by block: an index in JSON, then the tensors' bytes one after another."""
+"""Write a `.safetensors` block by block: an index in JSON, then the tensors' bytes one after another.
+
+The safetensors library's writer takes all tensors of a file at once. Here they are made while they are written, so that
+converting or quantizing a model needs memory for some rows of it.
+"""
 
 import json
 from collections.abc import Sequence

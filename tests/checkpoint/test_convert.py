@@ -434,9 +434,9 @@ def test_a_source_that_cannot_be_read_is_told_in_one_line_and_nothing_is_written
 MISUSES = [
     (["reshard", "SRC", "DST", "--shards", "0"], "shards is 0, expected a whole number of 1 or more"),
     (["reshard", "SRC", "DST", "--shards", "-2"], "shards is -2"),
-    (["reshard", "SRC", "DST", "--shards", "2.5"], "shards is 2.5"),
+    (["reshard", "SRC", "DST", "--shards", "2.5"], "--shards is '2.5', expected a whole number"),
     (["reshard", "SRC", "DST", "--shards", "two"], "shards is 'two'"),
-    (["reshard", "SRC", "DST", "--shards", "True"], "shards is True"),
+    (["reshard", "SRC", "DST", "--shards", "True"], "--shards is 'True', expected a whole number"),
     (["reshard", "SRC", "DST", "--shards", "3"], "3 shards cannot hold equal parts of 4 query heads"),
     (["reshard", "SRC", "DST", "--shards", "8"], "take one of 1, 2, 4"),
     (["reshard", "nowhere", "DST", "--shards", "2"], "there is no folder nowhere"),
@@ -448,9 +448,9 @@ MISUSES = [
     (["convert", "SRC", "DST", "--to", "hf", "--dtype", "int8"], "int8"),
     (["convert", "SRC", "DST", "--to", "hf", "--dtype", ""], "dtype"),
     (["convert", "SRC", "DST", "--to", "hf", "--max_shard_size", "5XB"], "'5XB' is no size"),
-    (["convert", "SRC", "DST", "--to", "hf", "--shards", "2"], "--shards goes with --to meta"),
-    (["convert", "SRC", "DST", "--to", "meta", "--chat"], "--chat with --to hf"),
-    (["convert", "SRC", "DST", "--to", "meta", "--max_shard_size", "5GB"], "--max_shard_size and"),
+    (["convert", "SRC", "DST", "--to", "hf", "--shards", "2"], "--shards only goes with --to meta"),
+    (["convert", "SRC", "DST", "--to", "meta", "--chat"], "--chat only goes with --to hf"),
+    (["convert", "SRC", "DST", "--to", "meta", "--max_shard_size", "5GB"], "--max_shard_size only goes with --to hf"),
     (["convert", "SRC", "DST", "--to", "hf", "--chat=perhaps"], "--chat is 'perhaps'"),
 ]
 
@@ -468,8 +468,7 @@ def test_misuse_is_told_and_nothing_is_written(tiny, tmp_path, capsys, words, me
 @pytest.mark.parametrize("words", [["reshard"], ["convert"], ["reshard", "--shards", "2", "--dtype", "float32"]])
 def test_words_that_are_missing_or_too_many_are_misuse(tiny, tmp_path, words):
     word, *options = words
-    with pytest.raises(SystemExit, match="2"):
-        main([word, str(tiny), str(tmp_path / "target"), *options])
+    assert main([word, str(tiny), str(tmp_path / "target"), *options]) == 2
     assert not (tmp_path / "target").exists()
 
 

@@ -1,0 +1,168 @@
+"""Every file in examples/ runs on the demo and shows what it is there to show."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from conftest import REPOSITORY
+from llama_ref.checkpoint.folder import open_folder
+from llama_ref.plan import Workload, find_model, plan
+
+EXAMPLES = REPOSITORY / "examples"
+NOTEBOOK = EXAMPLES / "colab.ipynb"
+LONGEST = 45  # lines of an example: one screen
+
+T4_GB = 15  # of a T4's 16, as CUDA reports them
+COLAB = {"max_seq_len": 2048, "max_batch_size": 1}  # as the notebook loads the model
+
+
+def run(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run an example as a user does: in the repository, as a script."""
+    command = [sys.executable, str(EXAMPLES / name), *map(str, words)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", timeout=300, check=False)
+
+
+def output(name: str, *words: str | Path) -> str:
+    done = run(name, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- scripts
+
+
+def test_complete_prints_the_prompt_and_what_follows(demo_folder):
+    done = run("complete.py", demo_folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The capital of France is Paris")
+    assert re.search(r"\[\d+ tokens, ended by (stop|length)\]", done.stderr)
+
+
+def test_complete_takes_another_prompt(demo_folder):
+    assert output("complete.py", demo_folder, "1, 2, 3, 4,").startswith("1, 2, 3, 4, 5")
+
+
+def test_chat_computes_only_the_new_tokens_of_a_turn(demo_folder):
+    done = run("chat.py", demo_folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("> What is the capital of France?\n") and "Paris" in done.stdout
+    cached = re.findall(r"\[(\d+) of (\d+) prompt tokens were cached\]", done.stderr)
+    (first, _), (second, of_all) = [(int(a), int(b)) for a, b in cached]
+    assert first == 0 and 0 < second < of_all
+    assert "5 messages: system, user, assistant, user, assistant" in done.stderr
+
+
+def test_scores_tell_a_likely_sentence_from_an_unlikely_one(demo_folder):
+    lines = output("batch_logprobs.py", demo_folder, "The sky is blue.", "Blue sky the is.").splitlines()
+    likely, unlikely = (float(line.split()[0]) for line in lines)
+    assert 1 < likely < unlikely / 2
+
+
+def test_scores_of_a_batch_are_those_of_each_text(demo_folder):
+    together = output("batch_logprobs.py", demo_folder).splitlines()
+    alone = output("batch_logprobs.py", demo_folder, "서울은 한국의 수도이다.").splitlines()
+    assert len(together) == 3 and "서울" in together[2]
+    a, b = (float(line.split()[0]) for line in (together[2], alone[0]))
+    assert a == pytest.approx(b, rel=0.03)  # bfloat16, in sums of another order
+
+
+def test_verify_tells_a_whole_folder_from_a_damaged_one(demo_folder, tmp_path):
+    assert "\nall 3 files are sound" in output("verify_folder.py", demo_folder, "--quick")
+    broken = tmp_path / "broken"
+    shutil.copytree(demo_folder, broken, ignore=shutil.ignore_patterns("*.pth"))
+    done = run("verify_folder.py", broken)
+    assert done.returncode == 1
+    assert re.search(r"missing +consolidated\.00\.pth", done.stdout) and "fetch it" in done.stderr
+
+
+def test_a_patched_head_changes_the_answer(demo_folder):
+    text = output("attention_patch.py", demo_folder)
+    found = re.findall(r"(unchanged|zeroed|swapped): +Paris ([\d.]+)%, +Rome ([\d.]+)%", text)
+    paris, rome = ({what: float(row[i]) for what, *row in found} for i in (0, 1))
+    assert paris["unchanged"] > 70 > paris["zeroed"] > paris["swapped"]
+    assert rome["swapped"] > 40 > rome["unchanged"]
+
+
+def test_a_quantized_folder_is_half_as_large_and_loads(demo_folder, tmp_path):
+    text = output("quantize_and_save.py", demo_folder, tmp_path / "int8")
+    before, after = map(int, re.match(r"(\d+) MB -> (\d+) MB", text).groups())
+    assert 0.45 < after / before < 0.55
+    assert "all 3 files are whole" in text and "Paris" in text
+    assert open_folder(tmp_path / "int8").is_quantized
+
+
+# ---- the notebook
+
+
+@pytest.fixture(scope="module")
+def executed(demo_folder, tmp_path_factory) -> nbformat.NotebookNode:
+    """The notebook as it comes out of a kernel that has the demo in place of the download."""
+    scratch = tmp_path_factory.mktemp("colab")
+    settings = {
+        name: str(scratch / name) for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    }
+    settings["LLAMA_REF_FOLDER"] = str(demo_folder)
+    settings["HF_HUB_OFFLINE"] = "1"
+    settings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings["PYTHONPATH"] = str(REPOSITORY)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        resources = {"metadata": {"path": str(scratch)}}
+        return NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources).execute()
+
+
+def printed(notebook: nbformat.NotebookNode, beginning: str) -> str:
+    """What the code cell wrote whose source has this text."""
+    (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and beginning in cell.source]
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def test_the_notebook_answers_on_the_demo(executed):
+    assert "all 3 files are sound" in printed(executed, "verify(folder")
+    assert re.search(r"before: .+\n.*100%\nafter: ", printed(executed, "Llama.build"), re.DOTALL)
+    answer = printed(executed, "llama.stream")
+    n_tokens = int(re.search(r"(\d+) tokens in [\d.]+ s, ended by (stop|length)", answer)[1])
+    assert 0 < n_tokens <= 256 and "GPU memory:" in answer
+
+
+def test_the_notebook_says_that_it_fits_a_t4(executed):
+    text = printed(executed, "llama-ref plan")
+    assert "float16: 1 card is enough" in text
+    model = find_model("Llama-3-8B-Instruct", "int4")
+    placement = plan(model, Workload(T4_GB, **COLAB), ["float16"])[0]
+    assert placement.layout.processes == 1 and placement.fits
+    said = re.search(r"estimated to take ([\d.]+) GB", NOTEBOOK.read_text(encoding="utf-8"))[1]
+    assert said in text.split() and f"{placement.need.total / 1e9:.1f}" == said
+
+
+def test_the_notebook_is_as_people_run_it():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    source = "\n".join(cell.source for cell in notebook.cells)
+    for setting in ('allow_patterns="original/*"', 'quantize="int4"', "max_gen_len=256", "temperature=0.6"):
+        assert setting in source
+    assert "top_p=0.9" in source and re.search(r'"role": "system", "content": "[^"]*[가-힣]', source)
+    for name, value in COLAB.items():
+        assert f"{name}={value}" in source and f"--{name} {value}" in source
+    assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs before a commit"
+
+
+# ---- all of them
+
+
+def test_examples_are_short_and_each_is_run_here():
+    own = Path(__file__).read_text(encoding="utf-8")
+    files = sorted(path for path in EXAMPLES.iterdir() if path.is_file())
+    assert len(files) >= 7
+    assert [path.name for path in files if f'"{path.name}"' not in own] == []
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert [name for name, lines in lengths.items() if lines > LONGEST] == []

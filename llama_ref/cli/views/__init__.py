@@ -1,1 +1,1 @@
-"""What the commands print: a file for each, and a folder for the study's."""
+"""What the commands print: one file per command; those of the study in a folder."""

@@ -16,7 +16,7 @@ WIDTH = 80
 
 
 def print_report(report: Report, *, as_json: bool) -> None:
-    """A benchmark as tables, or as JSON in seconds, bytes and tokens per second."""
+    """Print a benchmark: tables, or JSON in seconds, bytes and tokens per second."""
     if as_json:
         print(json.dumps(asdict(report), indent=2))
         return

@@ -12,7 +12,7 @@ from llama_ref.formatting import human_bytes
 
 
 def print_info(info: ModelInfo, *, as_json: bool) -> None:
-    """One checkpoint's numbers: a table, or JSON in bytes and tokens."""
+    """Print one checkpoint's numbers: a table, or JSON in bytes and tokens."""
     if as_json:
         print(json.dumps(asdict(info), indent=2))
         return

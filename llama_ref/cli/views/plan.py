@@ -31,7 +31,7 @@ EXAMPLES = 4  # prompts that the scripts give at a time
 
 
 def print_plan(model: Model, workload: Workload, dtype: str | None = None, *, as_json: bool) -> bool:
-    """Layouts of a model in `dtype`, as tables or JSON; whether any of them fits.
+    """Print layouts of a model in `dtype`, as tables or JSON; return whether any of them fits.
 
     The default is bfloat16, and float32 too where the weights are not quantized.
     """
@@ -47,7 +47,7 @@ def print_plan(model: Model, workload: Workload, dtype: str | None = None, *, as
 
 
 def start_command(model: Model, workload: Workload, placement: Placement) -> list[str]:
-    """The words that start a placement with the example script for this kind of model, a flag with its value each.
+    """Return the command that starts a placement with the example script, split into words.
 
     HOST stands for the name of one of the nodes, on each of which the command is given.
     """
@@ -143,7 +143,7 @@ def _table(model: Model, workload: Workload, dtype: str, placements: list[Placem
 
 
 def _worth_showing(placements: list[Placement]) -> list[Placement]:
-    """All without stages, and the smallest that fits; more stages where one node alone does not do."""
+    """All layouts of one stage, and the smallest that fits; more stages where one node is not enough."""
     best = smallest(placements)
     widest = max(p.layout.tensor for p in placements if not p.layout.spans_nodes)
     in_one_node = any(p.fits and p.layout.stages == 1 and not p.layout.spans_nodes for p in placements)
@@ -193,7 +193,7 @@ def _n_parameters(model: Model) -> int:
 
 
 def _wrapped(words: list[str]) -> list[str]:
-    """A command in lines that a shell reads as one."""
+    """Break a command into lines that a shell reads as one."""
     lines = [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + 1 + len(word) + len(" \\") > COMMAND_WIDTH:

@@ -21,11 +21,11 @@ from llama_ref.formatting import human_bytes, printable
 MOST_TENSORS = 12  # differing tensors shown
 SUM_SHOWN = 8  # leading hex digits: enough to see that two differ
 NARROW = 80  # columns that most terminals have at least
-LEAST_TIMED_BYTES = 1 << 20  # the time that less takes is the time to open a file, whatever the disk can do
+LEAST_TIMED_BYTES = 1 << 20  # smaller files measure the time to open a file, not the disk
 
 
 def print_reports(reports: list[Report], *, as_json: bool, as_list: bool = False) -> None:
-    """A table and a last line for each folder, and one for all; as JSON, an object for the only folder, or `as_list`."""
+    """Print a table and a summary per folder, and a total; as JSON an object, or a list of them."""
     if as_json:
         texts = [report.to_json() for report in reports]
         print(json.dumps([json.loads(text) for text in texts], indent=2) if as_list else texts[0])
@@ -46,7 +46,7 @@ def print_reports(reports: list[Report], *, as_json: bool, as_list: bool = False
 
 
 def _total(reports: list[Report]) -> Text:
-    """How many folders are whole, and which are not."""
+    """How many folders are complete, and which are not."""
     bad = [report for report in reports if report.bad]
     unknown = [report for report in reports if not report.ok and not report.bad]
     n_good = len(reports) - len(bad) - len(unknown)
@@ -63,7 +63,7 @@ def _names(reports: list[Report]) -> str:
 
 
 def _table(report: Report) -> Table:
-    """The report's files, with the columns that say something; without speeds where 80 columns cannot hold them too."""
+    """The report's files, without empty columns, and without speeds where 80 columns are too few."""
     columns = {
         "file": [printable(file.name) for file in report.files],
         "size": ["" if file.size is None else human_bytes(file.size) for file in report.files],
@@ -87,7 +87,7 @@ def _table(report: Report) -> Table:
 
 
 def _options(name: str, columns: Mapping[str, list[str | Text]]) -> dict[str, Any]:
-    """How a column is set. Where space is scarce, cells without `no_wrap` break at their spaces, as "197 bytes" may."""
+    """Layout of a column. Cells without `no_wrap` may break at their spaces ("197 bytes")."""
     if name == "size":
         return {"justify": "right", "min_width": len("16.1 GB")}
     if name == "speed":
@@ -98,7 +98,7 @@ def _options(name: str, columns: Mapping[str, list[str | Text]]) -> dict[str, An
 
 
 def _needed_width(columns: Mapping[str, list[str | Text]], shown: list[str]) -> int:
-    """Characters of the narrowest table that cuts nothing."""
+    """Width of the narrowest table that cuts nothing, in columns."""
     widest = {name: max(len(str(cell)) for cell in columns[name]) for name in shown}
     least = {name: _options(name, columns).get("min_width", widest[name]) for name in shown}
     return sum(least.values()) + 3 * len(shown) - 1  # a space before and after each cell, and one between any two

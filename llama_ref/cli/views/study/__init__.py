@@ -1,1 +1,1 @@
-"""What the study commands print: tables that 80 columns hold, or JSON; a file for each command, and shared.py."""
+"""What the study commands print: tables of at most 80 columns, or JSON."""

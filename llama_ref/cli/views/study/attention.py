@@ -19,7 +19,7 @@ MEASURES = ("sink", "previous", "induction", "entropy")
 
 
 def print_attention(summary: AttentionSummary, tokenizer: Tokenizer, layer: int | None = None, *, as_json: bool) -> None:
-    """The heads' habits: a line for each layer, or for each head of one; as JSON, for every head."""
+    """Print where heads look: a line per layer, or per head of one layer; as JSON, every head."""
     layers = range(len(summary.sink)) if layer is None else [layer]
     if as_json:
         heads = [{"layer": i, "heads": [_head_json(summary, i, h) for h in range(summary.sink.shape[1])]} for i in layers]
@@ -38,7 +38,7 @@ def print_attention(summary: AttentionSummary, tokenizer: Tokenizer, layer: int 
 def print_pattern(
     pattern: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, layer: int, head: int, *, as_json: bool
 ) -> None:
-    """Where one head looks from every token: the few it looks at most; as JSON, all."""
+    """Print the tokens that one head looks at most, for every token; as JSON, all weights."""
     if as_json:
         found = {"tokens": tokens_json(tokens, tokenizer), "layer": layer, "head": head, "pattern": plain(pattern)}
         print(json.dumps(found, indent=2))
@@ -64,7 +64,7 @@ def _layers_table(summary: AttentionSummary) -> Table:
 
 
 def _with_best(heads: Tensor, *, least: bool) -> str:
-    """A layer's mean, and which head has most of it, or least."""
+    """A layer's mean, and the head with the largest or smallest value."""
     if heads.isnan().all():
         return "–"
     best = int(heads.argmin() if least else heads.argmax())

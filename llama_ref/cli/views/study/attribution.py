@@ -16,7 +16,7 @@ STRONGEST = 12  # parts of a logit shown
 
 
 def print_attribution(found: Attribution, tokenizer: Tokenizer, *, as_json: bool) -> None:
-    """Who wrote a token's logit: layer by layer, then the parts that wrote most; as JSON, every part."""
+    """Print contributions to a token's logit: per layer, then the largest; as JSON, all."""
     if as_json:
         print(json.dumps(_attribution_json(found, tokenizer), indent=2))
         return

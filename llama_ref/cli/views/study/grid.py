@@ -28,7 +28,7 @@ def print_grid(
     *,
     as_json: bool,
 ) -> None:
-    """How much of the target's probability, or of its logit's lead, each cell of the clean run brings back."""
+    """Print how much of the metric each patched cell restores, in percent."""
     metric = f"probability of {label(tokenizer, target)}"
     if other is not None:
         metric = f"logit of {label(tokenizer, target)} above {label(tokenizer, other)}"
@@ -63,7 +63,7 @@ def _grid_table(grid: Grid, restored: list[list[float]], heads: Sequence[str], c
 
 
 def _shaded(share: float) -> Text:
-    """A share in percent, standing out as it is large."""
+    """A share in percent, highlighted if it is large."""
     if not math.isfinite(share):
         return Text("–")
     style = "black on green" if share >= 0.5 else "green" if share >= 0.1 else "red" if share <= -0.1 else "dim"

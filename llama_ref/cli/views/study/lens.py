@@ -26,7 +26,7 @@ from llama_ref.tokenizer import Tokenizer
 
 
 def print_lens(lens: LogitLens, tokenizer: Tokenizer, *, as_json: bool) -> None:
-    """What each layer would say after the last position read; as JSON, what each point says after all of them."""
+    """Print each layer's prediction after the last token; as JSON, each point's after every token."""
     if as_json:
         print(json.dumps(_lens_json(lens, tokenizer), indent=2))
         return
@@ -55,7 +55,7 @@ def _lens_table(lens: LogitLens, tokenizer: Tokenizer) -> Table:
 
 
 def _rank(lens: LogitLens, p: int, t: int) -> int | None:
-    """None where a point says nothing, its numbers not being finite."""
+    """None where a point's numbers are not finite."""
     return None if lens.target_probability[p, t].isnan() else int(lens.target_rank[p, t])
 
 
@@ -65,7 +65,7 @@ def _rank_cell(lens: LogitLens, p: int) -> str:
 
 
 def _when_first(lens: LogitLens, target: str) -> str:
-    """Where the target comes out on top for good, in a sentence."""
+    """A sentence about the layer from which the target stays the most likely token."""
     ranks = [(point_name(lens.points[p]), _rank(lens, p, -1)) for p in block_ends(lens.points)]
     if ranks[-1][1] is None:
         return "The model's numbers are not finite: look for NaN in its weights (llama-ref verify --deep)."

@@ -1,4 +1,4 @@
-"""What a command on the residual stream prints: how long it grows, and how it turns."""
+"""What `llama-ref norms` prints."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ MEASURES = ("norm", "drift", "to_last")
 
 
 def print_norms(stream: ResidualStream, tokenizer: Tokenizer, *, as_json: bool) -> None:
-    """The stream's length and direction after each layer: of the first token, and the others' median; as JSON, of all."""
+    """Print the stream's norm and direction per layer: first token, median of the others."""
     if as_json:
         print(json.dumps(_stream_json(stream, tokenizer), indent=2))
         return

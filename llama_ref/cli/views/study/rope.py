@@ -1,4 +1,4 @@
-"""What a command on RoPE prints: every pair's wave, with and without scaling."""
+"""What `llama-ref rope` prints."""
 
 import json
 
@@ -8,7 +8,7 @@ from llama_ref.study.rope import RopeWaves
 
 
 def print_rope(waves: RopeWaves, *, as_json: bool) -> None:
-    """How many tokens each pair of a head's dimensions takes for a full turn, as first trained and as the model has it."""
+    """Print each pair's wavelength in tokens, before and after the model's RoPE scaling."""
     columns = (waves.unscaled, waves.frequencies, waves.unscaled_wavelengths, waves.wavelengths, waves.slowed)
     rows = list(enumerate(zip(*(column.tolist() for column in columns), strict=True)))
     if as_json:

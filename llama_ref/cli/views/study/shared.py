@@ -1,4 +1,4 @@
-"""What the tables of all study commands have in common, and their JSON."""
+"""Shared by the study commands: table cells, sentences and JSON."""
 
 import math
 import textwrap
@@ -20,7 +20,7 @@ BAR = 12  # columns of the longest bar
 
 
 def say(text: str, style: str = "") -> None:
-    """A sentence below a table, in lines that are no wider than most terminals."""
+    """Print a sentence below a table, wrapped to the width of most terminals."""
     print_rich(Text(textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False), style=style))
 
 
@@ -46,7 +46,7 @@ def point_name(point: str) -> str:
 
 
 def elastic(text: str, style: str = "") -> Text:
-    """A cell that gives way where a line is short, and is cut: columns that may not wrap would all be cut alike."""
+    """A cell that is cut first where a line is too short for the table."""
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
@@ -56,7 +56,7 @@ def cut(text: str) -> str:
 
 
 def bar(value: float, longest: float) -> Text:
-    """A share as a bar, full and green above 0, light and red below; none for what is no number."""
+    """A share as a bar, full and green above 0, light and red below; empty for NaN."""
     length = round(BAR * abs(value) / longest) if longest and math.isfinite(value) else 0
     return Text("█" * length, style="green") if value > 0 else Text("░" * length, style="red")
 
@@ -85,17 +85,17 @@ def tokens_json(tokens: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, A
 
 
 def token_json(token: int | None, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The id, and the text as tables show it: half a character has no text of its own."""
+    """The id, and the text as tables show it."""
     return None if token is None else {"id": token, "text": label(tokenizer, token)}
 
 
 def plain(values: Tensor) -> Any:
-    """Numbers for JSON, which has none for NaN and infinity: null."""
+    """Numbers for JSON, with null for NaN and infinity."""
     return finite(values.tolist())
 
 
 def finite(values: Any) -> Any:
-    """The same in lists and mappings of any depth, with None for what JSON has no number for."""
+    """Replace NaN and infinity by None in nested lists and mappings."""
     if isinstance(values, list):
         return [finite(value) for value in values]
     if isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""What a command on weights prints: how many directions a matrix uses, and what rounding costs it."""
+"""What `llama-ref spectra` prints."""
 
 import json
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from llama_ref.study.weights import QuantizationError, Spectrum
 
 
 def print_spectra(spectra: Iterable[Spectrum], *, as_json: bool) -> None:
-    """A line for each matrix: its largest singular value and its ranks; as JSON, all singular values."""
+    """Print a line per matrix: largest singular value and ranks; as JSON, all singular values."""
     if as_json:
         print(json.dumps({"matrices": [_spectrum_json(spectrum) for spectrum in spectra]}, indent=2))
         return
@@ -30,7 +30,7 @@ def print_spectra(spectra: Iterable[Spectrum], *, as_json: bool) -> None:
 
 
 def print_errors(errors: Iterable[QuantizationError], scheme: str, *, as_json: bool) -> None:
-    """A line for each matrix: what rounding it to few bits changes."""
+    """Print a line per matrix: the error of rounding it to few bits."""
     if as_json:
         print(json.dumps(finite({"scheme": scheme, "matrices": [vars(error) for error in errors]}), indent=2))
         return

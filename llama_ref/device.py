@@ -15,6 +15,7 @@ SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32":
 # (pytorch issues 163597, 174861 and 181133).
 MPS_RIGHT_SINCE = "2.12"
 AMPERE = (8, 0)  # NVIDIA's first with bfloat16
+HOPPER = (9, 0)
 
 
 def cpu_count() -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
-from llama_ref.device import is_out_of_memory
+from llama_ref.device import HOPPER, is_out_of_memory
 from llama_ref.kv_cache import KVCache, group_mask, grouped_attention
 from llama_ref.model import Context
 
@@ -22,7 +22,6 @@ FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # new pair of lengths: it gets whole pieces of long prompts, of which there are few kinds.
 CUDNN_PIECE = 8192  # tokens
 CUDNN_FROM = 2 * CUDNN_PIECE  # earlier tokens
-HOPPER = (9, 0)
 
 
 class CudaKVCache(KVCache):

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from llama_ref.device import AMPERE, HOPPER
+
 MOST_ROWS = 64  # that `matmul` takes
 BLOCK_WEIGHTS = 1 << 26  # turned into the inputs' dtype at a time for more
 LARGE = 1 << 25  # weights of a matrix that keeps a whole card busy for several rounds
@@ -205,13 +207,13 @@ def _matmul_config(bits: int, M: int, itemsize: int) -> tuple[int, int, int, int
 @cache
 def has_tensor_cores(device: torch.device) -> bool:
     """Whether `matmul` pays: without Ampere's matrix instructions it spills, and the matrix is dequantized instead."""
-    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= AMPERE
 
 
 @cache
 def has_pdl(device: torch.device) -> bool:
     """Whether a kernel may begin to load its weights before the kernel ahead has finished: from Hopper on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= HOPPER
 
 
 def matvec(

@@ -98,7 +98,7 @@ def steps(
             logits = _decode(model, chosen, cache)
         for row, token, logprob in zip(rows, *fetch(), strict=True):
             if not row.finish_reason:
-                refuse_nan(logprob, cache.keys.dtype)
+                check_not_nan(logprob, cache.keys.dtype)
                 row.take(int(token), logprob, stop_tokens)
         if is_ahead:
             _hold_finished(rows, cache)
@@ -191,7 +191,7 @@ def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: i
             row.prompt_logprobs.extend((-losses).tolist())
 
 
-def refuse_nan(logprob: float, dtype: torch.dtype, whose: str = "the model") -> None:
+def check_not_nan(logprob: float, dtype: torch.dtype, whose: str = "the model") -> None:
     """Raise LlamaRefError for NaN: among the logits it makes every log-probability one, and these come to the host anyway."""
     if math.isnan(logprob):
         advice = "try dtype=bfloat16 or float32" if dtype == torch.float16 else "check the weights with `llama-ref verify`"

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.forward import compiled_forward
-from llama_ref.decoding.loop import Row, finished, prefill, prefill_tokens, refuse_nan
+from llama_ref.decoding.loop import Row, check_not_nan, finished, prefill, prefill_tokens
 from llama_ref.device import fast_for_one_row
+from llama_ref.formatting import dtype_name
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.quantization.linear import Int8Matrix, QuantizedMatrix
@@ -72,7 +73,7 @@ class PassTime:
         """
         block = model.layers[0]  # every part of a model has one
         norm, matrix = block.attention_norm.weight, block.attention.wq
-        dtype = str(norm.dtype).removeprefix("torch.")
+        dtype = dtype_name(norm.dtype)
         kind = "int8" if isinstance(matrix, Int8Matrix) else "int4" if isinstance(matrix, QuantizedMatrix) else dtype
         is_compiled = any(compiled_forward(module) for module in (model, block))
         measured = MEASURED if norm.device.type == "cpu" else MEASURED_ON_CUDA
@@ -159,7 +160,7 @@ class _Line:
         else:  # a certain guess is kept with probability p, and what replaces it is as in p: draw, then, and compare
             chosen = self.sampler(logits)
         logprob = -F.cross_entropy(logits, chosen).item()
-        refuse_nan(logprob, dtype)
+        check_not_nan(logprob, dtype)
         token = int(chosen)
         self.row.take(token, logprob, stop_tokens)
         self.row.accepted += token == guessed
@@ -321,7 +322,7 @@ class ModelDrafter:
         n_guesses = max(1, self.rate.best_length(at_most, self.pass_time, self.cost))  # with none it would never learn more
         while len(draft.tokens) < n_guesses:
             logits = self._run(text + draft.tokens)
-            refuse_nan(logits.amax().item(), logits.dtype, "the draft model")
+            check_not_nan(logits.amax().item(), logits.dtype, "the draft model")
             token, drawn_from = sampler.guess(logits)
             draft.tokens.append(int(token))
             if drawn_from is not None:

@@ -1,17 +1,14 @@
 """What params.json says about a model, checked."""
 
-import json
 import math
-import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_ref.errors import CheckpointError
-from llama_ref.files import read_small
+from llama_ref.files import BadValue, json_object, renamed_keys, require_keys
+from llama_ref.formatting import short
 
 PARAMS_LIMIT_BYTES = 1 << 20  # the real ones have about 200
 MOST_LAYERS = 10_000  # the largest Llama 3 has 126; a damaged number must not build modules for hours
@@ -76,7 +73,7 @@ class ModelArgs:
         `rope_scaling_factor` overrides the file's key of that name, which overrides what the shape implies (32 for the
         3.2 1B and 3B, else 8).
         """
-        with json_object(path, "the model's params.json", "dim, n_layers, n_heads, …") as params:
+        with json_object(path, "the model's params.json", "dim, n_layers, n_heads, …", PARAMS_LIMIT_BYTES) as params:
             return cls.from_dict(params, rope_scaling_factor=rope_scaling_factor)
 
     @classmethod
@@ -91,7 +88,7 @@ class ModelArgs:
 
         `names` says what errors shall call the keys, where the values stood in another kind of file under other names.
         """
-        params, names = with_usual_names(params.items(), OTHER_NAMES), _Names(names or {})
+        params, names = renamed_keys(params.items(), OTHER_NAMES), _Names(names or {})
         _require_params(params)
         params.setdefault("n_kv_heads", params["n_heads"])
         params.setdefault("use_scaled_rope", False)
@@ -120,49 +117,6 @@ def usual_rope_factor(dim: int, n_heads: int, n_kv_heads: int) -> float:
     return 32.0 if (dim, n_heads, n_kv_heads) in SHAPES_STRETCHED_BY_32 else 8.0
 
 
-class BadValue(CheckpointError):
-    """What is wrong with a file's JSON; `json_object` puts the file's path before it."""
-
-
-@contextmanager
-def json_object(path: str | Path, what: str, keys: str) -> Iterator[dict[str, Any]]:
-    """Yield the object that a small JSON file holds; a BadValue raised over it becomes a CheckpointError with the path.
-
-    `what` the file is expected to be and some of its `keys` are for the messages. Raises CheckpointError.
-    """
-    path = Path(path)
-    try:
-        yield _parse(read_small(path, PARAMS_LIMIT_BYTES, what), keys)
-    except BadValue as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: is nested far deeper than {what}; is it another file?") from None
-
-
-def _parse(text: bytes, keys: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text, object_pairs_hook=_without_contradictions)
-    except ValueError as error:
-        raise BadValue(f"is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(parsed, dict):
-        raise BadValue(f"holds {_json_type(parsed)}, expected an object with {keys}")
-    return parsed
-
-
-def _without_contradictions(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out and out[key] != value:
-            raise BadValue(f'"{key}" stands twice, as {short(out[key])} and as {short(value)}; keep the right one')
-        out[key] = value
-    return out
-
-
-def with_usual_names(pairs: Iterable[tuple[str, Any]], usual: Mapping[str, str]) -> dict[str, Any]:
-    """Keys and values as a dictionary under the `usual` key names, without the keys that are null (null means absent)."""
-    return _without_contradictions((usual.get(key, key), value) for key, value in pairs if value is not None)
-
-
 class _Names(dict):
     """What errors call a key: itself, where nothing else is said."""
 
@@ -170,16 +124,8 @@ class _Names(dict):
         return key
 
 
-def require(found: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise BadValue that names the `keys` that are absent or null, and what there is instead."""
-    missing = [key for key in keys if found.get(key) is None]
-    if missing:
-        hint = " (a Llama 2 has no rope_theta; only Llama 3 is read here)" if missing == ["rope_theta"] else ""
-        raise BadValue(f"lacks {', '.join(missing)}{hint}; it has {short(sorted(found)) if found else 'no keys at all'}")
-
-
 def _require_params(params: Mapping[str, Any]) -> None:
-    require(params, REQUIRED if "hidden_dim" in params else (*REQUIRED, "multiple_of"))
+    require_keys(params, REQUIRED if "hidden_dim" in params else (*REQUIRED, "multiple_of"))
 
 
 def _check_types(params: dict[str, Any], names: Mapping[str, str]) -> None:
@@ -226,16 +172,3 @@ def _check_ffn_dim(params: Mapping[str, Any]) -> None:
         )
     if params.get("hidden_dim", width) != width:
         raise BadValue(f'"hidden_dim" is {params["hidden_dim"]}, but "multiple_of" and "ffn_dim_multiplier" give {width}')
-
-
-def short(value: Any) -> str:
-    """A value for a message: cut where it is long or deep, escaped where it is unprintable."""
-    return _REPR.repr(value)
-
-
-_REPR = reprlib.Repr()
-_REPR.maxlist, _REPR.maxstring = 20, 60
-
-
-def _json_type(value: Any) -> str:
-    return {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(type(value), "a number")

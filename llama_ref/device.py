@@ -1,10 +1,8 @@
 """Which device and which precision, when nobody says."""
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 
@@ -17,6 +15,11 @@ SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32":
 # (pytorch issues 163597, 174861 and 181133).
 MPS_RIGHT_SINCE = "2.12"
 AMPERE = (8, 0)  # NVIDIA's first with bfloat16
+
+
+def cpu_count() -> int:
+    """The number of CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -102,12 +105,6 @@ def prepare_cuda(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether kernels in Triton run here: PyTorch for CUDA brings it along on Linux."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,10 +1,13 @@
-"""What a file really is, before anything trusts its name."""
+"""Reading files that may be anything: kinds recognised by their first bytes, size limits, JSON with named faults."""
 
-from collections import Counter
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llama_ref.errors import CheckpointError
+from llama_ref.formatting import short
 
 SNIFF_BYTES = 512  # enough to recognise every kind below
 
@@ -52,7 +55,7 @@ def read_head(path: Path, n: int = SNIFF_BYTES) -> bytes:
         raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
 
 
-def refuse_impostor(path: Path, expected: str) -> bytes:
+def check_head(path: Path, expected: str) -> bytes:
     """Raise CheckpointError if `path` is a web page, an error body, a pointer or empty; return its first bytes otherwise."""
     head = read_head(path)
     found = what_is(head)
@@ -63,7 +66,7 @@ def refuse_impostor(path: Path, expected: str) -> bytes:
 
 def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
     """All bytes of a file that has no business being large. Raises CheckpointError beyond `limit_bytes`."""
-    refuse_impostor(path, expected)
+    check_head(path, expected)
     with path.open("rb") as file:
         data = file.read(min(limit_bytes, path.stat().st_size) + 1)  # room for what is there, not for the limit
     if len(data) > limit_bytes:
@@ -73,10 +76,72 @@ def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
     return data
 
 
-def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's content, as json's `object_pairs_hook`. Raises ValueError for a name that stands twice in it."""
+# ---- JSON
+
+
+class BadValue(CheckpointError):
+    """What is wrong with a file's JSON; `json_object` puts the file's path before it."""
+
+
+class DuplicateKey(BadValue, ValueError):
+    """One key of an object has several values."""
+
+
+def read_json(path: Path, limit_bytes: int, expected: str) -> Any:
+    """The content of a JSON file. Raises CheckpointError if it is not JSON, or gives one key of an object two values."""
+    data = read_small(path, limit_bytes, expected)
+    try:
+        return json.loads(data.decode(json.detect_encoding(data)), object_pairs_hook=unique_keys)
+    except DuplicateKey as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: is nested far deeper than {expected}; is it another file?") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not valid JSON, so it is not {expected} ({error}); fetch it again") from None
+
+
+@contextmanager
+def json_object(path: str | Path, expected: str, keys: str, limit_bytes: int) -> Iterator[dict[str, Any]]:
+    """Yield the object that a JSON file holds; a BadValue raised over it becomes a CheckpointError with the path.
+
+    `expected` (what the file should be) and some of its `keys` are for the messages. Raises CheckpointError.
+    """
+    content = read_json(Path(path), limit_bytes, expected)
+    try:
+        if not isinstance(content, dict):
+            raise BadValue(f"holds {_json_type(content)}, expected an object with {keys}")
+        yield content
+    except BadValue as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Keys and values as a dictionary (json's `object_pairs_hook`). Raises DuplicateKey for two different values of a key."""
+    pairs = list(pairs)
     content = dict(pairs)
-    if len(content) != len(pairs):
-        name, times = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{name!r:.80} stands {times} times in one object")
-    return content
+    if len(content) == len(pairs):
+        return content
+    first: dict[str, Any] = {}
+    for key, value in pairs:
+        if first.setdefault(key, value) != value:
+            raise DuplicateKey(
+                f'duplicate key "{key:.80}" with different values {short(first[key])} and {short(value)}; keep the right one'
+            )
+    return first
+
+
+def renamed_keys(pairs: Iterable[tuple[str, Any]], names: Mapping[str, str]) -> dict[str, Any]:
+    """Keys and values as a dictionary, keys renamed by `names`, without keys that are null (null means absent)."""
+    return unique_keys((names.get(key, key), value) for key, value in pairs if value is not None)
+
+
+def require_keys(found: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise BadValue that names the `keys` that are absent or null, and those that there are instead."""
+    missing = [key for key in keys if found.get(key) is None]
+    if missing:
+        hint = " (a Llama 2 has no rope_theta; only Llama 3 is read here)" if missing == ["rope_theta"] else ""
+        raise BadValue(f"lacks {', '.join(missing)}{hint}; it has {short(sorted(found)) if found else 'no keys at all'}")
+
+
+def _json_type(value: Any) -> str:
+    return {list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(type(value), "a number")

@@ -4,11 +4,10 @@
 import changed; `stream` and the sampling options beyond temperature and top_p are this project's.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import Progress, load_model
+from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.decoding.loop import Row, steps
 from llama_ref.decoding.speculative import DraftModel, NGrams, PassTime, Speculation, speculative_steps
@@ -28,14 +27,12 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.parallel.job import ALONE, Job, join_job
 from llama_ref.parallel.pipeline import split_layers
-from llama_ref.parallel.sharding import refuse_undealable
+from llama_ref.parallel.sharding import check_divisible
 from llama_ref.parallel.tensor import agreeing, split_matrices
+from llama_ref.progress import Progress
 from llama_ref.quantization.apply import use_fast_kernels
 from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from llama_ref.study import Recording
 
 Speculate = Literal["ngram"]
 
@@ -125,7 +122,7 @@ class Llama:
             tokenizer = folder.open_tokenizer(args, tokenizer_path)
             if small:
                 _check_vocabulary(folder.path, args, tokenizer, draft, small)
-            refuse_undealable(args, job.share)
+            check_divisible(args, job.share)
             options = {"device": device, "dtype": dtype, "share": job.share, "quantize": quantize, "progress": progress}
             model = load_model(folder, args, **options)
         _divide(model, job)
@@ -154,8 +151,6 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        trace: "Recording | None" = None,
         **sampling: Any,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt: (token ids per prompt, their log-probabilities per prompt or None).
@@ -163,14 +158,13 @@ class Llama:
         Outputs end before the stop token, after `max_gen_len` tokens or where the context ends. `echo` puts the prompt in
         front. Log-probabilities are the model's own, before temperature and filters; an echoed prompt's first token has none
         and stands as 0. `sampling` takes what SamplingParams has: top_k, min_p, repetition_penalty, logit_bias, seed.
-        `trace` keeps activations on the way: study.Recording("layers.*.attention.pattern"), whose `trace` then has them.
+        `study.recording(llama.model, names)` around the call keeps activations.
         Raises RequestError for prompts that are empty, too many, too long or hold ids outside the vocabulary.
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, **sampling)
         rows = self._start(prompt_tokens, max_gen_len)
-        with trace.of(self.model) if trace else contextlib.nullcontext():
-            for _ in self._steps(rows, params, prompt_logprobs=logprobs and echo):
-                pass
+        for _ in self._steps(rows, params, prompt_logprobs=logprobs and echo):
+            pass
         tokens = [(row.prompt if echo else []) + row.generated for row in rows]
         if not logprobs:
             return tokens, None

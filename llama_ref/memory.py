@@ -1,12 +1,22 @@
-"""Memory that is free, but not given back to the system: to have less of it, or to keep it where it is needed again at once."""
+"""How this process uses memory: what the C library keeps of freed blocks, and large pages for matrices."""
 
+import contextlib
 import ctypes
+import math
+import mmap
 from collections.abc import Callable
 from functools import cache
+
+import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST_BLOCK = 32 << 20  # the most that glibc takes for M_MMAP_THRESHOLD
 KEPT = 64 << 20
+
+# Reading quantized weights is 7 to 15 % faster from large pages. Mapped files have them already where the file system does;
+# caches must not: they would take all their memory at the first token.
+HUGE_PAGE = 2 << 20  # bytes
 
 
 def give_back_memory() -> None:
@@ -27,6 +37,25 @@ def keep_scratch_memory() -> bool:
     """
     option = _of_glibc("mallopt")
     return option is not None and option(M_MMAP_THRESHOLD, LARGEST_BLOCK) == option(M_TRIM_THRESHOLD, KEPT) == 1
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """`torch.empty`, but tensors of 2 MB or more on a CPU get a mapping of their own, in large pages where the system has them.
+
+    Freeing the tensor gives its memory back to the system.
+    """
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if n_bytes < HUGE_PAGE or torch.device(device).type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, -(-n_bytes // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """A contiguous copy in memory as `empty` gives it."""
+    return empty(*x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 @cache

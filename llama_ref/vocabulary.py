@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from llama_ref.errors import CheckpointError
-from llama_ref.files import read_small, without_repetition
+from llama_ref.files import read_json, read_small
 
 MAX_FILE_BYTES = 64 << 20  # Llama 3's file is 2 MB; nothing of this kind comes near the limit
 MAX_ID = 1 << 24  # a hundred times Llama 3's vocabulary: what is beyond is a damaged number, not a token
@@ -184,15 +183,6 @@ def special_start(ranks: Mapping[bytes, int]) -> int:
     """The first id of the 256 special tokens: where the ranks have their gap, else after them."""
     taken = set(ranks.values())
     return next(i for i in range(len(ranks) + 1) if i not in taken)
-
-
-def read_json(path: Path, limit_bytes: int, expected: str) -> Any:
-    """The content of a JSON file. Raises CheckpointError if it is not JSON, or names something twice in one object."""
-    data = read_small(path, limit_bytes, expected)
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON, so it is not {expected}: {error}. {REFETCH}") from error
 
 
 # What must hold of any vocabulary

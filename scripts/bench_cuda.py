@@ -32,11 +32,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 import cuda_stages
 from cuda_figures import Run, figures_line, write_figures
+from llama_ref.cli.flags import Flag
 from llama_ref.cli.parser import EXIT_BAD, command, run
 from llama_ref.errors import RequestError
 
@@ -61,24 +63,18 @@ LEAST_SECONDS = 15  # of the total; with less left, a stage is skipped
 @command()
 def main(
     *,
-    device: str = "cuda",
-    rehearse: bool = False,
-    only: str | None = None,
-    total: float = 470,
-    out: str | None = None,
-    stage: str | None = None,
-    deadline: float = 0.0,
+    device: Annotated[str, Flag("cuda or cpu")] = "cuda",
+    rehearse: Annotated[bool, Flag("toy shapes on the CPU")] = False,
+    only: Annotated[str | None, Flag("stages, separated by commas", unset="all")] = None,
+    total: Annotated[float, Flag("seconds for all stages together")] = 470.0,
+    out: Annotated[
+        str | None,
+        Flag("folder for results.jsonl, errors.txt and profiles", unset="a temporary one"),
+    ] = None,
+    stage: Annotated[str | None, Flag("used by the script itself")] = None,
+    deadline: Annotated[float, Flag("used by the script itself")] = 0.0,
 ) -> int:
-    """Measure all stages, or those that `only` names, each in its own process; `stage` names one to measure in this process.
-
-    device: cuda or cpu
-    rehearse: toy shapes on the CPU
-    only: stages, separated by commas
-    total: seconds for all stages together
-    out: folder for results.jsonl, errors.txt and profiles
-    stage: used by the script itself
-    deadline: used by the script itself
-    """
+    """Measure decoding on a GPU, each stage in its own process."""
     device = "cpu" if rehearse else device
     if stage:
         return _measure(stage, device, rehearse, Path(out or "."), deadline)

@@ -16,12 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 
 from llama_ref import Llama
 from llama_ref.checkpoint.releases import find_release
+from llama_ref.cli.flags import Flag
 from llama_ref.cli.parser import command, run
 from llama_ref.decoding.loop import Row, steps
 from llama_ref.errors import LlamaRefError
@@ -32,13 +34,14 @@ COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "send", "recv")
 
 @command()
 def main(
-    ckpt_dir: str | None = None, *, processes: int = 2, gen_len: int = 32, rounds: int = 5, worker: str | None = None
+    ckpt_dir: Annotated[str | None, Flag("checkpoint", unset="random weights")] = None,
+    *,
+    processes: Annotated[int, Flag("number of processes to compare with one")] = 2,
+    gen_len: Annotated[int, Flag("tokens to generate")] = 32,
+    rounds: Annotated[int, Flag("number of measurements of each")] = 5,
+    worker: Annotated[str | None, Flag("used by the script itself", metavar="FILE")] = None,
 ) -> None:
-    """Compare one process with several.
-
-    Args:
-        worker: a file to write one job's figures to (how the processes themselves are started).
-    """
+    """Compare the decoding speed of one process with that of several."""
     if worker:
         measure(ckpt_dir, gen_len, Path(worker))
         return

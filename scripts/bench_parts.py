@@ -21,11 +21,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich import box
 from rich.table import Table
 
+from llama_ref.cli.flags import Flag
+from llama_ref.cli.options import Json, Name, Quantize
 from llama_ref.cli.parser import command, run
 from llama_ref.errors import LlamaRefError
 
@@ -36,14 +38,14 @@ N_TOKENS = 3
 
 @command()
 def main(
-    ckpt_dir: str = "checkpoints/SmolLM2-135M-Instruct",
+    ckpt_dir: Name = "checkpoints/SmolLM2-135M-Instruct",
     *,
-    quantize: str | None = None,
-    rounds: int = 50,
-    json: bool = False,
-    part: str | None = None,
+    quantize: Quantize = None,
+    rounds: Annotated[int, Flag("number of measurements of each part")] = 50,
+    json: Json = False,
+    part: Annotated[str | None, Flag("used by the script itself")] = None,
 ) -> None:
-    """Measure all parts, each in its own process; `part` names one to measure in this process."""
+    """Measure all parts, each in its own process."""
     settings = {"ckpt_dir": ckpt_dir, "quantize": quantize, "rounds": rounds}
     if part:
         print(_dumped(PARTS[part](**settings)))
@@ -121,8 +123,8 @@ def loading(verify: str) -> Callable[..., dict[str, float]]:
     def load(ckpt_dir: str, quantize: str | None, **_: Any) -> dict[str, float]:
         begun = time.perf_counter()
         from llama_ref import Llama
-        from llama_ref.bench.memory import peak_bytes
-        from llama_ref.bench.peers.base import weight_bytes
+        from llama_ref.bench.costs import weight_bytes
+        from llama_ref.bench.machine import peak_bytes
 
         imported = time.perf_counter()
         before = _held_bytes()

@@ -2,19 +2,18 @@
 
     python scripts/bench_quality.py [--folder checkpoints/SmolLM2-135M-Instruct] [--windows 2] [--stored]
 
-English is this repository's README.md, Korean its README.ko.md, code the source of Python's argparse; what calibration reads is
-none of them (llama_ref/quantization/calibration.py). Everything but our weights is in float32, so that nothing but their bits
-differs. llama.cpp (the package llama-cpp-python, where it is installed) rounds the same weights by its own rules, reads the
-same tokens with the arithmetic that it has for them, and is compared with itself in float32.
+The texts lie in scripts/quality_texts, so that the table is the same on every machine and Python. They were written for this
+project (MIT, as the rest), and calibration reads others (llama_ref/quantization/calibration.txt). Everything but our weights
+is in float32, so that nothing but their bits differs. llama.cpp (the package llama-cpp-python, where it is installed) rounds
+the same weights by its own rules, reads the same tokens with the arithmetic that it has for them, and is compared with itself
+in float32.
 
 The demo checkpoint had four bits before, a scale and a minimum for each 32 weights (Q4_1), and int4:group=32 would find these
 very steps again. So its weights are spread evenly over their steps first, which makes a somewhat worse model without steps;
 `--stored` takes them as they are.
 """
 
-import argparse
 import importlib.util
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,18 +26,19 @@ from torch import Tensor
 from llama_ref.checkpoint.convert import Source, write_native_tokenizer
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.hf.config import params_of
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT
-from llama_ref.errors import LlamaRefError
+from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import WHOLE
 from llama_ref.quantization.apply import quantized_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+TEXTS = {kind: REPOSITORY / "scripts" / "quality_texts" / f"{kind.lower()}.txt" for kind in ("English", "code", "Korean")}
 DEMO = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
 SCHEMES = ("int8", "int4", "int4:group=32")
 PEERS = ("BF16", "Q8_0", "Q4_0", "Q4_1")
@@ -73,11 +73,7 @@ def main(folder: str | Path = DEMO, windows: int = 2, stored: bool = False) -> N
 
 def texts() -> dict[str, str]:
     """What is read, by kind."""
-    return {
-        "English": (REPOSITORY / "README.md").read_text(encoding="utf-8"),
-        "code": inspect.getsource(argparse),
-        "Korean": (REPOSITORY / "README.ko.md").read_text(encoding="utf-8"),
-    }
+    return {kind: path.read_text(encoding="utf-8") for kind, path in TEXTS.items()}
 
 
 def show(
@@ -182,7 +178,7 @@ def spread_folder(source: str | Path, target: Path) -> Path:
     return target
 
 
-def _spread(tensor: Outgoing, generator: torch.Generator) -> Outgoing:
+def _spread(tensor: LazyTensor, generator: torch.Generator) -> LazyTensor:
     def blocks() -> Iterator[Tensor]:
         for rows in tensor.blocks():
             groups = rows.float().unflatten(1, (-1, STEPS_GROUP))
@@ -193,7 +189,12 @@ def _spread(tensor: Outgoing, generator: torch.Generator) -> Outgoing:
 
 
 def cut(ids: list[int], bos_id: int, windows: int) -> Tensor:
-    """The text's first tokens, in rows that begin like a text: (windows, 1 + WINDOW_TOKENS)."""
+    """The text's first tokens, in rows that begin like a text: (windows, 1 + WINDOW_TOKENS).
+
+    Raises RequestError for more windows than the text fills.
+    """
+    if not 1 <= windows <= len(ids) // WINDOW_TOKENS:
+        raise RequestError(f"windows is {windows}, expected 1 to {len(ids) // WINDOW_TOKENS}: a text has {len(ids):,} tokens")
     rows = torch.tensor(ids[: windows * WINDOW_TOKENS]).view(windows, WINDOW_TOKENS)
     return torch.nn.functional.pad(rows, (1, 0), value=bos_id)
 

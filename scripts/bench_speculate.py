@@ -12,10 +12,13 @@ are medians over the rounds; on a busy machine only they mean something.
 import statistics
 import sys
 import time
+from typing import Annotated
 
 import torch
 
 from llama_ref import Llama
+from llama_ref.cli.flags import Flag
+from llama_ref.cli.options import Compile, Dtype, Name, Quantize
 from llama_ref.cli.parser import command, run
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.loop import Row
@@ -48,15 +51,15 @@ WAYS = {"greedy": {"temperature": 0}, "sampled": {"temperature": 0.8, "top_p": 0
 
 @command()
 def main(
-    ckpt_dir: str = "checkpoints/SmolLM2-135M-Instruct",
+    ckpt_dir: Name = "checkpoints/SmolLM2-135M-Instruct",
     *,
-    draft: str | None = None,
-    gen_len: int = 96,
-    rounds: int = 5,
-    quantize: str | None = None,
-    compile: bool = False,
-    dtype: str = "bfloat16",
-    passes: bool = False,
+    draft: Annotated[str | None, Flag("draft with this model", metavar="NAME", unset="with n-grams")] = None,
+    gen_len: Annotated[int, Flag("tokens to generate")] = 96,
+    rounds: Annotated[int, Flag("number of measurements of each")] = 5,
+    quantize: Quantize = None,
+    compile: Compile = False,
+    dtype: Annotated[Dtype, Flag("data type of weights and activations")] = "bfloat16",
+    passes: Annotated[bool, Flag("only measure passes over several tokens")] = False,
 ) -> None:
     """Compare speculative with ordinary decoding."""
     options = {"device": "cpu", "dtype": dtype, "max_seq_len": 2048, "quantize": quantize, "compile": compile}

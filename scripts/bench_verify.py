@@ -17,7 +17,8 @@ from pathlib import Path
 
 import fire
 
-from llama_ref.checkpoint.verify.hashing import default_jobs, hash_files
+from llama_ref.checkpoint.verify.hashing import hash_files
+from llama_ref.device import cpu_count
 from llama_ref.errors import RequestError
 
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -26,7 +27,7 @@ BLOCK_BYTES = 1 << 20
 
 def main(size: str = "1GB", rounds: int = 3, jobs: int | None = None, cold: bool = False, folder: str | None = None) -> None:
     """Print GB/s of `md5sum` and of this package over one and over four files of `size`."""
-    n_bytes, jobs = bytes_of(size), jobs or default_jobs()
+    n_bytes, jobs = bytes_of(size), jobs or cpu_count()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         files = [make_file(Path(scratch) / f"file{index}", n_bytes) for index in range(4)]
         for count in (1, 4):

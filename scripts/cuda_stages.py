@@ -36,7 +36,7 @@ from cuda_figures import (
     relative_error,
     release,
 )
-from llama_ref.bench.memory import forget_peak, peak_bytes
+from llama_ref.bench.machine import forget_peak, peak_bytes
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.caches import new_cache

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import fire
 import torch
 
+from llama_ref.bench.peers.gguf_names import meta_name
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.verify.presence import checkpoint_files
 from llama_ref.errors import LlamaRefError, RequestError
@@ -29,19 +30,6 @@ DEFAULT_OUT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135
 
 PRODUCED = {1, 9}  # end_of_text and eot_id
 EMBEDDING = "token_embd.weight"
-META_NAMES = {
-    "token_embd": "tok_embeddings",
-    "output_norm": "norm",
-    "attn_norm": "attention_norm",
-    "attn_q": "attention.wq",
-    "attn_k": "attention.wk",
-    "attn_v": "attention.wv",
-    "attn_output": "attention.wo",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_down": "feed_forward.w2",
-    "ffn_up": "feed_forward.w3",
-}
 NOTICE = """# SmolLM2-135M-Instruct in Meta's checkpoint layout
 
 The weights are SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), under the Apache License 2.0. They were dequantized to
@@ -140,14 +128,14 @@ def _gpt2_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def _weights(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> list[Outgoing]:
+def _weights(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> list[LazyTensor]:
     embedding = _embedding(reader, n_ranks, special_rows)
     # SmolLM2's output is tied. Here it cannot be: two tokens on one row would be equally likely everywhere, and every newline
     # might come out as <|end_header_id|>. Of the special tokens only those that SmolLM2 itself produces can be chosen.
     output = embedding.clone()
     output[[n_ranks + special for special in special_rows if special not in PRODUCED]] = 0
     tensors = [_dequantized(t) for t in reader.tensors if t.name != EMBEDDING]
-    return [Outgoing.of(_meta_name(EMBEDDING), embedding), *tensors, Outgoing.of("output.weight", output)]
+    return [LazyTensor.from_tensor(meta_name(EMBEDDING), embedding), *tensors, LazyTensor.from_tensor("output.weight", output)]
 
 
 def _embedding(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> torch.Tensor:
@@ -160,15 +148,9 @@ def _embedding(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int])
     return embedding
 
 
-def _dequantized(tensor: "ReaderTensor") -> Outgoing:
+def _dequantized(tensor: "ReaderTensor") -> LazyTensor:
     shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts the dimensions from the innermost
-    return Outgoing(_meta_name(tensor.name), shape, torch.bfloat16, lambda: [_dequantize(tensor)])
-
-
-def _meta_name(name: str) -> str:
-    """`blk.3.attn_q.weight` → `layers.3.attention.wq.weight`."""
-    *block, part, suffix = name.split(".")
-    return ".".join([*(["layers", block[1]] if block else []), META_NAMES[part], suffix])
+    return LazyTensor(meta_name(tensor.name), shape, torch.bfloat16, lambda: [_dequantize(tensor)])
 
 
 def _dequantize(tensor: "ReaderTensor") -> torch.Tensor:

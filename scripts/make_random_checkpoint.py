@@ -29,14 +29,14 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.releases import Release, find_release
 from llama_ref.checkpoint.shapes import expected_shapes, other_kind, shard_shape
 from llama_ref.checkpoint.verify.presence import checkpoint_files
 from llama_ref.device import DTYPES
 from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
-from llama_ref.files import refuse_impostor
+from llama_ref.files import check_head
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.tokenizer import N_SPECIAL, read_ranks
 
@@ -62,12 +62,12 @@ def make_random_checkpoint(
     or a tokenizer of another vocabulary; CheckpointError where it cannot be written (a full disk, no permission).
     """
     args = ModelArgs.from_dict(params)
-    _refuse_other_kinds(args)
+    _check_kind(args)
     shapes = expected_shapes(args)
-    _refuse_uneven(args, shards)
+    _check_even(args, shards)
     if tokenizer is not None:
         tokenizer = Path(tokenizer).expanduser()
-        _refuse_other_vocabulary(tokenizer, args.vocab_size)
+        _check_vocabulary(tokenizer, args.vocab_size)
     parts = [_shard(shapes, rank, shards, seed, dtype, tied) for rank in range(shards)]
     with new_folder(out, force=force, n_bytes=sum(tensor.nbytes for part in parts for tensor in part)) as folder:
         write_params(folder, params)
@@ -81,15 +81,15 @@ def make_random_checkpoint(
 
 def _shard(
     shapes: Mapping[str, tuple[int, ...]], rank: int, shards: int, seed: int, dtype: torch.dtype, tied: bool
-) -> list[Outgoing]:
+) -> list[LazyTensor]:
     return [
-        Outgoing(name, shard_shape(name, shape, shards), dtype, partial(_random_part, name, shape, rank, shards, seed, dtype))
+        LazyTensor(name, shard_shape(name, shape, shards), dtype, partial(_random_part, name, shape, rank, shards, seed, dtype))
         for name, shape in shapes.items()
         if not (tied and name == "output.weight")
     ]
 
 
-def _write_shard(path: Path, tensors: list[Outgoing], tied: bool) -> None:
+def _write_shard(path: Path, tensors: list[LazyTensor], tied: bool) -> None:
     aliases = {"output.weight": "tok_embeddings.weight"} if tied else {}
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -137,13 +137,13 @@ def _block(shape: tuple[int, ...], seed: int, name: str, first: int) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _refuse_other_kinds(args: ModelArgs) -> None:
+def _check_kind(args: ModelArgs) -> None:
     kind = other_kind(args)
     if kind:
         raise RequestError(f"these params are of {kind}, which is not made here")
 
 
-def _refuse_uneven(args: ModelArgs, shards: int) -> None:
+def _check_even(args: ModelArgs, shards: int) -> None:
     if not isinstance(shards, int) or shards < 1:
         raise RequestError(f"--shards is {shards!r}, expected a positive whole number")
     split = {key: getattr(args, key) for key in ("n_heads", "n_kv_heads", "vocab_size", "ffn_dim")}
@@ -152,8 +152,8 @@ def _refuse_uneven(args: ModelArgs, shards: int) -> None:
         raise RequestError(f"{shards} shards do not divide {', '.join(uneven)}; every shard holds an equal part of these")
 
 
-def _refuse_other_vocabulary(tokenizer: Path, vocab_size: int) -> None:
-    refuse_impostor(tokenizer, "a tokenizer")
+def _check_vocabulary(tokenizer: Path, vocab_size: int) -> None:
+    check_head(tokenizer, "a tokenizer")
     try:
         n_ranks = len(read_ranks(tokenizer))
     except CheckpointError as error:

@@ -6,10 +6,12 @@ Plain `python` does as well. The flags are those of Meta's example script, and t
 """
 
 import sys
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated
 
 from llama_ref import Llama
-from llama_ref.cli.options import BUILDING
+from llama_ref.cli.flags import Flag
+from llama_ref.cli.options import Building, MaxSeqLen, Name, TokenizerPath
 from llama_ref.cli.parser import command, run
 
 PROMPTS = [
@@ -20,24 +22,21 @@ PROMPTS = [
 ]
 
 
-@command(*BUILDING)
+@command()
 def main(
-    ckpt_dir: str,
-    tokenizer_path: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_seq_len: int = 128,
-    max_gen_len: int | None = 64,
-    max_batch_size: int = 4,
-    seed: int = 1,
-    **building: Any,
+    ckpt_dir: Name,
+    *,
+    tokenizer_path: TokenizerPath = None,
+    temperature: Annotated[float, Flag("0 always takes the most likely token")] = 0.6,
+    top_p: Annotated[float, Flag("sample from the most likely tokens with this total")] = 0.9,
+    max_seq_len: MaxSeqLen = 128,
+    max_gen_len: Annotated[int | None, Flag("generate at most this many tokens")] = 64,
+    max_batch_size: Annotated[int, Flag("number of sequences at a time")] = 4,
+    seed: Annotated[int, Flag("random seed for sampling")] = 1,
+    building: Building,
 ) -> None:
-    """Load a checkpoint and print each prompt with its continuation.
-
-    Args:
-        ckpt_dir: a folder, or a release name such as Llama3.2-1B.
-    """
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **building)
+    """Load a checkpoint and print each prompt with its continuation."""
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **asdict(building))
     results = llama.text_completion(PROMPTS, temperature, top_p, max_gen_len)
     for prompt, result in zip(PROMPTS, results, strict=True):
         print(prompt)

@@ -30,7 +30,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from llama_ref.checkpoint.folder import find_folder, open_folder
-from llama_ref.cli.parser import guarded, settle_streams
+from llama_ref.cli.parser import configure_stdio, guarded
 from llama_ref.errors import FolderNotFound, RequestError
 from llama_ref.study.inputs import refuse_divided, refuse_empty
 
@@ -307,7 +307,7 @@ def tour(words: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 fine, 1 a bad checkpoint, 2 misuse."""
     words = parser().parse_args(argv)
-    settle_streams()
+    configure_stdio()
     return guarded(lambda: tour(words))
 
 

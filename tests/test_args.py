@@ -137,7 +137,7 @@ def test_a_mistyped_value_is_shown_with_its_key(params_file, key, value):
         ({"n_heads": 4096, "n_kv_heads": 4096}, "odd width 1"),
         ({"hidden_dim": 14337}, '"hidden_dim" is 14337, but "multiple_of" and "ffn_dim_multiplier" give 14336'),
         ({"rope_scaling_factor": 0.5}, '"rope_scaling_factor" is 0.5, expected 1 or more'),
-        ({"rope_freq_base": 10000.0}, '"rope_theta" stands twice, as 500000.0 and as 10000.0'),
+        ({"rope_freq_base": 10000.0}, 'duplicate key "rope_theta" with different values 500000.0 and 10000.0'),
         ({"n_layers": 10_001}, '"n_layers" is 10,001, expected at most 10,000'),
         ({"ffn_dim_multiplier": 1e-9}, '"ffn_dim_multiplier" 1e-09 give a feed-forward layer of no possible width'),
         ({"ffn_dim_multiplier": 1e308}, '"ffn_dim_multiplier" 1e+308 give a feed-forward layer of no possible width'),
@@ -151,10 +151,10 @@ def test_contradictory_keys_are_named(params_file, changes, named):
     assert "params.json: " in str(error.value)
 
 
-def test_a_key_that_stands_twice_must_not_say_two_things(params_file):
+def test_a_duplicate_key_must_not_have_two_values(params_file):
     text = json.dumps(LLAMA_3_8B)
     assert ModelArgs.from_json(params_file(text[:-1] + ', "dim": 4096}')).dim == 4096
-    with pytest.raises(CheckpointError, match='"dim" stands twice, as 4096 and as 2048'):
+    with pytest.raises(CheckpointError, match='duplicate key "dim" with different values 4096 and 2048'):
         ModelArgs.from_json(params_file(text[:-1] + ', "dim": 2048}'))
 
 

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from conftest import REPOSITORY
 
 TESTS = REPOSITORY / "tests"
@@ -36,7 +34,6 @@ def marked_tests() -> set[str]:
     return found
 
 
-@pytest.mark.slow
 def test_all_cuda_tests_are_found_without_the_other_packages():
     done = collected("-m", "cuda")
     assert done.returncode == 0, done.stdout + done.stderr

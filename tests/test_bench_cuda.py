@@ -33,7 +33,6 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_every_stage_gives_figures(tmp_path, capfd):
     code = run(main, ["--rehearse", "--total=1000", f"--out={tmp_path}"])
     assert not (tmp_path / "errors.txt").exists(), (tmp_path / "errors.txt").read_text()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_ref.errors import CheckpointError
-from llama_ref.files import ADVICE, SNIFF_BYTES, read_head, read_small, refuse_impostor, what_is
+from llama_ref.files import ADVICE, SNIFF_BYTES, check_head, read_head, read_small, what_is
 
 IMPOSTORS = {
     "an empty file": [b""],
@@ -43,7 +43,7 @@ def test_an_impostor_is_recognised_and_comes_with_advice(tmp_path, kind, head):
     path = tmp_path / "consolidated.00.pth"
     path.write_bytes(head)
     with pytest.raises(CheckpointError) as error:
-        refuse_impostor(path, "weights")
+        check_head(path, "weights")
     assert str(error.value) == f"{path} is {kind}, not weights: {ADVICE[kind]}"
 
 
@@ -51,7 +51,7 @@ def test_an_impostor_is_recognised_and_comes_with_advice(tmp_path, kind, head):
 def test_an_honest_file_passes_with_its_first_bytes(tmp_path, head):
     path = tmp_path / "honest"
     path.write_bytes(head + b"\n" * SNIFF_BYTES)
-    assert refuse_impostor(path, "weights") == read_head(path) == (head + b"\n" * SNIFF_BYTES)[:SNIFF_BYTES]
+    assert check_head(path, "weights") == read_head(path) == (head + b"\n" * SNIFF_BYTES)[:SNIFF_BYTES]
     assert read_head(path, 3) == (head + b"\n" * SNIFF_BYTES)[:3]
     assert read_small(path, 1 << 20, "weights") == head + b"\n" * SNIFF_BYTES
 
@@ -70,7 +70,7 @@ def test_a_small_file_is_read_up_to_its_limit_and_no_further(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "broken link", "loop", "nothing", "too long a name", "no name"])
-@pytest.mark.parametrize("read", [read_head, lambda path: read_small(path, 10, "x"), lambda path: refuse_impostor(path, "x")])
+@pytest.mark.parametrize("read", [read_head, lambda path: read_small(path, 10, "x"), lambda path: check_head(path, "x")])
 def test_what_is_no_file_is_refused_without_hanging(tmp_path, kind, read):
     path = tmp_path / {"too long a name": "x" * 300, "no name": "a\0b"}.get(kind, "path")
     if kind == "folder":

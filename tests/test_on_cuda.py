@@ -18,6 +18,7 @@ from folders import tiny_folder
 from llama_ref.args import ModelArgs
 from llama_ref.bench.runner import compare
 from llama_ref.bench.settings import Settings
+from llama_ref.checkpoint import to_device
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.caches import new_cache
@@ -27,6 +28,7 @@ from llama_ref.decoding.speculative import NGrams
 from llama_ref.device import choose_dtype
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
+from llama_ref.quantization import rounding
 from llama_ref.quantization.apply import quantize_model, use_fast_kernels
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
 from llama_ref.sampling import Sampler, SamplingParams
@@ -277,3 +279,31 @@ def test_looking_and_patching_leave_no_trace(compiled):
     assert seen["logits"].equal(before)
     assert after.equal(before)
     assert not torch.isclose(patched, before).all()
+
+
+# ---- loading
+
+
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_tensors_arrive_through_pinned_buffers(monkeypatch, wanted):
+    monkeypatch.setattr(to_device, "BUFFER_BYTES", 1 << 16)
+    sources = [torch.randint(-100, 100, (n, 300)).to(torch.bfloat16) for n in (1, 700, 1300)]
+    targets = [torch.zeros(len(source), 600, dtype=wanted, device=DEVICE) for source in sources]
+    with to_device.pinned_copier(DEVICE) as copier:
+        assert copier and all(buffer.is_pinned() for buffer in copier.buffers)
+        for source, target in zip(sources, targets, strict=True):
+            copier.copy(source, target[:, 100:400])
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(target[:, 100:400].cpu(), source.to(wanted))
+        assert not target[:, :100].any() and not target[:, 400:].any()
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_the_size_of_a_block_changes_no_number(monkeypatch, group):
+    weight = torch.randn(14336, 4096, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    expected = Int4Linear.of(weight, group)
+    for n_weights in (1 << 15, 1 << 22):
+        monkeypatch.setitem(rounding.BLOCK_WEIGHTS, "cuda", n_weights)
+        found = Int4Linear.of(weight, group)
+        for name, buffer in expected.named_buffers():
+            assert torch.equal(found.get_buffer(name), buffer)

@@ -1,13 +1,16 @@
-"""What a benchmark ran on."""
+"""The machine of a benchmark: what it is, and the most memory that a process held on it."""
 
-import os
+import contextlib
 import platform
+import resource
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from llama_ref.bench.results import Machine
+from llama_ref.device import cpu_count
 
 PACKAGES = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp_python",), "meta": ("llama_models", "fairscale")}
 
@@ -17,7 +20,28 @@ def describe_machine(device: torch.device, peers: list[str]) -> Machine:
     names = ["torch", "llama-ref", *(package for peer in peers for package in PACKAGES[peer])]
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in names}
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Machine(f"{platform.system()} {platform.machine()}", _cpu(), _cores(), card, versions)
+    return Machine(f"{platform.system()} {platform.machine()}", _cpu(), cpu_count(), card, versions)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Restart the measurement of peak memory, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak since `forget_peak`: the card's memory, or resident pages including those of mapped files."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _cpu() -> str:
@@ -27,10 +51,6 @@ def _cpu() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, None) or platform.processor() or "unknown processor"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str:

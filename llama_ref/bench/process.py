@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import llama_ref
-from llama_ref.checkpoint.verify.report import printable
 from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.formatting import printable
 
 LONGEST_ERROR = 300  # characters
 

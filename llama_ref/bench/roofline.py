@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_ref.args import ModelArgs
 from llama_ref.bench.results import Report, Result, Spread, Work
 from llama_ref.errors import RequestError
 from llama_ref.pictures import check_matplotlib
-from llama_ref.plan import matrices
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,14 +36,6 @@ class Point:
     def height(self) -> float:
         """Billions of operations per second."""
         return self.work.flops * self.rate.median / 1e9
-
-
-def flops(args: ModelArgs, n_tokens: int, n_seen: float, n_logits: int) -> float:
-    """Floating-point operations of products: of tokens that look at `n_seen` in all, `n_logits` of which get logits."""
-    sizes = {matrix.name: matrix.numbers for matrix in matrices(args, tied=False)}
-    output, layers = sizes.pop("output"), sum(sizes.values()) - sizes["tok_embeddings"]
-    attention = 2 * args.n_layers * args.n_heads * args.head_dim * n_seen  # q times keys, and what comes of it times values
-    return 2 * (layers * n_tokens + output * n_logits + attention)
 
 
 def check_picture(path: str | Path) -> None:

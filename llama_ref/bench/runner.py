@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from llama_ref.bench.costs import flops
 from llama_ref.bench.machine import describe_machine
 from llama_ref.bench.process import Failed, Process
 from llama_ref.bench.results import LongResult, Report, Result, Round, Spread, Work
-from llama_ref.bench.roofline import flops
 from llama_ref.bench.settings import OURS, Settings, missing_packages
 from llama_ref.bench.worker import PROBE
 from llama_ref.checkpoint.folder import open_folder

@@ -10,6 +10,7 @@ from typing import Any
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import RequestError
+from llama_ref.formatting import dtype_name
 from llama_ref.plan import find_model
 from llama_ref.quantization.scheme import Scheme
 
@@ -68,7 +69,7 @@ class Settings:
         _check_number("rounds", rounds, 1, MOST_ROUNDS)
         _check_number("threads", threads, 1, MOST_THREADS)
         chosen = choose_device(device)
-        own_dtype = str(choose_dtype(dtype, chosen)).removeprefix("torch.")
+        own_dtype = dtype_name(choose_dtype(dtype, chosen))
         scheme = None if quantize is None else str(Scheme.parse(quantize))
         peers = _peers(against)
         if peers and chosen.type != "cpu":

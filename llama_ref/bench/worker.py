@@ -58,7 +58,7 @@ class Served:
         return self._measured(self.contestant.steps_after(context, gen_len)) | {"matmul_seconds": None}
 
     def _measured(self, making: Iterator[list[int]]) -> dict[str, Any]:
-        from llama_ref.bench.memory import forget_peak, peak_bytes
+        from llama_ref.bench.machine import forget_peak, peak_bytes
 
         forget_peak(self.device)
         begun = time.perf_counter()

@@ -7,7 +7,7 @@ as they were, unless another dtype is asked for.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,21 +21,22 @@ from llama_ref.args import ModelArgs, usual_rope_factor
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
-from llama_ref.checkpoint.formats.lazy_tensor import BLOCK_BYTES, Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import BLOCK_BYTES, LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.config import config_of, generation_config_of, params_of
-from llama_ref.checkpoint.hf.names import in_their_order, is_rotated, theirs
-from llama_ref.checkpoint.hf.tokenizer import tokenizer_config, write_tokenizer_json
+from llama_ref.checkpoint.hf.names import is_rotated, theirs, to_hf_rope
+from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
+from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Stored, open_stored
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.checkpoint.verify.presence import HUGGING_FACE, INDEX_NAME, ONE_FILE, checkpoint_files, names_in, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
+from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.vocabulary import ADDED_TOKENS, write_tokenizer_model
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face cuts its own
 BASE_MODEL = re.compile(r"(Meta-)?Llama-?3(\.[0-9])?-[0-9]+B(-bf16-mp[0-9]+)?")
@@ -64,13 +65,13 @@ def to_meta(
     shards = source.n_shards if shards is None else shards
     args = source.args_in(shards)
     parts = [source.outgoing(Share(n, shards), dtype) for n in range(shards)]
-    written = Written(progress, parts)
+    written = ProgressCounter(sum(tensor.nbytes for tensors in parts for tensor in tensors), progress)
     with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
         _write_params(folder, source, args)
         write_native_tokenizer(folder, source)
         for n, tensors in enumerate(parts):
             aliases = {OUTPUT: EMBEDDING} if source.stored.tied else {}
-            write_pth(folder / f"consolidated.{n:02d}.pth", tensors, aliases, written.more)
+            write_pth(folder / f"consolidated.{n:02d}.pth", tensors, aliases, written.advance)
         write_sums(folder, checkpoint_files(folder))
     return Path(target)
 
@@ -96,7 +97,7 @@ def to_hugging_face(
     if source.folder.is_hugging_face and chat is not None:
         raise RequestError(f"{source.folder.path} has a tokenizer_config.json of its own, which is kept: leave --chat out")
     tensors = [source.renamed(tensor) for tensor in source.outgoing(WHOLE, dtype)]
-    written = Written(progress, [tensors])
+    written = ProgressCounter(sum(tensor.nbytes for tensor in tensors), progress)
     files = _packed(tensors, max_shard_bytes)
     with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
         if source.folder.is_hugging_face:
@@ -104,7 +105,7 @@ def to_hugging_face(
         else:
             _write_configs(folder, source, tensors[0].dtype, _may_chat(source.folder.name) if chat is None else chat)
         for name, held in files.items():
-            write_safetensors(folder / name, held, written.more)
+            write_safetensors(folder / name, held, written.advance)
         if len(files) > 1:
             weight_map = {tensor.name: name for name, held in files.items() for tensor in held}
             _write_json(folder / INDEX_NAME, {"metadata": {"total_size": written.total}, "weight_map": weight_map})
@@ -168,7 +169,7 @@ class Source:
             )
         return replace(self.args, n_kv_heads=_n_kv_heads_in(shards, self.args))
 
-    def outgoing(self, share: Share, dtype: torch.dtype | None) -> list[Outgoing]:
+    def outgoing(self, share: Share, dtype: torch.dtype | None) -> list[LazyTensor]:
         """A share of every tensor; a tied output is left out."""
         out = []
         for name, shape in expected_shapes(self.args).items():
@@ -177,15 +178,15 @@ class Source:
             ranges = wanted_ranges(name, self.args, share)
             to = dtype or self.stored.dtype(name)
             blocks = partial(self._blocks, name, self._in_files(name, ranges), shape, to)
-            out.append(Outgoing(name, part_shape(name, shape, ranges), to, blocks))
+            out.append(LazyTensor(name, part_shape(name, shape, ranges), to, blocks))
         return out
 
-    def renamed(self, tensor: Outgoing) -> Outgoing:
+    def renamed(self, tensor: LazyTensor) -> LazyTensor:
         """A whole tensor under Hugging Face's name and in its order."""
 
         def blocks() -> Iterator[Tensor]:
             for rows in tensor.blocks():
-                yield in_their_order(tensor.name, rows, self.args.head_dim)
+                yield to_hf_rope(tensor.name, rows, self.args.head_dim)
 
         return replace(tensor, name=theirs(tensor.name), blocks=blocks)
 
@@ -204,17 +205,17 @@ class Source:
         if dim == 0:
             row_bytes = whole[1] * dtype.itemsize
             for some in _cut(ranges, max(1, BLOCK_BYTES // row_bytes // multiple) * multiple):
-                pieces = self.stored.pieces(name, [some])
-                yield _cast(name, torch.cat([piece.tensor for piece in pieces]), dtype)
-                for piece in pieces:
-                    piece.release()
+                slices = self.stored.slices(name, [some])
+                yield _cast(name, torch.cat([each.tensor for each in slices]), dtype)
+                for each in slices:
+                    each.release()
             return
-        pieces = self.stored.pieces(name, ranges)
-        n_rows = max(1, BLOCK_BYTES // (sum(piece.tensor[0].numel() for piece in pieces) * dtype.itemsize))
+        slices = self.stored.slices(name, ranges)
+        n_rows = max(1, BLOCK_BYTES // (sum(each.tensor[0].numel() for each in slices) * dtype.itemsize))
         for start in range(0, whole[0], n_rows):
-            yield _cast(name, torch.cat([piece.tensor[start : start + n_rows] for piece in pieces], dim=-1), dtype)
-        for piece in pieces:
-            piece.release()
+            yield _cast(name, torch.cat([each.tensor[start : start + n_rows] for each in slices], dim=-1), dtype)
+        for each in slices:
+            each.release()
 
 
 def _cut(ranges: list[range], size: int) -> Iterator[range]:
@@ -228,7 +229,7 @@ def _cast(name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
     cast = rows.to(dtype)
     is_narrower = torch.promote_types(rows.dtype, dtype) != dtype
     if is_narrower and cast.isinf().any() and (cast.isinf() & rows.isfinite()).any():
-        short = str(dtype).removeprefix("torch.")
+        short = dtype_name(dtype)
         raise CheckpointError(
             f"{name} holds {rows.abs().nan_to_num(0, posinf=0).max():.3g}, and {short} ends at {torch.finfo(dtype).max:.3g}; "
             "take another dtype"
@@ -255,26 +256,13 @@ def _kv_repeats(stored: Stored, args: ModelArgs, n_shards: int) -> int:
 def _is_repeated(stored: Stored, name: str, repeats: int, args: ModelArgs) -> bool:
     run = repeats * args.head_dim
     for start in range(0, args.n_kv_heads * args.head_dim, run):
-        pieces = stored.pieces(name, [range(start, start + run)])
-        heads = torch.cat([piece.tensor for piece in pieces]).unflatten(0, (repeats, args.head_dim)).view(torch.uint8)
-        for piece in pieces:
-            piece.release()
+        slices = stored.slices(name, [range(start, start + run)])
+        heads = torch.cat([each.tensor for each in slices]).unflatten(0, (repeats, args.head_dim)).view(torch.uint8)
+        for each in slices:
+            each.release()
         if not torch.equal(heads[:-1], heads[1:]):
             return False
     return True
-
-
-class Written:
-    """Bytes written so far, of the total."""
-
-    def __init__(self, progress: Progress | None, parts: list[list[Outgoing]]):
-        self.progress = progress
-        self.done, self.total = 0, sum(tensor.nbytes for tensors in parts for tensor in tensors)
-
-    def more(self, n_bytes: int) -> None:
-        self.done += n_bytes
-        if self.progress:
-            self.progress(self.done, self.total)
 
 
 def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
@@ -315,7 +303,7 @@ def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> No
     if dtype is not None:
         config = json.loads(source.folder.params.read_bytes())
         key = "dtype" if "dtype" in config else "torch_dtype"  # as transformers 5 writes it, and 4
-        _write_json(folder / "config.json", config | {key: str(dtype).removeprefix("torch.")})
+        _write_json(folder / "config.json", config | {key: dtype_name(dtype)})
 
 
 def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool) -> None:
@@ -335,9 +323,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _packed(tensors: list[Outgoing], max_bytes: int) -> dict[str, list[Outgoing]]:
+def _packed(tensors: list[LazyTensor], max_bytes: int) -> dict[str, list[LazyTensor]]:
     """File names and what each holds, in order."""
-    files: list[list[Outgoing]] = []
+    files: list[list[LazyTensor]] = []
     room = 0
     for tensor in tensors:
         if not files or tensor.nbytes > room:

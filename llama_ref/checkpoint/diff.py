@@ -3,7 +3,7 @@
 import ctypes
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
-from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
-from llama_ref.checkpoint.hf.names import in_meta_order, theirs
+from llama_ref.checkpoint.formats.safetensors import map_safetensors
+from llama_ref.checkpoint.hf.names import from_hf_rope, theirs
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, read_shard, release_rows
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, TensorSlice, read_shard, release_rows
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.errors import CheckpointError
+from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
+from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.vocabulary import read_tokenizer_model
 
 SPELLINGS_OF_FFN_DIM = {"multiple_of", "ffn_dim_multiplier", "hidden_dim"}
 BLOCK_VALUES = 1 << 20  # compared at a time: memory stays small whatever the tensor
-
-Progress = Callable[[int, int], None]  # tensors done, tensors in all
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,12 @@ class _Shards:
     def names(self) -> list[str]:
         return list(dict.fromkeys(name for shard in self.shards for name in shard))
 
-    def parts(self, name: str) -> list[Piece]:
+    def parts(self, name: str) -> list[TensorSlice]:
         """The parts of a tensor in the shards' order; one only, if each shard holds the whole of it; none if it is absent."""
         tensors = [shard[name] for shard in self.shards if name in shard] or [
             shard[EMBEDDING] for shard in self.shards if name == OUTPUT and EMBEDDING in shard
         ]
-        found = [Piece(tensor, tensor) for tensor in tensors]
+        found = [TensorSlice(tensor, tensor) for tensor in tensors]
         is_whole = split_dim(name) is None and all(_same(found[0], other) for other in found[1:])
         return found[:1] if is_whole else found
 
@@ -140,12 +140,12 @@ class _Safetensors:
     def names(self) -> list[str]:
         return list(self.tensors)
 
-    def parts(self, name: str) -> list[Piece]:
+    def parts(self, name: str) -> list[TensorSlice]:
         tensor = self.tensors.get(EMBEDDING if name == OUTPUT and name not in self.tensors else name)
         if tensor is None:
             return []
         has_heads = tensor.dim() == 2 and tensor.shape[0] % self.head_dim == 0
-        return [Piece(in_meta_order(name, tensor, self.head_dim) if has_heads else tensor, tensor)]
+        return [TensorSlice(from_hf_rope(name, tensor, self.head_dim) if has_heads else tensor, tensor)]
 
 
 _Weights = _Shards | _Safetensors
@@ -158,16 +158,16 @@ def _weights(folder: CheckpointFolder) -> _Weights:
 def _compare_tensors(a: _Weights, b: _Weights, progress: Progress | None) -> tuple[int, list[TensorDifference]]:
     names = list(dict.fromkeys([*a.names(), *b.names()]))
     out = []
-    for done, name in enumerate(names, 1):
+    counter = ProgressCounter(len(names), progress)
+    for name in names:
         difference = _compare_tensor(name, a.parts(name), b.parts(name))
         if difference:
             out.append(difference)
-        if progress:
-            progress(done, len(names))
+        counter.advance()
     return len(names), out
 
 
-def _compare_tensor(name: str, a: list[Piece], b: list[Piece]) -> TensorDifference | None:
+def _compare_tensor(name: str, a: list[TensorSlice], b: list[TensorSlice]) -> TensorDifference | None:
     if not a or not b:
         return TensorDifference(name, f"only in {'a' if a else 'b'}")
     if split_dim(name) is None and len(a) != len(b):
@@ -183,7 +183,7 @@ def _compare_tensor(name: str, a: list[Piece], b: list[Piece]) -> TensorDifferen
     return TensorDifference(name, what, *_distance(_aligned(a, b, dim)))
 
 
-def _whole_shape(parts: list[Piece], dim: int) -> tuple[int, ...] | str:
+def _whole_shape(parts: list[TensorSlice], dim: int) -> tuple[int, ...] | str:
     """The shape of the parts put together, or a description of parts that cannot be."""
     shapes = [list(part.tensor.shape) for part in parts]
     around = [shape[:dim] + shape[dim + 1 :] for shape in shapes]
@@ -195,11 +195,11 @@ def _whole_shape(parts: list[Piece], dim: int) -> tuple[int, ...] | str:
     return tuple(shapes[0])
 
 
-def _dtypes(parts: list[Piece]) -> str:
-    return " and ".join(dict.fromkeys(str(part.tensor.dtype).removeprefix("torch.") for part in parts))
+def _dtypes(parts: list[TensorSlice]) -> str:
+    return " and ".join(dict.fromkeys(dtype_name(part.tensor.dtype) for part in parts))
 
 
-def _aligned(a: list[Piece], b: list[Piece], dim: int) -> Iterator[tuple[Piece, Piece]]:
+def _aligned(a: list[TensorSlice], b: list[TensorSlice], dim: int) -> Iterator[tuple[TensorSlice, TensorSlice]]:
     """Views of the same places of both, cut wherever a part of either ends."""
     if len(a) == len(b) and all(mine.tensor.shape == yours.tensor.shape for mine, yours in zip(a, b, strict=True)):
         yield from zip(a, b, strict=True)
@@ -213,11 +213,11 @@ def _aligned(a: list[Piece], b: list[Piece], dim: int) -> Iterator[tuple[Piece, 
             parts[:1] = [rest] if rest.tensor.shape[dim] else []
 
 
-def _narrow(piece: Piece, dim: int, start: int, length: int) -> Piece:
-    return replace(piece, tensor=piece.tensor.narrow(dim, start, length))
+def _narrow(part: TensorSlice, dim: int, start: int, length: int) -> TensorSlice:
+    return replace(part, tensor=part.tensor.narrow(dim, start, length))
 
 
-def _same(a: Piece, b: Piece) -> bool:
+def _same(a: TensorSlice, b: TensorSlice) -> bool:
     """Whether two tensors of one shape hold the same values in the same dtype, a NaN being equal to a NaN."""
     if a.tensor.dtype != b.tensor.dtype or a.tensor.shape != b.tensor.shape:
         return False
@@ -231,7 +231,7 @@ def _has_same_bytes(x: Tensor, y: Tensor) -> bool:
     return ctypes.string_at(x.data_ptr(), x.nbytes) == ctypes.string_at(y.data_ptr(), y.nbytes)
 
 
-def _distance(places: Iterable[tuple[Piece, Piece]]) -> tuple[float, float, int]:
+def _distance(places: Iterable[tuple[TensorSlice, TensorSlice]]) -> tuple[float, float, int]:
     """(largest absolute difference, |a - b| / |a|, number of values that differ)."""
     largest, squares, size, n_different = 0.0, 0.0, 0.0, 0
     for mine, yours in places:
@@ -256,7 +256,7 @@ def _larger(x: float, y: float) -> float:
     return math.nan if math.isnan(x) or math.isnan(y) else max(x, y)
 
 
-def _blocks(a: Piece, b: Piece) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(a: TensorSlice, b: TensorSlice) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of both, a million values at a time; their pages are let go before the next."""
     if not a.tensor.numel():
         return
@@ -264,6 +264,6 @@ def _blocks(a: Piece, b: Piece) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(1, BLOCK_VALUES // one[0].numel())
     for x, y in zip(one.split(rows), other.split(rows), strict=True):
         yield x, y
-        for block, piece in ((x, a), (y, b)):
-            if piece.is_mapped:  # a copy's pages are the only place where it is
+        for block, part in ((x, a), (y, b)):
+            if part.is_mapped:  # a copy's pages are the only place where it is
                 release_rows(block)

@@ -5,12 +5,12 @@ stay, the next start costs nothing; a file that changed is hashed again. Hashing
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -22,19 +22,17 @@ from typing import Literal
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.verify.checklist import Entry, read_checklist
-from llama_ref.checkpoint.verify.hashing import Cancelled, default_jobs, hash_file
-from llama_ref.checkpoint.verify.report import printable
+from llama_ref.checkpoint.verify.hashing import Cancelled, hash_file
+from llama_ref.device import cpu_count
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import printable
 from llama_ref.vocabulary import ADDED_TOKENS
-
-if sys.platform != "win32":
-    import fcntl
 
 Verify = Literal["auto", "always", "never"]
 
 LOCK_WAIT_SECONDS = 0.02  # between two tries for a lock that another process holds
 STAMP_LIMIT_BYTES = 1 << 16  # a path and a few numbers; what is longer is no stamp
-NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a link is not followed, a pipe not waited for
+NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # a link is not followed, a pipe not waited for
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,7 @@ def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str |
     begun_ns = time.time_ns()
     files = _wanted(folder, tokenizer, verify)
     cancel = threading.Event()
-    with ThreadPoolExecutor(default_jobs(), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify") as pool:
         try:
             checks: list[Future[None]] = [pool.submit(file.check, verify, begun_ns, cancel) for file in files]
             for params in checks[:1]:
@@ -64,7 +62,7 @@ def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str |
             for check in as_completed(checks):
                 check.result()
             for file in files:
-                file.refuse_change()  # what was loaded is what was hashed
+                file.check_unchanged()  # what was loaded is what was hashed
         except BaseException:
             cancel.set()
             raise
@@ -119,7 +117,7 @@ class _File:
                 f"Nothing was loaded; `llama-ref verify {self.path.parent}` tells what is wrong with it"
             )
 
-    def refuse_change(self) -> None:
+    def check_unchanged(self) -> None:
         """Raise CheckpointError if the file is no longer the one that loading began with."""
         if self._identity() != self.identity:
             raise CheckpointError(f"{self.path} changed while it was being checked; try again when it has come to rest")
@@ -146,7 +144,7 @@ class _File:
             return None
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-        self.refuse_change()
+        self.check_unchanged()
         self._remember(found)
         return found
 
@@ -185,14 +183,13 @@ class _File:
     def _lock(self, cancel: threading.Event) -> Iterator[None]:
         """Alone among this machine's processes, unless cancelled while waiting or where the cache cannot be written."""
         with contextlib.ExitStack() as stack:
-            if sys.platform != "win32":
-                with contextlib.suppress(OSError):
-                    path = self._stamp_path().with_suffix(".lock")
-                    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
-                    stack.callback(os.close, descriptor)
-                    while not _is_locked(descriptor) and not cancel.wait(LOCK_WAIT_SECONDS):
-                        pass
+            with contextlib.suppress(OSError):
+                path = self._stamp_path().with_suffix(".lock")
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
+                stack.callback(os.close, descriptor)
+                while not _is_locked(descriptor) and not cancel.wait(LOCK_WAIT_SECONDS):
+                    pass
             yield
 
 
@@ -208,7 +205,7 @@ def _read_own(path: Path) -> bytes:
     """The bytes of a small file that nobody but this user can have written. Raises OSError for any other."""
     with open(os.open(path, os.O_RDONLY | NO_LINK), "rb") as file:  # noqa: PTH123  a descriptor has no path
         status = os.fstat(file.fileno())
-        is_own = not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+        is_own = status.st_uid == os.geteuid() and not status.st_mode & 0o022
         if not is_own or not stat.S_ISREG(status.st_mode):
             raise PermissionError(f"{path} is not this user's own")
         return file.read(STAMP_LIMIT_BYTES)

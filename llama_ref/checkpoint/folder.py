@@ -86,9 +86,9 @@ def checkpoints_root() -> Path:
     return _expanded(os.environ.get("LLAMA_MODELS_CONFIG_DIR") or "~/.llama") / "checkpoints"
 
 
-def list_folders(root: Path | None = None) -> list[Path]:
-    """The folders under `root` (default: `checkpoints_root()`), by name; none if there is no such root."""
-    root = root or checkpoints_root()
+def list_folders() -> list[Path]:
+    """The folders under `checkpoints_root()`, by name; none if there is no such root."""
+    root = checkpoints_root()
     try:
         return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
@@ -147,7 +147,7 @@ def open_folder(name: str | Path) -> CheckpointFolder:
     shards = [name for name in names if SHARD_NAME.fullmatch(name)]
     safetensors = [name for name in names if SAFETENSORS_NAME.fullmatch(name)]
     if shards and "params.json" in names:
-        _refuse_gaps(path, shards)
+        _check_no_gaps(path, shards)
         shards, params = sorted(shards, key=shard_number), "params.json"
     elif safetensors and "config.json" in names:
         shards, params = _of_one_set(path, safetensors), "config.json"
@@ -155,7 +155,7 @@ def open_folder(name: str | Path) -> CheckpointFolder:
         shards, params = _of_one_set(path, safetensors), "params.json"
     else:
         raise CheckpointError(_why_no_checkpoint(path, names, shards))
-    _refuse_broken_links(path, shards)
+    _check_links(path, shards)
     tokenizers = ("tokenizer.model", "tokenizer.json") if params == "params.json" else ("tokenizer.json", "tokenizer.model")
     return CheckpointFolder(
         path=path,
@@ -191,7 +191,7 @@ def _names_scheme(params: Path) -> bool:
         return False
 
 
-def _refuse_gaps(path: Path, shards: list[str]) -> None:
+def _check_no_gaps(path: Path, shards: list[str]) -> None:
     numbers = {shard_number(name) for name in shards}
     n_missing = max(numbers) + 1 - len(numbers)
     if n_missing:
@@ -221,7 +221,7 @@ def _of_one_set(path: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _refuse_broken_links(path: Path, names: list[str]) -> None:
+def _check_links(path: Path, names: list[str]) -> None:
     """A Hugging Face cache is made of links, which outlive what they lead to."""
     for name in names:
         if not (path / name).exists():

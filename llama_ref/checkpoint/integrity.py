@@ -10,7 +10,7 @@ from threading import Event
 from llama_ref.checkpoint.folder import checkpoints_root, native_folder
 from llama_ref.checkpoint.formats.atomic import write_sums
 from llama_ref.checkpoint.verify.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
-from llama_ref.checkpoint.verify.hashing import Hashed, Progress, hash_files, run_all
+from llama_ref.checkpoint.verify.hashing import Hashed, hash_files, run_all
 from llama_ref.checkpoint.verify.meta_shards import Finding, Structure, examine
 from llama_ref.checkpoint.verify.presence import (
     HUGGING_FACE,
@@ -31,6 +31,7 @@ from llama_ref.checkpoint.verify.report import STATE_OF_IMPOSTOR, FileReport, Re
 from llama_ref.checkpoint.verify.weight_scan import scan_safetensors, scan_weights
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_head, what_is
+from llama_ref.progress import FileProgress
 
 JUST_NOW_SECONDS = 10  # a broken file changed this recently may still be arriving
 GROWTH_WAIT_SECONDS = 0.5
@@ -52,7 +53,7 @@ def verify(
     jobs: int | None = None,
     quick: bool = False,
     deep: bool = False,
-    progress: Progress | None = None,
+    progress: FileProgress | None = None,
 ) -> Report:
     """Check a checkpoint folder against its checklist and itself. Never raises for what is on disk: the Report says it.
 
@@ -86,7 +87,7 @@ def write_checklist(
     algorithm: str = "md5",
     force: bool = False,
     jobs: int | None = None,
-    progress: Progress | None = None,
+    progress: FileProgress | None = None,
 ) -> Path:
     """Write checklist.chk over a folder's files in the form that `md5sum -c` (or `sha256sum -c`) reads; return its path.
 
@@ -115,7 +116,7 @@ class _Check:
     jobs: int | None
     quick: bool = False
     deep: bool = False
-    progress: Progress | None = None
+    progress: FileProgress | None = None
     use_list: bool = True
 
     def run(self) -> Report:

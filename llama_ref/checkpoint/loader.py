@@ -1,12 +1,11 @@
 """Weights on disk to a Transformer in memory, tensor by tensor.
 
-Files are mapped, not read: where nothing has to change (CPU, the file's own dtype, one piece) a parameter is the file's
+Files are mapped, not read: where nothing has to change (CPU, the file's own dtype, one slice) a parameter is the file's
 pages themselves; otherwise each tensor is cast and copied once, and its pages are let go before the next. To CUDA, all copies
 go through pinned buffers (to_device.py), so that the host never holds more than these and one tensor.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,17 +14,16 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.quantized_reader import StoredQuantized
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, Stored, open_stored
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Stored, TensorSlice, open_stored
 from llama_ref.checkpoint.shapes import expected_shapes, model_without_memory
 from llama_ref.checkpoint.to_device import PinnedCopier, pinned_copier
 from llama_ref.memory import give_back_memory
 from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
-from llama_ref.quantization.apply import quantized, refuse_unfit, replace_module, tie
+from llama_ref.progress import Progress, ProgressCounter
+from llama_ref.quantization.apply import check_columns, quantized, replace_module, tie
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def load_model(
@@ -61,9 +59,8 @@ def load_model(
     parts = {name: part_shape(name, shapes[name], ranges) for name, ranges in wanted.items()}
     if scheme:
         for name, shape in parts.items():
-            refuse_unfit(scheme, name, shape[-1])
-    done = 0
-    total = sum(map(math.prod, parts.values())) * dtype.itemsize
+            check_columns(scheme, name, shape[-1])
+    counter = ProgressCounter(sum(map(math.prod, parts.values())) * dtype.itemsize, progress)
     with pinned_copier(device) as copier:
         for name, ranges in wanted.items():
             if folder.is_quantized:
@@ -71,13 +68,11 @@ def load_model(
             elif scheme and scheme.bits_of(name):
                 matrix = _quantized(scheme, name, stored, ranges, device, dtype, copier)
             else:
-                matrix = _join(stored.pieces(name, ranges), split_dim(name), device, dtype, copier)
+                matrix = _join(stored.slices(name, ranges), split_dim(name), device, dtype, copier)
             _set(model, _name_here(name, layers), matrix)
             if copier:
                 give_back_memory()  # of copies in another row order, which the C library would keep
-            done += math.prod(parts[name]) * dtype.itemsize
-            if progress:
-                progress(done, total)
+            counter.advance(math.prod(parts[name]) * dtype.itemsize)
     if is_one_matrix:
         tie(model)
     return model.eval().requires_grad_(False)
@@ -121,33 +116,33 @@ def _quantized(
     copier: PinnedCopier | None,
 ) -> QuantizedMatrix:
     """A tensor from the files' own numbers, whatever dtype the model has, so that all ways to a quantized model lead to one."""
-    pieces = stored.pieces(name, ranges)
-    weight = _join(pieces, split_dim(name), device, stored.dtype(name), copier)
+    slices = stored.slices(name, ranges)
+    weight = _join(slices, split_dim(name), device, stored.dtype(name), copier)
     out = quantized(scheme, name, weight, dtype)
-    for piece in pieces:
-        piece.release()
+    for each in slices:
+        each.release()
     give_back_memory()
     return out
 
 
 def _join(
-    pieces: list[Piece],
+    slices: list[TensorSlice],
     dim: int | None,
     device: torch.device | str,
     dtype: torch.dtype,
     copier: PinnedCopier | None,
 ) -> Tensor:
-    """A tensor's pieces as one, in `dtype` on `device`; the mapped pages themselves where they will do."""
-    first = pieces[0].tensor
-    if len(pieces) == 1 and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
-        if not pieces[0].is_mapped:
-            pieces[0].release()
+    """A tensor's slices as one, in `dtype` on `device`; the mapped pages themselves where they will do."""
+    first = slices[0].tensor
+    if len(slices) == 1 and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
+        if not slices[0].is_mapped:
+            slices[0].release()
         return first
     dim = dim or 0
-    sizes = [piece.tensor.shape[dim] for piece in pieces]
+    sizes = [each.tensor.shape[dim] for each in slices]
     shape = list(first.shape)
     shape[dim] = sum(sizes)
     whole = torch.empty(shape, dtype=dtype, device=device)
-    for piece, target in zip(pieces, whole.split(sizes, dim), strict=True):
-        piece.copy_to(target, copier)
+    for each, target in zip(slices, whole.split(sizes, dim), strict=True):
+        each.copy_to(target, copier)
     return whole

@@ -2,7 +2,7 @@
 
 Tensors are named as the modules that hold them name them: of an int8 matrix `layers.0.attention.wq.q` and `….scale`, of an int4
 matrix `….packed`, `….scale` and `….zero` (quantization/linear.py); norms stay `….weight`. A tied output is left out. Files are
-mapped, and on a CPU the model's numbers are the files' own pages.
+mapped, and on a CPU the model's numbers are the files' own pages, except those that are not aligned (`_aligned`).
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,17 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
-from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Piece, has_output, refuse_misfits
+from llama_ref.checkpoint.formats.safetensors import map_safetensors
+from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, TensorSlice, check_problems, has_output
 from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
+
+KERNEL_ALIGNMENT = 16  # bytes: PyTorch's int8 kernel segfaults on matrices that begin elsewhere
 
 
 def scheme_of(folder: CheckpointFolder, args: ModelArgs) -> Scheme:
@@ -81,9 +84,9 @@ class StoredQuantized:
         def on_device(tensor: Tensor, ranges: list[range] | None = None, dim: int | None = None) -> Tensor:
             part = _cut(tensor, ranges, dim)
             if copier is None:
-                return part.to(device)
+                return _aligned(part, tensor) if torch.device(device).type == "cpu" else part.to(device)
             out = torch.empty(part.shape, dtype=part.dtype, device=device)
-            Piece(part, tensor).copy_to(out, copier)
+            TensorSlice(part, tensor).copy_to(out, copier)
             return out
 
         source = EMBEDDING if self.tied and name == OUTPUT else name
@@ -98,13 +101,13 @@ class StoredQuantized:
         packed, scale, zero = (self.tensors[f"{stem}.{part}"] for part in ("packed", "scale", "zero"))
         group = 2 * packed.shape[1] // scale.shape[1]
         if ranges and dim == 1:
-            self._refuse_cut_groups(name, ranges, group)
+            self._check_groups(name, ranges, group)
             halves = [range(each.start // 2, each.stop // 2) for each in ranges]
             ranges = [range(each.start // group, each.stop // group) for each in ranges]
             return Int4Linear(on_device(packed, halves, 1), *(on_device(t, ranges, 1) for t in (scale, zero)))
         return Int4Linear(*(on_device(tensor, ranges, 0) for tensor in (packed, scale, zero)))
 
-    def _refuse_cut_groups(self, name: str, ranges: list[range], group: int) -> None:
+    def _check_groups(self, name: str, ranges: list[range], group: int) -> None:
         for each in ranges:
             if each.start % group or each.stop % group:
                 raise RequestError(
@@ -122,7 +125,7 @@ class StoredQuantized:
                     raise CheckpointError(f"{self.folder.params}: {error}") from None
         problems = [problem for name, (shape, dtype) in expected.items() if (problem := self._misfit(name, shape, dtype))]
         problems += [f"{name} is unexpected" for name in sorted(self.tensors.keys() - expected.keys())]
-        refuse_misfits(self.folder, problems)
+        check_problems(self.folder, problems)
 
     def _misfit(self, name: str, shape: Shape, dtype: torch.dtype | None) -> str | None:
         found = self.tensors.get(name)
@@ -130,8 +133,10 @@ class StoredQuantized:
             return f"{name} is missing, expected shape {shape}"
         if tuple(found.shape) != shape:
             return f"{name} has shape {tuple(found.shape)}, expected {shape}"
-        possible = WEIGHT_DTYPES if dtype is None else (_short(dtype),)
-        return None if _short(found.dtype) in possible else f"{name} is {_short(found.dtype)}, expected {' or '.join(possible)}"
+        possible = WEIGHT_DTYPES if dtype is None else (dtype_name(dtype),)
+        if dtype_name(found.dtype) in possible:
+            return None
+        return f"{name} is {dtype_name(found.dtype)}, expected {' or '.join(possible)}"
 
 
 def _cut(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:
@@ -142,5 +147,13 @@ def _cut(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _aligned(part: Tensor, mapped: Tensor) -> Tensor:
+    """A contiguous part of a mapped tensor, itself or a copy, that begins at a multiple of KERNEL_ALIGNMENT.
+
+    Other programs align tensors to 8 bytes, and rows of a share begin wherever the rows before them end.
+    """
+    if part.data_ptr() % KERNEL_ALIGNMENT == 0:
+        return part
+    copy = torch.empty_like(part)
+    TensorSlice(part, mapped).copy_to(copy)
+    return copy

@@ -4,21 +4,23 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint.convert import Progress, Source, Written, write_native_tokenizer
+from llama_ref.checkpoint.convert import Source, write_native_tokenizer
 from llama_ref.checkpoint.first_load import Verify
 from llama_ref.checkpoint.folder import QUANTIZATION, open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing, row_blocks
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor, row_blocks
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.config import params_of
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_reader import parts_of
 from llama_ref.errors import RequestError
 from llama_ref.parallel.sharding import WHOLE
+from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.quantization.calibration import N_TOKENS, Rounded, calibration_text, round_layers
 from llama_ref.quantization.linear import Int4Linear
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8
@@ -55,17 +57,17 @@ def quantize_folder(
     quantized = [_Quantized(scheme, tensor, source.args.head_dim) for tensor in source.outgoing(WHOLE, None)]
     tensors = [part for each in quantized for part in each.outgoing()]
     in_layers = {part.name: part for part in tensors if is_calibrated and part.name.endswith(".packed")}
-    written = Written(progress, [tensors, list(in_layers.values())])
     n_bytes = sum(tensor.nbytes for tensor in tensors)
+    written = ProgressCounter(n_bytes + sum(part.nbytes for part in in_layers.values()), progress)
     with new_folder(target, force=force, n_bytes=n_bytes) as folder, source.unchanged(verify):
         if is_calibrated:
             text = calibration_text() if calibrate is True else calibrate
-            layers = _rounded(source, scheme, text, lambda name: written.more(in_layers[f"{name}.packed"].nbytes))
+            layers = _rounded(source, scheme, text, lambda name: written.advance(in_layers[f"{name}.packed"].nbytes))
             for each in quantized:
                 each.rounded = layers.pop(each.tensor.name, None)
-        _write_params(folder, source, scheme)
+        write_params(folder, _quantized_params(source, scheme))
         write_native_tokenizer(folder, source)
-        write_safetensors(folder / "model.safetensors", tensors, written.more)
+        write_safetensors(folder / "model.safetensors", tensors, written.advance)
         write_sums(folder, [path.name for path in folder.iterdir()])
     return Path(target)
 
@@ -80,47 +82,53 @@ def _rounded(source: Source, scheme: Scheme, text: str, rounded: Rounded) -> dic
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Int4Linear)}
 
 
-def _write_params(folder: Path, source: Source, scheme: Scheme) -> None:
-    """As they were, unknown keys included, and how the weights were quantized."""
+def _quantized_params(source: Source, scheme: Scheme) -> dict[str, Any]:
+    """The source's params.json, unknown keys included, and how the weights are quantized."""
     params = params_of(source.args) if source.folder.is_hugging_face else json.loads(source.folder.params.read_bytes())
     if "n_kv_heads" in params:
         params["n_kv_heads"] = source.args.n_kv_heads
-    write_params(folder, params | {QUANTIZATION: scheme.to_params()})
+    return params | {QUANTIZATION: scheme.to_params()}
 
 
 @dataclass
 class _Quantized:
     """One tensor on its way into a quantized folder.
 
-    A file has the scales before the numbers, which hang on them: the source is read twice, and the scales are kept between.
+    The numbers depend on the scales: the source is read twice, and the scales are kept between.
     """
 
     scheme: Scheme
-    tensor: Outgoing
+    tensor: LazyTensor
     head_dim: int
-    scales: list[Tensor] = field(default_factory=list)  # of the whole tensor: scale, and zero where there is one
+    scales: list[Tensor] = field(default_factory=list)
     rounded: Int4Linear | None = None  # where it is calibrated: the whole tensor, set before anything is asked for
 
     @property
     def bits(self) -> int | None:
         return self.scheme.bits_of(self.tensor.name)
 
-    def outgoing(self) -> list[Outgoing]:
+    def outgoing(self) -> list[LazyTensor]:
         """The tensors that it is stored as. Raises RequestError where the scheme cannot hold it."""
         if self.bits is None:
             return [self.tensor]
         parts = parts_of(self.scheme, self.tensor.name, self.tensor.shape)
         makers = (self._numbers, lambda: self._scale(0), lambda: self._scale(1))
-        return [Outgoing(name, shape, dtype, make) for (name, (shape, dtype)), make in zip(parts.items(), makers, strict=False)]
+        return [
+            LazyTensor(name, shape, dtype, make) for (name, (shape, dtype)), make in zip(parts.items(), makers, strict=False)
+        ]
 
     def _scale(self, index: int) -> Iterator[Tensor]:
         if self.rounded is not None:
             yield self._once((self.rounded.scale, self.rounded.zero)[index])
-            return
+        else:
+            yield self._scales()[index]
+
+    def _scales(self) -> list[Tensor]:
+        """Of the whole tensor: scale, and zero where there is one; found when first asked for."""
         if not self.scales:
             found = [self._scales_of(rows) for rows in self.tensor.blocks()]
             self.scales = [torch.cat(blocks) for blocks in zip(*found, strict=True)]
-        yield self.scales[index]
+        return self.scales
 
     def _scales_of(self, rows: Tensor) -> tuple[Tensor, ...]:
         if self.bits == 8:
@@ -133,7 +141,7 @@ class _Quantized:
             return
         start = 0
         for rows in self.tensor.blocks():
-            scales = [scale[start : start + len(rows)] for scale in self.scales]
+            scales = [scale[start : start + len(rows)] for scale in self._scales()]
             yield to_int8(rows, *scales) if self.bits == 8 else to_int4(rows, *scales)
             start += len(rows)
 

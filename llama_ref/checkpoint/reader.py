@@ -1,6 +1,6 @@
 """A folder's weights as they lie on disk, under Meta's names and in Meta's layout, whatever the files' own.
 
-Files are mapped, not read. Who wants a tensor gets the pieces that hold it, and lets go of their pages when done.
+Files are mapped, not read. Callers get memory-mapped slices and release their pages when done.
 """
 
 import ctypes
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
-from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
-from llama_ref.checkpoint.formats.safetensors import inspect_safetensors
-from llama_ref.checkpoint.hf.names import in_meta_order, theirs
+from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
+from llama_ref.checkpoint.hf.names import from_hf_rope, theirs
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError
+from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import places, split_dim
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -35,7 +35,7 @@ Wanted = Mapping[str, list[range] | None]  # places along `split_dim(name)`; Non
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """A stretch of a tensor, and the whole that it is a view or a copy of, as one file holds it."""
 
     tensor: Tensor
@@ -71,9 +71,9 @@ class Stored(ABC):
 
     tied: bool
 
-    def pieces(self, name: str, ranges: list[range] | None = None) -> list[Piece]:
-        """What these ranges along `split_dim(name)` hold (None: all), piece after piece in the order asked for."""
-        return self._pieces(EMBEDDING if self.tied and name == OUTPUT else name, ranges)
+    def slices(self, name: str, ranges: list[range] | None = None) -> list[TensorSlice]:
+        """The slices that hold these ranges along `split_dim(name)` (None: all), in the order asked for."""
+        return self._slices(EMBEDDING if self.tied and name == OUTPUT else name, ranges)
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype in the files; where their parts have several, the narrowest that holds them all."""
@@ -84,7 +84,7 @@ class Stored(ABC):
         """Those of the parts that the files hold of a tensor."""
 
     @abstractmethod
-    def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]: ...
+    def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]: ...
 
 
 def open_stored(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None = None) -> Stored:
@@ -93,7 +93,7 @@ def open_stored(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None
     Raises CheckpointError for a kind of release that is not read yet, for files that are not checkpoints, and for tensors that
     are missing, unexpected or misshapen: all of them in one message.
     """
-    _refuse_other_kinds(folder, args)
+    _check_kind(folder, args)
     expected = expected_shapes(args)
     wanted = wanted or dict.fromkeys(expected)
     return (StoredSafetensors if folder.is_hugging_face else StoredShards)(folder, args, expected, wanted)
@@ -105,7 +105,7 @@ class StoredShards(Stored):
     def __init__(self, folder: CheckpointFolder, args: ModelArgs, expected: Mapping[str, Shape], wanted: Wanted):
         self.n_shards = len(folder.shards)
         self.expected = expected
-        _refuse_uneven(folder, expected)
+        _check_even(folder, expected)
         self.home = self._home(wanted)
         needed = {self.home} | {
             shard for name, ranges in wanted.items() if ranges for shard, _ in places(ranges, self._shard_size(name))
@@ -114,7 +114,7 @@ class StoredShards(Stored):
             needed = set(range(self.n_shards))
         self.shards = {number: read_shard(folder.shards[number]) for number in sorted(needed)}
         _check_tensors(folder, {folder.shards[n].name: shard for n, shard in self.shards.items()}, expected, self.n_shards)
-        _refuse_different_copies(folder, self.shards)
+        _check_copies(folder, self.shards)
         self.tied = _on_same_bytes(self.shards.values())
 
     def _home(self, wanted: Wanted) -> int:
@@ -128,15 +128,15 @@ class StoredShards(Stored):
     def _dtypes(self, name: str) -> set[torch.dtype]:
         return {shard[name].dtype for shard in self.shards.values()}
 
-    def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
+    def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]:
         dim = split_dim(name)
         if dim is None:
             whole = self.shards[self.home][name]
-            return [Piece(whole, whole)]
+            return [TensorSlice(whole, whole)]
         out = []
         for shard, within in places(ranges or [range(self.expected[name][dim])], self._shard_size(name)):
             mapped = self.shards[shard][name]
-            out.append(Piece(mapped.narrow(dim, within.start, len(within)), mapped))
+            out.append(TensorSlice(mapped.narrow(dim, within.start, len(within)), mapped))
         return out
 
 
@@ -150,17 +150,17 @@ class StoredSafetensors(Stored):
         self.tied = folder.says_tied()
         here = {theirs(name): shape for name, shape in expected.items() if not (self.tied and name == OUTPUT)}
         known = here.keys() | {theirs(OUTPUT)}  # a file may hold the tied output all the same
-        _refuse_twice(folder, files)
+        _check_unique(folder, files)
         _check_tensors(folder, {_several(folder): {n: t for n, t in self.tensors.items() if n in here or n not in known}}, here)
 
     def _dtypes(self, name: str) -> set[torch.dtype]:
         return {self.tensors[theirs(name)].dtype}
 
-    def _pieces(self, name: str, ranges: list[range] | None) -> list[Piece]:
+    def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]:
         mapped = self.tensors[theirs(name)]
         dim = split_dim(name)
         parts = [mapped] if ranges is None or dim is None else [mapped.narrow(dim, r.start, len(r)) for r in ranges]
-        return [Piece(in_meta_order(name, part, self.head_dim), mapped) for part in parts]
+        return [TensorSlice(from_hf_rope(name, part, self.head_dim), mapped) for part in parts]
 
 
 def is_tied(folder: CheckpointFolder) -> bool:
@@ -229,7 +229,7 @@ def release_rows(rows: Tensor) -> None:
         release_pages(rows.as_strided((span,), (1,)))
 
 
-def _refuse_other_kinds(folder: CheckpointFolder, args: ModelArgs) -> None:
+def _check_kind(folder: CheckpointFolder, args: ModelArgs) -> None:
     if folder.is_quantized:
         raise CheckpointError(f"{folder.path} is quantized: take the folder that it was made from")
     kind = other_kind(args, folder.path)
@@ -241,7 +241,7 @@ def _check_tensors(
     folder: CheckpointFolder, files: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Shape], n_shards: int = 1
 ) -> None:
     described = {
-        file: {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        file: {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
         for file, tensors in files.items()
     }
     problems = []
@@ -249,10 +249,10 @@ def _check_tensors(
         problems += [f"{file}: {problem}" for problem in wrong]
         surplus = sorted(strangers(described[file], expected))
         problems += [f"{file}: {name} {described[file][name][1]} is unexpected" for name in surplus]
-    refuse_misfits(folder, problems)
+    check_problems(folder, problems)
 
 
-def refuse_misfits(folder: CheckpointFolder, problems: list[str]) -> None:
+def check_problems(folder: CheckpointFolder, problems: list[str]) -> None:
     """Raise CheckpointError that lists the problems, where there are any."""
     if problems:
         more = f"\n  … and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
@@ -260,7 +260,7 @@ def refuse_misfits(folder: CheckpointFolder, problems: list[str]) -> None:
         raise CheckpointError(f"{folder.path}: the weights do not fit {folder.params.name}:{listed}{more}")
 
 
-def _refuse_different_copies(folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]]) -> None:
+def _check_copies(folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]]) -> None:
     """Every shard holds the norms whole. Where two disagree, they are not of one model."""
     first, *others = shards
     for name in shards[first]:
@@ -273,7 +273,7 @@ def _refuse_different_copies(folder: CheckpointFolder, shards: dict[int, dict[st
                 )
 
 
-def _refuse_uneven(folder: CheckpointFolder, expected: Mapping[str, Shape]) -> None:
+def _check_even(folder: CheckpointFolder, expected: Mapping[str, Shape]) -> None:
     n_shards = len(folder.shards)
     for name, shape in expected.items():
         dim = split_dim(name)
@@ -284,7 +284,7 @@ def _refuse_uneven(folder: CheckpointFolder, expected: Mapping[str, Shape]) -> N
             )
 
 
-def _refuse_twice(folder: CheckpointFolder, files: Mapping[str, Collection[str]]) -> None:
+def _check_unique(folder: CheckpointFolder, files: Mapping[str, Collection[str]]) -> None:
     owner: dict[str, str] = {}
     for file, names in files.items():
         for name in names:

@@ -1,8 +1,11 @@
-"""The command line, `llama-ref`: words and printing."""
+"""The command line, `llama-ref`."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `llama-ref` with these words (default: the process's own); return the exit code."""
-    from llama_ref.cli import commands  # only now: a part of cli/ should not import every command
+    import sys
 
-    return commands.main(argv)
+    from llama_ref.cli.parser import run_guarded, run_program
+
+    words = sys.argv[1:] if argv is None else argv
+    return run_guarded(lambda: run_program(words))

@@ -5,25 +5,27 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
+from llama_ref.cli.flags import did_you_mean
 from llama_ref.cli.terminal import note
-from llama_ref.cli.timing import Pace
+from llama_ref.cli.timing import Timing
 from llama_ref.errors import RequestError
 from llama_ref.parallel.job import Job, from_first
 from llama_ref.session import Session
 
-HELP = """/system TEXT  begin anew with this system prompt (without TEXT: none)
-/reset        begin anew with the same system prompt
-/save FILE    write the conversation as JSON
-/load FILE    go on from such a file
+COMMANDS = ("/system", "/reset", "/save", "/load", "/exit", "/help")
+HELP = """/system TEXT  reset the conversation, with this system prompt (without TEXT: none)
+/reset        reset the conversation, with the same system prompt
+/save FILE    write the conversation to a JSON file
+/load FILE    continue a saved conversation
 /exit         leave (so does Ctrl-D)
-Ctrl-C breaks off an answer. A line that ends in \\ goes on in the next."""
+Ctrl-C interrupts an answer. A line that ends in \\ continues on the next one."""
 
 
 def chat(session: Session, options: dict) -> None:
-    """Read lines, answer them, obey the commands; until /exit or the end of input.
+    """Read lines, answer them, follow /commands, until /exit or the end of input.
 
-    At a terminal it prompts and greets; through a pipe only answers go to stdout. Of several processes the first reads, for
-    all. `options` are `Llama.stream`'s.
+    Prompts only at a terminal; through a pipe only answers go to stdout. Of several processes rank 0
+    reads for all. `options` are `Llama.stream`'s.
     """
     interactive = sys.stdin.isatty()
     if interactive:
@@ -45,9 +47,10 @@ def chat(session: Session, options: dict) -> None:
 
 
 def _lines(prompt: str, job: Job) -> Iterator[str]:
-    """Lines of input; a backslash at the end joins the next one. Ctrl-C at the prompt drops what was typed.
+    """Yield lines of input; a backslash at the end joins the next one.
 
-    Without a prompt nobody is typing, and Ctrl-C ends the program as usual.
+    Ctrl-C at the prompt discards the line. Without a prompt nobody is typing, and Ctrl-C ends the
+    program as usual.
     """
     typed = ""
     while True:
@@ -74,20 +77,20 @@ def _lines(prompt: str, job: Job) -> Iterator[str]:
 
 
 def _answer(session: Session, text: str, options: dict, interactive: bool) -> None:
-    pace = Pace(session.say(text, **options))
+    timing = Timing(session.say(text, **options))
     try:
-        for piece in pace:
+        for piece in timing:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        pace.stream.close()
-        if not interactive:  # nobody is there to go on with the next turn
+        timing.stream.close()
+        if not interactive:  # nobody is there to type the next turn
             raise
     print(flush=True)
-    note(str(pace))
+    note(str(timing))
 
 
 def _command(session: Session, line: str) -> str:
-    """Do what a /command says; return a line about it. Raises RequestError for what cannot be done."""
+    """Run a /command and return a line about it. Raises RequestError for what cannot be done."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     match command:
@@ -95,10 +98,10 @@ def _command(session: Session, line: str) -> str:
             return HELP
         case "/reset":
             session.reset(session.system)
-            return "begun anew"
+            return "conversation reset"
         case "/system":
             session.reset(rest or None)
-            return "begun anew with this system prompt" if rest else "begun anew without a system prompt"
+            return f"conversation reset, with{' this' if rest else 'out a'} system prompt"
         case "/save" | "/load" if not rest:
             raise RequestError(f"{command} needs a file name")
         case "/save":
@@ -107,4 +110,5 @@ def _command(session: Session, line: str) -> str:
         case "/load":
             session.load(rest)
             return f"loaded {len(session.dialog)} messages from {rest}"
-    raise RequestError(f"{command} is unknown; /help lists what there is")
+    guess = did_you_mean(command, COMMANDS)
+    raise RequestError(f"unknown command {command}{guess} (/help lists all)")

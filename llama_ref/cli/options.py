@@ -1,58 +1,157 @@
-"""Flags that several commands share, and a model loaded by them."""
+"""Arguments and flags that several commands share, and a model loaded by them."""
 
-from typing import TYPE_CHECKING, Any
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from llama_ref.cli.parser import Option
+from llama_ref.cli.flags import Flag
 
 if TYPE_CHECKING:
     from llama_ref.generation import Llama
 
-BUILDING = (  # the example scripts', too
-    Option("quantize", None, "int8, int4 or int4:group=32: round the weights to so many bits as they are read."),
-    Option("compile", False, "compile the decode step (on a CPU that of one sequence): faster after some seconds."),
-    Option("speculate", None, "ngram: guess what comes from what came before, for text that repeats itself."),
-    Option("draft", None, "a smaller model of the same vocabulary, which guesses what comes."),
-    Option("verify", "auto", "compare with checklist.chk: auto (each file once), always or never."),
-    Option("device", None, "cuda, mps or cpu (default: the first of these that is there)."),
-    Option("dtype", None, "bfloat16, float16 or float32 (default: bfloat16 where the device has it, else float16)."),
-    Option("pipeline_parallel_size", 1, "runs of layers to deal torchrun's processes out to."),
-)
-LOADING = (
-    Option("max_seq_len", 8192, "the longest prompt and answer together, in tokens."),
-    Option("seed", 1, "of the sampling."),
-    Option("tokenizer_path", None, "a tokenizer.model other than the folder's own."),
-    *BUILDING,
-)
-SAMPLING = (
-    Option("max_gen_len", None, "tokens to make at most (default: as many as the context holds)."),
-    Option("temperature", 0.6, "0 takes the likeliest token each time."),
-    Option("top_p", 0.9, "sample from the fewest likeliest tokens that hold this probability together."),
-    Option("top_k", None, "sample from this many likeliest tokens."),
-    Option("min_p", 0.0, "sample from tokens at least this fraction as likely as the likeliest."),
-    Option("repetition_penalty", 1.0, "above 1 discourages tokens that are already there."),
-    Option("stop", (), "end before this text; or a JSON list of such texts."),
-)
+# ---- single parameters
+
+Name = Annotated[str, Flag("checkpoint folder, or release name such as Llama3.2-1B-Instruct")]
+Json = Annotated[bool, Flag("print JSON instead of tables", short="j")]
+Force = Annotated[bool, Flag("replace a checkpoint that is already at DST", short="f")]
+Source = Annotated[str, Flag("checkpoint folder, or release name such as Llama3.1-70B")]
+Target = Annotated[str, Flag("folder to write")]
+Jobs = Annotated[int | None, Flag("number of files to hash in parallel", unset="one per core")]
+Png = Annotated[str | None, Flag("folder to draw pictures into (needs matplotlib)", metavar="FOLDER")]
+
+SHORT_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
+Dtype = Literal["bfloat16", "float16", "float32"]
+Quantize = Annotated[
+    str | None,
+    Flag(
+        "round the weights to 8 or 4 bits while reading them: int8, int4, or int4:group=N with "
+        "N = 32, 64, 128 or 256 weights to a scale",
+        short="q",
+        metavar="SCHEME",
+        unset="weights as stored",
+    ),
+]
+Verify = Annotated[
+    Literal["auto", "always", "never"],
+    Flag("compare files with checklist.chk: each file once, at every load, or not at all"),
+]
+Compile = Annotated[bool, Flag("compile the decode step: faster decoding after some seconds of compiling")]
+MaxSeqLen = Annotated[int, Flag("longest prompt and answer together, in tokens")]
+TokenizerPath = Annotated[
+    str | None,
+    Flag("another tokenizer.model", metavar="FILE", unset="the folder's own"),
+]
+
+# ---- groups
 
 
-def build(name: str, options: dict[str, Any]) -> "Llama":
-    """A model to generate with. Raises RequestError for senseless options of the sampling before it loads."""
+@dataclass(frozen=True)
+class Weights:
+    """Loading."""
+
+    quantize: Quantize = None
+    dtype: Annotated[
+        Dtype | None,
+        Flag(
+            "data type of weights and activations",
+            unset="bfloat16 where the device has it, else float16",
+            aliases=SHORT_DTYPES,
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        Flag("cuda, mps or cpu", metavar="DEVICE", unset="the first of these that is available"),
+    ] = None
+    verify: Verify = "auto"
+
+
+@dataclass(frozen=True)
+class WholeModel(Weights):
+    """Loading."""
+
+    max_seq_len: MaxSeqLen = 8192
+    tokenizer_path: TokenizerPath = None
+
+
+@dataclass(frozen=True)
+class Building(Weights):
+    """Loading."""
+
+    compile: Compile = False
+    speculate: Annotated[
+        Literal["ngram"] | None,
+        Flag("draft tokens from repetitions in the text; the model checks them in one pass"),
+    ] = None
+    draft: Annotated[
+        str | None,
+        Flag("draft tokens with a smaller model of the same vocabulary", metavar="NAME"),
+    ] = None
+    pipeline_parallel_size: Annotated[int, Flag("number of pipeline stages under torchrun; the rest is tensor parallel")] = 1
+
+
+@dataclass(frozen=True)
+class Loading(Building):
+    """Loading."""
+
+    max_seq_len: MaxSeqLen = 8192
+    tokenizer_path: TokenizerPath = None
+    seed: Annotated[int, Flag("random seed for sampling")] = 1
+
+
+def text_or_list(word: str) -> str | list[str]:
+    """Read a text, or a JSON list of texts."""
+    if word.startswith("["):
+        try:
+            return json.loads(word)
+        except ValueError:
+            pass
+    return word
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling."""
+
+    max_gen_len: Annotated[
+        int | None,
+        Flag("generate at most this many tokens", short="n", unset="as many as the context holds"),
+    ] = None
+    temperature: Annotated[float, Flag("0 always takes the most likely token; higher is more random", short="t")] = 0.6
+    top_p: Annotated[float, Flag("sample from the fewest most likely tokens with this total probability")] = 0.9
+    top_k: Annotated[int | None, Flag("sample from this many most likely tokens", unset="no limit")] = None
+    min_p: Annotated[float, Flag("sample from tokens at least this fraction as likely as the most likely one")] = 0.0
+    repetition_penalty: Annotated[float, Flag("above 1, tokens already in the text become less likely")] = 1.0
+    stop: Annotated[
+        str | list[str] | tuple[()],
+        Flag(
+            "end before this text, or before any of a JSON list of texts",
+            metavar="TEXT",
+            read=text_or_list,
+        ),
+    ] = ()
+
+
+# ---- a model
+
+
+def build(name: str, sampling: Sampling, loading: Loading) -> "Llama":
+    """Load a model to generate with. Raises RequestError for bad sampling before it loads."""
     from llama_ref.generation import check_stream_options
 
-    check_stream_options(**pick(SAMPLING, options))
-    return load(name, pick(LOADING, options))
+    check_stream_options(**asdict(sampling))
+    return load(name, loading)
 
 
-def load(name: str, options: dict[str, Any]) -> "Llama":
-    """Llama.build with a bar on stderr."""
-    from rich.progress import DownloadColumn, TransferSpeedColumn
-
-    from llama_ref.cli.terminal import progress_bar
+def load(name: str, options: Loading | WholeModel) -> "Llama":
+    """Load a model by `Llama.build`, with a progress bar on stderr."""
+    from llama_ref.cli.terminal import byte_bar
     from llama_ref.generation import Llama
 
-    with progress_bar("loading", DownloadColumn(), TransferSpeedColumn()) as progress:
-        return Llama.build(name, progress=progress, **options)
-
-
-def pick(wanted: tuple[Option, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Of all options those that are wanted."""
-    return {option.name: options[option.name] for option in wanted}
+    with byte_bar("loading") as progress:
+        return Llama.build(name, progress=progress, **asdict(options))

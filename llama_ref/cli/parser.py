@@ -1,220 +1,217 @@
-"""What every command line here shares, the scripts' too: flags that explain themselves, errors in one line, exit codes."""
+"""From the words of a command line to the call of a command.
 
-import errno
-import functools
+Words are read as Python Fire reads them, which people know from Meta's scripts: `--top_p 0.9`,
+`--top-p=0.9`, `--echo`, `--noecho`, an argument by position or by name. What Fire would guess is
+decided before it sees the words: a short flag is one that the command declares, a text stays a
+text, a switch takes no value from the next word, and a mistyped word is an error with a suggestion.
+"""
+
 import inspect
-import json
-import logging
-import os
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import fire
-import fire.decorators
-
-from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
-
-fire.decorators.FIRE_METADATA = "_fire_metadata"  # or every command's help would offer it as a group of subcommands
-
-EXIT_BAD, EXIT_MISUSE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141
-
-
-@dataclass(frozen=True)
-class Option:
-    """A flag that several commands share."""
-
-    name: str
-    default: Any
-    help: str
-
-
-@dataclass(frozen=True)
-class Call:
-    """A command with its arguments; `--help` right after the command's name lists its flags."""
-
-    # Not yet run: Fire shall first find out whether all words on the line make sense. Private: Fire offers public members as
-    # words.
-    _run: Callable[[], int | None]
-
-
-def _strings(word: str) -> str | list[str]:
-    """A text, or a JSON list of texts."""
-    if word.startswith("["):
-        try:
-            return json.loads(word)
-        except ValueError:
-            pass
-    return word
-
-
-# Words that are text stay text: Fire would read a prompt of 42 as a number.
-TEXT_NAMES = (
-    *("name", "a", "b", "src", "dst", "to", "max_shard_size", "prompt", "system", "ckpt_dir", "tokenizer_path"),
-    *("verify", "device", "dtype", "quantize", "speculate", "draft", "batch", "context", "against", "png"),
-    *("target", "other", "clean", "corrupted", "over", "out", "matrices", "only", "stage"),
+from llama_ref.cli.flags import Command, Parameter, command, did_you_mean
+from llama_ref.cli.outcome import (
+    EXIT_BAD,
+    EXIT_MISUSE,
+    configure_stdio,
+    guarded,
+    log_to_stderr,
+    report_error,
 )
-TEXTS = dict.fromkeys(TEXT_NAMES, str) | {"stop": _strings}
+from llama_ref.errors import RequestError
+
+__all__ = [  # what scripts need, in one place
+    "EXIT_BAD",
+    "EXIT_MISUSE",
+    "command",
+    "configure_stdio",
+    "guarded",
+    "report_error",
+    "run",
+]
+
+HELP_FLAGS = ("--help", "-h", "-help")
 
 
-SHORT_SWITCHES = {"-q": "quick", "-e": "echo", "-f": "force", "-j": "json"}
-SWITCH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-SWITCHES = {"calibrate", "rehearse", "compile", "json", "echo", "all", "quick", "deep", "force", "chat"}
+def run(main: Command, argv: list[str] | None = None) -> int:
+    """Run a script's only command with these words (default: the process's own).
 
-
-def command(*options: Option) -> Callable[[Callable[..., int | None]], Callable[..., Call]]:
-    """Make a function a command that also takes `options`, which reach it as keywords."""
-
-    def decorate(function: Callable[..., int | None]) -> Callable[..., Call]:
-        @functools.wraps(function)
-        def deferred(*args: Any, **kwargs: Any) -> Call:
-            defaults = {option.name: option.default for option in options}
-            return Call(functools.partial(function, *args, **(defaults | kwargs)))
-
-        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        shared = [inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=o.default) for o in options]
-        deferred.__signature__ = inspect.Signature([*own, *shared])
-        deferred.__doc__ = inspect.getdoc(function) + "".join(f"\n    {o.name}: {o.help}" for o in options)
-        return fire.decorators.SetParseFns(**TEXTS)(deferred)
-
-    return decorate
-
-
-def run(component: Any, argv: list[str] | None = None, name: str | None = None) -> int:
-    """Let Fire run a command, or one of several by name; the exit code.
-
-    0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader of the output went away. Errors that a user can do
-    something about are a line on stderr; only bugs leave a traceback.
+    Returns the exit code: 0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader of
+    the output has gone. Errors that a user can do something about are one line on stderr; only bugs
+    leave a traceback.
     """
+    words = sys.argv[1:] if argv is None else argv
+    return run_guarded(lambda: run_command(main, words, Path(sys.argv[0]).name))
+
+
+def run_guarded(action: Callable[[], int | None]) -> int:
+    """Do what a command line asks for, with stdio, logging and errors set up; see `run`."""
     from llama_ref.cli.terminal import is_first_process
 
-    settle_streams()
-    if not is_first_process():
-        logging.getLogger("llama_ref").setLevel(logging.ERROR)  # the first one warns for all
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  stays open as long as the process
-    code = _run(component, argv, name)
-    if "llama_ref.parallel.job" in sys.modules:  # else there is no job to end, and no torch to import for it
+    configure_stdio(silent=not is_first_process())
+    with log_to_stderr():
+        code = guarded(action)
+    if "llama_ref.parallel.job" in sys.modules:  # else there is no job to end, no torch to import
         sys.modules["llama_ref.parallel.job"].end_process(code)
     return code
 
 
-def _run(component: Any, argv: list[str] | None, name: str | None) -> int:
-    def call() -> int | None:
-        words = _with_explicit_switches(sys.argv[1:] if argv is None else argv)
-        found = fire.Fire(component, command=words, name=name, serialize=lambda result: None)
-        return found._run() if isinstance(found, Call) else 0
+def run_command(chosen: Command, words: list[str], program: str) -> int | None:
+    """Show a command's help or call it; its exit code. Raises RequestError for misuse."""
+    from llama_ref.cli.help import command_help
 
-    return guarded(call)
-
-
-def guarded(action: Callable[[], int | None]) -> int:
-    """Do something and give its exit code (None: 0), or that of what went wrong, told in a line; see `run`."""
-    try:
-        code = action() or 0
-        sys.stdout.flush()
-        return code
-    except (RequestError, FolderNotFound) as error:
-        return complain(error, EXIT_MISUSE)
-    except LlamaRefError as error:
-        return complain(error, EXIT_BAD)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain again
-        return EXIT_CLOSED_PIPE
-    except OSError as error:
-        return complain(_known_os_error(error), EXIT_BAD)
-    except RuntimeError as error:
-        known = _known_failure(error)
-        if known is None:
-            raise
-        return complain(known, EXIT_BAD)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPTED
+    if wants_help(words):
+        print(command_help(chosen, program))
+        return 0
+    return chosen.call(parse(chosen, words, program))
 
 
-def _known_os_error(error: OSError) -> Exception:
-    """A full disk below standard output, in words; others name their file themselves."""
-    if error.errno != errno.ENOSPC or error.filename is not None:
-        return error
-    return LlamaRefError(f"cannot write the output: {error.strerror}; send it elsewhere or free some space there")
+def wants_help(words: list[str]) -> bool:
+    """Whether a flag asks for help. Fire's own form counts too: `-- --help`."""
+    before, after = _split_at_dashes(words)
+    return any(word in HELP_FLAGS for word in before) or after in (["--help"], ["-h"])
 
 
-def _known_failure(error: RuntimeError) -> LlamaRefError | None:
-    """What torch's own error means to a user, where it is not a bug."""
-    from llama_ref.device import is_out_of_memory
-    from llama_ref.parallel.job import lost_a_process
+def parse(chosen: Command, words: list[str], program: str) -> dict[str, Any]:
+    """Values by parameter's name, of those that the words give. Raises RequestError."""
+    import fire  # only now: help and `list` need none of it
+    from fire.decorators import SetParseFns
 
-    if is_out_of_memory(error):
-        first_line = str(error).splitlines()[0]
-        return LlamaRefError(
-            f"out of memory ({first_line}): `llama-ref info` says how much a checkpoint needs; try --dtype bfloat16, a smaller "
-            "--max_seq_len, --device cpu, or a smaller release"
-        )
-    if lost_a_process(error):
-        return LlamaRefError("another process of this job has ended, so this one cannot go on")
-    return None
+    found = _assign(chosen, words, program)
 
+    def collect(**values: Any) -> dict[str, Any]:
+        return values
 
-def settle_streams() -> None:
-    """Let no command end for a letter that cannot be shown or is no UTF-8, nor for a stream that the shell closed (`>&-`)."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  stays open as long as the process
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    collect.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        inspect.Parameter(name, keyword, default=None) for name in found
+    )
+    SetParseFns(**{name: chosen.parameters[name].read for name in found})(collect)
+    line = [f"--{name}={word}" for name, word in found.items()]
+    return fire.Fire(collect, command=line, name=program, serialize=lambda result: None)
 
 
-def _with_explicit_switches(words: list[str]) -> list[str]:
-    """`--quick NAME` -> `--quick=True NAME`, `-q NAME` too: Fire would take the name for the switch's value.
+def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """Words before and after the first `--`, behind which no word is a flag."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
 
-    And `--force=false` -> `--force=False`: Fire would take the text for true. Raises RequestError for another value, and for a
-    flag that wants a text and has none: Fire would make it "True".
+
+def _assign(chosen: Command, words: list[str], program: str) -> dict[str, str]:
+    """Assign every word to a parameter: (name, word) as typed. Raises RequestError."""
+    before, loose = _split_at_dashes(words)
+    found: dict[str, str] = {}
+    texts: list[str] = []
+    waiting = list(before)
+    while waiting:
+        word = waiting.pop(0)
+        if not _is_flag(word, chosen):
+            texts.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        parameter, value_of_no = _find(chosen, flag, program)
+        if equals and value_of_no is None:
+            found[parameter.name] = value
+        elif parameter.is_switch:
+            if equals:
+                raise RequestError(f"{flag} takes no value; write --{parameter.name}={value}")
+            given = waiting.pop(0) if waiting and waiting[0] in ("True", "False") else "True"
+            found[parameter.name] = value_of_no or given
+        elif not waiting or _is_flag(waiting[0], chosen):
+            raise RequestError(f"{flag} needs a value: {_form(flag, parameter, waiting)}")
+        else:
+            found[parameter.name] = waiting.pop(0)
+    _assign_texts(chosen, texts + loose, found, program)
+    return found
+
+
+def _form(flag: str, parameter: Parameter, waiting: list[str]) -> str:
+    """How a flag with a value is written."""
+    form = f"{flag} {parameter.metavar}"
+    if not waiting:
+        return form
+    return f"{form}, or {flag}={parameter.metavar} where the value starts with a dash"
+
+
+def _assign_texts(chosen: Command, texts: list[str], found: dict[str, str], program: str) -> None:
+    """Give words that are no flags to the arguments in order; check that none is missing."""
+    arguments = [each for each in chosen.parameters.values() if each.positional]
+    free = [each for each in arguments if each.name not in found]
+    if len(texts) > len(free):
+        hint = "; a text of several words goes into quotes" if arguments else ""
+        raise RequestError(f"unexpected argument {texts[len(free)]!r:.60}{hint}{_see(program)}")
+    found |= {each.name: text for each, text in zip(free, texts, strict=False)}
+    for each in chosen.parameters.values():
+        if each.is_required and each.name not in found:
+            form = each.label if each.positional else f"{each.label} {each.metavar}"
+            what = each.flag.help.partition(" (")[0]
+            raise RequestError(f"missing {form}{what and f', {what}'}{_see(program)}")
+
+
+def _is_flag(word: str, chosen: Command) -> bool:
+    """Whether a word is meant as a flag: two dashes and a name, or a dash and a declared flag.
+
+    "-5", "- item" and "--- title" are texts, and so is a word with a space before any "=". An
+    unknown letter alone ("-x") is a flag as well: a mistyped one.
     """
-    followed_by = [*words, ""][1:]
-    for word, after in zip(words, [*words, None][1:], strict=True):
-        name = word.removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in TEXTS and (after is None or after.startswith("--") or after in SHORT_SWITCHES):
-            raise RequestError(f"{word} needs a value behind it, as in {word} VALUE")
-    return [_explicit_switch(word, after) for word, after in zip(words, followed_by, strict=True)]
+    name = word.partition("=")[0]
+    return re.fullmatch(r"--?[A-Za-z][\w-]*", name) is not None
 
 
-def _explicit_switch(word: str, after: str) -> str:
-    name, equals, value = word.partition("=")
-    switch = SHORT_SWITCHES.get(name) or name.removeprefix("--")
-    if not name.startswith("-") or switch not in SWITCHES:
-        return word
-    if not equals:
-        return word if after in ("True", "False") else f"--{switch}=True"
-    if value.lower() not in SWITCH_VALUES:
-        raise RequestError(f"--{switch} is {value!r}, expected true or false, or --{switch} alone for true")
-    return f"--{switch}={SWITCH_VALUES[value.lower()]}"
+def _find(chosen: Command, flag: str, program: str) -> tuple[Parameter, str | None]:
+    """Find the parameter that a flag names, and the value that "no" in front gives it."""
+    name = flag.lstrip("-").replace("-", "_")
+    if name in chosen.shorts:
+        return chosen.shorts[name], None
+    if name in chosen.parameters:
+        return chosen.parameters[name], None
+    if name.startswith("no"):
+        denied = chosen.parameters.get(name[2:].lstrip("_"))
+        if denied is not None and denied.is_switch:
+            return denied, "False"
+    guess = did_you_mean(name, chosen.parameters, "--")
+    raise RequestError(f"unknown flag {flag}{guess}{_see(program)}")
 
 
-def complain(error: Exception, code: int) -> int:
-    """Say what is wrong, once a job, and give the exit code back."""
-    from llama_ref.checkpoint.verify.report import printable
-
-    if _is_first_to_complain():
-        lines = f"llama-ref: {error}".split("\n")
-        print(*map(printable, lines), sep="\n", file=sys.stderr)  # a file's name may hold a terminal's commands
-    return code
+def _see(program: str) -> str:
+    return f" (see {program} --help)"
 
 
-def _is_first_to_complain() -> bool:
-    """Whether no other of torchrun's processes has: most errors meet all of them, and one message is enough.
+def run_program(words: list[str], program: str = "llama-ref") -> int | None:
+    """Run the command that the first word names. Raises RequestError for misuse."""
+    from llama_ref.cli import commands
 
-    Torchrun names a file for every process to report errors in, below a folder that this attempt at the job has to itself.
-    """
-    own_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not own_file:
-        return True
-    try:
-        (Path(own_file).parent.parent / "complained").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        pass
-    return True
+    first, *rest = words or ["--help"]
+    if first in ("--version", "-V"):
+        from llama_ref.cli.help import version
+
+        print(version())
+        return 0
+    if first in (*HELP_FLAGS, "help", "--"):
+        asked = [word for word in rest if not word.startswith("-")]
+        if asked:
+            return run_program([asked[0], "--help"], program)
+        _print_program_help(program)
+        return 0
+    names = commands.names()
+    if first not in names:
+        raise RequestError(_unknown_command(first, names, program))
+    return run_command(commands.load(first), rest, f"{program} {first}")
+
+
+def _print_program_help(program: str) -> None:
+    from llama_ref.cli import commands
+    from llama_ref.cli.help import program_help
+
+    print(program_help({name: commands.load(name) for name in commands.names()}, program))
+
+
+def _unknown_command(word: str, names: Iterable[str], program: str) -> str:
+    if word.startswith("-"):
+        guess = did_you_mean(word.lstrip("-"), ("help", "version"), "--")
+        return f"unknown flag {word:.60}{guess or '; flags go behind a command'}{_see(program)}"
+    return f"unknown command {word!r:.60}{did_you_mean(word, tuple(names))}{_see(program)}"

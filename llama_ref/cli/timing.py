@@ -1,20 +1,20 @@
-"""How fast a text is made."""
+"""How fast a text is generated."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from llama_ref.decoding.stream import Stream
 
 
-class Pace:
-    """Watches a stream go by, to say afterwards how fast it was."""
+class Timing:
+    """Passes a stream's text through, and afterwards says how fast it came."""
 
     def __init__(self, stream: Stream):
         self.stream = stream
         self.begin = self.end = time.perf_counter()
         self.first: float | None = None
 
-    def __iter__(self) -> Iterable[str]:
+    def __iter__(self) -> Iterator[str]:
         for piece in self.stream:
             self.end = time.perf_counter()
             self.first = self.first or self.end
@@ -22,10 +22,12 @@ class Pace:
         self.end = time.perf_counter()
 
     def __str__(self) -> str:
-        """The first token's time is the prompt's; the rate counts those after it."""
+        """The time to the first token is the prompt's; the rate counts the tokens after it."""
         made, asked = len(self.stream.tokens), len(self.stream.row.prompt)
-        wait = f", first token after {self.first - self.begin:.2f} s" if self.first else ""
-        timed = made > 1 and self.first and self.end > self.first
-        rate = f", {(made - 1) / (self.end - self.first):.1f} tokens/s" if timed else ""
-        reason = self.stream.finish_reason or "broken off"
-        return f"[{asked} tokens in{wait}; {made} out{rate}; {reason}]"
+        words = [f"[{asked} tokens in"]
+        if self.first:
+            words.append(f", first token after {self.first - self.begin:.2f} s")
+        words.append(f"; {made} out")
+        if made > 1 and self.first and self.end > self.first:
+            words.append(f", {(made - 1) / (self.end - self.first):.1f} tokens/s")
+        return "".join([*words, f"; {self.stream.finish_reason or 'interrupted'}]"])

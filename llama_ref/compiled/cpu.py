@@ -27,7 +27,7 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.memory import keep_scratch_memory
 from llama_ref.model import Context, Transformer, TransformerBlock, rotate
 from llama_ref.parallel.pipeline import LogitsForAll
-from llama_ref.parallel.tensor import SummedLinear
+from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import replace_matrices, use_fast_kernels
 from llama_ref.quantization.linear import Int4Linear, Int8Linear, Int8Matrix
 
@@ -59,7 +59,7 @@ def compile_decode(model: Transformer) -> None:
     from torch._dynamo.exc import BackendCompilerFailed  # only now: to import the compiler takes a second
     from torch._inductor.exc import InductorError
 
-    if any(isinstance(module, SummedLinear | LogitsForAll) for module in model.modules()):
+    if any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules()):
         raise RequestError("compile is for one process; leave it out, or start without torchrun")
     device = model.norm.weight.device
     if device.type == "cuda":

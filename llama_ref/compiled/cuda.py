@@ -32,7 +32,8 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda_cache import FlashKVCache, FlashLengths
 from llama_ref.compiled.cuda_ops import joined, linear, norm, norm_linear, norm_query, norm_swiglu
 from llama_ref.compiled.forward import CompiledForward
-from llama_ref.device import has_triton, is_out_of_memory
+from llama_ref.compiled.triton_probe import has_triton
+from llama_ref.device import is_out_of_memory
 from llama_ref.kv_cache import KVCache, group_mask, grouped_attention
 from llama_ref.model import Transformer, TransformerBlock, rope_frequencies, rope_rotations
 
@@ -55,8 +56,13 @@ def compile_cuda_decode(model: Transformer) -> None:
     PyTorch's own, more and smaller.
     """
     fast = FastPasses(model, CudaGraphs(model.norm.weight.device))
-    model.hidden, model.forward = FastHidden(fast), FastForward(fast)
-    fast.warm_up()
+    logger.info("preparing the decode step: a few seconds, longer the first time")
+    try:
+        fast.warm_up()
+    except Exception as error:  # of many kinds, Triton's own among them
+        logger.warning("it cannot be prepared here (%s): decoding stays uncompiled", _first_line(error))
+    else:
+        model.hidden, model.forward = FastHidden(fast), FastForward(fast)
 
 
 class FastHidden(CompiledForward):
@@ -202,7 +208,6 @@ class FastPasses:
 
     def warm_up(self) -> None:
         """Have every kernel compiled now, a prompt's, a token's, a draft's and a batch's: none is in the middle of a text."""
-        logger.info("preparing the decode step: a few seconds, longer the first time")
         device = self.model.norm.weight.device
         for B, prompts, passes in ((1, (17, 33, 65), PASS_LENGTHS), (2, (), (1,))):
             cache = new_cache(self.model, B, SMALLEST_WIDTH)
@@ -278,7 +283,8 @@ def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, wid
 
 def _has_kernel(cache: KVCache) -> bool:
     """Whether `attend_one` takes the cache."""
-    return cache.keys.is_cuda and has_triton() and cache.keys.shape[-1] in KERNEL_HEAD_DIMS
+    keys = cache.keys
+    return keys.is_cuda and keys.shape[-1] in KERNEL_HEAD_DIMS and has_triton(keys.device)
 
 
 class CapturedPass:

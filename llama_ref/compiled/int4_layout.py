@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_ref import huge_pages
+from llama_ref import memory
 from llama_ref.compiled.int8_layout import PIECE, in_pieces
 from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtype
 
@@ -47,7 +47,7 @@ class PlanarInt4Linear(QuantizedMatrix):
         self.group = min(module.group, COLUMNS)
         N, K = self.shape
         self.n_blocks = -(-K // COLUMNS)
-        words = huge_pages.empty(N, self.n_blocks, LANES, dtype=torch.int32, device=module.packed.device)
+        words = memory.empty(N, self.n_blocks, LANES, dtype=torch.int32, device=module.packed.device)
         for start in range(0, N, PACKED_ROWS):
             rows = slice(start, start + PACKED_ROWS)
             words[rows] = _to_words(F.pad(module.unpacked(rows), (0, self.n_blocks * COLUMNS - K), value=8))
@@ -66,7 +66,7 @@ class PlanarInt4Linear(QuantizedMatrix):
         """(N, all blocks, …) -> (P, N, blocks of a piece, …)."""
         if not in_pieces(self.n_blocks * COLUMNS):
             return rows[None]
-        return huge_pages.contiguous(rows.unflatten(1, (-1, PIECE // COLUMNS)).transpose(0, 1))
+        return memory.contiguous(rows.unflatten(1, (-1, PIECE // COLUMNS)).transpose(0, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), for prompts and batches."""

@@ -7,8 +7,8 @@ want 32 KB of it in float32, which the weights that stream by drive out: they we
 import torch
 from torch import Tensor
 
-from llama_ref import huge_pages
-from llama_ref.quantization.linear import FEW_ROWS, Int8Linear, Int8Matrix, wide_dtype
+from llama_ref import memory
+from llama_ref.quantization.linear import FEW_ROWS, Int8Linear, Int8Matrix, fits_int8_kernel, wide_dtype
 
 LONG_ROW, PIECE = 4096, 1024  # a longer row is cut, where it can be
 
@@ -22,7 +22,7 @@ class PiecewiseInt8Linear(Int8Matrix):
     """An Int8Linear with `q` int8 (P, N, 1024): the rows' P pieces, `scale` float32 (N,) as it was."""
 
     def __init__(self, module: Int8Linear):
-        super().__init__(huge_pages.contiguous(module.q.unflatten(1, (-1, PIECE)).transpose(0, 1)), module.scale)
+        super().__init__(memory.contiguous(module.q.unflatten(1, (-1, PIECE)).transpose(0, 1)), module.scale)
         self.shape = module.shape
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,6 +30,8 @@ class PiecewiseInt8Linear(Int8Matrix):
         if x.dtype == torch.float16 or x.numel() > FEW_ROWS * x.shape[-1]:
             return self._times_blocks(x)
         pieces = x.reshape(-1, len(self.q), PIECE).transpose(0, 1).contiguous()  # (P, T, 1024)
+        if not fits_int8_kernel(pieces, self.q):
+            return self._times_blocks(x)
         scale = self.scale.to(x.dtype)
         products = [torch._weight_int8pack_mm(*each, scale).float() for each in zip(pieces, self.q, strict=True)]
         return torch.stack(products).sum(0).to(x.dtype).unflatten(0, x.shape[:-1])

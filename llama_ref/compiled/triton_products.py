@@ -257,7 +257,8 @@ def matmul(
     (M, K), N = x.shape, weight.shape[0]
     group = 0 if zero is None else K // zero.shape[1]
     rows, block, warps, split, stages = config or _matmul_config(4 if group else 8, M, x.element_size())
-    block = max(block, group // 2)
+    if group // 2 > block:  # whole groups at a time, fewer of them under way
+        block, stages = group // 2, 2
     dtype = x.dtype if split == 1 else torch.float32
     out = torch.empty(split, M, N, dtype=dtype, device=x.device)
     tokens = max(16, triton.next_power_of_2(M))

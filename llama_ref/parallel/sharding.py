@@ -55,7 +55,7 @@ def _nth(n: int, parts: int, total: int) -> range:
     return range(n * total // parts, (n + 1) * total // parts)
 
 
-def refuse_undealable(args: ModelArgs, share: Share) -> None:
+def check_divisible(args: ModelArgs, share: Share) -> None:
     """Raise RequestError, with the numbers that do, unless query heads can be dealt out evenly and no stage is empty."""
     world_size = share.world_size
     if share.n_stages > args.n_layers:

@@ -1,4 +1,4 @@
-"""Tensor parallelism, put onto a model from outside: several processes each hold a part of every matrix.
+"""Tensor parallelism, applied to a model from outside: several processes each hold a part of every matrix.
 
 Each process has some heads, some feed-forward features and some of the vocabulary (sharding.py says which). Attention
 and feed-forward run as they are on the part at hand; their last matrix gives a share of a sum, which one all-reduce completes.
@@ -24,11 +24,11 @@ def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> Non
     of them.
     """
     for layer in model.layers:
-        layer.attention.wo = SummedLinear(layer.attention.wo, group)
-        layer.feed_forward.w2 = SummedLinear(layer.feed_forward.w2, group)
+        layer.attention.wo = RowParallelLinear(layer.attention.wo, group)
+        layer.feed_forward.w2 = RowParallelLinear(layer.feed_forward.w2, group)
     vocabulary = model.args.vocab_size
-    model.tok_embeddings = SplitEmbedding(model.tok_embeddings, share.of(vocabulary), group)
-    model.output = GatheredLinear(model.output, vocabulary, group)
+    model.tok_embeddings = VocabParallelEmbedding(model.tok_embeddings, share.of(vocabulary), group)
+    model.output = ColumnParallelLinear(model.output, vocabulary, group)
 
 
 def agreeing(sample: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -42,8 +42,8 @@ def agreeing(sample: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return agreed
 
 
-class SummedLinear(nn.Module):
-    """A matrix cut by columns: each process multiplies its features, and the products are summed over all."""
+class RowParallelLinear(nn.Module):
+    """A linear layer whose weight (out, in) is split along its inputs: one all-reduce adds up the partial products."""
 
     def __init__(self, linear: nn.Module, group: ProcessGroup):
         super().__init__()
@@ -56,8 +56,8 @@ class SummedLinear(nn.Module):
         return out
 
 
-class SplitEmbedding(nn.Module):
-    """An embedding cut by rows: tokens of other processes are zero here, and the sum over all has each token once."""
+class VocabParallelEmbedding(nn.Module):
+    """An embedding split along the vocabulary: other processes' tokens give zeros, and one all-reduce adds up."""
 
     def __init__(self, embedding: nn.Module, vocabulary: range, group: ProcessGroup):
         super().__init__()
@@ -73,8 +73,8 @@ class SplitEmbedding(nn.Module):
         return out
 
 
-class GatheredLinear(nn.Module):
-    """A matrix cut by rows, whose outputs are put together on every process."""
+class ColumnParallelLinear(nn.Module):
+    """A linear layer whose weight (out, in) is split along its outputs: one all-gather puts them together everywhere."""
 
     def __init__(self, linear: nn.Module, n_outputs: int, group: ProcessGroup):
         super().__init__()

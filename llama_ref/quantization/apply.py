@@ -25,7 +25,7 @@ def quantize_model(model: Transformer, scheme: Scheme | str) -> None:
     tied = model.output.weight is model.tok_embeddings.weight
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     for name in names:
-        refuse_unfit(scheme, f"{name}.weight", model.get_submodule(name).weight.shape[1])
+        check_columns(scheme, f"{name}.weight", model.get_submodule(name).weight.shape[1])
     for name in names:
         if name == "output" and tied:
             continue
@@ -35,7 +35,7 @@ def quantize_model(model: Transformer, scheme: Scheme | str) -> None:
         tie(model)
 
 
-def refuse_unfit(scheme: Scheme, name: str, columns: int) -> None:
+def check_columns(scheme: Scheme, name: str, columns: int) -> None:
     """Raise RequestError where the scheme has no groups for a tensor's rows."""
     if scheme.bits_of(name) == 4:
         scheme.group_for(name, columns)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ref.device import has_triton
+from llama_ref.compiled.triton_probe import has_triton
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
 
 BLOCK_WEIGHTS = 1 << 22  # turned into the input's dtype at a time: few enough to stay in a processor's cache
@@ -20,7 +20,7 @@ FEW_ROWS = 48  # up to here PyTorch's kernel for int8 was faster than casting th
 
 def has_kernels(x: Tensor) -> bool:
     """Whether this project's own kernels take x: on a CUDA device, where there is Triton."""
-    return x.is_cuda and has_triton()
+    return x.is_cuda and has_triton(x.device)
 
 
 def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -33,6 +33,14 @@ def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What weights of this dtype are put together in: scales may be too small for float16."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def fits_int8_kernel(x: Tensor, q: Tensor) -> bool:
+    """Whether torch._weight_int8pack_mm may be given inputs x (…, K) and a matrix q int8 (…, K), both contiguous.
+
+    In bfloat16 it reads vectors of 16 numbers from addresses that it takes for aligned, and segfaults on others.
+    """
+    return q.shape[-1] % 16 == 0 and q.data_ptr() % 16 == 0 and x.data_ptr() % 32 == 0
 
 
 class QuantizedMatrix(nn.Module):
@@ -92,9 +100,9 @@ class Int8Linear(Int8Matrix):
         if x.dtype == torch.float16:  # sums of unscaled products would leave its range
             return self._times_blocks(x)
         if x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_cuda:  # there PyTorch's kernel is a naive loop
-            return torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.q, self.scale.to(x.dtype)).unflatten(
-                0, x.shape[:-1]
-            )
+            flat = x.reshape(-1, x.shape[-1])
+            if fits_int8_kernel(flat, self.q):
+                return torch._weight_int8pack_mm(flat, self.q, self.scale.to(x.dtype)).unflatten(0, x.shape[:-1])
         parts = [F.linear(x, self.q[rows].to(x.dtype)) * self.scale[rows].to(x.dtype) for rows in self._blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -123,8 +131,8 @@ class Int4Linear(QuantizedMatrix):
         self.shape = (packed.shape[0], 2 * packed.shape[1])
 
     @classmethod
-    def of(cls, weight: Tensor, group: int, importance: Tensor | None = None) -> "Int4Linear":
-        scale, zero = int4_scales(weight, group, importance)
+    def of(cls, weight: Tensor, group: int) -> "Int4Linear":
+        scale, zero = int4_scales(weight, group)
         return cls(to_int4(weight, scale, zero), scale, zero)
 
     @property

@@ -10,7 +10,7 @@ A few rows are rounded at a time, which bounds the memory; each row's numbers de
 import torch
 from torch import Tensor
 
-from llama_ref import huge_pages
+from llama_ref import memory
 
 # Rounded at a time. On a CPU float32 copies of a block stay in a core's cache. A GPU needs large
 # blocks, as each costs up to 90 launches. int4 takes 18 bytes of temporary memory per weight of a
@@ -34,7 +34,7 @@ def int8_scales(weight: Tensor) -> Tensor:
 
 def to_int8(weight: Tensor, scale: Tensor) -> Tensor:
     """(N, K) and its scales -> int8 (N, K)."""
-    out = huge_pages.empty(*weight.shape, dtype=torch.int8, device=weight.device)
+    out = memory.empty(*weight.shape, dtype=torch.int8, device=weight.device)
     for rows, scales, target in zip(_blocks(weight), _blocks(scale, weight.shape[1]), _blocks(out), strict=True):
         target.copy_((rows.float() / scales[:, None]).round_().clamp_(-127, 127))
     return out
@@ -56,7 +56,7 @@ def int4_scales(weight: Tensor, group: int, importance: Tensor | None = None) ->
 def to_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """(N, K) and its scales -> uint8 (N, K/2) as `pack` has it."""
     (N, K), n_groups = weight.shape, scale.shape[1]
-    out = huge_pages.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
+    out = memory.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
     blocks = zip(_blocks(weight), _blocks(scale, K), _blocks(zero, K), _blocks(out, K), strict=True)
     for rows, scales, zeros, target in blocks:
         groups = rows.float().unflatten(1, (n_groups, -1))  # (n, K/G, G)

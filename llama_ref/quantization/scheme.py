@@ -64,12 +64,6 @@ class Scheme:
             )
         return group
 
-    def bits_per_weight(self, columns: int) -> float:
-        """What a weight of a matrix with such rows takes, scales included."""
-        if self.bits == 8:
-            return 8 + SCALE_BITS[8] / columns
-        return 4 + 2 * SCALE_BITS[4] / self.group_for("a matrix", columns)
-
     def to_params(self) -> dict[str, Any]:
         """What params.json says of it under "quantization"; `from_params` reads it back."""
         return {"scheme": f"int{self.bits}"} | ({"group": self.group} if self.bits == 4 else {})

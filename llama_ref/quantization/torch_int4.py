@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llama_ref import huge_pages
+from llama_ref import memory
 from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtype
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ class TiledInt4Linear(QuantizedMatrix):
         rows, _ = _tile()
         N, K = self.shape
         padded = -(-N // TILE_ROWS) * TILE_ROWS
-        tiles = huge_pages.empty(padded // rows, K, rows // 2, dtype=torch.uint8)
+        tiles = memory.empty(padded // rows, K, rows // 2, dtype=torch.uint8)
         step = max(1, CONVERTED_WEIGHTS // K // TILE_ROWS) * TILE_ROWS
         for start in range(0, padded, step):
             q = module.unpacked(slice(start, start + step)).int()

@@ -12,12 +12,11 @@ them, and looking changes no bit of the logits.
 
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
-from llama_ref.study.logit_lens import logit_lens
+from llama_ref.study.logit_lens import logit_lens, predict
 from llama_ref.study.names import all_names, axes
 from llama_ref.study.overview import Overview, overview
 from llama_ref.study.patch import Edit, edit, mean, patch, scale, set_to, swap_from, zero
 from llama_ref.study.patching_grid import Grid, logit_difference, patch_grid, probability
-from llama_ref.study.predictions import predict
 from llama_ref.study.report.writer import write_report
 from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves

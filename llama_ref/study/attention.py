@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint.verify.report import human_bytes
 from llama_ref.errors import RequestError
+from llama_ref.formatting import human_bytes
 from llama_ref.model import Transformer
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.report.packing import watch_patterns
@@ -76,7 +76,7 @@ def summarize_attention(
     RequestError before the model runs.
     """
     row = one_row(model, tokens)
-    _refuse_long(model, row.shape[1])
+    _check_length(model, row.shape[1])
     repeated = repeated_tokens(model, bos=bos, ids=ids, seed=seed)
     measures = (sink_mass, previous_token_score, attention_entropy)
     sink, previous, entropy = _measure(model, row, measures, see)
@@ -114,14 +114,14 @@ def _pool(ids: Sequence[int]) -> Tensor:
 def attention_pattern(model: Transformer, tokens: Sequence[int] | Tensor, layer: int, head: int) -> Tensor:
     """How one head spreads its attention: float32 (T, T), a row for each token that looks, adding up to 1."""
     row = one_row(model, tokens)
-    _refuse_long(model, row.shape[1])
+    _check_length(model, row.shape[1])
     layer = check_index("layer", layer, model.args.n_layers)
     head = check_index("head", head, model.args.n_heads)
     name = f"layers.{layer}.attention.pattern"
     return trace(model, row, [name])[name][0, head].float().cpu()
 
 
-def _refuse_long(model: Transformer, n_tokens: int) -> None:
+def _check_length(model: Transformer, n_tokens: int) -> None:
     """Raise RequestError where one layer's patterns, float32 (H, T, T), are more than most machines hold."""
     H = model.args.n_heads
     if 4 * H * n_tokens**2 > LARGEST_LAYER:

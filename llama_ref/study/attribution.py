@@ -90,6 +90,11 @@ def attribute(
     return found
 
 
+def part_label(name: str) -> str:
+    """layers.3.heads.5 -> layer 3 head 5"""
+    return " ".join(name.replace("layers", "layer").replace("heads", "head").split("."))
+
+
 def _direction(model: Transformer, residual: Tensor, target: int, other: int | None) -> Tensor:
     """What a vector has to be multiplied with for its share of the logit, at this residual's scale: (D,)."""
     scale = torch.rsqrt(residual.pow(2).mean() + model.norm.eps)

@@ -19,7 +19,7 @@ from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Attention, Context, FeedForward, Transformer, TransformerBlock, attend, rotate
 from llama_ref.parallel.pipeline import LogitsForAll
-from llama_ref.parallel.tensor import SummedLinear
+from llama_ref.parallel.tensor import RowParallelLinear
 
 
 class Pass:
@@ -57,7 +57,7 @@ def attached(model: Transformer, visitor: Visitor) -> Iterator[None]:
     A compiled model runs on its plain path meanwhile. Blocks may stand in one another. Raises RequestError for a model that is
     divided among processes.
     """
-    refuse_strange(model)
+    check_model(model)
     key = (threading.get_ident(), visitor)
     try:
         with _lock:
@@ -79,12 +79,12 @@ def _leave(model: Transformer, key: tuple[int, Visitor]) -> None:
             del _attached[model]
 
 
-def refuse_strange(model: Transformer) -> None:
+def check_model(model: Transformer) -> None:
     """Raise RequestError for what is no model, or only a part of one."""
     if not isinstance(model, Transformer):
         hint = "; a Llama's is its .model" if isinstance(getattr(model, "model", None), Transformer) else ""
         raise RequestError(f"model is of type {type(model).__name__}, expected a llama_ref Transformer{hint}")
-    if any(isinstance(module, SummedLinear | LogitsForAll) for module in model.modules()):
+    if any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules()):
         raise RequestError("the model is divided among processes, and each has only a part: study it in one, without torchrun")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
-from llama_ref.study.hooks import refuse_strange
+from llama_ref.study.hooks import check_model
 from llama_ref.study.trace import as_tokens
 from llama_ref.tokenizer import Tokenizer
 
@@ -19,7 +19,7 @@ MOST_SHOWN = 8  # tokens of a text in a message
 
 def one_row(model: Transformer, tokens: Sequence[int] | Tensor) -> Tensor:
     """A single sequence of ids, (T,) or (1, T), as (1, T) on the model's device. Raises RequestError for what is none."""
-    refuse_strange(model)
+    check_model(model)
     rows = as_tokens(model, tokens)
     if len(rows) != 1:
         raise RequestError(f"tokens are {len(rows)} sequences, expected one: study them in turn")

@@ -1,7 +1,8 @@
-"""The logit lens: what the model would say next, had it stopped here. Source: nostalgebraist, "interpreting GPT" (2020).
+"""The logit lens: the next token's probabilities, read from the residual stream at every depth.
 
-The final norm and the output matrix are put onto the residual stream at every point: after the embedding, after each layer's
-attention, after each layer's feed-forward. At the last point this is the model itself.
+The final norm and the output matrix are applied to the residual stream at every point: after the embedding, after each
+layer's attention, after each layer's feed-forward. At the last point this is the model itself, whose probability of every
+token of a text `predict` gives. Source: nostalgebraist, "interpreting GPT" (2020).
 """
 
 from collections.abc import Iterator, Sequence
@@ -117,6 +118,47 @@ def _read(model: Transformer, residuals: list[Tensor], last: Tensor, target: int
         kl = (certainty - vecdot(p_final, logprobs)).clamp(min=0)  # rounding may leave a little below 0
         rows.append((*of_tokens(logprobs, followed), *likeliest(logprobs, top), -vecdot(logprobs.exp(), logprobs), kl))
     return tuple(torch.stack(column).cpu() for column in zip(*rows, strict=True))
+
+
+# ---- the model's own predictions
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """How a model expected the T tokens of a text, each from those before it; all on the CPU.
+
+    `probability` and `rank` (T,) are what each token had, rank 1 being the likeliest; NaN and 0 for the first, which nothing
+    foretells. `top_ids` and `top_probabilities` (T, k) are the likeliest tokens to come after each, likeliest first: row t - 1
+    holds the alternatives to token t, and the last row what comes next.
+    """
+
+    tokens: list[int]
+    probability: Tensor
+    rank: Tensor
+    top_ids: Tensor
+    top_probabilities: Tensor
+
+
+@torch.no_grad()
+def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5) -> Predictions:
+    """Read one sequence in one pass. Holds the logits of a few positions at a time. Raises RequestError."""
+    row = one_row(model, tokens)
+    check_top(model, top)
+    last = f"layers.{model.args.n_layers - 1}.residual_post"
+    residual = trace(model, row, [last])[last][0]  # (T, D)
+    came = torch.cat((row[0, 1:], row[0, :1]))  # (T,) what came after each; after the last nothing did, and any id will do
+    chunks = []
+    for some in a_few_at_a_time(model, len(residual)):
+        logprobs = log_probabilities(model, residual[some])  # (t, V)
+        chunks.append((*of_tokens(logprobs, came[some]), *likeliest(logprobs, top)))
+    probability, rank, ids, probabilities = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))
+    return Predictions(
+        row[0].tolist(),
+        torch.cat((torch.full_like(probability[:1], torch.nan), probability[:-1])),
+        torch.cat((torch.zeros_like(rank[:1]), rank[:-1])),
+        ids,
+        probabilities,
+    )
 
 
 # ---- from residuals to probabilities, some positions at a time

@@ -1,27 +1,26 @@
 """All that is usually asked about one text, asked at once: what the report shows (study/report/writer.py)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.formatting import dtype_name
 from llama_ref.model import Transformer
+from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.attention import AttentionSummary, attention_pattern, summarize_attention
 from llama_ref.study.attribution import Attribution, attribute
 from llama_ref.study.inputs import check_token, one_row
-from llama_ref.study.logit_lens import LogitLens, block_ends, check_top, logit_lens, residual_points
-from llama_ref.study.predictions import Predictions, predict
+from llama_ref.study.logit_lens import LogitLens, Predictions, block_ends, check_top, logit_lens, predict, residual_points
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.residual import ResidualStream, residual_stream
 
 # One layer's patterns are then 0.5 GB in a model of 32 heads, of which three copies exist for a moment, the residual stream of
 # an 8B is 1.1 GB, and its page is up to 65 MB. Twice the tokens would be four times the patterns.
 MOST_TOKENS = 2048
-
-Progress = Callable[[int, int], None]  # steps done, steps in all
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ def overview(
     target = None if target is None else check_token(model, target)
     every = residual_points(model.args.n_layers)
     ends = [every[p] for p in block_ends(every)]
-    steps = _Steps(5 + len(ends) + model.args.n_layers, progress)
+    steps = ProgressCounter(5 + len(ends) + model.args.n_layers, progress)
+    steps.advance(0)
 
     attention, patterns = _attention(model, row, bos, ids, steps)  # first: it has requests of its own to refuse
     predictions = predict(model, row, top)
@@ -98,19 +98,6 @@ def overview(
     return found
 
 
-class _Steps:
-    """Counts what is done, and tells of it."""
-
-    def __init__(self, total: int, progress: Progress | None):
-        self.done, self.total, self.progress = 0, total, progress
-        self.advance(0)
-
-    def advance(self, n: int = 1) -> None:
-        self.done += n
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
 def _check_length(n_tokens: int) -> None:
     if n_tokens > MOST_TOKENS:
         raise RequestError(
@@ -120,7 +107,7 @@ def _check_length(n_tokens: int) -> None:
 
 
 def _attention(
-    model: Transformer, row: Tensor, bos: int | None, ids: Sequence[int] | None, steps: _Steps
+    model: Transformer, row: Tensor, bos: int | None, ids: Sequence[int] | None, steps: ProgressCounter
 ) -> tuple[AttentionSummary, PackedPatterns]:
     T, packed = row.shape[1], list[list[bytes]]()
 
@@ -148,5 +135,5 @@ def _pattern_of(model: Transformer, row: Tensor, layer: int, head: int) -> tuple
 
 def _dtype(model: Transformer) -> str:
     """What the model computes in: bfloat16, say."""
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.norm.weight.dtype)
     return f"{dtype}, quantized matrices" if is_quantized(model) else dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.hooks import Pass, attached, refuse_strange
+from llama_ref.study.hooks import Pass, attached, check_model
 from llama_ref.study.names import LOOKS, axes, matching
 from llama_ref.study.trace import Trace
 
@@ -193,7 +193,7 @@ def patch(model: Transformer, edits: Mapping[str, Edit | Callable[[Tensor], Tens
     in their order. Edited scores keep the future hidden, and edited keys and values go into a cache and stay there. Raises
     RequestError for names that match nothing, and in the pass for edits that do not fit.
     """
-    refuse_strange(model)
+    check_model(model)
     if not isinstance(edits, Mapping):
         raise RequestError(f"edits is {edits!r:.60}, expected a dictionary such as {{'layers.0.attention.output': zero()}}")
     by_name: dict[str, list[Edit]] = {}

@@ -5,8 +5,7 @@ or head; a metric of the last token's logits says how far that brings the clean 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_ref.cli.terminal import progress_bar
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.hooks import refuse_strange
+from llama_ref.progress import Progress, ProgressCounter
+from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_over
 from llama_ref.study.names import LAYER_AXES, matching
 from llama_ref.study.patch import patch
@@ -68,15 +67,16 @@ def patch_grid(
     metric: Metric,
     over: str = "layer×position",
     name: str | None = None,
-    progress: bool = True,
+    progress: Progress | None = None,
 ) -> Grid:
     """The metric of the corrupted text with each cell's activation taken from the clean one.
 
     `clean` and `corrupted` are the ids of two texts of one length. `over` is "layer×position" or "layer×head"; `name` an
     activation of a layer, default residual_pre for positions and attention.head_output for heads. The cells of a layer run
-    together, as many as make 1024 tokens. Raises RequestError for texts of two lengths or a name without that axis.
+    together, as many as make 1024 tokens. `progress` is called with the cells done
+    and their number. Raises RequestError for texts of two lengths or a name without that axis.
     """
-    refuse_strange(model)
+    check_model(model)
     if not callable(metric):
         raise RequestError(f"metric is {metric!r:.60}, expected probability(…), logit_difference(…) or a function of logits")
     axis = check_over(over, '"layer×position" or "layer×head"').removeprefix("layer×")
@@ -92,13 +92,13 @@ def patch_grid(
         n_cells = source[f"layers.0.{name}"].shape[dim]
         values = torch.empty(model.args.n_layers, n_cells)
         per_pass = max(1, PASS_TOKENS // corrupted_ids.shape[1])
-        with _progress(progress, values.numel()) as advance:
-            for layer, row in enumerate(values):
-                key = f"layers.{layer}.{name}"
-                for cells in torch.arange(n_cells).split(per_pass):
-                    with patch(model, {key: _one_each(source[key], dim, cells)}):
-                        row[cells] = _measure(model, corrupted_ids.expand(len(cells), -1), metric).cpu()
-                    advance(len(cells))
+        counter = ProgressCounter(values.numel(), progress)
+        for layer, row in enumerate(values):
+            key = f"layers.{layer}.{name}"
+            for cells in torch.arange(n_cells).split(per_pass):
+                with patch(model, {key: _one_each(source[key], dim, cells)}):
+                    row[cells] = _measure(model, corrupted_ids.expand(len(cells), -1), metric).cpu()
+                counter.advance(len(cells))
     labels = ([str(i) for i in range(model.args.n_layers)], [str(i) for i in range(n_cells)])
     return Grid(values.numpy(), ("layer", axis), labels, name, *baselines)
 
@@ -152,19 +152,3 @@ def _name(model: Transformer, name: str | None, axis: str) -> str:
         fitting = [other for other, its_axes in LAYER_AXES.items() if axis in its_axes]
         raise RequestError(f"{name} has no {axis} axis; take one of {', '.join(fitting)}")
     return name
-
-
-@contextmanager
-def _progress(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
-    if not shown:
-        yield lambda n: None
-        return
-    done = 0
-    with progress_bar("patching") as update:
-
-        def advance(n: int) -> None:
-            nonlocal done
-            done += n
-            update(done, total)
-
-        yield advance

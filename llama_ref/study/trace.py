@@ -13,7 +13,7 @@ from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import is_quantized
-from llama_ref.study.hooks import Pass, attached, refuse_strange
+from llama_ref.study.hooks import Pass, attached, check_model
 from llama_ref.study.names import LOOKS, all_names, axes, matching
 
 
@@ -72,7 +72,7 @@ def trace(
     `torch.autograd.grad` of anything made from the trace reaches every activation before it. Raises RequestError for names
     that match nothing, ids outside the vocabulary, a cache that does not fit, or gradients of a quantized model.
     """
-    refuse_strange(model)
+    check_model(model)
     recording = Recording(names, requires_grad=requires_grad)
     ids = as_tokens(model, tokens)
     _check_cache(cache, ids)
@@ -141,7 +141,7 @@ class Recording:
     @contextmanager
     def of(self, model: Transformer) -> Iterator[None]:
         """Record a model's passes while the block lasts."""
-        refuse_strange(model)
+        check_model(model)
         self._wanted = frozenset(matching(model.args, self.names))
         try:
             with attached(model, self):

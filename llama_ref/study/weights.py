@@ -1,6 +1,6 @@
 """What the matrices themselves tell: their singular values, and what rounding them to few bits costs each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.quantization.apply import is_quantized, quantized, refuse_unfit
+from llama_ref.progress import Progress, ProgressCounter
+from llama_ref.quantization.apply import check_columns, is_quantized, quantized
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
 from llama_ref.study.attribution import matrix
-
-Progress = Callable[[int, int], None]  # matrices done, matrices in all
 
 ROWS_AT_A_TIME = 1 << 13  # taken to float64
 
@@ -75,7 +74,7 @@ def quantization_errors(
         raise RequestError("the model's matrices are rounded already: load it without quantize to see what rounding costs")
     chosen = _matrices(model, names)
     for name, module in chosen:
-        refuse_unfit(scheme, name, module.weight.shape[1])
+        check_columns(scheme, name, module.weight.shape[1])
     for name, module in _counted(chosen, progress):
         weight = module.weight.detach()
         rounded = quantized(scheme, name, weight, weight.dtype)
@@ -103,11 +102,11 @@ def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
 
 
 def _counted(matrices: list[tuple[str, nn.Module]], progress: Progress | None) -> Iterator[tuple[str, nn.Module]]:
-    tell = progress or (lambda done, total: None)
-    for done, named in enumerate(matrices):
-        tell(done, len(matrices))
+    counter = ProgressCounter(len(matrices), progress)
+    counter.advance(0)
+    for named in matrices:
         yield named
-    tell(len(matrices), len(matrices))
+        counter.advance()
 
 
 def _is_tied(model: Transformer) -> bool:

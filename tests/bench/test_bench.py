@@ -15,10 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from folders import PARAMS, byte_tokenizer, tiny_folder
-from llama_ref.bench.peers.base import weight_bytes
+from llama_ref.bench.costs import flops, weight_bytes
 from llama_ref.bench.process import Failed, Process
 from llama_ref.bench.results import LongResult, Machine, Report, Result, Spread, Work
-from llama_ref.bench.roofline import draw_roofline, flops
+from llama_ref.bench.roofline import draw_roofline
 from llama_ref.bench.runner import compare
 from llama_ref.bench.settings import OURS, PEERS, Settings
 from llama_ref.cli import main
@@ -277,12 +277,12 @@ class TestShowing:
         (("--prompt_len", "0"), "prompt_len is 0, expected a whole number from 1"),
         (("--prompt_len", "many"), "prompt_len is 'many', expected a whole number"),
         (("--gen_len", "1"), "gen_len is 1, expected a whole number from 2"),
-        (("--rounds", "0.5"), "rounds is 0.5, expected a whole number from 1"),
+        (("--rounds", "0.5"), "--rounds is '0.5', expected a whole number"),
         (("--threads", "-1"), "threads is -1, expected a whole number from 1"),
         (("--prompt_len", "8190"), "prompt_len 8,190 + gen_len 4 tokens are beyond the model's context of 8,192"),
         (("--against", "llama"), "against names 'llama', expected some of transformers,llama.cpp,meta"),
         (("--quantize", "int3"), "quantize is 'int3', expected int8"),
-        (("--dtype", "int8"), "dtype int8 is not one of"),
+        (("--dtype", "int8"), "--dtype is 'int8', expected bfloat16"),
         (("--png", "picture"), "png is 'picture', expected a file that ends in .png"),
         (("--png", "/no/such/folder/a.png"), "there is no folder /no/such/folder: make it first"),
     ],

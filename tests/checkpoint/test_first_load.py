@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ from llama_ref.checkpoint.first_load import cache_directory, verified
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.integrity import write_checklist
 from llama_ref.checkpoint.verify.hashing import hash_file
-from llama_ref.cli import commands
+from llama_ref.cli import main
+from llama_ref.cli.parser import run as run_script
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
 
@@ -345,7 +347,7 @@ def test_a_load_that_fails_does_not_wait_for_sums(folder):
 
 
 def test_one_bad_file_ends_the_hashing_of_the_others(folder, monkeypatch):
-    monkeypatch.setattr(module, "default_jobs", lambda: 4)
+    monkeypatch.setattr(module, "cpu_count", lambda: 4)
     with (folder / SHARD0).open("r+b") as file:
         file.truncate(1 << 40)
     flip(folder / SHARD1)
@@ -652,21 +654,27 @@ def entry_of(folder: Path, name: str) -> module.Entry:
 # ---- every command that loads
 
 COMMANDS = {
-    "complete": (commands.COMMANDS, ["complete", "{}", "hi", "--max_gen_len", "1"]),
-    "chat": (commands.COMMANDS, ["chat", "{}"]),
-    "text_completion.py": (text_completion.main, ["--ckpt_dir", "{}", "--max_gen_len", "1"]),
-    "chat_completion.py": (chat_completion.main, ["--ckpt_dir", "{}", "--max_gen_len", "1"]),
+    "complete": (main, ["complete", "{}", "hi", "--max_gen_len", "1"]),
+    "chat": (main, ["chat", "{}"]),
+    "text_completion.py": (
+        partial(run_script, text_completion.main),
+        ["--ckpt_dir", "{}", "--max_gen_len", "1"],
+    ),
+    "chat_completion.py": (
+        partial(run_script, chat_completion.main),
+        ["--ckpt_dir", "{}", "--max_gen_len", "1"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_that_loads_takes_verify(folder, name, monkeypatch, capsys):
-    component, words = COMMANDS[name]
+    started, words = COMMANDS[name]
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     list_wrongly(folder, SHARD1)
 
     def run(*verify: str) -> tuple[int, str]:
-        code = commands.run(component, [*(word.format(folder) for word in words), "--device", "cpu", *verify], "llama-ref")
+        code = started([*(word.format(folder) for word in words), "--device", "cpu", *verify])
         return code, capsys.readouterr().err
 
     for verify in ((), ("--verify", "auto"), ("--verify=always",)):

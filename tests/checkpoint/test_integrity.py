@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from folders import growing
 from llama_ref.checkpoint.integrity import verify, write_checklist
-from llama_ref.checkpoint.verify.checklist import parse_checklist
+from llama_ref.checkpoint.verify.checklist import read_checklist
 from llama_ref.checkpoint.verify.hashing import hash_file
-from llama_ref.checkpoint.verify.report import State, human_bytes
+from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import human_bytes
 from make_random_checkpoint import make_random_checkpoint
 
 TINY = {
@@ -84,7 +85,7 @@ def test_a_whole_folder_is_whole(folder):
     report = verify(folder)
     assert report.ok and report.exit_code == 0 and report.summary() == "all 4 files are whole"
     assert {file.name: file.found_sum for file in report.files} == {
-        entry.name: entry.sum for entry in parse_checklist(folder / "checklist.chk")
+        entry.name: entry.sum for entry in read_checklist(folder / "checklist.chk").entries
     }
     assert all(file.size == (folder / file.name).stat().st_size and file.seconds > 0 for file in report.files)
 
@@ -268,7 +269,7 @@ def test_wrong_tensors_under_right_sums_do_not_fit(folder, settled):
     resave(folder / SHARD1, lambda tensors: tensors.update({"norm.weight": torch.ones(31), "stray": torch.ones(1)}))
     with pytest.raises(CheckpointError, match=r"no list was written.*does not fit"):
         write_checklist(folder, force=True)
-    lines = [entry for entry in parse_checklist(folder / "checklist.chk") if entry.name != SHARD1]
+    lines = [entry for entry in read_checklist(folder / "checklist.chk").entries if entry.name != SHARD1]
     listed = "".join(f"{entry.sum}  {entry.name}\n" for entry in lines) + f"{hash_file(folder / SHARD1)}  {SHARD1}\n"
     (folder / "checklist.chk").write_text(listed)
     report = verify(folder)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.config import config_of
 from llama_ref.checkpoint.hf.names import theirs
@@ -542,7 +542,9 @@ def measured() -> dict[tuple[str, str, str], tuple[int, int]]:
         args = ModelArgs.from_dict(LARGE)
         config = config_of(args, tied=False, dtype=torch.bfloat16, bos=0, eos=[1])
         (Path(folder) / "hf" / "config.json").write_text(json.dumps(config))
-        tensors = [Outgoing.of(theirs(name), torch.ones(shape, dtype=torch.bfloat16)) for name, shape in shapes.items()]
+        tensors = [
+            LazyTensor.from_tensor(theirs(name), torch.ones(shape, dtype=torch.bfloat16)) for name, shape in shapes.items()
+        ]
         write_safetensors(Path(folder) / "hf" / "model.safetensors", tensors)
         del tensors
         make_random_checkpoint(Path(folder) / "tiny", TINY, shards=4)

@@ -15,8 +15,8 @@ from bounds import little_memory_and_time
 from folders import tiny_folder
 from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.formats.mapped_safetensors import map_safetensors
-from llama_ref.checkpoint.hf.names import in_meta_order, in_their_order, theirs
+from llama_ref.checkpoint.formats.safetensors import map_safetensors
+from llama_ref.checkpoint.hf.names import from_hf_rope, theirs, to_hf_rope
 from llama_ref.checkpoint.reader import OUTPUT, Stored, open_stored
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.errors import CheckpointError
@@ -89,7 +89,9 @@ BROKEN = {
     "a list for an entry": file_of({"a": [1]}),
     "an unknown dtype": file_of({"a": F32_PAIR | {"dtype": "F31"}}),
     "two numbers in a byte": file_of({"a": F32_PAIR | {"dtype": "F4", "shape": [16]}}),
-    "one name twice": file_of(b'{"a":%b,"a":%b}' % ((json.dumps(F32_PAIR).encode(),) * 2)),
+    "one name twice": file_of(
+        b'{"a":%b,"a":%b}' % tuple(json.dumps(F32_PAIR | {"dtype": dtype}).encode() for dtype in ("F32", "I32"))
+    ),
     "one key twice": file_of(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"dtype":"I32"}}'),
     "metadata of numbers": file_of({"__metadata__": {"format": 1}, "a": F32_PAIR}),
     "an endless header": b"\xff" * 8 + b"{}",
@@ -170,7 +172,7 @@ def stored_in(folder: Path) -> Stored:
     return open_stored(opened, opened.read_args())
 
 
-def test_every_form_gives_the_same_pieces(folders):
+def test_every_form_gives_the_same_slices(folders):
     whole = torch.load(folders["1 shards"] / "consolidated.00.pth", weights_only=True)
     args = open_folder(folders["1 shards"]).read_args()
     for form, folder in folders.items():
@@ -178,17 +180,17 @@ def test_every_form_gives_the_same_pieces(folders):
         assert not stored.tied
         for name in expected_shapes(args):
             dim = split_dim(name)
-            pieces = stored.pieces(name)
-            assert torch.equal(torch.cat([piece.tensor for piece in pieces], dim or 0), whole[name]), (form, name)
+            slices = stored.slices(name)
+            assert torch.equal(torch.cat([each.tensor for each in slices], dim or 0), whole[name]), (form, name)
             assert stored.dtype(name) == torch.float32
             if dim is not None:  # two stretches of whole heads, the later one first
                 wanted = [range(16, 32), range(8)]
-                parts = [piece.tensor for piece in stored.pieces(name, wanted)]
+                parts = [each.tensor for each in stored.slices(name, wanted)]
                 expected = [whole[name].narrow(dim, each.start, len(each)) for each in wanted]
                 assert torch.equal(torch.cat(parts, dim), torch.cat(expected, dim)), (form, name)
-            for piece in pieces:
-                piece.release()
-            assert torch.equal(torch.cat([piece.tensor for piece in stored.pieces(name)], dim or 0), whole[name])
+            for each in slices:
+                each.release()
+            assert torch.equal(torch.cat([each.tensor for each in stored.slices(name)], dim or 0), whole[name])
 
 
 def test_a_tied_output_is_the_embedding_even_where_the_file_has_another(tmp_path):
@@ -199,7 +201,7 @@ def test_a_tied_output_is_the_embedding_even_where_the_file_has_another(tmp_path
     save_file(tensors | {theirs(OUTPUT): torch.zeros(512, 32)}, path, {"format": "pt"})
     stored = stored_in(folder)
     assert stored.tied
-    assert torch.equal(stored.pieces(OUTPUT)[0].tensor, tensors["model.embed_tokens.weight"])
+    assert torch.equal(stored.slices(OUTPUT)[0].tensor, tensors["model.embed_tokens.weight"])
 
 
 def test_an_output_that_is_not_tied_has_to_be_there(folders):
@@ -222,9 +224,9 @@ def test_a_tensor_in_two_files_is_an_error_that_names_both(folders):
 @given(n_heads=st.integers(1, 5), half=st.integers(1, 8), width=st.integers(1, 4))
 def test_the_order_of_rows_there_and_back(n_heads, half, width):
     rows = torch.arange(n_heads * 2 * half * width).view(-1, width)
-    turned = in_their_order(WQ, rows, 2 * half)
-    assert torch.equal(in_meta_order(WQ, turned, 2 * half), rows)
+    turned = to_hf_rope(WQ, rows, 2 * half)
+    assert torch.equal(from_hf_rope(WQ, turned, 2 * half), rows)
     for i in range(half):  # what RoPE turns together: neighbours here, halves there
         assert torch.equal(turned[i], rows[2 * i]) and torch.equal(turned[i + half], rows[2 * i + 1])
     unturned = "layers.0.attention.wv.weight"
-    assert in_their_order(unturned, rows, 2 * half) is rows and in_meta_order(unturned, rows, 2 * half) is rows
+    assert to_hf_rope(unturned, rows, 2 * half) is rows and from_hf_rope(unturned, rows, 2 * half) is rows

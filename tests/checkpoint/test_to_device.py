@@ -15,7 +15,6 @@ from torch import Tensor
 
 from delayed_device import DelayedDevice, host_buffers, loading_through
 from folders import PARAMS, byte_tokenizer, tiny_folder
-from llama_ref.checkpoint import to_device
 from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
@@ -155,22 +154,6 @@ def test_without_pinned_memory_tensors_are_copied_plainly(monkeypatch):
     monkeypatch.setattr(torch, "empty", refuse)
     with pinned_copier("cuda:0") as copier:
         assert copier is None
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("wanted", DTYPES, ids=str)
-def test_tensors_arrive_on_cuda(monkeypatch, wanted):
-    monkeypatch.setattr(to_device, "BUFFER_BYTES", 1 << 16)
-    sources = [torch.randint(-100, 100, (n, 300)).to(torch.bfloat16) for n in (1, 700, 1300)]
-    targets = [torch.zeros(len(source), 600, dtype=wanted, device="cuda") for source in sources]
-    with pinned_copier("cuda") as copier:
-        assert copier and all(buffer.is_pinned() for buffer in copier.buffers)
-        for source, target in zip(sources, targets, strict=True):
-            copier.copy(source, target[:, 100:400])
-    for source, target in zip(sources, targets, strict=True):
-        assert torch.equal(target[:, 100:400].cpu(), source.to(wanted))
-        assert not target[:, :100].any() and not target[:, 400:].any()
 
 
 # ---- host memory

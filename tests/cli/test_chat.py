@@ -80,11 +80,11 @@ def test_commands_answer_on_stderr(talk, session, tmp_path):
     told = [line for line in err.splitlines() if not line.startswith("[")]
     assert told[: len(chat.HELP.splitlines())] == chat.HELP.splitlines()
     assert told[len(chat.HELP.splitlines()) :] == [
-        "begun anew with this system prompt",
+        "conversation reset, with this system prompt",
         f"saved 3 messages to {file}",
-        "begun anew",
+        "conversation reset",
         f"loaded 3 messages from {file}",
-        "begun anew without a system prompt",
+        "conversation reset, without a system prompt",
     ]
     assert [message["role"] for message in json.loads(file.read_text())] == ["system", "user", "assistant"]
     assert session.dialog == []
@@ -102,9 +102,10 @@ def test_reset_keeps_the_system_prompt(talk, session):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/bogus", "/bogus is unknown; /help lists what there is"),
-        ("/", "/ is unknown"),
-        ("/ exit", "/ is unknown"),
+        ("/bogus", "unknown command /bogus (/help lists all)"),
+        ("/", "unknown command / (/help"),
+        ("/ exit", "unknown command / ("),
+        ("/rest", "unknown command /rest; did you mean /reset? (/help lists all)"),
         ("/save", "/save needs a file name"),
         ("/load  ", "/load needs a file name"),
         ("/load /nowhere/talk.json", "cannot read /nowhere/talk.json: No such file or directory"),
@@ -210,10 +211,10 @@ def test_at_a_terminal_ctrl_c_breaks_off_and_ctrl_d_leaves(demo_folder):
 
         terminal.type("Write a long story about a whale.\n")
         terminal.wait_for(r"whale\.\s[^>]*\w+ \w+ \w+ \w+")  # a few words of the answer are there
-        terminal.wait_for(r"; broken off\]\s+> ", pressing="\x03")
+        terminal.wait_for(r"; interrupted\]\s+> ", pressing="\x03")
 
         terminal.type("/reset\n")
-        terminal.wait_for(r"begun anew\s+> ")
+        terminal.wait_for(r"conversation reset\s+> ")
         terminal.type("What is \\\n")
         terminal.wait_for("… ")
         terminal.type("2+2?\n")

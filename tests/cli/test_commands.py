@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import exit_code
-from llama_ref.checkpoint.verify.report import human_bytes
+from llama_ref.formatting import human_bytes
 from llama_ref.generation import Llama
 
 CAPITAL = "The capital of France is"
@@ -168,7 +168,7 @@ def test_chat_through_a_pipe_answers_each_line(run, name):
     code, out, err = run("chat", name, "--system", "42", "--max_gen_len", "1", "--temperature", "0", stdin="Hi\n/bogus\n안녕\n")
     assert code == 0
     assert len(out.splitlines()) >= 2
-    assert re.fullmatch(f"{PACE}/bogus is unknown; .*\n{PACE}", err)
+    assert re.fullmatch(f"{PACE}unknown command /bogus .*\n{PACE}", err)
 
 
 # ---- misuse
@@ -203,7 +203,7 @@ def test_a_wrong_name_is_misuse_and_tells_the_right_ones(run, root, command):
 def test_words_that_make_no_sense_are_refused_before_anything_is_looked_for(run, words):
     code, out, err = run(*words)
     assert (code, out) == (2, "")
-    assert "ERROR" in err and "no folder" not in err
+    assert re.fullmatch(r"llama-ref: (unknown|unexpected|missing) .* \(see llama-ref.* --help\)\n", err)
 
 
 @pytest.mark.parametrize("command", ["complete", "chat"])
@@ -236,7 +236,7 @@ def test_bad_values_are_refused_before_anything_is_looked_for(run, command, flag
     """Not turn by turn, in `chat`, nor after a minute of loading."""
     code, out, err = run(command, "nowhere", f"--{flag}={value}", stdin="hello\n")
     assert (code, out) == (2, "")
-    assert re.fullmatch(rf"llama-ref: ({flag}|{value}) .*\n", err)
+    assert re.fullmatch(rf"llama-ref: ((--)?{flag}|{value}) .*\n", err)
 
 
 def test_a_prompt_longer_than_the_context_is_misuse_and_names_both(run, name):
@@ -256,14 +256,6 @@ def test_a_context_too_large_for_the_memory_is_misuse(run, name, command):
 def test_a_device_that_is_not_there_is_misuse(run, name):
     code, _, err = run("complete", name, "x", "--device", "cuda")
     assert code == 2 and "cuda" in err
-
-
-@pytest.mark.parametrize("words", [[], ["complete", "--help"], ["--help"]], ids=" ".join)
-def test_help_is_no_error(run, monkeypatch, words):
-    monkeypatch.setenv("PAGER", "cat")
-    code, out, err = run(*words)
-    assert code == 0
-    assert "temperature" in err if "complete" in words else "complete" in out + err
 
 
 # ---- what is wrong on disk

@@ -11,7 +11,7 @@ from llama_ref.compiled.int8_layout import PiecewiseInt8Linear
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
-from llama_ref.parallel.tensor import SummedLinear
+from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
 
@@ -102,7 +102,7 @@ def test_pieces_hold_the_same_numbers_in_every_dtype():
 
 def test_a_divided_model_is_refused():
     model = random_model(torch.float32)
-    model.layers[0].attention.wo = SummedLinear(model.layers[0].attention.wo.weight, None)
+    model.layers[0].attention.wo = RowParallelLinear(model.layers[0].attention.wo.weight, None)
     with pytest.raises(RequestError, match="compile is for one process"):
         compile_decode(model)
 

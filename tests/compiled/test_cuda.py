@@ -347,6 +347,22 @@ def test_what_cannot_be_recorded_decodes_as_ever_and_one_line_says_so(pair, capl
     ]
 
 
+def test_kernels_that_cannot_be_prepared_leave_the_model_as_it_was(monkeypatch, caplog):
+    class OutOfResources(Exception):  # Triton's are no RuntimeErrors
+        pass
+
+    def refuses(*_: object) -> Tensor:
+        raise OutOfResources("shared memory, Required: 241664, Hardware limit: 101376")
+
+    plain, fast = random_model(ARGS, seed=0), random_model(ARGS, seed=0)
+    monkeypatch.setattr(cuda, "CudaGraphs", lambda device: unrecorded)
+    monkeypatch.setattr(cuda, "norm_query", refuses)
+    compile_cuda_decode(fast)
+    assert not {"hidden", "forward"} & vars(fast).keys()
+    assert generated(fast, ROWS[2], 12) == generated(plain, ROWS[2], 12)
+    assert caplog.messages[-1].startswith("it cannot be prepared here (shared memory, Required: 241664")
+
+
 def test_out_of_memory_costs_a_call_not_the_feature(pair, caplog):
     plain, fast = pair
     passes = fast.forward.fast

@@ -15,7 +15,7 @@ import torch
 
 from folders import tiny_folder
 from jobs import ENVIRONMENT, TORCHRUN, torchrun
-from llama_ref.cli import commands
+from llama_ref.cli import main
 from llama_ref.errors import RequestError
 from llama_ref.parallel.job import join_job
 
@@ -108,14 +108,14 @@ def test_a_conversation_of_several_processes_is_that_of_one(folder, tmp_path, mo
     turns = f"hi\n/save {tmp_path}/talk.json\n/reset\n/load {tmp_path}/talk.json\n/load nowhere\nand\\\nso\n"
     words = ["chat", str(folder), "--max_gen_len", "4", "--temperature", "0", "--dtype", "float32", "--device", "cpu"]
     monkeypatch.setattr("sys.stdin", io.StringIO(turns))
-    assert commands.main(words) == 0
+    assert main(words) == 0
     alone = capsys.readouterr()
     done = torchrun(4, "-m", "llama_ref.cli", *words, "--pipeline_parallel_size", "2", input=turns, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone.out
     told = [[line for line in err.splitlines() if not line.startswith("[")] for err in (alone.err, done.stderr)]
     assert told[1] == told[0]
-    assert len(told[0]) == 4, "saved, begun anew, loaded, cannot read"
+    assert len(told[0]) == 4, "saved, conversation reset, loaded, cannot read"
 
 
 def test_processes_cannot_work_together_on_mps(monkeypatch):

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from corpus import CODE, PROSE, WHOLE
 from llama_ref.chat import ChatFormat
 from llama_ref.checkpoint.hf.chat_template import chat_template
-from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json, tokenizer_config, write_tokenizer_json
+from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json, write_tokenizer_json
+from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN

@@ -16,6 +16,7 @@ from llama_ref.quantization.apply import quantized, replace_module
 from llama_ref.quantization.calibration import ALIKE, calibration_text, round_layers
 from llama_ref.quantization.gptq import round_int4
 from llama_ref.quantization.linear import Int4Linear
+from llama_ref.quantization.rounding import int4_scales, to_int4
 from llama_ref.quantization.scheme import Scheme
 
 COLUMNS = 128
@@ -34,6 +35,12 @@ def error(x: Tensor, weight: Tensor, rounded: Int4Linear) -> float:
     return (x @ (weight - rounded.dequantize()).T).square().sum().item()
 
 
+def weighted(weight: Tensor, group: int, importance: Tensor) -> Int4Linear:
+    """Rounded to nearest, with scales that count errors by their columns' importance."""
+    scales = int4_scales(weight, group, importance)
+    return Int4Linear(to_int4(weight, *scales), *scales)
+
+
 def gptq(weight: Tensor, x: Tensor, group: int) -> Int4Linear:
     return Int4Linear(*round_int4(weight, x.T @ x, group))
 
@@ -44,14 +51,14 @@ def test_outputs_are_off_by_less_than_those_of_rounding_to_nearest(group, mixing
     """The more the inputs go together, the more; on inputs that were not seen too."""
     weight, x = random(100, COLUMNS, seed=3), inputs(1500, mixing)
     seen, unseen = x[:1000], x[1000:]
-    rounded, nearest = gptq(weight, seen, group), Int4Linear.of(weight, group, seen.square().mean(0))
+    rounded, nearest = gptq(weight, seen, group), weighted(weight, group, seen.square().mean(0))
     assert error(seen, weight, rounded) < share * error(seen, weight, nearest)
     assert error(unseen, weight, rounded) < (share + 0.06) * error(unseen, weight, nearest)
 
 
 def test_inputs_that_do_not_go_together_lead_to_the_nearest():
     weight, squares = random(50, COLUMNS, seed=4), torch.rand(COLUMNS, generator=torch.Generator().manual_seed(5)) + 0.1
-    rounded, nearest = Int4Linear(*round_int4(weight, squares.diag(), 32)), Int4Linear.of(weight, 32, squares)
+    rounded, nearest = Int4Linear(*round_int4(weight, squares.diag(), 32)), weighted(weight, 32, squares)
     assert torch.equal(rounded.packed, nearest.packed)
     assert all(buffer.is_contiguous() for buffer in rounded.buffers())
     torch.testing.assert_close(rounded.dequantize(), nearest.dequantize(), rtol=0.01, atol=0.005)  # a bfloat16 may turn over
@@ -61,6 +68,15 @@ def test_each_rows_numbers_hang_on_that_row_alone():
     weight, x = random(64, COLUMNS, seed=6), inputs(400, 0.1)
     whole, some = gptq(weight, x, 64), gptq(weight[20:30], x, 64)
     assert (whole.unpacked()[20:30] != some.unpacked()).float().mean() < 0.01
+
+
+def test_important_columns_are_spared():
+    weight, used = random(100, COLUMNS, seed=9), torch.ones(COLUMNS)
+    used[::8] = 100
+    x = random(64, COLUMNS, seed=3) * used.sqrt()
+    plain, spared = Int4Linear.of(weight, 64), weighted(weight, 64, used)
+    assert error(x, weight, spared) < 0.64 * error(x, weight, plain)
+    assert error(torch.eye(COLUMNS), weight, spared) > error(torch.eye(COLUMNS), weight, plain)
 
 
 @pytest.mark.parametrize(

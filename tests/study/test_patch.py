@@ -286,7 +286,7 @@ def test_a_trace_that_does_not_fit_is_refused(model):
 def test_a_grids_cells_are_single_patches(model, over, name, axis):
     clean, corrupted = ids(1, 5), ids(1, 5, seed=1)
     metric = study.logit_difference(3, 4)
-    grid = study.patch_grid(model, clean[0].tolist(), corrupted, metric, over, name, progress=False)
+    grid = study.patch_grid(model, clean[0].tolist(), corrupted, metric, over, name)
     source = study.trace(model, clean)
     for layer in range(3):
         for cell in range(grid.values.shape[1]):
@@ -302,15 +302,19 @@ def test_a_grids_cells_are_single_patches(model, over, name, axis):
 
 def test_the_last_position_of_the_last_layer_is_the_whole_answer(model):
     metric = study.probability(7)
-    grid = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), metric, name="residual_post", progress=False)
+    grid = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), metric, name="residual_post")
     assert grid.values[-1, -1] == pytest.approx(grid.clean, rel=1e-4)
     assert grid.values[-1, :-1] == pytest.approx([grid.corrupted] * 5, rel=1e-4)
 
 
 def test_a_grid_of_many_cells_takes_several_passes(model, monkeypatch):
-    whole = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), study.probability(7), progress=False)
+    whole = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), study.probability(7))
     monkeypatch.setattr("llama_ref.study.patching_grid.PASS_TOKENS", 15)
-    parts = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), study.probability(7), progress=True)
+    calls = []
+    parts = study.patch_grid(
+        model, ids(1, 6), ids(1, 6, seed=1), study.probability(7), progress=lambda *call: calls.append(call)
+    )
+    assert calls == [(done, 18) for done in (2, 4, 6, 8, 10, 12, 14, 16, 18)]
     assert parts.values == pytest.approx(whole.values, rel=1e-4)
 
 

@@ -22,7 +22,7 @@ from llama_ref.decoding.speculative import NGrams, PassTime
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer, rope_frequencies, rope_rotations, rotate
-from llama_ref.parallel.tensor import SummedLinear
+from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.study import names
 from llama_ref.study.names import all_names, axes, matching
@@ -375,8 +375,8 @@ def tiny_llama(tmp_path_factory) -> Llama:
 @pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]])
 def test_a_recorded_generation_is_the_whole_text_at_once(tiny_llama, prompts):
     plain = tiny_llama.generate(prompts, max_gen_len=6, temperature=0)
-    recorded = study.Recording("*")
-    assert tiny_llama.generate(prompts, max_gen_len=6, temperature=0, trace=recorded) == plain
+    with study.recording(tiny_llama.model) as recorded:
+        assert tiny_llama.generate(prompts, max_gen_len=6, temperature=0) == plain
     traced = recorded.trace
     for row, (prompt, answer) in enumerate(zip(prompts, plain[0], strict=True)):
         text = (prompt + answer)[:-1]  # the last token is not run
@@ -473,7 +473,7 @@ def test_what_cannot_be_studied_is_refused_and_left_as_it_was(model):
     with pytest.raises(RequestError, match="expected a llama_ref Transformer"):
         study.trace(object(), [1])
     divided = random_model(ARGS, seed=0)
-    divided.layers[0].attention.wo = SummedLinear(divided.layers[0].attention.wo, None)
+    divided.layers[0].attention.wo = RowParallelLinear(divided.layers[0].attention.wo, None)
     with pytest.raises(RequestError, match="divided among processes"), study.recording(divided):
         pass
     strange = random_model(ARGS, seed=0)

@@ -7,6 +7,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import Tensor
 
+from llama_ref.bench.peers.gguf_names import WITHIN_LAYER
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.model import Transformer, rope_frequencies
@@ -15,17 +16,6 @@ TYPES = {
     torch.bfloat16: GGMLQuantizationType.BF16,
     torch.float16: GGMLQuantizationType.F16,
     torch.float32: GGMLQuantizationType.F32,
-}
-NAMES = {
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-    "attention_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
 }
 CONTEXT = 131072
 
@@ -70,7 +60,7 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
         plain = model.args.rope_theta ** -(torch.arange(0, model.args.head_dim, 2) / model.args.head_dim)
         out["rope_freqs.weight"] = plain / rope_frequencies(model.args)  # how many times slower each pair turns
     for i, layer in enumerate(model.layers):
-        out |= {f"blk.{i}.{theirs}.weight": layer.get_submodule(name).weight for name, theirs in NAMES.items()}
+        out |= {f"blk.{i}.{gguf}.weight": layer.get_submodule(name).weight for name, gguf in WITHIN_LAYER.items()}
     return out
 
 

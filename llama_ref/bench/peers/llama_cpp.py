@@ -7,7 +7,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from llama_ref.bench.peers.base import kv_bytes
+from llama_ref.bench.costs import kv_bytes
 from llama_ref.bench.peers.gguf import bytes_read, write_gguf
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.folder import open_folder

@@ -8,7 +8,7 @@ from fairscale.nn.model_parallel import initialize as model_parallel
 from llama_models.llama3.args import ModelArgs as MetaArgs
 from llama_models.llama3.model import Transformer as MetaTransformer
 
-from llama_ref.bench.peers.base import kv_bytes, weight_bytes
+from llama_ref.bench.costs import kv_bytes, weight_bytes
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model

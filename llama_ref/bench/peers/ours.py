@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from llama_ref.bench.peers.base import kv_bytes, weight_bytes
+from llama_ref.bench.costs import kv_bytes, weight_bytes
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.compiled.caches import new_cache

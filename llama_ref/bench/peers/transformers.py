@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported: nothing is to be
 import torch
 from transformers import LlamaForCausalLM
 
-from llama_ref.bench.peers.base import kv_bytes, weight_bytes
+from llama_ref.bench.costs import kv_bytes, weight_bytes
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder

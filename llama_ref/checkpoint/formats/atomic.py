@@ -1,11 +1,11 @@
 """Write a checkpoint folder, one of its files, or its list of sums, so that it is there whole or not at all."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
-import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llama_ref.checkpoint.verify.checklist import CHECKLIST_NAME, format_entry
-from llama_ref.checkpoint.verify.hashing import Progress, hash_files
-from llama_ref.checkpoint.verify.report import human_bytes
+from llama_ref.checkpoint.verify.hashing import hash_files
 from llama_ref.errors import CheckpointError, RequestError
-
-if sys.platform != "win32":
-    import fcntl
+from llama_ref.formatting import human_bytes
+from llama_ref.progress import FileProgress
 
 CHECKPOINT_FILE = re.compile(
     r"params\.json|tokenizer\.model|checklist\.chk|consolidated\.\d{2,}\.pth|README\.md"
@@ -46,16 +44,16 @@ def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> It
     path = Path(path).expanduser()
     with _os_errors_told(path, "create"):
         path = path.resolve()
-        _refuse_taken(path, force)
-        _refuse_below_file(path)
-        refuse_full_disk(path, n_bytes)
+        _check_target(path, force)
+        _check_parent(path)
+        check_free_space(path, n_bytes)
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         partial, lock = _make_partial(path)
     try:
         with _os_errors_told(partial, "write"):
             yield partial
-            _refuse_taken(path, force)  # someone else may have been quicker
+            _check_target(path, force)  # someone else may have been quicker
             if path.exists():
                 shutil.rmtree(path)
             partial.rename(path)
@@ -72,7 +70,7 @@ def new_file(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
 
     Raises CheckpointError where there is no room for it, it is there already, or it cannot be written.
     """
-    refuse_full_disk(path, n_bytes)
+    check_free_space(path, n_bytes)
     with _os_errors_told(path, "write", n_bytes), path.open("xb") as file:
         try:
             yield file
@@ -83,7 +81,7 @@ def new_file(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
             raise
 
 
-def refuse_full_disk(path: str | Path, n_bytes: int) -> None:
+def check_free_space(path: str | Path, n_bytes: int) -> None:
     """Raise CheckpointError if `n_bytes` surely do not fit where `path` is or is to be."""
     path = Path(path)
     with _os_errors_told(path, "write"):
@@ -101,7 +99,7 @@ def write_params(folder: Path, params: Mapping[str, Any]) -> None:
 
 
 def write_sums(
-    folder: Path, names: Iterable[str], algorithm: str = "md5", jobs: int | None = None, progress: Progress | None = None
+    folder: Path, names: Iterable[str], algorithm: str = "md5", jobs: int | None = None, progress: FileProgress | None = None
 ) -> Path:
     """Write checklist.chk over the named files of a folder, whole or not at all; return its path.
 
@@ -174,13 +172,13 @@ def _nearest(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
-def _refuse_below_file(path: Path) -> None:
+def _check_parent(path: Path) -> None:
     above = _nearest(path.parent)
     if not above.is_dir():
         raise RequestError(f"cannot create {path}: {above} is a file, expected a folder; {ELSEWHERE}")
 
 
-def _refuse_taken(path: Path, force: bool) -> None:
+def _check_target(path: Path, force: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir():

@@ -18,7 +18,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
-class Outgoing:
+class LazyTensor:
     """A tensor to be written. `blocks` gives whole rows in order, together all of it, and is called when its turn comes.
 
     A block may lie anywhere and in any strides; only one is held at a time.
@@ -30,8 +30,8 @@ class Outgoing:
     blocks: Callable[[], Iterable[Tensor]]
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> "Outgoing":
-        """A tensor that is there already, in memory or mapped."""
+    def from_tensor(cls, name: str, tensor: Tensor) -> "LazyTensor":
+        """Wrap a tensor that exists already, in memory or mapped."""
         return cls(name, tuple(tensor.shape), tensor.dtype, lambda: row_blocks(tensor))
 
     @property
@@ -71,7 +71,7 @@ def row_blocks(tensor: Tensor, n_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
     yield from tensor.split(max(1, n_bytes // max(1, row_bytes)))
 
 
-def refuse_unwritable(tensors: Sequence[Outgoing]) -> None:
+def check_writable(tensors: Sequence[LazyTensor]) -> None:
     """Raise ValueError for tensors that no weight file can hold: two of one name, or one without dimensions."""
     seen: set[str] = set()
     for tensor in tensors:

@@ -16,7 +16,7 @@ from llama_ref.checkpoint.formats.pth_pickle import (
 )
 from llama_ref.checkpoint.formats.pth_zip import BadArchive, Record, read_at, read_directory
 from llama_ref.errors import CheckpointError
-from llama_ref.files import refuse_impostor
+from llama_ref.files import check_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def inspect_pth(path: str | Path) -> dict[str, TensorInfo]:
     in the archive, or what its pickle asks for that tensors do not need.
     """
     path = Path(path)
-    head = refuse_impostor(path, "a .pth of weights")
+    head = check_head(path, "a .pth of weights")
     if not head.startswith(b"PK"):
         raise CheckpointError(f"{path} {_not_zip(head)}")
     try:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 
 from llama_ref.checkpoint.formats.atomic import new_file
-from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, Outgoing, refuse_unwritable
+from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, check_writable
 from llama_ref.checkpoint.formats.pth_pickle import STORAGES
 from llama_ref.checkpoint.formats.pth_zip import END, END64, END64_SIGNATURE, LOCAL, LOCATOR64, LOCATOR64_SIGNATURE
 
@@ -30,7 +30,7 @@ STORAGE_OF = {getattr(torch, dtype): getattr(torch, storage) for storage, dtype 
 
 def write_pth(
     path: str | Path,
-    tensors: Sequence[Outgoing],
+    tensors: Sequence[LazyTensor],
     aliases: Mapping[str, str] | None = None,
     progress: BytesWritten | None = None,
 ) -> None:
@@ -41,7 +41,7 @@ def write_pth(
     tensor.
     """
     path = Path(path)
-    refuse_unwritable(tensors)
+    check_writable(tensors)
     index = _index(tensors, aliases or {})
     with new_file(path, sum(tensor.nbytes + RECORD_BYTES for tensor in tensors) + len(index)) as file:
         archive = _Archive(file, path.stem)
@@ -65,7 +65,7 @@ class _Archive:
         self.zip = zipfile.ZipFile(self.sink, "w", zipfile.ZIP_STORED)
         self.root = root if root.isascii() else "archive"  # as torch
 
-    def add(self, name: str, data: bytes | Outgoing, progress: BytesWritten | None = None) -> None:
+    def add(self, name: str, data: bytes | LazyTensor, progress: BytesWritten | None = None) -> None:
         info = zipfile.ZipInfo(f"{self.root}/{name}")
         is_large = (len(data) if isinstance(data, bytes) else data.nbytes) > zipfile.ZIP64_LIMIT
         info.extra = self._padding(info, is_large)
@@ -126,14 +126,14 @@ class _OnwardOnly:
 
 @dataclass(frozen=True)
 class _Storage:
-    tensor: Outgoing
+    tensor: LazyTensor
     key: str
 
 
 class _Entry:
     """A tensor as torch.save pickles it: on the whole of its own storage, row by row."""
 
-    def __init__(self, tensor: Outgoing, key: str) -> None:
+    def __init__(self, tensor: LazyTensor, key: str) -> None:
         self.tensor, self.key = tensor, key
 
     def __reduce__(self) -> tuple:
@@ -150,7 +150,7 @@ class _Pickler(pickle.Pickler):
         return ("storage", STORAGE_OF[value.tensor.dtype], value.key, "cpu", value.tensor.numel)
 
 
-def _index(tensors: Sequence[Outgoing], aliases: Mapping[str, str]) -> bytes:
+def _index(tensors: Sequence[LazyTensor], aliases: Mapping[str, str]) -> bytes:
     """data.pkl: the dictionary of tensors, their bytes left to the archive's records."""
     for tensor in tensors:
         if tensor.dtype not in STORAGE_OF:

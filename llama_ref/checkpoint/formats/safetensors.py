@@ -1,4 +1,4 @@
-"""What a safetensors file holds, from its header alone, checked against the file's length."""
+"""Read safetensors files: the header, checked against the file's length, and memory-mapped tensors."""
 
 import json
 import math
@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from llama_ref.checkpoint.mapped_file import map_file
+from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.errors import CheckpointError
-from llama_ref.files import refuse_impostor, without_repetition
+from llama_ref.files import check_head, unique_keys
 
 LENGTH_BYTES = 8  # of the header's length in front of it
 HEADER_LIMIT_BYTES = 10 << 20  # the largest Llama 3's have some 100 kB
@@ -62,7 +67,7 @@ def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
     At least as strict as the safetensors library: what passes here opens there. Raises WrongLength for a file that is cut short
     or too long, CheckpointError for any other that is broken.
     """
-    refuse_impostor(path, "a safetensors file")
+    check_head(path, "a safetensors file")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -79,6 +84,31 @@ def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
     return tensors
 
 
+def map_safetensors(path: Path) -> dict[str, Tensor]:
+    """The file's tensors by name, memory-mapped: no byte is read before it is used. Raises as `inspect_safetensors`.
+
+    The library does not promise to map, and only mapped pages can be released again.
+    """
+    tensors = inspect_safetensors(path)
+    try:
+        data = torch.frombuffer(map_file(path), dtype=torch.uint8)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be mapped ({error})") from error
+    return {name: _map_tensor(path, name, data, held) for name, held in tensors.items() if not is_ignored(name)}
+
+
+def _map_tensor(path: Path, name: str, data: Tensor, held: HeldTensor) -> Tensor:
+    dtype = getattr(torch, held.dtype, None)  # the newest names are not in every torch
+    if dtype is None or math.prod(held.shape) * dtype.itemsize != held.nbytes:  # some dtypes pack two numbers in a byte
+        raise CheckpointError(f"{path}: {name} is {held.dtype}, which is not read here; fetch weights in bfloat16")
+    if not held.nbytes:
+        return torch.empty(held.shape, dtype=dtype)
+    flat = data[held.file_offset : held.file_offset + held.nbytes]
+    if flat.data_ptr() % dtype.itemsize:
+        flat = flat.clone()  # a header of odd length, as no writer of today makes it
+    return flat.view(dtype).view(held.shape)
+
+
 def _check_length(path: Path, size: int, length: int, data: bytes) -> None:
     if size < LENGTH_BYTES:
         raise WrongLength(f"{path} ends within its first {LENGTH_BYTES} bytes")
@@ -92,7 +122,7 @@ def _check_length(path: Path, size: int, length: int, data: bytes) -> None:
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         header = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_all_texts, parse_int=_short_int, parse_constant=_refuse_constant
+            data.decode("utf-8"), object_pairs_hook=_all_texts, parse_int=_short_int, parse_constant=_reject_constant
         )
     except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
@@ -138,7 +168,7 @@ def _are_counts(numbers: Any) -> bool:
 
 
 def _all_texts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = without_repetition(pairs)
+    found = unique_keys(pairs)
     for name in found:
         name.encode()  # half a surrogate pair is no text: a UnicodeEncodeError is a ValueError
     return found
@@ -150,7 +180,7 @@ def _short_int(digits: str) -> int:
     return int(digits)
 
 
-def _refuse_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from llama_ref.checkpoint.formats.atomic import new_file
-from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, Outgoing, refuse_unwritable
+from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, check_writable
 
 LENGTH_BYTES = 8  # the index's length in front of it
-ALIGNMENT_BYTES = 8  # of where the tensors begin
+ALIGNMENT_BYTES = 64  # of where the tensors begin: a cache line, and the widest vectors; kernels may want mapped ones aligned
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -26,13 +26,15 @@ DTYPE_NAMES = {
 }
 
 
-def write_safetensors(path: str | Path, tensors: Sequence[Outgoing], progress: BytesWritten | None = None) -> None:
+def write_safetensors(path: str | Path, tensors: Sequence[LazyTensor], progress: BytesWritten | None = None) -> None:
     """Write the new file `path`, whole or not at all: the tensors in their order, those of wider dtypes first.
 
-    Raises CheckpointError where it cannot be written, ValueError where blocks do not make their tensor.
+    The format allows no gaps, so tensors whose sizes would misalign those behind them come last. Raises CheckpointError where
+    it cannot be written, ValueError where blocks do not make their tensor.
     """
-    refuse_unwritable(tensors)
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # stable; keeps each aligned to its own items
+    check_writable(tensors)
+    # Stable. A wider dtype before a narrower one keeps each aligned to its own items.
+    tensors = sorted(tensors, key=lambda tensor: (tensor.nbytes % ALIGNMENT_BYTES > 0, -tensor.dtype.itemsize))
     index = _index(tensors)
     with new_file(Path(path), len(index) + sum(tensor.nbytes for tensor in tensors)) as file:
         file.write(index)
@@ -40,7 +42,7 @@ def write_safetensors(path: str | Path, tensors: Sequence[Outgoing], progress: B
             tensor.write_to(file, progress)
 
 
-def _index(tensors: Sequence[Outgoing]) -> bytes:
+def _index(tensors: Sequence[LazyTensor]) -> bytes:
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     at = 0
     for tensor in tensors:
@@ -49,5 +51,5 @@ def _index(tensors: Sequence[Outgoing]) -> bytes:
         offsets = [at, at := at + tensor.nbytes]
         entries[tensor.name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     data = json.dumps(entries, separators=(",", ":")).encode()
-    data += b" " * (-len(data) % ALIGNMENT_BYTES)
+    data += b" " * (-(LENGTH_BYTES + len(data)) % ALIGNMENT_BYTES)
     return len(data).to_bytes(LENGTH_BYTES, "little") + data

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from llama_ref.args import BadValue, ModelArgs, ffn_dim, json_object, require, short, usual_rope_factor, with_usual_names
+from llama_ref.args import PARAMS_LIMIT_BYTES, ModelArgs, ffn_dim, usual_rope_factor
 from llama_ref.checkpoint.releases import SHAPES
+from llama_ref.files import BadValue, json_object, renamed_keys, require_keys
+from llama_ref.formatting import dtype_name, short
 from llama_ref.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT
 
 NAMES = {  # ModelArgs' and Hugging Face's
@@ -68,9 +70,9 @@ def read_config(path: str | Path) -> HFConfig:
     `args.hidden_dim` is always set, for config.json says the FFN's width outright; `params_of` finds the formula. Raises
     CheckpointError for a file that cannot be read, and for a model that is no Llama 3, naming the key that shows it.
     """
-    with json_object(path, "the model's config.json", "model_type, hidden_size, …") as config:
-        _refuse_other_models(config)
-        require(config, REQUIRED)
+    with json_object(path, "the model's config.json", "model_type, hidden_size, …", PARAMS_LIMIT_BYTES) as config:
+        _check_model(config)
+        require_keys(config, REQUIRED)
         theta, factor = _read_rope(config)
         args = ModelArgs.from_dict(
             {ours: config.get(theirs) for ours, theirs in NAMES.items()}
@@ -81,7 +83,7 @@ def read_config(path: str | Path) -> HFConfig:
         return HFConfig(args, tied=config.get("tie_word_embeddings") is True)
 
 
-def _refuse_other_models(config: Mapping[str, Any]) -> None:
+def _check_model(config: Mapping[str, Any]) -> None:
     if config.get("model_type") in VISION_MODELS:
         raise BadValue(f'"model_type" is {short(config["model_type"])}, a vision model, and only text models are read so far')
     _expect(config, "model_type", ("llama",), "only Llama 3 models are read")
@@ -108,13 +110,13 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
         if not isinstance(section, dict):
             raise BadValue(f'"{name}" is {short(section)}, expected an object or null')
         pairs += section.items()
-    rope = with_usual_names(pairs, OLD_ROPE_KEYS)
-    require(rope, ["rope_theta", *(["rope_type"] if "factor" in rope else [])])
+    rope = renamed_keys(pairs, OLD_ROPE_KEYS)
+    require_keys(rope, ["rope_theta", *(["rope_type"] if "factor" in rope else [])])
     _expect(rope, "partial_rotary_factor", (1.0,), "a Llama 3's RoPE turns whole heads")
     _expect(rope, "rope_type", ("default", "llama3"), "a Llama 3's RoPE is scaled in no other way")
     if rope.get("rope_type", "default") == "default":
         return rope["rope_theta"], None
-    require(rope, ["factor", *LLAMA_3_ROPE])
+    require_keys(rope, ["factor", *LLAMA_3_ROPE])
     for key, usual in LLAMA_3_ROPE.items():
         _expect(rope, key, (usual,), "every Llama 3.1 and later has that")
     return rope["rope_theta"], rope["factor"]
@@ -149,7 +151,7 @@ def config_of(args: ModelArgs, *, tied: bool, dtype: torch.dtype, bos: int, eos:
         "rope_scaling": rope,
         "rope_theta": args.rope_theta,
         "tie_word_embeddings": tied,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
         "use_cache": True,
         "vocab_size": args.vocab_size,
     }

@@ -31,7 +31,7 @@ def is_rotated(name: str) -> bool:
     return name.endswith((".wq.weight", ".wk.weight"))
 
 
-def in_meta_order(name: str, rows: Tensor, head_dim: int) -> Tensor:
+def from_hf_rope(name: str, rows: Tensor, head_dim: int) -> Tensor:
     """Whole heads' rows (n·hd, D) from Hugging Face's order, x[i] paired with x[i + hd/2], to Meta's, x[2i] with x[2i + 1].
 
     A copy for the matrices that RoPE turns; any other tensor as it is.
@@ -39,6 +39,6 @@ def in_meta_order(name: str, rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2) if is_rotated(name) else rows
 
 
-def in_their_order(name: str, rows: Tensor, head_dim: int) -> Tensor:
-    """The way back of `in_meta_order`."""
+def to_hf_rope(name: str, rows: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `from_hf_rope`."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2) if is_rotated(name) else rows

@@ -1,4 +1,4 @@
-"""Hugging Face's `tokenizer.json` and `tokenizer_config.json` of a Llama 3 vocabulary: read and written."""
+"""Read and write Hugging Face's `tokenizer.json` of a Llama 3 vocabulary."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.errors import CheckpointError
-from llama_ref.vocabulary import SPLIT_PATTERN, Vocabulary, check_ranks, check_vocabulary, read_json, unused_text
+from llama_ref.files import read_json
+from llama_ref.vocabulary import SPLIT_PATTERN, Vocabulary, check_ranks, check_vocabulary, unused_text
 
 MAX_FILE_BYTES = 256 << 20  # Llama 3's file is 9 or 17 MB
 EXPECTED = "Llama 3's tokenizer.json"
@@ -254,27 +255,6 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
         },
     }
     path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
-
-
-def tokenizer_config(vocabulary: Vocabulary, max_seq_len: int, *, instruct: bool = True) -> dict[str, Any]:
-    """What tokenizer_config.json says beside tokenizer.json.
-
-    A model that was trained to chat ends its turns with eot_id and has a chat template; a base model has end_of_text and none,
-    as in Meta's own releases in this format.
-    """
-    # only now: dialogs know the tokenizer, and the tokenizer this file
-    from llama_ref.checkpoint.hf.chat_template import chat_template
-
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": vocabulary.special_text("<|begin_of_text|>"),
-        "eos_token": vocabulary.special_text("<|eot_id|>" if instruct else "<|end_of_text|>"),
-        "pad_token": vocabulary.special_text("<|finetune_right_pad_id|>"),
-        "model_max_length": max_seq_len,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-    }
-    return config | ({"chat_template": chat_template(vocabulary)} if instruct else {})
 
 
 def _all_merges(ranks: Mapping[bytes, int]) -> Iterator[Merge]:

@@ -43,11 +43,6 @@ class Checklist:
     unread_lines: list[int]
 
 
-def parse_checklist(path: str | Path) -> list[Entry]:
-    """The entries of a checklist; see `read_checklist`."""
-    return read_checklist(path).entries
-
-
 def read_checklist(path: str | Path) -> Checklist:
     """Read a list of MD5 or SHA-256 sums in any form that `md5sum -c` accepts, GNU's escapes and BSD's tags included.
 
@@ -132,7 +127,7 @@ def _inside(raw: bytes, path: Path, line: int) -> str:
     """The name without `./`, refused where it leaves the folder or names no file."""
     name = os.fsdecode(raw)
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or Path(name).is_absolute():
+    if pure.is_absolute() or ".." in pure.parts:
         raise CheckpointError(
             f"{path}, line {line} names {name!r}, which lies outside the folder; a checkpoint's list names only its own files, "
             "so this one is not to be trusted"

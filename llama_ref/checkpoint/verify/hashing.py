@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from llama_ref.checkpoint.verify.presence import size_of
+from llama_ref.device import cpu_count
+from llama_ref.progress import FileProgress
 
 READ_BYTES = 1 << 20  # large enough that calls cost nothing, small enough that the bytes are hashed out of the core's cache
-
-Progress = Callable[[Path, int, int], None]  # (path, bytes done, bytes in all); called from the hashing threads
 
 
 class Cancelled(Exception):
@@ -23,7 +23,7 @@ class Cancelled(Exception):
 
 
 def hash_file(
-    path: str | Path, algorithm: str = "md5", progress: Progress | None = None, cancel: threading.Event | None = None
+    path: str | Path, algorithm: str = "md5", progress: FileProgress | None = None, cancel: threading.Event | None = None
 ) -> str:
     """The hex sum of one file, read once through one buffer. Raises OSError, or Cancelled when `cancel` is set."""
     path = Path(path)
@@ -51,7 +51,7 @@ class Hashed:
 
 
 def hash_files(
-    wanted: Iterable[tuple[Path, str]], jobs: int | None = None, progress: Progress | None = None
+    wanted: Iterable[tuple[Path, str]], jobs: int | None = None, progress: FileProgress | None = None
 ) -> dict[Path, Hashed | OSError]:
     """Sums of many (path, algorithm), `jobs` files at a time (default: one per core); an unreadable one's is its OSError.
 
@@ -75,7 +75,7 @@ def hash_files(
 
 def run_all(tasks: list[Callable[[], None]], jobs: int | None, cancel: threading.Event) -> None:
     """Run `tasks` on at most `jobs` threads; on the first exception set `cancel`, wait for the rest, raise it."""
-    with ThreadPoolExecutor(max_workers=jobs or default_jobs(), thread_name_prefix="hash") as pool:
+    with ThreadPoolExecutor(max_workers=jobs or cpu_count(), thread_name_prefix="hash") as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
             for future in futures:
@@ -84,11 +84,6 @@ def run_all(tasks: list[Callable[[], None]], jobs: int | None, cancel: threading
             cancel.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def default_jobs() -> int:
-    """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _read_ahead(descriptor: int) -> None:

@@ -24,7 +24,7 @@ from llama_ref.checkpoint.verify.findings import (
 from llama_ref.checkpoint.verify.presence import INDEX_NAME, ONE_FILE, size_of
 from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError
-from llama_ref.vocabulary import read_json
+from llama_ref.files import read_json
 
 INDEX_LIMIT_BYTES = 16 << 20  # a 405B's has 100 kB
 MOST_FILES = 1000  # a 405B has 191; a damaged number must not make millions of files "missing"

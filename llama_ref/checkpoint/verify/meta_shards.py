@@ -32,8 +32,8 @@ from llama_ref.checkpoint.verify.hf_shards import examine_safetensors
 from llama_ref.checkpoint.verify.presence import HUGGING_FACE, Format, size_of
 from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError
-from llama_ref.files import read_head, read_small
-from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, read_json, read_ranks, read_tokenizer_model
+from llama_ref.files import read_head, read_json, read_small
+from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, read_ranks, read_tokenizer_model
 
 __all__ = ["Finding", "Structure", "examine"]
 

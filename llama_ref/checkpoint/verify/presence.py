@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME
-from llama_ref.checkpoint.verify.report import FileReport, State, human_bytes
+from llama_ref.checkpoint.verify.report import FileReport, State
+from llama_ref.formatting import human_bytes
 from llama_ref.vocabulary import ADDED_TOKENS
 
 PARTIAL_SUFFIXES = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".tmp", ".aria2")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llama_ref.checkpoint.verify.checklist import CHECKLIST_NAME
 from llama_ref.files import ADVICE as ADVICE_ON_IMPOSTOR
+from llama_ref.formatting import human_bytes, printable
 
 
 class State(str, Enum):
@@ -146,19 +147,3 @@ class Report:
         head = {"folder": str(self.folder), "ok": self.ok, "exit_code": self.exit_code, "summary": self.summary()}
         tail = {"problem": self.problem, "notes": self.notes, "seconds": round(self.seconds, 3), "files": files}
         return json.dumps(head | tail, indent=2)
-
-
-def human_bytes(n: float) -> str:
-    """1234567 -> "1.23 MB" (powers of ten, three digits)."""
-    if n < 1000:
-        return f"{n:.0f} byte{'' if n == 1 else 's'}"
-    units = iter(("kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while (n := n / 1000) >= 999.5:
-        unit = next(units, unit)
-    return f"{n:.3g} {unit}"
-
-
-def printable(text: str) -> str:
-    """A file's name as a terminal may be shown it: control characters and stray bytes escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)

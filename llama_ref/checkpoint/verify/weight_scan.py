@@ -13,7 +13,8 @@ import torch
 from llama_ref.checkpoint.formats.pth import TensorInfo, archive_records
 from llama_ref.checkpoint.formats.pth_zip import Record
 from llama_ref.checkpoint.formats.safetensors import HeldTensor
-from llama_ref.checkpoint.verify.hashing import Cancelled, Progress
+from llama_ref.checkpoint.verify.hashing import Cancelled
+from llama_ref.progress import FileProgress
 
 WITHOUT_SPECIALS = ("float4_e2m1fn_x2",)  # neither NaN nor infinity can be written so
 CHUNK_BYTES = 4 << 20  # a multiple of every dtype's size
@@ -32,7 +33,7 @@ def scan_weights(
     tensors: dict[str, TensorInfo],
     *,
     values: bool,
-    progress: Progress | None = None,
+    progress: FileProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> WeightScan:
     """Check all records of a `.pth` that `inspect_pth` has passed; with `values` also look for NaN and infinity.
@@ -65,7 +66,7 @@ def scan_safetensors(
     path: Path,
     tensors: dict[str, HeldTensor],
     *,
-    progress: Progress | None = None,
+    progress: FileProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> WeightScan:
     """Look for NaN and infinity in a safetensors file that `inspect_safetensors` has passed; it holds no sums to check.

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_ref.bench.results import LongResult, Report, Result, Spread
-from llama_ref.checkpoint.verify.report import human_bytes, printable
 from llama_ref.cli.terminal import print_rich
+from llama_ref.formatting import human_bytes, printable
 
 WIDTH = 80
 

@@ -1,69 +1,14 @@
-"""A checkpoint in numbers, as `llama-ref info` prints them."""
+"""What `llama-ref info` prints."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from rich.table import Column, Table
 
-from llama_ref.checkpoint.folder import CheckpointFolder
-from llama_ref.checkpoint.quantized_reader import scheme_of
-from llama_ref.checkpoint.reader import is_tied
-from llama_ref.checkpoint.verify.report import human_bytes
+from llama_ref.checkpoint.describe import ModelInfo
 from llama_ref.cli.terminal import print_rich
-from llama_ref.plan import count_parameters
-
-CONTEXTS = (2048, 8192, 32768, 131072)  # tokens; the last is what Llama 3.1 and later were trained for
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A checkpoint in numbers. Bytes of weights by dtype, and of one sequence's KV cache by context length (bfloat16)."""
-
-    name: str
-    path: str
-    parameters: int
-    tied_output: bool
-    quantization: str | None
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    ffn_dim: int
-    vocab_size: int
-    rope_theta: float
-    rope_scaling_factor: float
-    norm_eps: float
-    shards: int
-    shard_bytes: int
-    checklist: bool
-    weight_bytes: dict[str, int]
-    kv_cache_bytes: dict[int, int]
-
-
-def describe(folder: CheckpointFolder) -> ModelInfo:
-    """Read params.json and the shards' directories; no weights. Raises CheckpointError."""
-    args = folder.read_args()
-    tied = is_tied(folder)
-    parameters = count_parameters(args, tied)
-    scheme = str(scheme_of(folder, args)) if folder.is_quantized else None
-    per_token = 2 * args.n_layers * args.n_kv_heads * args.head_dim * DTYPE_BYTES["bfloat16"]  # keys and values
-    return ModelInfo(
-        name=folder.name,
-        path=str(folder.path),
-        parameters=parameters,
-        tied_output=tied,
-        quantization=scheme,
-        shards=len(folder.shards),
-        shard_bytes=folder.shard_bytes,
-        checklist=folder.checklist is not None,
-        weight_bytes={scheme: folder.shard_bytes} if scheme else {dtype: parameters * n for dtype, n in DTYPE_BYTES.items()},
-        kv_cache_bytes={context: context * per_token for context in CONTEXTS},
-        **{key: getattr(args, key) for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")},
-        **{key: getattr(args, key) for key in ("vocab_size", "rope_theta", "rope_scaling_factor", "norm_eps")},
-    )
+from llama_ref.formatting import human_bytes
 
 
 def print_info(info: ModelInfo, *, as_json: bool) -> None:

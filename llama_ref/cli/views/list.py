@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.table import Table
 
 from llama_ref.checkpoint.folder import checkpoints_root, list_folders, open_folder
-from llama_ref.checkpoint.verify.report import human_bytes
 from llama_ref.cli.terminal import print_rich
 from llama_ref.errors import CheckpointError
+from llama_ref.formatting import human_bytes
 
 
 def print_list(*, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from llama_ref.checkpoint.verify.report import human_bytes, printable
+from llama_ref.formatting import dtype_name, human_bytes, printable
 from llama_ref.plan import (
     CARDS_PER_NODE,
     SET_ASIDE,
@@ -69,7 +69,7 @@ def start_command(model: Model, workload: Workload, placement: Placement) -> lis
 def _full_name(dtype: str) -> str:
     from llama_ref.device import named_dtype
 
-    return str(named_dtype(dtype)).removeprefix("torch.")
+    return dtype_name(named_dtype(dtype))
 
 
 def _as_json(model: Model, workload: Workload, placements: list[Placement]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_ref.checkpoint.diff import Comparison
-from llama_ref.checkpoint.verify.report import FileReport, Report, State, human_bytes, printable
+from llama_ref.checkpoint.verify.report import FileReport, Report, State
 from llama_ref.cli.terminal import print_rich
+from llama_ref.formatting import human_bytes, printable
 
 MOST_TENSORS = 12  # differing tensors shown
 SUM_SHOWN = 8  # leading hex digits: enough to see that two differ

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from llama_ref.study.attribution import Attribution
 from llama_ref.study.inputs import label
-from llama_ref.study.logit_lens import LogitLens
+from llama_ref.study.logit_lens import LogitLens, Predictions
 from llama_ref.study.overview import Overview
-from llama_ref.study.predictions import Predictions
 from llama_ref.study.residual import ResidualStream, quartiles_of_others
 from llama_ref.tokenizer import Tokenizer
 

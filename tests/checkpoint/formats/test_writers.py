@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from llama_ref.checkpoint.formats.atomic import new_folder, refuse_full_disk
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing, row_blocks
+from llama_ref.checkpoint.formats.atomic import check_free_space, new_folder
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor, row_blocks
 from llama_ref.checkpoint.formats.pth import archive_records, inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
 from llama_ref.checkpoint.formats.pth_writer import write_pth
@@ -47,8 +47,8 @@ def some_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def outgoing(tensors: dict[str, torch.Tensor], rows: int = 4) -> list[Outgoing]:
-    return [Outgoing(name, tuple(t.shape), t.dtype, lambda t=t: t.split(rows)) for name, t in tensors.items()]
+def outgoing(tensors: dict[str, torch.Tensor], rows: int = 4) -> list[LazyTensor]:
+    return [LazyTensor(name, tuple(t.shape), t.dtype, lambda t=t: t.split(rows)) for name, t in tensors.items()]
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -187,7 +187,7 @@ def test_progress_counts_every_byte_and_a_tensor_is_made_when_its_turn_comes(tmp
         events.append(name)
         yield from torch.ones(6, 4).split(4)
 
-    tensors = [Outgoing(name, (6, 4), torch.float32, lambda name=name: make(name)) for name in "abc"]
+    tensors = [LazyTensor(name, (6, 4), torch.float32, lambda name=name: make(name)) for name in "abc"]
     write(tmp_path / "file", tensors, progress=events.append)
     assert events == ["a", 64, 32, "b", 64, 32, "c", 64, 32]
 
@@ -205,7 +205,7 @@ def test_row_blocks_are_views_of_whole_rows():
 MEMORY = """
 import sys, torch
 from pathlib import Path
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 def peak(): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1])
@@ -213,7 +213,7 @@ def tensors(n_blocks):
     def blocks():
         for number in range(n_blocks):
             yield torch.full((4 << 10, 1 << 10), number, dtype=torch.bfloat16)  # 8 MB
-    return [Outgoing(name, (n_blocks * 4 << 10, 1 << 10), torch.bfloat16, blocks) for name in "ab"]
+    return [LazyTensor(name, (n_blocks * 4 << 10, 1 << 10), torch.bfloat16, blocks) for name in "ab"]
 def write(name, n_blocks):
     write_pth(Path(sys.argv[1]) / f"{name}.pth", tensors(n_blocks))
     write_safetensors(Path(sys.argv[1]) / f"{name}.safetensors", tensors(n_blocks))
@@ -255,7 +255,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess:
 )
 def test_blocks_that_do_not_make_their_tensor_are_an_error_and_leave_no_file(tmp_path, write, blocks, message):
     with pytest.raises(ValueError, match=message):
-        write(tmp_path / "file", [Outgoing("w", (4, 2), torch.float32, lambda: blocks)])
+        write(tmp_path / "file", [LazyTensor("w", (4, 2), torch.float32, lambda: blocks)])
     assert not any(tmp_path.iterdir())
 
 
@@ -263,9 +263,9 @@ def test_blocks_that_do_not_make_their_tensor_are_an_error_and_leave_no_file(tmp
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ([Outgoing.of("w", torch.ones(1)), Outgoing.of("w", torch.ones(2))], "two tensors are named w"),
-        ([Outgoing.of("w", torch.ones(2, dtype=torch.complex64))], r"w .*complex64"),
-        ([Outgoing("w", (), torch.float32, list)], "w has no dimensions"),
+        ([LazyTensor.from_tensor("w", torch.ones(1)), LazyTensor.from_tensor("w", torch.ones(2))], "two tensors are named w"),
+        ([LazyTensor.from_tensor("w", torch.ones(2, dtype=torch.complex64))], r"w .*complex64"),
+        ([LazyTensor("w", (), torch.float32, list)], "w has no dimensions"),
     ],
 )
 def test_tensors_that_no_file_can_hold_are_an_error(tmp_path, write, tensors, message):
@@ -295,7 +295,7 @@ def test_what_surely_does_not_fit_is_refused_before_anything_is_made(tmp_path, w
     def never():
         raise AssertionError
 
-    tensors = [Outgoing("w", (1 << 30, 1 << 22), torch.float32, never)]
+    tensors = [LazyTensor("w", (1 << 30, 1 << 22), torch.float32, never)]
     with pytest.raises(CheckpointError, match=r"cannot write .*/w: it needs .* TB and .* are free there; free some space"):
         write(tmp_path / "w", tensors)
     with (
@@ -304,13 +304,13 @@ def test_what_surely_does_not_fit_is_refused_before_anything_is_made(tmp_path, w
     ):
         never()
     assert not any(tmp_path.iterdir())
-    refuse_full_disk(tmp_path / "deep" / "out", 1000)
+    check_free_space(tmp_path / "deep" / "out", 1000)
 
 
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
-from llama_ref.checkpoint.formats.lazy_tensor import Outgoing
+from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.formats.atomic import new_folder
@@ -320,7 +320,7 @@ from folders import PARAMS
 target = Path(sys.argv[1])
 if sys.argv[2] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-tensors = [Outgoing("w", (3 << 10, 1 << 10), torch.bfloat16, lambda: torch.ones(3 << 10, 1 << 10).bfloat16().split(100))]
+tensors = [LazyTensor("w", (3 << 10, 1 << 10), torch.bfloat16, lambda: torch.ones(3 << 10, 1 << 10).bfloat16().split(100))]
 def in_new_folder():
     with new_folder(target / "model") as folder:
         (folder / "params.json").write_text("{}")
@@ -387,7 +387,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_no_file(small_disk, write):
         yield from torch.ones(3 << 8, 1 << 10).bfloat16().split(16)  # 1.5 MB
 
     with pytest.raises(CheckpointError, match=r"/w: No space left on device; it needs 1\.57 MB; free some space there or"):
-        write(small_disk / "w", [Outgoing("w", (3 << 8, 1 << 10), torch.bfloat16, blocks)])
+        write(small_disk / "w", [LazyTensor("w", (3 << 8, 1 << 10), torch.bfloat16, blocks)])
     assert [path.name for path in small_disk.iterdir()] == ["others"]
 
 

@@ -185,11 +185,11 @@ REFUSED = [
     ({"rope_scaling": SCALING | {"low_freq_factor": True}}, '"low_freq_factor" is True, expected 1.0'),
     ({"rope_scaling": SCALING | {"high_freq_factor": 8.0}}, '"high_freq_factor" is 8.0, expected 4.0'),
     ({"rope_scaling": SCALING | {"original_max_position_embeddings": 4096}}, "4096, expected 8192"),
-    ({"original_max_position_embeddings": 4096}, '"original_max_position_embeddings" stands twice'),
+    ({"original_max_position_embeddings": 4096}, 'duplicate key "original_max_position_embeddings"'),
     ({"partial_rotary_factor": 0.5}, '"partial_rotary_factor" is 0.5, expected 1.0'),
-    ({"rope_scaling": SCALING | {"type": "linear"}}, "\"rope_type\" stands twice, as 'llama3' and as 'linear'"),
-    ({"rope_parameters": SCALING | {"rope_theta": 1.0}}, '"rope_theta" stands twice, as 500000.0 and as 1.0'),
-    ({"rope_parameters": SCALING | {"factor": 8.0}}, '"factor" stands twice, as 32.0 and as 8.0'),
+    ({"rope_scaling": SCALING | {"type": "linear"}}, "duplicate key \"rope_type\" with different values 'llama3' and 'linear'"),
+    ({"rope_parameters": SCALING | {"rope_theta": 1.0}}, 'duplicate key "rope_theta" with different values 500000.0 and 1.0'),
+    ({"rope_parameters": SCALING | {"factor": 8.0}}, 'duplicate key "factor" with different values 32.0 and 8.0'),
     *(
         ({"rope_scaling": {key: kind, "factor": 2.0}}, f'"rope_type" is {kind!r}, expected "default" or "llama3"')
         for kind in ("linear", "dynamic", "yarn", "longrope", ["llama3"])
@@ -241,7 +241,7 @@ def test_a_mistyped_value_is_shown_with_its_key(config_file, key, value):
         (b"{}", "lacks hidden_size, .*model_type; it has no keys at all"),
         (b'{"a": ' * 140_000, "nested far deeper than the model's config.json"),
         (b" " * (PARAMS_LIMIT_BYTES + 1), "larger than"),
-        (b'{"model_type": "llama", "model_type": "qwen2"}', "stands twice"),
+        (b'{"model_type": "llama", "model_type": "qwen2"}', "duplicate key"),
     ],
 )
 def test_what_is_no_config_json_is_told_apart(config_file, content, says):

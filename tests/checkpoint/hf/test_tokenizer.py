@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json, tokenizer_config, write_tokenizer_json
+from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json, write_tokenizer_json
+from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.errors import CheckpointError
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.vocabulary import SPECIAL_TOKENS, write_tokenizer_model
@@ -201,10 +202,10 @@ def test_a_tokenizer_that_is_not_llama_3s_is_refused(tmp_path, written, change, 
         (b"", "an empty file"),
         (b"<!DOCTYPE html>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17209920\n", "Git LFS pointer"),
-        (b'{"version": "1.0", "model": {"type"', "is not JSON"),
-        (b"\x80\x02}", "is not JSON"),
-        (b"[" * 200_000, "is not JSON"),
-        (b'{"model": {"type": "BPE", "vocab": {"a": 0, "a": 1}}}', "'a' stands 2 times in one object"),
+        (b'{"version": "1.0", "model": {"type"', "is not valid JSON"),
+        (b"\x80\x02}", "is not valid JSON"),
+        (b"[" * 200_000, "nested far deeper"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 0, "a": 1}}}', 'duplicate key "a" with different values 0 and 1'),
         (b"[]", 'no section "model"'),
         (b"null", 'no section "model"'),
         (b"{}", 'no section "model"'),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_ref.checkpoint.verify.checklist import format_entry, parse_checklist, read_checklist
+from llama_ref.checkpoint.verify.checklist import format_entry, read_checklist
 from llama_ref.errors import CheckpointError
 
 MD5 = hashlib.md5(b"weights").hexdigest()
@@ -22,7 +22,7 @@ OTHER = hashlib.md5(b"other").hexdigest()
 def parse(tmp_path, text: str | bytes):
     path = tmp_path / "checklist.chk"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return [(entry.name, entry.sum) for entry in parse_checklist(path)]
+    return [(entry.name, entry.sum) for entry in read_checklist(path).entries]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_every_form_of_md5sum_is_read(tmp_path, line, name):
 @pytest.mark.parametrize("line", [f"{SHA}  a.pth", f"SHA256 (a.pth) = {SHA}"])
 def test_64_digits_mean_sha256(tmp_path, line):
     (tmp_path / "list").write_text(line)
-    assert [(entry.algorithm, entry.sum) for entry in parse_checklist(tmp_path / "list")] == [("sha256", SHA)]
+    assert [(entry.algorithm, entry.sum) for entry in read_checklist(tmp_path / "list").entries] == [("sha256", SHA)]
 
 
 def test_sha256_stands_where_both_sums_are_given(tmp_path):
@@ -100,7 +100,7 @@ def test_a_written_line_is_read_back(tmp_path_factory, name):
     path = tmp_path_factory.getbasetemp() / "written.chk"
     decoded = name.decode("utf-8", "surrogateescape")
     path.write_bytes(format_entry(decoded, MD5))
-    assert [(entry.name, entry.sum) for entry in parse_checklist(path)] == [(decoded, MD5)]
+    assert [(entry.name, entry.sum) for entry in read_checklist(path).entries] == [(decoded, MD5)]
 
 
 # --- agreement with md5sum itself -------------------------------------------------------------------------------------

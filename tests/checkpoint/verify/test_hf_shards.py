@@ -25,7 +25,7 @@ from llama_ref.checkpoint.formats.pth import inspect_pth
 from llama_ref.checkpoint.formats.safetensors import DTYPES, inspect_safetensors
 from llama_ref.checkpoint.integrity import verify, write_checklist
 from llama_ref.checkpoint.reader import open_stored
-from llama_ref.checkpoint.verify.checklist import parse_checklist
+from llama_ref.checkpoint.verify.checklist import read_checklist
 from llama_ref.checkpoint.verify.findings import implied_model
 from llama_ref.checkpoint.verify.report import State
 from llama_ref.cli.views.verify import print_reports
@@ -134,7 +134,8 @@ def append(path: Path, content: bytes) -> None:
 def test_a_converted_folder_is_whole(folder):
     report = verify(folder)
     assert report.ok and report.summary() == "all 8 files are whole" and not report.notes
-    assert {file.name: file.found_sum for file in report.files} == {e.name: e.sum for e in parse_checklist(folder / LIST)}
+    listed = {entry.name: entry.sum for entry in read_checklist(folder / LIST).entries}
+    assert {file.name: file.found_sum for file in report.files} == listed
     assert sorted(file.name for file in report.files) == sorted([FILE1, FILE2, FILE3, *OTHERS])
     assert verify(folder, deep=True).ok and verify(folder, quick=True).ok
 
@@ -537,11 +538,11 @@ def with_added(folder, tmp_path) -> Path:
 
 
 def test_added_tokens_belong_to_the_checkpoint(with_added):
-    assert ADDED_TOKENS in {entry.name for entry in parse_checklist(with_added / LIST)}
+    assert ADDED_TOKENS in {entry.name for entry in read_checklist(with_added / LIST).entries}
     assert verify(with_added).ok
     (with_added / LIST).unlink()
     write_checklist(with_added)
-    assert ADDED_TOKENS in {entry.name for entry in parse_checklist(with_added / LIST)}
+    assert ADDED_TOKENS in {entry.name for entry in read_checklist(with_added / LIST).entries}
     cut(with_added / ADDED_TOKENS, 9)
     assert states(verify(with_added)) == {ADDED_TOKENS: State.CUT_SHORT}
     (with_added / LIST).unlink()

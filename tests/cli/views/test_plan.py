@@ -1,6 +1,5 @@
 """What `plan` prints, for people and for scripts, the command that it gives, and the codes that it ends with."""
 
-import inspect
 import json
 import re
 import shlex
@@ -15,8 +14,8 @@ from torch.distributed.run import parse_args
 import chat_completion
 import text_completion
 from folders import tiny_folder
-from llama_ref.checkpoint.verify.report import human_bytes
 from llama_ref.cli import main
+from llama_ref.formatting import human_bytes
 from llama_ref.plan import SET_ASIDE
 
 Run = Callable[..., tuple[int, str, str]]
@@ -104,7 +103,7 @@ def test_the_command_is_one_that_torchrun_and_the_script_take(run, words, script
     assert int(arguments.nnodes.split(":")[-1]) * int(arguments.nproc_per_node) == best["processes"]
     given = arguments.training_script_args
     flags = dict(zip([flag.removeprefix("--") for flag in given[::2]], given[1::2], strict=True))
-    assert set(flags) <= set(inspect.signature(SCRIPTS[arguments.training_script].main).parameters)
+    assert set(flags) <= SCRIPTS[arguments.training_script].main.parameters.keys()
     assert int(flags.get("pipeline_parallel_size", 1)) == best["pipeline_parallel_size"]
     assert flags.get("dtype", "bfloat16") == best["dtype"]
 
@@ -164,12 +163,12 @@ def test_notes(run, words, note):
         (("Llama3.2-11B-Vision",), "is a vision release"),
         (("Llama3.1-8B", "--gpu_memory", "0"), "gpu_memory is 0"),
         (("Llama3.1-8B", "--gpu_memory", "80GB"), "gpu_memory is '80GB'"),
-        (("Llama3.1-8B", "--gpu_memory"), "gpu_memory is True"),
+        (("Llama3.1-8B", "--gpu_memory"), "--gpu_memory needs a value: --gpu_memory NUMBER"),
         (("Llama3.1-8B", "--gpu_memory", "1e999"), "gpu_memory is inf"),
         (("Llama3.1-8B", "--max_seq_len", "8k"), "max_seq_len is '8k'"),
         (("Llama3.1-8B", "--max_seq_len", "9" * 4000), "max_seq_len is 9+"),
         (("Llama3.1-8B", "--max_batch_size", "-1"), "max_batch_size is -1"),
-        (("Llama3.1-8B", "--dtype", "int4"), "dtype int4 is not one of"),
+        (("Llama3.1-8B", "--dtype", "int4"), "--dtype is 'int4', expected bfloat16, float16 or float32"),
         (("Llama3.1-8B", "--quantize", "int2"), "quantize is 'int2', expected int8, int4"),
     ],
     ids=lambda value: str(value)[:40],

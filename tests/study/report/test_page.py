@@ -19,9 +19,8 @@ import torch
 from folders import byte_tokenizer, tiny_folder
 from llama_ref.generation import Llama
 from llama_ref.study.attention import attention_pattern
-from llama_ref.study.logit_lens import logit_lens
+from llama_ref.study.logit_lens import logit_lens, predict
 from llama_ref.study.overview import overview
-from llama_ref.study.predictions import predict
 from llama_ref.study.report.writer import write_report
 from llama_ref.tokenizer import Tokenizer
 

@@ -27,9 +27,8 @@ from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
-from llama_ref.study.logit_lens import logit_lens, residual_points
+from llama_ref.study.logit_lens import logit_lens, predict, residual_points
 from llama_ref.study.overview import MOST_TOKENS, overview
-from llama_ref.study.predictions import predict
 from llama_ref.study.report import packing, writer
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.report.writer import check_report, write_report

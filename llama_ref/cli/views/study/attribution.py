@@ -8,7 +8,7 @@ from rich.text import Text
 
 from llama_ref.cli.terminal import print_rich
 from llama_ref.cli.views.study.shared import bar, new_table, prompt, say, signed, token_json, tokens_json
-from llama_ref.study.attribution import Attribution
+from llama_ref.study.attribution import Attribution, part_label
 from llama_ref.study.inputs import label
 from llama_ref.tokenizer import Tokenizer
 
@@ -51,11 +51,6 @@ def _strongest(found: Attribution) -> Table:
     for name, share in parts:
         table.add_row(part_label(name), signed(share), bar(share, abs(parts[0][1])))
     return table
-
-
-def part_label(name: str) -> str:
-    """layers.3.heads.5 -> layer 3 head 5"""
-    return " ".join(name.replace("layers", "layer").replace("heads", "head").split("."))
 
 
 def _attribution_json(found: Attribution, tokenizer: Tokenizer) -> dict[str, Any]:

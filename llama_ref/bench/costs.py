@@ -1,0 +1,34 @@
+"""What a token costs at least, by arithmetic: floating-point operations, and bytes read from memory."""
+
+from torch import nn
+
+from llama_ref.args import ModelArgs
+from llama_ref.plan import matrices
+
+
+def flops(args: ModelArgs, n_tokens: int, n_seen: float, n_logits: int) -> float:
+    """Floating-point operations of all matrix products of a pass.
+
+    Its `n_tokens` attend to `n_seen` positions in total; logits are computed for `n_logits` of them. A multiplication and
+    an addition are two operations.
+    """
+    sizes = {matrix.name: matrix.numbers for matrix in matrices(args, tied=False)}
+    output, layers = sizes.pop("output"), sum(sizes.values()) - sizes["tok_embeddings"]
+    attention = 2 * args.n_layers * args.n_heads * args.head_dim * n_seen  # q times keys, and what comes of it times values
+    return 2 * (layers * n_tokens + output * n_logits + attention)
+
+
+def weight_bytes(model: nn.Module, embedding: nn.Module) -> int:
+    """Bytes of all weights and buffers that a step reads. The embedding counts only where the output shares it."""
+    held = {
+        tensor.data_ptr(): tensor.nbytes
+        for module in model.modules()
+        if module is not embedding
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    return sum(held.values())
+
+
+def kv_bytes(args: ModelArgs, itemsize: int) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * args.n_layers * args.n_kv_heads * args.head_dim * itemsize

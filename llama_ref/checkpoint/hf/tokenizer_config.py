@@ -1,0 +1,24 @@
+"""Hugging Face's `tokenizer_config.json`: special tokens, context length and chat template."""
+
+from typing import Any
+
+from llama_ref.checkpoint.hf.chat_template import chat_template
+from llama_ref.vocabulary import Vocabulary
+
+
+def tokenizer_config(vocabulary: Vocabulary, max_seq_len: int, *, instruct: bool = True) -> dict[str, Any]:
+    """The content of tokenizer_config.json, which accompanies tokenizer.json.
+
+    A model that was trained to chat ends its turns with eot_id and has a chat template; a base model has end_of_text and none,
+    as in Meta's own releases in this format.
+    """
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": vocabulary.special_text("<|begin_of_text|>"),
+        "eos_token": vocabulary.special_text("<|eot_id|>" if instruct else "<|end_of_text|>"),
+        "pad_token": vocabulary.special_text("<|finetune_right_pad_id|>"),
+        "model_max_length": max_seq_len,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    return config | ({"chat_template": chat_template(vocabulary)} if instruct else {})

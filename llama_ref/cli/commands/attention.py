@@ -1,0 +1,50 @@
+"""`llama-ref attention`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.options import Json, Name, Png, WholeModel
+from llama_ref.cli.studying import Prompt, check_outputs, open_to_study, text_ids
+from llama_ref.errors import RequestError
+
+
+@command(Section.STUDY)
+def attention(
+    name: Name,
+    prompt: Prompt,
+    *,
+    layer: Annotated[int | None, Flag("only this layer, counted from 0", unset="all")] = None,
+    head: Annotated[int | None, Flag("show where this head of --layer looks from each token", unset="all")] = None,
+    png: Png = None,
+    json: Json = False,
+    loading: WholeModel,
+) -> None:
+    """Show where attention heads look.
+
+    For every head: how much it looks at the first token (sink), at the previous token, and at the
+    token that followed the same token earlier (induction). With --head, one head token by token.
+    """
+    from llama_ref.cli.views.study.attention import print_attention, print_pattern
+    from llama_ref.study import figures
+    from llama_ref.study.attention import attention_pattern, summarize_attention
+    from llama_ref.study.inputs import check_index, prompt_tokens
+
+    if head is not None and layer is None:
+        raise RequestError(f"--head {head} needs --layer: heads are counted in a layer")
+    check_outputs(png=png)
+    llama = open_to_study(name, loading, prompt=prompt)
+    tokens, tokenizer, args = prompt_tokens(llama, prompt), llama.tokenizer, llama.model.args
+    if layer is not None:
+        layer = check_index("--layer", layer, args.n_layers)
+    if layer is None or head is None:
+        summary = summarize_attention(llama.model, tokens, bos=tokenizer.bos_id, ids=text_ids(llama))
+        if png is not None:
+            figures.draw_attention(summary, tokenizer, Path(png) / "attention.png", layer)
+        print_attention(summary, tokenizer, layer, as_json=json)
+        return
+    head = check_index("--head", head, args.n_heads)
+    pattern = attention_pattern(llama.model, tokens, layer, head)
+    if png is not None:
+        figures.draw_pattern(pattern, tokens, tokenizer, layer, head, Path(png) / "pattern.png")
+    print_pattern(pattern, tokens, tokenizer, layer, head, as_json=json)

@@ -1,0 +1,28 @@
+"""`llama-ref checksum`."""
+
+from typing import Annotated, Literal
+
+from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.options import Jobs, Name
+
+
+@command(Section.INSPECT)
+def checksum(
+    name: Name,
+    *,
+    algorithm: Annotated[Literal["md5", "sha256"], Flag("kind of checksum")] = "md5",
+    force: Annotated[bool, Flag("replace an existing checklist.chk", short="f")] = False,
+    jobs: Jobs = None,
+) -> None:
+    """Write checklist.chk for a folder that has none.
+
+    The file has the form that `md5sum -c` reads.
+    """
+    from llama_ref.checkpoint.folder import find_folder
+    from llama_ref.checkpoint.integrity import write_checklist
+    from llama_ref.cli.views.verify import hashing_bars
+    from llama_ref.formatting import printable
+
+    with hashing_bars() as progress:
+        path = write_checklist(find_folder(name), algorithm, force, jobs, progress)
+    print(printable(str(path)))

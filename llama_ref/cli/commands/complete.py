@@ -1,0 +1,53 @@
+"""`llama-ref complete`."""
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.options import Loading, Name, Sampling, build
+from llama_ref.errors import RequestError
+
+EXAMPLE = 'llama-ref complete NAME "Once upon a time"'
+
+
+@command(Section.RUN)
+def complete(
+    name: Name,
+    prompt: Annotated[str | None, Flag("text to continue", unset="standard input")] = None,
+    *,
+    echo: Annotated[bool, Flag("print the prompt first", short="e")] = False,
+    sampling: Sampling,
+    loading: Loading,
+) -> None:
+    """Continue a text, printing tokens as they are generated.
+
+    The text goes to standard output, the speed to standard error.
+
+      llama-ref complete Llama3.2-1B "Once upon a time" --max_gen_len 64
+      llama-ref complete Llama3.2-1B --temperature 0 < prompt.txt
+    """
+    from llama_ref.cli.terminal import is_first_process, note
+    from llama_ref.cli.timing import Timing
+    from llama_ref.parallel.job import from_first
+
+    if prompt is None and is_first_process():  # torchrun's processes have one standard input
+        prompt = _read_prompt()
+    llama = build(name, sampling, loading)
+    prompt = from_first(llama.job, lambda: prompt)
+    timing = Timing(llama.stream(prompt, **asdict(sampling)))
+    if echo:
+        print(prompt, end="", flush=True)
+    for piece in timing:
+        print(piece, end="", flush=True)
+    print(flush=True)
+    note(str(timing))
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        raise RequestError(f"missing PROMPT: {EXAMPLE}")
+    prompt = sys.stdin.read().removesuffix("\n")  # the one that `echo` adds
+    if not prompt:
+        raise RequestError(f"missing PROMPT, and standard input is empty: {EXAMPLE}")
+    return prompt

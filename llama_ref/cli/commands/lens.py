@@ -1,0 +1,88 @@
+"""`llama-ref lens`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.options import Json, Name, Png, WholeModel
+from llama_ref.cli.studying import (
+    TARGET_HELP,
+    Prompt,
+    check_outputs,
+    first_token,
+    open_to_study,
+    text_ids,
+)
+
+if TYPE_CHECKING:
+    from llama_ref.generation import Llama
+
+
+@command(Section.STUDY)
+def lens(
+    name: Name,
+    prompt: Prompt,
+    *,
+    target: Annotated[str | None, Flag(f"follow this {TARGET_HELP}")] = None,
+    top: Annotated[int, Flag("number of most likely tokens to show")] = 5,
+    out: Annotated[
+        str | None,
+        Flag("write an HTML page with tokens, layers, attention, attribution", metavar="FILE"),
+    ] = None,
+    png: Png = None,
+    json: Json = False,
+    loading: WholeModel,
+) -> None:
+    """Show what each layer would predict next (the logit lens).
+
+    The output matrix is applied to the residual stream after every layer. With --json, of all
+    points and after every token.
+
+      llama-ref lens Llama3.2-1B "The capital of France is" --target " Paris"
+    """
+    from llama_ref.cli.views.study.lens import print_lens
+    from llama_ref.study.inputs import prompt_tokens
+    from llama_ref.study.logit_lens import logit_lens
+
+    check_outputs(out, png)
+    llama = open_to_study(name, loading, prompt=prompt, target=target)
+    wanted = None if target is None else first_token(llama, "target", target)
+    tokens = prompt_tokens(llama, prompt)
+    if out is not None or png is not None:
+        _write_overview(llama, name, tokens, wanted, top, out, png)
+    positions = None if json else [-1]
+    found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions)
+    print_lens(found, llama.tokenizer, as_json=json)
+
+
+def _write_overview(
+    llama: "Llama",
+    name: str,
+    tokens: list[int],
+    target: int | None,
+    top: int,
+    out: str | None,
+    png: str | None,
+) -> None:
+    from llama_ref.checkpoint.folder import find_folder
+    from llama_ref.cli.terminal import note, progress_bar
+    from llama_ref.study.figures import draw_overview
+    from llama_ref.study.overview import overview
+    from llama_ref.study.report.writer import write_report
+
+    with progress_bar("studying") as progress:
+        found = overview(
+            llama.model,
+            tokens,
+            target=target,
+            top=top,
+            bos=llama.tokenizer.bos_id,
+            ids=text_ids(llama),
+            progress=progress,
+        )
+    if out is not None:
+        model_name = find_folder(name).resolve().name
+        write_report(found, llama.tokenizer, out, model_name=model_name)
+        note(f"wrote {out}: open it in a browser")
+    if png is not None:
+        draw_overview(found, llama.tokenizer, png)
+        note(f"wrote pictures into {png}")

@@ -1,0 +1,48 @@
+"""`llama-ref quantize`."""
+
+from typing import Annotated
+
+from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.options import Force, Source, Target, Verify
+
+
+@command(Section.REWRITE)
+def quantize(
+    src: Source,
+    dst: Target,
+    *,
+    to: Annotated[
+        str,
+        Flag(
+            "int8, int4, or int4:group=N with N = 32, 64, 128 or 256 weights to a scale",
+            metavar="SCHEME",
+        ),
+    ],
+    calibrate: Annotated[
+        bool,
+        Flag("for int4, measure activations on a text and round accordingly; takes minutes"),
+    ] = True,
+    force: Force = False,
+    verify: Verify = "auto",
+) -> None:
+    """Quantize a checkpoint to int8 or int4 and save it.
+
+    The new folder loads at once and needs as much less memory.
+    """
+    from llama_ref.checkpoint.quantized_writer import quantize_folder
+    from llama_ref.cli.terminal import byte_bar
+    from llama_ref.formatting import printable
+    from llama_ref.quantization.scheme import Scheme
+
+    scheme = Scheme.parse(to, "--to")
+    with byte_bar("writing") as progress:
+        path = quantize_folder(
+            src,
+            dst,
+            scheme,
+            calibrate=calibrate,
+            force=force,
+            verify=verify,
+            progress=progress,
+        )
+    print(printable(str(path)))

@@ -1,0 +1,33 @@
+"""`llama-ref reshard`."""
+
+from typing import Annotated
+
+from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.options import Force, Source, Target, Verify
+
+
+@command(Section.REWRITE)
+def reshard(
+    src: Source,
+    dst: Target,
+    *,
+    shards: Annotated[
+        int,
+        Flag("number of shards; must divide query heads, feed-forward width and vocabulary"),
+    ],
+    force: Force = False,
+    verify: Verify = "auto",
+) -> None:
+    """Rewrite a checkpoint with a different number of shards.
+
+    Writes consolidated.NN.pth, params.json, tokenizer.model and checklist.chk. The weights stay the
+    same, bit for bit. Loading does not need this: any number of shards loads on any number of
+    processes.
+    """
+    from llama_ref.checkpoint.convert import to_meta
+    from llama_ref.cli.terminal import byte_bar
+    from llama_ref.formatting import printable
+
+    with byte_bar("writing") as progress:
+        path = to_meta(src, dst, shards=shards, force=force, verify=verify, progress=progress)
+    print(printable(str(path)))

@@ -1,0 +1,236 @@
+"""How a command declares its arguments and flags: by the annotations of one function.
+
+    @command(Section.RUN)
+    def complete(
+        name: Annotated[str, Flag("checkpoint folder or release name")],
+        *,
+        echo: Annotated[bool, Flag("print the prompt first", short="e")] = False,
+        sampling: Sampling,
+    ) -> None:
+        \"""Continue a text.\"""
+
+A parameter before the `*` is an argument, given by position or by name; one behind it is a flag.
+Type and default are Python's own, a `Literal` lists choices. A parameter annotated with a dataclass
+(`Sampling`) stands for one flag per field: commands share flags that way. Parsing (parser.py), help
+(help.py) and shell completion read all of this here.
+"""
+
+import contextlib
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from llama_ref.errors import RequestError
+
+REQUIRED = inspect.Parameter.empty
+SWITCH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+TYPE_NAMES = {str: "TEXT", int: "INT", float: "NUMBER"}
+EXPECTED = {int: "a whole number", float: "a number"}
+
+
+class Section(Enum):
+    """Headings of `llama-ref --help`, in the order in which they are shown."""
+
+    INSPECT = "Inspect checkpoints"
+    REWRITE = "Rewrite checkpoints"
+    RUN = "Run a model"
+    STUDY = "Study a model"
+    OTHER = "Other"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What an annotation cannot say about an argument or flag.
+
+    `unset` says in the help what a default of None means. `aliases` are accepted besides the
+    choices. `read` turns the word into a value where the type alone does not say how.
+    """
+
+    help: str
+    short: str | None = None
+    metavar: str | None = None
+    unset: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    read: Callable[[str], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An argument or a flag of a command. `kind` is its type without None and without choices."""
+
+    name: str
+    kind: Any
+    choices: tuple[str, ...]
+    optional: bool
+    default: Any
+    positional: bool
+    group: str
+    flag: Flag
+
+    @property
+    def is_switch(self) -> bool:
+        return self.kind is bool
+
+    @property
+    def is_required(self) -> bool:
+        return self.default is REQUIRED
+
+    @property
+    def label(self) -> str:
+        """How messages call it: "NAME", "--top_p"."""
+        return self.name.upper() if self.positional else f"--{self.name}"
+
+    @property
+    def metavar(self) -> str:
+        """What the help shows for its value."""
+        return self.flag.metavar or "|".join(self.choices) or TYPE_NAMES.get(self.kind, "VALUE")
+
+    def read(self, word: str) -> Any:
+        """Turn a word of the command line into a value. Raises RequestError."""
+        if self.flag.read is not None:
+            return self.flag.read(word)
+        if self.choices:
+            return self._read_choice(word)
+        if self.is_switch:
+            return self._read_switch(word)
+        return self._read_number(word) if self.kind in EXPECTED else word
+
+    def _read_choice(self, word: str) -> str:
+        word = self.flag.aliases.get(word, word)
+        if word in self.choices:
+            return word
+        *most, last = self.choices
+        expected = f"{', '.join(most)} or {last}" if most else last
+        guess = did_you_mean(word, self.choices) if len(self.choices) > 1 else ""
+        raise RequestError(f"{self.label} is {word!r:.60}, expected {expected}{guess}")
+
+    def _read_switch(self, word: str) -> bool:
+        if word.lower() not in SWITCH_VALUES:
+            raise RequestError(f"{self.label} is {word!r:.60}, expected true or false, or {self.label} alone for true")
+        return SWITCH_VALUES[word.lower()]
+
+    def _read_number(self, word: str) -> int | float | None:
+        from fire.parser import DefaultParseValue  # Python's literals: 8, 1e-3, 1_000
+
+        value = DefaultParseValue(word)
+        if value is None and self.optional:
+            return None
+        if type(value) is int or (type(value) is float and self.kind is float):
+            with contextlib.suppress(OverflowError):  # an integer beyond all floats
+                return self.kind(value)
+        raise RequestError(f"{self.label} is {word!r:.60}, expected {EXPECTED[self.kind]}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A function that a command line can call, with what its annotations say."""
+
+    function: Callable[..., int | None]
+    section: Section
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the docstring, as one line without the period."""
+        return " ".join(self._paragraphs[0].split()).removesuffix(".")
+
+    @property
+    def description(self) -> list[str]:
+        """All other paragraphs of the docstring."""
+        return self._paragraphs[1:]
+
+    @property
+    def _paragraphs(self) -> list[str]:
+        return (inspect.getdoc(self.function) or "").split("\n\n")
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """Arguments and flags by name, those of shared groups included."""
+        found = {}
+        for name, (parameter, hint) in self._annotated.items():
+            if is_dataclass(hint):
+                own = _read_group(hint)
+            else:
+                positional = parameter.kind is not parameter.KEYWORD_ONLY
+                own = [_parameter(name, hint, parameter.default, positional, "Flags")]
+            for each in own:
+                if each.name in found:
+                    raise TypeError(f"{self.function.__name__} declares {each.name} twice")
+                found[each.name] = each
+        return found
+
+    @cached_property
+    def shorts(self) -> dict[str, Parameter]:
+        """Parameters by their one-letter flags."""
+        found = {each.flag.short: each for each in self.parameters.values() if each.flag.short}
+        if len(found) < sum(each.flag.short is not None for each in self.parameters.values()):
+            raise TypeError(f"{self.function.__name__} declares a short flag twice")
+        return found
+
+    def call(self, values: Mapping[str, Any]) -> int | None:
+        """Call the function with values by parameter; what is left out has its default."""
+        values = {n: values.get(n, each.default) for n, each in self.parameters.items()}
+        arguments = {}
+        for name, (_, hint) in self._annotated.items():
+            if is_dataclass(hint):
+                arguments[name] = hint(**{each.name: values[each.name] for each in fields(hint)})
+            else:
+                arguments[name] = values[name]
+        return self.function(**arguments)
+
+    @cached_property
+    def _annotated(self) -> dict[str, tuple[inspect.Parameter, Any]]:
+        hints = get_type_hints(self.function, include_extras=True)
+        signature = inspect.signature(self.function)
+        return {name: (each, hints[name]) for name, each in signature.parameters.items()}
+
+
+def command(
+    section: Section = Section.OTHER,
+) -> Callable[[Callable[..., int | None]], Command]:
+    """Make a function a command; a script's `main` needs no section."""
+    return lambda function: Command(function, section)
+
+
+def did_you_mean(word: str, known: Mapping[str, Any] | tuple[str, ...], prefix: str = "") -> str:
+    """Give "; did you mean x?" for the known word nearest to this one, or nothing."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _read_group(group: Any) -> list[Parameter]:
+    """Flags of a dataclass, under its docstring's first line as their heading."""
+    hints = get_type_hints(group, include_extras=True)
+    title = (inspect.getdoc(group) or group.__name__).split("\n")[0].removesuffix(".")
+    return [
+        _parameter(
+            each.name,
+            hints[each.name],
+            REQUIRED if each.default is MISSING else each.default,
+            False,
+            title,
+        )
+        for each in fields(group)
+    ]
+
+
+def _parameter(name: str, hint: Any, default: Any, positional: bool, group: str) -> Parameter:
+    flag = Flag("")
+    if get_origin(hint) is Annotated:
+        hint, *notes = get_args(hint)
+        flag = next((note for note in notes if isinstance(note, Flag)), flag)
+    optional = False
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        optional = len(members) < len(get_args(hint))
+        hint = members[0] if len(members) == 1 else Union[tuple(members)]  # noqa: UP007
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    kind = str if choices else hint
+    if kind not in (str, int, float, bool) and flag.read is None:
+        raise TypeError(f"{name}: {hint} needs Flag(read=...), which turns a word into a value")
+    return Parameter(name, kind, choices, optional, default, positional, group, flag)

@@ -1,0 +1,139 @@
+"""How a command line ends: its streams, what it logs, its exit code, and errors in one line."""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
+
+EXIT_BAD, EXIT_MISUSE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141
+
+
+def guarded(action: Callable[[], int | None]) -> int:
+    """Do something and return its exit code (None: 0), or that of what went wrong, said in a line.
+
+    0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader of the output has gone.
+    """
+    try:
+        code = action() or 0
+        sys.stdout.flush()
+        return code
+    except (RequestError, FolderNotFound) as error:
+        return report_error(error, EXIT_MISUSE)
+    except LlamaRefError as error:
+        return report_error(error, EXIT_BAD)
+    except BrokenPipeError:
+        # Or the flush at exit would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    except OSError as error:
+        return report_error(_known_os_error(error), EXIT_BAD)
+    except RuntimeError as error:
+        known = _known_failure(error)
+        if known is None:
+            raise
+        return report_error(known, EXIT_BAD)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _known_os_error(error: OSError) -> Exception:
+    """Explain a full disk under standard output; other errors name their file themselves."""
+    if error.errno != errno.ENOSPC or error.filename is not None:
+        return error
+    return LlamaRefError(f"cannot write the output: {error.strerror}; send it elsewhere or free some space there")
+
+
+def _known_failure(error: RuntimeError) -> LlamaRefError | None:
+    """What torch's own error means to a user, where it is not a bug."""
+    from llama_ref.device import is_out_of_memory
+    from llama_ref.parallel.job import lost_a_process
+
+    if is_out_of_memory(error):
+        first_line = str(error).splitlines()[0]
+        return LlamaRefError(
+            f"out of memory ({first_line}): `llama-ref info` says how much a checkpoint needs; "
+            "try --dtype bfloat16, a smaller --max_seq_len, --device cpu, or a smaller release"
+        )
+    if lost_a_process(error):
+        return LlamaRefError("another process of this job has ended, so this one cannot go on")
+    return None
+
+
+def configure_stdio(silent: bool = False) -> None:
+    """Make stdio tolerant: replace what cannot be encoded; open /dev/null for closed streams.
+
+    A shell closes a stream with `>&-`. `silent` sends standard output to /dev/null as well.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None or (silent and name == "stdout"):
+            # Stays open as long as the process.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Show what the package logs, INFO and above, as plain lines on stderr.
+
+    A library user sees nothing at INFO: only a command line enters this. A level that the caller
+    has set on the logger "llama_ref" is kept.
+    """
+    logger = logging.getLogger("llama_ref")
+    handler, level = _NoteHandler(), logger.level
+    logger.addHandler(handler)
+    if level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _NoteHandler(logging.Handler):
+    """Writes records by `terminal.note`: once for all processes of a job, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from llama_ref.cli.terminal import note
+
+        try:
+            note(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def report_error(error: Exception, code: int) -> int:
+    """Say what is wrong, once per job, and return the exit code."""
+    from llama_ref.formatting import printable
+
+    if _is_first_to_report():
+        lines = f"llama-ref: {error}".split("\n")
+        # A file's name may hold a terminal's commands.
+        print(*map(printable, lines), sep="\n", file=sys.stderr)
+    return code
+
+
+def _is_first_to_report() -> bool:
+    """Whether no other process of the torchrun job has reported: one message is enough.
+
+    Torchrun names a file for every process to report errors in, below a folder that this attempt at
+    the job has to itself.
+    """
+    own_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own_file:
+        return True
+    try:
+        (Path(own_file).parent.parent / "complained").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -1,0 +1,51 @@
+"""What the study's commands share."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from llama_ref.cli.flags import Flag
+from llama_ref.cli.options import WholeModel, load
+
+if TYPE_CHECKING:
+    from llama_ref.generation import Llama
+
+Prompt = Annotated[str, Flag("text for the model to read")]
+TARGET_HELP = 'token with its leading space, such as " Paris"'
+
+
+def open_to_study(name: str, options: WholeModel, **texts: str | None) -> "Llama":
+    """Load a model in this process alone.
+
+    Raises RequestError for an empty text, or where torchrun started several processes.
+    """
+    from llama_ref.study.inputs import refuse_divided, refuse_empty
+
+    refuse_empty(**texts)
+    refuse_divided()
+    return load(name, options)
+
+
+def check_outputs(out: str | None = None, png: str | None = None) -> None:
+    """Raise RequestError where nothing could be written: before a long load."""
+    from llama_ref.study.figures import check_pictures
+    from llama_ref.study.report.writer import check_report
+
+    if out is not None:
+        check_report(out)
+    if png is not None:
+        check_pictures(png)
+
+
+def first_token(llama: "Llama", name: str, text: str) -> int:
+    """Return the id of a text's first token; say so if there are more."""
+    from llama_ref.cli.terminal import note
+    from llama_ref.study import inputs
+
+    token, remark = inputs.first_token(llama.tokenizer, text, f"--{name}")
+    if remark:
+        note(remark)
+    return token
+
+
+def text_ids(llama: "Llama") -> list[int]:
+    """Ids of all tokens that are text, from which random tokens are drawn."""
+    return sorted(llama.tokenizer.vocabulary.ranks.values())

@@ -1,0 +1,37 @@
+"""Values as messages and tables show them: sizes, names, dtypes."""
+
+import reprlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch  # no more than a type here: commands that need no torch import this module
+
+
+def human_bytes(n: float) -> str:
+    """1234567 -> "1.23 MB" (powers of ten, three digits)."""
+    if n < 1000:
+        return f"{n:.0f} byte{'' if n == 1 else 's'}"
+    units = iter(("kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while (n := n / 1000) >= 999.5:
+        unit = next(units, unit)
+    return f"{n:.3g} {unit}"
+
+
+def printable(text: str) -> str:
+    """A file's name that is safe to print to a terminal: control characters and stray bytes are escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+
+
+def dtype_name(dtype: "torch.dtype") -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def short(value: Any) -> str:
+    """The repr of a value for a message: shortened where it is long or deep, escaped where it is unprintable."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlist, _REPR.maxstring = 20, 60

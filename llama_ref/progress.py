@@ -1,0 +1,23 @@
+"""How long functions report progress: they call a function of the caller's, and never print."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+# (done, total), in the unit that the function with this parameter names: bytes, tensors, steps.
+Progress = Callable[[int, int], None]
+# (path, bytes done, total bytes) of one of several files; called from several threads.
+FileProgress = Callable[[Path, int, int], None]
+
+
+class ProgressCounter:
+    """Adds up what is done of a known total and reports it, if anyone listens."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total = 0, total
+        self._progress = progress
+
+    def advance(self, n: int = 1) -> None:
+        """Count `n` more and report. `advance(0)` reports the start."""
+        self.done += n
+        if self._progress is not None:
+            self._progress(self.done, self.total)

@@ -1,12 +1,19 @@
-"""Every command in the READMEs is run here, and what they show is what it prints.
+"""README.md, README.ko.md and docs/: commands run and print what is shown, links lead somewhere.
 
-A ```console block holds `$ command` lines and their output; `…` in an output line stands for what differs from run to run.
-They run in the repository, with the demo checkpoint also standing under the releases' names in ~/.llama/checkpoints. Blocks
-of ```python are run as scripts. What cannot be run inside the tests stands in a ```sh block, and is named below with why.
+- ```console blocks hold `$ command` lines and their output. They run in the repository, in order,
+  with the demo checkpoint also under the names of two releases in ~/.llama/checkpoints. `…` in an
+  output stands for anything. Times and speeds may differ, and so may the widths of columns.
+- ```python blocks run as scripts. A ```text block right after one is what it prints.
+- ```sh and ```bash blocks are not run. A comment above each says why: `<!-- needs a GPU -->`.
+  Their commands, and those within sentences, are checked: the script exists and knows the flags.
+
+docs/tour.md has tests of its own (test_tour.py).
 """
 
+import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,51 +23,111 @@ import pytest
 
 from conftest import REPOSITORY
 
-READMES = ("README.md", "README.ko.md")
-NOT_RUN = {
-    "pip install ./llama_ref": "it would install over the package that is being tested",
-    "bash scripts/test.sh": "it is what runs this test",
-    "bash scripts/test.sh tests/parity -k logits": "it is what runs this test",
-}
 RELEASES = ("Llama3.2-1B-Instruct", "Llama3.2-1B")
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OF_OTHER_TESTS = {"tour.md"}
+DOCUMENTS = {
+    str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
+    for path in [
+        REPOSITORY / "README.md",
+        REPOSITORY / "README.ko.md",
+        *sorted((REPOSITORY / "docs").glob("*.md")),
+    ]
+    if path.name not in OF_OTHER_TESTS
+}
+CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SCRIPT = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"(?:^<!-- (\w[^\n]+) -->\n)?^```(?:sh|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+VARYING = (
+    (r"(?m)^== .*\n", ""),  # what the scripts say while they make an environment
+    (r"[\d.,]+ [kMGT]?B/s", "SPEED"),
+    (r"[\d.,]+ tokens/s", "SPEED"),
+    (r"(?<![\w.])[\d.,]+ (?:s|ms|seconds)\b", "TIME"),
+    (r"[─━]+", "─"),
+    (r"[ \t]+", " "),
+    (r" ?\n ?", "\n"),
+)
 
 
-def blocks(language: str) -> list[tuple[str, str]]:
-    """(README's name, text) of every block in this language."""
-    texts = ((name, (REPOSITORY / name).read_text(encoding="utf-8")) for name in READMES if (REPOSITORY / name).exists())
-    return [(name, body) for name, text in texts for kind, body in BLOCK.findall(text) if kind == language]
+# ---- what the documents hold
 
 
 def sessions() -> list:
     """(command, expected output) of every `$` line in order, each once."""
     out = {}
-    for name, body in blocks("console"):
-        for part in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
-            command, _, output = part.partition("\n")
-            out.setdefault((command, output), name)
+    for name, text in DOCUMENTS.items():
+        for body in CONSOLE.findall(text):
+            for part in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
+                command, output = split_continued(part)
+                out.setdefault((command, output), name)
     return [pytest.param(*session, id=f"{name}: {session[0]}") for session, name in out.items()]
+
+
+def split_continued(part: str) -> tuple[str, str]:
+    """Split a command, which goes on in the next line after a backslash, from its output."""
+    lines = part.splitlines(keepends=True)
+    n = next(i for i, line in enumerate(lines, 1) if not line.endswith("\\\n"))
+    return "".join(lines[:n]).strip(), "".join(lines[n:])
+
+
+def scripts() -> list:
+    """(script, expected output or None) of every Python block."""
+    return [
+        pytest.param(script, output or None, id=f"{name}: {script[:40]!r}")
+        for name, text in DOCUMENTS.items()
+        for script, output in SCRIPT.findall(text)
+    ]
+
+
+def commands_not_run() -> list[tuple[str, str]]:
+    """(document, command) of what stands in sh blocks and within sentences."""
+    found = []
+    for name, text in DOCUMENTS.items():
+        for _, body in NOT_RUN.findall(text):
+            lines = body.replace("\\\n", " ").splitlines()
+            found += [(name, line) for line in lines if line and not line.startswith("#")]
+        prose = BLOCK.sub("", text)
+        found += [(name, code.replace("\n", " ")) for code in re.findall(r"`([^`]+)`", prose)]
+    return [(name, code) for name, code in found if re.match(r"llama-ref [a-z]|python |torchrun |bash ", code)]
+
+
+# ---- running
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory, demo_folder) -> dict[str, str]:
-    """A newcomer's: an empty home but for two downloaded releases."""
-    for place in {place for _, body in blocks("console") for place in re.findall(r"/tmp/[\w-]+", body)}:
-        shutil.rmtree(place, ignore_errors=True)  # of a run that was broken off
+    """A newcomer's: an empty home but for two downloaded releases; TMPDIR is what they call /tmp."""
     home = tmp_path_factory.mktemp("home")
-    for name in RELEASES:
-        folder = home / ".llama" / "checkpoints" / name
-        folder.mkdir(parents=True)
-        for file in demo_folder.iterdir():
-            os.link(file, folder / file.name)
+    releases = home / ".llama" / "checkpoints"
+    # Not linked: a link that appears or vanishes changes the file's ctime, which loading watches.
+    shutil.copytree(demo_folder, releases / RELEASES[0])
+    for name in RELEASES[1:]:
+        (releases / name).symlink_to(releases / RELEASES[0])
+    scratch = tmp_path_factory.mktemp("t")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA", "XDG", "PYTHON"))}
-    return kept | {"HOME": str(home), "PATH": path, "COLUMNS": "120", "TERM": "dumb", "TMPDIR": str(home)}
+    own = ("LLAMA", "XDG", "PYTHON")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+    return kept | {
+        "HOME": str(home),
+        "PATH": path,
+        "COLUMNS": "120",
+        "TERM": "dumb",
+        "TMPDIR": str(scratch),
+    }
 
 
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
+    """Run in the repository; the documents' /tmp and /home/me are folders of this run."""
+    places = {
+        "/home/me/llama_ref": str(REPOSITORY),
+        "/home/me": environment["HOME"],
+        "/tmp": environment["TMPDIR"],
+    }
+    *words, text = command
+    words.append(re.sub(r"/tmp(?=/)", places["/tmp"], text))
+    done = subprocess.run(
+        words,
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -69,45 +136,167 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
         timeout=300,
         check=False,
     )
+    for name, place in places.items():
+        done.stdout = done.stdout.replace(place, name)
+    return done
+
+
+def matches(printed: str, expected: str) -> bool:
+    """Whether an output is what a document shows, but for times, speeds, widths and `…`."""
+    for pattern, word in VARYING:
+        printed = re.sub(pattern, word, printed)
+        expected = re.sub(pattern, word, expected)
+    pattern = re.escape(expected.strip()).replace("…", ".*")
+    return re.fullmatch(pattern, printed.strip(), re.DOTALL) is not None
 
 
 @pytest.mark.parametrize(("command", "expected"), sessions())
-def test_a_command_does_what_the_readme_shows(command, expected, environment):
+def test_a_command_does_what_is_shown(command, expected, environment):
     done = run(["bash", "-c", f"({command}) 2>&1"], environment)
-    pattern = re.escape(expected.strip()).replace("…", ".*")
-    assert (done.returncode != 0) == expected.startswith("llama-ref: "), done.stdout
-    assert re.fullmatch(pattern, done.stdout.strip(), re.DOTALL), f"{command} printed\n{done.stdout}\nnot\n{expected}"
+    is_error = re.search(r"^llama-ref: ", expected, re.MULTILINE) is not None
+    assert (done.returncode != 0) == is_error, done.stdout
+    assert matches(done.stdout, expected), f"{command} printed\n{done.stdout}\nnot\n{expected}"
 
 
-@pytest.mark.parametrize("script", [pytest.param(body, id=f"{name}: {body[:40]!r}") for name, body in blocks("python")])
-def test_a_script_runs(script, environment):
+@pytest.mark.parametrize(("script", "expected"), scripts())
+def test_a_script_runs(script, expected, environment):
     done = run([sys.executable, "-c", script], environment)
     assert done.returncode == 0, done.stderr
+    if expected is not None:
+        assert matches(done.stdout, expected), f"printed\n{done.stdout}\nnot\n{expected}"
 
 
-def test_what_is_not_run_is_known_not_to_be():
-    lines = {line for _, body in blocks("sh") for line in body.splitlines() if line and not line.startswith("#")}
-    assert lines <= NOT_RUN.keys()
+def test_outputs_differ_by_times_and_speeds_alone():
+    assert matches("a  12 MB/s  0.2 s\n───", "a 7.5 GB/s 1,000 s\n─────\n")
+    assert matches("one\ntwo\nthree", "one\n…\nthree")
+    assert not matches("12 tokens", "13 tokens")
+    assert not matches("one\ntwo", "one")
+
+
+# ---- what is not run
+
+
+def test_every_block_that_is_not_run_says_why():
+    silent = [(name, body) for name, text in DOCUMENTS.items() for reason, body in NOT_RUN.findall(text) if not reason]
+    assert silent == []
+
+
+def test_there_are_no_blocks_of_another_kind():
+    known = {"console", "python", "sh", "bash", "text", ""}
+    kinds = {(name, kind) for name, text in DOCUMENTS.items() for kind in re.findall(r"^```(\w*)$", text, re.MULTILINE)}
+    assert {(name, kind) for name, kind in kinds if kind not in known} == set()
+
+
+def test_commands_that_are_not_run_name_scripts_and_flags_that_exist(environment):
+    wrong = []
+    for name, code in commands_not_run():
+        words = shlex.split(code)
+        file = next((word for word in words if word.startswith("scripts/")), None)
+        if file is not None and not (REPOSITORY / file).exists():
+            wrong.append((name, code, f"there is no {file}"))
+            continue
+        if words[0] == "llama-ref":
+            known = help_of(words[1], environment["HOME"])
+        elif file is not None and file.endswith(".py"):
+            known = (REPOSITORY / file).read_text(encoding="utf-8") + help_of("complete", "")
+        else:
+            continue
+        begin = words.index(file) if file else 0
+        flags = [word.partition("=")[0] for word in words[begin:] if word.startswith("--")]
+        wrong += [(name, code, flag) for flag in flags if flag.strip("-") not in known]
+    assert wrong == []
+
+
+@functools.cache
+def help_of(command: str, home: str) -> str:
+    words = [sys.executable, "-m", "llama_ref.cli", command, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout + done.stderr
+
+
+# ---- tables and links
 
 
 def test_the_table_of_states_names_every_state():
     from llama_ref.checkpoint.verify.report import State
 
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = DOCUMENTS["docs/verify.md"]
     assert [state for state in State if f"| {state} |" not in text] == []
 
 
 def test_the_table_of_releases_names_every_release():
     from llama_ref.checkpoint.releases import RELEASES as known
 
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = DOCUMENTS["docs/releases.md"]
     assert [name for name in known if f"`{name}`" not in text] == []
 
 
-def test_every_link_to_a_file_leads_to_one():
-    links = [
-        (name, target)
-        for name in READMES
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (REPOSITORY / name).read_text(encoding="utf-8"))
-    ]
-    assert len(links) > 20 and [link for link in links if not (REPOSITORY / link[1]).exists()] == []
+def test_the_table_of_commands_names_every_command(environment):
+    done = run([sys.executable, "-m", "llama_ref.cli", "--help"], environment)
+    commands = set(re.findall(r"^ {2,6}([a-z]+)(?: {2,}.*)?$", done.stdout + done.stderr, re.MULTILINE))
+    assert len(commands) > 15
+    for name in ("README.md", "README.ko.md"):
+        missing = {word for word in commands if f"`{word}`" not in DOCUMENTS[name]}
+        assert missing == set(), name
+
+
+def test_the_map_of_rooms_names_every_folder():
+    text = DOCUMENTS["docs/architecture.md"]
+    package = REPOSITORY / "llama_ref"
+    rooms = {path.parent for path in package.rglob("*.py")} - {package}
+    names = {f"{path.relative_to(package)}/" for path in rooms}
+    assert {name for name in names if f"`{name}`" not in text} == set()
+
+
+def test_readme_is_short():
+    assert len(DOCUMENTS["README.md"].split()) <= 900
+
+
+def linked() -> dict[Path, str]:
+    files = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
+    return {path: path.read_text(encoding="utf-8") for path in files}
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls a document's headings."""
+    out: set[str] = set()
+    for title in re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE):
+        title = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)
+        slug = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+        n = 0
+        while (name := f"{slug}-{n}" if n else slug) in out:
+            n += 1
+        out.add(name)
+    return out
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    texts = linked()
+    count, broken = 0, []
+    for path, text in texts.items():
+        prose = BLOCK.sub("", text)
+        targets = re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
+        for target in targets:
+            if re.match(r"https?:|mailto:", target):
+                continue
+            count += 1
+            file, _, anchor = target.partition("#")
+            place = (path.parent / file).resolve() if file else path
+            is_there = place.exists() and (not anchor or anchor in anchors(texts.get(place, "")))
+            if not is_there:
+                broken.append((path.name, target))
+    assert count > 100 and broken == []
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    texts = linked()
+    found, todo = set(), [REPOSITORY / "README.md"]
+    while todo:
+        path = todo.pop()
+        if path in found or path not in texts:
+            continue
+        found.add(path)
+        links = re.findall(r"\]\(([^)#\s]+)", texts[path])
+        todo += [(path.parent / link).resolve() for link in links if link.endswith(".md")]
+    assert set((REPOSITORY / "docs").glob("*.md")) <= found

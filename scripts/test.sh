@@ -15,16 +15,12 @@ CORE=(
     tests/test_model.py
     tests/test_packaging.py
     tests/test_rooms.py
-    tests/test_sampling.py
-    tests/test_session.py
     tests/test_tokenizer.py
     tests/test_vocabulary.py
-    tests/checkpoint/formats
     tests/checkpoint/hf
     tests/checkpoint/test_attacks.py
     tests/checkpoint/test_folder.py
     tests/checkpoint/test_integrity.py
-    tests/checkpoint/test_loader.py
     tests/checkpoint/test_reader.py
     tests/cli/test_commands.py
     tests/decoding/test_loop.py

@@ -41,6 +41,7 @@ from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
+from llama_ref.formatting import dtype_name
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.plan import Model, Workload, count_parameters, plan
@@ -72,7 +73,7 @@ def env(run: Run) -> None:
         n = 128 if run.rehearse or not run.on_cuda else 8192
         a, b = (torch.randn(n, n, dtype=run.dtype, device=run.device) for _ in range(2))
         seconds = run.device_seconds(lambda: a @ b)
-        run.say(f"matrix product {n}^3", TFLOP_s=2 * n**3 / seconds / 1e12, dtype=_name(run.dtype))
+        run.say(f"matrix product {n}^3", TFLOP_s=2 * n**3 / seconds / 1e12, dtype=dtype_name(run.dtype))
     _say_backends(run)
 
 
@@ -89,7 +90,7 @@ def _versions(run: Run) -> dict[str, Any]:
     else:
         found["card"] = platform.processor() or platform.machine()
     found |= {"python": platform.python_version(), "torch": torch.__version__}
-    return found | {name: _version(name) for name in ("triton", "transformers")} | {"dtype": _name(run.dtype)}
+    return found | {name: _version(name) for name in ("triton", "transformers")} | {"dtype": dtype_name(run.dtype)}
 
 
 def _output(*command: str) -> str:
@@ -108,10 +109,6 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _say_backends(run: Run) -> None:
     """Which of PyTorch's attentions each kind of call gets, by default and as this project sets CUDA up."""
     for call, (B, H, K, T, S, masked) in {
@@ -126,7 +123,7 @@ def _say_backends(run: Run) -> None:
                 q = torch.empty(B, H, T, 128, dtype=dtype, device=run.device)
                 k = torch.empty(B, K, S, 128, dtype=dtype, device=run.device)
                 mask = torch.ones(B, 1, T, S, dtype=torch.bool, device=run.device) if masked else None
-                found[_name(dtype)] = _backends(run, q, k, mask)
+                found[dtype_name(dtype)] = _backends(run, q, k, mask)
             run.say(f"attention: {call}", **found)
     run.prepare()
 
@@ -170,16 +167,16 @@ def parity(run: Run) -> None:
     run.prepare()
     for dtype in dict.fromkeys((torch.float32, run.dtype)):
         model = run.model("1B", dtype, n_layers=4)
-        with run.attempt(f"transformers, {_name(dtype)}"), torch.inference_mode():
+        with run.attempt(f"transformers, {dtype_name(dtype)}"), torch.inference_mode():
             _compare_with_transformers(run, model)
-        with run.attempt(f"in pieces, {_name(dtype)}"), torch.inference_mode():
+        with run.attempt(f"in pieces, {dtype_name(dtype)}"), torch.inference_mode():
             _compare_pieces(run, model)
-        with run.attempt(f"compiled, {_name(dtype)}"):
+        with run.attempt(f"compiled, {dtype_name(dtype)}"):
             eager = decode(run, model, run.tokens(300), run.steps(64), batch=3).tokens
             compile_decode(model)
             fast = decode(run, model, run.tokens(300), run.steps(64), batch=3).tokens
             same = [agreement(a, b) for a, b in zip(fast, eager, strict=True)]
-            run.say(f"compiled tokens as eager, {_name(dtype)}", same=fast == eager, tokens=same)
+            run.say(f"compiled tokens as eager, {dtype_name(dtype)}", same=fast == eager, tokens=same)
         del model
 
 
@@ -189,7 +186,7 @@ def _compare_with_transformers(run: Run, model: Transformer) -> None:
         theirs = _oracles().hugging_faces_model(model)
     found, expected = model(ids), theirs(ids).logits.float()
     same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
-    name = f"transformers, {_name(model.norm.weight.dtype)}"
+    name = f"transformers, {dtype_name(model.norm.weight.dtype)}"
     run.say(name, relative_error=relative_error(found, expected), same_argmax=float(same))
 
 
@@ -198,7 +195,7 @@ def _compare_pieces(run: Run, model: Transformer) -> None:
     T, dtype = ids.shape[1], model.norm.weight.dtype
     cache = KVCache(model.args, 2, T, dtype=dtype, device=run.device)
     pieces = torch.cat([model(piece, cache) for piece in ids.split([T - 7, 4, 1, 1, 1], dim=1)], dim=1)
-    run.say(f"in pieces, {_name(dtype)}", relative_error=relative_error(pieces, model(ids)))
+    run.say(f"in pieces, {dtype_name(dtype)}", relative_error=relative_error(pieces, model(ids)))
 
 
 def _ids(run: Run, model: Transformer, rows: int, n: int) -> Tensor:
@@ -241,7 +238,7 @@ def _measure_model(
     model = run.model(size)
     run.synchronize()
     weights = bytes_per_step(model)
-    run.say(f"{size} made", seconds=time.perf_counter() - seconds, GB_per_step=weights / 1e9, dtype=_name(run.dtype))
+    run.say(f"{size} made", seconds=time.perf_counter() - seconds, GB_per_step=weights / 1e9, dtype=dtype_name(run.dtype))
     eager = compiled = None
     with run.attempt(f"{size} eager decode"):
         decode(run, model, run.tokens(300), run.steps(4))
@@ -370,7 +367,7 @@ def batch(run: Run) -> None:
     run.prepare()
     size = run.largest()
     for scheme, counts in ((None, (8, 32, 128)), ("int4", (8, 32)), ("int8", (8, 32))):
-        name = f"{size} {scheme or _name(run.dtype)}"
+        name = f"{size} {scheme or dtype_name(run.dtype)}"
         if run.seconds_left < LEAST_FOR_A_MODEL and not run.rehearse:
             run.say(f"{name}: skipped, too late", seconds_left=run.seconds_left)
             continue
@@ -649,7 +646,7 @@ def _planned(size: str, args: Any, dtype: torch.dtype, n_tokens: int, batch: int
     """What `llama-ref plan` says that one card has to hold."""
     found = release(size)
     model = Model(found.name, found.name, args, found.tied, found.max_seq_len)
-    places = plan(model, Workload(gpu_memory=80, max_seq_len=n_tokens, max_batch_size=batch), [_name(dtype)])
+    places = plan(model, Workload(gpu_memory=80, max_seq_len=n_tokens, max_batch_size=batch), [dtype_name(dtype)])
     need = next(place.need for place in places if place.layout.processes == 1)
     parts = {"weights": need.weights, "kv_cache": need.kv_cache, "activations": need.activations, "total": need.total}
     return {f"plan_{name}_GB": value / 1e9 for name, value in parts.items()}

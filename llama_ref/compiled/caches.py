@@ -18,7 +18,7 @@ def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
     norm = model.layers[0].attention_norm.weight  # a norm is there in every part of a model, and is never quantized
     try:
         kind = kv_cache_class(norm.device, norm.dtype, model.args)
-        block = CACHE_BLOCK if norm.device.type == "cpu" or batch_size > 1 else CUDA_CACHE_BLOCK
+        block = CUDA_CACHE_BLOCK if norm.device.type == "cuda" and batch_size == 1 else CACHE_BLOCK
         room = -(-n_tokens // block) * block
         return kind(model.args, batch_size, room, dtype=norm.dtype, device=norm.device)
     except RuntimeError as error:

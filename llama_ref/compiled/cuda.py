@@ -32,7 +32,7 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda_cache import FlashKVCache, FlashLengths
 from llama_ref.compiled.cuda_ops import joined, linear, norm, norm_linear, norm_query, norm_swiglu
 from llama_ref.compiled.forward import CompiledForward
-from llama_ref.compiled.triton_probe import has_triton
+from llama_ref.compiled.triton_probe import uses_triton
 from llama_ref.device import is_out_of_memory
 from llama_ref.kv_cache import KVCache, group_mask, grouped_attention
 from llama_ref.model import Transformer, TransformerBlock, rope_frequencies, rope_rotations
@@ -111,7 +111,7 @@ class FastPasses:
         self.angles = Angles(model)
         self.capture: Capture | None = capture  # None: it failed
         self.graphs: OrderedDict[tuple, CapturedPass] = OrderedDict()
-        self.n_captured, self.capture_seconds = 0, 0.0
+        self.capture_seconds = 0.0
         self.cleared: weakref.WeakSet[KVCache] = weakref.WeakSet()
         self.lock = threading.Lock()
 
@@ -191,7 +191,6 @@ class FastPasses:
 
         ids = torch.nn.functional.pad(tokens, (0, T - tokens.shape[1]))  # the tokens themselves: capturing runs the pass once
         made = CapturedPass(self.capture, run, ids, cache.lengths.clone(), self.angles.up_to(cache.max_seq_len))
-        self.n_captured += 1
         self.capture_seconds += time.perf_counter() - begun
         return made
 
@@ -217,7 +216,7 @@ class FastPasses:
                 self.logits(tokens, cache)
                 cache.set_lengths([1] * B)
         self.graphs.clear()
-        self.n_captured, self.capture_seconds = 0, 0.0
+        self.capture_seconds = 0.0
 
 
 class FusedLayer:
@@ -284,8 +283,7 @@ def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, wid
 
 def _has_kernel(cache: KVCache) -> bool:
     """Whether `attend_one` takes the cache."""
-    keys = cache.keys
-    return keys.is_cuda and keys.shape[-1] in KERNEL_HEAD_DIMS and has_triton(keys.device)
+    return cache.keys.shape[-1] in KERNEL_HEAD_DIMS and uses_triton(cache.keys)
 
 
 class CapturedPass:

@@ -17,11 +17,12 @@ from llama_ref.device import HOPPER, is_out_of_memory
 from llama_ref.kv_cache import KVCache, group_mask, grouped_attention
 from llama_ref.model import Context
 
+# Tokens of a prompt in one pass, of all rows together: a GPU is busy with a whole prompt of the usual length.
+MASKLESS_PREFILL_TOKENS = 8192
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # cuDNN's attention is nearly twice as fast on Hopper (660 against 350 TFLOP/s), but it spends 0.05 to 1 s on a plan for every
 # new pair of lengths: it gets whole pieces of long prompts, of which there are few kinds.
-CUDNN_PIECE = 8192  # tokens
-CUDNN_FROM = 2 * CUDNN_PIECE  # earlier tokens
+CUDNN_FROM = 2 * MASKLESS_PREFILL_TOKENS  # earlier tokens
 
 
 class CudaKVCache(KVCache):
@@ -114,7 +115,8 @@ def flash(q: Tensor, keys: Tensor, values: Tensor, at: FlashLengths) -> Tensor:
 
 def is_for_cudnn(q: Tensor, longest: int) -> bool:
     """Whether queries (B, T, H, hd) after so many tokens are a late piece of one long prompt, on a card where `cudnn` pays."""
-    return q.shape[:2] == (1, CUDNN_PIECE) and longest >= CUDNN_FROM and longest % CUDNN_PIECE == 0 and _is_hopper(q.device)
+    piece = MASKLESS_PREFILL_TOKENS
+    return q.shape[:2] == (1, piece) and longest >= CUDNN_FROM and longest % piece == 0 and _is_hopper(q.device)
 
 
 @cached

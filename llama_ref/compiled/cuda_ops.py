@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ref.compiled.triton_probe import has_triton
+from llama_ref.compiled.triton_probe import uses_triton
 from llama_ref.model import RMSNorm, rotate
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
 
@@ -121,11 +121,6 @@ def log_normalizer(logits: Tensor) -> Tensor:
     from llama_ref.compiled.triton_elementwise import row_stats
 
     return row_stats(logits)[1]
-
-
-def uses_triton(x: Tensor) -> bool:
-    """Whether this project's own kernels take x."""
-    return x.is_cuda and has_triton(x.device)
 
 
 def _is_one_row(x: Tensor) -> bool:

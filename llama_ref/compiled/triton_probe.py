@@ -5,8 +5,14 @@ import logging
 from functools import cache
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether this project's own kernels take x."""
+    return x.is_cuda and has_triton(x.device)
 
 
 @cache

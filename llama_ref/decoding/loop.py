@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ref.compiled.caches import new_cache
+from llama_ref.compiled.cuda_cache import MASKLESS_PREFILL_TOKENS
 from llama_ref.compiled.cuda_ops import log_normalizer
 from llama_ref.compiled.forward import compiled_forward
 from llama_ref.device import fast_for_one_row
@@ -20,7 +21,6 @@ from llama_ref.model import Transformer
 FinishReason = Literal["stop", "length"]
 
 PREFILL_TOKENS = 1024  # at a time, of all rows together: bounds activations; masks grow with the context alone
-MASKLESS_PREFILL_TOKENS = 8192  # where attention needs no mask: a GPU is busy with a whole prompt of the usual length
 LOGPROB_POSITIONS = 128  # logits take 0.5 MB a position: an echoed prompt's are made this many at a time
 
 

@@ -10,17 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ref.compiled.triton_probe import has_triton
+from llama_ref.compiled.triton_probe import uses_triton
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
 
 BLOCK_WEIGHTS = 1 << 22  # turned into the input's dtype at a time: few enough to stay in a processor's cache
 CUDA_BLOCK_WEIGHTS = 1 << 26  # where every block costs launches
 FEW_ROWS = 48  # up to here PyTorch's kernel for int8 was faster than casting the matrix, on two Zen 5 cores
-
-
-def has_kernels(x: Tensor) -> bool:
-    """Whether this project's own kernels take x: on a CUDA device, where there is Triton."""
-    return x.is_cuda and has_triton(x.device)
 
 
 def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -95,7 +90,7 @@ class Int8Matrix(QuantizedMatrix):
 class Int8Linear(Int8Matrix):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
-        if has_kernels(x):
+        if uses_triton(x):
             return on_cuda(x, self.q, self.scale)
         if x.dtype == torch.float16:  # sums of unscaled products would leave its range
             return self._times_blocks(x)
@@ -145,7 +140,7 @@ class Int4Linear(QuantizedMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
-        if has_kernels(x):
+        if uses_triton(x):
             return on_cuda(x, self.packed, self.scale, self.zero)
         return self._times_blocks(x)
 

@@ -1,9 +1,8 @@
 """The Triton kernels' arithmetic, by Triton's interpreter on a CPU; test_on_cuda.py runs the kernels themselves.
 
-The interpreter has no bfloat16 products, so that float16 stands for both.
+test_triton.py runs this file, in a process of its own. The interpreter has no bfloat16 products: float16 stands for both.
 """
 
-import importlib.util
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -17,10 +16,6 @@ from llama_ref.compiled import cuda_ops
 from llama_ref.model import RMSNorm
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run here"),
-]
 SEEDS = range(4)  # the interpreter is slow
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 

@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 from conftest import REPOSITORY
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.formatting import human_bytes
 from llama_ref.plan import Workload, find_model, plan
 
 EXAMPLES = REPOSITORY / "examples"
@@ -141,7 +142,7 @@ def test_the_notebook_says_that_it_fits_a_t4(executed):
     placement = plan(model, Workload(T4_GB, **COLAB), ["float16"])[0]
     assert placement.layout.processes == 1 and placement.fits
     said = re.search(r"estimated to take ([\d.]+) GB", NOTEBOOK.read_text(encoding="utf-8"))[1]
-    assert said in text.split() and f"{placement.need.total / 1e9:.1f}" == said
+    assert said in text.split() and human_bytes(placement.need.total) == f"{said} GB"
 
 
 def test_the_notebook_is_as_people_run_it():

@@ -1,8 +1,8 @@
-"""The errors this package raises on purpose. Each message says what was found, what was expected, where, and what to do."""
+"""The errors this package raises. Each message says what is wrong, where, what was expected, what to do."""
 
 
 class LlamaRefError(Exception):
-    """Base of all of them: `except LlamaRefError` is enough to tell a user's problem from a bug."""
+    """Base of all of them: `except LlamaRefError` tells a user's problem from a bug."""
 
 
 class CheckpointError(LlamaRefError):
@@ -10,8 +10,8 @@ class CheckpointError(LlamaRefError):
 
 
 class FolderNotFound(CheckpointError):
-    """No folder is meant by a name or path."""
+    """No checkpoint folder for a name or path."""
 
 
 class RequestError(LlamaRefError, ValueError):
-    """A call asks for what cannot be done: a prompt longer than the context, top_p above 1, an unknown role."""
+    """A call that cannot be carried out: a prompt longer than the context, top_p above 1, an unknown role."""

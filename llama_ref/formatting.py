@@ -4,7 +4,7 @@ import reprlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch  # no more than a type here: commands that need no torch import this module
+    import torch  # only as a type: commands that do not need torch import this module
 
 
 def human_bytes(n: float) -> str:
@@ -19,7 +19,7 @@ def human_bytes(n: float) -> str:
 
 
 def printable(text: str) -> str:
-    """A file's name that is safe to print to a terminal: control characters and stray bytes are escaped."""
+    """A file name that is safe to print to a terminal: control characters and invalid bytes are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
 
 
@@ -29,7 +29,7 @@ def dtype_name(dtype: "torch.dtype") -> str:
 
 
 def short(value: Any) -> str:
-    """The repr of a value for a message: shortened where it is long or deep, escaped where it is unprintable."""
+    """The repr of a value for a message, shortened if long or deep, with unprintable characters escaped."""
     return _REPR.repr(value)
 
 

@@ -1,16 +1,15 @@
 """Prompts to text.
 
-`Llama` has the methods, arguments and return values of Meta's `llama` package, so that scripts written for it run with the
-import changed; `stream` and the sampling options beyond temperature and top_p are this project's.
+`Llama` has the methods, arguments and return values of Meta's `llama` package, so that scripts written for
+it run with the import changed; `stream` and the options beyond temperature and top_p are additions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import torch
-from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
@@ -18,8 +17,11 @@ from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.cpu import compile_decode
+from llama_ref.decoding.draft_model import DraftModel
+from llama_ref.decoding.drafting import PassTime, Speculation
 from llama_ref.decoding.loop import Row, steps
-from llama_ref.decoding.speculative import DraftModel, NGrams, PassTime, Speculation, speculative_steps
+from llama_ref.decoding.prompt_lookup import PromptLookup
+from llama_ref.decoding.speculative import speculative_steps
 from llama_ref.decoding.stream import Stream, stop_strings
 from llama_ref.device import choose_device, choose_dtype, prepare_cuda
 from llama_ref.errors import RequestError
@@ -28,7 +30,7 @@ from llama_ref.model import Transformer
 from llama_ref.parallel.job import ALONE, Job, join_job
 from llama_ref.parallel.pipeline import split_layers
 from llama_ref.parallel.sharding import check_divisible
-from llama_ref.parallel.tensor import agreeing, split_matrices
+from llama_ref.parallel.tensor import broadcast_choice, split_matrices
 from llama_ref.progress import Progress
 from llama_ref.quantization.apply import use_fast_kernels
 from llama_ref.sampling import Sampler, SamplingParams
@@ -50,7 +52,7 @@ class ChatPrediction(TypedDict, total=False):
 
 
 class Llama:
-    """A model, its tokenizer and how to generate with them. Made by `Llama.build`, or from parts built elsewhere."""
+    """A model, its tokenizer, and generation with them. Made by `Llama.build`, or from existing parts."""
 
     def __init__(
         self,
@@ -92,54 +94,67 @@ class Llama:
         verify: Verify = "auto",
         progress: Progress | None = None,
     ) -> "Llama":
-        """Load a checkpoint folder, named by path or release.
+        """Load a checkpoint folder, given by path or release name.
 
-        `tokenizer_path` defaults to the folder's own. `device`: CUDA when there is one, else MPS, else the CPU. `dtype`:
-        bfloat16 where the device has it, else float16. Of several processes (torchrun) each holds its part of every matrix, and
-        of every `pipeline_parallel_size`-th run of layers. `max_seq_len` bounds prompt and answer together, in tokens; the KV
-        cache is taken for each call and only as long as the call needs. `verify`: "auto" compares every file with
-        checklist.chk the first time it is used, "always" each time, "never" does not. `progress` is called with (bytes done,
-        bytes in all).
-        `quantize`: "int8", "int4" or "int4:group=32" rounds the weights as they are read (quantization/apply.py). `compile`
-        makes decoding faster, of one sequence on a CPU (compiled/cpu.py), of any number on CUDA (compiled/cuda.py); building
-        waits some seconds for it. `speculate`="ngram" has text that repeats made faster, `draft` any text: it names a smaller
-        model of the same vocabulary (decoding/speculative.py).
+        tokenizer_path: default: the folder's own. max_seq_len: limit of prompt and answer together, in
+        tokens; each call allocates a KV cache only as long as it needs. max_batch_size: prompts per call.
+        model_parallel_size: accepted for Meta's scripts; must agree with torchrun, of whose processes each
+        holds a part of every matrix. pipeline_parallel_size: number of pipeline stages, runs of layers
+        among which the processes are divided. seed: of the sampling; None: a random one.
+        device: default: CUDA if available, else MPS, else the CPU. dtype: default: bfloat16 if the device
+        has it, else float16. quantize: "int8", "int4" or "int4:group=32" rounds the weights while loading
+        (quantization/apply.py). compile: faster decoding, of one sequence on a CPU (compiled/cpu.py), of
+        any batch on CUDA (compiled/cuda.py), after some seconds of compiling. speculate: "ngram" makes
+        repetitive text faster; draft: a smaller model of the same vocabulary, which makes any text faster
+        (decoding/speculative.py). verify: "auto" compares every file with checklist.chk the first time it
+        is used, "always" each time, "never" does not. progress: called with (bytes done, total bytes).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
         """
         _check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        SamplingParams(seed=seed)  # raises for a seed that is none
-        device = choose_device(device)
-        dtype = choose_dtype(dtype, device)
-        prepare_cuda(device)
+        SamplingParams(seed=seed)  # raises RequestError for an invalid one
+        on = choose_device(device)
+        precision = choose_dtype(dtype, on)
+        prepare_cuda(on)
         folder = open_folder(ckpt_dir)
-        job = join_job(model_parallel_size, pipeline_parallel_size, device)
+        job = join_job(model_parallel_size, pipeline_parallel_size, on)
         _check_speculation(speculate, draft, job)
-        fast = {"quantize": quantize, "compile": compile}
-        small = draft and cls.build(draft, device=device, dtype=dtype, verify=verify, progress=progress, **fast)
+        small = draft and cls.build(
+            draft, device=on, dtype=precision, quantize=quantize, compile=compile, verify=verify, progress=progress
+        )
         tokenizer_path = tokenizer_path or folder.tokenizer
         with verified(folder, verify, tokenizer_path):
             args = folder.read_args()
             tokenizer = folder.open_tokenizer(args, tokenizer_path)
-            if small:
+            if draft and small:
                 _check_vocabulary(folder.path, args, tokenizer, draft, small)
             check_divisible(args, job.share)
-            options = {"device": device, "dtype": dtype, "share": job.share, "quantize": quantize, "progress": progress}
-            model = load_model(folder, args, **options)
-        _divide(model, job)
+            model = load_model(folder, args, device=on, dtype=precision, share=job.share, quantize=quantize, progress=progress)
+        _split(model, job)
         if compile:
             compile_decode(model)
-        use_fast_kernels(model)  # for what is quantized, and not compiled
-        speculation = DraftModel(small.model, model) if small else NGrams(PassTime.of(model)) if speculate else None
-        limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-        return cls(model, tokenizer, **limits, seed=seed, job=job, speculation=speculation)
+        use_fast_kernels(model)  # for quantized matrices that were not compiled
+        speculation: Speculation | None = None
+        if small:
+            speculation = DraftModel(small.model, model)
+        elif speculate:
+            speculation = PromptLookup(PassTime.of(model))
+        return cls(
+            model,
+            tokenizer,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            seed=seed,
+            job=job,
+            speculation=speculation,
+        )
 
     @property
     def device(self) -> torch.device:
-        return self.model.layers[0].attention_norm.weight.device  # every part of a model has one, and it is never quantized
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.layers[0].attention_norm.weight.dtype
+        return self.model.dtype
 
     # ---- Meta's interface
 
@@ -155,11 +170,12 @@ class Llama:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt: (token ids per prompt, their log-probabilities per prompt or None).
 
-        Outputs end before the stop token, after `max_gen_len` tokens or where the context ends. `echo` puts the prompt in
-        front. Log-probabilities are the model's own, before temperature and filters; an echoed prompt's first token has none
-        and stands as 0. `sampling` takes what SamplingParams has: top_k, min_p, repetition_penalty, logit_bias, seed.
-        `study.recording(llama.model, names)` around the call keeps activations.
-        Raises RequestError for prompts that are empty, too many, too long or hold ids outside the vocabulary.
+        Outputs end before the stop token, after `max_gen_len` tokens or at the end of the context. `echo`
+        includes the prompt. Log-probabilities are the model's own, before temperature and filters; that of
+        an echoed prompt's first token is 0. `sampling`: the other fields of SamplingParams: top_k, min_p,
+        repetition_penalty, logit_bias, seed. `study.recording(llama.model, names)` around the call records
+        activations.
+        Raises RequestError for prompts that are empty, too many, too long, or with ids outside the vocabulary.
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, **sampling)
         rows = self._start(prompt_tokens, max_gen_len)
@@ -180,8 +196,8 @@ class Llama:
         echo: bool = False,
         **sampling: Any,
     ) -> list[CompletionPrediction]:
-        """Continue each text. With `logprobs`, every token's text and log-probability stand beside it. See `generate`."""
-        if isinstance(prompts, str):  # would be taken for a list of its letters
+        """Continue each text; with `logprobs`, also the text and log-probability of every token. See `generate`."""
+        if isinstance(prompts, str):  # would count as a list of letters
             raise RequestError(f"prompts is the text {prompts!r:.60}, expected a list of texts")
         prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         tokens, token_logprobs = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **sampling)
@@ -212,7 +228,7 @@ class Llama:
             for answer, t, p in zip(answers, tokens, token_logprobs, strict=True)
         ]
 
-    # ---- one sequence, as it is made
+    # ---- one sequence, streamed
 
     def stream(
         self,
@@ -225,38 +241,39 @@ class Llama:
         cache: KVCache | None = None,
         **sampling: Any,
     ) -> Stream:
-        """Generate for one prompt and hand out the text as it is made.
+        """Generate for one prompt, yielding text as it is generated.
 
-        `prompt` is a text, token ids, or a dialog to answer. Iterating gives pieces of text that never hold half a
-        character; `stop` strings and stop tokens end it and are not shown. The Stream then has `.finish_reason`
-        ("stop" or "length"), `.tokens` and `.text`. It may be left at any point. A one-row `cache` that holds the prompt's
-        beginning saves running that part again; afterwards it holds the prompt and the answer's beginning.
+        `prompt` is a text, token ids, or a dialog to answer. Pieces of text never contain half a character;
+        `stop` strings and stop tokens end the text and are not part of it. The Stream then has
+        `.finish_reason` ("stop" or "length"), `.tokens` and `.text`. Iteration may be abandoned at any
+        point. A one-row `cache` that holds a prefix of the prompt saves computing it again; afterwards it
+        holds the prompt and a prefix of the answer.
         """
         params = SamplingParams(temperature=temperature, top_p=top_p, **sampling)
         rows = self._start([self.encode(prompt)], max_gen_len)
         if cache is not None and (len(cache.lengths) != 1 or cache.max_seq_len < rows[0].total_len):
             raise RequestError(
-                f"the cache has {len(cache.lengths)} rows of {cache.max_seq_len:,} tokens; prompt and answer need one row of "
-                f"{rows[0].total_len:,}: make it larger, or max_gen_len smaller"
+                f"the cache has {len(cache.lengths)} rows of {cache.max_seq_len:,} tokens, but prompt and answer need one "
+                f"row of {rows[0].total_len:,}: use a larger cache or a smaller max_gen_len"
             )
         return Stream(rows[0], self._steps(rows, params, cache=cache), self.tokenizer, stop)
 
     def encode(self, prompt: str | list[int] | Dialog) -> list[int]:
-        """Token ids of a text (with begin-of-text in front), of a dialog to answer, or as given."""
+        """Token ids of a text (after begin-of-text), of a dialog to answer, or as given."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
         if prompt and isinstance(prompt[0], int):
-            return list(prompt)
-        return self.formatter.encode_dialog_prompt(prompt)
+            return cast(list[int], list(prompt))
+        return self.formatter.encode_dialog_prompt(cast(Dialog, prompt))
 
     # ---- before the first token
 
     def _start(self, prompts: list[list[int]], max_gen_len: int | None) -> list[Row]:
-        """A batch about to begin. Raises RequestError for prompts that cannot be continued."""
+        """The rows of a new batch. Raises RequestError for prompts that cannot be continued."""
         _check_max_gen_len(max_gen_len)
         if not 0 < len(prompts) <= self.max_batch_size:
             raise RequestError(
-                f"{len(prompts)} prompts, expected 1 to max_batch_size = {self.max_batch_size}: give them in turns, or "
+                f"{len(prompts)} prompts, expected 1 to max_batch_size = {self.max_batch_size}: use several calls, or "
                 "build with a larger max_batch_size"
             )
         for prompt in prompts:
@@ -268,14 +285,15 @@ class Llama:
         if not isinstance(prompt, Sequence) or not all(isinstance(token, Integral) for token in prompt):
             raise RequestError(f"a prompt is {prompt!r:.60}, expected a list of token ids for each prompt")
         if not prompt:
-            raise RequestError("a prompt is empty; it needs one token at least (begin-of-text, say)")
+            raise RequestError("a prompt is empty; it needs at least one token, such as begin-of-text")
         if len(prompt) > self.max_seq_len:
             raise RequestError(
                 f"the prompt has {len(prompt):,} tokens, but max_seq_len is {self.max_seq_len:,}: shorten it or build with more"
             )
-        strange = [token for token in (min(prompt), max(prompt)) if not 0 <= token < self.model.args.vocab_size]
-        if strange:
-            raise RequestError(f"the prompt holds token {strange[0]}; the vocabulary has 0 to {self.model.args.vocab_size - 1}")
+        vocab_size = self.model.args.vocab_size
+        invalid = [token for token in (min(prompt), max(prompt)) if not 0 <= token < vocab_size]
+        if invalid:
+            raise RequestError(f"the prompt has token {invalid[0]}; the vocabulary has 0 to {vocab_size - 1}")
 
     def _steps(self, rows: list[Row], params: SamplingParams, **options: Any) -> Iterator[None]:
         generator = self.generator if params.seed is None else torch.Generator().manual_seed(params.seed)
@@ -285,13 +303,14 @@ class Llama:
         samplers = [self._sampler([row], params, generator) for row in rows]
         return speculative_steps(self.model, rows, samplers, stop_tokens, self.speculation, **options)
 
-    def _sampler(self, rows: list[Row], params: SamplingParams, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-        sampler = Sampler(params, generator, [row.prompt for row in rows], self.model.args.vocab_size, self.device)
-        return agreeing(sampler) if self.job is not ALONE else sampler
+    def _sampler(self, rows: list[Row], params: SamplingParams, generator: torch.Generator) -> Sampler:
+        prompts = [row.prompt for row in rows]
+        agree = broadcast_choice if self.job.is_parallel else None
+        return Sampler(params, generator, prompts, self.model.args.vocab_size, self.device, agree)
 
 
-def _divide(model: Transformer, job: Job) -> None:
-    """Make a process's part of a model work together with the others'."""
+def _split(model: Transformer, job: Job) -> None:
+    """Connect a process's part of a model to the other processes."""
     if job.tensor_group:
         split_matrices(model, job.share, job.tensor_group)
     if job.pipeline_group:
@@ -300,24 +319,24 @@ def _divide(model: Transformer, job: Job) -> None:
 
 def _check_speculation(speculate: str | None, draft: str | Path | None, job: Job) -> None:
     if speculate not in (None, "ngram"):
-        raise RequestError(f'speculate is {speculate!r}, expected "ngram" or None; a draft model is named by draft')
+        raise RequestError(f'speculate is {speculate!r}, expected "ngram" or None; name a draft model with draft')
     if speculate and draft:
         raise RequestError(f"speculate is {speculate!r} and draft is {str(draft)!r}: choose one")
-    if draft and job is not ALONE:
-        raise RequestError("a draft model works in one process only: leave out draft, or take speculate='ngram'")
+    if draft and job.is_parallel:
+        raise RequestError("a draft model works in one process only: leave out draft, or use speculate='ngram'")
 
 
 def _check_vocabulary(path: Path, args: ModelArgs, tokenizer: Tokenizer, draft: str | Path, small: "Llama") -> None:
-    """A draft model's ids must mean what the model's do."""
+    """A draft model must have the same vocabulary."""
     ours, theirs = tokenizer.vocabulary, small.tokenizer.vocabulary
     n_ours, n_theirs = args.vocab_size, small.model.args.vocab_size
     if n_ours != n_theirs or ours.ranks != theirs.ranks or ours.added != theirs.added:
         found = f"{n_theirs:,} tokens, expected {n_ours:,}" if n_ours != n_theirs else f"{n_ours:,} tokens too, but others"
-        raise RequestError(f"the draft model {draft} has another vocabulary than {path} ({found}): name one of the same family")
+        raise RequestError(f"the draft model {draft} has another vocabulary than {path} ({found}): use one of the same family")
 
 
 def check_stream_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:
-    """Raise RequestError for options that `Llama.stream` would refuse, without a model: before a long load, say."""
+    """Raise RequestError for options that `Llama.stream` would reject; needs no model, so call it before loading."""
     _check_max_gen_len(max_gen_len)
     stop_strings(stop)
     SamplingParams(**sampling)

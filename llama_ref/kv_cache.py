@@ -1,4 +1,4 @@
-"""The KV cache: what all tokens so far left for those that come.
+"""The KV cache: keys and values of all tokens so far, and attention to them.
 
 Shapes as in model.py: B sequences, T new tokens each, S tokens seen so far, H query heads, K key/value heads, hd = head_dim.
 """
@@ -12,32 +12,33 @@ from llama_ref.model import Context, attend
 
 
 class KVCache:
-    """Keys and values of all tokens seen so far, for every layer, and how far each sequence has come.
+    """Keys and values of all tokens so far, for every layer, and the length of each row.
 
-    `keys` and `values` are (n_layers, B, K, max_seq_len, hd). `lengths` (B,) counts the tokens that stand in each row; what
-    lies beyond is never looked at, so a row is cut back by lowering its length. `longest` is their maximum, known without
-    asking the device. For inference: use it under `torch.inference_mode()` or with frozen weights.
+    `keys` and `values` are (n_layers, B, K, max_seq_len, hd). `lengths` (B,) counts the tokens of each
+    row; what lies beyond is never read, so a row is truncated by lowering its length. `longest` is
+    their maximum, a number that is known without waiting for the device.
+    For inference: use it under `torch.inference_mode()` or with frozen weights.
     """
 
-    needs_mask = True  # whether its attention makes a mask of new tokens times all tokens
+    needs_mask = True  # whether attention builds a mask (T, S)
 
     def __init__(
         self, args: ModelArgs, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
         shape = (args.n_layers, batch_size, args.n_kv_heads, max_seq_len, args.head_dim)  # (16, 4, 8, 2048, 64)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # takes memory only as it fills
+        self.keys = torch.empty(shape, dtype=dtype, device=device)  # on a CPU, takes memory as it fills
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.longest = 0
-        self._made: tuple[Context, Tensor] | None = None  # the mask of the pass under way
+        self._mask: tuple[Context, Tensor] | None = None  # of the current pass
 
     @property
     def max_seq_len(self) -> int:
         return self.keys.shape[3]
 
     def make_room(self, n_tokens: int) -> Tensor:
-        """Positions (B, T) of the next `n_tokens` of every row. Raises ValueError when they do not fit."""
+        """Positions (B, T) of the next `n_tokens` of every row. Raises ValueError if they do not fit."""
         end = self.longest + n_tokens
         if end > self.max_seq_len:
             raise ValueError(f"{self.longest} + {n_tokens} tokens do not fit into a cache of {self.max_seq_len}")
@@ -45,7 +46,7 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
 
     def clear_unwritten(self, n_tokens: int) -> None:
-        """Clear the next `n_tokens` places: shorter rows leave theirs unwritten, and a NaN counts even where it is masked."""
+        """Zero the next `n_tokens` slots: shorter rows do not write theirs, and a masked NaN still spreads."""
         if len(self.lengths) > 1:
             new = slice(self.longest, self.longest + n_tokens)
             self.keys[:, :, :, new] = self.values[:, :, :, new] = 0
@@ -69,29 +70,29 @@ class KVCache:
         if context.n_seen == context.n_new:
             return attend(q, k, v)
         k, v = self.read(layer, context.n_seen)  # (B, S, K, hd)
-        return grouped_attention(q, k, v, self._mask(context, q.shape[2] // k.shape[2]))
+        return grouped_attention(q, k, v, self._mask_for(context, q.shape[2] // k.shape[2]))
 
-    def _mask(self, context: Context, group: int) -> Tensor:
-        """`grouped_attention`'s mask, made once for all layers of a pass."""
-        if self._made is None or self._made[0] is not context:
+    def _mask_for(self, context: Context, group: int) -> Tensor:
+        """The mask of `grouped_attention`, built once for all layers of a pass."""
+        if self._mask is None or self._mask[0] is not context:
             visible = context.visible
             assert visible is not None
-            self._made = context, group_mask(visible, group)
-        return self._made[1]
+            self._mask = context, group_mask(visible, group)
+        return self._mask[1]
 
     def advance(self, n_tokens: int) -> None:
-        self._made = None
+        self._mask = None
         self.lengths += n_tokens
         self.longest += n_tokens
 
-    def set_lengths(self, lengths: list[int]) -> None:
-        """Cut every row back to its own length, as after a prefill of padded prompts."""
+    def truncate(self, lengths: list[int]) -> None:
+        """Cut every row to its own length, as after a prefill of padded prompts."""
         self.lengths.copy_(torch.tensor(lengths))
         self.longest = max(lengths)
 
 
 def group_mask(visible: Tensor, group: int) -> Tensor:
-    """`visible` (B, T, S) for the G heads of a group that queue up as G·T queries: bool (B, 1, G·T, S)."""
+    """`visible` (B, T, S), repeated for the G query heads of a group: bool (B, 1, G·T, S)."""
     B, T, S = visible.shape
     return visible[:, None].expand(B, group, T, S).reshape(B, 1, group * T, S)
 
@@ -99,7 +100,7 @@ def group_mask(visible: Tensor, group: int) -> Tensor:
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Masked attention: q (B, T, H, hd), k and v (B, S, K, hd), mask (B, 1, G·T, S) -> (B, T, H, hd).
 
-    Key heads are never copied for the query heads that share them: the G heads of a group queue up as G·T queries of one head.
+    The G query heads of a group become G·T queries of one head, so key heads are never copied.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T or S, hd)
     (B, H, T, hd), K = q.shape, k.shape[1]

@@ -1,4 +1,4 @@
-"""How this process uses memory: what the C library keeps of freed blocks, and large pages for matrices."""
+"""Memory of this process: freed blocks that the C library keeps, and huge pages for matrices."""
 
 import contextlib
 import ctypes
@@ -14,35 +14,36 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST_BLOCK = 32 << 20  # the most that glibc takes for M_MMAP_THRESHOLD
 KEPT = 64 << 20
 
-# Reading quantized weights is 7 to 15 % faster from large pages. Mapped files have them already where the file system does;
-# caches must not: they would take all their memory at the first token.
+# Reading quantized weights is 7 to 15 % faster from huge pages. Mapped files have them if the file
+# system does. KV caches must not: they would take all their memory at the first token.
 HUGE_PAGE = 2 << 20  # bytes
 
 
 def give_back_memory() -> None:
-    """Let the system have what the C library keeps of freed memory; only glibc is asked.
+    """Return freed memory that glibc keeps to the system; does nothing with other C libraries.
 
-    Of blocks under 32 MB, as most temporary tensors here are, it keeps what lies below a block that lives on: without this,
-    turning a 1B's matrices into another layout left 0.7 GB with it.
+    glibc keeps freed blocks under 32 MB that lie below a live one: without this, converting a 1B's
+    matrices to another layout left 0.7 GB with it.
     """
     if trim := _of_glibc("malloc_trim"):
         trim(0)
 
 
 def keep_scratch_memory() -> bool:
-    """From now on let glibc keep up to 64 MB of freed memory for what comes next, as it is; whether it does.
+    """Let glibc keep up to 64 MB of freed memory for reuse from now on; True if it does.
 
-    After some thousand tokens a layer's attention needs a few MB for a moment. As glibc is set up it gives these back at
-    once, and the system clears them anew for the next layer: after 32k tokens that took longer than the attention.
+    After some thousand tokens, attention needs a few MB of scratch memory. By default glibc returns these
+    at once, and the system clears them again for the next layer: after 32k tokens that took longer than
+    the attention itself.
     """
     option = _of_glibc("mallopt")
     return option is not None and option(M_MMAP_THRESHOLD, LARGEST_BLOCK) == option(M_TRIM_THRESHOLD, KEPT) == 1
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """`torch.empty`, but tensors of 2 MB or more on a CPU get a mapping of their own, in large pages where the system has them.
+    """`torch.empty`, but CPU tensors of 2 MB or more get a mapping of their own, in huge pages if available.
 
-    Freeing the tensor gives its memory back to the system.
+    Freeing the tensor returns its memory to the system.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
     if n_bytes < HUGE_PAGE or torch.device(device).type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -54,7 +55,7 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """A contiguous copy in memory as `empty` gives it."""
+    """A contiguous copy, allocated by `empty`."""
     return empty(*x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 

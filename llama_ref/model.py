@@ -1,4 +1,4 @@
-"""Llama 3 (arXiv:2407.21783, section 3.2): a decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU.
+"""Llama 3 (arXiv:2407.21783, section 3.2): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 | release     | D      | layers | H   | K | ffn_dim | output     | parameters |
 |-------------|--------|--------|-----|---|---------|------------|------------|
@@ -10,11 +10,13 @@
 
 A tied output is the embedding's matrix.
 
-In the shape comments: B sequences, T new tokens each, S tokens seen so far (the new ones included), D = dim, H query heads,
-K key/value heads, hd = head_dim, V = vocab_size. The examples are Llama 3.2 1B's, at 4 sequences of 128 tokens.
+In the shape comments: B sequences, T new tokens each, S tokens so far (the new ones included),
+D = dim, H query heads, K key/value heads, hd = head_dim, V = vocab_size. Examples are those of
+Llama 3.2 1B with 4 sequences of 128 tokens: prefill (4, 128, …), then decode steps (4, 1, …).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,14 +25,17 @@ from torch import Tensor, nn
 
 from llama_ref.args import ModelArgs
 
-# RoPE scaling, as `apply_scaling` of Meta's llama-models has it: waves longer than the context that the model was first trained
-# on are slowed by the factor, waves shorter than a quarter of it are kept, those between are blended.
+# RoPE scaling, as in `apply_scaling` of Meta's llama-models: waves longer than the original training
+# context are slowed by the factor, waves shorter than a quarter of it are kept, those between blended.
 ORIGINAL_CONTEXT = 8192  # tokens
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1, 4
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over the last dimension, in float32, then scale by a learned weight (arXiv:1910.07467)."""
+    """Divide by the root mean square over the last dimension, in float32, then scale by a weight.
+
+    arXiv:1910.07467.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -51,29 +56,29 @@ def rope_frequencies(args: ModelArgs, device: torch.device | None = None) -> Ten
         return freqs
     wavelengths = 2 * math.pi / freqs
     keep = (ORIGINAL_CONTEXT / wavelengths - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR)
-    keep = keep.clamp(0, 1)  # 0: slowed by the whole factor, 1: left as it is
+    keep = keep.clamp(0, 1)  # 0: slowed by the full factor, 1: unchanged
     return (1 - keep) * freqs / args.rope_scaling_factor + keep * freqs
 
 
 def rope_rotations(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles: positions (B, T) -> two float32 (B, T, 1, hd/2), the same for all heads."""
+    """Cosine and sine of every position's angles: (B, T) -> two float32 (B, T, 1, hd/2)."""
     angles = positions[:, :, None, None].float() * freqs
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[2i], x[2i+1]) of every head by its position's angle: (B, T, heads, hd) -> the same shape and dtype.
+    """Rotate each pair (x[2i], x[2i+1]) of every head by its position's angle: (B, T, heads, hd).
 
-    Rotary position embedding, arXiv:2104.09864.
-    Meta's weights pair neighbours; Hugging Face's pair x[i] with x[i + hd/2] and permute wq and wk to match.
+    Rotary position embedding, arXiv:2104.09864. Meta's weights pair neighbours; Hugging Face's pair
+    x[i] with x[i + hd/2] and permute wq and wk to match.
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # 2 × (B, T, heads, hd/2)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)
 
 
 class Cache(Protocol):
-    """What a forward pass asks of a KV cache (kv_cache.py); how it stores and attends is its own affair."""
+    """What a forward pass needs of a KV cache (kv_cache.py), which stores and attends as it likes."""
 
     longest: int  # tokens in the longest row
 
@@ -82,16 +87,16 @@ class Cache(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: "Context") -> Tensor:
-        """Store one layer's new k and v (B, T, K, hd), then attention of q (B, T, H, hd) to all so far: (B, T, H, hd)."""
+        """Store one layer's new k and v (B, T, K, hd); attention of q to all so far (B, T, H, hd)."""
         ...
 
     def advance(self, n_tokens: int) -> None:
-        """Count the new tokens, after the last layer."""
+        """Count the new tokens as stored, after the last layer."""
         ...
 
 
 class Context:
-    """State shared by all layers of one forward pass: positions, RoPE's cosines and sines, the KV cache."""
+    """State shared by all layers of one forward pass: positions, RoPE cos and sin, KV cache."""
 
     def __init__(self, args: ModelArgs, tokens: Tensor, cache: Cache | None):
         self.cache = cache
@@ -106,9 +111,9 @@ class Context:
 
     @property
     def visible(self) -> Tensor | None:
-        """Which tokens each new one may look at, none later than itself: bool (B, T, S).
+        """The causal mask, True where a new token attends to a key: bool (B, T, S).
 
-        None where nothing came before: causal attention among the new tokens will do.
+        None where nothing came before: plain causal attention among the new tokens does.
         """
         if self.n_seen == self.n_new:
             return None
@@ -117,7 +122,7 @@ class Context:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal scaled dot-product attention, softmax(q kᵀ / √hd) v: q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd).
+    """Causal attention, softmax(q kᵀ / √hd) v: q (B, T, H, hd), k and v (B, T, K, hd) -> (B, T, H, hd).
 
     Each key head serves the H/K query heads of its group (arXiv:2305.13245).
     """
@@ -126,7 +131,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which groups of query heads share a key/value head."""
+    """Causal self-attention; groups of query heads share a key/value head."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -138,19 +143,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         heads = (-1, self.head_dim)
-        q = self.wq(x).unflatten(-1, heads)  # (B, T, H, hd)  (4, 128, 32, 64)
-        k = self.wk(x).unflatten(-1, heads)  # (B, T, K, hd)  (4, 128, 8, 64)
+        q = self.wq(x).unflatten(-1, heads)  # (B, T, H, hd)  prefill (4, 128, 32, 64), decode (4, 1, 32, 64)
+        k = self.wk(x).unflatten(-1, heads)  # (B, T, K, hd)  prefill (4, 128, 8, 64), decode (4, 1, 8, 64)
         v = self.wv(x).unflatten(-1, heads)  # (B, T, K, hd)
         q, k = rotate(q, *context.rotations), rotate(k, *context.rotations)
         if context.cache is None:
             out = attend(q, k, v)  # (B, T, H, hd)
         else:
-            out = context.cache.attend(layer, q, k, v, context)  # (B, T, H, hd), over all S tokens so far
+            out = context.cache.attend(layer, q, k, v, context)  # (B, T, H, hd), to all S tokens
         return self.wo(out.flatten(-2))  # (B, T, D)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: one projection gates the other (arXiv:2002.05202)."""
+    """SwiGLU: one projection gates another (arXiv:2002.05202)."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -159,11 +164,12 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)  # up
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, D) -> (B, T, ffn_dim) -> (B, T, D)
+        hidden = F.silu(self.w1(x)) * self.w3(x)  # (B, T, ffn_dim)  (4, 128, 8192)
+        return self.w2(hidden)  # (B, T, D)
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each on a normed copy of the residual stream and added back to it."""
+    """Attention, then feed-forward: each reads the normed residual stream and adds to it."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -184,21 +190,32 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        blocks = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.layers: Sequence[TransformerBlock] = blocks  # type: ignore[assignment]  # a list, typed
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        # Of a weight that every part of a model has, and that is never quantized.
+        return self.layers[0].attention_norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].attention_norm.weight.dtype
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits for the token after each one: ids (B, T) -> float32 (B, T, V).
 
-        With a cache, every row continues at its own position and the cache grows by T tokens; without, they are the beginning.
+        With a cache, every row continues at its own position and the cache grows by T tokens;
+        without, the tokens are the beginning of the text.
         """
         return self.logits(self.hidden(tokens, cache))
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """The last layer's normed output (B, T, D), for callers that need only a few positions' logits."""
         context = Context(self.args, tokens, cache)
-        x = self.tok_embeddings(tokens)  # (B, T, D)  (4, 128, 2048)
+        x = self.tok_embeddings(tokens)  # (B, T, D)  prefill (4, 128, 2048), decode (4, 1, 2048)
         for layer, block in enumerate(self.layers):
             x = block(x, context, layer)
         if cache is not None:

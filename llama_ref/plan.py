@@ -1,7 +1,7 @@
-"""How much memory each process of a job takes, and how few cards hold a model: arithmetic on its shape, no weights read.
+"""Memory per process, and the fewest cards that hold a model: arithmetic on shapes, no weights are read.
 
-Weights and KV cache are exact. Activations are an upper estimate, added up from what is alive at the widest moments of
-model.py, decoding/loop.py and sampling.py; the tests hold it against what generation takes on the CPU.
+Weights and KV cache are exact. Activations are an upper estimate, summed from the tensors alive at the
+peaks of model.py, decoding/loop.py and sampling.py; tests compare it with what generation takes on a CPU.
 """
 
 import bisect
@@ -18,34 +18,36 @@ from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 from llama_ref.parallel.sharding import WHOLE, Share
 from llama_ref.quantization.scheme import SCALE_BITS, Scheme
 
-# As decoding/loop.py and compiled/caches.py have them. Importing those imports torch, and an answer need not wait.
+# As in decoding/loop.py and compiled/caches.py, which are not imported because they import torch.
 PREFILL_TOKENS, MASKLESS_PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 8192, 128, 64
-BLOCK_WEIGHTS = 1 << 22  # as quantization/linear.py has it, likewise
+BLOCK_WEIGHTS = 1 << 22  # as in quantization/linear.py
 
-# Cards are sold by the GB and mean GiB, of which programs find at least this part: 79.1 on cards of 80, 23.5 on an A30 and 23.6
-# on an RTX 4090 of 24. Those whose GDDR memory keeps its ECC on have less: 14.7 on a T4 of 16, 22.0 on an A10 or L4 of 24.
-GIB, FOUND = 1 << 30, 0.98
-# For CUDA's context, cuBLAS's workspace, NCCL's buffers, gaps between the allocator's blocks: an allowance, not measured.
+# Cards are sold in GB but have GiB, of which programs get at least this fraction: 79.1 of 80, 23.5 of 24 on
+# an A30, 23.6 of 24 on an RTX 4090. GDDR cards with ECC have less: 14.7 of 16 on a T4, 22.0 of 24 on an A10
+# or L4.
+GIB, USABLE = 1 << 30, 0.98
+# For the CUDA context, cuBLAS workspace, NCCL buffers, allocator fragmentation: an allowance, not measured.
 SET_ASIDE = 10**9
 
-IN_SUMS = 6  # states (B, T, D) that Gloo's threads were seen to hold on to after an all-reduce; NCCL has no such threads
+IN_SUMS = 6  # states (B, T, D) that Gloo's threads were seen to keep after an all-reduce; NCCL has none
 
 MOST_TENSOR_PARALLEL = 16
 STAGES = (1, 2, 4, 8)
 CARDS_PER_NODE = 8
-LARGEST = 10**9  # of the numbers that are asked for: beyond any machine, and far below where arithmetic would take time
+LARGEST = 10**9  # accepted number: beyond any machine
 
 
-# Bytes of a number: of a weight that is not quantized, and of all that is computed.
+# Bytes per number: of unquantized weights and of activations.
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-SHOWN_DTYPES = ("bfloat16", "float32")  # float16's numbers are bfloat16's
+SHOWN_DTYPES = ("bfloat16", "float32")  # float16 needs what bfloat16 does
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the job shall hold at most. Raises RequestError on construction for a number that makes no sense.
+    """The largest workload to plan for. Raises RequestError on construction for an invalid number.
 
-    `max_seq_len` counts prompt and answer in tokens, `max_batch_size` sequences, `gpu_memory` a card's GB as cards are sold.
+    `max_seq_len`: prompt and answer, in tokens. `max_batch_size`: sequences. `gpu_memory`: of a card, in GB
+    as sold.
     """
 
     gpu_memory: float
@@ -63,13 +65,13 @@ class Workload:
 
     @property
     def card_bytes(self) -> int:
-        """What one card offers to programs."""
-        return int(self.gpu_memory * GIB * FOUND)
+        """Memory of one card that programs can use."""
+        return int(self.gpu_memory * GIB * USABLE)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Tensor-parallel processes times pipeline stages: a stage has a run of layers, a process a part of their matrices."""
+    """Tensor-parallel processes per stage × pipeline stages."""
 
     tensor: int
     stages: int = 1
@@ -80,8 +82,8 @@ class Layout:
 
     @property
     def nodes(self) -> tuple[int, int]:
-        """(machines, processes on each): the fewest of 8 cards, each with whole stages where a stage is no larger than that."""
-        block = 1 if self.spans_nodes else self.tensor  # what stays on one machine
+        """(machines, processes on each): the fewest with 8 cards, each with whole stages if they fit."""
+        block = 1 if self.spans_nodes else self.tensor  # stays on one machine
         n_blocks = self.processes // block
         most = CARDS_PER_NODE // block
         per_node = next(n for n in range(min(most, n_blocks), 0, -1) if n_blocks % n == 0)
@@ -89,11 +91,11 @@ class Layout:
 
     @property
     def spans_nodes(self) -> bool:
-        """Whether a matrix is divided over machines, and every layer has to wait for the network between them."""
+        """Whether matrices are split across machines, so that every layer waits for the network."""
         return self.tensor > CARDS_PER_NODE
 
     def shares(self) -> Iterator[Share]:
-        """Every process's."""
+        """The share of every process."""
         return (Share(rank, self.tensor, stage, self.stages) for stage in range(self.stages) for rank in range(self.tensor))
 
 
@@ -107,13 +109,13 @@ class Need:
 
     @property
     def total(self) -> int:
-        """With what is set aside for CUDA."""
+        """Including the allowance for CUDA."""
         return self.weights + self.kv_cache + self.activations + SET_ASIDE
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A model laid out over processes in one dtype: what the process that holds most of it needs, and whether a card has it."""
+    """A layout in one dtype: the need of its largest process, and whether it fits a card."""
 
     dtype: str
     layout: Layout
@@ -123,9 +125,9 @@ class Placement:
 
 @dataclass(frozen=True)
 class Model:
-    """What is planned for. `ckpt_dir` is the name or path to load it by, `context` what it was trained for, in tokens.
+    """A model to plan for. `ckpt_dir`: the name or path to load it by. `context`: of its training, in tokens.
 
-    `scheme`: what its matrices are quantized by, as they are loaded, or in the folder already (`is_quantized`).
+    `scheme`: its quantization, while loading or already in the folder (`is_quantized`).
     """
 
     name: str
@@ -140,7 +142,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` alike in a share: so many rows, and these of the whole matrix's `all_columns`."""
+    """`count` equal matrices in a share: their rows, and their columns out of `all_columns`."""
 
     name: str
     count: int
@@ -157,7 +159,7 @@ class Matrix:
 
 
 def matrices(args: ModelArgs, tied: bool, share: Share = WHOLE) -> Iterator[Matrix]:
-    """What a share holds of every matrix; a tied output is none of its own where one process has both ends."""
+    """A share's part of every matrix; a tied output counts if the embedding is in another stage."""
     heads, ffn, vocabulary = share.of(args.n_heads), share.of(args.ffn_dim), len(share.of(args.vocab_size))
     q_columns = range(heads.start * args.head_dim, heads.stop * args.head_dim)
     kv, dim, n = local_kv_heads(args, share) * args.head_dim, range(args.dim), len(share.layers(args.n_layers))
@@ -173,56 +175,58 @@ def matrices(args: ModelArgs, tied: bool, share: Share = WHOLE) -> Iterator[Matr
 
 
 def count_norms(args: ModelArgs, share: Share = WHOLE) -> int:
-    """How many numbers a share's norms are: two of every layer, and the last one."""
+    """Weights of a share's norms: two per layer, and the final one."""
     return (2 * len(share.layers(args.n_layers)) + share.is_last_stage) * args.dim
 
 
 def count_parameters(args: ModelArgs, tied: bool, share: Share = WHOLE) -> int:
-    """How many numbers a share's weights are, to the last."""
+    """Exact number of a share's weights."""
     return sum(matrix.numbers for matrix in matrices(args, tied, share)) + count_norms(args, share)
 
 
 def weight_bytes(model: Model, share: Share, size: int) -> int:
-    """Of a share's weights, to the last; `size` bytes a number that is not quantized. Raises RequestError as `_bytes` does."""
+    """Exact bytes of a share's weights; `size` bytes per unquantized number. Raises RequestError as `_bytes`."""
     held = sum(_bytes(model, matrix, size) for matrix in matrices(model.args, model.tied, share))
     return held + count_norms(model.args, share) * size
 
 
 def _bytes(model: Model, matrix: Matrix, size: int) -> int:
-    """Raises RequestError where the scheme's groups do not divide the rows, or a folder's own would be cut."""
+    """Raises RequestError if the scheme's groups do not divide the rows, or the folder's groups would be split."""
     if model.scheme is None:
         return matrix.numbers * size
     bits = model.scheme.bits_of(matrix.name)
-    per_row = 1 if bits == 8 else 2 * len(matrix.columns) // _group(model, matrix)  # scales, and to each a zero point
+    if bits is None:
+        return matrix.numbers * size
+    per_row = 1 if bits == 8 else 2 * len(matrix.columns) // _group(model, model.scheme, matrix)  # scales, zero points
     return (matrix.numbers * bits + matrix.count * matrix.rows * per_row * SCALE_BITS[bits]) // 8
 
 
-def _group(model: Model, matrix: Matrix) -> int:
-    if not model.is_quantized:  # each process makes its own
-        return model.scheme.group_for(matrix.name, len(matrix.columns))
-    group = model.scheme.group_for(matrix.name, matrix.all_columns)
+def _group(model: Model, scheme: Scheme, matrix: Matrix) -> int:
+    if not model.is_quantized:  # each process quantizes its part
+        return scheme.group_for(matrix.name, len(matrix.columns))
+    group = scheme.group_for(matrix.name, matrix.all_columns)
     if matrix.columns.start % group or matrix.columns.stop % group:
-        raise RequestError(f"so many processes would cut groups of {group} weights in {matrix.name}")
+        raise RequestError(f"so many processes would split groups of {group} weights in {matrix.name}")
     return group
 
 
 def local_kv_heads(args: ModelArgs, share: Share) -> int:
-    """How many key/value heads a share's query heads look through: the length of slices.kv_heads' list."""
+    """Number of key/value heads of a share: the length of sharding.kv_heads' list."""
     heads = len(share.of(args.n_heads))
     return heads // math.gcd(args.n_heads // args.n_kv_heads, heads)
 
 
 def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int) -> int:
-    """Keys and values of the share's layers and heads, all sequences at full length; `size` bytes a number."""
+    """Keys and values of the share's layers and heads, all sequences at full length; `size` bytes per number."""
     per_token = 2 * len(share.layers(args.n_layers)) * local_kv_heads(args, share) * args.head_dim * size
     return per_token * -(-workload.max_seq_len // CACHE_BLOCK) * CACHE_BLOCK * workload.max_batch_size
 
 
 def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: int, *, is_quantized: bool = False) -> int:
-    """Upper estimate of what is alive beside weights and cache at the worst moment of any call; `size` bytes a number.
+    """Upper estimate of the peak memory of any call besides weights and cache; `size` bytes per number.
 
-    Prompts of any lengths up to max_seq_len, every way of sampling, log-probabilities of the prompt. With masks or without, as
-    the device has it: without them a prompt runs in longer pieces.
+    Covers prompts of any length up to max_seq_len, every sampling option, and log-probabilities of the
+    prompt; with and without masks (without them, a prompt runs in longer pieces).
     """
     B, S, V = workload.max_batch_size, workload.max_seq_len, args.vocab_size
     T = min(max(1, PREFILL_TOKENS // B), S)  # tokens of each row in one piece of the prefill
@@ -242,14 +246,14 @@ def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: in
 
 
 def _block_bytes(args: ModelArgs, share: Share, rows: int, size: int) -> int:
-    """Of a product with a quantized matrix: some of its weights as numbers, and what these give, by themselves and joined."""
+    """Of a product with a quantized matrix: a dequantized block, and its outputs, separate and joined."""
     widest = max(len(share.of(args.ffn_dim)), len(share.of(args.vocab_size)) if rows <= LOGPROB_POSITIONS else args.dim)
     largest = max(matrix.rows * len(matrix.columns) for matrix in matrices(args, False, share))
     return (2 + 2 * size) * min(BLOCK_WEIGHTS, largest) + 2 * size * rows * widest
 
 
 def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: int) -> int:
-    """Of one layer at its widest: T new tokens in each of B rows, the last of S."""
+    """Peak of one layer: T new tokens in each of B rows, the last of S."""
     n = B * T
     q, kv = len(share.of(args.n_heads)) * args.head_dim, local_kv_heads(args, share) * args.head_dim
     group = q // kv
@@ -268,7 +272,7 @@ def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: in
 
 
 def _maskless_layer_bytes(args: ModelArgs, share: Share, B: int, S: int, size: int) -> int:
-    """Of one layer at its widest where attention needs no mask, as on NVIDIA cards from Ampere on, for a whole long piece."""
+    """Peak of one layer without masks, as on NVIDIA cards since Ampere, for a whole long piece."""
     n = B * min(max(1, MASKLESS_PREFILL_TOKENS // B), S)
     heads = (len(share.of(args.n_heads)) + 2 * local_kv_heads(args, share)) * args.head_dim
     x, qkv = size * n * args.dim, size * n * heads
@@ -282,13 +286,13 @@ def _maskless_layer_bytes(args: ModelArgs, share: Share, B: int, S: int, size: i
 
 
 def plan(model: Model, workload: Workload, dtypes: Iterable[str] = SHOWN_DTYPES) -> list[Placement]:
-    """Every layout in every dtype, fewest processes first within a dtype. Raises RequestError for a scheme that has none."""
+    """Every layout in every dtype, fewest processes first. Raises RequestError if the scheme allows none."""
     possible = possible_layouts(model)
     return [_place(model, workload, dtype, layout) for dtype in dtypes for layout in possible]
 
 
 def possible_layouts(model: Model) -> list[Layout]:
-    """Those in which every process has whole groups, where the model is quantized. Raises RequestError if not even one has."""
+    """The layouts in which quantization groups stay whole. Raises RequestError if there is none."""
     weight_bytes(model, WHOLE, 2)
     return [layout for layout in layouts(model.args) if model.scheme is None or _has_groups(model, layout)]
 
@@ -301,14 +305,14 @@ def _has_groups(model: Model, layout: Layout) -> bool:
 
 
 def layouts(args: ModelArgs) -> list[Layout]:
-    """What heads and layers can be dealt out to, best first: fewest processes, no matrix over nodes, fewest stages."""
+    """All layouts, best first: fewest processes, no matrix across machines, fewest stages."""
     tensor = [n for n in range(1, MOST_TENSOR_PARALLEL + 1) if args.n_heads % n == 0]
     possible = [Layout(n, stages) for n in tensor for stages in STAGES if stages <= args.n_layers]
     return sorted(possible, key=lambda layout: (layout.processes, layout.spans_nodes, layout.stages))
 
 
 def smallest(placements: Iterable[Placement]) -> Placement | None:
-    """The first that fits with the fewest processes."""
+    """The first with the fewest processes that fits."""
     fitting = (placement for placement in placements if placement.fits)
     return min(fitting, key=lambda placement: placement.layout.processes, default=None)
 
@@ -337,7 +341,7 @@ def _need(model: Model, workload: Workload, size: int, share: Share) -> Need:
 
 
 def smaller_workload(model: Model, workload: Workload, dtypes: Iterable[str]) -> Workload | None:
-    """The first that fits of halved batches, then of halved lengths at a batch of one; None where the weights are too much."""
+    """The first of halved batches, then halved lengths at batch 1, that fits; None if the weights do not fit."""
     dtypes = list(dtypes)
     batches = [replace(workload, max_batch_size=size) for size in _halves(workload.max_batch_size)]
     lengths = [replace(workload, max_batch_size=1, max_seq_len=length) for length in _halves(workload.max_seq_len)]
@@ -353,18 +357,19 @@ def _halves(number: int) -> Iterator[int]:
 
 
 def find_model(name: str, quantize: str | None = None) -> Model:
-    """The model of a folder (a path, or a release that was downloaded) or, without any file, of a release by its name.
+    """The model in a folder (a path, or a downloaded release) or, without any file, of a release's name.
 
-    `quantize`: "int8", "int4" or "int4:group=32", as it would be loaded. A release in a format that is not read yet stands for
-    its bf16 sibling, and a note says so. Raises RequestError with the reason where there is none (vision; the pruned int4
-    guard) or a folder is quantized otherwise, CheckpointError for a folder that cannot be read.
+    `quantize`: "int8", "int4" or "int4:group=32", as when loading it. For a release in a format that is
+    not supported yet, its bf16 sibling is planned, with a note. Raises RequestError with the reason if
+    there is none (vision, the pruned int4 guard) or the folder is quantized differently, CheckpointError
+    for a folder that cannot be read.
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     model = _find_model(name)
     if model.is_quantized and scheme not in (None, model.scheme):
         raise RequestError(
-            f"{name} is quantized to {model.scheme} already, and to {scheme} only its original could be: leave "
-            "--quantize out, or name that"
+            f"{name} is already quantized to {model.scheme}; only the original can be quantized to {scheme}: leave "
+            "--quantize out, or name the original"
         )
     return replace(model, scheme=scheme or model.scheme)
 
@@ -377,7 +382,7 @@ def _find_model(name: str) -> Model:
             raise
         return _of_release(_find_release(name))
     except CheckpointError:
-        release = _release_named(name)  # a download that broke off has its shape all the same
+        release = _release_named(name)  # an incomplete download: its name gives the shape
         if release is None:
             raise
         return _of_release(release)
@@ -394,7 +399,7 @@ def _of_folder(name: str, folder: CheckpointFolder) -> Model:
     if kind and release:
         return _of_release(release)
     if kind:
-        raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; plan its bf16 text release by name")
+        raise CheckpointError(f"{folder.path} is {kind}, which is not supported yet; plan its bf16 text release by name")
     context = release.max_seq_len if release else LONG_CONTEXT if args.use_scaled_rope else SHORT_CONTEXT
     model = Model(release.name if release else folder.name, name, args, is_tied(folder), context)
     if not folder.is_quantized:
@@ -419,8 +424,8 @@ def _of_release(release: Release) -> Model:
     sibling = _readable(release)
     if sibling is None or release.is_vision:
         hint = f"; the text model of its shape is {sibling.name}" if sibling else ", and there is no bf16 release of its shape"
-        raise RequestError(f"{_kind(release)}, which is not read yet{hint}")
-    notes = () if sibling is release else (f"{_kind(release)}, which is not read yet: this is {sibling.name}",)
+        raise RequestError(f"{_kind(release)}, which is not supported yet{hint}")
+    notes = () if sibling is release else (f"{_kind(release)}, which is not supported yet: this is {sibling.name}",)
     args = ModelArgs.from_dict(sibling.params)
     return Model(sibling.name, sibling.name, args, sibling.tied, sibling.max_seq_len, notes)
 
@@ -431,7 +436,7 @@ def _kind(release: Release) -> str:
 
 
 def _readable(release: Release) -> Release | None:
-    """The bf16 text release of the same shape: itself, or one named like it as far as possible."""
+    """The bf16 text release of the same shape: itself, or the one with the most similar name."""
     shape = _text_shape(release)
     alike = [other for other in RELEASES.values() if other.weights == "bf16" and other.params == shape]
     base = release.name.split(":")[0]

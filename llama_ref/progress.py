@@ -1,4 +1,4 @@
-"""How long functions report progress: they call a function of the caller's, and never print."""
+"""Progress of long functions: they call the caller's function, and never print."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ FileProgress = Callable[[Path, int, int], None]
 
 
 class ProgressCounter:
-    """Adds up what is done of a known total and reports it, if anyone listens."""
+    """Counts what is done of a known total, and reports it to an optional callback."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.done, self.total = 0, total

@@ -1,8 +1,8 @@
 """Logits to the next token: penalties and biases, temperature, top-k, top-p, min-p, and one draw.
 
-The filters apply in that order, each to what the one before left over (the order of Hugging Face's generate; top_p keeps the
-same tokens as Meta's). The draw inverts the cumulative distribution at a uniform number that comes from the CPU, so that a
-seed means the same text on every device, and the same token on every process of a parallel job.
+The filters apply in this order, each to what the previous one left (as in Hugging Face's generate; top_p
+keeps the same tokens as Meta's). The draw inverts the cumulative distribution at a uniform number drawn
+on the CPU, so that a seed gives the same text on every device and every process of a parallel job.
 """
 
 import copy
@@ -16,19 +16,20 @@ from torch import Tensor
 from llama_ref.compiled.cuda_ops import likeliest
 from llama_ref.errors import RequestError
 
-PREFILTER = 1024  # this many of the likeliest tokens nearly always hold top_p; where they do not, everything is sorted
-LARGEST = 1e30  # of numbers given; beyond about 1e38, float32 would turn logits into infinities and then into NaN
-COLDEST = 1 / LARGEST  # a temperature below this one is this one: already, only exact ties are left to chance
+PREFILTER = 1024  # the likeliest tokens, which nearly always hold top_p; if not, everything is sorted
+LARGEST = 1e30  # of numeric options; beyond about 1e38 float32 logits become infinite and then NaN
+COLDEST = 1 / LARGEST  # lower temperatures count as this one, at which only exact ties are random
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a token. Raises RequestError on construction when a value makes no sense.
+    """How to choose a token. Raises RequestError on construction for an invalid value.
 
-    temperature: 0 takes the likeliest token. top_p: keep the fewest likeliest tokens whose probability exceeds it together.
-    top_k: keep that many (None: all). min_p: keep tokens at least this fraction as likely as the likeliest.
-    repetition_penalty: divides positive and multiplies negative logits of tokens already in the text (arXiv:1909.05858).
-    logit_bias: added to single tokens' logits; -inf bans one. seed: of this call's draws (None: go on with the model's).
+    temperature: 0 takes the likeliest token. top_p: keep the fewest likeliest tokens whose total
+    probability exceeds it. top_k: keep that many (None: all). min_p: keep tokens at least this fraction
+    as likely as the likeliest. repetition_penalty: divides positive and multiplies negative logits of
+    tokens already in the text (arXiv:1909.05858). logit_bias: added to the logits of single tokens; -inf
+    bans one. seed: for the draws of this call (None: continue the model's generator).
     """
 
     temperature: float = 0.6
@@ -65,10 +66,11 @@ def _is_bias(x: float) -> bool:
 
 
 class Sampler:
-    """Draws tokens for a batch of rows, remembering what each row has seen where a penalty needs it.
+    """Draws tokens for a batch of rows, and tracks each row's tokens for the repetition penalty.
 
-    `generator` is a CPU generator; one number is drawn from it per row and step. `prompts` holds each row's ids, which the
-    repetition penalty counts too. Raises RequestError for a logit_bias outside the vocabulary.
+    `generator` is a CPU generator; one number is drawn from it per row and step. `prompts` holds each
+    row's ids, which the repetition penalty counts too. `agree` maps chosen ids (B,) to those on which all
+    processes of a parallel job agree. Raises RequestError for a logit_bias outside the vocabulary.
     """
 
     def __init__(
@@ -78,9 +80,11 @@ class Sampler:
         prompts: list[list[int]],
         vocab_size: int,
         device: torch.device | str = "cpu",
+        agree: Callable[[Tensor], Tensor] | None = None,
     ):
         self.params = params
         self.generator = generator
+        self._agree = agree
         self._bias = _bias(params.logit_bias, vocab_size, device) if params.logit_bias else None  # (V,)
         self._seen = _seen(prompts, vocab_size, device) if params.repetition_penalty != 1.0 else None  # (B, V)
 
@@ -92,36 +96,39 @@ class Sampler:
         return self._remember(sample(logits, self.params, self._uniform(len(logits), 1)))
 
     def fork(self) -> "Sampler":
-        """Another that goes on from here, with the same generator: what it chooses is not remembered in this one."""
+        """A copy with the same generator: tokens that the copy chooses are not tracked by this one."""
         other = copy.copy(self)
         other._seen = None if self._seen is None else self._seen.clone()
         return other
 
     def guess(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As a call, and what was drawn from: float64 (B, V); None when greedy. For `judge`, which must get both."""
+        """Chosen ids (B,), as by a call, and the distribution they were drawn from: float64 (B, V), None if greedy."""
         if self.params.temperature == 0:
             return self(logits), None
         probs = distribution(self._adjust(logits), self.params)
         return self._remember(draw(probs, self._uniform(len(logits), 1))), probs
 
-    def judge(self, logits: Tensor, guessed: Tensor, drawn_from: Tensor) -> Tensor:
-        """As a call, with another's guesses (B,) where that is possible: they were drawn from q = `drawn_from` (B, V).
+    def accept_or_resample(self, logits: Tensor, guessed: Tensor, drawn_from: Tensor) -> Tensor:
+        """Chosen ids (B,): guesses (B,) drawn from q = `drawn_from` (B, V) if accepted, else resampled ones.
 
-        With p what a call would draw from, a guess x is kept with probability min(1, p(x) / q(x)); else one is drawn from what
-        p has more of than q, so that every id comes with its p in all (arXiv:2211.17192, appendix A.1). A guess that is not
-        kept is never drawn again. Two numbers are drawn from the generator per row.
+        With p the distribution of a call, a guess x is accepted with probability min(1, p(x) / q(x));
+        otherwise a token is drawn from max(p - q, 0), so that every id has probability p overall
+        (arXiv:2211.17192, appendix A.1). A rejected guess is never drawn again. Two numbers are drawn from
+        the generator per row.
         """
         p = distribution(self._adjust(logits), self.params)
         uniform = self._uniform(len(logits), 2).to(p)
         p_guess, q_guess = (probs.gather(1, guessed[:, None])[:, 0] for probs in (p, drawn_from))
         more = (p - drawn_from).clamp(min=0)
-        more = torch.where(more.any(-1, keepdim=True), more, p)  # nothing is left when p = q but for rounding
+        more = torch.where(more.any(-1, keepdim=True), more, p)  # all zero when p = q up to rounding
         return self._remember(torch.where(uniform[:, 0] * q_guess < p_guess, guessed, draw(more, uniform[:, 1:])))
 
     def _uniform(self, rows: int, n: int) -> Tensor:
         return torch.rand(rows, n, generator=self.generator, dtype=torch.float64)
 
     def _remember(self, chosen: Tensor) -> Tensor:
+        if self._agree is not None:
+            chosen = self._agree(chosen)
         if self._seen is not None:
             self._seen.scatter_(1, chosen[:, None], True)
         return chosen
@@ -144,7 +151,7 @@ def sample(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    """What `sample` draws from, over the whole vocabulary: (B, V) -> probabilities (B, V), float64 where the device has it."""
+    """The distribution of `sample`: logits (B, V) -> probabilities (B, V), float64 if the device has it."""
     probs, ids = candidates(logits, params)
     if ids is not None:
         probs = torch.zeros_like(logits).scatter(1, ids, probs)
@@ -153,7 +160,7 @@ def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Indices (B,) drawn with unnormalised probabilities (B, N), by uniform (B, 1) in [0, 1)."""
+    """Draw indices (B,) with unnormalised probabilities (B, N), by uniform (B, 1) in [0, 1)."""
     cumulative = probs.to(_widest(probs.device)).cumsum(-1)  # (B, N)
     target = uniform.to(device=cumulative.device, dtype=cumulative.dtype, non_blocking=True) * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative mass exceeds the target
@@ -161,13 +168,14 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """What the filters leave over: unnormalised probabilities (B, N) and their ids (B, N), None when all V stand in order.
+    """The filtered tokens: unnormalised probabilities (B, N) and their ids (B, N), None for all V in order.
 
-    Those ruled out have probability 0. No more of the vocabulary is sorted than the filters need.
+    Filtered out tokens have probability 0. Only as much of the vocabulary is sorted as the filters need.
     """
-    logits = logits - logits.amax(-1, keepdim=True)  # so that a division by a small temperature cannot overflow
+    logits = logits - logits.amax(-1, keepdim=True)  # so that dividing by a small temperature cannot overflow
     probs = torch.softmax(logits / max(params.temperature, COLDEST), dim=-1)
-    ids, total = None, 1.0  # total: what top_p is a share of
+    ids = None
+    total: float | Tensor = 1.0  # that top_p is a fraction of
     if params.top_k is not None and params.top_k < probs.shape[-1]:
         probs, ids = probs.topk(params.top_k)
         total = probs.sum(-1, keepdim=True)
@@ -182,10 +190,10 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
 
 
 def _likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens in falling order, enough of them to hold `top_p`: all when the first thousand do not.
+    """The likeliest tokens in falling order, enough of them to hold `top_p`: all if the first thousand do not.
 
-    Only on the CPU, where a sort of 128,256 takes ten times as long as the model's own smallest kernels; elsewhere asking
-    whether they hold it would make the host wait for the device.
+    The prefilter is for the CPU, where sorting 128,256 numbers is slow; on a GPU, the check would make
+    the host wait for the device.
     """
     if probs.device.type == "cpu" and probs.shape[-1] > PREFILTER:
         top, ids = probs.topk(PREFILTER)
@@ -201,12 +209,12 @@ def _last_possible(probs: Tensor) -> Tensor:
 
 
 def _widest(device: torch.device) -> torch.dtype:
-    """float64 keeps the tail's shares exact where the device has it."""
+    """float64, if the device has it, keeps small probabilities exact."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _bias(bias: Mapping[int, float], vocab_size: int, device: torch.device | str) -> Tensor:
-    """What to add to the logits: float32 (V,)."""
+    """The dense bias: float32 (V,)."""
     for token in bias:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(f"logit_bias names token {token!r}; the vocabulary has 0 to {vocab_size - 1}")
@@ -217,7 +225,7 @@ def _bias(bias: Mapping[int, float], vocab_size: int, device: torch.device | str
 
 
 def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device | str) -> Tensor:
-    """Which tokens stand in which prompt: bool (B, V)."""
+    """Which tokens each prompt contains: bool (B, V)."""
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, prompt in zip(seen, prompts, strict=True):
         row.scatter_(0, torch.tensor(prompt, dtype=torch.long), True)

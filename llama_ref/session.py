@@ -11,29 +11,30 @@ from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.parallel.job import from_first
 
-NOT_A_FILE = (OSError, ValueError, RuntimeError)  # besides the first: a name that no file can have, a home that nobody has
+NOT_A_FILE = (OSError, ValueError, RuntimeError)  # the last two: an invalid path, an unknown home directory
 
 
 class Session:
-    """A dialog with one model, turn by turn. Of several processes each has one; the first reads and writes its files.
+    """A dialog with one model, turn by turn. In a parallel job each process has one; rank 0 does the file I/O.
 
-    The ids of earlier turns are kept as they were sampled, never encoded anew from their text: another split of the same
-    text would disagree with the cache. An answer that is broken off stays in the dialog as far as it was shown.
+    The ids of earlier turns are kept as sampled, never encoded again from their text: another
+    tokenization of the same text would not match the cache. An interrupted answer stays in the dialog as
+    far as it was shown.
     """
 
     def __init__(self, llama: Llama, system: str | None = None):
         self.llama = llama
         self._cache = new_cache(llama.model, 1, llama.max_seq_len)
-        self._turn: tuple[Message, Stream] | None = None  # the last one, until it is known how far its answer came
+        self._turn: tuple[Message, Stream] | None = None  # the last one, until its answer is settled
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
-        """Begin anew, with this system prompt or none."""
+        """Start a new conversation, with this system prompt or none."""
         self.load_dialog([{"role": "system", "content": system}] if system else [])
 
     @property
     def system(self) -> str | None:
-        """The system prompt in force."""
+        """The current system prompt."""
         first = self._dialog[0] if self._dialog else None
         return first["content"] if first and first["role"] == "system" else None
 
@@ -44,20 +45,20 @@ class Session:
 
     @property
     def cached_tokens(self) -> int:
-        """How many tokens the next turn need not compute."""
+        """Tokens that the next turn does not have to compute."""
         return self._cache.longest
 
     def say(self, text: str, **options: Any) -> Stream:
         """Add a user's message and stream the answer. `options` are `Llama.stream`'s.
 
-        Raises RequestError when the conversation no longer fits the context; it is then as it was before.
+        Raises RequestError when the conversation no longer fits the context, and leaves it unchanged.
         """
         self._settle()
         message: Message = {"role": "user", "content": text}
         prompt = self._ids + self.llama.formatter.encode_message(message) + self.llama.formatter.encode_header("assistant")
         if len(prompt) >= self.llama.max_seq_len:
             raise RequestError(
-                f"the conversation would come to {len(prompt):,} tokens, but max_seq_len is {self.llama.max_seq_len:,}: "
+                f"the conversation would have {len(prompt):,} tokens, but max_seq_len is {self.llama.max_seq_len:,}: "
                 "/reset it, or start with a larger max_seq_len"
             )
         stream = self.llama.stream(prompt, cache=self._cache, **options)
@@ -65,25 +66,25 @@ class Session:
         return stream
 
     def load_dialog(self, dialog: Dialog) -> None:
-        """Go on from these messages. Raises RequestError for what is not a dialog, leaving the session as it was."""
+        """Continue from these messages. Raises RequestError if they are not a dialog; the session is unchanged."""
         formatter = self.llama.formatter
         ids = [self.llama.tokenizer.bos_id]
         for message in dialog:
             ids += formatter.encode_message(message)
         self._end_turn()
         self._dialog, self._ids = list(dialog), ids
-        self._cache.set_lengths([0])
+        self._cache.truncate([0])
 
     def save(self, path: str | Path) -> None:
-        """Write the messages as JSON. Raises RequestError when that cannot be done."""
+        """Write the messages as JSON. Raises RequestError if the file cannot be written."""
         from_first(self.llama.job, lambda: _write_dialog(path, self.dialog))
 
     def load(self, path: str | Path) -> None:
-        """Go on from a file that `save` wrote. Raises RequestError when it is none, leaving the session as it was."""
+        """Continue from a file that `save` wrote. Raises RequestError for another; the session is unchanged."""
         self.load_dialog(from_first(self.llama.job, lambda: _read_dialog(path)))
 
     def _last_turn(self) -> Dialog:
-        """Question and answer, as far as it was shown; none when it was broken off before anything was seen."""
+        """Question and answer as far as shown; empty if interrupted before anything was shown."""
         if self._turn is None:
             return []
         asked, stream = self._turn
@@ -95,7 +96,7 @@ class Session:
         return [asked, answer]
 
     def _settle(self) -> None:
-        """Enter the last turn into what the next one goes on from, and cut the cache back to that."""
+        """Append the last turn to the dialog, and truncate the cache to it."""
         if self._turn is None:
             return
         messages, stream = self._last_turn(), self._turn[1]
@@ -107,16 +108,16 @@ class Session:
             tokenizer = self.llama.tokenizer
             self._ids = [*said, tokenizer.eom_id if "stop_reason" in messages[-1] else tokenizer.eot_id]
             self._dialog += messages
-        self._cache.set_lengths([min(self._cache.longest, known)])
+        self._cache.truncate([min(self._cache.longest, known)])
 
     def _end_turn(self) -> None:
-        """Make no more of the last answer: an iterator that somebody kept must not write to the cache."""
+        """End the last answer: a caller's iterator must not write to the cache any more."""
         if self._turn is not None:
             self._turn[1].close()
             self._turn = None
 
     def _shown_tokens(self, stream: Stream) -> list[int]:
-        """The answer's ids without those of a stop string, or of a character that was not complete."""
+        """The answer's ids without those of a stop string or of an incomplete character."""
         n = len(stream.tokens)
         while len(self.llama.tokenizer.decode(stream.tokens[:n])) > len(stream.text):
             n -= 1

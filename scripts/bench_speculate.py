@@ -21,9 +21,9 @@ from llama_ref.cli.flags import Flag
 from llama_ref.cli.options import Compile, Dtype, Name, Quantize
 from llama_ref.cli.parser import command, run
 from llama_ref.compiled.caches import new_cache
+from llama_ref.decoding.drafting import LONGEST_DRAFT, PassTime
 from llama_ref.decoding.loop import Row
-from llama_ref.decoding.speculative import LONGEST_DRAFT, PassTime
-from llama_ref.device import fast_for_one_row
+from llama_ref.onednn import onednn_for
 
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon", "Dublin", "Athens", "Oslo", "Prague", "Warsaw")
 LIST = "\n".join(f"{i}. {city}" for i, city in enumerate(CITIES, 1))
@@ -101,10 +101,10 @@ def _print_passes(llama: Llama, rounds: int) -> None:
     times: dict[int, list[float]] = {n: [] for n in (1, 2, 3, 5, 9, LONGEST_DRAFT + 1)}
     for _ in range(3 * rounds):
         for n, measured in times.items():
-            cache.set_lengths([256])
+            cache.truncate([256])
             tokens = torch.ones(1, n, dtype=torch.long)
             begun = time.perf_counter()
-            with fast_for_one_row(tokens, llama.dtype):
+            with onednn_for(tokens, llama.dtype):
                 llama.model(tokens, cache)
             measured.append(time.perf_counter() - begun)
     took = {n: statistics.median(measured) for n, measured in times.items()}

@@ -296,7 +296,7 @@ def decode(
         with torch.inference_mode():
             cache.keys.normal_()
             cache.values.normal_()
-        cache.set_lengths([context - 1])
+        cache.truncate([context - 1])
     run.synchronize()
     times = [time.perf_counter()]
     for _ in steps(model, rows, sampler, (), cache=cache):

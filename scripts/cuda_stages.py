@@ -534,7 +534,7 @@ def _pass_ms(run: Run, model: Transformer, T: int) -> float:
         cache.keys.normal_()
         cache.values.normal_()
         for _ in range(run.steps(16) + 3):
-            cache.set_lengths([context])
+            cache.truncate([context])
             times.append(run.seconds(lambda: model(ids, cache)[:, -1].argmax(-1).tolist()))
     return statistics.median(times[3:]) * 1e3
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from llama_ref.device import choose_device, choose_dtype, fast_for_one_row
+from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import RequestError
+from llama_ref.onednn import onednn_for
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -55,12 +56,12 @@ def test_a_wish_is_granted_where_it_can_be(machine, wish):
 @pytest.mark.parametrize(
     ("wish", "says"),
     [
-        ("cuda", "device cuda is not available here; leave it out to use what is"),
+        ("cuda", "device cuda is not available here; leave it out to use one that is"),
         ("cuda:0", "device cuda:0 is not available here"),
         (CUDA, "device cuda is not available here"),
         ("mps", "device mps is not available here"),
         *((stranger, f"device {stranger} is not supported; try cuda, mps or cpu") for stranger in ("xpu", "meta", "hpu:1")),
-        *((nonsense, f"device {nonsense} is unknown; try cuda, mps or cpu") for nonsense in ("gpu", "cuda:x", "CPU", "", 1.5)),
+        *((nonsense, f"unknown device {nonsense}; try cuda, mps or cpu") for nonsense in ("gpu", "cuda:x", "CPU", "", 1.5)),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(machine, wish, says):
@@ -74,14 +75,14 @@ def test_a_device_that_is_not_there_is_refused(machine, wish, says):
 def test_a_cuda_device_beyond_the_last_is_refused(machine, monkeypatch, wish, local_rank):
     machine(cuda=2)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    with pytest.raises(RequestError, match="device cuda:2 is not there: this machine has 2 CUDA device"):
+    with pytest.raises(RequestError, match="no device cuda:2: this machine has 2 CUDA device"):
         choose_device(wish)
 
 
 def test_a_local_rank_that_is_no_number_is_refused(machine, monkeypatch):
     machine(cuda=2)
     monkeypatch.setenv("LOCAL_RANK", "first")
-    with pytest.raises(RequestError, match="device cuda:first is unknown"):
+    with pytest.raises(RequestError, match="unknown device cuda:first"):
         choose_device()
 
 
@@ -118,7 +119,7 @@ def test_a_dtype_that_is_not_computed_in_is_refused(wish):
 )
 def test_onednn_is_left_out_for_one_row_of_bfloat16_and_nothing_else(rows, dtype, faster):
     before = torch.backends.mkldnn.enabled
-    with pytest.raises(KeyboardInterrupt), fast_for_one_row(torch.zeros(rows, dtype=torch.long), dtype):
+    with pytest.raises(KeyboardInterrupt), onednn_for(torch.zeros(rows, dtype=torch.long), dtype):
         assert torch.backends.mkldnn.enabled == (before and not faster)
         raise KeyboardInterrupt
     assert torch.backends.mkldnn.enabled == before

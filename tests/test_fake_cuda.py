@@ -42,7 +42,7 @@ def test_prefill_and_decode_stay_on_the_device(name, dtype):
         assert logits.device.type == "cuda"
         assert logits.dtype == torch.float32
         assert logits.shape == (2, piece.shape[1], model.args.vocab_size)
-    cache.set_lengths([12, 7])
+    cache.truncate([12, 7])
     model(tokens[:, :1], cache)
     assert cache.longest == 13
 

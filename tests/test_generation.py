@@ -256,8 +256,8 @@ def test_a_repetition_penalty_counts_prompt_and_answer(llama, prompts, alone):
         ({"prompt_tokens": [[1]] * 3}, "3 prompts, expected 1 to max_batch_size = 2"),
         ({"prompt_tokens": [[1], []]}, "a prompt is empty"),
         ({"prompt_tokens": [[1] * 33]}, "the prompt has 33 tokens, but max_seq_len is 32"),
-        ({"prompt_tokens": [[1], [49412]]}, "holds token 49412; the vocabulary has 0 to 49411"),
-        ({"prompt_tokens": [[-1]]}, "holds token -1"),
+        ({"prompt_tokens": [[1], [49412]]}, "has token 49412; the vocabulary has 0 to 49411"),
+        ({"prompt_tokens": [[-1]]}, "has token -1"),
         ({"prompt_tokens": [1, 2]}, "a prompt is 1, expected a list of token ids"),
         ({"prompt_tokens": ["text"]}, "a prompt is 'text', expected a list of token ids"),
         ({"prompt_tokens": [[1.5]]}, "expected a list of token ids"),
@@ -284,7 +284,7 @@ def test_one_text_is_not_taken_for_a_list_of_its_letters(llama):
 
 
 def test_too_large_a_cache_is_a_request_that_cannot_be_met(llama):
-    with pytest.raises(RequestError, match="no memory for the keys and values of 1 × 1,000,000,000,000 tokens"):
+    with pytest.raises(RequestError, match="not enough memory for the keys and values of 1 × 1,000,000,000,000 tokens"):
         with_context(llama, 10**12).generate([[1, 2]])
 
 
@@ -295,7 +295,7 @@ def test_too_large_a_cache_is_a_request_that_cannot_be_met(llama):
         ({"max_batch_size": 1.5}, RequestError, "max_batch_size is 1.5"),
         ({"seed": -1}, RequestError, "seed is -1"),
         ({"dtype": "int8"}, RequestError, "dtype int8 is not one of"),
-        ({"device": "gpu"}, RequestError, "gpu is unknown"),
+        ({"device": "gpu"}, RequestError, "unknown device gpu"),
         ({"model_parallel_size": 2}, RequestError, "model_parallel_size is 2, but there is 1 process"),
         ({"tokenizer_path": "/nowhere/tokenizer.model"}, CheckpointError, "cannot read /nowhere/tokenizer.model"),
     ],

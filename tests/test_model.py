@@ -58,7 +58,7 @@ def test_casting_the_model_leaves_rope_exact():
     for cache in caches:
         cache.keys.zero_()
         cache.values.zero_()
-        cache.set_lengths([8000])
+        cache.truncate([8000])
     assert torch.equal(cast(tokens(1, 3), caches[0]), fresh(tokens(1, 3), caches[1]))
 
 
@@ -75,7 +75,7 @@ def test_what_lies_beyond_a_rows_length_is_never_looked_at(model):
     cache, poisoned = (KVCache(ARGS, 1, 16, dtype=torch.float32) for _ in range(2))
     for each in (cache, poisoned):
         model(tokens(1, 6), each)
-        each.set_lengths([3])
+        each.truncate([3])
     poisoned.keys[:, :, :, 3:] = poisoned.values[:, :, :, 3:] = 1e4
     assert torch.equal(model(tokens(1, 4), cache), model(tokens(1, 4), poisoned))
 

@@ -24,7 +24,7 @@ from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.decoding.loop import Row, prefill, steps
-from llama_ref.decoding.speculative import NGrams
+from llama_ref.decoding.prompt_lookup import PromptLookup
 from llama_ref.device import choose_dtype
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
@@ -240,7 +240,7 @@ def test_conversations_and_seeds_give_the_cpus_text(folder, compiled):
 @EAGER_AND_COMPILED
 def test_guessed_text_is_the_cpus(folder, compiled):
     plain, on_cuda = built(folder, "cpu"), built(folder, DEVICE, compiled=compiled)
-    guessing = Llama(on_cuda.model, on_cuda.tokenizer, max_seq_len=512, speculation=NGrams())
+    guessing = Llama(on_cuda.model, on_cuda.tokenizer, max_seq_len=512, speculation=PromptLookup())
     prompts = [[1, 2, 3] * 30, [4, 5]]
     assert guessing.generate(prompts, 60, temperature=0) == plain.generate(prompts, 60, temperature=0)
 

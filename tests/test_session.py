@@ -259,7 +259,7 @@ def test_a_conversation_that_outgrows_the_context_is_refused_and_stays(llama):
     session = Session(tight)
     ask(session, SUM)
     before, cached = list(session.dialog), session.cached_tokens
-    with pytest.raises(RequestError, match=r"would come to \d+ tokens, but max_seq_len is 64: /reset it"):
+    with pytest.raises(RequestError, match=r"would have \d+ tokens, but max_seq_len is 64: /reset it"):
         session.say("word " * 60)
     assert (session.dialog, session.cached_tokens) == (before, cached)
     assert ask(session, HI) == without_cache(tight, before, HI)

@@ -19,9 +19,10 @@ from llama_ref.checkpoint.shapes import expected_shapes, model_without_memory
 from llama_ref.checkpoint.to_device import PinnedCopier, pinned_copier
 from llama_ref.memory import give_back_memory
 from llama_ref.model import Transformer
+from llama_ref.modules import replace_module
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.quantization.apply import check_columns, quantized, replace_module, tie
+from llama_ref.quantization.apply import check_columns, quantized, tie
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
 

@@ -21,7 +21,7 @@ from llama_ref.checkpoint.quantized_reader import parts_of
 from llama_ref.errors import RequestError
 from llama_ref.parallel.sharding import WHOLE
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.quantization.calibration import N_TOKENS, Rounded, calibration_text, round_layers
+from llama_ref.quantization.calibration import N_TOKENS, OnRounded, calibration_text, round_layers
 from llama_ref.quantization.linear import Int4Linear
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8
 from llama_ref.quantization.scheme import Scheme
@@ -72,7 +72,7 @@ def quantize_folder(
     return Path(target)
 
 
-def _rounded(source: Source, scheme: Scheme, text: str, rounded: Rounded) -> dict[str, Int4Linear]:
+def _rounded(source: Source, scheme: Scheme, text: str, rounded: OnRounded) -> dict[str, Int4Linear]:
     """The layers' matrices by the names of their tensors. Raises RequestError where the folder cannot read the text."""
     if source.tokenizer is None:
         raise RequestError(f"{source.folder.path} has no tokenizer to read a text with: fetch it, or leave calibration out")

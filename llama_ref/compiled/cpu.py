@@ -1,31 +1,32 @@
-"""A faster decode step, put onto a model from outside: one sequence, one token, each layer one compiled loop over its weights.
+"""A faster decode step for a CPU, installed on a model: each layer is one compiled loop over its weights.
 
-With one token at a time a model does little but read its weights, so that a step is as fast as memory. Written as multiply
-and sum over each row, a matrix times a vector compiles (torch.compile, Inductor) to just that: a loop that streams the rows.
-All layers are of one shape and share one compiled function, which takes their weights as arguments and compiles in seconds.
-The plain blocks of model.py stay in place for everything else: prompts and batches.
+With one token at a time a model does little but read its weights, so a step is as fast as memory.
+Written as multiply and sum over each row, a matrix-vector product compiles (torch.compile, Inductor) to
+a loop that streams the rows. All layers have the same shapes and share one compiled function, which
+takes their weights as arguments and compiles in seconds. Prompts and batches run model.py's blocks.
 """
 
 import logging
 import shutil
 from collections.abc import Callable
 from threading import Thread
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ref.compiled import int4_layout
-from llama_ref.compiled.caches import CACHE_BLOCK, new_cache
+from llama_ref.compiled.caches import new_cache
+from llama_ref.compiled.cpu_cache import CACHE_BLOCK, BlockKVCache
 from llama_ref.compiled.cuda import compile_cuda_decode
-from llama_ref.compiled.forward import CompiledForward
-from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, held
+from llama_ref.compiled.forward import CompiledForward, install
+from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, materialize
 from llama_ref.compiled.int8_layout import PIECE, PiecewiseInt8Linear, in_pieces
-from llama_ref.device import fast_for_one_row
 from llama_ref.errors import RequestError
-from llama_ref.kv_cache import KVCache
 from llama_ref.memory import keep_scratch_memory
 from llama_ref.model import Context, Transformer, TransformerBlock, rotate
+from llama_ref.onednn import onednn_for
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import replace_matrices, use_fast_kernels
@@ -33,12 +34,11 @@ from llama_ref.quantization.linear import Int4Linear, Int8Linear, Int8Matrix
 
 logger = logging.getLogger(__name__)
 
-STREAMS = 4  # rows read side by side: they share what is loaded of the vector; more were slower
-FEWEST_BLOCKS = 2  # of the cache: a compiler takes a length of 0 or 1 for a case of its own
+STREAMS = 4  # rows read in parallel, which share loads of the vector; more were slower
 NEVER = 10**6
-OPTIONS = {
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-add
-    # Nothing within a row's loop is put into memory but what `held` says: Inductor's guesses are for pointwise code.
+    # Only `materialize` writes intermediates to memory: Inductor's heuristics assume pointwise code.
     "realize_opcount_threshold": NEVER,
     "realize_reads_threshold": NEVER,
     "realize_acc_reads_threshold": NEVER,
@@ -46,29 +46,30 @@ OPTIONS = {
 }
 
 Matrix = tuple[Tensor, ...]  # (weight,), (q, scale) or (words, scale, zero): see _matrix
+Norm = tuple[Tensor, float]  # weight, eps
 
 
 def compile_decode(model: Transformer) -> None:
-    """Make a model's decode steps faster, on a CPU those of one row; changed in place.
+    """Make a model's decode steps faster, in place; on a CPU those of one row.
 
-    Takes some seconds to compile, fewer where PyTorch's cache on disk has it from an earlier run. Where that does not work,
-    without a C++ compiler above all, the model stays as it is and one line on stderr says so. The whole process keeps up to 64
-    MB of freed memory from then on (memory.py). Raises RequestError for a model that is divided among processes, or on neither
-    a CPU nor CUDA.
+    Compiling takes some seconds, fewer if PyTorch's cache on disk has it from an earlier run. If it
+    fails, for example without a C++ compiler, the model stays unchanged and a warning is logged. From
+    then on the process keeps up to 64 MB of freed memory (memory.py). Raises RequestError for a model
+    that is split among processes, or on neither a CPU nor CUDA.
     """
-    from torch._dynamo.exc import BackendCompilerFailed  # only now: to import the compiler takes a second
+    from torch._dynamo.exc import BackendCompilerFailed  # lazily: importing the compiler takes a second
     from torch._inductor.exc import InductorError
 
     if any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules()):
-        raise RequestError("compile is for one process; leave it out, or start without torchrun")
-    device = model.norm.weight.device
+        raise RequestError("compile works in one process only; leave it out, or start without torchrun")
+    device = model.device
     if device.type == "cuda":
-        use_fast_kernels(model)  # which are recorded as they are; a CPU's matrices get layouts of their own
+        use_fast_kernels(model)
         return compile_cuda_decode(model)
     if device.type != "cpu":
-        raise RequestError(f"compile is for the CPU and for CUDA, not for {device.type}; leave it out")
+        raise RequestError(f"compile works on the CPU and on CUDA, not on {device.type}; leave it out")
     if not _has_compiler():
-        return logger.warning("no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled")
+        return logger.warning("no C++ compiler (c++, g++ or clang++) found: decoding stays uncompiled")
     _probe_vectors()
     unpack = torch.compile(int4_layout.matrix, options=OPTIONS, dynamic=True)
     replace_matrices(model, Int4Linear, lambda matrix: PlanarInt4Linear(matrix, unpack))
@@ -76,8 +77,8 @@ def compile_decode(model: Transformer) -> None:
     step = torch.compile(_layer_step, options=OPTIONS, dynamic=False)
     head = torch.compile(matvec, options=OPTIONS, dynamic=False)
     for block in model.layers:
-        block.forward = _FastBlock(block, step)
-    model.output.forward = _FastOutput(model.output, head)
+        install(block, forward=_FastBlock(block, step))
+    install(model.output, forward=_FastOutput(model.output, head))
     logger.info("compiling the decode step: some seconds, fewer the next time")
     try:
         _warm_up(model)
@@ -87,27 +88,27 @@ def compile_decode(model: Transformer) -> None:
         for module in model.modules():
             if isinstance(module, PlanarInt4Linear):
                 module.matrix = int4_layout.matrix
-        logger.warning("it cannot be compiled here (%s): decoding stays uncompiled", str(error).splitlines()[0])
+        logger.warning("cannot compile the decode step here (%s): decoding stays uncompiled", str(error).splitlines()[0])
     else:
         keep_scratch_memory()
 
 
 def _probe_vectors() -> None:
-    """Let Inductor find out beside the rest which vector instructions work here: it starts processes for it, and waits."""
+    """Let Inductor detect vector instructions in the background: it starts processes and waits for them."""
     try:
         from torch._inductor.cpu_vec_isa import valid_vec_isa_list
     except ImportError:
-        return  # another version: it will find out when it needs to
+        return  # another version: it detects them when needed
     Thread(target=valid_vec_isa_list, daemon=True).start()
 
 
 def _warm_up(model: Transformer) -> None:
-    """A step of one row just as decoding/loop.py has them: with what differs, another would be compiled."""
+    """Run a decode step exactly as decoding/loop.py does: any difference would compile another one."""
     cache = new_cache(model, 1, 2 * CACHE_BLOCK)
     tokens = torch.zeros(1, 2, dtype=torch.long)
     with torch.inference_mode():
         model.hidden(tokens, cache)
-        with fast_for_one_row(tokens[:, :1], cache.keys.dtype):
+        with onednn_for(tokens[:, :1], cache.keys.dtype):
             model.logits(model.hidden(tokens[:, :1], cache))
 
 
@@ -116,7 +117,7 @@ def _has_compiler() -> bool:
 
 
 class _FastBlock(CompiledForward):
-    """In place of a block's forward: the compiled step for one token of one row, the block's own for all else."""
+    """Replaces a block's forward: compiled for one token of one row, the block's own otherwise."""
 
     def __init__(self, block: TransformerBlock, step: Callable):
         self.plain, self.step = block.forward, step
@@ -127,36 +128,19 @@ class _FastBlock(CompiledForward):
 
     def __call__(self, x: Tensor, context: Context, layer: int) -> Tensor:
         cache = context.cache
-        if x.shape[:2] != (1, 1) or cache is None or cache.longest == 0 or cache.max_seq_len % CACHE_BLOCK:
+        if x.shape[:2] != (1, 1) or not isinstance(cache, BlockKVCache):
             return self.plain(x, context, layer)
-        if layer == 0:
-            context.seen = _Seen(cache, context)
-        seen = context.seen
-        out, k, v = self.step(x[0, 0], *seen.shared, seen.keys[layer], seen.values[layer], self.matrices, self.norms)
+        if cache.longest == 0 or cache.max_seq_len % CACHE_BLOCK:
+            return self.plain(x, context, layer)
+        blocks, (cos, sin) = cache.blocks(context), context.rotations
+        shared = cos[0, 0], sin[0, 0], blocks.mask
+        out, k, v = self.step(x[0, 0], *shared, blocks.keys[layer], blocks.values[layer], self.matrices, self.norms)
         cache.write(layer, context.positions, k[None, None], v[None, None])
         return out[None, None]
 
 
-class _Seen:
-    """What a token's steps look at: each layer's blocks of the cache, and what all layers share."""
-
-    def __init__(self, cache: KVCache, context: Context):
-        self.keys, self.values = (
-            all_[:, 0].unflatten(2, (-1, CACHE_BLOCK)).unbind() for all_ in (cache.keys, cache.values)
-        )  # n_layers × (K, …, 64, hd)
-        n_blocks = max(FEWEST_BLOCKS, -(-cache.longest // CACHE_BLOCK))
-        # Made once: to compare places costs more in every layer and head.
-        mask = cache.keys.new_zeros(n_blocks * CACHE_BLOCK, dtype=torch.float32)
-        mask[cache.longest :] = -torch.inf
-        mask = mask.view(n_blocks, CACHE_BLOCK)
-        for tensor, dim in ((mask, 0), *((tensor, 1) for tensor in (*self.keys, *self.values))):
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        cos, sin = context.rotations
-        self.shared = cos[0, 0], sin[0, 0], mask
-
-
 class _FastOutput(CompiledForward):
-    """In place of the output's forward, likewise."""
+    """Replaces the output's forward: compiled for one token, its own otherwise."""
 
     def __init__(self, output: nn.Module, head: Callable):
         self.plain, self.head, self.matrix = output.forward, head, _matrix(output)
@@ -168,12 +152,12 @@ class _FastOutput(CompiledForward):
 
 
 def _matrix(module: nn.Module) -> Matrix:
-    """The tensors that a compiled product takes."""
+    """A module's matrix as the tensors that a compiled product takes."""
     if isinstance(module, PlanarInt4Linear):
         return module.words, module.scale, module.zero
     if isinstance(module, Int8Matrix):
         return module.q, module.scale
-    return (module.weight,)
+    return (module.get_parameter("weight"),)
 
 
 def _layer_step(
@@ -184,11 +168,11 @@ def _layer_step(
     keys: Tensor,
     values: Tensor,
     matrices: tuple[Matrix, ...],
-    norms: tuple,
+    norms: tuple[Norm, Norm],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A block for one token: x (D,), keys and values (K, …, 64, hd) -> x, its own k and v (K, hd).
+    """A block for one token: x (D,), keys and values (K, …, 64, hd) -> x (D,), its own k and v (K, hd).
 
-    Of the keys and values those places in the first n blocks count where `mask` (n, 64) is 0.
+    `mask` (n, 64) is 0 at the slots of the first n blocks that hold a token, else -inf.
     """
     wq, wk, wv, wo, w1, w2, w3 = matrices
     n_kv_heads, head_dim = keys.shape[0], keys.shape[-1]
@@ -209,7 +193,7 @@ def matvec(matrix: Matrix, x: Tensor) -> Tensor:
     w, *scale = matrix
     if w.dim() == 2:
         w = w.unflatten(1, (-1, PIECE if in_pieces(w.shape[1]) else w.shape[1])).transpose(0, 1)
-    x32 = held(x.float()).view(len(w), 1, -1)  # (P, 1, K/P)
+    x32 = materialize(x.float()).view(len(w), 1, -1)  # (P, 1, K/P)
     sums = torch.cat([(rows.float() * x32).sum(-1).sum(0) for rows in w.chunk(STREAMS, dim=1)])
     return (sums * scale[0] if scale else sums).to(x.dtype)
 
@@ -220,21 +204,20 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token's q (K, G, hd) to what came before and to itself, k and v (K, hd): (K · G · hd,).
+    """Attention of one token's q (K, G, hd) to earlier tokens and itself, k and v (K, hd): (K · G · hd,).
 
-    keys and values (K, n, 64, hd) are blocks of the cache, small enough to stay in the nearest cache of the processor while
-    they are gone over; `mask` (n, 64) is 0 where a place counts, else -inf. The G heads of a group go side by side: what they
-    share is read and converted once.
+    keys and values (K, n, 64, hd) are blocks of the cache; `mask` (n, 64) is 0 where a slot holds a
+    token, else -inf. The G heads of a group are computed together: their keys are read and converted once.
     """
     G = q.shape[1]
-    q32 = held(q.float() * q.shape[-1] ** -0.5)
+    q32 = materialize(q.float() * q.shape[-1] ** -0.5)
     keys32 = keys.float()
-    seen = torch.where((mask == 0)[..., None], values.float(), 0)  # where nothing counts, memory may hold a NaN
+    seen = torch.where((mask == 0)[..., None], values.float(), 0)  # unused slots may hold a NaN
     scores = torch.stack([(q32[:, g, None, None] * keys32).sum(-1) for g in range(G)], dim=1)  # (K, G, n, 64)
     scores = torch.where(mask == 0, scores, mask)
     own = (q32 * k[:, None].float()).sum(-1)  # (K, G)
     top = torch.maximum(scores.amax((2, 3)), own)
-    p, p_own = held((scores - top[..., None, None]).exp()), (own - top).exp()
+    p, p_own = materialize((scores - top[..., None, None]).exp()), (own - top).exp()
     mixed = torch.stack([(p[:, g, ..., None] * seen).sum(-2) for g in range(G)], dim=1).sum(2)  # (K, G, hd)
     mixed = mixed + p_own[..., None] * v[:, None].float()
     return (mixed / (p.sum((2, 3)) + p_own)[..., None]).to(q.dtype).flatten()

@@ -1,9 +1,9 @@
-"""KV caches for CUDA: attention that reads each row's own length, without masks and split over the cache.
+"""KV caches for CUDA: attention without masks that reads each row's length on the device.
 
-PyTorch ships FlashAttention 2 with the rows' lengths on the device (`aten._flash_attention_forward`, `seqused_k`). One call
-serves prompts, later pieces of a prompt, drafts and decode steps of ragged batches: a token looks at its row's own tokens up
-to itself. For one token the heads of a group are packed as rows and the cache is split over the whole card, where with a mask a
-few blocks would read all of it. Nothing beyond a row's length is read.
+PyTorch ships FlashAttention 2 with lengths on the device (`aten._flash_attention_forward`, `seqused_k`).
+One call serves prompts, later pieces of a prompt, drafts and decode steps of ragged batches. For one
+token it packs the heads of a group as rows and splits the cache over the whole card, where masked
+attention would read it with a few blocks. Nothing beyond a row's length is read.
 """
 
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ from llama_ref.device import HOPPER, is_out_of_memory
 from llama_ref.kv_cache import KVCache, group_mask, grouped_attention
 from llama_ref.model import Context
 
-# Tokens of a prompt in one pass, of all rows together: a GPU is busy with a whole prompt of the usual length.
+# Prompt tokens per pass, of all rows together: enough to keep a GPU busy.
 MASKLESS_PREFILL_TOKENS = 8192
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-# cuDNN's attention is nearly twice as fast on Hopper (660 against 350 TFLOP/s), but it spends 0.05 to 1 s on a plan for every
-# new pair of lengths: it gets whole pieces of long prompts, of which there are few kinds.
+# cuDNN's attention is nearly twice as fast on Hopper (660 against 350 TFLOP/s), but it plans for 0.05 to
+# 1 s at every new pair of lengths: use it for whole pieces of long prompts, of which there are few.
 CUDNN_FROM = 2 * MASKLESS_PREFILL_TOKENS  # earlier tokens
 
 
 class CudaKVCache(KVCache):
-    """A cache on a CUDA device; its lengths are set without waiting for the device."""
+    """A cache on a CUDA device; setting lengths does not wait for the device."""
 
-    def set_lengths(self, lengths: list[int]) -> None:
+    def truncate(self, lengths: list[int]) -> None:
         self.lengths.copy_(torch.tensor(lengths, pin_memory=self.lengths.is_cuda), non_blocking=True)
         self.longest = max(lengths)
 
 
 class FlashKVCache(CudaKVCache):
-    """A cache whose attention is `flash`. A row's tokens lie side by side: `stored` is (2, n_layers, B, S, K, hd)."""
+    """A cache with `flash` attention. Tokens are adjacent: `stored` is (2, n_layers, B, S, K, hd)."""
 
     needs_mask = False
     tries_cudnn = True
@@ -44,10 +44,10 @@ class FlashKVCache(CudaKVCache):
         shape = (2, args.n_layers, batch_size, max_seq_len, args.n_kv_heads, args.head_dim)
         self.stored = torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self.stored.transpose(3, 4)  # (n_layers, B, K, S, hd) each
-        self._lengths: tuple[Context, FlashLengths] | None = None  # of the pass under way, the same for all layers
+        self._lengths: tuple[Context, FlashLengths] | None = None  # of the current pass
 
     def clear_unwritten(self, n_tokens: int) -> None:
-        """Nothing to do: what lies beyond a row's length is not even read."""
+        """Nothing to do: nothing beyond a row's length is read."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         self.write(layer, context.positions, k, v)
@@ -57,15 +57,15 @@ class FlashKVCache(CudaKVCache):
         return self.attend_piece(layer, q, self._lengths[1], self.longest)
 
     def attend_piece(self, layer: int, q: Tensor, at: "FlashLengths", longest: int) -> Tensor:
-        """Attention of new tokens' q (B, T, H, hd), whose keys and values are stored: (B, T, H, hd).
+        """Attention of new tokens' q (B, T, H, hd), their keys and values already stored: (B, T, H, hd).
 
-        `longest`: tokens before these, of the longest row.
+        `longest`: earlier tokens of the longest row.
         """
         keys, values = self.stored[:, layer]  # (B, S, K, hd) each
         if self.tries_cudnn and is_for_cudnn(q, longest):
             try:
                 return cudnn(q, keys, values, longest)
-            except RuntimeError as error:  # a cuDNN that does not take these shapes, or is not there
+            except RuntimeError as error:  # cuDNN is missing or does not support these shapes
                 if is_out_of_memory(error):
                     raise
                 self.tries_cudnn = False
@@ -74,9 +74,9 @@ class FlashKVCache(CudaKVCache):
 
 @dataclass(frozen=True)
 class FlashLengths:
-    """Where queries and keys of each row begin, and how many keys count: int32 (B + 1,), (B + 1,) and (B,).
+    """Offsets of each row's queries and keys, and its number of keys: int32 (B + 1,), (B + 1,) and (B,).
 
-    T new tokens a row; `width`: no row has more keys than that. It decides into how many parts the cache is split.
+    T new tokens per row. `width` is an upper bound of keys per row, which decides how the cache is split.
     """
 
     query_starts: Tensor
@@ -87,15 +87,15 @@ class FlashLengths:
 
     @classmethod
     def of(cls, lengths: Tensor, T: int, max_seq_len: int, width: int) -> "FlashLengths":
-        """For rows that hold `lengths` (B,) tokens before the T new ones, in a cache of `max_seq_len` tokens a row."""
+        """For rows with `lengths` (B,) tokens before the T new ones, in a cache of `max_seq_len` tokens per row."""
         steps = torch.arange(len(lengths) + 1, device=lengths.device, dtype=torch.int32)
         return cls(steps * T, steps * max_seq_len, (lengths + T).int(), T, width)
 
 
 def flash(q: Tensor, keys: Tensor, values: Tensor, at: FlashLengths) -> Tensor:
-    """Causal attention of q (B, T, H, hd) to a cache's keys and values (B, S, K, hd), the new tokens' included.
+    """Causal attention of q (B, T, H, hd) to a cache's keys and values (B, S, K, hd): (B, T, H, hd).
 
-    Gives (B, T, H, hd). bfloat16 or float16, on NVIDIA cards from Ampere on.
+    The cache includes the new tokens. bfloat16 or float16, on NVIDIA cards since Ampere.
     """
     out = torch.ops.aten._flash_attention_forward(
         q.flatten(0, 1),
@@ -114,7 +114,7 @@ def flash(q: Tensor, keys: Tensor, values: Tensor, at: FlashLengths) -> Tensor:
 
 
 def is_for_cudnn(q: Tensor, longest: int) -> bool:
-    """Whether queries (B, T, H, hd) after so many tokens are a late piece of one long prompt, on a card where `cudnn` pays."""
+    """Whether queries (B, T, H, hd) after `longest` tokens are a late piece of one long prompt, on Hopper."""
     piece = MASKLESS_PREFILL_TOKENS
     return q.shape[:2] == (1, piece) and longest >= CUDNN_FROM and longest % piece == 0 and _is_hopper(q.device)
 
@@ -125,10 +125,10 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def cudnn(q: Tensor, keys: Tensor, values: Tensor, longest: int) -> Tensor:
-    """What `flash` gives for one row's q (1, T, H, hd) after `longest` tokens, by cuDNN.
+    """As `flash`, for one row's q (1, T, H, hd) after `longest` tokens, by cuDNN.
 
-    It aligns a causal mask with the first key, not the last: attention to what came before and, causal, among the new tokens
-    are computed apart and put together by how much each weighs.
+    cuDNN aligns a causal mask with the first key, not the last. So attention to the earlier tokens and
+    causal attention among the new ones are computed separately and merged by their softmax weights.
     """
     T = q.shape[1]
     parts = []
@@ -146,16 +146,9 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[T
     return out, log_weight.view(*q.shape[:3], 1)
 
 
-def kv_cache_class(device: torch.device, dtype: torch.dtype, args: ModelArgs) -> type[KVCache]:
-    """The cache that attends fastest on a device, in a dtype, for a model's heads."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return KVCache
-    return FlashKVCache if has_flash(device, dtype, args.head_dim) else CudaKVCache
-
-
 @cached
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `flash` works here and gives what masked attention gives; tried once."""
+    """Whether `flash` works here and agrees with masked attention; tried once."""
     if dtype not in FLASH_DTYPES or head_dim % 8:
         return False
     B, T, S, K, G = 2, 3, 40, 2, 4

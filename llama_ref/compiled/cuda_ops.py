@@ -1,8 +1,8 @@
-"""The parts of a fused layer on CUDA (cuda.py): each takes the kernel that suits the device, the matrix and the number of rows.
+"""The parts of a fused layer on CUDA (cuda.py): each picks the kernel for the device, matrix and number of rows.
 
-With Triton a single row runs through one kernel together with what stands around its product in a layer, a few rows of a
-quantized matrix through another; many rows are cuBLAS's, of a quantized matrix once it is turned into the inputs' dtype.
-Without Triton every function is model.py's lines. The Triton modules are imported when they are needed, not before.
+With Triton, a single row is one kernel that fuses a product with the operations around it, and a few
+rows of a quantized matrix another; many rows go to cuBLAS, with quantized matrices converted first.
+Without Triton every function computes what model.py does. Triton modules are imported lazily.
 """
 
 import torch
@@ -15,15 +15,16 @@ from llama_ref.quantization.linear import Int4Linear, Int8Linear
 
 
 def joined(*modules: nn.Module) -> nn.Module:
-    """One matrix with the rows of several below one another; theirs become views of it. They are of one kind and width."""
+    """Several matrices of one type and width stacked into one; the originals become views of it."""
     kind = type(modules[0])
     if kind is Int8Linear:
         return Int8Linear(*(_join_buffers(modules, name) for name in ("q", "scale")))
     if kind is Int4Linear:
         return Int4Linear(*(_join_buffers(modules, name) for name in ("packed", "scale", "zero")))
-    weight = torch.cat([module.weight.data for module in modules])
-    for module, part in zip(modules, weight.split([len(module.weight) for module in modules]), strict=True):
-        module.weight.data = part
+    weights = [module.get_parameter("weight") for module in modules]
+    weight = torch.cat([each.data for each in weights])
+    for each, part in zip(weights, weight.split([len(each) for each in weights]), strict=True):
+        each.data = part
     with torch.device("meta"):
         out = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     out.weight = nn.Parameter(weight, requires_grad=False)
@@ -81,10 +82,10 @@ def norm_swiglu(x: Tensor, module: RMSNorm, matrix: nn.Module) -> Tensor:
 def norm_query(
     x: Tensor, module: RMSNorm, matrix: nn.Module, positions: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Rotated queries (N, H, hd) of the normed x (N, D) by wq, wk, wv joined; keys and values go into a layer's cache.
+    """Rotated queries (N, H, hd) of the normed x (N, D) by joined wq, wk, wv; stores keys and values.
 
-    N tokens are T of each of B rows, at int64 `positions` (N,); cos and sin float32 (S, hd/2) hold every position's angles.
-    keys and values (B, K, S, hd) are one layer's of a cache, of the same strides, hd's 1.
+    N tokens are T of each of B rows, at int64 `positions` (N,); cos and sin are float32 (S, hd/2) for all
+    positions. keys and values (B, K, S, hd) are one layer's cache, with equal strides, hd's 1.
     """
     B, K, _, head_dim = keys.shape
     if _is_one_row(x):
@@ -127,13 +128,20 @@ def _is_one_row(x: Tensor) -> bool:
     return len(x) == 1 and uses_triton(x)
 
 
-def _matvec(x: Tensor, matrix: nn.Module, module: RMSNorm | None = None, **around: object) -> Tensor:
-    """x (1, K), normed where a norm is given, times a matrix of any kind, with what `matvec` can do around it: (1, …)."""
+def _matvec(
+    x: Tensor,
+    matrix: nn.Module,
+    module: RMSNorm | None = None,
+    *,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    rope: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """x (1, K), normed if a norm is given, times a matrix of any type: (1, …). Options as `matvec`'s."""
     from llama_ref.compiled.triton_products import matvec
 
-    if module is not None:
-        around |= {"gain": module.weight, "eps": module.eps}
-    return matvec(x[0], *_tensors(matrix), **around)[None]
+    gain, eps = (None, 0.0) if module is None else (module.weight, module.eps)
+    return matvec(x[0], *_tensors(matrix), gain=gain, eps=eps, residual=residual, gated=gated, rope=rope)[None]
 
 
 def _tensors(matrix: nn.Module) -> tuple[Tensor, ...]:
@@ -141,4 +149,4 @@ def _tensors(matrix: nn.Module) -> tuple[Tensor, ...]:
         return matrix.packed, matrix.scale, matrix.zero
     if isinstance(matrix, Int8Linear):
         return matrix.q, matrix.scale
-    return (matrix.weight,)
+    return (matrix.get_parameter("weight"),)

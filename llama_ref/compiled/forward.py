@@ -1,15 +1,23 @@
-"""What the compiled decode steps put onto a model, as the rest of the package recognises it."""
+"""How compiled forwards are installed on a model, and recognised there."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 
 class CompiledForward:
-    """Base of the callables that stand in place of a module's `forward` (or a model's `hidden`) and compute the same faster."""
+    """Base of the callables that replace a module's `forward` (or a model's `hidden`) by a faster one."""
 
-    is_asynchronous = False  # whether it returns before the device is done, so that more may be launched meanwhile
+    is_asynchronous = False  # whether it returns before the device is done, so more can be launched
+
+
+def install(module: nn.Module, **methods: Callable[..., Any]) -> None:
+    """Replace methods of this module only: `install(model, forward=…)`."""
+    vars(module).update(methods)
 
 
 def compiled_forward(module: nn.Module) -> CompiledForward | None:
-    """The one that a module has, if it has one."""
+    """The module's compiled forward, if one is installed."""
     forward = vars(module).get("forward")
     return forward if isinstance(forward, CompiledForward) else None

@@ -1,11 +1,13 @@
-"""Four-bit matrices in the layout of the compiled decode step: eight numbers in each int32, one in each of its eight nibbles.
+"""Int4 matrices in the layout of the compiled decode step: eight numbers in the nibbles of each int32.
 
-128 columns of a row are 16 such words. Nibble p of word l is column 16·p + l, so that 16 lanes take a plane of 16 neighbours at
-a time by masking alone: a nibble that stays where it is in the word is its number times 16^p, which is folded into the input.
-Long rows are cut into pieces (int8_layout.py).
+128 columns of a row are 16 words. Nibble p of word l is column 16·p + l, so that 16 lanes read a plane
+of 16 neighbouring columns by masking alone: an unshifted nibble is its number times 16^p, and that
+factor is folded into the input. Long rows are cut into pieces (int8_layout.py).
 """
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +20,12 @@ from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtyp
 PLANES, LANES = 8, 16
 COLUMNS = PLANES * LANES  # of a block
 PACKED_ROWS = 1 << 10  # at a time
-SIGN_PLANE = PLANES - 1  # the nibble that holds the word's sign bit: as a number from -8 to 7
+SIGN_PLANE = PLANES - 1  # the nibble with the word's sign bit: a number from -8 to 7
 MASKS = [15 << (4 * p) for p in range(SIGN_PLANE)] + [-(1 << 28)]
 
 
 def matrix(words: Tensor, scale: Tensor, zero: Tensor, like: Tensor) -> Tensor:
-    """The weights (N, P · blocks · 128) in `like`'s dtype: as fast as its memory where it is compiled."""
+    """The weights (N, P · blocks · 128) in `like`'s dtype; compiled, it is bound by memory."""
     wide = wide_dtype(like.dtype)
     plane = torch.arange(PLANES)[:, None]
     q = (words[:, :, :, None] >> (4 * plane)) & 15  # (P, N, blocks, 8, 16)
@@ -34,11 +36,15 @@ def matrix(words: Tensor, scale: Tensor, zero: Tensor, like: Tensor) -> Tensor:
 
 
 class PlanarInt4Linear(QuantizedMatrix):
-    """An Int4Linear as `words` int32 (P, N, blocks, 16), `scale` and `zero` bfloat16 (P, N, blocks, groups in a block).
+    """An Int4Linear as `words` int32 (P, N, blocks, 16), `scale` and `zero` bfloat16 (P, N, blocks, groups).
 
-    Rows are filled up to whole blocks with columns that count nothing. Wider groups than a block are said for each block.
-    For prompts `matrix`, the function of that name or the same compiled, makes some rows' weights at a time.
+    Rows are padded to whole blocks; groups larger than a block are repeated for each block. For prompts
+    `matrix`, the function of that name or its compiled form, dequantizes some rows at a time.
     """
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor
 
     def __init__(self, module: Int4Linear, matrix: Callable[..., Tensor] = matrix):
         super().__init__()
@@ -58,7 +64,7 @@ class PlanarInt4Linear(QuantizedMatrix):
     def _by_block(self, values: Tensor) -> Tensor:
         """(N, K/G) -> (P, N, blocks, groups in a block)."""
         N, K = self.shape
-        values = values.repeat_interleave(K // values.shape[1] // self.group, dim=1)  # one for each `group` columns
+        values = values.repeat_interleave(K // values.shape[1] // self.group, dim=1)  # one per `group` columns
         missing = self.n_blocks * COLUMNS // self.group - values.shape[1]
         return self._in_pieces(F.pad(values, (0, missing)).view(N, self.n_blocks, -1))
 
@@ -78,9 +84,10 @@ class PlanarInt4Linear(QuantizedMatrix):
 
 
 def product(words: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
-    """The matrix times x float32 (P · blocks · 128,): float32 (N,). To be compiled: every line is of one loop over the words.
+    """The matrix times x float32 (P · blocks · 128,): float32 (N,). Written to compile to one loop over the words.
 
-    As w = (q - 8) · scale + zero, a row is Σ (q x) · scale - Σ (8 x) · scale + Σ x · zero; the sign's plane has q - 8 already.
+    As w = (q - 8) · scale + zero, a row is Σ (q x) · scale - Σ (8 x) · scale + Σ x · zero; the sign plane
+    holds q - 8 already.
     """
     n_groups = scale.shape[-1]
     per_group = PLANES // n_groups
@@ -88,30 +95,33 @@ def product(words: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
     powers = torch.tensor([16.0**-p for p in range(PLANES)])[:, None]
     eights = torch.tensor([-8.0] * SIGN_PLANE + [0.0])[:, None]
     by_piece = (len(words), 1, words.shape[2])  # (P, 1, blocks)
-    scaled = held(x * powers).view(*by_piece, PLANES, LANES)
-    offsets = held((x * eights).unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
-    sums = held(x.unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
+    scaled = materialize(x * powers).view(*by_piece, PLANES, LANES)
+    offsets = materialize((x * eights).unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
+    sums = materialize(x.unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
 
     def rows(words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        out = 0
-        for g in range(n_groups):
-            dots = sum((words & MASKS[p]).float() * scaled[..., p, :] for p in range(g * per_group, (g + 1) * per_group))
-            if n_groups == 1:
-                out = (dots + offsets[..., 0, :]) * scale.float() + sums[..., 0, :] * zero.float()
-            else:
-                out = out + dots * scale[..., g, None].float()
+        def dots(g: int) -> Tensor:  # (P, N/2, blocks, 16)
+            planes = range(g * per_group, (g + 1) * per_group)
+            return reduce(add, [(words & MASKS[p]).float() * scaled[..., p, :] for p in planes])
+
+        if n_groups == 1:
+            out = (dots(0) + offsets[..., 0, :]) * scale.float() + sums[..., 0, :] * zero.float()
+        else:
+            out = reduce(add, [dots(g) * scale[..., g, None].float() for g in range(n_groups)])
         return out.sum((-1, -2)).sum(0)
 
     halves = zip(*(part.chunk(2, dim=1) for part in (words, scale, zero)), strict=True)
     out = torch.cat([rows(*half) for half in halves])
-    if n_groups > 1:  # many scales: what they add to a row is a smaller product, of whole vectors of them
-        offsets, sums = (held(part.sum(-1).flatten(2)[:, 0])[:, None] for part in (offsets, sums))  # (P, 1, blocks · groups)
+    if n_groups > 1:  # with several scales per block, offsets are a smaller product of their own
+        offsets, sums = (
+            materialize(part.sum(-1).flatten(2)[:, 0])[:, None] for part in (offsets, sums)
+        )  # (P, 1, blocks · groups)
         out = out + (scale.flatten(2).float() * offsets + zero.flatten(2).float() * sums).sum(-1).sum(0)
     return out
 
 
-def held(x: Tensor) -> Tensor:
-    """The same values, put into memory: without this a compiler works them out anew for every row that needs them."""
+def materialize(x: Tensor) -> Tensor:
+    """The same values, written to memory: a compiler would recompute them for every row that uses them."""
     return torch.cat(x.chunk(2)) if len(x) > 1 else x
 
 
@@ -120,5 +130,5 @@ def _to_words(q: Tensor) -> Tensor:
     planes = q.view(len(q), -1, PLANES, LANES)
     words = torch.zeros(len(q), planes.shape[1], LANES, dtype=torch.int32, device=q.device)
     for p, plane in enumerate(planes.unbind(2)):
-        words |= (plane ^ (8 if p == SIGN_PLANE else 0)).int() << 4 * p  # two's complement of q - 8 in the sign's
+        words |= (plane ^ (8 if p == SIGN_PLANE else 0)).int() << 4 * p  # q - 8 in the sign plane, two's complement
     return words

@@ -1,7 +1,8 @@
-"""Eight-bit matrices in the layout of the compiled decode step: long rows cut into pieces, and all rows' first pieces first.
+"""Int8 matrices in the layout of the compiled decode step: long rows are cut into column blocks.
 
-A product then runs through the whole matrix with a piece of the vector that stays in the nearest cache. Whole rows of 8,192
-want 32 KB of it in float32, which the weights that stream by drive out: they were read at three quarters of the speed.
+A product runs through all rows of one column block at a time, with a piece of the vector that stays in
+the L1 cache. Whole rows of 8,192 need 32 KB of it in float32, which the streamed weights evict: they
+were read at three quarters of the speed.
 """
 
 import torch
@@ -10,16 +11,16 @@ from torch import Tensor
 from llama_ref import memory
 from llama_ref.quantization.linear import FEW_ROWS, Int8Linear, Int8Matrix, fits_int8_kernel, wide_dtype
 
-LONG_ROW, PIECE = 4096, 1024  # a longer row is cut, where it can be
+LONG_ROW, PIECE = 4096, 1024  # longer rows are cut into pieces
 
 
 def in_pieces(columns: int) -> bool:
-    """Whether rows of so many columns are cut."""
+    """Whether rows of so many columns are cut into pieces."""
     return columns > LONG_ROW and columns % PIECE == 0
 
 
 class PiecewiseInt8Linear(Int8Matrix):
-    """An Int8Linear with `q` int8 (P, N, 1024): the rows' P pieces, `scale` float32 (N,) as it was."""
+    """An Int8Linear with `q` int8 (P, N, 1024), P pieces of each row, and `scale` float32 (N,)."""
 
     def __init__(self, module: Int8Linear):
         super().__init__(memory.contiguous(module.q.unflatten(1, (-1, PIECE)).transpose(0, 1)), module.scale)

@@ -52,11 +52,10 @@ def row_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     B, V = logits.shape
     n = triton.cdiv(V, BLOCK)
-    like = {"device": logits.device}
-    places = torch.empty(B, n, dtype=torch.int32, **like)
-    tops, sums = torch.empty(2, B, n, dtype=torch.float32, **like)
+    places = logits.new_empty(B, n, dtype=torch.int32)
+    tops, sums = logits.new_empty(2, B, n)
     _part_stats[(B, n)](logits.contiguous(), places, tops, sums, V, n, BLOCK, num_warps=4)
-    ids, normalizers = torch.empty(B, dtype=torch.int64, **like), torch.empty(B, dtype=torch.float32, **like)
+    ids, normalizers = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B)
     _whole_stats[(B,)](places, tops, sums, ids, normalizers, n, triton.next_power_of_2(n), num_warps=4)
     return ids, normalizers
 

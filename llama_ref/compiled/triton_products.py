@@ -234,7 +234,7 @@ def matvec(
     out_rows, head, strides, k_rows = N // 2 if gated else N, 1, (0, 0), 1
     if rope is not None:
         cos, sin, keys, values, position = rope
-        head, strides, k_rows = keys.shape[2], keys.stride()[:2], keys.shape[0] * keys.shape[2]
+        head, strides, k_rows = keys.shape[2], (keys.stride(0), keys.stride(1)), keys.shape[0] * keys.shape[2]
         out_rows = N - 2 * k_rows
     out = torch.empty(out_rows, dtype=x.dtype, device=x.device)
     group = 0 if zero is None else K // zero.shape[1]

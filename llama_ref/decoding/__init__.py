@@ -1,1 +1,1 @@
-"""How tokens are made: the generation loop, text as it streams, speculative decoding."""
+"""Decoding: the generation loop, streamed text, speculative decoding."""

@@ -1,4 +1,4 @@
-"""The generation loop: a batch of prompts of any lengths through prefill and decode, one token a step."""
+"""The generation loop: prefill a batch of prompts of any lengths, then decode one token per step."""
 
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -13,24 +13,24 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda_cache import MASKLESS_PREFILL_TOKENS
 from llama_ref.compiled.cuda_ops import log_normalizer
 from llama_ref.compiled.forward import compiled_forward
-from llama_ref.device import fast_for_one_row
 from llama_ref.errors import LlamaRefError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
+from llama_ref.onednn import onednn_for
 
 FinishReason = Literal["stop", "length"]
 
-PREFILL_TOKENS = 1024  # at a time, of all rows together: bounds activations; masks grow with the context alone
-LOGPROB_POSITIONS = 128  # logits take 0.5 MB a position: an echoed prompt's are made this many at a time
+PREFILL_TOKENS = 1024  # per pass, of all rows together: bounds activations and masks
+LOGPROB_POSITIONS = 128  # logits take 0.5 MB per position: so many at a time for an echoed prompt
 
 
 @dataclass
 class Row:
-    """One sequence of a batch under way.
+    """One sequence of a batch that is being generated.
 
-    `generated` ends before the stop token, which then stands in `stop_token`. `logprobs` has one entry per generated token, the
-    model's own, before temperature and filters. `finish_reason` is None until the end. `drafted` and `accepted` count guessed
-    tokens, where there are any (speculative.py).
+    `generated` ends before the stop token, which is kept in `stop_token`. `logprobs` has one entry per
+    generated token: the model's own, before temperature and filters. `finish_reason` is None until the
+    row has finished. `drafted` and `accepted` count the guesses of speculative decoding.
     """
 
     prompt: list[int]
@@ -49,16 +49,16 @@ class Row:
 
     @property
     def total_len(self) -> int:
-        """Tokens that this row may come to, prompt included."""
+        """The largest possible number of tokens, prompt included."""
         return len(self.prompt) + self.max_gen_len
 
     @property
     def passes(self) -> int:
-        """Passes of the model that it took so far, the prompt's included: one a token, but for accepted drafts."""
+        """Forward passes so far, the prompt's included: one per token that was not an accepted guess."""
         return len(self.generated) + (self.stop_token is not None) - self.accepted
 
     def take(self, token: int, logprob: float, stop_tokens: Collection[int]) -> None:
-        """Enter the next token, or end if it is a stop token or the last that fits."""
+        """Append the next token; finish if it is a stop token or the last that fits."""
         if token in stop_tokens:
             self.finish_reason, self.stop_token = "stop", token
             return
@@ -77,10 +77,11 @@ def steps(
     cache: KVCache | None = None,
     prompt_logprobs: bool = False,
 ) -> Iterator[None]:
-    """Advance the rows by one token each step until all have finished; what was made stands in the rows.
+    """Append one token per step to the rows until all have finished.
 
-    `sample` turns logits (B, V) into ids (B,). A `cache` of one row may hold the beginning of that row's prompt already;
-    whenever the iterator rests, or is dropped, the cache holds a beginning of prompt + generated.
+    `sample` turns logits (B, V) into ids (B,). A `cache` of one row may already hold the beginning of
+    that row's prompt. At every yield, and when the iterator is dropped, the cache holds a prefix of
+    prompt + generated.
     """
     if finished(rows) and not prompt_logprobs:
         return
@@ -93,8 +94,8 @@ def steps(
         chosen = sample(logits)
         logprobs = logits.gather(1, chosen[:, None])[:, 0] - log_normalizer(logits)
         fetch = fetching(torch.stack((chosen.to(logprobs), logprobs)))  # float32 holds every id
-        is_ahead = decode_ahead and _may_go_on(rows) and cache.longest < cache.max_seq_len
-        if is_ahead:  # the device has the next step before the host has seen this one's ids; a stop token wastes one step
+        is_ahead = decode_ahead and _may_continue(rows) and cache.longest < cache.max_seq_len
+        if is_ahead:  # launch the next step before the host has this one's ids; a stop token wastes it
             logits = _decode(model, chosen, cache)
         for row, token, logprob in zip(rows, *fetch(), strict=True):
             if not row.finish_reason:
@@ -109,7 +110,7 @@ def steps(
 
 
 def fetching(numbers: Tensor) -> Callable[[], list]:
-    """Begin to bring numbers to the host; calling the result waits for them alone, not for what is launched meanwhile."""
+    """Start copying numbers to the host; calling the result waits for them, not for later launches."""
     if not numbers.is_cuda:
         return numbers.tolist
     host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -124,30 +125,31 @@ def fetching(numbers: Tensor) -> Callable[[], list]:
     return fetch
 
 
-def _may_go_on(rows: list[Row]) -> bool:
-    """Whether some row will want another token after the next, unless that is a stop token."""
+def _may_continue(rows: list[Row]) -> bool:
+    """Whether some row needs another token after the next one, unless that is a stop token."""
     return any(not row.finish_reason and len(row.generated) + 1 < row.max_gen_len for row in rows)
 
 
 def finished(rows: list[Row]) -> bool:
-    """Whether no row goes on."""
+    """Whether all rows have finished."""
     return all(row.finish_reason for row in rows)
 
 
 def prefill_tokens(cache: KVCache) -> int:
-    """How many tokens of a prompt, of all rows together, one pass takes."""
+    """Prompt tokens per forward pass, of all rows together."""
     return PREFILL_TOKENS if cache.needs_mask else MASKLESS_PREFILL_TOKENS
 
 
 @torch.inference_mode()
 def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs: bool) -> Tensor:
-    """Run the prompts, padded at the right to one length, through the model: logits (B, V) after each one's last token.
+    """Run the prompts, right-padded to one length: logits (B, V) after the last token of each.
 
-    What the pads write into the cache lies beyond a row's length: no token looks there, and its own next tokens overwrite it.
+    What padding writes into the cache lies beyond a row's length: it is never read, and the row's next
+    tokens overwrite it.
     """
     ends = [len(row.prompt) for row in rows]
-    known = min(cache.longest, min(ends) - 1)  # a prompt that is known whole still has to give its last token's logits
-    cache.set_lengths([known] * len(rows))
+    known = min(cache.longest, min(ends) - 1)  # a prompt that is all cached still needs its last token's logits
+    cache.truncate([known] * len(rows))
     tokens = torch.zeros(len(rows), max(ends) - known, dtype=torch.long)
     for row, padded in zip(rows, tokens, strict=True):
         padded[: len(row.prompt) - known] = torch.tensor(row.prompt[known:])
@@ -155,35 +157,38 @@ def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs
     last: list[Tensor] = [tokens] * len(rows)  # each row's final state (D,), filled in below
     begin = known
     for piece in tokens.to(cache.lengths.device).split(max(1, prefill_tokens(cache) // len(rows)), dim=1):
-        hidden = model.hidden(piece, cache)  # (B, T, D)
-        if prompt_logprobs:
-            _score_prompts(model, rows, hidden, begin)
+        with onednn_for(piece, cache.keys.dtype):
+            hidden = model.hidden(piece, cache)  # (B, T, D)
+            if prompt_logprobs:
+                _score_prompts(model, rows, hidden, begin)
         for i, end in enumerate(ends):
             if begin < end <= begin + piece.shape[1]:
                 last[i] = hidden[i, end - 1 - begin].clone()  # a view would keep the whole piece
         begin += piece.shape[1]
-    cache.set_lengths([end - bool(row.finish_reason) for row, end in zip(rows, ends, strict=True)])
-    return model.logits(torch.stack(last))
+    cache.truncate([end - bool(row.finish_reason) for row, end in zip(rows, ends, strict=True)])
+    states = torch.stack(last)  # (B, D)
+    with onednn_for(states, cache.keys.dtype):
+        return model.logits(states)
 
 
 @torch.inference_mode()
 def _decode(model: Transformer, chosen: Tensor, cache: KVCache) -> Tensor:
-    """One token (B,) further: logits (B, V)."""
-    with fast_for_one_row(chosen, cache.keys.dtype):
+    """One decode step: ids (B,) -> logits (B, V)."""
+    with onednn_for(chosen, cache.keys.dtype):
         return model(chosen[:, None], cache)[:, 0]
 
 
 def _hold_finished(rows: list[Row], cache: KVCache) -> None:
     """Finished rows keep overwriting their last cache slot; they may have no room for another."""
     if any(row.finish_reason for row in rows):
-        cache.set_lengths([len(row.prompt) + len(row.generated) - bool(row.finish_reason) for row in rows])
+        cache.truncate([len(row.prompt) + len(row.generated) - bool(row.finish_reason) for row in rows])
 
 
 def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: int) -> None:
-    """Append to every row the log-probabilities of the prompt tokens that these states (B, T, D), from `begin` on, predict."""
+    """Append to every row the log-probabilities of the prompt tokens predicted by states (B, T, D) from `begin` on."""
     for row, states in zip(rows, hidden, strict=True):
         if begin == 0:
-            row.prompt_logprobs.append(0.0)  # nothing predicts the first
+            row.prompt_logprobs.append(0.0)  # the first token is not predicted
         targets = torch.tensor(row.prompt[begin + 1 : begin + 1 + len(states)], dtype=torch.long, device=hidden.device)
         pieces = zip(states[: len(targets)].split(LOGPROB_POSITIONS), targets.split(LOGPROB_POSITIONS), strict=True)
         for some_states, some_targets in pieces:
@@ -192,7 +197,7 @@ def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: i
 
 
 def check_not_nan(logprob: float, dtype: torch.dtype, whose: str = "the model") -> None:
-    """Raise LlamaRefError for NaN: among the logits it makes every log-probability one, and these come to the host anyway."""
+    """Raise LlamaRefError for NaN: one NaN among the logits makes every log-probability NaN."""
     if math.isnan(logprob):
         advice = "try dtype=bfloat16 or float32" if dtype == torch.float16 else "check the weights with `llama-ref verify`"
         raise LlamaRefError(f"{whose}'s logits are not numbers (NaN) in {str(dtype).removeprefix('torch.')}: {advice}")

@@ -1,4 +1,4 @@
-"""Several processes at one model: how they find each other, what each has to do, and how they end."""
+"""Several processes for one model: how they connect, which part each holds, and how they exit."""
 
 import atexit
 import functools
@@ -17,45 +17,53 @@ from torch.distributed.device_mesh import init_device_mesh
 from llama_ref.errors import RequestError
 from llama_ref.parallel.sharding import WHOLE, Share
 
-PATIENCE = timedelta(days=30)  # with whoever types at the first process; communication usually gives up within half an hour
+TIMEOUT = timedelta(days=30)  # rank 0 may wait for a person; the default collective timeout is 30 minutes
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A process's share of the work, and the processes that it shares with: None where it is alone.
+    """A process's share of the model, and its process groups: None for a single process.
 
-    The `tensor_group` holds the other parts of its stage's matrices, the `pipeline_group` its own part of the other stages.
-    Neighbouring processes, which torchrun starts on one node, are in one tensor group: theirs is the more frequent talk.
+    The `tensor_group` holds the other parts of its stage's matrices, the `pipeline_group` the same part
+    of the other stages. Neighbouring processes, which torchrun starts on one node, are in one tensor
+    group, because it communicates more.
     """
 
     share: Share = WHOLE
     tensor_group: ProcessGroup | None = None
     pipeline_group: ProcessGroup | None = None
 
+    @property
+    def is_parallel(self) -> bool:
+        return self.tensor_group is not None or self.pipeline_group is not None
+
 
 ALONE = Job()
 
 
 def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, device: torch.device) -> Job:
-    """This process's job: as torchrun's environment says, in `pipeline_parallel_size` stages; all of it where it is alone.
+    """This process's job, from torchrun's environment, in `pipeline_parallel_size` stages.
 
-    Joins the others (NCCL on CUDA, else Gloo) unless the script already has. Raises RequestError where the stages do not divide
-    the processes, `model_parallel_size`, which Meta's scripts pass, is not the number of processes of a stage, or the device is
-    one over which processes cannot talk.
+    Initialises torch.distributed (NCCL on CUDA, else Gloo) unless the script already has. Raises
+    RequestError if the number of stages does not divide the number of processes, if
+    `model_parallel_size` (an argument of Meta's scripts) is not the number of processes of a stage, or
+    for a device without collective communication.
     """
-    rank, n_processes = _place()
+    rank, n_processes = _rank_and_size()
     _check_sizes(model_parallel_size, pipeline_parallel_size, n_processes)
     if n_processes == 1:
         return ALONE
     if device.type not in ("cuda", "cpu"):
-        raise RequestError(f"{n_processes} processes cannot work together on {device.type}: take --device cpu, or one process")
+        raise RequestError(f"{n_processes} processes cannot work together on {device.type}: use --device cpu, or one process")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # or whatever asks for the current one would take memory on the first card
+        torch.cuda.set_device(device)  # else code that uses the current device takes memory on the first card
     if not dist.is_initialized():
-        bound = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        dist.init_process_group(**bound)
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
         atexit.register(_leave_group)
     n_parts = n_processes // pipeline_parallel_size
     mesh = init_device_mesh(device.type, (pipeline_parallel_size, n_parts), mesh_dim_names=("pipeline", "tensor"))
@@ -66,8 +74,7 @@ def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, devic
     )
 
 
-def _place() -> tuple[int, int]:
-    """(this process's number, how many there are)."""
+def _rank_and_size() -> tuple[int, int]:
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return _number("RANK", 0), _number("WORLD_SIZE", 1)
@@ -76,7 +83,7 @@ def _place() -> tuple[int, int]:
 def _number(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdigit():
-        raise RequestError(f"the environment says {name}={value}, expected a number; start with torchrun, or unset it")
+        raise RequestError(f"the environment variable {name} is {value!r}, expected a number; start with torchrun, or unset it")
     return int(value)
 
 
@@ -85,7 +92,7 @@ def _check_sizes(model_parallel_size: int | None, n_stages: int, n_processes: in
         raise RequestError(f"pipeline_parallel_size is {n_stages!r}, expected a whole number of 1 or more")
     if n_processes % n_stages:
         raise RequestError(
-            f"pipeline_parallel_size is {n_stages}, but {n_processes} process(es) are no multiple of it: start with "
+            f"pipeline_parallel_size is {n_stages}, but {n_processes} process(es) are not a multiple of it: start with "
             f"torchrun --nproc_per_node {n_stages}, twice as many, and so on, or leave it out"
         )
     if model_parallel_size not in (None, n_processes // n_stages):
@@ -97,42 +104,42 @@ def _check_sizes(model_parallel_size: int | None, n_stages: int, n_processes: in
 
 
 def from_first(job: Job, call: Callable[[], T]) -> T:
-    """What `call` gives on the first process, or raises there, on all of them: what is read there alone, all must know.
+    """Run `call` on the first process only; its result or exception is broadcast to all processes.
 
-    The others wait however long it takes, as when a person types. It must be picklable.
+    The others wait as long as it takes, for example for a person's input. The result must be picklable.
     """
-    if job is ALONE:
+    if not job.is_parallel:
         return call()
-    found: list = [None, None]
+    result: list = [None, None]  # value, exception
     if dist.get_rank() == 0:
         try:
-            found[0] = call()
+            result[0] = call()
         except Exception as error:
-            found[1] = error
-    dist.broadcast_object_list(found, src=0, group=_patient_group())
-    value, error = found
-    if error is not None:
-        raise error
+            result[1] = error
+    dist.broadcast_object_list(result, src=0, group=_patient_group())
+    value, raised = result
+    if raised is not None:
+        raise raised
     return value
 
 
 @functools.cache
 def _patient_group() -> ProcessGroup:
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def lost_a_process(error: RuntimeError) -> bool:
-    """Whether this is how a collective call says that another process has gone away."""
+    """Whether a collective call failed because another process has died."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited")
     return dist.is_initialized() and any(sign in str(error) for sign in signs)
 
 
 def end_process(code: int) -> None:
-    """End one of several processes here and now; does nothing where there is only one.
+    """Exit one of several processes immediately; does nothing for a single process.
 
-    An interpreter that shuts down in its own time now and then aborts in Gloo's threads ("terminate called without an active
-    exception"), which torchrun takes for a failed job. All wait for the slowest first, unless this one failed; where another
-    fails meanwhile, that one has said why.
+    A normal interpreter shutdown sometimes aborts in Gloo's threads ("terminate called without an active
+    exception"), which torchrun reports as a failed job. Unless this process failed, it first waits for
+    the others; if one of those fails, that one reports why.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return

@@ -1,7 +1,8 @@
-"""Which part of each tensor one process of several holds, and where in the shards it lies.
+"""Which part of each tensor a process holds, and where in the shards it is.
 
-Heads, feed-forward features and vocabulary are dealt out in order: process r of W holds the r-th part. All is said in ranges
-along the dimension that Meta's shards cut too, so that any number of shards serves any number of processes.
+Heads, feed-forward features and vocabulary are distributed in order: process r of W holds the r-th part.
+Parts are ranges along the dimension that Meta's shards are split along, so that any number of shards
+serves any number of processes.
 """
 
 import math
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 
-# How Meta cut matrices over model-parallel shards; tensors not named here (the norms) stand whole in every shard.
+# The dimension Meta splits matrices along; tensors not named here (the norms) are whole in every shard.
 SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 
 
 def split_dim(name: str) -> int | None:
-    """The dimension along which shards cut a tensor ("layers.3.attention.wo.weight" -> 1); None if each holds it whole."""
+    """The dimension along which shards split a tensor ("layers.3.attention.wo.weight" -> 1); None: not split."""
     return SPLIT_DIM.get(_kind(name))
 
 
@@ -31,16 +32,16 @@ class Share:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether the embedding lives here."""
+        """Whether this stage has the embedding."""
         return self.stage == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether the last norm and the output live here."""
+        """Whether this stage has the final norm and the output."""
         return self.stage == self.n_stages - 1
 
     def of(self, total: int) -> range:
-        """This share of `total` things in a row; shares differ by one where they must."""
+        """This share of `total` items; the sizes of shares differ by one at most."""
         return _nth(self.rank, self.world_size, total)
 
     def layers(self, n_layers: int) -> range:
@@ -56,12 +57,10 @@ def _nth(n: int, parts: int, total: int) -> range:
 
 
 def check_divisible(args: ModelArgs, share: Share) -> None:
-    """Raise RequestError, with the numbers that do, unless query heads can be dealt out evenly and no stage is empty."""
+    """Raise RequestError, naming possible numbers, unless query heads divide evenly and no stage is empty."""
     world_size = share.world_size
     if share.n_stages > args.n_layers:
-        raise RequestError(
-            f"{args.n_layers} layers cannot fill {share.n_stages} pipeline stages; take {args.n_layers} or fewer"
-        )
+        raise RequestError(f"{args.n_layers} layers cannot fill {share.n_stages} pipeline stages; use {args.n_layers} or fewer")
     if args.n_heads % world_size:
         possible = ", ".join(str(n) for n in range(1, args.n_heads + 1) if args.n_heads % n == 0)
         raise RequestError(
@@ -70,9 +69,9 @@ def check_divisible(args: ModelArgs, share: Share) -> None:
 
 
 def kv_heads(args: ModelArgs, share: Share) -> list[int]:
-    """The key/value heads that a share's query heads look through, one for each equal group of them.
+    """The key/value heads of a share's query heads, one for each equal group of them.
 
-    Where the shares' borders cut through the model's own groups, smaller groups are taken and some heads stand twice.
+    If a share's border splits a group of the model, smaller groups are used and some heads occur twice.
     """
     heads = share.of(args.n_heads)
     group = args.n_heads // args.n_kv_heads
@@ -80,7 +79,7 @@ def kv_heads(args: ModelArgs, share: Share) -> list[int]:
 
 
 def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | None:
-    """What a share holds of a tensor, along `split_dim(name)` and in the order in which it holds it; None for all of it."""
+    """A share's part of a tensor along `split_dim(name)`, in the order in which it is held; None: all of it."""
     kind = _kind(name)
     if kind not in SPLIT_DIM:
         return None
@@ -94,7 +93,7 @@ def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | Non
 
 
 def part_shape(name: str, whole: tuple[int, ...], ranges: list[range] | None) -> tuple[int, ...]:
-    """The shape of what `ranges` hold of a tensor."""
+    """The shape of the part of a tensor given by `ranges`."""
     if ranges is None:
         return whole
     size = sum(map(len, ranges))
@@ -102,7 +101,7 @@ def part_shape(name: str, whole: tuple[int, ...], ranges: list[range] | None) ->
 
 
 def places(ranges: list[range], shard_size: int) -> Iterator[tuple[int, range]]:
-    """Cut ranges at the borders of shards of `shard_size`: (shard's number, range within it), in order."""
+    """Split ranges at the borders of shards of `shard_size`: (shard number, range within it), in order."""
     for wanted in ranges:
         start = wanted.start
         while start < wanted.stop:
@@ -121,7 +120,7 @@ def _scaled(heads: range, width: int) -> range:
 
 
 def _joined(ranges: list[range]) -> list[range]:
-    """Neighbours that touch become one."""
+    """Merge adjacent ranges."""
     out: list[range] = []
     for each in ranges:
         if out and out[-1].stop == each.start:

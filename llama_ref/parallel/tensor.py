@@ -1,11 +1,10 @@
-"""Tensor parallelism, applied to a model from outside: several processes each hold a part of every matrix.
+"""Tensor parallelism, applied to a model from outside: each process holds a part of every matrix.
 
-Each process has some heads, some feed-forward features and some of the vocabulary (sharding.py says which). Attention
-and feed-forward run as they are on the part at hand; their last matrix gives a share of a sum, which one all-reduce completes.
-The embedding looks up what it has and sums likewise; the output gathers everybody's logits. Megatron-LM, arXiv:1909.08053.
+Each process has some heads, some feed-forward features and a part of the vocabulary (sharding.py).
+Attention and feed-forward run unchanged on their part; one all-reduce sums the partial products of
+their last matrix. The embedding looks up the tokens it has and is summed too; the output gathers the
+logits of all processes. Megatron-LM, arXiv:1909.08053.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,36 +13,33 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from llama_ref.model import Transformer
+from llama_ref.modules import replace_module
 from llama_ref.parallel.sharding import Share
 
 
 def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> None:
-    """Make a model that holds one `share` of every matrix compute what the whole one would; changed in place.
+    """Make a model that holds one `share` of every matrix compute what the whole one would; in place.
 
-    Every process of the group must call it and every forward pass with the same tokens. Logits are the same, to the bit, on all
-    of them.
+    Every process of the group must call it, and run every forward pass with the same tokens. Logits
+    are bit-equal on all of them.
     """
     for layer in model.layers:
-        layer.attention.wo = RowParallelLinear(layer.attention.wo, group)
-        layer.feed_forward.w2 = RowParallelLinear(layer.feed_forward.w2, group)
+        replace_module(layer, "attention.wo", RowParallelLinear(layer.attention.wo, group))
+        replace_module(layer, "feed_forward.w2", RowParallelLinear(layer.feed_forward.w2, group))
     vocabulary = model.args.vocab_size
-    model.tok_embeddings = VocabParallelEmbedding(model.tok_embeddings, share.of(vocabulary), group)
-    model.output = ColumnParallelLinear(model.output, vocabulary, group)
+    embedding = VocabParallelEmbedding(model.tok_embeddings, share.of(vocabulary), group)
+    replace_module(model, "tok_embeddings", embedding)
+    replace_module(model, "output", ColumnParallelLinear(model.output, vocabulary, group))
 
 
-def agreeing(sample: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A sampler whose choice is the first process's on all of them: no rounding can make texts part."""
-
-    def agreed(logits: Tensor) -> Tensor:
-        chosen = sample(logits)
-        dist.broadcast(chosen, src=0)
-        return chosen
-
-    return agreed
+def broadcast_choice(chosen: Tensor) -> Tensor:
+    """The first process's choice of tokens on all processes: rounding cannot make their texts diverge."""
+    dist.broadcast(chosen, src=0)
+    return chosen
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer whose weight (out, in) is split along its inputs: one all-reduce adds up the partial products."""
+    """A linear layer split along its inputs: one all-reduce sums the partial products."""
 
     def __init__(self, linear: nn.Module, group: ProcessGroup):
         super().__init__()
@@ -57,7 +53,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding split along the vocabulary: other processes' tokens give zeros, and one all-reduce adds up."""
+    """An embedding split along the vocabulary: tokens of other processes give zeros, one all-reduce sums."""
 
     def __init__(self, embedding: nn.Module, vocabulary: range, group: ProcessGroup):
         super().__init__()
@@ -74,7 +70,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer whose weight (out, in) is split along its outputs: one all-gather puts them together everywhere."""
+    """A linear layer split along its outputs: one all-gather joins them on every process."""
 
     def __init__(self, linear: nn.Module, n_outputs: int, group: ProcessGroup):
         super().__init__()
@@ -85,7 +81,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         local = self.linear(x)  # (…, V / W)
-        local = F.pad(local, (0, max(self.sizes) - local.shape[-1]))  # all parts must be equally long on the way
+        local = F.pad(local, (0, max(self.sizes) - local.shape[-1]))  # all_gather wants equal sizes
         parts = [torch.empty_like(local) for _ in self.sizes]
         dist.all_gather(parts, local, group=self.group)
         return torch.cat([part[..., :size] for part, size in zip(parts, self.sizes, strict=True)], dim=-1)

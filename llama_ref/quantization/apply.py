@@ -1,50 +1,60 @@
-"""Weight-only quantization, put onto a model from outside.
+"""Weight-only quantization, applied to a model from outside.
 
 quantize_model(model, Scheme.parse("int4"))  # a model in memory; checkpoint/loader.py does it while loading
-use_fast_kernels(model)                      # eager: into the layouts of PyTorch's own kernels
+use_fast_kernels(model)                      # for eager use: the layouts of PyTorch's kernels
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from llama_ref.memory import give_back_memory
 from llama_ref.model import Transformer
+from llama_ref.modules import replace_module
 from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
 from llama_ref.quantization.torch_int4 import faster
+
+M = TypeVar("M", bound=QuantizedMatrix)
 
 
 def quantize_model(model: Transformer, scheme: Scheme | str) -> None:
     """Replace the embedding and the linear layers by quantized ones, in place, each weight freed before the next.
 
-    Raises RequestError for a matrix that the scheme cannot hold, before anything is changed.
+    Raises RequestError for a matrix that does not fit the scheme, before anything is changed.
     """
     scheme = Scheme.parse(scheme)
     tied = model.output.weight is model.tok_embeddings.weight
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     for name in names:
-        check_columns(scheme, f"{name}.weight", model.get_submodule(name).weight.shape[1])
+        check_columns(scheme, f"{name}.weight", _weight(model, name).shape[1])
     for name in names:
         if name == "output" and tied:
             continue
-        weight = model.get_submodule(name).weight.data
-        replace_module(model, name, quantized(scheme, f"{name}.weight", weight, weight.dtype))
+        weight = _weight(model, name).data
+        matrix = quantized(scheme, f"{name}.weight", weight, weight.dtype)
+        if matrix is not None:
+            replace_module(model, name, matrix)
     if tied:
         tie(model)
 
 
+def _weight(model: Transformer, name: str) -> Tensor:
+    return model.get_parameter(f"{name}.weight")
+
+
 def check_columns(scheme: Scheme, name: str, columns: int) -> None:
-    """Raise RequestError where the scheme has no groups for a tensor's rows."""
+    """Raise RequestError if no group size of the scheme divides a tensor's rows."""
     if scheme.bits_of(name) == 4:
         scheme.group_for(name, columns)
 
 
 def quantized(scheme: Scheme, name: str, weight: Tensor, dtype: torch.dtype) -> QuantizedMatrix | None:
-    """A tensor's module by its name ("layers.0.attention.wq.weight"); None for one that stays as it is.
+    """The module for a tensor, by its name ("layers.0.attention.wq.weight"); None if not quantized.
 
-    `dtype` is what the embedding gives.
+    `dtype` is that of the embedding's output.
     """
     bits = scheme.bits_of(name)
     if bits is None:
@@ -55,45 +65,43 @@ def quantized(scheme: Scheme, name: str, weight: Tensor, dtype: torch.dtype) -> 
     return Int8Embedding(matrix.q, matrix.scale, dtype) if name == "tok_embeddings.weight" else matrix
 
 
-def replace_matrices(model: nn.Module, kind: type[QuantizedMatrix], new: Callable[[QuantizedMatrix], nn.Module]) -> None:
-    """Put `new(matrix)` in the place of every matrix of a kind, one by one, so that two layouts of a single one are held."""
+def replace_matrices(model: nn.Module, kind: type[M], new: Callable[[M], nn.Module]) -> None:
+    """Replace every matrix of a type by `new(matrix)`, one at a time: only one is held in both layouts."""
     # By name: a list of the modules would keep all of them while they are replaced.
     for name in [name for name, module in model.named_modules() if type(module) is kind]:
-        replace_module(model, name, new(model.get_submodule(name)))
+        matrix = model.get_submodule(name)
+        assert isinstance(matrix, kind)
+        replace_module(model, name, new(matrix))
+        del matrix
         give_back_memory()
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one of that name ("layers.0.attention.wq")."""
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, module)
-
-
 def tie(model: Transformer) -> None:
-    """Make the output the embedding's own numbers, quantized or not."""
-    if isinstance(model.tok_embeddings, Int8Embedding):
-        model.output = Int8Linear(model.tok_embeddings.q, model.tok_embeddings.scale)
+    """Make the output share the embedding's matrix, quantized or not."""
+    embedding = model.get_submodule("tok_embeddings")
+    if isinstance(embedding, Int8Embedding):
+        replace_module(model, "output", Int8Linear(embedding.q, embedding.scale))
     else:
         model.output.weight = model.tok_embeddings.weight
 
 
 def use_fast_kernels(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Put four-bit matrices into the layouts of PyTorch's kernels, one by one, where there are such for the device and `dtype`.
+    """Convert int4 matrices to the layout of PyTorch's kernel, if there is one for the device and `dtype`.
 
-    `dtype` is that of the states (default: that of the model's norms). For eager use: what compiles its own kernels reads the
-    plain modules.
+    `dtype` is that of the activations (default: that of the model's norms). For eager use: the compiled
+    steps read the plain modules.
     """
-    dtype = dtype or next(parameter.dtype for parameter in model.parameters())
-    replace_matrices(model, Int4Linear, lambda matrix: faster(matrix, dtype))
+    activations = dtype or next(parameter.dtype for parameter in model.parameters())
+    replace_matrices(model, Int4Linear, lambda matrix: faster(matrix, activations))
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether any of a model's matrices is."""
+    """Whether any of a model's matrices is quantized."""
     return any(isinstance(module, QuantizedMatrix) for module in model.modules())
 
 
 def quantized_bytes(model: nn.Module) -> int:
-    """What the quantized matrices take in memory; one that is tied counts once."""
+    """Bytes of the quantized matrices; a tied one counts once."""
     buffers = {
         buffer.data_ptr(): buffer.nbytes
         for module in model.modules()

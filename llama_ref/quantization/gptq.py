@@ -1,8 +1,9 @@
-"""Four bits by what a layer is given: columns are rounded one by one, each making up for the errors before it.
+"""GPTQ (arXiv:2210.17323): columns are rounded one by one, each compensating the errors before it.
 
-With H = XᵀX of a layer's inputs X, errors E (N, K) of its weights change the outputs by |E Xᵀ|² = |E L|², where H = L Lᵀ. As L
-is lower triangular, column j of E L holds the errors of the columns from j on and no others: from the last column to the first,
-each weight is moved by what makes its column zero, and then rounded. That is GPTQ (arXiv:2210.17323) without an inverse of H.
+With H = XᵀX of a layer's inputs X, weight errors E (N, K) change the outputs by |E Xᵀ|² = |E L|², where
+H = L Lᵀ. L is lower triangular, so column j of E L depends on the errors of columns j and later only:
+from the last column to the first, each weight is shifted to make its column zero, and then rounded.
+This needs no inverse of H.
 """
 
 import torch
@@ -10,19 +11,20 @@ from torch import Tensor
 
 from llama_ref.quantization.rounding import int4_scales, pack, steps
 
-# Of every column's square, added to it: what columns have in common on a few thousand tokens is chance in part, and without
-# this much errors on other texts were half as large again.
+# Fraction of each column's square, added to it. Correlations on a few thousand tokens are partly chance:
+# without damping, errors on other texts were half as large again.
 DAMPING = 0.3
-MORE_DAMPING = 10.0  # times as much where that does not do
-LEAST_SQUARE = 1e-6  # of a column, where the average is 1: none is free
+MORE_DAMPING = 10.0  # factor, as long as the matrix is not positive definite
+LEAST_SQUARE = 1e-6  # of a column, where the average is 1
 TINIEST = 1e-30
 
 
 def round_int4(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """A matrix (N, K) and XᵀX (K, K) of its inputs -> an Int4Linear's packed (N, K/2), scale and zero (N, K/group).
 
-    Groups are rounded by falling importance, so that errors are left to columns that count little, and within them likewise.
-    Takes three more matrices like `hessian` (0.8 GB each for the 14,336 inputs of an 8B's w2), which has to be finite.
+    Groups, and columns within a group, are rounded in order of falling importance, which leaves the
+    errors to unimportant columns. Takes the memory of three more matrices like `hessian` (0.8 GB each
+    for the 14,336 inputs of an 8B's w2), which has to be finite.
     """
     N, K = weight.shape
     order = _rising(hessian.diagonal(), group)  # (K,)
@@ -35,8 +37,8 @@ def round_int4(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Ten
     for start in range(K - group, -1, -group):
         here, done = slice(start, start + group), slice(start + group, K)
         triangle = root[here, here]
-        carried = root[done, here].T @ errors[done]  # (G, N): what is to be made up for
-        ideal = wanted[here] + torch.linalg.solve_triangular(triangle.T, carried, upper=True)  # of weights in no steps
+        carried = root[done, here].T @ errors[done]  # (G, N): errors to compensate
+        ideal = wanted[here] + torch.linalg.solve_triangular(triangle.T, carried, upper=True)  # before rounding
         own = int(order[start]) // group
         found = int4_scales(ideal.T.contiguous(), group, triangle.diagonal().square())
         scale[:, own], zero[:, own] = (each.squeeze(1) for each in found)
@@ -47,7 +49,7 @@ def round_int4(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Ten
 
 
 def _round_group(wanted: Tensor, errors: Tensor, carried: Tensor, triangle: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Some columns' numbers uint8 (G, N), from the last to the first; fills in their `errors`."""
+    """Rounds a group's columns, last to first: uint8 (G, N). Fills in their `errors`."""
     q = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
     shares = triangle / triangle.diagonal()
     carried = carried / triangle.diagonal()[:, None]
@@ -60,16 +62,17 @@ def _round_group(wanted: Tensor, errors: Tensor, carried: Tensor, triangle: Tens
 
 
 def _rising(squares: Tensor, group: int) -> Tensor:
-    """Columns in the order of rising squares: groups by their mean, and each group's own columns, which stay together."""
+    """Columns by rising square: groups by their mean, then the columns within each group."""
     groups = squares.unflatten(0, (-1, group))
     inside = groups.argsort(1) + group * torch.arange(len(groups), device=squares.device)[:, None]
     return inside[groups.mean(1).argsort()].flatten()
 
 
 def _root(hessian: Tensor, order: Tensor) -> Tensor:
-    """L lower triangular with L Lᵀ the damped hessian, its columns in `order`.
+    """Lower triangular L with L Lᵀ = the damped hessian, its columns in `order`.
 
-    Every column is brought to a square of 1 before, so that one of huge inputs, as the first token's are, damps no other.
+    Columns are scaled to a square of 1 first, so that huge inputs (the first token's) do not set the
+    damping of the others.
     """
     squares = hessian.diagonal()[order]
     length = squares.clamp(min=squares.mean() * LEAST_SQUARE + TINIEST).sqrt()

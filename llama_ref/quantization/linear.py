@@ -1,7 +1,7 @@
-"""Linear layers and an embedding on whole numbers, in the layout in which folders hold them; any device, any dtype.
+"""Quantized linear layers and embedding, in the layout of saved folders; any device, any dtype.
 
-All have `dequantize()`, the float32 matrix that they compute with, and `quantized_bytes`. Where many rows come at once, as in
-a prefill, some of the matrix is turned into the input's dtype at a time and multiplied as always.
+All have `dequantize()`, the float32 matrix that they compute with, and `quantized_bytes`. For many rows,
+as in a prefill, blocks of the matrix are converted to the input's dtype and multiplied as usual.
 """
 
 from collections.abc import Iterator
@@ -13,33 +13,33 @@ from torch import Tensor, nn
 from llama_ref.compiled.triton_probe import uses_triton
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
 
-BLOCK_WEIGHTS = 1 << 22  # turned into the input's dtype at a time: few enough to stay in a processor's cache
-CUDA_BLOCK_WEIGHTS = 1 << 26  # where every block costs launches
-FEW_ROWS = 48  # up to here PyTorch's kernel for int8 was faster than casting the matrix, on two Zen 5 cores
+BLOCK_WEIGHTS = 1 << 22  # converted at a time: few enough to stay in a processor's cache
+CUDA_BLOCK_WEIGHTS = 1 << 26  # larger, as every block costs kernel launches
+FEW_ROWS = 48  # up to here PyTorch's int8 kernel was faster than converting, on two Zen 5 cores
 
 
 def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    """x (…, in) times a quantized matrix, in those kernels: (…, out)."""
+    """x (…, in) times a quantized matrix by our Triton kernels: (…, out)."""
     from llama_ref.compiled.triton_products import product  # only now: it imports Triton
 
     return product(x.reshape(-1, x.shape[-1]), weight, scale, zero).unflatten(0, x.shape[:-1])
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What weights of this dtype are put together in: scales may be too small for float16."""
+    """The dtype in which weights are dequantized: scales may be too small for float16."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def fits_int8_kernel(x: Tensor, q: Tensor) -> bool:
-    """Whether torch._weight_int8pack_mm may be given inputs x (…, K) and a matrix q int8 (…, K), both contiguous.
+    """Whether torch._weight_int8pack_mm takes inputs x (…, K) and a matrix q int8 (…, K), both contiguous.
 
-    In bfloat16 it reads vectors of 16 numbers from addresses that it takes for aligned, and segfaults on others.
+    In bfloat16 it reads aligned vectors of 16 numbers, and segfaults on other addresses.
     """
     return q.shape[-1] % 16 == 0 and q.data_ptr() % 16 == 0 and x.data_ptr() % 32 == 0
 
 
 class QuantizedMatrix(nn.Module):
-    """What the modules here have in common; `shape` is (out, in)."""
+    """Base of the quantized modules; `shape` is (out, in)."""
 
     shape: tuple[int, int]
 
@@ -55,7 +55,7 @@ class QuantizedMatrix(nn.Module):
         return f"in_features={self.shape[1]}, out_features={self.shape[0]}"
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of the matrix, (n, in)."""
+        """Dequantized rows of the matrix: (n, in)."""
         raise NotImplementedError
 
     def _blocks(self) -> Iterator[slice]:
@@ -64,13 +64,16 @@ class QuantizedMatrix(nn.Module):
         return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
 
     def _times_blocks(self, x: Tensor) -> Tensor:
-        """x (…, in) times the matrix, some of its rows at a time."""
+        """x (…, in) times the matrix, dequantized block by block."""
         parts = [F.linear(x, self._rows(rows, x.dtype)) for rows in self._blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 class Int8Matrix(QuantizedMatrix):
-    """`q` int8 (N, K) and `scale` float32 (N,), whose values bfloat16 has: w = q · scale."""
+    """`q` int8 (N, K) and `scale` float32 (N,), exact in bfloat16: w = q · scale."""
+
+    q: Tensor
+    scale: Tensor
 
     def __init__(self, q: Tensor, scale: Tensor):
         super().__init__()
@@ -92,9 +95,9 @@ class Int8Linear(Int8Matrix):
         """(…, in) -> (…, out)."""
         if uses_triton(x):
             return on_cuda(x, self.q, self.scale)
-        if x.dtype == torch.float16:  # sums of unscaled products would leave its range
+        if x.dtype == torch.float16:  # sums of unscaled products would overflow
             return self._times_blocks(x)
-        if x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_cuda:  # there PyTorch's kernel is a naive loop
+        if x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_cuda:  # on CUDA PyTorch's kernel is a naive loop
             flat = x.reshape(-1, x.shape[-1])
             if fits_int8_kernel(flat, self.q):
                 return torch._weight_int8pack_mm(flat, self.q, self.scale.to(x.dtype)).unflatten(0, x.shape[:-1])
@@ -103,7 +106,7 @@ class Int8Linear(Int8Matrix):
 
 
 class Int8Embedding(Int8Matrix):
-    """An embedding; `dtype` is what it gives."""
+    """An embedding that returns `dtype`."""
 
     def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype):
         super().__init__(q, scale)
@@ -117,6 +120,10 @@ class Int8Embedding(Int8Matrix):
 
 class Int4Linear(QuantizedMatrix):
     """`packed` uint8 (N, K/2), `scale` and `zero` bfloat16 (N, K/G): w = (q - 8) · scale + zero."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
 
     def __init__(self, packed: Tensor, scale: Tensor, zero: Tensor):
         super().__init__()
@@ -135,7 +142,7 @@ class Int4Linear(QuantizedMatrix):
         return self.shape[1] // self.scale.shape[1]
 
     def unpacked(self, rows: slice = slice(None)) -> Tensor:
-        """The numbers 0..15 one in a byte: uint8 (N, K)."""
+        """The numbers 0..15, one per byte: uint8 (N, K)."""
         return unpack(self.packed[rows], self.scale.shape[1]).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +152,7 @@ class Int4Linear(QuantizedMatrix):
         return self._times_blocks(x)
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        # Two roundings in bfloat16, each far below a step of the four bits.
+        # Rounds twice in bfloat16, each time far less than a step of the four bits.
         wide = wide_dtype(dtype)
         scale, zero = self.scale[rows, :, None].to(wide), self.zero[rows, :, None].to(wide)  # (n, K/G, 1)
         q = unpack(self.packed[rows], self.scale.shape[1]).to(wide).sub_(8)  # (n, K/G, G)

@@ -1,10 +1,10 @@
-"""Weights to whole numbers and scales, and back: round to nearest, with the scales that leave the least squared error.
+"""Weights to integers and scales, and back: round to nearest, with least-squares scales.
 
     int8:  w ≈ q · scale              q in -127..127, a scale per row
     int4:  w ≈ (q - 8) · scale + zero  q in 0..15, a scale and a zero point per group of a row's weights
 
-Scales are rounded to bfloat16 before the weights are rounded to them, so that kernels that want them in bfloat16 lose nothing.
-A few rows are rounded at a time, which bounds the memory; each row's numbers depend on that row alone.
+Scales are rounded to bfloat16 before the weights are, so kernels that take bfloat16 scales are exact.
+A few rows are rounded at a time to bound memory; each row's numbers depend on that row alone.
 """
 
 import torch
@@ -16,18 +16,18 @@ from llama_ref import memory
 # blocks, as each costs up to 90 launches. int4 takes 18 bytes of temporary memory per weight of a
 # block (22 with `importance`): 0.3 GB on CUDA.
 BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-TINIEST = 1e-30  # in place of a scale of zero, which nothing can be divided by
+TINIEST = 1e-30  # instead of a scale of zero
 LEAST_IMPORTANCE = 1e-4  # of a column, where the average is 1
-LEAST_SQUARE = 0.5  # of steps around their mean: unweighted, those that are not all one have nearly 1 at least
+LEAST_SQUARE = 0.5  # of steps around their mean; unweighted it is nearly 1 or more, unless all steps are equal
 FINEST = 2**-12  # of a group's largest weight: no scale is smaller
 
-# Shares of a group's span that are tried for its sixteen steps: a span a little too short is paid by its few outermost weights.
+# Fractions of a group's range tried for its sixteen steps: a shorter range clips a few outer weights.
 SPANS = (1.0, 0.93, 0.86, 0.8)
-REFITS = 2  # rounds of steps from scales, scales from steps
+REFITS = 2  # iterations: steps from scales, scales from steps
 
 
 def int8_scales(weight: Tensor) -> Tensor:
-    """(N, K) -> float32 (N,), values that bfloat16 has."""
+    """(N, K) -> float32 (N,), exact in bfloat16."""
     largest = torch.cat([rows.abs().amax(1).float() for rows in _blocks(weight)])
     return _bf16(largest / 127).float().clamp(min=TINIEST)
 
@@ -43,7 +43,7 @@ def to_int8(weight: Tensor, scale: Tensor) -> Tensor:
 def int4_scales(weight: Tensor, group: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scales and zero points of a matrix (N, K): bfloat16 (N, K/group) each.
 
-    `importance` (K,) says how much an error in each column counts; all alike where it is None.
+    `importance` (K,) weighs the errors of each column; None: all columns count the same.
     """
     shares = None
     if importance is not None:
@@ -54,7 +54,7 @@ def int4_scales(weight: Tensor, group: int, importance: Tensor | None = None) ->
 
 
 def to_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """(N, K) and its scales -> uint8 (N, K/2) as `pack` has it."""
+    """(N, K) and its scales -> uint8 (N, K/2), as `pack` returns it."""
     (N, K), n_groups = weight.shape, scale.shape[1]
     out = memory.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
     blocks = zip(_blocks(weight), _blocks(scale, K), _blocks(zero, K), _blocks(out, K), strict=True)
@@ -65,27 +65,27 @@ def to_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def pack(q: Tensor) -> Tensor:
-    """uint8 0..15 in groups (N, K/G, G) -> bytes (N, K/2): the low four bits have a group's first half."""
+    """uint8 0..15 in groups (N, K/G, G) -> bytes (N, K/2): a group's first half is in the low nibbles."""
     low, high = q.chunk(2, dim=-1)
     return (low | high << 4).flatten(1)
 
 
 def unpack(packed: Tensor, n_groups: int) -> Tensor:
-    """`pack`ed bytes (N, K/2) -> uint8 (N, K/G, G)."""
+    """Inverse of `pack`: bytes (N, K/2) -> uint8 (N, K/G, G)."""
     groups = packed.unflatten(1, (n_groups, -1))
     return torch.cat((groups & 15, groups >> 4), dim=-1)
 
 
 def _fit(groups: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The best scale and zero point of several spans, refitted: (n, K/G, G) -> 2 × bfloat16 (n, K/G).
+    """The best scale and zero point of several ranges, refitted: (n, K/G, G) -> 2 × bfloat16 (n, K/G).
 
-    For given steps least squares tells the best scale and zero point, and what they would leave of the error, so that the
-    steps of every span are made once and no error is ever summed up.
+    For given steps, least squares gives the best scale and zero point and the error that they leave, so
+    the steps of every range are computed once and no error is summed.
     """
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # (n, K/G, 1)
     mean = _mean(groups, shares)
     centred = groups - mean
-    # What is finer than a bfloat16 zero point can tell apart needs no steps; groups of one value would have none else.
+    # Steps finer than the precision of a bfloat16 zero point are useless; also for groups of one value.
     finest = (torch.maximum(high, -low) * FINEST).clamp_(min=TINIEST)
     explained = scale = offset = torch.zeros_like(mean)
     for span in SPANS:
@@ -103,7 +103,7 @@ def _fit(groups: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _least_squares(q: Tensor, centred: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The scale that suits steps best, the steps' mean, and how much of the groups' squared size they then explain."""
+    """The best scale for given steps, the steps' mean, and the part of the squared weights they explain."""
     weighted = q if shares is None else q * shares
     q_mean = weighted.mean(-1, keepdim=True)
     product = (weighted * centred).sum(-1, keepdim=True)
@@ -125,6 +125,6 @@ def _bf16(x: Tensor) -> Tensor:
 
 
 def _blocks(matrix: Tensor, columns: int | None = None) -> tuple[Tensor, ...]:
-    """Rows of a matrix, or what belongs to the rows of one that has `columns`, a block at a time."""
+    """Blocks of rows of a matrix, or of a tensor that belongs to the rows of one with `columns`."""
     n_weights = BLOCK_WEIGHTS.get(matrix.device.type, BLOCK_WEIGHTS["cpu"])
     return matrix.split(max(1, n_weights // (columns or matrix.shape[1])))

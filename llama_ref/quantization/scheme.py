@@ -1,4 +1,4 @@
-"""Which matrices get how many bits, and in groups of how many weights."""
+"""Quantization schemes: the bits of each matrix, and the group size."""
 
 import re
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ from typing import Any
 from llama_ref.errors import CheckpointError, RequestError
 
 DEFAULT_GROUP = 128
-GROUPS = (32, 64, 128, 256)  # those that PyTorch's own kernels know
+GROUPS = (32, 64, 128, 256)  # those of PyTorch's kernels
 SCALE_BITS = {8: 32, 4: 16}
 POSSIBLE = "int8, int4 or int4:group=N, with N one of " + ", ".join(map(str, GROUPS))
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """`bits` for every matrix: 8, with one scale per row, or 4, with a scale and a zero point per `group` of a row's weights.
+    """8 bits with one scale per row, or 4 with a scale and a zero point per `group` weights of a row.
 
-    Embedding and output have eight bits in either: an output in four cost the demo checkpoint as much as all layers together
-    (scripts/bench_quality.py). Norms stay as they are.
+    Embedding and output have 8 bits in both: with 4, the output alone cost the demo checkpoint as much
+    quality as all layers together (scripts/bench_quality.py). Norms are not quantized.
     """
 
     bits: int
@@ -26,9 +26,9 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: "str | Scheme", name: str = "quantize") -> "Scheme":
-        """ "int8", "int4" (groups of 128) or "int4:group=32". Raises RequestError that says what is possible.
+        """ "int8", "int4" (groups of 128) or "int4:group=32". Raises RequestError naming the possible ones.
 
-        `name` is what the text was given as.
+        `name` is the option's name in that error.
         """
         if isinstance(text, Scheme):
             return text
@@ -46,38 +46,43 @@ class Scheme:
         return "int8" if self.bits == 8 else "int4" if self.group == DEFAULT_GROUP else f"int4:group={self.group}"
 
     def bits_of(self, name: str) -> int | None:
-        """How many bits the tensor of this name ("layers.0.attention.wq.weight") gets; None where it stays as it is."""
+        """Bits of the tensor with this name ("layers.0.attention.wq.weight"); None if not quantized."""
         kind = name.removesuffix(".weight").split(".")[-1]
         if kind.endswith("norm"):
             return None
         return 8 if kind in ("tok_embeddings", "output") else self.bits
 
     def group_for(self, name: str, columns: int) -> int:
-        """The group for a tensor's rows: the scheme's, halved until it divides them. Raises RequestError where none does."""
+        """The group size for a tensor's rows: the scheme's, halved until it divides them.
+
+        Raises RequestError if none does.
+        """
+        if self.group is None:
+            raise ValueError(f"{self} has one scale per row, no groups")
         group = self.group
         while columns % group and group > GROUPS[0]:
             group //= 2
         if columns % group:
             raise RequestError(
-                f"{name} has rows of {columns:,}, which groups of {', '.join(map(str, GROUPS))} do not divide: take int8"
+                f"{name} has rows of {columns:,}, not divisible by a group of {', '.join(map(str, GROUPS))}: use int8"
                 " (or another number of processes)"
             )
         return group
 
     def to_params(self) -> dict[str, Any]:
-        """What params.json says of it under "quantization"; `from_params` reads it back."""
+        """The value of "quantization" in params.json, as `from_params` reads it."""
         return {"scheme": f"int{self.bits}"} | ({"group": self.group} if self.bits == 4 else {})
 
     @classmethod
     def from_params(cls, value: Any) -> "Scheme":
-        """Raises CheckpointError for what `to_params` never wrote."""
+        """Raises CheckpointError for a value that `to_params` does not write."""
         section = value if isinstance(value, Mapping) else {}
-        bits = {"int8": 8, "int4": 4}.get(section.get("scheme")) if isinstance(section.get("scheme"), str) else None
-        group = section.get("group")
-        is_group = type(group) is int and group in GROUPS if bits == 4 else group is None
-        if bits is None or not is_group:
+        scheme, group = section.get("scheme"), section.get("group")
+        if scheme == "int8" and group is None:
+            return cls(8)
+        if scheme != "int4" or type(group) is not int or group not in GROUPS:
             raise CheckpointError(
                 f'"quantization" is {value!r:.80}, expected "scheme" int8, or int4 with a "group" of one of '
                 f"{', '.join(map(str, GROUPS))}; was it written by another program?"
             )
-        return cls(bits, group)
+        return cls(4, group)

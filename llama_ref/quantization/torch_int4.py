@@ -1,8 +1,8 @@
-"""Four-bit matrices in the layout that PyTorch's kernel for CPUs demands.
+"""Int4 matrices in the layout of PyTorch's CPU kernel.
 
-`faster(module, dtype)` turns an Int4Linear into one where there is a kernel for it. Int8Linear needs no other layout, and on
-CUDA this project's own kernels read both as folders hold them (compiled/triton_products.py). On an H200 they take two thirds of
-the time of PyTorch's `_weight_int4pack_mm` at one row, and a fifth at 64.
+`faster(module, dtype)` converts an Int4Linear if there is a kernel for it. Int8Linear needs no other
+layout, and on CUDA our own kernels read both as folders store them (compiled/triton_products.py). On an
+H200 they take two thirds of the time of PyTorch's `_weight_int4pack_mm` at one row, and a fifth at 64.
 """
 
 from functools import cache
@@ -15,13 +15,13 @@ from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtyp
 
 aten = torch.ops.aten
 
-TILE_ROWS = 64  # tiles may have 16, 32 or 64 rows, by the processor's vectors; matrices are filled up to a multiple of all
-CONVERTED_WEIGHTS = 1 << 21  # at a time: the kernel's packing wants each number as an int32
-FEW_ROWS = 128  # up to here the kernel was faster than turning the matrix into bfloat16, on two Zen 5 cores
+TILE_ROWS = 64  # tiles have 16, 32 or 64 rows, depending on the processor; matrices are padded to 64
+CONVERTED_WEIGHTS = 1 << 21  # at a time: packing takes each number as an int32
+FEW_ROWS = 128  # up to here the kernel was faster than converting to bfloat16, on two Zen 5 cores
 
 
 def faster(module: Int4Linear, dtype: torch.dtype) -> QuantizedMatrix:
-    """The same matrix in the layout of PyTorch's kernel for its device and inputs of `dtype`; itself where there is none."""
+    """The matrix in the layout of PyTorch's kernel for inputs of `dtype`; unchanged if there is none."""
     device = module.packed.device
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and _tile() is not None:
         return TiledInt4Linear(module, dtype)
@@ -29,16 +29,19 @@ def faster(module: Int4Linear, dtype: torch.dtype) -> QuantizedMatrix:
 
 
 class TiledInt4Linear(QuantizedMatrix):
-    """An Int4Linear as the CPU's kernel wants it: tiles of some rows, in each the rows' numbers column by column.
+    """An Int4Linear in the CPU kernel's layout: tiles of R rows, each stored column by column.
 
-    `tiles` uint8 (N/R, K, R/2) with R rows in a tile, `scale_and_zero` (K/G, N, 2) in the dtype of the inputs, both with N
-    filled up with zeros.
+    `tiles` uint8 (N/R, K, R/2) and `scale_and_zero` (K/G, N, 2) in the dtype of the inputs; N is padded
+    with zeros.
     """
+
+    tiles: Tensor
+    scale_and_zero: Tensor
 
     def __init__(self, module: Int4Linear, dtype: torch.dtype):
         super().__init__()
         self.shape, self.group = module.shape, module.group
-        rows, _ = _tile()
+        rows, _ = _known_tile()
         N, K = self.shape
         padded = -(-N // TILE_ROWS) * TILE_ROWS
         tiles = memory.empty(padded // rows, K, rows // 2, dtype=torch.uint8)
@@ -63,9 +66,9 @@ class TiledInt4Linear(QuantizedMatrix):
         return self.scale_and_zero[:, : self.shape[0], 1].T
 
     def unpacked(self, rows: slice = slice(None)) -> Tensor:
-        """The numbers 0..15 one in a byte: uint8 (N, K)."""
+        """The numbers 0..15, one per byte: uint8 (N, K)."""
         start, stop, _ = rows.indices(self.shape[0])
-        size, _ = _tile()
+        size, _ = _known_tile()
         tiles = self._by_row(slice(start // size, -(-stop // size)))  # (n, K, R)
         return tiles.transpose(1, 2).flatten(0, 1)[start % size :][: stop - start]
 
@@ -81,16 +84,16 @@ class TiledInt4Linear(QuantizedMatrix):
         return out[:, : self.shape[0]].unflatten(0, x.shape[:-1])
 
     def _by_row(self, tiles: slice) -> Tensor:
-        """Some tiles' numbers with the rows in order: uint8 (n, K, R)."""
-        _, order = _tile()
+        """The numbers of some tiles, rows in order: uint8 (n, K, R)."""
+        _, order = _known_tile()
         q = torch.cat((self.tiles[tiles] & 15, self.tiles[tiles] >> 4), dim=-1)
         return q if order is None else q.index_select(-1, order)
 
     def _columns(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows' weights as columns, (K, n): tiles hold them so, and to turn them round takes longer than all else."""
+        """The weights of some rows, transposed (K, n) as in the tiles: transposing back would dominate."""
         wide = wide_dtype(dtype)
         start, stop, _ = rows.indices(self.shape[0])
-        size, _ = _tile()
+        size, _ = _known_tile()
         tiles = slice(start // size, -(-stop // size))
         q = self._by_row(tiles).to(wide).sub_(8).unflatten(1, (-1, self.group))  # (n, K/G, G, R)
         scale_and_zero = self.scale_and_zero[:, tiles.start * size : tiles.stop * size].to(wide)
@@ -104,10 +107,11 @@ class TiledInt4Linear(QuantizedMatrix):
 
 @cache
 def _tile() -> tuple[int, Tensor | None] | None:
-    """How this processor's kernel lays out a tile: its rows, and where in its low, then its high halves each row is found.
+    """This processor's tile layout: its number of rows, and the order of rows in its low, then high nibbles.
 
-    Packing is documented nowhere and differs from processor to processor, so that a matrix that says of each number where it
-    stood is packed to find out. None for the order where it is 0, 1, …; None in all for a layout that is not made of tiles.
+    Packing is undocumented and differs between processors, so it is found out by packing a matrix whose
+    numbers encode their own positions. The order is None if it is 0, 1, …; the result is None if the
+    layout is not made of tiles.
     """
     columns = 32
     row = torch.arange(TILE_ROWS)[:, None].expand(-1, columns)
@@ -115,7 +119,7 @@ def _tile() -> tuple[int, Tensor | None] | None:
     try:
         seen = [_halves(part) for part in (row % 16, row // 16, column % 16, column // 16)]
     except RuntimeError:
-        return None  # no such kernel here
+        return None  # no kernel
     rows, found_columns = seen[0] + 16 * seen[1], seen[2] + 16 * seen[3]  # (bytes, 2)
     for size in (16, 32, 64):
         places = rows.view(-1, columns, size // 2, 2)  # (tiles, K, R/2, low and high)
@@ -129,7 +133,13 @@ def _tile() -> tuple[int, Tensor | None] | None:
     return None
 
 
+def _known_tile() -> tuple[int, Tensor | None]:
+    tile = _tile()
+    assert tile is not None, "TiledInt4Linear exists only where `faster` found the layout"
+    return tile
+
+
 def _halves(q: Tensor) -> Tensor:
-    """A matrix as the kernel packs it, each byte's low and high half: (bytes, 2)."""
+    """A matrix as the kernel packs it: the low and high nibble of each byte, (bytes, 2)."""
     packed = aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1).flatten()
     return torch.stack((packed & 15, packed >> 4), dim=-1).long()

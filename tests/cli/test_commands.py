@@ -236,7 +236,7 @@ def test_bad_values_are_refused_before_anything_is_looked_for(run, command, flag
     """Not turn by turn, in `chat`, nor after a minute of loading."""
     code, out, err = run(command, "nowhere", f"--{flag}={value}", stdin="hello\n")
     assert (code, out) == (2, "")
-    assert re.fullmatch(rf"llama-ref: ((--)?{flag}|{value}) .*\n", err)
+    assert re.fullmatch(rf"llama-ref: (unknown )?((--)?{flag}|{value}) .*\n", err)
 
 
 def test_a_prompt_longer_than_the_context_is_misuse_and_names_both(run, name):
@@ -249,7 +249,7 @@ def test_a_prompt_longer_than_the_context_is_misuse_and_names_both(run, name):
 def test_a_context_too_large_for_the_memory_is_misuse(run, name, command):
     code, out, err = run(command, name, "--max_seq_len", "1000000000000", stdin="hello")
     assert (code, out) == (2, "")
-    assert err.startswith("llama-ref: no memory for the keys and values") and err.count("\n") == 1
+    assert err.startswith("llama-ref: not enough memory for the keys and values") and err.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -303,7 +303,7 @@ def test_where_nothing_can_be_written_is_told_before_anything_is_loaded(run, tmp
         (("rope", "nowhere-at-all"), "there is no folder nowhere-at-all"),
         (("lens", "{}", "x", "--compile"), "unknown flag --compile"),
         (("lens", "{}", "x", "--quantize", "int3"), "quantize is 'int3'"),
-        (("lens", "{}", "x", "--device", "gpu"), "device gpu is unknown"),
+        (("lens", "{}", "x", "--device", "gpu"), "unknown device gpu"),
         (("lens", "nowhere-at-all", "x"), "nowhere-at-all"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

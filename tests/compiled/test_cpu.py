@@ -75,7 +75,7 @@ def test_without_a_compiler_a_model_stays_as_it_is_and_one_line_says_so(monkeypa
     model = random_model(torch.float32)
     compile_decode(model)
     assert "forward" not in vars(model.layers[0])
-    assert caplog.messages == ["no C++ compiler (c++, g++ or clang++) was found: decoding stays uncompiled"]
+    assert caplog.messages == ["no C++ compiler (c++, g++ or clang++) found: decoding stays uncompiled"]
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
@@ -103,7 +103,7 @@ def test_pieces_hold_the_same_numbers_in_every_dtype():
 def test_a_divided_model_is_refused():
     model = random_model(torch.float32)
     model.layers[0].attention.wo = RowParallelLinear(model.layers[0].attention.wo.weight, None)
-    with pytest.raises(RequestError, match="compile is for one process"):
+    with pytest.raises(RequestError, match="compile works in one process"):
         compile_decode(model)
 
 

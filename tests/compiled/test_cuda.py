@@ -19,7 +19,7 @@ from llama_ref.compiled.cuda import FastForward, FastHidden, FastPasses, compile
 from llama_ref.compiled.cuda_cache import FlashKVCache, FlashLengths
 from llama_ref.decoding import loop
 from llama_ref.decoding.loop import Row, steps
-from llama_ref.decoding.speculative import NGrams
+from llama_ref.decoding.prompt_lookup import PromptLookup
 from llama_ref.generation import Llama
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
@@ -138,7 +138,7 @@ def test_passes_give_the_plain_ones_logits(kind, prompts, dtype, tolerance, sche
         hidden = model.hidden(tokens, caches[0]), fast.hidden(tokens, caches[1])
         torch.testing.assert_close(hidden[1], hidden[0], atol=tolerance, rtol=0)
         for cache in caches:
-            cache.set_lengths([len(prompt) for prompt in prompts])
+            cache.truncate([len(prompt) for prompt in prompts])
         for step in range(20):
             tokens = torch.full((len(prompts), 3 if step == 9 else 1), step)
             expected, found = model(tokens, caches[0]), fast.logits(tokens, caches[1])
@@ -156,7 +156,7 @@ def test_a_flash_cache_gives_the_plain_models_numbers(monkeypatch):
     for lengths, T in ((None, 9), ([9, 2, 5], 1), (None, 6), ([4, 4, 4], 13)):
         if lengths:
             for cache in caches:
-                cache.set_lengths(lengths)
+                cache.truncate(lengths)
         tokens = torch.randint(60, (3, T))
         expected, found = (model(tokens, cache) for cache in caches)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -299,7 +299,7 @@ def test_conversations_and_guesses_go_on_as_ever(tmp_path):
         expected, found = (session.say(text, max_gen_len=12, temperature=0) for session in sessions)
         assert "".join(found) == "".join(expected)
         assert found.tokens == expected.tokens
-    plain.speculation = fast.speculation = NGrams()
+    plain.speculation = fast.speculation = PromptLookup()
     prompts = [[1, 2, 3] * 6, [4, 5]]
     assert fast.generate(prompts, 24, temperature=0) == plain.generate(prompts, 24, temperature=0)
     assert fast.model.forward.recordings
@@ -342,8 +342,8 @@ def test_what_cannot_be_recorded_decodes_as_ever_and_one_line_says_so(pair, capl
     for prompts in ROWS:
         assert generated(fast, prompts, 12) == generated(plain, prompts, 12)
     assert caplog.messages == [
-        "a decode step cannot be captured here (operation not permitted when stream is capturing): "
-        "its kernels are launched one by one"
+        "cannot capture a decode step here (operation not permitted when stream is capturing): "
+        "launching its kernels one by one"
     ]
 
 
@@ -360,7 +360,7 @@ def test_kernels_that_cannot_be_prepared_leave_the_model_as_it_was(monkeypatch, 
     compile_cuda_decode(fast)
     assert not {"hidden", "forward"} & vars(fast).keys()
     assert generated(fast, ROWS[2], 12) == generated(plain, ROWS[2], 12)
-    assert caplog.messages[-1].startswith("it cannot be prepared here (shared memory, Required: 241664")
+    assert caplog.messages[-1].startswith("cannot prepare the decode step here (shared memory, Required: 241664")
 
 
 def test_out_of_memory_costs_a_call_not_the_feature(pair, caplog):

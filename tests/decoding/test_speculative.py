@@ -15,19 +15,12 @@ from folders import PARAMS
 from jobs import torchrun
 from llama_ref.args import ModelArgs
 from llama_ref.compiled.caches import new_cache
-from llama_ref.decoding import speculative
+from llama_ref.decoding import drafting
+from llama_ref.decoding.draft_model import DraftModel
+from llama_ref.decoding.drafting import MEASURED, AcceptanceRate, Draft, PassTime, Speculation
 from llama_ref.decoding.loop import Row, steps
-from llama_ref.decoding.speculative import (
-    MEASURED,
-    Draft,
-    DraftModel,
-    NGramDrafter,
-    NGrams,
-    PassTime,
-    Rate,
-    Speculation,
-    speculative_steps,
-)
+from llama_ref.decoding.prompt_lookup import PromptLookup, PromptLookupDrafter
+from llama_ref.decoding.speculative import speculative_steps
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
@@ -70,7 +63,7 @@ def greedily(text: list[int], n: int) -> list[int]:
 
 
 SPECULATIONS = {
-    "n-grams": NGrams,
+    "n-grams": PromptLookup,
     "another model": lambda: DraftModel(OTHER, MODEL),
     "the same model": lambda: DraftModel(MODEL, MODEL),
     "always right when greedy": lambda: Guesses(greedily),
@@ -152,7 +145,7 @@ def test_at_every_rest_the_cache_holds_what_a_forward_pass_would_and_no_more_tha
 )
 def test_a_real_models_text_is_the_same_with_n_grams_sampled_ones_too(llama, options):
     """In float32; a certain guess changes nothing in what is drawn with which number, so that a seed means the same text."""
-    quick = with_speculation(llama, NGrams())
+    quick = with_speculation(llama, PromptLookup())
     for text in TEXTS[:2]:
         stream, plain_stream = (which.stream(text, 24, **options) for which in (quick, llama))
         assert "".join(stream) == "".join(plain_stream)
@@ -165,7 +158,7 @@ def test_a_real_models_text_is_the_same_with_n_grams_sampled_ones_too(llama, opt
 def test_a_real_models_batch_is_the_same_with_echo_and_logprobs(llama):
     prompts = [llama.encode(text) for text in TEXTS]
     tokens, logprobs = llama.generate(prompts, 12, 0.0, 0.9, True, True)
-    found, found_logprobs = with_speculation(llama, NGrams()).generate(prompts, 12, 0.0, 0.9, True, True)
+    found, found_logprobs = with_speculation(llama, PromptLookup()).generate(prompts, 12, 0.0, 0.9, True, True)
     assert found == tokens
     for ours, theirs in zip(found_logprobs, logprobs, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-3)
@@ -196,7 +189,7 @@ def test_guesses_kept_or_replaced_have_the_exact_distribution(params, likeness):
     others = likeness * logits + (1 - likeness) * others
     sampler = Sampler(params, torch.Generator().manual_seed(3), [seen] * n, 40)
     guessed, drawn_from = sampler.fork().guess(torch.from_numpy(others).expand(n, -1))
-    chosen = sampler.judge(torch.from_numpy(logits).expand(n, -1), guessed, drawn_from)
+    chosen = sampler.accept_or_resample(torch.from_numpy(logits).expand(n, -1), guessed, drawn_from)
     expected = exact(logits, params, seen)
     assert_frequencies(np.bincount(chosen, minlength=40), expected)
     common = np.minimum(expected, exact(others, params, seen)).sum()  # the best that any rule can do
@@ -256,7 +249,7 @@ def test_a_guess_drawn_from_the_very_distribution_is_never_replaced():
     logits = torch.from_numpy(random_logits(40, 3)).expand(5000, -1)
     sampler = Sampler(plain(top_p=0.9), torch.Generator().manual_seed(1), [[0]] * 5000, 40)
     guessed, drawn_from = sampler.guess(logits)
-    assert torch.equal(sampler.judge(logits, guessed, drawn_from), guessed)
+    assert torch.equal(sampler.accept_or_resample(logits, guessed, drawn_from), guessed)
     torch.testing.assert_close(drawn_from, distribution(logits, plain(top_p=0.9)))
 
 
@@ -265,7 +258,7 @@ def test_guessing_and_judging_stay_on_the_device(params):
     with fake_cuda():
         sampler = Sampler(plain(**params), torch.Generator(), prompts=[[1, 2]], vocab_size=128256, device="cuda")
         guessed, drawn_from = sampler.fork().guess(torch.empty(1, 128256, device="cuda"))
-        chosen = sampler.judge(torch.empty(1, 128256, device="cuda"), guessed, drawn_from)
+        chosen = sampler.accept_or_resample(torch.empty(1, 128256, device="cuda"), guessed, drawn_from)
         assert {tensor.device.type for tensor in (guessed, drawn_from, chosen)} == {"cuda"}
 
 
@@ -305,7 +298,9 @@ def test_a_draft_ends_with_its_first_stop_token():
 @pytest.mark.parametrize("stop", ["4,", ["5", ", 3"], "never"])
 def test_stop_strings_end_it_at_the_same_token(llama, stop):
     """Also amid an accepted draft, whose later tokens were never made then."""
-    stream, plain_stream = (which.stream(COUNT, 24, 0.0, stop=stop) for which in (with_speculation(llama, NGrams()), llama))
+    stream, plain_stream = (
+        which.stream(COUNT, 24, 0.0, stop=stop) for which in (with_speculation(llama, PromptLookup()), llama)
+    )
     assert list(stream) == list(plain_stream)
     assert (stream.tokens, stream.finish_reason) == (plain_stream.tokens, plain_stream.finish_reason)
 
@@ -315,11 +310,13 @@ def test_text_goes_to_the_contexts_end(llama, room):
     n = len(llama.encode(COUNT))
     short = with_speculation(llama, None, max_seq_len=n + room)
     [expected] = short.generate([llama.encode(COUNT)], temperature=0)[0]
-    [found] = with_speculation(short, NGrams()).generate([llama.encode(COUNT)], temperature=0)[0]
+    [found] = with_speculation(short, PromptLookup()).generate([llama.encode(COUNT)], temperature=0)[0]
     assert found == expected and len(found) == room
 
 
-@pytest.mark.parametrize("new", [lambda _: NGrams(), lambda model: DraftModel(model, model)], ids=["n-grams", "draft model"])
+@pytest.mark.parametrize(
+    "new", [lambda _: PromptLookup(), lambda model: DraftModel(model, model)], ids=["n-grams", "draft model"]
+)
 def test_a_conversation_is_the_same_and_an_answer_left_amid_a_draft_is_no_harm(llama, new):
     quick, slow = (Session(with_speculation(llama, each, max_seq_len=200)) for each in (new(llama.model), None))
     for text, n_pieces in (("Say: one two one two one two one two one two", 4), ("Again.", 9), ("Again.", 30)):
@@ -374,19 +371,19 @@ def test_text_that_repeats_is_guessed_and_no_longer_when_it_ceases_to():
         return lengths
 
     def unlike_before(text: list[int]) -> int:
-        found = NGramDrafter(PassTime()).draft(Row(text, 100), 1, None).tokens
+        found = PromptLookupDrafter(PassTime()).draft(Row(text, 100), 1, None).tokens
         return found[0] % 5 + 1 if found else 1
 
-    drafter, row = NGramDrafter(PassTime()), Row([1, 2, 3, 4, 5] * 2, 1000)
+    drafter, row = PromptLookupDrafter(PassTime()), Row([1, 2, 3, 4, 5] * 2, 1000)
     lengths = read(lambda text: text[-5])
-    assert 0 < lengths[0] < lengths[-1] == speculative.LONGEST_DRAFT
+    assert 0 < lengths[0] < lengths[-1] == drafting.LONGEST_DRAFT
     assert set(read(unlike_before)[-20:]) == {0}
     assert read(lambda text: text[-5])[-1] > 0  # and again, as every token shows whether it would have been right
 
 
 def test_the_latest_of_the_longest_matches_is_gone_on_from_and_may_run_into_itself():
     def guess(text: list[int]) -> list[int]:
-        return NGramDrafter(PassTime()).draft(Row(text, 50), 4, None).tokens
+        return PromptLookupDrafter(PassTime()).draft(Row(text, 50), 4, None).tokens
 
     assert guess([1, 2, 3, 9, 8, 7, 1, 2, 3])[:2] == [9, 8]
     assert guess([1, 2, 3, 9, 1, 2, 3, 7, 5, 2, 3, 6, 1, 2, 3])[:2] == [7, 5]  # three alike before two, the latest first
@@ -396,10 +393,12 @@ def test_the_latest_of_the_longest_matches_is_gone_on_from_and_may_run_into_itse
 
 @pytest.mark.parametrize(("right", "length"), [(0.0, 0), (0.3, 0), (0.6, range(3, 7)), (0.9, range(9, 13)), (1.0, 12)])
 def test_as_many_are_guessed_as_pay(right, length):
-    assert Rate(right).best_length(100, PassTime()) in (length if isinstance(length, range) else [length])
-    assert Rate(right).best_length(1, PassTime()) <= 1
-    assert Rate(right).best_length(100, PassTime(several=1.0, each=0.0)) == (12 if right else 0)  # where they cost nothing
-    assert Rate(right).best_length(100, PassTime(), cost=1.0) == 0  # a draft model as slow as the model cannot pay
+    assert AcceptanceRate(right).best_length(100, PassTime()) in (length if isinstance(length, range) else [length])
+    assert AcceptanceRate(right).best_length(1, PassTime()) <= 1
+    assert AcceptanceRate(right).best_length(100, PassTime(several=1.0, each=0.0)) == (
+        12 if right else 0
+    )
+    assert AcceptanceRate(right).best_length(100, PassTime(), cost=1.0) == 0  # a draft model as slow as the model cannot pay
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4:group=32"])
@@ -469,7 +468,7 @@ def test_a_draft_is_built_with_the_model(family):
 )
 def test_a_draft_of_another_vocabulary_is_refused(family, other, found):
     with pytest.raises(
-        RequestError, match=f"draft model .* has another vocabulary than .*{found}: name one of the same family"
+        RequestError, match=f"draft model .* has another vocabulary than .*{found}: use one of the same family"
     ):
         Llama.build(family["big"], device="cpu", draft=family[other])
 

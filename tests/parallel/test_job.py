@@ -121,7 +121,7 @@ def test_a_conversation_of_several_processes_is_that_of_one(folder, tmp_path, mo
 def test_processes_cannot_work_together_on_mps(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever other tests have begun
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RequestError, match="2 processes cannot work together on mps: take --device cpu"):
+    with pytest.raises(RequestError, match="2 processes cannot work together on mps: use --device cpu"):
         join_job(None, 1, torch.device("mps"))
 
 

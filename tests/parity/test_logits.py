@@ -77,7 +77,7 @@ def test_rows_of_different_lengths_each_equal_metas_reference_alone(args, seed):
     lengths = [14, 3, 9]
     cache = KVCache(args, 3, 20, dtype=torch.float32)
     model(tokens[:, :14], cache)
-    cache.set_lengths(lengths)
+    cache.truncate(lengths)
     further = torch.stack([row[n : n + 6] for row, n in zip(tokens, lengths, strict=True)])
     logits = torch.cat([model(piece, cache) for piece in further.split([1, 4, 1], dim=1)], dim=1)  # (3, 6, V)
     for row, n, ours in zip(tokens, lengths, logits, strict=True):

@@ -12,8 +12,9 @@ from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.quantization.apply import quantized, replace_module
-from llama_ref.quantization.calibration import ALIKE, calibration_text, round_layers
+from llama_ref.modules import replace_module
+from llama_ref.quantization.apply import quantized
+from llama_ref.quantization.calibration import SAME_INPUT, calibration_text, round_layers
 from llama_ref.quantization.gptq import round_int4
 from llama_ref.quantization.linear import Int4Linear
 from llama_ref.quantization.rounding import int4_scales, to_int4
@@ -116,7 +117,7 @@ def model(tmp_path) -> Transformer:
 def test_every_matrix_of_the_layers_is_replaced_and_nothing_else(model):
     told = []
     round_layers(model, Scheme.parse("int4:group=32"), range(300), told.append)
-    assert told == [f"layers.{layer}.{name}" for layer in range(2) for names in ALIKE for name in names]
+    assert told == [f"layers.{layer}.{name}" for layer in range(2) for names in SAME_INPUT for name in names]
     assert {name for name, module in model.named_modules() if isinstance(module, Int4Linear)} == set(told)
     assert not any(isinstance(module, nn.Linear) for module in model.layers.modules())
     assert type(model.tok_embeddings) is nn.Embedding
@@ -125,7 +126,7 @@ def test_every_matrix_of_the_layers_is_replaced_and_nothing_else(model):
 
 
 def test_a_text_that_says_nothing_is_refused(model):
-    with pytest.raises(RequestError, match="the text to calibrate with is empty"):
+    with pytest.raises(RequestError, match="the calibration text is empty"):
         round_layers(model, Scheme.parse("int4:group=32"), [])
     model.tok_embeddings.weight.data[7] = float("inf")
     with pytest.raises(RequestError, match=r"what layers\.0\.attention\.wq\.weight is given leaves float32's range"):

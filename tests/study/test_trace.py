@@ -18,7 +18,8 @@ from llama_ref.args import ModelArgs
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.compiled.cuda import FastForward, FastHidden, FastPasses
-from llama_ref.decoding.speculative import NGrams, PassTime
+from llama_ref.decoding.drafting import PassTime
+from llama_ref.decoding.prompt_lookup import PromptLookup
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer, rope_frequencies, rope_rotations, rotate
@@ -217,7 +218,7 @@ def logits_of_prompt_and_steps(model: Transformer, batch: int) -> list[Tensor]:
     cache = new_cache(model, batch, 20)
     out = [model(ids(batch, 9)), model(ids(batch, 6), cache)]
     out += [model(ids(batch, 1), cache) for _ in range(2)]
-    cache.set_lengths([8 - row for row in range(batch)])
+    cache.truncate([8 - row for row in range(batch)])
     return [*out, model(ids(batch, 3), cache)]
 
 
@@ -395,9 +396,9 @@ def test_pads_are_no_part_of_a_recording_and_a_cache_begun_anew_is_another_text(
     cache = new_cache(model, 2, 8)
     with study.recording(model, "norm") as recorded:
         model(ids(2, 3), cache)
-        cache.set_lengths([0, 0])
+        cache.truncate([0, 0])
         model(ids(2, 5), cache)
-        cache.set_lengths([4, 2])
+        cache.truncate([4, 2])
     first, second = recorded.traces
     assert first.positions.tolist() == [[0, 1, 2]] * 2 and torch.equal(first["norm"], model.hidden(ids(2, 3)))
     assert second.positions.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]]
@@ -407,7 +408,7 @@ def test_pads_are_no_part_of_a_recording_and_a_cache_begun_anew_is_another_text(
 
 def test_guesses_that_the_model_refused_leave_no_trace(tiny_llama):
     """With speculation a pass has several tokens, of which some are taken back."""
-    guessing = Llama(tiny_llama.model, tiny_llama.tokenizer, max_seq_len=64, speculation=NGrams(PassTime(1.0, 0.0)))
+    guessing = Llama(tiny_llama.model, tiny_llama.tokenizer, max_seq_len=64, speculation=PromptLookup(PassTime(1.0, 0.0)))
     prompt = [5, 6, 7, 5, 6, 7, 5, 6, 7]
     with study.recording(guessing.model, ["*.residual_post", "*.scores"]) as recorded:
         (answer,), _ = guessing.generate([prompt], max_gen_len=20, temperature=0)

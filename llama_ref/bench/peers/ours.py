@@ -51,7 +51,7 @@ class Ours:
             self.filled = new_cache(self.llama.model, 1, self.room)
             self.filled.keys.normal_()
             self.filled.values.normal_()
-        self.filled.set_lengths([context - 1])
+        self.filled.truncate([context - 1])
         return self.steps([[0] * context], gen_len, self.filled)
 
     @torch.inference_mode()

@@ -144,7 +144,7 @@ def test_nothing_fits_and_what_would(run):
     ("words", "note"),
     [
         (("Llama-3-8B", "--max_seq_len", 8193), r"trained for 8,192 tokens; of the 8,193"),
-        (("Llama3.1-405B",), r"fp8 release, which is not read yet: this is Llama3\.1-405B:bf16-mp8"),
+        (("Llama3.1-405B",), r"fp8 release, which is not supported yet: this is Llama3\.1-405B:bf16-mp8"),
         (("Llama3.1-8B", "--max_batch_size", 1), r"4 prompts at a time, which --max_batch_size 1 refuses"),
         (("Llama3.1-8B",), r"tensor above 8"),
     ],

@@ -93,7 +93,7 @@ class ChatFormat:
         for ids without a stop token; with neither, the message has none.
         """
         ids = list(ids)
-        ends = {
+        ends: dict[int, StopReason] = {
             self.tokenizer.eot_id: "end_of_turn",
             self.tokenizer.eos_id: "end_of_turn",
             self.tokenizer.eom_id: "end_of_message",

@@ -206,12 +206,18 @@ def cut_runs(text: str, limit: int) -> Iterator[str]:
         if position < run_end:
             continue  # still within the run just cut
         backwards = text[position - limit : position + 1][::-1]
-        run_start = position + 1 - RUN.match(backwards).end()
-        run_end = RUN.match(text, position).end()
+        run_start = position + 1 - _run_end(backwards)
+        run_end = _run_end(text, position)
         for cut in range(run_start + limit, run_end, limit):
             yield text[cut_before:cut]
             cut_before = cut
     yield text[cut_before:]
+
+
+def _run_end(text: str, start: int = 0) -> int:
+    """Where the run of whitespace or of non-whitespace that begins at `start` ends."""
+    run = RUN.match(text, start)
+    return run.end() if run else start
 
 
 def _padded(path: Path, vocabulary: Vocabulary, n_words: int | None) -> Vocabulary:

@@ -211,9 +211,9 @@ class _Check:
             try:
                 options = {"progress": self.progress, "cancel": cancel}
                 if form is HUGGING_FACE:
-                    scan = scan_safetensors(path, structure.tensors[name], **options)
+                    scan = scan_safetensors(path, structure.safetensors[name], **options)
                 else:
-                    scan = scan_weights(path, structure.tensors[name], values=self.deep, **options)
+                    scan = scan_weights(path, structure.pth[name], values=self.deep, **options)
             except (OSError, CheckpointError) as error:
                 verdicts[name] = replace(verdicts[name], state=State.UNREADABLE, detail=str(error))
                 return
@@ -226,7 +226,8 @@ class _Check:
                 detail = "; ".join(f"{tensor}: {nan} NaN, {inf} infinite" for tensor, (nan, inf) in scan.not_finite.items())
                 verdicts[name] = replace(verdicts[name], state=State.NOT_FINITE, detail=detail)
 
-        run_all([partial(one, name) for name in structure.tensors if verdicts[name].ok], self.jobs, cancel)
+        names = [name for name in (*structure.pth, *structure.safetensors) if verdicts[name].ok]
+        run_all([partial(one, name) for name in names], self.jobs, cancel)
 
     def _notice_growth(self, verdicts: dict[str, FileReport], stamps: Mapping[str, tuple[int, int] | None]) -> None:
         """A file that changed during the check is not broken but unfinished; a broken one just written gets a moment."""

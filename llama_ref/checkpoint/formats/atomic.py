@@ -24,7 +24,7 @@ CHECKPOINT_FILE = re.compile(
     r"|chat_template\.(jinja|json)|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 ELSEWHERE = "choose another folder"
-ADVICE_WHEN_FULL = {
+ADVICE_WHEN_FULL: dict[int | None, str] = {  # by OSError.errno
     errno.ENOSPC: "free some space there or choose another folder",
     errno.EDQUOT: "your quota there is used up: free some of it or choose another folder",
     errno.EFBIG: "files may not be that large there: raise the limit (ulimit -f) or choose another folder",
@@ -106,12 +106,13 @@ def write_sums(
     The files are hashed `jobs` at a time (default: one per core). Raises CheckpointError where one cannot be read, or the list
     cannot be written.
     """
-    target, names = folder / CHECKLIST_NAME, sorted(names)
-    found = hash_files([(folder / name, algorithm) for name in names], jobs, progress)
-    for path, hashed in found.items():
+    target, in_order = folder / CHECKLIST_NAME, sorted(names)
+    sums = {}
+    for path, hashed in hash_files([(folder / name, algorithm) for name in in_order], jobs, progress).items():
         if isinstance(hashed, OSError):
             raise CheckpointError(f"cannot read {path}: {hashed.strerror}; no list was written")
-    _write_atomically(target, b"".join(format_entry(name, found[folder / name].sum) for name in names))
+        sums[path] = hashed.sum
+    _write_atomically(target, b"".join(format_entry(name, sums[folder / name]) for name in in_order))
     return target
 
 

@@ -84,4 +84,4 @@ def check_writable(tensors: Sequence[LazyTensor]) -> None:
 
 def _bytes_of(block: Tensor) -> memoryview:
     row_by_row = block.detach().cpu().contiguous()  # copied only where it is not so already
-    return memoryview(row_by_row.view(-1).view(torch.uint8).numpy())
+    return row_by_row.view(-1).view(torch.uint8).numpy().data

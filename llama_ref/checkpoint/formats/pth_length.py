@@ -7,6 +7,7 @@ should lie, and the beginning of one that was cut short still tells how much had
 import os
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from llama_ref.checkpoint.formats.pth_pickle import PICKLE_LIMIT_BYTES, RefusedPickle, read_tensor_pickle
 from llama_ref.checkpoint.formats.pth_zip import (
@@ -40,7 +41,7 @@ def archive_length(path: str | Path) -> int | None:
         return _length_from_end(file, size) or _Walk(file, size).length()
 
 
-def _length_from_end(file, size: int) -> int | None:
+def _length_from_end(file: BinaryIO, size: int) -> int | None:
     end = read_end(file, size)
     if end is None or not _both_ends_agree(file, size, end.directory_offset, end.directory_size):
         return None
@@ -53,7 +54,7 @@ def _length_from_end(file, size: int) -> int | None:
     return None
 
 
-def _both_ends_agree(file, size: int, offset: int, directory_size: int) -> bool:
+def _both_ends_agree(file: BinaryIO, size: int, offset: int, directory_size: int) -> bool:
     """Whether the 32-bit end record repeats the 64-bit one's numbers, as far as they fit: a flipped bit must not mislead."""
     *_, size32, offset32, _ = END.unpack(read_at(file, size - END.size, END.size))
     return size32 in (directory_size, IN_ZIP64) and offset32 in (offset, IN_ZIP64)
@@ -62,7 +63,7 @@ def _both_ends_agree(file, size: int, offset: int, directory_size: int) -> bool:
 class _Walk:
     """Goes through an archive from its beginning, record by record, as it was written."""
 
-    def __init__(self, file, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
         self.storages: dict[str, int] = {}  # key -> bytes, known once the pickle is read
         self.names: list[str] = []

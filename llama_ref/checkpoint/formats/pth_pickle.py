@@ -256,9 +256,9 @@ def _call_noted(function: Any, arguments: Any) -> Any:
         if function.name == "_rebuild_parameter" and arguments and isinstance(arguments[0], PickledTensor):
             return arguments[0]
         if function.name == "_rebuild_tensor_v2" and len(arguments) >= 4:
-            return _tensor(*arguments[:4])
+            return _tensor(None, *arguments[:4])
         if function.name == "_rebuild_tensor_v3" and len(arguments) >= 7:
-            return _tensor(*arguments[:4], dtype=arguments[6])
+            return _tensor(arguments[6], *arguments[:4])
     raise RefusedPickle("its data.pkl makes a call that does not rebuild a tensor")
 
 
@@ -273,7 +273,7 @@ def _storage(identity: Any) -> Storage:
     return Storage(key, STORAGES.get(kind.name), numel)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = None) -> PickledTensor:
+def _tensor(dtype: Any, storage: Any, offset: Any, shape: Any, stride: Any) -> PickledTensor:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise RefusedPickle("its data.pkl rebuilds a tensor from something that is no storage")
     if len(shape) != len(stride) or len(shape) > MOST_DIMENSIONS:

@@ -62,7 +62,8 @@ class _Archive:
 
     def __init__(self, file: BinaryIO, root: str) -> None:
         self.sink = _OnwardOnly(file)
-        self.zip = zipfile.ZipFile(self.sink, "w", zipfile.ZIP_STORED)
+        # The stubs ask for close(), but zipfile does not close a file that it was given.
+        self.zip = zipfile.ZipFile(self.sink, "w", zipfile.ZIP_STORED)  # type: ignore[call-overload]
         self.root = root if root.isascii() else "archive"  # as torch
 
     def add(self, name: str, data: bytes | LazyTensor, progress: BytesWritten | None = None) -> None:

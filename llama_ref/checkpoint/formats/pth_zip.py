@@ -94,7 +94,8 @@ def read_at(file: BinaryIO, offset: int, n_bytes: int) -> bytes:
 
 def _parse_directory(data: bytes) -> list[Record]:
     """Records as the directory has them; `data_offset` is still the header's."""
-    records, at = [], 0
+    records: list[Record] = []
+    at = 0
     while at < len(data):
         if data[at : at + 4] != CENTRAL_SIGNATURE or at + CENTRAL.size > len(data):
             raise BadArchive(f"its zip directory is broken at entry {len(records):,}")

@@ -40,7 +40,8 @@ class Structure:
     """Findings by file name (a sound file has none), and what was learnt on the way."""
 
     findings: dict[str, Finding] = field(default_factory=dict)
-    tensors: dict[str, dict[str, TensorInfo]] | dict[str, dict[str, HeldTensor]] = field(default_factory=dict)
+    pth: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)  # tensors by file, then name
+    safetensors: dict[str, dict[str, HeldTensor]] = field(default_factory=dict)
     needed: list[str] = field(default_factory=list)  # files of weights that must be there
     surplus: dict[str, str] = field(default_factory=dict)  # files of weights that belong to no others, and why
     notes: list[str] = field(default_factory=list)

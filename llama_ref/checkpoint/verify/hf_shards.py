@@ -1,6 +1,7 @@
 """Hugging Face's files of weights, looked at without reading them: by themselves, against config.json, against each other."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def examine_safetensors(
         if name in openable and name not in found.findings:
             try:
                 tensors = inspect_safetensors(folder / name)
-                found.tensors[name] = {tensor: held for tensor, held in tensors.items() if not is_ignored(tensor)}
+                found.safetensors[name] = {tensor: held for tensor, held in tensors.items() if not is_ignored(tensor)}
             except CheckpointError as error:
                 found.findings[name] = _why_broken(folder / name, error)
     index = _read_index(folder, openable, found)
@@ -54,8 +55,8 @@ def examine_safetensors(
         found.findings[INDEX_NAME] = Finding(State.MISFIT, f"it names {first}, but the weights are in {ONE_FILE}")
         index = None
     found.needed, found.surplus = _which_belong(files, index)
-    held = _Held({name: tensors for name, tensors in found.tensors.items() if name in found.needed}, found.needed, index)
-    if index is not None and (wrong := held.against_index(config)):
+    held = _Held({name: tensors for name, tensors in found.safetensors.items() if name in found.needed}, found.needed, index)
+    if index is not None and (wrong := held.against_index(index, config)):
         found.findings[INDEX_NAME] = Finding(State.MISFIT, listed(wrong), by_others=True)
     return held.judge(found, config, may_blame) if held.files else None
 
@@ -113,9 +114,10 @@ def _which_belong(files: list[str], index: _Index | None) -> tuple[list[str], di
     elif ONE_FILE in files or not files:
         needed, why = [ONE_FILE], f"{ONE_FILE} is a whole model by itself"
     else:
-        totals = [int(SAFETENSORS_NAME.fullmatch(name)[2]) for name in files]
-        total = max(totals, key=lambda total: (totals.count(total) / max(total, 1), total))
-        needed, why = sorted(name for name in files if SAFETENSORS_NAME.fullmatch(name)[2] == f"{total:05d}"), ""
+        totals = {name: int(match[2]) for name in files if (match := SAFETENSORS_NAME.fullmatch(name))}
+        counts = Counter(totals.values())
+        total = max(counts, key=lambda total: (counts[total] / max(total, 1), total))
+        needed, why = sorted(name for name in files if totals[name] == total), ""
         if 0 < total <= MOST_FILES:
             needed = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
             why = f"it is none of the {total} files whose names end in of-{total:05d}"
@@ -143,27 +145,27 @@ class _Held:
                 owners.setdefault(name, []).append(file)
         return owners
 
-    def against_index(self, config: HFConfig | None) -> list[str]:
+    def against_index(self, index: _Index, config: HFConfig | None) -> list[str]:
         """Where the index and the files contradict each other, and config.json does not show which files are wrong.
 
         What no file holds is not told where files are missing.
         """
         wrong, owners = [], self.owners
         of_model = {theirs(name) for name in expected_shapes(config.args)} if config else set()
-        for name, file in self.index.place.items():
+        for name, file in index.place.items():
             holders = owners.get(name, [])
             if holders and file not in holders:
                 wrong.append(f"{name} is in {holders[0]}, not in {file}")
             elif not holders and self.all_are_here and name not in of_model:
                 wrong.append(f"it names {name}, which no file holds")
-        unnamed = [name for name in owners if name not in self.index.place and (name in of_model or not config)]
+        unnamed = [name for name in owners if name not in index.place and (name in of_model or not config)]
         return wrong + [f"it does not name {name} of {owners[name][0]}" for name in unnamed]
 
     def judge(self, found: Structure, config: HFConfig | None, may_blame: bool) -> ModelArgs | None:
         """Findings against config.json and each other; the implied model if config.json is what is wrong."""
         twice = self._twice()
         problems = self._problems(config) if config else {}
-        if problems and may_blame and not twice and self.all_are_here and (implied := self._implied(config)):
+        if config and problems and may_blame and not twice and self.all_are_here and (implied := self._implied(config)):
             found.findings["config.json"] = contradiction(self.needed, config.args, implied, NAMES)
             return implied
         for file in self.files:
@@ -221,5 +223,7 @@ class _Held:
 
 def _names_of_layers(n_layers: int) -> list[str]:
     """Every tensor of a model of so many layers, under Meta's names."""
-    least = {"dim": 2, "n_heads": 1, "n_kv_heads": 1, "hidden_dim": 1, "vocab_size": 1, "norm_eps": 1e-5, "rope_theta": 5e5}
-    return list(expected_shapes(ModelArgs(n_layers=n_layers, **least)))
+    least = ModelArgs(
+        dim=2, n_layers=n_layers, n_heads=1, n_kv_heads=1, hidden_dim=1, vocab_size=1, norm_eps=1e-5, rope_theta=5e5
+    )
+    return list(expected_shapes(least))

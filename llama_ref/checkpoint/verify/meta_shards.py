@@ -2,9 +2,10 @@
 
 import binascii
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -13,7 +14,7 @@ from llama_ref.checkpoint.folder import SHARD_NAME, shard_number
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
 from llama_ref.checkpoint.formats.pth_pickle import RefusedPickle
-from llama_ref.checkpoint.hf.config import HFConfig, read_config
+from llama_ref.checkpoint.hf.config import read_config
 from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as MAX_TOKENIZER_JSON_BYTES
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
 from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes, misfits, other_kind, shard_shape, strangers
@@ -37,6 +38,8 @@ from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, read_r
 
 __all__ = ["Finding", "Structure", "examine"]
 
+T = TypeVar("T")
+
 
 def examine(
     folder: Path,
@@ -58,13 +61,13 @@ def examine(
             found.findings[name] = finding
     may_blame_params = params_are_right is None
     if form is HUGGING_FACE:
-        config = _read_params(folder, names, form, found)
+        config = _read_params(read_config, folder, names, form, found)
         config = None if params_are_right is False else config
         implied = examine_safetensors(folder, all_names, names, found, config, may_blame_params)
         args = implied or (config.args if config else None)
         _examine_texts(folder, names, found)
     else:
-        args = _read_params(folder, names, form, found)
+        args = _read_params(ModelArgs.from_json, folder, names, form, found)
         args = None if params_are_right is False else args
         implied, n_shards = _examine_shards(folder, names, found, args, may_blame_params)
         args = implied or args
@@ -76,12 +79,12 @@ def examine(
 # params.json, config.json and their like ----------------------------------------------------------------------------------
 
 
-def _read_params(folder: Path, names: list[str], form: Format, found: Structure) -> ModelArgs | HFConfig | None:
+def _read_params(read: Callable[[Path], T], folder: Path, names: list[str], form: Format, found: Structure) -> T | None:
     path = folder / form.params
     if form.params not in names or form.params in found.findings:
         return None
     try:
-        return read_config(path) if form is HUGGING_FACE else ModelArgs.from_json(path)
+        return read(path)
     except CheckpointError as error:
         # A config.json in good order is most often another model's: anyone may publish a folder of this format.
         state = how_json_broke(path) or (State.MISFIT if form is HUGGING_FACE else State.DAMAGED)
@@ -157,7 +160,7 @@ def _examine_ranks(folder: Path, name: str, form: Format, found: Structure, args
         broken = _how_ranks_broke(path, n_expected)
         found.findings[name] = Finding(broken, without_path(error, path), if_altered=broken)
         return
-    if n_expected not in (None, n_ranks):
+    if args and n_ranks != n_expected:
         detail = _wrong_count(n_ranks + N_SPECIAL, form, args)
         found.findings[name] = Finding(State.MISFIT, detail, if_altered=_how_ranks_broke(path, n_expected))
 
@@ -200,17 +203,17 @@ def _examine_shards(
         if name in found.findings:
             continue
         try:
-            found.tensors[name] = inspect_pth(folder / name)
+            found.pth[name] = inspect_pth(folder / name)
         except CheckpointError as error:
             found.findings[name] = _why_broken(folder / name, error)
     expected = _expected_shapes(folder, args, found) if args and shards else None
     implied, n_shards = None, None
-    if expected:
-        n_shards = next((n for tensors in found.tensors.values() if (n := _n_shards(tensors, args))), len(shards))
-        problems = _problems(found.tensors, expected, n_shards)
-        if may_blame_params and len(problems) == len(found.tensors) and (model := _implied_by(found.tensors)):
+    if args and expected:
+        n_shards = next((n for tensors in found.pth.values() if (n := _n_shards(tensors, args))), len(shards))
+        problems = _problems(found.pth, expected, n_shards)
+        if may_blame_params and len(problems) == len(found.pth) and (model := _implied_by(found.pth)):
             implied, n_shards = model
-            found.findings["params.json"] = contradiction(list(found.tensors), args, implied, names={})
+            found.findings["params.json"] = contradiction(list(found.pth), args, implied, names={})
         else:
             found.findings |= {name: Finding(State.MISFIT, listed(wrong)) for name, wrong in problems.items()}
     _measure_broken(folder, shards, found, expected, n_shards or len(shards))
@@ -278,11 +281,11 @@ def _measure_broken(
     folder: Path, shards: list[str], found: Structure, expected: Mapping[str, Shape] | None, n_shards: int
 ) -> None:
     """Judge broken shards by the size of a sound one (all of a release are alike), or at least by what params.json implies."""
-    sound = max((size_of(folder / name) or 0 for name in found.tensors), default=None)
+    sound = max((size_of(folder / name) or 0 for name in found.pth), default=None)
     least = sound or (_least_bytes(expected, n_shards) if expected else 0)
     for name in shards:
         finding, size = found.findings.get(name), size_of(folder / name) or 0
-        if finding is None or name in found.tensors:
+        if finding is None or name in found.pth:
             continue
         if size == sound and finding.state in (State.CUT_SHORT, State.LONGER):
             found.findings[name] = Finding(State.DAMAGED, finding.detail, sound)

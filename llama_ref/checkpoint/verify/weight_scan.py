@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ def scan_safetensors(
     with path.open("rb", buffering=0) as file, mmap.mmap(-1, CHUNK_BYTES) as buffer, memoryview(buffer) as view:
         for name, held in tensors.items():
             file.seek(held.file_offset)
-            counts = Counter()
+            counts: Counter[str] = Counter()
             for filled in _chunks(file, view, held.nbytes, name):
                 if cancel is not None and cancel.is_set():
                     raise Cancelled(str(path))
@@ -93,8 +94,9 @@ def scan_safetensors(
     return scan
 
 
-def _scan_record(file, view: memoryview, record: Record, dtype: str | None, scan: WeightScan) -> Counter:
-    crc, counts = 0, Counter()
+def _scan_record(file: FileIO, view: memoryview, record: Record, dtype: str | None, scan: WeightScan) -> Counter[str]:
+    crc = 0
+    counts: Counter[str] = Counter()
     file.seek(record.data_offset)
     for filled in _chunks(file, view, record.size, record.name):
         crc = zlib.crc32(view[:filled], crc)
@@ -105,7 +107,7 @@ def _scan_record(file, view: memoryview, record: Record, dtype: str | None, scan
     return counts
 
 
-def _chunks(file, view: memoryview, n_bytes: int, name: str) -> Iterator[int]:
+def _chunks(file: FileIO, view: memoryview, n_bytes: int, name: str) -> Iterator[int]:
     """Fill `view` with the next bytes again and again, until `n_bytes` are read; yield how many it holds each time."""
     while n_bytes:
         filled = _fill(file, view[: min(n_bytes, CHUNK_BYTES)])
@@ -115,14 +117,14 @@ def _chunks(file, view: memoryview, n_bytes: int, name: str) -> Iterator[int]:
         yield filled
 
 
-def _fill(file, view: memoryview) -> int:
+def _fill(file: FileIO, view: memoryview) -> int:
     filled = 0
     while filled < len(view) and (count := file.readinto(view[filled:])):
         filled += count
     return filled
 
 
-def _not_finite(data: memoryview, dtype: str) -> Counter:
+def _not_finite(data: memoryview, dtype: str) -> Counter[str]:
     torch_dtype = getattr(torch, dtype, torch.uint8)  # the newest names are not in every torch
     if not torch_dtype.is_floating_point or dtype in WITHOUT_SPECIALS:
         return Counter()

@@ -175,7 +175,7 @@ def test_a_folder_is_replaced_only_when_told_and_only_if_it_is_a_checkpoint(tmp_
     assert not (out / "consolidated.01.pth").exists()
 
     (out / "thesis.tex").write_text("ten years")
-    with pytest.raises(RequestError, match=r"holds thesis\.tex, which is no checkpoint's"):
+    with pytest.raises(RequestError, match=r"holds thesis\.tex, which is not a checkpoint file"):
         make_random_checkpoint(out, TINY, force=True)
     with pytest.raises(RequestError, match="is a file"):
         make_random_checkpoint(out / "thesis.tex", TINY, force=True)

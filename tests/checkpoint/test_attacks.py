@@ -81,15 +81,18 @@ PICKLES = {
     "10^15 elements by a stride of 0": (Tensor((10**15,), (0,)), "reads past its storage"),
     "an offset past the end": (Tensor((4, 4), (4, 1), 1), "reads past its storage"),
     "a stride past the end": (Tensor((4, 4), (5, 1)), "reads past its storage"),
-    "a negative offset": (Tensor((2,), (1,), -1), "is no count"),
-    "a negative stride": (Tensor((2,), (-1,)), "is no count"),
-    "a size that is a float": (Tensor((2.0,), (1,)), "is no count"),
-    "a size that is true": (Tensor((True,), (1,)), "is no count"),
-    "a size of 500 digits": (Tensor((10**500,), (1,)), "is no count"),
+    "a negative offset": (Tensor((2,), (1,), -1), "is not a count"),
+    "a negative stride": (Tensor((2,), (-1,)), "is not a count"),
+    "a size that is a float": (Tensor((2.0,), (1,)), "is not a count"),
+    "a size that is true": (Tensor((True,), (1,)), "is not a count"),
+    "a size of 500 digits": (Tensor((10**500,), (1,)), "is not a count"),
     "50,000 dimensions": (Tensor((1,) * 50_000, (1,) * 50_000), "50000 sizes"),
     "more sizes than strides": (Tensor((2, 2), (1,)), "2 sizes and 1 strides"),
-    "a storage that is not there": (Tensor((1,), (1,), 0, Storage(16, key="1")), "storage '1', which the archive lacks"),
-    "a storage above the folder": (Tensor((1,), (1,), 0, Storage(16, key="../../x")), "which the archive lacks"),
+    "a storage that is not there": (
+        Tensor((1,), (1,), 0, Storage(16, key="1")),
+        "storage '1', which is missing from the archive",
+    ),
+    "a storage above the folder": (Tensor((1,), (1,), 0, Storage(16, key="../../x")), "which is missing from the archive"),
     "another dtype than its storage": (
         Tensor((1,), (1,), 0, Storage(16, torch.DoubleStorage)),
         "claims a storage of 128 bytes",
@@ -117,7 +120,7 @@ def test_a_tensor_that_claims_too_much_is_refused(tmp_path, attack):
 
 
 RAW = {
-    "a key twice": (b"\x80\x02}(X\1\0\0\0aNX\1\0\0\0aNu.", "the key 'a' twice"),
+    "a key twice": (b"\x80\x02}(X\1\0\0\0aNX\1\0\0\0aNu.", "duplicate key 'a'"),
     "a number as key": (b"\x80\x02}(K\1Nu.", "of type int as a key"),
     "a nested tuple as key": (NESTED[:-1] + b"0.", "0x30|of type tuple"),
     "a tuple in a tuple, again and again": (NESTED, "holds a value of type tuple"),
@@ -129,10 +132,10 @@ RAW = {
     "a memo of 2^32 places": (b"\x80\x02}r\xff\xff\xff\xff.", None),
     "a value never stored": (b"\x80\x02h\7.", "never stored"),
     "the protocol of 1995": (pickle.dumps({"a": 1}, 0), "instruction"),
-    "no end": (b"\x80\x02}", "breaks off"),
-    "nothing": (b"", "breaks off"),
+    "no end": (b"\x80\x02}", "truncated"),
+    "nothing": (b"", "truncated"),
     "attributes of a tuple": (b"\x80\x02)}b.", "sets attributes"),
-    "a persistent id that is no storage": (b"\x80\x02K\1Q.", "no tensor storage"),
+    "a persistent id that is no storage": (b"\x80\x02K\1Q.", "not a tensor storage"),
 }
 
 
@@ -255,16 +258,16 @@ ARCHIVES = {
     "a directory beyond the limit": (with_end(2, GB, 0, hole=GB), "does not end where|more than any"),
     "more records than listed": (
         lambda path: with_end(3, *directory_of(write_pth(path, GOOD_PICKLE)))(path),
-        "3 are announced",
+        "end record says 3",
     ),
     "two pickles": (with_another("other/data.pkl"), "2 records named data.pkl"),
-    "one name twice": (with_another("archive/data/0"), "names a record twice"),
+    "one name twice": (with_another("archive/data/0"), "duplicate record names"),
     "no pickle": (empty_zip, "0 records named data.pkl"),
     "a comment behind the directory": (with_comment, "is not at the end of the file"),
     "big-endian numbers": (big_endian, "big-endian"),
     "an old torch file": (without_zip, "before 1.6"),
     "safetensors": (lambda path: path.write_bytes(struct.pack("<Q", 2) + b"{}"), "is a safetensors file"),
-    "anything": (lambda path: path.write_bytes(b"some text"), "is no .pth"),
+    "anything": (lambda path: path.write_bytes(b"some text"), "is not a .pth"),
 }
 
 

@@ -511,7 +511,7 @@ def test_a_target_in_the_source_leaves_the_source_whole_and_around_it_is_refused
     assert compare(tiny, inside).identical
     shutil.rmtree(inside)
     assert sums(tiny) == before
-    with pytest.raises(RequestError, match="which is no checkpoint's"):
+    with pytest.raises(RequestError, match="which is not a checkpoint file"):
         to_meta(tiny, tmp_path, force=True)
     assert sums(tiny) == before
 

@@ -1,1 +1,1 @@
-"""Files of tensors: .pth and safetensors, read and written."""
+"""Read and write tensor files: .pth and safetensors."""

@@ -1,4 +1,4 @@
-"""Write a checkpoint folder, one of its files, or its list of sums, so that it is there whole or not at all."""
+"""Write a checkpoint folder or one of its files atomically: the result is complete or absent."""
 
 import errno
 import fcntl
@@ -34,15 +34,16 @@ ADVICE = ADVICE_WHEN_FULL | {errno.EEXIST: "remove it or choose another name"}
 
 @contextmanager
 def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> Iterator[Path]:
-    """Yield an empty folder to fill, which becomes `path` when the block ends well and vanishes when it does not.
+    """Yield an empty folder that becomes `path` if the block succeeds and is deleted if it fails.
 
-    It lies beside `path` under a hidden name, so that a killed run leaves nothing that looks like a checkpoint; the next run
-    for the same `path` clears that away. `n_bytes` is about how much will be written, where that is known. Raises
-    RequestError where `path` is taken, unless `force` is given and it holds nothing but a checkpoint's files; CheckpointError
-    where it cannot be written (a full disk, no permission): any OSError in the block becomes one.
+    It is created next to `path` under a hidden name, so a killed run leaves nothing that looks like
+    a checkpoint. The next run for the same `path` deletes such leftovers. `n_bytes` is the expected
+    size, if known. Raises RequestError if `path` exists, unless `force` is given and it holds only
+    checkpoint files. Raises CheckpointError if it cannot be written (disk full, no permission): any
+    OSError in the block becomes one.
     """
     path = Path(path).expanduser()
-    with _os_errors_told(path, "create"):
+    with _as_checkpoint_error(path, "create"):
         path = path.resolve()
         _check_target(path, force)
         _check_parent(path)
@@ -51,14 +52,15 @@ def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> It
         _remove_leftovers(path)
         partial, lock = _make_partial(path)
     try:
-        with _os_errors_told(partial, "write"):
+        with _as_checkpoint_error(partial, "write"):
             yield partial
-            _check_target(path, force)  # someone else may have been quicker
+            _check_target(path, force)  # another process may have created it
             if path.exists():
                 shutil.rmtree(path)
             partial.rename(path)
     except CheckpointError as error:
-        raise type(error)(str(error).replace(str(partial), str(path))) from error  # nobody knows the hidden name
+        message = str(error).replace(str(partial), str(path))  # hide the temporary name
+        raise type(error)(message) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
@@ -66,25 +68,25 @@ def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> It
 
 @contextmanager
 def new_file(path: Path, n_bytes: int) -> Iterator[BinaryIO]:
-    """Yield a new file to fill with about `n_bytes`; it vanishes when the block fails.
+    """Yield a new file for about `n_bytes`; it is deleted if the block fails.
 
-    Raises CheckpointError where there is no room for it, it is there already, or it cannot be written.
+    Raises CheckpointError if the file exists, does not fit on the disk or cannot be written.
     """
     check_free_space(path, n_bytes)
-    with _os_errors_told(path, "write", n_bytes), path.open("xb") as file:
+    with _as_checkpoint_error(path, "write", n_bytes), path.open("xb") as file:
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # some file systems tell of a full disk only now
+            os.fsync(file.fileno())  # some file systems report a full disk only here
         except BaseException:
             path.unlink(missing_ok=True)
             raise
 
 
 def check_free_space(path: str | Path, n_bytes: int) -> None:
-    """Raise CheckpointError if `n_bytes` surely do not fit where `path` is or is to be."""
+    """Raise CheckpointError if `n_bytes` do not fit on the disk where `path` is or will be."""
     path = Path(path)
-    with _os_errors_told(path, "write"):
+    with _as_checkpoint_error(path, "write"):
         free = _free_bytes(path)
     if free is not None and n_bytes > free:
         raise CheckpointError(
@@ -94,17 +96,17 @@ def check_free_space(path: str | Path, n_bytes: int) -> None:
 
 
 def write_params(folder: Path, params: Mapping[str, Any]) -> None:
-    """Write params.json on one line, as Meta does."""
+    """Write params.json on a single line, as Meta does."""
     (folder / "params.json").write_text(json.dumps(params) + "\n")
 
 
 def write_sums(
     folder: Path, names: Iterable[str], algorithm: str = "md5", jobs: int | None = None, progress: FileProgress | None = None
 ) -> Path:
-    """Write checklist.chk over the named files of a folder, whole or not at all; return its path.
+    """Write checklist.chk with the checksums of the named files; return its path.
 
-    The files are hashed `jobs` at a time (default: one per core). Raises CheckpointError where one cannot be read, or the list
-    cannot be written.
+    Up to `jobs` files are hashed at a time (default: one per core). Raises CheckpointError if a
+    file cannot be read or the list cannot be written.
     """
     target, in_order = folder / CHECKLIST_NAME, sorted(names)
     sums = {}
@@ -118,7 +120,7 @@ def write_sums(
 
 def _write_atomically(target: Path, data: bytes) -> None:
     try:
-        with whole_file(target) as file:
+        with atomic_file(target) as file:
             file.write(data)
     except OSError as error:
         advice = ADVICE_WHEN_FULL.get(error.errno, "allow writing there")
@@ -126,17 +128,17 @@ def _write_atomically(target: Path, data: bytes) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that becomes `path`, in place of one that is there, when the block ends well, and vanishes when it does not.
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that replaces `path` if the block succeeds and is deleted if it fails.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if it cannot be written.
     """
-    partial_file = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex}.partial")  # nobody else's, whoever writes beside us
+    partial_file = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex}.partial")
     with partial_file.open("xb") as file:
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # some file systems tell of a full disk only now
+            os.fsync(file.fileno())  # some file systems report a full disk only here
             partial_file.replace(path)
         finally:
             with suppress(OSError):
@@ -144,37 +146,37 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _os_errors_told(path: Path, verb: str, n_bytes: int = 0) -> Iterator[None]:
-    """Turn an OSError of the block into a CheckpointError that says what to do."""
+def _as_checkpoint_error(path: Path, verb: str, n_bytes: int = 0) -> Iterator[None]:
+    """Turn an OSError raised in the block into a CheckpointError with advice."""
     try:
         yield
     except ConnectionError:
-        raise  # whoever reads our output has gone, which is nothing about files
+        raise  # the reader of our output is gone: not an error about files
     except OSError as error:
         what = error.strerror or error
-        if verb == "write" and _is_elsewhere(error.filename, path):  # a file that was read to fill this one
+        if verb == "write" and _is_outside(error.filename, path):  # a source file, not the target
             raise CheckpointError(f"cannot use {error.filename}: {what}; nothing was written") from error
         needed = f"it needs {human_bytes(n_bytes)}; " if n_bytes and error.errno in ADVICE_WHEN_FULL else ""
         raise CheckpointError(f"cannot {verb} {path}: {what}; {needed}{ADVICE.get(error.errno, ELSEWHERE)}") from error
 
 
-def _is_elsewhere(filename: Any, path: Path) -> bool:
+def _is_outside(filename: Any, path: Path) -> bool:
     return isinstance(filename, str) and path not in (Path(filename), *Path(filename).parents)
 
 
 def _free_bytes(path: Path) -> int | None:
-    """What is free on the disk that `path` is on or will be; None where the file system does not know."""
-    usage = shutil.disk_usage(_nearest(path))
+    """Free bytes on the disk where `path` is or will be; None if the file system does not know."""
+    usage = shutil.disk_usage(_nearest_existing(path))
     return usage.free if usage.total else None
 
 
-def _nearest(path: Path) -> Path:
-    """The path itself or the closest above it that exists."""
+def _nearest_existing(path: Path) -> Path:
+    """The path itself, or its closest parent that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def _check_parent(path: Path) -> None:
-    above = _nearest(path.parent)
+    above = _nearest_existing(path.parent)
     if not above.is_dir():
         raise RequestError(f"cannot create {path}: {above} is a file, expected a folder; {ELSEWHERE}")
 
@@ -185,27 +187,28 @@ def _check_target(path: Path, force: bool) -> None:
     if not path.is_dir():
         raise RequestError(f"{path} is a file, expected a folder or nothing; {ELSEWHERE}")
     names = sorted(entry.name for entry in path.iterdir())
-    strangers = [name for name in names if not CHECKPOINT_FILE.fullmatch(name)]
+    foreign = next((name for name in names if not CHECKPOINT_FILE.fullmatch(name)), None)
     if names and not force:
         raise RequestError(f"{path} already holds {', '.join(names[:4])}…; --force replaces it, or {ELSEWHERE}")
-    if strangers:
-        raise RequestError(f"{path} holds {strangers[0]}, which is no checkpoint's; --force replaces checkpoints only")
+    if foreign:
+        raise RequestError(f"{path} holds {foreign}, which is not a checkpoint file; --force replaces checkpoints only")
 
 
 def _make_partial(path: Path) -> tuple[Path, int]:
-    """A new hidden folder beside `path` and the lock that tells other runs that it is still being written."""
+    """Create a hidden folder next to `path`, and the lock that shows other runs it is in use."""
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     fresh.mkdir()
     lock = os.open(fresh, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return fresh.rename(fresh.with_suffix(".partial")), lock  # renamed once locked: others remove unlocked .partial folders
+    # Renamed only when locked, because other runs delete unlocked .partial folders.
+    return fresh.rename(fresh.with_suffix(".partial")), lock
 
 
 def _remove_leftovers(path: Path) -> None:
     leftover = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{32}\.partial")
     for entry in path.parent.iterdir():
         if leftover.fullmatch(entry.name):
-            with suppress(OSError):  # another run is writing it at this moment, or clearing it away, or it is another user's
+            with suppress(OSError):  # in use, just deleted by another run, or another user's
                 _remove_unlocked(entry)
 
 

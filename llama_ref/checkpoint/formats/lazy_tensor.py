@@ -1,4 +1,4 @@
-"""A tensor on its way to a file: known by shape before its values exist, and made block by block when its turn comes."""
+"""Tensors to be written to a file, whose values are produced block by block when needed."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 16 << 20  # large enough that calls cost nothing, small enough that memory stays flat
+BLOCK_BYTES = 16 << 20  # large enough to hide the cost of a call, small enough to keep memory flat
 
-BytesWritten = Callable[[int], object]  # called with the bytes of each block once they are written
+BytesWritten = Callable[[int], object]  # called after each block with its number of bytes
 
 
 class Sink(Protocol):
@@ -19,9 +19,10 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be written. `blocks` gives whole rows in order, together all of it, and is called when its turn comes.
+    """A tensor to be written: name, shape and dtype now, values from `blocks()` when it is written.
 
-    A block may lie anywhere and in any strides; only one is held at a time.
+    The blocks are consecutive rows that together make up the tensor. They may be on any device and
+    have any strides. Only one is held in memory at a time.
     """
 
     name: str
@@ -31,7 +32,7 @@ class LazyTensor:
 
     @classmethod
     def from_tensor(cls, name: str, tensor: Tensor) -> "LazyTensor":
-        """Wrap a tensor that exists already, in memory or mapped."""
+        """Wrap an existing tensor, in memory or memory-mapped."""
         return cls(name, tuple(tensor.shape), tensor.dtype, lambda: row_blocks(tensor))
 
     @property
@@ -43,7 +44,7 @@ class LazyTensor:
         return self.numel * self.dtype.itemsize
 
     def write_to(self, sink: Sink, progress: BytesWritten | None = None) -> None:
-        """Write the bytes row by row. Raises ValueError where the blocks are not what shape and dtype promise."""
+        """Write the bytes row by row. Raises ValueError if blocks do not match shape and dtype."""
         n_rows = 0
         for block in self.blocks():
             self._check(block, n_rows)
@@ -51,7 +52,7 @@ class LazyTensor:
             sink.write(_bytes_of(block))
             if progress:
                 progress(block.nbytes)
-            del block  # before the next one is made
+            del block  # free it before the next one is produced
         if n_rows != self.shape[0]:
             raise ValueError(f"the blocks of {self.name} have {n_rows:,} rows, expected {self.shape[0]:,}")
 
@@ -66,13 +67,13 @@ class LazyTensor:
 
 
 def row_blocks(tensor: Tensor, n_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
-    """Views of a tensor's rows, as many at a time as `n_bytes` hold (one at least)."""
+    """Views of consecutive rows, each of at most `n_bytes` but at least one row."""
     row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
     yield from tensor.split(max(1, n_bytes // max(1, row_bytes)))
 
 
 def check_writable(tensors: Sequence[LazyTensor]) -> None:
-    """Raise ValueError for tensors that no weight file can hold: two of one name, or one without dimensions."""
+    """Raise ValueError for duplicate names and for tensors without dimensions."""
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
@@ -83,5 +84,5 @@ def check_writable(tensors: Sequence[LazyTensor]) -> None:
 
 
 def _bytes_of(block: Tensor) -> memoryview:
-    row_by_row = block.detach().cpu().contiguous()  # copied only where it is not so already
+    row_by_row = block.detach().cpu().contiguous()  # copies only if necessary
     return row_by_row.view(-1).view(torch.uint8).numpy().data

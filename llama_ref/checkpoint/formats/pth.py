@@ -1,4 +1,4 @@
-"""What tensors a `.pth` holds and where their bytes lie, from a few reads of its end and head: no weights, no code."""
+"""List the tensors of a `.pth` and their file offsets without reading weights or running code."""
 
 import math
 import os
@@ -21,11 +21,11 @@ from llama_ref.files import check_head
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a `.pth`.
+    """One tensor of a `.pth`, checked to lie within its storage and within the file.
 
-    `dtype` is torch's name of it ("bfloat16"); `storage_offset` and `stride` count elements; `data_offset` is where its
-    storage's bytes begin in the file. Tensors that share a `storage_key` share memory (a tied output). Known to lie within
-    its storage, which is known to lie within the file.
+    `dtype` is torch's name ("bfloat16"). `storage_offset` and `stride` count elements.
+    `data_offset` is the file offset of its storage. Tensors with the same `storage_key` share
+    memory (tied output).
     """
 
     dtype: str
@@ -46,22 +46,22 @@ class TensorInfo:
 
     @property
     def file_offset(self) -> int:
-        """Where the tensor's first element lies in the file."""
+        """Offset of the tensor's first element in the file."""
         return self.data_offset + self.storage_offset * ITEM_BYTES[self.dtype]
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie row by row, one after another."""
+        """Whether the elements are stored in row-major order without gaps."""
         in_order = (math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
         steps = zip(self.shape, self.stride, in_order, strict=True)
         return 0 in self.shape or all(size == 1 or step == expected for size, step, expected in steps)
 
 
 def inspect_pth(path: str | Path) -> dict[str, TensorInfo]:
-    """The tensors of a `.pth` by name, checked against the archive they lie in.
+    """The tensors of a `.pth` by name, checked against its zip archive.
 
-    Reads a few hundred kilobytes whatever the file's size. Raises CheckpointError: what the file is instead, what is broken
-    in the archive, or what its pickle asks for that tensors do not need.
+    Reads a few hundred kilobytes, whatever the file's size. Raises CheckpointError if the file is
+    something else, the archive is damaged, or its pickle asks for more than tensors.
     """
     path = Path(path)
     head = check_head(path, "a .pth of weights")
@@ -77,7 +77,7 @@ def inspect_pth(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def archive_records(path: str | Path) -> list[Record]:
-    """The records of a `.pth`'s archive, data included, in the order of their offsets. Raises BadArchive."""
+    """All records of a `.pth`'s zip archive in the order of their offsets. Raises BadArchive."""
     with Path(path).open("rb", buffering=0) as file:
         return read_directory(file, os.fstat(file.fileno()).st_size)
 
@@ -86,8 +86,8 @@ def _not_zip(head: bytes) -> str:
     if head[8:9] == b"{":
         return "is a safetensors file under another name; convert it, or fetch the .pth"
     if head.startswith(b"\x80"):
-        return "is a bare pickle or torch's format before 1.6, which is not read; save it anew with a current torch"
-    return "is no .pth of torch.save (it does not begin with PK); fetch it again"
+        return "is a bare pickle or in torch's format before 1.6, which is not supported; save it again with a current torch"
+    return "is not a .pth written by torch.save (it does not begin with PK); fetch it again"
 
 
 def _inspect(file: BinaryIO) -> dict[str, TensorInfo]:
@@ -102,7 +102,7 @@ def _inspect(file: BinaryIO) -> dict[str, TensorInfo]:
     if f"{root}byteorder" in records and _small_record(file, records[f"{root}byteorder"]) != b"little":
         raise BadArchive("its numbers are stored big-endian; save it on a little-endian machine")
     tensors, _ = read_tensor_pickle(data)
-    return {name: _placed(name, tensor, records, root) for name, tensor in tensors.items()}
+    return {name: _tensor_info(name, tensor, records, root) for name, tensor in tensors.items()}
 
 
 def _small_record(file: BinaryIO, record: Record) -> bytes:
@@ -116,23 +116,23 @@ def _small_record(file: BinaryIO, record: Record) -> bytes:
     return data
 
 
-def _placed(name: str, tensor: PickledTensor, records: dict[str, Record], root: str) -> TensorInfo:
+def _tensor_info(name: str, tensor: PickledTensor, records: dict[str, Record], root: str) -> TensorInfo:
     storage = tensor.storage
     record = records.get(f"{root}data/{storage.key}")
     if record is None:
-        raise BadArchive(f"its tensor {name!r} refers to storage {storage.key!r}, which the archive lacks")
+        raise BadArchive(f"its tensor {name!r} refers to storage {storage.key!r}, which is missing from the archive")
     if record.size != storage.nbytes:
         raise BadArchive(
-            f"its tensor {name!r} claims a storage of {storage.nbytes:,} bytes, but the archive's has {record.size:,}"
+            f"its tensor {name!r} claims a storage of {storage.nbytes:,} bytes, but the archive has {record.size:,}"
         )
-    held = storage.nbytes // ITEM_BYTES[tensor.dtype]
+    available = storage.nbytes // ITEM_BYTES[tensor.dtype]
     numel = math.prod(tensor.shape)
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
-    if numel and (last >= held or numel > held):
+    if numel and (last >= available or numel > available):
         raise BadArchive(
             f"its tensor {name!r} of shape {tensor.shape}, stride {tensor.stride} and offset {tensor.offset} "
-            f"reads past its storage of {held:,} elements"
+            f"reads past its storage of {available:,} elements"
         )
     if storage.dtype not in (None, tensor.dtype):
-        raise BadArchive(f"its tensor {name!r} is {tensor.dtype} on a storage of {storage.dtype}")
+        raise BadArchive(f"its tensor {name!r} is {tensor.dtype}, but its storage is {storage.dtype}")
     return TensorInfo(tensor.dtype, tensor.shape, tensor.stride, storage.key, tensor.offset, storage.nbytes, record.data_offset)

@@ -1,7 +1,8 @@
-"""How long a `.pth` ought to be, worked out from whatever of it is there.
+"""Compute the complete size of a `.pth` that may be truncated or overlong.
 
-`torch.save` writes the pickle first, then the storages, then the directory. So the end of a file tells where everything
-should lie, and the beginning of one that was cut short still tells how much had to follow.
+`torch.save` writes the pickle first, then the storages, then the zip directory. So the end of a
+file tells where everything should be, and the beginning of a truncated one tells how much is
+missing.
 """
 
 import os
@@ -25,16 +26,16 @@ from llama_ref.checkpoint.formats.pth_zip import (
 )
 
 DESCRIPTOR_SIGNATURE = b"PK\7\x08"
-DESCRIPTOR_LENGTHS = (16, 24)  # behind each record's data; the longer one where 32 bits do not hold the numbers
-SMALL_RECORD_BYTES = 4096  # version, byteorder and the like
+DESCRIPTOR_LENGTHS = (16, 24)  # after each record's data; the longer one if the sizes need 64 bits
+SMALL_RECORD_BYTES = 4096  # enough for version, byteorder and similar
 TRAILER_BYTES = END64.size + LOCATOR64.size + END.size
 
 
 def archive_length(path: str | Path) -> int | None:
-    """The size in bytes that a `.pth` has when whole, from its own end or, lacking that, its beginning.
+    """The size in bytes of the complete `.pth`, from its end or else from its beginning.
 
-    For a file cut short among the tensors it is short of the truth by the padding between those that are missing (under
-    200 bytes each). None where the file is too damaged to tell.
+    For a file truncated among the tensors the result is too small by the padding between the
+    missing ones (under 200 bytes each). None if the file is too damaged to tell.
     """
     with Path(path).open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -45,27 +46,27 @@ def _length_from_end(file: BinaryIO, size: int) -> int | None:
     end = read_end(file, size)
     if end is None or not _both_ends_agree(file, size, end.directory_offset, end.directory_size):
         return None
-    if read_at(file, end.directory_offset, 4) == CENTRAL_SIGNATURE:  # all before it is in place
+    if read_at(file, end.directory_offset, 4) == CENTRAL_SIGNATURE:  # nothing before it is missing
         ends = end.directory_offset + end.directory_size
         return ends + (TRAILER_BYTES if read_at(file, ends, 4) == END64_SIGNATURE else size - end.tail_offset)
     begins = end.tail_offset - end.directory_size
-    if begins >= 0 and read_at(file, begins, 4) == CENTRAL_SIGNATURE:  # it has moved, by as much as is missing or too much
+    if begins >= 0 and read_at(file, begins, 4) == CENTRAL_SIGNATURE:  # moved
         return size + end.directory_offset - begins
     return None
 
 
 def _both_ends_agree(file: BinaryIO, size: int, offset: int, directory_size: int) -> bool:
-    """Whether the 32-bit end record repeats the 64-bit one's numbers, as far as they fit: a flipped bit must not mislead."""
+    """Whether the 32-bit end record agrees with the 64-bit one: a flipped bit must not mislead."""
     *_, size32, offset32, _ = END.unpack(read_at(file, size - END.size, END.size))
     return size32 in (directory_size, IN_ZIP64) and offset32 in (offset, IN_ZIP64)
 
 
 class _Walk:
-    """Goes through an archive from its beginning, record by record, as it was written."""
+    """Reads an archive record by record from the beginning, as far as it goes."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
-        self.storages: dict[str, int] = {}  # key -> bytes, known once the pickle is read
+        self.storages: dict[str, int] = {}  # key -> bytes, filled when the pickle is read
         self.names: list[str] = []
 
     def length(self) -> int | None:
@@ -75,14 +76,14 @@ class _Walk:
             if after is None:
                 return None
             if after >= self.size:
-                return after + self._still_to_come()
+                return after + self._remaining_bytes()
             at = after
         if signature == CENTRAL_SIGNATURE:
             return self._after_directory(at)
-        return at + self._still_to_come() if len(signature) < 4 and self.storages else None
+        return at + self._remaining_bytes() if len(signature) < 4 and self.storages else None
 
     def _after_record(self, at: int) -> int | None:
-        """Where the record that begins at `at` ends, descriptor included; None if that cannot be told."""
+        """Where the record at `at` ends, descriptor included; None if unknown."""
         head = read_at(self.file, at, LOCAL.size)
         if len(head) < LOCAL.size:
             return at + LOCAL.size if self.storages else None
@@ -104,11 +105,11 @@ class _Walk:
             return self._read_pickle(read_at(self.file, begins, PICKLE_LIMIT_BYTES))
         found = read_at(self.file, begins, SMALL_RECORD_BYTES).find(DESCRIPTOR_SIGNATURE)
         if found < 0 and begins + SMALL_RECORD_BYTES > self.size and self.storages:
-            return self.size - begins  # cut within a small record
+            return self.size - begins  # truncated within a small record
         return found if found >= 0 else None
 
     def _read_pickle(self, data: bytes) -> int | None:
-        """Note what storages must follow; the pickle's length, or None if it is not the one that was written."""
+        """Remember the storages that must follow; return the pickle's length, None if damaged."""
         try:
             tensors, length = read_tensor_pickle(data)
         except RefusedPickle:
@@ -127,7 +128,7 @@ class _Walk:
                 return at + length
         return at + DESCRIPTOR_LENGTHS[0]
 
-    def _still_to_come(self) -> int:
+    def _remaining_bytes(self) -> int:
         n_records = len(self.names) + len(self.storages)
         return sum(self.storages.values()) + n_records * CENTRAL.size + sum(map(len, self.names)) + TRAILER_BYTES
 

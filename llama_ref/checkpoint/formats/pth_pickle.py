@@ -1,9 +1,10 @@
-"""Reads the pickle inside a `.pth` as data: which tensors, of which storage. Nothing in it is imported or called.
+"""Read the pickle inside a `.pth` as data, without importing or calling anything named in it.
 
-A pickle is a program for a stack machine. This is that machine with only the instructions that `torch.save` emits for a
-dictionary of tensors (protocol 2, which is also all that `torch.load(weights_only=True)` takes), where a "call" of torch's
-rebuild functions merely notes its arguments and any other is refused. Work and memory are bounded by the number of
-instructions; claimed sizes are numbers here and allocate nothing.
+A pickle is a program for a stack machine. This machine has only the instructions that `torch.save`
+emits for a dictionary of tensors (protocol 2, the only one that `torch.load(weights_only=True)`
+accepts). A call of torch's rebuild functions only records its arguments; other calls are rejected.
+The number of instructions bounds time and memory: claimed sizes are plain numbers and allocate
+nothing.
 """
 
 import struct
@@ -15,7 +16,7 @@ from llama_ref.errors import CheckpointError
 
 PICKLE_LIMIT_BYTES = 8 << 20  # 405B needs about 200 KB
 INSTRUCTION_LIMIT = 1_000_000  # 405B needs about 50,000
-TEXT_LIMIT_BYTES = 1024  # of one name
+TEXT_LIMIT_BYTES = 1024  # per name
 MOST_DIMENSIONS = 8
 
 STORAGES = {
@@ -49,12 +50,12 @@ UNSUITED = {"sparse": "sparse", "qtensor": "quantized", "Complex": "complex", "Q
 
 
 class RefusedPickle(CheckpointError):
-    """The pickle asks for more than tensors, or is none."""
+    """The pickle asks for more than tensors, or is not a pickle."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name the pickle mentions; it stays a name."""
+    """A Python object that the pickle names; it is never imported."""
 
     module: str
     name: str
@@ -65,7 +66,7 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage as the pickle claims it: `dtype` is None for untyped ones, whose `numel` counts bytes."""
+    """A storage as the pickle claims it. If untyped, `dtype` is None and `numel` counts bytes."""
 
     key: str
     dtype: str | None
@@ -88,24 +89,24 @@ class PickledTensor:
 
 
 def read_tensor_pickle(data: bytes) -> tuple[dict[str, PickledTensor], int]:
-    """The dictionary of tensors that `data` begins with, and the pickle's length in bytes. Raises RefusedPickle."""
+    """The dictionary of tensors at the beginning of `data` and its length. Raises RefusedPickle."""
     machine = _Machine(data)
     try:
         found = machine.run()
     except (IndexError, struct.error):
-        raise RefusedPickle("its data.pkl breaks off or is garbled") from None
+        raise RefusedPickle("its data.pkl is truncated or damaged") from None
     if not isinstance(found, dict):
         raise RefusedPickle(f"it holds {_kind(found)}, expected a dictionary of tensors")
     for name, value in found.items():
         if isinstance(value, dict):
-            raise RefusedPickle(f"its entry {name!r} is a dictionary; save that inner dictionary of tensors by itself")
+            raise RefusedPickle(f"its entry {name!r} is a dictionary; save that inner dictionary of tensors on its own")
         if not isinstance(value, PickledTensor):
             raise RefusedPickle(f"its entry {name!r} is {_kind(value)}, expected a tensor")
     return found, machine.at
 
 
 def _kind(value: Any) -> str:
-    return f"a value of type {type(value).__name__}"  # never its contents: they may be nested without end
+    return f"a value of type {type(value).__name__}"  # its contents may be nested very deep
 
 
 _MARK = object()
@@ -170,22 +171,22 @@ class _Machine:
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
-            raise RefusedPickle("its data.pkl fills something that is no dictionary")
+            raise RefusedPickle("its data.pkl fills something that is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str):
                 raise RefusedPickle(f"its dictionary has {_kind(key)} as a key, expected tensor names")
             if key in target:
-                raise RefusedPickle(f"its dictionary holds the key {key!r} twice")
+                raise RefusedPickle(f"its dictionary has the duplicate key {key!r}")
             target[key] = value
 
     def append_all(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise RefusedPickle("its data.pkl extends something that is no list")
+            raise RefusedPickle("its data.pkl extends something that is not a list")
         self.stack[-1].extend(items)
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        self.push(_call_noted(function, arguments))
+        self.push(_emulate_call(function, arguments))
 
     def storage(self) -> None:
         self.push(_storage(self.stack.pop()))
@@ -193,7 +194,7 @@ class _Machine:
     def ignore_attributes(self) -> None:
         self.stack.pop()
         if not isinstance(self.stack[-1], dict):
-            raise RefusedPickle("its data.pkl sets attributes on something that is no dictionary")
+            raise RefusedPickle("its data.pkl sets attributes on something that is not a dictionary")
 
 
 _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
@@ -221,35 +222,35 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     ord("e"): lambda m: m.append_all(m.pop_to_mark()),
     ord("q"): lambda m: m.memo.__setitem__(m.number("<B"), m.stack[-1]),
     ord("r"): lambda m: m.memo.__setitem__(m.number("<I"), m.stack[-1]),
-    ord("h"): lambda m: m.push(_remembered(m.memo, m.number("<B"))),
-    ord("j"): lambda m: m.push(_remembered(m.memo, m.number("<I"))),
-    ord("c"): lambda m: m.push(_permitted(Global(m.line(), m.line()))),
+    ord("h"): lambda m: m.push(_recall(m.memo, m.number("<B"))),
+    ord("j"): lambda m: m.push(_recall(m.memo, m.number("<I"))),
+    ord("c"): lambda m: m.push(_check_global(Global(m.line(), m.line()))),
     ord("R"): lambda m: m.call(),
     ord("Q"): lambda m: m.storage(),
     ord("b"): lambda m: m.ignore_attributes(),
 }
 
 
-def _remembered(memo: dict[int, Any], index: int) -> Any:
+def _recall(memo: dict[int, Any], index: int) -> Any:
     if index not in memo:
         raise RefusedPickle("its data.pkl refers to a value it never stored")
     return memo[index]
 
 
-def _permitted(found: Global) -> Global:
+def _check_global(found: Global) -> Global:
     known = {"collections": ("OrderedDict",), "torch._utils": REBUILDERS, "torch.storage": ("UntypedStorage",)}
     if found.name in known.get(found.module, ()) or (found.module == "torch" and found.name in STORAGES | ITEM_BYTES):
         return found
     for part, word in UNSUITED.items():
         if found.module.startswith("torch") and part in found.name:
-            raise RefusedPickle(f"it holds {word} tensors ({found}), which a Llama checkpoint has none of")
+            raise RefusedPickle(f"it holds {word} tensors ({found}), which no Llama checkpoint contains")
     raise RefusedPickle(
         f"it asks Python to use {str(found)!r}, which no dictionary of tensors needs; loading such a file can run programs: "
         "nothing was run here, do not load it elsewhere"
     )
 
 
-def _call_noted(function: Any, arguments: Any) -> Any:
+def _emulate_call(function: Any, arguments: Any) -> Any:
     if isinstance(function, Global) and isinstance(arguments, tuple):
         if function.name == "OrderedDict" and not arguments:
             return {}
@@ -264,22 +265,22 @@ def _call_noted(function: Any, arguments: Any) -> Any:
 
 def _storage(identity: Any) -> Storage:
     if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
-        raise RefusedPickle("its data.pkl refers to something that is no tensor storage")
+        raise RefusedPickle("its data.pkl refers to something that is not a tensor storage")
     _, kind, key, _, numel = identity
     if not isinstance(kind, Global) or kind.name not in (*STORAGES, "UntypedStorage") or not isinstance(key, str):
         raise RefusedPickle("its data.pkl describes a storage without a known type and key")
     if not _is_count(numel):
-        raise RefusedPickle(f"its storage {key!r} claims a size that is no count")
+        raise RefusedPickle(f"its storage {key!r} claims a size that is not a count")
     return Storage(key, STORAGES.get(kind.name), numel)
 
 
 def _tensor(dtype: Any, storage: Any, offset: Any, shape: Any, stride: Any) -> PickledTensor:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
-        raise RefusedPickle("its data.pkl rebuilds a tensor from something that is no storage")
+        raise RefusedPickle("its data.pkl rebuilds a tensor from something that is not a storage")
     if len(shape) != len(stride) or len(shape) > MOST_DIMENSIONS:
         raise RefusedPickle(f"its data.pkl has a tensor with {len(shape)} sizes and {len(stride)} strides")
     if not all(map(_is_count, (offset, *shape, *stride))):
-        raise RefusedPickle("its data.pkl has a tensor with a size, stride or offset that is no count")
+        raise RefusedPickle("its data.pkl has a tensor with a size, stride or offset that is not a count")
     named = dtype.name if isinstance(dtype, Global) else storage.dtype
     if named not in ITEM_BYTES:
         raise RefusedPickle("its data.pkl has a tensor without a known dtype")

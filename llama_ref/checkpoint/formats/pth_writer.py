@@ -1,4 +1,4 @@
-"""Write a `.pth` as `torch.save` does, but block by block: tensors larger than memory go through one block's worth of it."""
+"""Write a `.pth` like `torch.save`, but block by block: tensors may be larger than memory."""
 
 import hashlib
 import io
@@ -18,12 +18,12 @@ from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, c
 from llama_ref.checkpoint.formats.pth_pickle import STORAGES
 from llama_ref.checkpoint.formats.pth_zip import END, END64, END64_SIGNATURE, LOCAL, LOCATOR64, LOCATOR64_SIGNATURE
 
-ALIGNMENT_BYTES = 64  # of every record's data, so that it can be mapped and used in place
+ALIGNMENT_BYTES = 64  # of every record's data, so that it can be used memory-mapped
 PADDING_FIELD = b"FB"  # the extra field that torch pads with
 ZIP64_VERSION = 45
-ZIP64_FIELD_BYTES = 20  # behind the padding, in a large record's header
-FORMAT_VERSION = b"3\n"  # torch's, of zip archives without code
-RECORD_BYTES = 512  # at most, of headers, padding and directory entry
+ZIP64_FIELD_BYTES = 20  # after the padding, in a large record's header
+FORMAT_VERSION = b"3\n"  # torch's version of zip archives without code
+RECORD_BYTES = 512  # upper bound for headers, padding and directory entry
 
 STORAGE_OF = {getattr(torch, dtype): getattr(torch, storage) for storage, dtype in STORAGES.items()}
 
@@ -34,11 +34,11 @@ def write_pth(
     aliases: Mapping[str, str] | None = None,
     progress: BytesWritten | None = None,
 ) -> None:
-    """Write the new file `path`, whole or not at all, for `torch.load` to read by copy or by map.
+    """Write the new file `path` atomically, for `torch.load` with or without `mmap`.
 
-    `aliases` ({"output.weight": "tok_embeddings.weight"}) are second names of tensors, on the same storage. The same tensors
-    give the same bytes. Raises CheckpointError where the file cannot be written, ValueError where blocks do not make their
-    tensor.
+    `aliases` ({"output.weight": "tok_embeddings.weight"}) are second names for tensors, sharing
+    their storage. The same tensors give the same bytes. Raises CheckpointError if the file cannot
+    be written, ValueError if blocks do not match their tensor.
     """
     path = Path(path)
     check_writable(tensors)
@@ -47,8 +47,9 @@ def write_pth(
         archive = _Archive(file, path.stem)
         with archive.zip:
             archive.add("data.pkl", index)
-            # Torch 2.7 and later also put .format_version here, which lets readers compute where storages begin instead of
-            # looking it up. Zip64 records of zipfile are laid out otherwise than torch's, so this promise is not made.
+            # Torch 2.7 and later add .format_version here, which lets readers compute the offsets
+            # of storages. zipfile lays out zip64 records differently from torch, so we leave it
+            # out.
             archive.add("byteorder", sys.byteorder.encode())
             for key, tensor in enumerate(tensors):
                 archive.add(f"data/{key}", tensor, progress)
@@ -58,13 +59,13 @@ def write_pth(
 
 
 class _Archive:
-    """Stored records with aligned data, each written once and in order."""
+    """A zip archive of uncompressed records with aligned data, written in order."""
 
     def __init__(self, file: BinaryIO, root: str) -> None:
-        self.sink = _OnwardOnly(file)
+        self.sink = _Unseekable(file)
         # The stubs ask for close(), but zipfile does not close a file that it was given.
         self.zip = zipfile.ZipFile(self.sink, "w", zipfile.ZIP_STORED)  # type: ignore[call-overload]
-        self.root = root if root.isascii() else "archive"  # as torch
+        self.root = root if root.isascii() else "archive"  # as torch does
 
     def add(self, name: str, data: bytes | LazyTensor, progress: BytesWritten | None = None) -> None:
         info = zipfile.ZipInfo(f"{self.root}/{name}")
@@ -84,7 +85,7 @@ class _Archive:
         file.write(_with_zip64_end(directory.getvalue(), begins))
 
     def contents_id(self) -> bytes:
-        """Forty digits that depend on all records so far."""
+        """A 40-digit hash of all records so far."""
         records = "".join(f"{info.filename} {info.CRC}\n" for info in self.zip.infolist())
         return b"%040d" % (int(hashlib.sha256(records.encode()).hexdigest(), 16) % 10**40)
 
@@ -95,9 +96,10 @@ class _Archive:
 
 
 def _with_zip64_end(directory: bytes, begins: int) -> bytes:
-    """A zip's directory at the offset `begins`, ended as torch always does, however small the archive.
+    """A zip directory at the offset `begins` with a zip64 end record, which torch always writes.
 
-    So the end has one length, and a file that was cut short shows how long it was.
+    So the end always has the same length, and the complete size of a truncated file can be
+    computed.
     """
     if directory[-END.size - LOCATOR64.size :].startswith(LOCATOR64_SIGNATURE):
         return directory
@@ -107,8 +109,8 @@ def _with_zip64_end(directory: bytes, begins: int) -> bytes:
     return entries + end64 + LOCATOR64.pack(LOCATOR64_SIGNATURE, 0, begins + len(entries), 1) + end
 
 
-class _OnwardOnly:
-    """A file that cannot seek: zipfile then puts sizes and CRC-32 behind the data, as torch does, and never goes back."""
+class _Unseekable:
+    """A file that cannot seek: zipfile then writes size and CRC-32 after the data, as torch does."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.at = file, 0
@@ -132,13 +134,13 @@ class _Storage:
 
 
 class _Entry:
-    """A tensor as torch.save pickles it: on the whole of its own storage, row by row."""
+    """A tensor as torch.save pickles it: contiguous, on a storage of its own."""
 
     def __init__(self, tensor: LazyTensor, key: str) -> None:
         self.tensor, self.key = tensor, key
 
     def __reduce__(self) -> tuple:
-        shape = (*self.tensor.shape,)  # an object of its own: of one that tensors share, pickle writes what was written before
+        shape = (*self.tensor.shape,)  # a copy, because pickle writes a shared object as a reference
         stride = torch.empty(shape, device="meta").stride()
         storage = _Storage(self.tensor, self.key)
         return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
@@ -152,14 +154,14 @@ class _Pickler(pickle.Pickler):
 
 
 def _index(tensors: Sequence[LazyTensor], aliases: Mapping[str, str]) -> bytes:
-    """data.pkl: the dictionary of tensors, their bytes left to the archive's records."""
+    """The content of data.pkl: the dictionary of tensors without their values."""
     for tensor in tensors:
         if tensor.dtype not in STORAGE_OF:
-            raise ValueError(f"{tensor.name} is {tensor.dtype}, which has no storage in a .pth")
+            raise ValueError(f"{tensor.name} is {tensor.dtype}, which a .pth cannot store")
     entries = {tensor.name: _Entry(tensor, str(key)) for key, tensor in enumerate(tensors)}
     for alias, name in aliases.items():
         if alias in entries or name not in entries:
-            raise ValueError(f"{alias} cannot be another name of {name}: {alias} is taken, or {name} is not there")
+            raise ValueError(f"{alias} cannot be an alias of {name}: {alias} is taken or {name} does not exist")
         entries[alias] = entries[name]  # one object: pickled once, read back as one tensor
     out = io.BytesIO()
     _Pickler(out, protocol=2).dump(entries)

@@ -1,8 +1,8 @@
-"""The directory of a `.pth`'s zip archive, read without trusting a number in it and without reading the data.
+"""Read the directory of a `.pth`'s zip archive without trusting it and without reading the data.
 
-`torch.save` stores every record uncompressed, aligned and in order, and ends the file with the directory. Whatever departs
-from that (compression, encryption, records that overlap or repeat, a comment) has no place in a checkpoint and is refused,
-which leaves a zip bomb nothing to work with.
+`torch.save` stores every record uncompressed, aligned and in order, and ends the file with the
+directory. Anything else (compression, encryption, overlapping or duplicate records, a comment) is
+rejected, which rules out zip bombs.
 """
 
 import struct
@@ -25,12 +25,12 @@ ENCRYPTED = 1  # flag bit
 
 
 class BadArchive(CheckpointError):
-    """The zip archive is not one that `torch.save` writes whole."""
+    """The zip archive is damaged or was not written by `torch.save`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One stored file of the archive. Offsets and sizes are bytes; `crc` is the data's CRC-32, 0 where none was kept."""
+    """One file in the archive, sizes in bytes. `crc` is the data's CRC-32, 0 if absent."""
 
     name: str
     header_offset: int
@@ -41,7 +41,7 @@ class Record:
 
 @dataclass(frozen=True)
 class End:
-    """Where the end-of-archive record says the directory is, and where it would have to end (`tail_offset`)."""
+    """Where the end record says the directory is, and where it must end (`tail_offset`)."""
 
     directory_offset: int
     directory_size: int
@@ -50,12 +50,11 @@ class End:
 
 
 def read_directory(file: BinaryIO, size: int) -> list[Record]:
-    """All records of the archive of `size` bytes in the order of their data. Raises BadArchive; reads under 20 MB."""
+    """All records of an archive of `size` bytes, by offset. Reads < 20 MB. Raises BadArchive."""
     end = read_end(file, size)
     if end is None:
         raise BadArchive(
-            "its zip directory is not at the end of the file: the download broke off, or something was written behind it; "
-            "fetch it again"
+            "its zip directory is not at the end of the file: the download broke off, or something was appended; fetch it again"
         )
     if end.directory_offset + end.directory_size != end.tail_offset:
         raise BadArchive("its zip directory does not end where the archive's end record begins")
@@ -63,12 +62,12 @@ def read_directory(file: BinaryIO, size: int) -> list[Record]:
         raise BadArchive(f"its zip directory claims {end.directory_size:,} bytes, more than any checkpoint needs")
     records = _parse_directory(read_at(file, end.directory_offset, end.directory_size))
     if len(records) != end.n_records:
-        raise BadArchive(f"its zip directory lists {len(records):,} records where {end.n_records:,} are announced")
-    return _located(file, records, end.directory_offset)
+        raise BadArchive(f"its zip directory lists {len(records):,} records, but its end record says {end.n_records:,}")
+    return _with_data_offsets(file, records, end.directory_offset)
 
 
 def read_end(file: BinaryIO, size: int) -> End | None:
-    """The end-of-archive record in the file's last bytes; None if there is none. Nothing in it is checked."""
+    """The end record in the file's last bytes, not checked; None if there is none."""
     tail_length = min(size, END.size + LOCATOR64.size)
     tail = read_at(file, size - tail_length, tail_length)
     if tail[-END.size : -END.size + 4] != END_SIGNATURE:
@@ -87,13 +86,13 @@ def read_end(file: BinaryIO, size: int) -> End | None:
 
 
 def read_at(file: BinaryIO, offset: int, n_bytes: int) -> bytes:
-    """Exactly `n_bytes` at `offset`, or fewer at the end of the file."""
+    """Read `n_bytes` at `offset`, or fewer at the end of the file."""
     file.seek(offset)
     return file.read(n_bytes)
 
 
 def _parse_directory(data: bytes) -> list[Record]:
-    """Records as the directory has them; `data_offset` is still the header's."""
+    """The records in the directory's order; `data_offset` is still that of the header."""
     records: list[Record] = []
     at = 0
     while at < len(data):
@@ -107,17 +106,17 @@ def _parse_directory(data: bytes) -> list[Record]:
         at += name_length + extra_length + comment_length
         if at > len(data):
             raise BadArchive(f"its zip directory is broken at entry {len(records):,}")
-        size, packed, offset = _wide(size, packed, offset, extra)
+        size, packed, offset = _zip64_values(size, packed, offset, extra)
         if method or packed != size:
-            raise BadArchive(f"its record {name!r} is compressed, which torch.save never does; it may be made to explode")
+            raise BadArchive(f"its record {name!r} is compressed, which torch.save never does; possible zip bomb")
         if flags & ENCRYPTED:
             raise BadArchive(f"its record {name!r} is encrypted, which torch.save never does")
         records.append(Record(name, offset, offset, size, crc))
     return records
 
 
-def _wide(size: int, packed: int, offset: int, extra: bytes) -> list[int]:
-    """The three numbers, taken from the zip64 extra field where 32 bits do not hold them."""
+def _zip64_values(size: int, packed: int, offset: int, extra: bytes) -> list[int]:
+    """The three numbers, taken from the zip64 extra field if they do not fit in 32 bits."""
     values = [size, packed, offset]
     if IN_ZIP64 not in values:
         return values
@@ -139,20 +138,20 @@ def _extra_field(extra: bytes, wanted: int) -> bytes:
     return b""
 
 
-def _located(file: BinaryIO, records: list[Record], directory_offset: int) -> list[Record]:
-    """The records with their data's offsets from the local headers, none overlapping another or repeating a name."""
+def _with_data_offsets(file: BinaryIO, records: list[Record], directory_offset: int) -> list[Record]:
+    """The records with data offsets from their local headers; rejects overlaps and duplicates."""
     if len({record.name for record in records}) != len(records):
-        raise BadArchive("its zip directory names a record twice")
-    located, free_from = [], 0
+        raise BadArchive("its zip directory has duplicate record names")
+    with_offsets, free_from = [], 0
     for record in sorted(records, key=lambda record: record.header_offset):
         if record.header_offset < free_from:
             raise BadArchive(f"its record {record.name!r} overlaps another")
         data_offset = _data_offset(file, record)
         free_from = data_offset + record.size
         if free_from > directory_offset:
-            raise BadArchive(f"its record {record.name!r} claims {record.size:,} bytes, more than the file has there")
-        located.append(Record(record.name, record.header_offset, data_offset, record.size, record.crc))
-    return located
+            raise BadArchive(f"its record {record.name!r} claims {record.size:,} bytes, more than the file has at that offset")
+        with_offsets.append(Record(record.name, record.header_offset, data_offset, record.size, record.crc))
+    return with_offsets
 
 
 def _data_offset(file: BinaryIO, record: Record) -> int:

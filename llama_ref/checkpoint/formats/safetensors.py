@@ -1,7 +1,8 @@
 """Read safetensors files: the header, checked against the file's length, and memory-mapped tensors.
 
-The safetensors library opens whole files only. `verify` has to say what is left of a damaged or half fetched one, where each
-tensor lies in it and how long it should be, and how a hostile header breaks the rules; loading then needs no second reader.
+The safetensors library opens only complete files. `verify` must describe damaged and truncated
+ones: where each tensor is, how long the file should be, and what is wrong with a hostile header.
+Loading then needs no second reader.
 """
 
 import json
@@ -18,14 +19,14 @@ from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.errors import CheckpointError
 from llama_ref.files import check_head, unique_keys
 
-LENGTH_BYTES = 8  # of the header's length in front of it
-HEADER_LIMIT_BYTES = 10 << 20  # the largest Llama 3's have some 100 kB
+LENGTH_BYTES = 8  # size of the length field before the header
+HEADER_LIMIT_BYTES = 10 << 20  # the largest Llama 3 has about 100 kB
 REFETCH = "; fetch it again"
-LARGEST = 1 << 60  # bytes or items: with fewer, no sum or product of a file's numbers leaves 64 bits
-LONGEST_INT = 20  # digits of what 64 bits hold
+LARGEST = 1 << 60  # bytes or elements, so that sums and products stay within 64 bits
+LONGEST_INT = 20  # digits of a 64-bit integer
 METADATA = "__metadata__"
 
-DTYPES = {  # the file's name: torch's name, bits of an item
+DTYPES = {  # name in the file: torch's name, bits per element
     "BOOL": ("bool", 8),
     "U8": ("uint8", 8),
     "I8": ("int8", 8),
@@ -49,7 +50,7 @@ DTYPES = {  # the file's name: torch's name, bits of an item
 
 @dataclass(frozen=True)
 class HeldTensor:
-    """One tensor of a safetensors file: torch's name of its dtype, and where in the file its bytes begin."""
+    """One tensor of a safetensors file; `dtype` is torch's name, `file_offset` its first byte."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -58,7 +59,10 @@ class HeldTensor:
 
 
 class WrongLength(CheckpointError):
-    """The file ends elsewhere than its header says; `expected_size` in bytes, None where the header itself is cut."""
+    """The file is shorter or longer than its header says.
+
+    `expected_size` is in bytes, None if the header itself is truncated.
+    """
 
     def __init__(self, message: str, expected_size: int | None = None):
         super().__init__(message + REFETCH)
@@ -66,10 +70,10 @@ class WrongLength(CheckpointError):
 
 
 def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
-    """The tensors of a safetensors file by name, known to fill it without gaps or overlaps.
+    """The tensors of a safetensors file by name, checked to fill it without gaps or overlaps.
 
-    At least as strict as the safetensors library: what passes here opens there. Raises WrongLength for a file that is cut short
-    or too long, CheckpointError for any other that is broken.
+    At least as strict as the safetensors library: files accepted here open there. Raises
+    WrongLength for a truncated or overlong file, CheckpointError for any other damage.
     """
     check_head(path, "a safetensors file")
     try:
@@ -81,17 +85,17 @@ def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     _check_length(path, size, length, data)
     header = _parse(path, data)
-    tensors = _in_place(path, header, LENGTH_BYTES + length)
-    whole = max((held.file_offset + held.nbytes for held in tensors.values()), default=LENGTH_BYTES + length)
-    if whole != size:
-        raise WrongLength(f"{path} has {size:,} bytes, but its header describes {whole:,}", whole)
+    tensors = _tensors(path, header, LENGTH_BYTES + length)
+    expected = max((held.file_offset + held.nbytes for held in tensors.values()), default=LENGTH_BYTES + length)
+    if expected != size:
+        raise WrongLength(f"{path} has {size:,} bytes, but its header describes {expected:,}", expected)
     return tensors
 
 
 def map_safetensors(path: Path) -> dict[str, Tensor]:
-    """The file's tensors by name, memory-mapped: no byte is read before it is used. Raises as `inspect_safetensors`.
+    """The file's tensors by name, memory-mapped. Raises the errors of `inspect_safetensors`.
 
-    The library does not promise to map, and only mapped pages can be released again.
+    The library does not guarantee memory-mapping, and only mapped pages can be released again.
     """
     tensors = inspect_safetensors(path)
     try:
@@ -102,14 +106,14 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _map_tensor(path: Path, name: str, data: Tensor, held: HeldTensor) -> Tensor:
-    dtype = getattr(torch, held.dtype, None)  # the newest names are not in every torch
-    if dtype is None or math.prod(held.shape) * dtype.itemsize != held.nbytes:  # some dtypes pack two numbers in a byte
-        raise CheckpointError(f"{path}: {name} is {held.dtype}, which is not read here; fetch weights in bfloat16")
+    dtype = getattr(torch, held.dtype, None)  # older torch versions lack the newest dtypes
+    if dtype is None or math.prod(held.shape) * dtype.itemsize != held.nbytes:  # packed dtypes
+        raise CheckpointError(f"{path}: {name} is {held.dtype}, which is not supported; fetch weights in bfloat16")
     if not held.nbytes:
         return torch.empty(held.shape, dtype=dtype)
     flat = data[held.file_offset : held.file_offset + held.nbytes]
     if flat.data_ptr() % dtype.itemsize:
-        flat = flat.clone()  # a header of odd length, as no writer of today makes it
+        flat = flat.clone()  # misaligned by a header of odd length, which no current writer makes
     return flat.view(dtype).view(held.shape)
 
 
@@ -126,18 +130,18 @@ def _check_length(path: Path, size: int, length: int, data: bytes) -> None:
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         header = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_all_texts, parse_int=_short_int, parse_constant=_reject_constant
+            data.decode("utf-8"), object_pairs_hook=_unique_utf8_keys, parse_int=_short_int, parse_constant=_reject_constant
         )
     except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, f"its {METADATA} are not texts by name")
+        raise _damaged(path, f"its {METADATA} is not an object of strings")
     return header
 
 
-def _in_place(path: Path, header: dict[str, Any], data_begins: int) -> dict[str, HeldTensor]:
-    """Every entry as a tensor. In the order of their places, each must begin where the one before it ends."""
+def _tensors(path: Path, header: dict[str, Any], data_begins: int) -> dict[str, HeldTensor]:
+    """All entries as tensors. By offset, each must begin where the one before it ends."""
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     at, tensors = 0, {}
     for name in sorted(spans, key=lambda name: spans[name]):
@@ -151,12 +155,12 @@ def _in_place(path: Path, header: dict[str, Any], data_begins: int) -> dict[str,
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Where its bytes begin and end, counted from the end of the header."""
+    """Where the tensor's bytes begin and end, relative to the end of the header."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"{name} lacks dtype, shape or data_offsets, or has other keys")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _damaged(path, f"{name} is of an unknown dtype {dtype!r:.40}")
+        raise _damaged(path, f"{name} has the unknown dtype {dtype!r:.40}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise _damaged(path, f"{name} has a shape or data_offsets that are not whole numbers")
     n_bits = math.prod(shape) * DTYPES[dtype][1]
@@ -167,14 +171,14 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 def _are_counts(numbers: Any) -> bool:
-    """Whether it is a list of whole numbers with which 64 bits can count."""
+    """Whether `numbers` is a list of non-negative integers below LARGEST."""
     return isinstance(numbers, list) and all(type(n) is int and 0 <= n < LARGEST for n in numbers)
 
 
-def _all_texts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_utf8_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = unique_keys(pairs)
     for name in found:
-        name.encode()  # half a surrogate pair is no text: a UnicodeEncodeError is a ValueError
+        name.encode()  # UnicodeEncodeError, a ValueError, for a lone surrogate
     return found
 
 

@@ -1,7 +1,7 @@
-"""Write a `.safetensors` block by block: an index in JSON, then the tensors' bytes one after another.
+"""Write a `.safetensors` file block by block: a header in JSON, then the bytes of the tensors.
 
-The safetensors library's writer takes all tensors of a file at once. Here they are made while they are written, so that
-converting or quantizing a model needs memory for some rows of it.
+The safetensors library's writer needs all tensors of a file at once. Here they are produced while
+they are written, so converting or quantizing a model needs memory for only some of its rows.
 """
 
 import json
@@ -13,8 +13,8 @@ import torch
 from llama_ref.checkpoint.formats.atomic import new_file
 from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, check_writable
 
-LENGTH_BYTES = 8  # the index's length in front of it
-ALIGNMENT_BYTES = 64  # of where the tensors begin: a cache line, and the widest vectors; kernels may want mapped ones aligned
+LENGTH_BYTES = 8  # size of the length field before the header
+ALIGNMENT_BYTES = 64  # of the first tensor: a cache line, for kernels on memory-mapped tensors
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -31,27 +31,28 @@ DTYPE_NAMES = {
 
 
 def write_safetensors(path: str | Path, tensors: Sequence[LazyTensor], progress: BytesWritten | None = None) -> None:
-    """Write the new file `path`, whole or not at all: the tensors in their order, those of wider dtypes first.
+    """Write the new file `path` atomically: tensors in the given order, wider dtypes first.
 
-    The format allows no gaps, so tensors whose sizes would misalign those behind them come last. Raises CheckpointError where
-    it cannot be written, ValueError where blocks do not make their tensor.
+    The format allows no gaps, so tensors whose size would misalign the following ones come last.
+    Raises CheckpointError if it cannot be written, ValueError if blocks do not match their tensor.
     """
     check_writable(tensors)
-    # Stable. A wider dtype before a narrower one keeps each aligned to its own items.
-    tensors = sorted(tensors, key=lambda tensor: (tensor.nbytes % ALIGNMENT_BYTES > 0, -tensor.dtype.itemsize))
-    index = _index(tensors)
-    with new_file(Path(path), len(index) + sum(tensor.nbytes for tensor in tensors)) as file:
-        file.write(index)
-        for tensor in tensors:
+    # A stable sort. Wider dtypes before narrower ones keeps each tensor aligned to its element
+    # size.
+    in_order = sorted(tensors, key=lambda tensor: (tensor.nbytes % ALIGNMENT_BYTES > 0, -tensor.dtype.itemsize))
+    header = _header(in_order)
+    with new_file(Path(path), len(header) + sum(tensor.nbytes for tensor in tensors)) as file:
+        file.write(header)
+        for tensor in in_order:
             tensor.write_to(file, progress)
 
 
-def _index(tensors: Sequence[LazyTensor]) -> bytes:
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+def _header(tensors: Sequence[LazyTensor]) -> bytes:
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # required by transformers
     at = 0
     for tensor in tensors:
         if tensor.dtype not in DTYPE_NAMES or tensor.name in entries:
-            raise ValueError(f"a tensor {tensor.name} of {tensor.dtype} has no place in a safetensors file")
+            raise ValueError(f"a safetensors file cannot hold {tensor.name} of {tensor.dtype}")
         offsets = [at, at := at + tensor.nbytes]
         entries[tensor.name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     data = json.dumps(entries, separators=(",", ":")).encode()

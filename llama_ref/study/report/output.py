@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from llama_ref.checkpoint.formats.atomic import ADVICE_WHEN_FULL, whole_file
+from llama_ref.checkpoint.formats.atomic import ADVICE_WHEN_FULL, atomic_file
 from llama_ref.errors import RequestError
 
 
@@ -16,7 +16,7 @@ def write_output(path: Path, pieces: Iterable[bytes]) -> None:
     path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.writelines(pieces)
     except OSError as error:
         advice = ADVICE_WHEN_FULL.get(error.errno, "choose another folder or name")

@@ -1,4 +1,4 @@
-"""Weight files written block by block: what torch and safetensors read back, and what is left when the disk is full."""
+"""Weight files written block by block: read back by torch and safetensors, cleaned up on errors."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
-    """Odd sizes, all dtypes, one that is empty, one that is transposed, one whose name is not ASCII."""
+    """Odd sizes, all dtypes, an empty and a transposed tensor, a name that is not ASCII."""
     torch.manual_seed(0)
     tensors = {f"of.{dtype}".removeprefix("torch."): (9 * torch.randn(5, 7)).to(dtype) for dtype in DTYPES}
     matrix = torch.randn(33, 17).bfloat16()
@@ -47,7 +47,7 @@ def some_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def outgoing(tensors: dict[str, torch.Tensor], rows: int = 4) -> list[LazyTensor]:
+def lazy(tensors: dict[str, torch.Tensor], rows: int = 4) -> list[LazyTensor]:
     return [LazyTensor(name, tuple(t.shape), t.dtype, lambda t=t: t.split(rows)) for name, t in tensors.items()]
 
 
@@ -59,22 +59,22 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 def records_of(path: Path) -> dict[str, int]:
-    """The records' names without the archive's, and their sizes."""
+    """Sizes of the records by name, without the archive's name."""
     return {record.name.partition("/")[2]: record.size for record in archive_records(path)}
 
 
 @pytest.fixture(params=["as it is", "zip64"])
 def path(request, tmp_path, monkeypatch) -> Path:
-    """Where to write; "zip64" makes zipfile take sizes and offsets from 100 bytes on for those of a file beyond 2 GB."""
+    """Where to write; with "zip64", zipfile treats sizes and offsets from 100 bytes as large."""
     if request.param == "zip64":
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     return tmp_path / "consolidated.00.pth"
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_torch_reads_back_the_very_bits(path, mmap):
+def test_torch_reads_back_the_same_bits(path, mmap):
     tensors = some_tensors()
-    write_pth(path, outgoing(tensors), TIED)
+    write_pth(path, lazy(tensors), TIED)
     found = torch.load(path, weights_only=True, mmap=mmap)
     assert same(found, tensors | {"output.weight": tensors["tok_embeddings.weight"]})
     assert found["output.weight"].untyped_storage().data_ptr() == found["tok_embeddings.weight"].untyped_storage().data_ptr()
@@ -86,7 +86,7 @@ def test_torch_reads_back_the_very_bits(path, mmap):
 
 def test_our_strict_readers_and_unzip_find_nothing_wrong(path):
     tensors = some_tensors()
-    write_pth(path, outgoing(tensors), TIED)
+    write_pth(path, lazy(tensors), TIED)
     infos = inspect_pth(path)
     assert {name: info.shape for name, info in infos.items()} == {
         name: tuple(t.shape) for name, t in (tensors | {"output.weight": tensors["tok_embeddings.weight"]}).items()
@@ -100,14 +100,14 @@ def test_our_strict_readers_and_unzip_find_nothing_wrong(path):
     assert archive_length(path) == path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-    assert (b"\xff" * 8 in path.read_bytes()) is (zipfile.ZIP64_LIMIT == 100)  # sizes that stand in the zip64 field
+    assert (b"\xff" * 8 in path.read_bytes()) is (zipfile.ZIP64_LIMIT == 100)  # zip64 field
     if shutil.which("unzip"):
         unzipped = subprocess.run(["unzip", "-tqq", path], capture_output=True, text=True)
         assert (unzipped.returncode, unzipped.stdout) == (0, "")
 
 
 def test_a_file_cut_short_or_grown_shows_how_long_it_was(tmp_path):
-    write_pth(tmp_path / "a.pth", outgoing(some_tensors()))
+    write_pth(tmp_path / "a.pth", lazy(some_tensors()))
     whole = (tmp_path / "a.pth").read_bytes()
     for missing in (1, 30, 60, 90, 120, 200, 1000):
         (tmp_path / "cut.pth").write_bytes(whole[:-missing])
@@ -118,7 +118,7 @@ def test_a_file_cut_short_or_grown_shows_how_long_it_was(tmp_path):
 
 def test_a_flipped_bit_is_found_by_the_crc(tmp_path):
     path = tmp_path / "a.pth"
-    write_pth(path, outgoing({"w": torch.ones(1000)}))
+    write_pth(path, lazy({"w": torch.ones(1000)}))
     offset = inspect_pth(path)["w"].data_offset + 2000
     with path.open("r+b") as file:
         file.seek(offset)
@@ -128,19 +128,21 @@ def test_a_flipped_bit_is_found_by_the_crc(tmp_path):
 
 def test_the_archive_is_laid_out_as_torch_saves_it(tmp_path):
     tensors = some_tensors()
-    write_pth(tmp_path / "a.pth", outgoing(tensors), TIED)
+    write_pth(tmp_path / "a.pth", lazy(tensors), TIED)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     (tmp_path / "torch").mkdir()
     torch.save(tensors | {"output.weight": tensors["tok_embeddings.weight"]}, tmp_path / "torch" / "a.pth")
     ours, theirs = zipfile.ZipFile(tmp_path / "a.pth"), zipfile.ZipFile(tmp_path / "torch" / "a.pth")
-    only_torchs = {"a/.format_version", "a/.storage_alignment"}  # since torch 2.7: a promise about torch's own layout
-    assert ours.namelist() == [name for name in theirs.namelist() if name not in only_torchs]
+    only_in_torch = {"a/.format_version", "a/.storage_alignment"}  # since torch 2.7
+    assert ours.namelist() == [name for name in theirs.namelist() if name not in only_in_torch]
     for name in ours.namelist():
         if name == "a/.data/serialization_id":  # the hash of the others
             assert len(ours.read(name)) == len(theirs.read(name))
         elif name != "a/data.pkl":
             assert ours.read(name) == theirs.read(name), name
-    assert records_of(tmp_path / "a.pth").items() <= records_of(tmp_path / "torch" / "a.pth").items()  # data.pkl as long too
+    assert (
+        records_of(tmp_path / "a.pth").items() <= records_of(tmp_path / "torch" / "a.pth").items()
+    )  # data.pkl has the same length too
     ours_in = {name: (i.shape, i.stride, i.storage_key) for name, i in inspect_pth(tmp_path / "a.pth").items()}
     theirs_in = {name: (i.shape, i.stride, i.storage_key) for name, i in inspect_pth(tmp_path / "torch" / "a.pth").items()}
     assert list(ours_in.items()) == list(theirs_in.items())
@@ -149,19 +151,19 @@ def test_the_archive_is_laid_out_as_torch_saves_it(tmp_path):
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        write_pth(tmp_path / folder / "a.pth", outgoing(some_tensors(), rows=3 if folder == "one" else 100))
+        write_pth(tmp_path / folder / "a.pth", lazy(some_tensors(), rows=3 if folder == "one" else 100))
     assert (tmp_path / "one" / "a.pth").read_bytes() == (tmp_path / "two" / "a.pth").read_bytes()
 
 
 def test_a_name_beyond_ascii_is_read_too(tmp_path):
-    write_pth(tmp_path / "가중치.pth", outgoing({"w": torch.ones(3)}))
+    write_pth(tmp_path / "가중치.pth", lazy({"w": torch.ones(3)}))
     assert same(torch.load(tmp_path / "가중치.pth", mmap=True), {"w": torch.ones(3)})
     assert archive_records(tmp_path / "가중치.pth")[0].name == "archive/data.pkl"
 
 
-def test_safetensors_reads_back_the_very_bits(tmp_path):
+def test_safetensors_reads_back_the_same_bits(tmp_path):
     path, tensors = tmp_path / "model.safetensors", some_tensors()
-    write_safetensors(path, outgoing(tensors))
+    write_safetensors(path, lazy(tensors))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(load_file(path), tensors)
@@ -174,13 +176,13 @@ def test_safetensors_reads_back_the_very_bits(tmp_path):
 def test_safetensors_keep_the_given_order(tmp_path):
     names = [f"layers.{number}.weight" for number in range(20)]
     random.Random(0).shuffle(names)
-    write_safetensors(tmp_path / "a.safetensors", outgoing({name: torch.full((3,), 1.0) for name in names}))
+    write_safetensors(tmp_path / "a.safetensors", lazy({name: torch.full((3,), 1.0) for name in names}))
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert list(file.offset_keys()) == names
 
 
 @WRITERS
-def test_progress_counts_every_byte_and_a_tensor_is_made_when_its_turn_comes(tmp_path, write):
+def test_progress_counts_every_byte_and_tensors_are_produced_one_by_one(tmp_path, write):
     events = []
 
     def make(name: str):
@@ -253,7 +255,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess:
         ([], "have 0 rows, expected 4"),
     ],
 )
-def test_blocks_that_do_not_make_their_tensor_are_an_error_and_leave_no_file(tmp_path, write, blocks, message):
+def test_blocks_that_do_not_match_their_tensor_are_an_error_and_leave_no_file(tmp_path, write, blocks, message):
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "file", [LazyTensor("w", (4, 2), torch.float32, lambda: blocks)])
     assert not any(tmp_path.iterdir())
@@ -275,23 +277,23 @@ def test_tensors_that_no_file_can_hold_are_an_error(tmp_path, write, tensors, me
 
 
 @pytest.mark.parametrize("aliases", [{"b": "nowhere"}, {"a": "a"}])
-def test_another_name_needs_a_tensor_and_a_free_name(tmp_path, aliases):
-    with pytest.raises(ValueError, match="cannot be another name"):
-        write_pth(tmp_path / "a.pth", outgoing({"a": torch.ones(2)}), aliases)
+def test_an_alias_needs_a_tensor_and_a_free_name(tmp_path, aliases):
+    with pytest.raises(ValueError, match="cannot be an alias"):
+        write_pth(tmp_path / "a.pth", lazy({"a": torch.ones(2)}), aliases)
     assert not any(tmp_path.iterdir())
 
 
 @WRITERS
-def test_a_file_that_is_there_is_left_alone(tmp_path, write):
+def test_an_existing_file_is_left_alone(tmp_path, write):
     (tmp_path / "a").write_text("ten years")
     with pytest.raises(CheckpointError, match=r"cannot write .*/a: File exists; remove it or choose another name"):
-        write(tmp_path / "a", outgoing({"w": torch.ones(2)}))
+        write(tmp_path / "a", lazy({"w": torch.ones(2)}))
     assert (tmp_path / "a").read_text() == "ten years"
 
 
 # full disks and forbidden folders -------------------------------------------------------------------------------------
 @WRITERS
-def test_what_surely_does_not_fit_is_refused_before_anything_is_made(tmp_path, write):
+def test_what_cannot_fit_is_refused_before_anything_is_created(tmp_path, write):
     def never():
         raise AssertionError
 
@@ -353,8 +355,8 @@ def test_a_file_that_grows_too_large_leaves_nothing(tmp_path):
     assert len(refused) == len(names)
     for name, line in zip(names, refused, strict=True):
         needed = "it needs [4-6].* MB; " if "." in name else ""
-        told = rf"cannot write {tmp_path}/{name}: File too large; {needed}files may not be that large there: .* folder \[\]"
-        assert re.fullmatch(told, line), line
+        message = rf"cannot write {tmp_path}/{name}: File too large; {needed}files may not be that large there: .* folder \[\]"
+        assert re.fullmatch(message, line), line
 
 
 @pytest.fixture
@@ -372,8 +374,8 @@ def small_disk(tmp_path) -> Path:
 def test_a_disk_that_is_too_small_is_named_and_left_clean(small_disk):
     refused = refusals(small_disk, "no limit")
     assert len(refused) == 5
-    told = rf"cannot write {small_disk}/\S+: it needs .* MB and 2\.\d+ MB are free there; free some space there or .* \[\]"
-    assert all(re.fullmatch(told, line) for line in refused if "No space left" not in line)
+    message = rf"cannot write {small_disk}/\S+: it needs .* MB and 2\.\d+ MB are free there; free some space there or .* \[\]"
+    assert all(re.fullmatch(message, line) for line in refused if "No space left" not in line)
     assert (
         f"cannot write {small_disk}/model: No space left on device; free some space there or choose another folder []"
         in refused
@@ -381,7 +383,7 @@ def test_a_disk_that_is_too_small_is_named_and_left_clean(small_disk):
 
 
 @WRITERS
-def test_a_disk_that_fills_up_meanwhile_leaves_no_file(small_disk, write):
+def test_a_disk_that_fills_up_while_writing_leaves_no_file(small_disk, write):
     def blocks():
         (small_disk / "others").write_bytes(bytes(1 << 20))
         yield from torch.ones(3 << 8, 1 << 10).bfloat16().split(16)  # 1.5 MB
@@ -400,7 +402,7 @@ def test_a_folder_that_may_not_be_written_is_refused(unprivileged_folder):
             pass
         assert str(refused.value) == f"cannot create {target}: Permission denied; choose another folder"
     with pytest.raises(CheckpointError, match=r"cannot write .*/forbidden/a\.pth: Permission denied; choose another folder"):
-        write_pth(forbidden / "a.pth", outgoing({"w": torch.ones(2)}))
+        write_pth(forbidden / "a.pth", lazy({"w": torch.ones(2)}))
     assert not any(forbidden.iterdir())
     forbidden.chmod(0)
     with pytest.raises(CheckpointError, match=r"cannot create .*: Permission denied"), new_folder(forbidden / "deep" / "out"):
@@ -416,22 +418,22 @@ def test_a_folder_that_may_not_be_written_is_refused(unprivileged_folder):
         ("x" * 250, "File name too long"),
     ],
 )
-def test_a_target_below_a_file_or_with_an_endless_name_is_refused(tmp_path, name, reason):
+def test_a_target_below_a_file_or_with_too_long_a_name_is_refused(tmp_path, name, reason):
     (tmp_path / "file").write_text("")
-    told = f"cannot create .*/{name}: {reason}; choose another folder"
-    with pytest.raises((CheckpointError, RequestError), match=told), new_folder(tmp_path / name):
+    message = f"cannot create .*/{name}: {reason}; choose another folder"
+    with pytest.raises((CheckpointError, RequestError), match=message), new_folder(tmp_path / name):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_errors_inside_a_new_folder_are_told_by_the_name_it_would_have_had(tmp_path):
+def test_errors_inside_a_new_folder_name_the_target_folder(tmp_path):
     target = tmp_path / "out"
-    told = f"^cannot write {target}: Is a directory; choose another folder$"
-    with pytest.raises(CheckpointError, match=told), new_folder(target) as folder:
+    message = f"^cannot write {target}: Is a directory; choose another folder$"
+    with pytest.raises(CheckpointError, match=message), new_folder(target) as folder:
         (folder / "params.json").mkdir()
         (folder / "params.json").write_text("{}")
-    told = "^cannot use /nowhere/file: No such file or directory; nothing was written$"
-    with pytest.raises(CheckpointError, match=told), new_folder(target):
+    message = "^cannot use /nowhere/file: No such file or directory; nothing was written$"
+    with pytest.raises(CheckpointError, match=message), new_folder(target):
         Path("/nowhere/file").read_bytes()
     with pytest.raises(BrokenPipeError), new_folder(target):
         raise BrokenPipeError(errno.EPIPE, "the reader of our output has gone")
@@ -460,7 +462,10 @@ def test_only_a_folder_of_checkpoint_files_is_replaced(tmp_path, names, stranger
     with pytest.raises(RequestError, match=r"already holds .*; --force replaces it, or choose another folder"), new_folder(out):
         pass
     if stranger:
-        with pytest.raises(RequestError, match=re.escape(f"holds {stranger}, which is no")), new_folder(out, force=True):
+        with (
+            pytest.raises(RequestError, match=re.escape(f"holds {stranger}, which is not a checkpoint file")),
+            new_folder(out, force=True),
+        ):
             pass
         assert sorted(path.name for path in out.iterdir()) == sorted(names)
     else:

@@ -118,7 +118,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:"
 PARAMS, TOKENIZER, SHARD2 = "params.json", "tokenizer.model", "consolidated.02.pth"
 FAULTS = {  # the file, what is done to it, what it must be called, words of the explanation
     "removed": (SHARD1, Path.unlink, State.MISSING, "is missing: fetch it"),
-    "part fetched": (SHARD1, part_fetched, State.MISSING, "its download has not ended"),
+    "part fetched": (SHARD1, part_fetched, State.MISSING, "its download has not finished"),
     "empty": (SHARD0, written(b""), State.EMPTY, "did not start"),
     "cut by a byte": (SHARD1, lambda path: cut(path, 1), State.CUT_SHORT, "1 byte short: the download broke off"),
     "cut in the directory": (SHARD1, lambda path: cut(path, 500), State.CUT_SHORT, "500 bytes short"),

@@ -110,7 +110,7 @@ def _with_zip64_end(directory: bytes, begins: int) -> bytes:
 
 
 class _Unseekable:
-    """A file that cannot seek: zipfile then writes size and CRC-32 after the data, as torch does."""
+    """A file that cannot seek: zipfile then writes size and CRC-32 after the data, like torch."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.at = file, 0
@@ -140,7 +140,7 @@ class _Entry:
         self.tensor, self.key = tensor, key
 
     def __reduce__(self) -> tuple:
-        shape = (*self.tensor.shape,)  # a copy, because pickle writes a shared object as a reference
+        shape = (*self.tensor.shape,)  # a copy: pickle writes a shared object as a reference
         stride = torch.empty(shape, device="meta").stride()
         storage = _Storage(self.tensor, self.key)
         return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())

@@ -1,1 +1,1 @@
-"""Checking a folder: checksums, structure, and what is told of it."""
+"""Check a checkpoint folder: checksums, structure and the report."""

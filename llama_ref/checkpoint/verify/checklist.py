@@ -1,4 +1,4 @@
-"""Checklists of sums, read as `md5sum -c` and `sha256sum -c` read them and written so that they can."""
+"""Read and write checksum lists in the format of `md5sum` and `sha256sum`."""
 
 import os
 import re
@@ -16,14 +16,14 @@ _SUM = rb"(?P<sum>[0-9a-fA-F]{64}|[0-9a-fA-F]{32})"
 _PLAIN = re.compile(rb"[ \t]*(?P<escaped>\\?)" + _SUM + rb"[ \t](?P<rest>.+)", re.DOTALL)
 _TAGGED = re.compile(
     rb"[ \t]*(?P<escaped>\\?)(?P<tag>MD5|SHA256) ?\((?P<name>.*)\)[ \t]*=[ \t]*" + _SUM, re.DOTALL
-)  # BSD's form; the last bracket closes the name
+)  # BSD's format; the last bracket ends the name
 _ESCAPE = re.compile(rb"\\[\\nr]")
 _ESCAPES = {rb"\\": b"\\", rb"\n": b"\n", rb"\r": b"\r"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line's demand: the file `name` (relative to the folder, with `/`) has the sum `sum` (lower-case hex)."""
+    """One line: the file `name` (relative to the folder) has the checksum `sum` (lowercase hex)."""
 
     name: str
     sum: str
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checklist:
-    """A parsed list: one entry per file in the list's order, and the numbers of the lines that are none."""
+    """A parsed list: one entry per file, in order, and the numbers of invalid lines."""
 
     path: Path
     entries: list[Entry]
@@ -44,27 +44,28 @@ class Checklist:
 
 
 def read_checklist(path: str | Path) -> Checklist:
-    """Read a list of MD5 or SHA-256 sums in any form that `md5sum -c` accepts, GNU's escapes and BSD's tags included.
+    """Read MD5 or SHA-256 checksums in any format of `md5sum -c`, with GNU escapes and BSD tags.
 
-    Lines that md5sum would skip with a warning are counted in `unread_lines`. Where a file has both an MD5 and a SHA-256
-    sum, the SHA-256 stands. Raises CheckpointError when no line is valid, when an entry points outside the folder, when two
-    entries disagree, and when the file is a web page or the like.
+    `unread_lines` are the numbers of the lines that md5sum would skip with a warning. If a file has
+    both an MD5 and a SHA-256 checksum, the SHA-256 is used. Raises CheckpointError if no line is
+    valid, an entry points outside the folder, two entries disagree, or the file is something else,
+    such as a web page.
     """
     path = Path(path)
     data = read_small(path, CHECKLIST_LIMIT_BYTES, "a checklist of sums")
-    read = _LineReader()
+    parse = _LineParser()
     entries: dict[str, Entry] = {}
     unread = []
     for number, line in enumerate(data.split(b"\n"), 1):
         line = line.removesuffix(b"\r")
         if not line or line.startswith(b"#"):
             continue
-        found = read(line)
+        found = parse(line)
         if found is None:
             unread.append(number)
             continue
-        entry = Entry(_inside(found[0], path, number), found[1], number)
-        entries[entry.name] = _agreed(entries.get(entry.name), entry, path)
+        entry = Entry(_relative_name(found[0], path, number), found[1], number)
+        entries[entry.name] = _merge_duplicate(entries.get(entry.name), entry, path)
     if not entries:
         raise CheckpointError(
             f"{path} has no line of the form `<32 or 64 hex digits>  <file name>`; it is not a checklist: fetch it again, "
@@ -74,26 +75,26 @@ def read_checklist(path: str | Path) -> Checklist:
 
 
 def format_entry(name: str, hex_sum: str) -> bytes:
-    """The line that `md5sum` (or `sha256sum`) itself would print, with the `./` of Meta's lists."""
+    """The line that `md5sum` or `sha256sum` would print, with the `./` of Meta's lists."""
     raw = b"./" + os.fsencode(name)
     escaped = raw.replace(b"\\", rb"\\").replace(b"\n", rb"\n").replace(b"\r", rb"\r")
     return (b"\\" if escaped != raw else b"") + hex_sum.encode() + b"  " + escaped + b"\n"
 
 
-class _LineReader:
-    """Reads lines one after another; remembers which plain form the list uses.
+class _LineParser:
+    """Parses lines in order and remembers which plain format the list uses.
 
-    As GNU does: the first plain line decides between `sum  name` / `sum *name` and BSD's reversed `sum name`, so that a
-    name's leading space cannot be read in two ways.
+    Like GNU md5sum: the first plain line decides between `sum  name` / `sum *name` and BSD's
+    reversed format `sum name`, so that a leading space in a name is not ambiguous.
     """
 
     def __init__(self) -> None:
         self.reversed: bool | None = None
 
     def __call__(self, line: bytes) -> tuple[bytes, str] | None:
-        """(name, sum), or None where md5sum would call the line improperly formatted."""
+        """(name, sum), or None if md5sum would call the line improperly formatted."""
         if b"\0" in line:
-            return None  # C would read half of it
+            return None  # C would end the name there
         if tagged := _TAGGED.fullmatch(line):
             name = None if (tagged["tag"] == b"MD5") != (len(tagged["sum"]) == 32) else tagged["name"]
             found = tagged
@@ -123,28 +124,28 @@ def _unescaped(name: bytes) -> bytes | None:
     return _ESCAPE.sub(lambda match: _ESCAPES[match[0]], name)
 
 
-def _inside(raw: bytes, path: Path, line: int) -> str:
-    """The name without `./`, refused where it leaves the folder or names no file."""
+def _relative_name(raw: bytes, path: Path, line: int) -> str:
+    """The name without `./`. Raises CheckpointError if it is outside the folder or empty."""
     name = os.fsdecode(raw)
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
         raise CheckpointError(
-            f"{path}, line {line} names {name!r}, which lies outside the folder; a checkpoint's list names only its own files, "
-            "so this one is not to be trusted"
+            f"{path}, line {line} names {name!r}, which is outside the folder; a checkpoint's list names only its own files, "
+            "so do not trust this one"
         )
     if not pure.parts:
-        raise CheckpointError(f"{path}, line {line} names {name!r}, which is no file; remove the line")
+        raise CheckpointError(f"{path}, line {line} names {name!r}, which is not a file; remove the line")
     return str(pure)
 
 
-def _agreed(before: Entry | None, now: Entry, path: Path) -> Entry:
+def _merge_duplicate(before: Entry | None, entry: Entry, path: Path) -> Entry:
     if before is None:
-        return now
-    if before.algorithm != now.algorithm:
-        return before if before.algorithm == "sha256" else now
-    if before.sum != now.sum:
+        return entry
+    if before.algorithm != entry.algorithm:
+        return before if before.algorithm == "sha256" else entry
+    if before.sum != entry.sum:
         raise CheckpointError(
-            f"{path} contradicts itself about {now.name!r}: line {before.line} says {before.sum}, "
-            f"line {now.line} says {now.sum}; fetch the list again"
+            f"{path} contradicts itself about {entry.name!r}: line {before.line} says {before.sum}, "
+            f"line {entry.line} says {entry.sum}; fetch the list again"
         )
     return before

@@ -1,4 +1,4 @@
-"""What a look at a checkpoint's structure found, and the questions that files of every kind are asked."""
+"""Findings about a checkpoint's structure, and checks shared by both file formats."""
 
 import json
 import re
@@ -15,17 +15,17 @@ from llama_ref.checkpoint.verify.report import STATE_OF_IMPOSTOR, State
 from llama_ref.errors import CheckpointError
 from llama_ref.files import read_head, read_small, what_is
 
-TORN_VALUE = re.compile(r"(t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][+-]?)?\s*")  # what a cut leaves of a JSON value
-MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not make millions of files "missing"
-MOST_LISTED = 4  # wrong tensors named in one detail
+TORN_VALUE = re.compile(r"(t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][+-]?)?\s*")  # truncated
+MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not mean millions
+MOST_LISTED = 4  # problems shown in one detail
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one file's structure.
+    """A problem with the structure of one file.
 
-    `if_altered` is the better word where its sum shows it to be changed. `by_others`: only other files show it, so that they
-    may be what is wrong.
+    `if_altered` is the state to report if the checksum shows that the file was changed. `by_others`
+    means that the file only contradicts other files, which may be the wrong ones.
     """
 
     state: State
@@ -37,18 +37,18 @@ class Finding:
 
 @dataclass
 class Structure:
-    """Findings by file name (a sound file has none), and what was learnt on the way."""
+    """The structure of a folder: findings by file name (none for a sound file) and tensors."""
 
     findings: dict[str, Finding] = field(default_factory=dict)
     pth: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)  # tensors by file, then name
     safetensors: dict[str, dict[str, HeldTensor]] = field(default_factory=dict)
-    needed: list[str] = field(default_factory=list)  # files of weights that must be there
-    surplus: dict[str, str] = field(default_factory=dict)  # files of weights that belong to no others, and why
+    needed: list[str] = field(default_factory=list)  # weight files that must exist
+    surplus: dict[str, str] = field(default_factory=dict)  # weight file of another model -> reason
     notes: list[str] = field(default_factory=list)
 
 
-def kind_of_file(path: Path) -> Finding | None:
-    """A finding where the first bytes show something that is surely no checkpoint's, or cannot be read."""
+def impostor_finding(path: Path) -> Finding | None:
+    """A finding if the file is unreadable or clearly something else, such as a web page."""
     try:
         kind = what_is(read_head(path))
     except CheckpointError as error:
@@ -57,7 +57,7 @@ def kind_of_file(path: Path) -> Finding | None:
 
 
 def without_path(error: CheckpointError, path: Path) -> str:
-    """An error's text for a report that names the file anyway."""
+    """An error's text without the path, for a report that already names the file."""
     text = str(error)
     for lead in (f"{path}: ", f"{path} cannot be used: ", f"{path} is ", f"{path} "):
         text = text.removeprefix(lead)
@@ -65,9 +65,9 @@ def without_path(error: CheckpointError, path: Path) -> str:
 
 
 def how_json_broke(path: Path, limit_bytes: int = PARAMS_LIMIT_BYTES) -> State | None:
-    """Cut short if all that is there may be the beginning of an object, longer if a whole one stands before something else.
+    """CUT_SHORT for the beginning of an object, LONGER for an object followed by something else.
 
-    None where it is JSON, so that only its content can be wrong.
+    None if it is valid JSON, so that only the content can be wrong.
     """
     try:
         text = read_small(path, limit_bytes, "JSON").decode("utf-8-sig", "replace")
@@ -85,16 +85,17 @@ def how_json_broke(path: Path, limit_bytes: int = PARAMS_LIMIT_BYTES) -> State |
 
 
 def listed(problems: Sequence[str]) -> str:
-    """The first few of what may be hundreds."""
+    """The first few of possibly hundreds of problems."""
     more = f", and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
     return "; ".join(problems[:MOST_LISTED]) + more
 
 
 def implied_model(parts: Mapping[str, Shape]) -> tuple[ModelArgs, int] | None:
-    """The Llama of which these are one shard's tensors, under Meta's names, and its number of shards; None if of none.
+    """The Llama, and its number of shards, that one shard's tensor shapes imply; None if no Llama.
 
-    Tells a wrong params.json from wrong weights: these fit one another, so they are some model's. How the width is divided
-    into heads cannot be seen in them: `n_heads` and `n_kv_heads` are any that give these shapes.
+    Names are Meta's. Tells a wrong params.json from wrong weights: if the weights fit each other,
+    they are some model's. Shapes do not show how the width is divided into heads, so `n_heads` and
+    `n_kv_heads` are any that give these shapes.
     """
     layers = [int(match[1]) for name in parts if (match := LAYER.fullmatch(name)) and len(match[1]) < 9]
     try:
@@ -108,7 +109,7 @@ def implied_model(parts: Mapping[str, Shape]) -> tuple[ModelArgs, int] | None:
     n_shards, n_layers = dim // rows, max(layers) + 1
     if n_shards > MOST_SHARDS or max(dim, words, width) * n_shards > WIDEST or len(parts) < n_layers:
         return None
-    args = ModelArgs(  # one key/value head stands for all that a shard has
+    args = ModelArgs(  # one key/value head of the full width
         dim=dim,
         n_layers=n_layers,
         n_heads=rows // kv_rows,
@@ -120,12 +121,15 @@ def implied_model(parts: Mapping[str, Shape]) -> tuple[ModelArgs, int] | None:
     )
     expected = {name: shard_shape(name, whole, n_shards) for name, whole in expected_shapes(args).items()}
     found = {name: shape for name, shape in parts.items() if not is_ignored(name)}
-    found.setdefault("output.weight", expected["output.weight"])  # a tied output need not be there
+    found.setdefault("output.weight", expected["output.weight"])  # may be missing if tied
     return (args, n_shards) if found == expected else None
 
 
 def contradiction(weights: list[str], args: ModelArgs, implied: ModelArgs, names: Mapping[str, str]) -> Finding:
-    """What to say of a params.json or config.json when all weights agree on another model; `names` are the file's own words."""
+    """The finding for a params.json or config.json if all weights agree on another model.
+
+    `names` maps ModelArgs' names to the keys of the file.
+    """
     numbers = {
         names.get("dim", "dim"): (args.dim, implied.dim),
         names.get("n_layers", "n_layers"): (args.n_layers, implied.n_layers),

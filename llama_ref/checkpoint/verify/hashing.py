@@ -1,4 +1,4 @@
-"""Sums of large files: constant memory, one thread per file, as fast as the disk and the cores allow."""
+"""Checksums of large files in constant memory, one thread per file."""
 
 import hashlib
 import mmap
@@ -15,20 +15,20 @@ from llama_ref.checkpoint.verify.presence import size_of
 from llama_ref.device import cpu_count
 from llama_ref.progress import FileProgress
 
-READ_BYTES = 1 << 20  # large enough that calls cost nothing, small enough that the bytes are hashed out of the core's cache
+READ_BYTES = 1 << 20  # large enough to hide the cost of a call, small enough for the cache
 
 
 class Cancelled(Exception):
-    """Hashing was broken off because another thread asked for it."""
+    """Hashing was cancelled by another thread."""
 
 
 def hash_file(
     path: str | Path, algorithm: str = "md5", progress: FileProgress | None = None, cancel: threading.Event | None = None
 ) -> str:
-    """The hex sum of one file, read once through one buffer. Raises OSError, or Cancelled when `cancel` is set."""
+    """The hex checksum of one file. Raises OSError, or Cancelled if `cancel` is set."""
     path = Path(path)
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    # An anonymous map is page-aligned, which lets the kernel copy whole pages; closed files and maps leave nothing behind.
+    # An anonymous map is page-aligned, so the kernel can copy whole pages.
     with path.open("rb", buffering=0) as file, mmap.mmap(-1, READ_BYTES) as buffer, memoryview(buffer) as view:
         total, done = os.fstat(file.fileno()).st_size, 0
         _read_ahead(file.fileno())
@@ -44,7 +44,7 @@ def hash_file(
 
 @dataclass(frozen=True)
 class Hashed:
-    """One file's sum, and how long it took to read and hash."""
+    """One file's checksum and the time to read and hash it."""
 
     sum: str
     seconds: float
@@ -53,10 +53,10 @@ class Hashed:
 def hash_files(
     wanted: Iterable[tuple[Path, str]], jobs: int | None = None, progress: FileProgress | None = None
 ) -> dict[Path, Hashed | OSError]:
-    """Sums of many (path, algorithm), `jobs` files at a time (default: one per core); an unreadable one's is its OSError.
+    """Checksums of many (path, algorithm), `jobs` files at a time (default: one per core).
 
-    The largest files go first, so that no core is left alone with one at the end. An exception from outside (Ctrl-C) stops
-    the threads at their next read.
+    The result for an unreadable file is its OSError. Large files go first, so that all cores finish
+    together. An exception from outside (Ctrl-C) stops the threads at their next read.
     """
     cancel = threading.Event()
     out: dict[Path, Hashed | OSError] = {}
@@ -74,7 +74,7 @@ def hash_files(
 
 
 def run_all(tasks: list[Callable[[], None]], jobs: int | None, cancel: threading.Event) -> None:
-    """Run `tasks` on at most `jobs` threads; on the first exception set `cancel`, wait for the rest, raise it."""
+    """Run `tasks` on `jobs` threads; on an exception set `cancel`, wait and raise it."""
     with ThreadPoolExecutor(max_workers=jobs or cpu_count(), thread_name_prefix="hash") as pool:
         futures = [pool.submit(task) for task in tasks]
         try:

@@ -1,4 +1,4 @@
-"""Hugging Face's files of weights, looked at without reading them: by themselves, against config.json, against each other."""
+"""Check safetensors headers, on their own, against config.json and against each other."""
 
 import re
 from collections import Counter
@@ -28,7 +28,7 @@ from llama_ref.errors import CheckpointError
 from llama_ref.files import read_json
 
 INDEX_LIMIT_BYTES = 16 << 20  # a 405B's has 100 kB
-MOST_FILES = 1000  # a 405B has 191; a damaged number must not make millions of files "missing"
+MOST_FILES = 1000  # a 405B has 191; a damaged number must not mean millions
 LAYER_NAME = re.compile(r"model\.layers\.(\d{1,8})\..+")
 
 Tensors = Mapping[str, HeldTensor]
@@ -37,9 +37,10 @@ Tensors = Mapping[str, HeldTensor]
 def examine_safetensors(
     folder: Path, names: Collection[str], openable: Collection[str], found: Structure, config: HFConfig | None, may_blame: bool
 ) -> ModelArgs | None:
-    """Findings about files of weights and their index; what model they are, where config.json alone says another.
+    """Add findings about weight files and index; return their model if only config.json differs.
 
-    `names` are all that are there or should be; only the `openable` are opened. config.json may be blamed if `may_blame`.
+    `names` are the files that exist or should exist; only the `openable` ones are opened. Only with
+    `may_blame` may a finding blame config.json.
     """
     files = [name for name in names if SAFETENSORS_NAME.fullmatch(name)]
     for name in files:
@@ -55,24 +56,26 @@ def examine_safetensors(
         found.findings[INDEX_NAME] = Finding(State.MISFIT, f"it names {first}, but the weights are in {ONE_FILE}")
         index = None
     found.needed, found.surplus = _which_belong(files, index)
-    held = _Held({name: tensors for name, tensors in found.safetensors.items() if name in found.needed}, found.needed, index)
-    if index is not None and (wrong := held.against_index(index, config)):
+    weights = _Weights(
+        {name: tensors for name, tensors in found.safetensors.items() if name in found.needed}, found.needed, index
+    )
+    if index is not None and (wrong := weights.against_index(index, config)):
         found.findings[INDEX_NAME] = Finding(State.MISFIT, listed(wrong), by_others=True)
-    return held.judge(found, config, may_blame) if held.files else None
+    return weights.judge(found, config, may_blame) if weights.files else None
 
 
 def _why_broken(path: Path, error: CheckpointError) -> Finding:
-    detail = without_path(error, path).removesuffix(REFETCH)  # the report gives advice of its own
+    detail = without_path(error, path).removesuffix(REFETCH)  # the report adds its own advice
     if not isinstance(error, WrongLength):
         return Finding(State.DAMAGED, detail)
-    whole, size = error.expected_size, size_of(path) or 0
-    state = State.LONGER if whole is not None and size > whole else State.CUT_SHORT
-    return Finding(state, detail, whole)
+    expected, size = error.expected_size, size_of(path) or 0
+    state = State.LONGER if expected is not None and size > expected else State.CUT_SHORT
+    return Finding(state, detail, expected)
 
 
 @dataclass(frozen=True)
 class _Index:
-    """What model.safetensors.index.json says: which file holds which tensor."""
+    """The content of model.safetensors.index.json: the file of each tensor."""
 
     place: dict[str, str]
 
@@ -95,7 +98,7 @@ def _read_index(folder: Path, openable: Collection[str], found: Structure) -> _I
         found.findings[INDEX_NAME] = Finding(state, without_path(error, path))
         return None
     if unread := sorted(file for file in set(place.values()) if not SAFETENSORS_NAME.fullmatch(file)):
-        detail = f"it names {unread[0]!r:.80}, which is no {ONE_FILE} or model-00001-of-0000N.safetensors"
+        detail = f"it names {unread[0]!r:.80}, which is neither {ONE_FILE} nor model-00001-of-0000N.safetensors"
         found.findings[INDEX_NAME] = Finding(State.MISFIT, detail)
         return None
     if len(set(place.values())) > MOST_FILES:
@@ -105,14 +108,14 @@ def _read_index(folder: Path, openable: Collection[str], found: Structure) -> _I
 
 
 def _which_belong(files: list[str], index: _Index | None) -> tuple[list[str], dict[str, str]]:
-    """The files that are one model, there or not, and those of another, with the reason.
+    """The files of the model, existing or not, and files of other models with the reason.
 
-    The index knows; without one, a single file is a model, and of several numberings the one of which most is there.
+    The index decides. Without one, a single file is the model, or else the most complete numbering.
     """
     if index is not None:
         needed, why = sorted(index.files), f"{INDEX_NAME} does not name it"
     elif ONE_FILE in files or not files:
-        needed, why = [ONE_FILE], f"{ONE_FILE} is a whole model by itself"
+        needed, why = [ONE_FILE], f"{ONE_FILE} is a complete model"
     else:
         totals = {name: int(match[2]) for name in files if (match := SAFETENSORS_NAME.fullmatch(name))}
         counts = Counter(totals.values())
@@ -120,25 +123,25 @@ def _which_belong(files: list[str], index: _Index | None) -> tuple[list[str], di
         needed, why = sorted(name for name in files if totals[name] == total), ""
         if 0 < total <= MOST_FILES:
             needed = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-            why = f"it is none of the {total} files whose names end in of-{total:05d}"
+            why = f"it is not one of the {total} files whose names end in of-{total:05d}"
     return needed, {name: why for name in files if name not in needed}
 
 
 @dataclass(frozen=True)
-class _Held:
-    """The tensors of the files that could be opened, of those that are `needed`."""
+class _Weights:
+    """The tensors of those `needed` files that could be opened."""
 
     files: Mapping[str, Tensors]
     needed: list[str]
     index: _Index | None
 
     @property
-    def all_are_here(self) -> bool:
+    def is_complete(self) -> bool:
         return len(self.files) == len(self.needed)
 
     @property
     def owners(self) -> dict[str, list[str]]:
-        """The files that hold each tensor."""
+        """Tensor name -> the files that hold it."""
         owners: dict[str, list[str]] = {}
         for file, tensors in self.files.items():
             for name in tensors:
@@ -146,35 +149,35 @@ class _Held:
         return owners
 
     def against_index(self, index: _Index, config: HFConfig | None) -> list[str]:
-        """Where the index and the files contradict each other, and config.json does not show which files are wrong.
+        """Contradictions between index and files that config.json does not resolve.
 
-        What no file holds is not told where files are missing.
+        Tensors that no file holds are reported only if no file is missing.
         """
-        wrong, owners = [], self.owners
-        of_model = {theirs(name) for name in expected_shapes(config.args)} if config else set()
+        problems, owners = [], self.owners
+        expected = {theirs(name) for name in expected_shapes(config.args)} if config else set()
         for name, file in index.place.items():
             holders = owners.get(name, [])
             if holders and file not in holders:
-                wrong.append(f"{name} is in {holders[0]}, not in {file}")
-            elif not holders and self.all_are_here and name not in of_model:
-                wrong.append(f"it names {name}, which no file holds")
-        unnamed = [name for name in owners if name not in index.place and (name in of_model or not config)]
-        return wrong + [f"it does not name {name} of {owners[name][0]}" for name in unnamed]
+                problems.append(f"{name} is in {holders[0]}, not in {file}")
+            elif not holders and self.is_complete and name not in expected:
+                problems.append(f"it names {name}, which no file holds")
+        unnamed = [name for name in owners if name not in index.place and (name in expected or not config)]
+        return problems + [f"it does not name {name} of {owners[name][0]}" for name in unnamed]
 
     def judge(self, found: Structure, config: HFConfig | None, may_blame: bool) -> ModelArgs | None:
-        """Findings against config.json and each other; the implied model if config.json is what is wrong."""
-        twice = self._twice()
+        """Add findings; return the implied model if config.json is what is wrong."""
+        duplicates = self._duplicates()
         problems = self._problems(config) if config else {}
-        if config and problems and may_blame and not twice and self.all_are_here and (implied := self._implied(config)):
+        if config and problems and may_blame and not duplicates and self.is_complete and (implied := self._implied(config)):
             found.findings["config.json"] = contradiction(self.needed, config.args, implied, NAMES)
             return implied
         for file in self.files:
-            if wrong := twice.get(file, []) + problems.get(file, []):
+            if wrong := duplicates.get(file, []) + problems.get(file, []):
                 found.findings[file] = Finding(State.MISFIT, listed(wrong), by_others=file not in problems)
         return None
 
-    def _twice(self) -> dict[str, list[str]]:
-        """By file, the tensors that belong to another: where the index says, else where it comes first."""
+    def _duplicates(self) -> dict[str, list[str]]:
+        """By file, tensors that belong to another file: the one in the index, else the first."""
         wrong: dict[str, list[str]] = {}
         for name, files in self.owners.items():
             place = self.index.place.get(name) if self.index else None
@@ -185,9 +188,9 @@ class _Held:
         return wrong
 
     def _problems(self, config: HFConfig) -> dict[str, list[str]]:
-        """By file, what does not fit config.json."""
+        """By file, what does not match config.json."""
         expected = {theirs(name): shape for name, shape in expected_shapes(config.args).items()}
-        may_lack = {theirs(OUTPUT)} if config.tied else set()  # a tied output is not looked at, whether it is there or not
+        may_lack = {theirs(OUTPUT)} if config.tied else set()  # a tied output is not checked
         problems: dict[str, list[str]] = {}
         for file, tensors in self.files.items():
             described = {name: (held.dtype, held.shape) for name, held in tensors.items()}
@@ -196,12 +199,12 @@ class _Held:
             wrong += [f"{name} is unexpected" for name in tensors if name not in expected]
             if wrong:
                 problems[file] = wrong
-        if self.all_are_here:
+        if self.is_complete:
             self._add_missing({name: shape for name, shape in expected.items() if name not in may_lack}, problems)
         return problems
 
     def _add_missing(self, expected: Mapping[str, Shape], problems: dict[str, list[str]]) -> None:
-        """Tensors that no file holds, told of the file that the index names, or that holds the tensor before it."""
+        """Report missing tensors for the file in the index, else for the preceding tensor's."""
         owners, file = self.owners, next(iter(self.files))
         for name, shape in expected.items():
             file = owners.get(name, [file])[0]
@@ -210,7 +213,7 @@ class _Held:
                 problems.setdefault(place, []).append(f"{name} is missing, expected shape {shape}")
 
     def _implied(self, config: HFConfig) -> ModelArgs | None:
-        """The model of which all of them together are the tensors."""
+        """The model that all tensors together imply."""
         held = {name: tensor for tensors in self.files.values() for name, tensor in tensors.items()}
         layers = {int(match[1]) for name in held if (match := LAYER_NAME.fullmatch(name))}
         if any(tensor.dtype not in WEIGHT_DTYPES for tensor in held.values()) or not layers or len(held) <= max(layers):
@@ -222,7 +225,7 @@ class _Held:
 
 
 def _names_of_layers(n_layers: int) -> list[str]:
-    """Every tensor of a model of so many layers, under Meta's names."""
+    """Names of all tensors of a model with `n_layers` layers, in Meta's naming."""
     least = ModelArgs(
         dim=2, n_layers=n_layers, n_heads=1, n_kv_heads=1, hidden_dim=1, vocab_size=1, norm_eps=1e-5, rope_theta=5e5
     )

@@ -1,4 +1,4 @@
-"""What can be said about a checkpoint's files without reading their weights: kind, size, tensors against params.json."""
+"""Check a folder's files without reading weights: kind, size, tensors against params.json."""
 
 import binascii
 import math
@@ -25,7 +25,7 @@ from llama_ref.checkpoint.verify.findings import (
     contradiction,
     how_json_broke,
     implied_model,
-    kind_of_file,
+    impostor_finding,
     listed,
     without_path,
 )
@@ -49,15 +49,16 @@ def examine(
     not_to_open: Collection[str] = (),
     params_are_right: bool | None = None,
 ) -> Structure:
-    """Look at each named file of `folder`. Nothing is executed, and of weights no more than a few MB read.
+    """Check the structure of each named file. Runs no code and reads at most a few MB of weights.
 
-    `params_are_right` says whether a sum vouches for params.json or config.json. Where it is known to be damaged, weights and
-    tokenizer are looked at by themselves only; where nothing is known, it may be what is wrong if the weights do not fit it.
+    `params_are_right` says whether the checksum of params.json or config.json is right. If False,
+    weights and tokenizer are not compared with it. If None (unknown), it may be blamed if the
+    weights do not match it.
     """
     found, all_names = Structure(), list(names)
     names = [name for name in all_names if name not in not_to_open]
     for name in names:
-        if finding := kind_of_file(folder / name):
+        if finding := impostor_finding(folder / name):
             found.findings[name] = finding
     may_blame_params = params_are_right is None
     if form is HUGGING_FACE:
@@ -65,7 +66,7 @@ def examine(
         config = None if params_are_right is False else config
         implied = examine_safetensors(folder, all_names, names, found, config, may_blame_params)
         args = implied or (config.args if config else None)
-        _examine_texts(folder, names, found)
+        _examine_json_files(folder, names, found)
     else:
         args = _read_params(ModelArgs.from_json, folder, names, form, found)
         args = None if params_are_right is False else args
@@ -76,7 +77,7 @@ def examine(
     return found
 
 
-# params.json, config.json and their like ----------------------------------------------------------------------------------
+# params.json, config.json and similar --------------------------------------------------------------------------------------
 
 
 def _read_params(read: Callable[[Path], T], folder: Path, names: list[str], form: Format, found: Structure) -> T | None:
@@ -86,14 +87,14 @@ def _read_params(read: Callable[[Path], T], folder: Path, names: list[str], form
     try:
         return read(path)
     except CheckpointError as error:
-        # A config.json in good order is most often another model's: anyone may publish a folder of this format.
+        # An intact config.json that is rejected usually belongs to a model that is not a Llama 3.
         state = how_json_broke(path) or (State.MISFIT if form is HUGGING_FACE else State.DAMAGED)
         found.findings[form.params] = Finding(state, without_path(error, path))
         return None
 
 
-def _examine_texts(folder: Path, names: list[str], found: Structure) -> None:
-    """The JSON files that only Hugging Face's own library reads."""
+def _examine_json_files(folder: Path, names: list[str], found: Structure) -> None:
+    """Check the JSON files that only Hugging Face's library reads."""
     for name in names:
         if name in HUGGING_FACE.others and name.endswith(".json") and name not in found.findings:
             path = folder / name
@@ -110,7 +111,7 @@ def _examine_texts(folder: Path, names: list[str], found: Structure) -> None:
 
 
 def _examine_tokenizer(folder: Path, names: list[str], form: Format, found: Structure, args: ModelArgs | None) -> None:
-    """The tokenizer that would be used."""
+    """Check the tokenizer that would be used."""
     name = next((name for name in form.tokenizers if name in names), None)
     if name is None or name in found.findings:
         return
@@ -130,21 +131,21 @@ def _examine_tokenizer_json(folder: Path, name: str, form: Format, found: Struct
         state = how_json_broke(path, MAX_TOKENIZER_JSON_BYTES) or State.MISFIT
         found.findings[name] = Finding(state, without_path(error, path))
         return
-    if args and n_words > args.vocab_size:  # fewer are usual: fine-tunes pad their embedding
+    if args and n_words > args.vocab_size:  # fewer are common: fine-tunes pad the embedding
         found.findings[name] = Finding(State.MISFIT, _wrong_count(n_words, form, args))
 
 
 def _examine_with_added(folder: Path, name: str, form: Format, found: Structure, args: ModelArgs | None) -> None:
-    """tokenizer.model and the added tokens beside it, which only together have `vocab_size` tokens."""
-    path, beside = folder / name, folder / ADDED_TOKENS
+    """Check tokenizer.model and added_tokens.json, which have `vocab_size` tokens only together."""
+    path, added = folder / name, folder / ADDED_TOKENS
     _examine_ranks(folder, name, form, found, None)
     if name in found.findings:
         return
     try:
         n_words = read_tokenizer_model(path).n_words
     except CheckpointError as error:
-        state = how_json_broke(beside, MAX_FILE_BYTES) or State.MISFIT
-        found.findings[ADDED_TOKENS] = Finding(state, without_path(error, beside))
+        state = how_json_broke(added, MAX_FILE_BYTES) or State.MISFIT
+        found.findings[ADDED_TOKENS] = Finding(state, without_path(error, added))
         return
     if args and n_words != args.vocab_size:
         detail = f"with them {name} has {_wrong_count(n_words, form, args)}"
@@ -170,12 +171,12 @@ def _wrong_count(n_words: int, form: Format, args: ModelArgs) -> str:
 
 
 def _how_ranks_broke(path: Path, n_expected: int | None) -> State:
-    """Cut short if all that is there is a flawless beginning, longer if the whole vocabulary stands before something else."""
+    """CUT_SHORT for a correct beginning, LONGER for the vocabulary followed by something else."""
     try:
         *lines, rest = read_small(path, MAX_FILE_BYTES, "a tokenizer").split(b"\n")
     except CheckpointError:
         return State.DAMAGED
-    n_sound = next((rank for rank, line in enumerate(lines) if not _is_rank(line, rank)), len(lines))
+    n_sound = next((rank for rank, line in enumerate(lines) if not _is_rank_line(line, rank)), len(lines))
     if n_sound == len(lines) and (n_sound < n_expected if n_expected else rest):
         return State.CUT_SHORT
     if n_expected and n_sound >= n_expected and (len(lines) > n_expected or rest):
@@ -183,7 +184,7 @@ def _how_ranks_broke(path: Path, n_expected: int | None) -> State:
     return State.DAMAGED
 
 
-def _is_rank(line: bytes, rank: int) -> bool:
+def _is_rank_line(line: bytes, rank: int) -> bool:
     token, _, number = line.partition(b" ")
     try:
         return binascii.b2a_base64(binascii.a2b_base64(token), newline=False) == token and number == str(rank).encode()
@@ -197,7 +198,10 @@ def _is_rank(line: bytes, rank: int) -> bool:
 def _examine_shards(
     folder: Path, names: list[str], found: Structure, args: ModelArgs | None, may_blame_params: bool
 ) -> tuple[ModelArgs | None, int | None]:
-    """Findings about the shards; their model, where params.json alone says another; how many they are, as their shapes tell."""
+    """Add findings about shards; return their model if only params.json differs, and their number.
+
+    The number is what the shapes imply.
+    """
     shards = [name for name in names if SHARD_NAME.fullmatch(name)]
     for name in shards:
         if name in found.findings:
@@ -221,7 +225,7 @@ def _examine_shards(
 
 
 def _count_shards(names: list[str], found: Structure, n_shards: int | None) -> None:
-    """Which shards there must be, and which belong to no others."""
+    """Set which shards must exist and which belong to another checkpoint."""
     numbers = [number for name in names if 0 <= (number := shard_number(name)) < MOST_SHARDS]
     found.needed = [f"consolidated.{n:02d}.pth" for n in range(max(max(numbers, default=-1) + 1, n_shards or 0))]
     if n_shards is not None:
@@ -230,25 +234,25 @@ def _count_shards(names: list[str], found: Structure, n_shards: int | None) -> N
 
 
 def _implied_by(files: Mapping[str, Mapping[str, TensorInfo]]) -> tuple[ModelArgs, int] | None:
-    """The model, and its number of shards, that all of them agree about."""
-    alike = {frozenset((name, held.dtype, held.shape) for name, held in tensors.items()) for tensors in files.values()}
-    if len(alike) != 1 or any(dtype not in WEIGHT_DTYPES for _, dtype, _ in next(iter(alike))):
+    """The model and number of shards that all files agree on."""
+    distinct = {frozenset((name, held.dtype, held.shape) for name, held in tensors.items()) for tensors in files.values()}
+    if len(distinct) != 1 or any(dtype not in WEIGHT_DTYPES for _, dtype, _ in next(iter(distinct))):
         return None
-    return implied_model({name: shape for name, _, shape in next(iter(alike))})
+    return implied_model({name: shape for name, _, shape in next(iter(distinct))})
 
 
 def _why_broken(path: Path, error: CheckpointError) -> Finding:
-    size, whole = size_of(path) or 0, None
+    size, expected = size_of(path) or 0, None
     with suppress(OSError):
-        whole = archive_length(path)
-    if whole and whole != size:
-        return Finding(State.CUT_SHORT if size < whole else State.LONGER, without_path(error, path), whole)
+        expected = archive_length(path)
+    if expected and expected != size:
+        return Finding(State.CUT_SHORT if size < expected else State.LONGER, without_path(error, path), expected)
     state = State.REFUSED if isinstance(error, RefusedPickle) else State.DAMAGED
-    return Finding(state, without_path(error, path), whole)
+    return Finding(state, without_path(error, path), expected)
 
 
 def _expected_shapes(folder: Path, args: ModelArgs, found: Structure) -> dict[str, Shape] | None:
-    """Whole tensors' shapes by name; None with a note for the kinds of release whose tensors are others."""
+    """Shapes of unsharded tensors by name; None, with a note, for other kinds of release."""
     kind = other_kind(args, folder)
     if kind:
         found.notes.append(f"{kind}: its tensors were not compared with params.json")
@@ -259,7 +263,7 @@ def _expected_shapes(folder: Path, args: ModelArgs, found: Structure) -> dict[st
 def _problems(
     files: Mapping[str, Mapping[str, TensorInfo]], expected: Mapping[str, Shape], n_shards: int
 ) -> dict[str, list[str]]:
-    """What does not fit in each file that has something that does not."""
+    """By file, what does not match params.json; files that match are left out."""
     described = {file: {name: (held.dtype, held.shape) for name, held in held_by.items()} for file, held_by in files.items()}
     problems = {
         file: wrong + [f"{stranger} is unexpected" for stranger in strangers(files[file], expected)]
@@ -269,7 +273,7 @@ def _problems(
 
 
 def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
-    """How many shards the release must have, by this one's share of the vocabulary."""
+    """The number of shards implied by this shard's part of the vocabulary."""
     rows = tensors["tok_embeddings.weight"].shape[:1] if "tok_embeddings.weight" in tensors else ()
     if not rows or not rows[0] or args.vocab_size % rows[0]:
         return None
@@ -280,7 +284,10 @@ def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
 def _measure_broken(
     folder: Path, shards: list[str], found: Structure, expected: Mapping[str, Shape] | None, n_shards: int
 ) -> None:
-    """Judge broken shards by the size of a sound one (all of a release are alike), or at least by what params.json implies."""
+    """Judge the size of broken shards by a sound one, else by the minimum from params.json.
+
+    All shards of a release have the same size.
+    """
     sound = max((size_of(folder / name) or 0 for name in found.pth), default=None)
     least = sound or (_least_bytes(expected, n_shards) if expected else 0)
     for name in shards:

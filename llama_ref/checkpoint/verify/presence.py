@@ -1,4 +1,4 @@
-"""What stands under a name in a folder, before any of it is opened."""
+"""Which of a checkpoint's files exist in a folder, without opening them."""
 
 import re
 import time
@@ -18,9 +18,9 @@ INDEX_NAME = f"{ONE_FILE}.index.json"
 
 @dataclass(frozen=True)
 class Format:
-    """Whose files a checkpoint is made of.
+    """A checkpoint format: the names of its files.
 
-    Of `tokenizers` the first that is there is used. `others` belong to the checkpoint where they are there.
+    The first existing file of `tokenizers` is used. `others` are optional files.
     """
 
     whose: str
@@ -58,7 +58,7 @@ HUGGING_FACE = Format(
 
 
 def format_of(names: Collection[str]) -> Format:
-    """Whose files these are: the format that is complete, Meta's before the other; else the one there are traces of."""
+    """The format of these files: the complete one (Meta's first), else the one with some files."""
     for form in (META, HUGGING_FACE):
         if form.params in names and has_weights(form, names):
             return form
@@ -70,12 +70,12 @@ def format_of(names: Collection[str]) -> Format:
 
 
 def has_weights(form: Format, names: Collection[str]) -> bool:
-    """Whether files of weights in this format are among the names."""
+    """Whether `names` has weight files of this format."""
     return any(form.weights.fullmatch(name) for name in names)
 
 
 def names_in(folder: Path) -> list[str]:
-    """What a folder holds, by name; nothing if it cannot be listed."""
+    """Sorted names in a folder; empty if it cannot be listed."""
     try:
         return sorted(entry.name for entry in folder.iterdir())
     except OSError:
@@ -83,24 +83,24 @@ def names_in(folder: Path) -> list[str]:
 
 
 def checkpoint_files(folder: Path) -> list[str]:
-    """The names of a checkpoint's files that are there, weights first; none if the folder cannot be listed."""
+    """Names of the checkpoint's existing files, weights first; empty if it cannot be listed."""
     names = names_in(folder)
     return files_of(format_of(names), names)
 
 
 def files_of(form: Format, names: Collection[str]) -> list[str]:
-    """Those of `names` that belong to a checkpoint of this format, weights first."""
+    """The names that belong to a checkpoint of this format, weights first."""
     tokenizers = [name for name in form.tokenizers if name in names]
     if form is META:
         tokenizers = tokenizers[:1]
-    # Beside a tokenizer.json, this file is none that Meta's format knows.
+    # In Meta's format, added_tokens.json only belongs to a tokenizer.model.
     others = [name for name in form.others if name in names and (form is not META or tokenizers == ["tokenizer.model"])]
     weights = [name for name in names if form.weights.fullmatch(name) or (form is META and name.startswith("fp8_scales"))]
     return [*weights, *(name for name in (form.params,) if name in names), *tokenizers, *others]
 
 
 def cannot_be_opened(folder: Path, name: str) -> FileReport | None:
-    """A report for a file that is missing, is no file, or lies outside the folder; such a one must not be opened."""
+    """A report for a file that must not be opened: missing, not a file, or outside the folder."""
     path = folder / name
     try:
         if target := _outside(folder, path):
@@ -108,9 +108,9 @@ def cannot_be_opened(folder: Path, name: str) -> FileReport | None:
         if not path.exists():
             return FileReport(name, State.MISSING, detail=partial_download(path))
         if not path.is_file():
-            detail = "not a plain file: a folder, a device or a pipe stands in its place"
+            detail = "not a plain file: it is a folder, a device or a pipe"
             return FileReport(name, State.UNREADABLE, detail=detail)
-    except RuntimeError:  # as pathlib says it before Python 3.13
+    except RuntimeError:  # pathlib's error for link loops before Python 3.13
         return FileReport(name, State.UNREADABLE, detail="a link that leads back to itself")
     except OSError as error:
         return FileReport(name, State.UNREADABLE, detail=error.strerror or str(error))
@@ -118,33 +118,33 @@ def cannot_be_opened(folder: Path, name: str) -> FileReport | None:
 
 
 def _outside(folder: Path, path: Path) -> Path | None:
-    """Where links on the way to `path` lead, if that is outside the folder."""
+    """The target of `path`, links resolved, if it is outside the folder."""
     target, home = path.resolve(), folder.resolve()
     return None if target.is_relative_to(home) or _is_own_blob(home, target) else target
 
 
 def _is_own_blob(folder: Path, target: Path) -> bool:
-    """Whether the link is one of Hugging Face's cache, from `snapshots/<revision>/…` to `blobs/` of the same repository."""
+    """Whether the link is one of Hugging Face's cache, from `snapshots/<revision>/` to `blobs/`."""
     return any(parent.name == "snapshots" and target.parent == parent.parent / "blobs" for parent in folder.parents)
 
 
 def partial_download(path: Path) -> str:
-    """A sentence about the unfinished download of a missing file, beside it or where Hugging Face's tool keeps such."""
+    """A sentence about a missing file's unfinished download, next to it or in the hub's cache."""
     for suffix in PARTIAL_SUFFIXES:
         size = size_of(path.with_name(path.name + suffix))
         if size is not None:
-            return f"its download has not ended: {path.name}{suffix} is there with {human_bytes(size)}"
+            return f"its download has not finished: {path.name}{suffix} has {human_bytes(size)}"
     sizes = [size for part in _hub_parts(path.parent) if (size := size_of(part)) is not None]
-    if sizes:  # their names are sums, which do not tell what they are parts of
+    if sizes:  # named by checksum, so we cannot tell which file they are
         what = "a download has" if len(sizes) == 1 else f"{len(sizes)} downloads have"
-        return f"{what} not ended: Hugging Face's cache holds {human_bytes(sum(sizes))} in .incomplete files"
+        return f"{what} not finished: Hugging Face's cache holds {human_bytes(sum(sizes))} in .incomplete files"
     return ""
 
 
 def _hub_parts(folder: Path) -> Iterator[Path]:
-    """Unfinished files as huggingface_hub leaves them: in a local folder's `.cache`, or in `blobs` of the user's cache."""
+    """Unfinished downloads of huggingface_hub, in the folder's `.cache` or the cache's `blobs`."""
     try:
-        for home in (folder, folder.parent):  # the second: of a repository's original/
+        for home in (folder, folder.parent):  # the parent, for a repository's original/
             yield from (home / ".cache" / "huggingface" / "download").rglob("*.incomplete")
         for parent in folder.resolve().parents:
             if parent.name == "snapshots":
@@ -154,13 +154,13 @@ def _hub_parts(folder: Path) -> Iterator[Path]:
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes; None where there is nothing."""
+    """Size in bytes; None if there is no such file."""
     stamp = stamp_of(path)
     return stamp[0] if stamp else None
 
 
 def stamp_of(path: Path) -> tuple[int, int] | None:
-    """(bytes, time of the last change in nanoseconds): while both stay, so does the content."""
+    """(bytes, modification time in ns), which shows whether the content may have changed."""
     try:
         status = path.stat()
     except OSError:
@@ -169,6 +169,6 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
 
 
 def age_seconds(path: Path) -> float:
-    """Time since the last change; infinite where there is nothing."""
+    """Seconds since the last modification; infinite if there is no such file."""
     stamp = stamp_of(path)
     return time.time() - stamp[1] / 1e9 if stamp else float("inf")

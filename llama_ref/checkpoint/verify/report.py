@@ -1,4 +1,4 @@
-"""What a check of a folder found, as plain data: states, one report per file, one line for a person."""
+"""The result of `verify` as plain data: a state and advice per file, and a one-line summary."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -11,10 +11,10 @@ from llama_ref.formatting import human_bytes, printable
 
 
 class State(str, Enum):
-    """What is the matter with a file. The words are what tables, JSON and scripts see."""
+    """The state of a file. The values appear in tables and JSON."""
 
     WHOLE = "whole"
-    SOUND = "sound"  # everything but a comparison of sums was checked
+    SOUND = "sound"  # everything was checked except the checksum
     MISSING = "missing"
     EMPTY = "empty"
     CUT_SHORT = "cut short"
@@ -37,7 +37,7 @@ class State(str, Enum):
 
 
 GOOD = (State.WHOLE, State.SOUND)
-STATE_OF_IMPOSTOR = {  # by what `files.what_is` calls it, which is then the `detail`
+STATE_OF_IMPOSTOR = {  # by the result of `files.what_is`, which becomes the `detail`
     "an empty file": State.EMPTY,
     "an HTML page": State.WEB_PAGE,
     "an XML error body": State.ERROR_BODY,
@@ -49,10 +49,10 @@ STATE_OF_IMPOSTOR = {  # by what `files.what_is` calls it, which is then the `de
 ADVICE = {state: ADVICE_ON_IMPOSTOR[kind] for kind, state in STATE_OF_IMPOSTOR.items()} | {
     State.MISSING: "fetch it",
     State.CUT_SHORT: "the download broke off, fetch that file again",
-    State.LONGER: "something was written behind or into it, delete it and fetch it again",
+    State.LONGER: "something was written after or into it, delete it and fetch it again",
     State.DAMAGED: "its content is not what was published, fetch that file again",
     State.MISNAMED: "rename it",
-    State.GROWING: "a download is still writing it, check again when that has ended",
+    State.GROWING: "a download is still writing it, check again when it has finished",
     State.UNREADABLE: "make it readable, or fetch it again",
     State.REFUSED: "do not load it, fetch it again from its publisher",
     State.MISFIT: "it belongs to another model or was written wrongly, fetch the folder's files from one release",
@@ -63,7 +63,10 @@ ADVICE = {state: ADVICE_ON_IMPOSTOR[kind] for kind, state in STATE_OF_IMPOSTOR.i
 
 @dataclass(frozen=True)
 class FileReport:
-    """One file. Sizes in bytes; sums in hex, None where not known or not computed; `seconds` is the time hashing took."""
+    """The result for one file. Sizes are in bytes; `seconds` is the time spent hashing.
+
+    Checksums are in hex, None if unknown or not computed.
+    """
 
     name: str
     state: State
@@ -87,7 +90,7 @@ class FileReport:
         return self.size / self.seconds if self.size and self.seconds else None
 
     def sentence(self) -> str:
-        """What is wrong and what to do, for the last line of a report."""
+        """What is wrong and what to do, as one sentence of the summary."""
         detail = f" ({self.detail})" if self.detail else ""
         difference = (self.expected_size or 0) - (self.size or 0)
         if self.state is State.CUT_SHORT and self.size is not None and difference > 0:
@@ -102,7 +105,10 @@ class FileReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A checked folder. `problem` says why it could not be checked in full, where that is so; `notes` are no faults."""
+    """The result for a folder. `problem` says why it could not be checked completely.
+
+    `notes` are remarks, not faults.
+    """
 
     folder: Path
     files: list[FileReport] = field(default_factory=list)
@@ -116,18 +122,18 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was to be checked was checked and is whole."""
+        """Whether everything was checked and is whole."""
         return not self.bad and self.problem is None
 
     @property
     def exit_code(self) -> int:
-        """0 whole; 1 something is not whole; 2 could not be checked."""
+        """0: whole; 1: a file is not whole; 2: could not be checked."""
         if any(file.name != CHECKLIST_NAME for file in self.bad):
             return 1
         return 0 if self.problem is None else 2
 
     def summary(self) -> str:
-        """One line that a person understands."""
+        """The result in one line."""
         total, bad = len(self.files), self.bad
         if not self.files:
             return f"{printable(str(self.folder))} could not be checked: {self.problem}"
@@ -142,7 +148,7 @@ class Report:
         return f"{total - len(bad)} of {total} files are {word}; {shown}{more}{problem}"
 
     def to_json(self) -> str:
-        """The report for scripts: its fields, ok, exit_code and summary, and per file its fields, ok and advice."""
+        """The report as JSON: fields, ok, exit_code, summary; per file fields, ok, advice."""
         files = [asdict(file) | {"state": str(file.state), "ok": file.ok, "advice": file.advice} for file in self.files]
         head = {"folder": str(self.folder), "ok": self.ok, "exit_code": self.exit_code, "summary": self.summary()}
         tail = {"problem": self.problem, "notes": self.notes, "seconds": round(self.seconds, 3), "files": files}

@@ -1,4 +1,4 @@
-"""Reads every weight once, in constant memory: does it match the sums that its file has of its own, and is it finite?"""
+"""Read every weight once, in constant memory, and check CRC-32 and finite values."""
 
 import mmap
 import threading
@@ -17,13 +17,13 @@ from llama_ref.checkpoint.formats.safetensors import HeldTensor
 from llama_ref.checkpoint.verify.hashing import Cancelled
 from llama_ref.progress import FileProgress
 
-WITHOUT_SPECIALS = ("float4_e2m1fn_x2",)  # neither NaN nor infinity can be written so
+WITHOUT_SPECIALS = ("float4_e2m1fn_x2",)  # has no NaN or infinity
 CHUNK_BYTES = 4 << 20  # a multiple of every dtype's size
 
 
 @dataclass
 class WeightScan:
-    """Names of the records whose CRC-32 is wrong, and counts of NaN and infinite values by tensor."""
+    """Records with a wrong CRC-32, and counts of NaN and infinite values by tensor."""
 
     wrong_crc: list[str] = field(default_factory=list)
     not_finite: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (NaN, ±inf)
@@ -37,19 +37,20 @@ def scan_weights(
     progress: FileProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> WeightScan:
-    """Check all records of a `.pth` that `inspect_pth` has passed; with `values` also look for NaN and infinity.
+    """Check the CRC-32 of a `.pth`'s records; with `values`, count NaN and infinity.
 
-    A value outside every tensor but inside its storage counts towards the tensors on that storage. Raises OSError, or
-    Cancelled when `cancel` is set.
+    The file must be one accepted by `inspect_pth`. Values are counted per storage, so one outside
+    every tensor counts for all tensors on its storage. Raises OSError, or Cancelled if `cancel` is
+    set.
     """
     scan = WeightScan()
-    of_storage: dict[int, list[tuple[str, str]]] = {}  # data offset -> (name, dtype)
+    by_storage: dict[int, list[tuple[str, str]]] = {}  # data offset -> (name, dtype)
     for name, info in tensors.items():
-        of_storage.setdefault(info.data_offset, []).append((name, info.dtype))
+        by_storage.setdefault(info.data_offset, []).append((name, info.dtype))
     total, done = path.stat().st_size, 0
     with path.open("rb", buffering=0) as file, mmap.mmap(-1, CHUNK_BYTES) as buffer, memoryview(buffer) as view:
         for record in archive_records(path):
-            named = of_storage.get(record.data_offset, [])
+            named = by_storage.get(record.data_offset, [])
             if cancel is not None and cancel.is_set():
                 raise Cancelled(str(path))
             counts = _scan_record(file, view, record, named[0][1] if values and named else None, scan)
@@ -70,9 +71,9 @@ def scan_safetensors(
     progress: FileProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> WeightScan:
-    """Look for NaN and infinity in a safetensors file that `inspect_safetensors` has passed; it holds no sums to check.
+    """Count NaN and infinity in a safetensors file accepted by `inspect_safetensors`.
 
-    Raises OSError, or Cancelled when `cancel` is set.
+    The format has no checksums. Raises OSError, or Cancelled if `cancel` is set.
     """
     scan = WeightScan()
     total, done = path.stat().st_size, 0
@@ -108,11 +109,11 @@ def _scan_record(file: FileIO, view: memoryview, record: Record, dtype: str | No
 
 
 def _chunks(file: FileIO, view: memoryview, n_bytes: int, name: str) -> Iterator[int]:
-    """Fill `view` with the next bytes again and again, until `n_bytes` are read; yield how many it holds each time."""
+    """Read `n_bytes` into `view` chunk by chunk; yield the size of each chunk."""
     while n_bytes:
         filled = _fill(file, view[: min(n_bytes, CHUNK_BYTES)])
         if not filled:
-            raise OSError(f"{name} breaks off while being read")
+            raise OSError(f"{name} ended while being read")
         n_bytes -= filled
         yield filled
 
@@ -125,7 +126,7 @@ def _fill(file: FileIO, view: memoryview) -> int:
 
 
 def _not_finite(data: memoryview, dtype: str) -> Counter[str]:
-    torch_dtype = getattr(torch, dtype, torch.uint8)  # the newest names are not in every torch
+    torch_dtype = getattr(torch, dtype, torch.uint8)  # older torch versions lack the newest dtypes
     if not torch_dtype.is_floating_point or dtype in WITHOUT_SPECIALS:
         return Counter()
     values = torch.frombuffer(data, dtype=torch_dtype)

@@ -1,4 +1,4 @@
-"""Lists are read as md5sum reads them, and never lead outside their folder."""
+"""Lists are read like md5sum reads them, and never name files outside their folder."""
 
 import ast
 import hashlib
@@ -55,7 +55,7 @@ def test_64_digits_mean_sha256(tmp_path, line):
     assert [(entry.algorithm, entry.sum) for entry in read_checklist(tmp_path / "list").entries] == [("sha256", SHA)]
 
 
-def test_sha256_stands_where_both_sums_are_given(tmp_path):
+def test_sha256_is_used_if_both_sums_are_given(tmp_path):
     assert parse(tmp_path, f"{SHA}  a\n{MD5}  a\n") == parse(tmp_path, f"{MD5}  a\n{SHA}  a\n") == [("a", SHA)]
 
 
@@ -76,7 +76,7 @@ def test_an_entry_outside_the_folder_is_refused(tmp_path, name):
     "text, message",
     [
         (f"{MD5}  a\n{OTHER}  ./a\n", "contradicts itself about 'a': line 1 .* line 2"),
-        (f"{MD5}  ./\n", "is no file"),
+        (f"{MD5}  ./\n", "is not a file"),
         ("hello\nworld\n", "no line of the form"),
         ("# only a comment\n", "no line of the form"),
         ("<!DOCTYPE html><html>Sign in</html>", "an HTML page"),
@@ -86,7 +86,7 @@ def test_an_entry_outside_the_folder_is_refused(tmp_path, name):
         ("x" * (1 << 20) + "y", "larger than"),
     ],
 )
-def test_what_is_no_list_is_refused_with_the_reason(tmp_path, text, message):
+def test_other_files_are_refused_with_the_reason(tmp_path, text, message):
     with pytest.raises(CheckpointError, match=message):
         parse(tmp_path, text)
 
@@ -130,20 +130,20 @@ def folder(tmp_path_factory):
 
 
 def md5sum_finds(folder, batch: list[bytes]) -> list[tuple[set[tuple[str, bool]], int]]:
-    """What `md5sum -c` says of each list: ({(name, is it whole)}, number of lines it skips). One shell for the batch."""
+    """The result of `md5sum -c` for each list: ({(name, is whole)}, number of skipped lines)."""
     for index, text in enumerate(batch):
         (folder / f"list{index}").write_bytes(text)
     script = r'for i in $(seq 1 $1); do md5sum -wc "list$((i-1))" 2>&1; printf "\0"; done'
     run = subprocess.run(
         ["bash", "-c", script, "-", str(len(batch))], cwd=folder, capture_output=True, env=os.environ | {"LC_ALL": "C"}
     )
-    return [said(output) for output in run.stdout.split(b"\0")[:-1]]
+    return [parse_md5sum(output) for output in run.stdout.split(b"\0")[:-1]]
 
 
-def said(output: bytes) -> tuple[set[tuple[str, bool]], int]:
+def parse_md5sum(output: bytes) -> tuple[set[tuple[str, bool]], int]:
     found = set()
     for name, state in re.findall(rb"^(?!md5sum: )(.*): (OK|FAILED|FAILED open or read)$", output, re.MULTILINE):
-        if name.startswith(b"\\"):  # as it writes names with line breaks
+        if name.startswith(b"\\"):  # an escaped name
             name = re.sub(rb"\\([nr\\])", lambda match: {b"n": b"\n", b"r": b"\r"}.get(match[1], b"\\"), name[1:])
         found.add((normal(os.fsdecode(name)), state == b"OK"))
     return found, len(re.findall(rb"improperly formatted MD5 checksum line$", output, re.MULTILINE))
@@ -155,7 +155,7 @@ def normal(name: str) -> str:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(batch=st.lists(lists, min_size=50, max_size=60))
-def test_thousands_of_lists_mean_what_md5sum_takes_them_to_mean(folder, batch):
+def test_thousands_of_lists_are_read_like_md5sum_reads_them(folder, batch):
     for text, (theirs, skipped) in zip(batch, md5sum_finds(folder, batch), strict=True):
         (folder / "ours").write_bytes(text)
         try:

@@ -1,4 +1,4 @@
-"""Sums are right at every size, many files share the cores, and an interrupt ends it at once."""
+"""Checksums are right at every size, errors stay with their file, and an interrupt stops all."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ def test_sums_equal_hashlibs_at_every_edge_of_the_buffer(tmp_path, size, algorit
     assert hash_file(tmp_path / "file", algorithm) == hashlib.new(algorithm, content).hexdigest()
 
 
-def test_progress_tells_each_files_bytes_up_to_the_last(tmp_path):
+def test_progress_counts_each_files_bytes_up_to_the_last(tmp_path):
     sizes = {tmp_path / str(n): n * READ_BYTES + 5 for n in range(1, 4)}
     for path, size in sizes.items():
         path.write_bytes(bytes(size))
@@ -38,7 +38,7 @@ def test_an_unreadable_file_does_not_stop_the_others(tmp_path):
 def test_an_exception_in_one_thread_stops_the_hashing_of_all(tmp_path):
     for name in "abcd":
         with (tmp_path / name).open("wb") as file:
-            file.truncate(4 << 30)  # sparse: hashed to its end it would take seconds each
+            file.truncate(4 << 30)  # sparse; hashing it takes seconds
 
     def interrupt(path, done, total):
         raise KeyboardInterrupt

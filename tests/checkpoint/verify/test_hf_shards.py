@@ -1,4 +1,4 @@
-"""Hugging Face's folders are checked as Meta's are: sums where there is a list, structure where there is none."""
+"""Hugging Face's folders are checked like Meta's: by checksums, or by structure without a list."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ def native(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(native, tmp_path_factory) -> Path:
-    """A whole folder of three files of weights with an index and a checklist."""
+    """A complete folder with three weight files, an index and a checklist."""
     folder = to_hugging_face(native, tmp_path_factory.mktemp("hf") / "whole", max_shard_bytes=45_000)
     assert (folder / FILE3).exists()
     return folder
@@ -79,7 +79,7 @@ def single(native, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
-    """No waiting for files written a moment ago to grow, where a test does not make them grow."""
+    """Do not wait for recently written files to grow, unless a test makes them grow."""
     monkeypatch.setattr("llama_ref.checkpoint.integrity.GROWTH_WAIT_SECONDS", 0)
 
 
@@ -160,7 +160,7 @@ def test_what_transformers_saves_is_sound(original, tmp_path, tied, max_shard_si
     assert {ONE, INDEX} & {file.name for file in report.files}
 
 
-def test_rope_s_frequencies_of_older_files_are_passed_over(unlisted, native):
+def test_rope_frequencies_of_older_files_are_ignored(unlisted, native):
     def name(index: dict) -> None:
         index["weight_map"] |= dict.fromkeys(frequencies, FILE1)
 
@@ -182,7 +182,7 @@ def test_checksum_lists_every_file(unlisted, algorithm):
     assert states(verify(unlisted)) == {FILE2: State.DAMAGED} and "right length, wrong sum" in verify(unlisted).summary()
 
 
-def test_checksum_vouches_for_nothing_that_is_broken(unlisted):
+def test_checksum_refuses_broken_files(unlisted):
     cut(unlisted / FILE3, 7)
     with pytest.raises(CheckpointError, match=rf"no list was written.*{FILE3} is 7 bytes short"):
         write_checklist(unlisted)
@@ -244,10 +244,10 @@ def with_tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor]):
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:"
 QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-FAULTS = {  # the file, what is done to it, what it must be called, words of the explanation
+FAULTS = {  # file, change, expected state, pattern in the summary
     "a file is missing": (FILE2, Path.unlink, State.MISSING, "fetch it"),
-    "part fetched": (FILE3, in_part, State.MISSING, "its download has not ended"),
-    "part in the hub's cache": (FILE3, in_the_hubs_cache, State.MISSING, "a download has not ended: Hugging"),
+    "part fetched": (FILE3, in_part, State.MISSING, "its download has not finished"),
+    "part in the hub's cache": (FILE3, in_the_hubs_cache, State.MISSING, "a download has not finished: Hugging"),
     "no config": (CONFIG, Path.unlink, State.MISSING, "fetch it"),
     "no tokenizer": (TOKENIZER, Path.unlink, State.MISSING, "fetch it"),
     "a dangling link": (FILE1, linked("gone"), State.MISSING, "fetch it"),
@@ -267,7 +267,7 @@ FAULTS = {  # the file, what is done to it, what it must be called, words of the
     "an error": (FILE1, bytes_(b'{"error":"Repository not found"}'), State.ERROR_BODY, "refused the"),
     "set aside": (FILE1, bytes_(bytes(90_000)), State.UNWRITTEN, "never written"),
     "a pickle": (FILE1, lambda path: torch.save({NORM: torch.ones(2)}, path), State.DAMAGED, "does not begin as a safetensors"),
-    "a header that is no JSON": (FILE1, bytes_(b"\x02" + bytes(7) + b"{]"), State.DAMAGED, "damaged header"),
+    "a header that is not JSON": (FILE1, bytes_(b"\x02" + bytes(7) + b"{]"), State.DAMAGED, "damaged header"),
     "a gap": (FILE3, shifted, State.DAMAGED, "gap after|overlaps"),
     "an overlap": (FILE1, overlapping, State.DAMAGED, "overlaps the tensor before it|leaves a gap"),
     "a place outside": (FILE3, outside, State.DAMAGED, "overlaps|gap|header describes"),
@@ -311,7 +311,7 @@ FAULTS = {  # the file, what is done to it, what it must be called, words of the
         INDEX,
         content(lambda index: index["weight_map"].update({NORM: "../pytorch_model.bin"})),
         State.MISFIT,
-        "it names '../pytorch_model.bin', which is no",
+        "it names '../pytorch_model.bin', which is neither",
     ),
     "an index without a map": (INDEX, lambda path: path.write_text("[]"), State.DAMAGED, 'no "weight_map"'),
     "an index cut": (INDEX, lambda path: cut(path, 30), State.CUT_SHORT, "broke off"),
@@ -325,7 +325,7 @@ FAULTS = {  # the file, what is done to it, what it must be called, words of the
         "all 3 files .*: vocab_size is 1,024, in the weights 512",
     ),
     "a tokenizer cut": (TOKENIZER, lambda path: cut(path, 40), State.CUT_SHORT, "broke off"),
-    "a tokenizer that is none": (TOKENIZER, lambda path: path.write_text("{}"), State.MISFIT, 'has no section "model"'),
+    "not a tokenizer": (TOKENIZER, lambda path: path.write_text("{}"), State.MISFIT, 'has no section "model"'),
     "a tokenizer of more": (
         TOKENIZER,
         content(lambda t: t["added_tokens"].append(t["added_tokens"][-1] | {"id": 512, "content": "xx"})),
@@ -353,7 +353,7 @@ def test_each_fault_is_found_in_its_file_with_a_list(folder, fault):
     name, break_it, state, _ = FAULTS[fault]
     break_it(folder / name)
     report = verify(folder)
-    damaged = state is State.MISFIT  # the sum shows that the file, not another, was changed
+    damaged = state is State.MISFIT  # the checksum shows which file was changed
     assert states(report) == {name: State.DAMAGED if damaged else state}, report.summary()
     assert f"{len(report.files) - 1} of {len(report.files)} files are whole" in report.summary()
 
@@ -400,10 +400,10 @@ def test_of_several_numberings_the_fullest_is_the_model(unlisted):
         shutil.copy(unlisted / FILE1, unlisted / f"model-0000{n}-of-00009.safetensors")
     report = verify(unlisted, quick=True)
     assert states(report) == dict.fromkeys([f"model-0000{n}-of-00009.safetensors" for n in (1, 2)], State.EXTRA)
-    assert "none of the 3 files whose names end in of-00003" in report.summary()
+    assert "not one of the 3 files whose names end in of-00003" in report.summary()
 
 
-def test_a_number_of_files_made_to_attack_is_not_believed(unlisted):
+def test_a_malicious_number_of_files_is_not_trusted(unlisted):
     (unlisted / INDEX).unlink()
     for name in (FILE1, FILE2, FILE3):
         (unlisted / name).rename(unlisted / name.replace("00003.s", "99999.s"))
@@ -425,7 +425,7 @@ def test_swapped_files_are_named_by_what_they_hold(folder):
     assert states(verify(folder)) == {FILE1: State.MISNAMED, FILE2: State.MISNAMED}
 
 
-def test_of_files_that_contradict_each_other_those_with_right_sums_are_whole(folder):
+def test_of_contradicting_files_those_with_right_sums_are_whole(folder):
     (folder / INDEX).unlink()
     write_checklist(folder, force=True)
     resave(folder / FILE1, lambda tensors: tensors.update({NORM: torch.ones(32)}))
@@ -433,7 +433,7 @@ def test_of_files_that_contradict_each_other_those_with_right_sums_are_whole(fol
     assert states(verify(folder)) == {FILE1: State.DAMAGED}
 
 
-def test_a_hub_caches_links_are_followed_and_its_open_downloads_told(folder, tmp_path):
+def test_links_and_unfinished_downloads_of_a_hub_cache_are_recognised(folder, tmp_path):
     snapshot = tmp_path / "models--x" / "snapshots" / "abc"
     blobs = tmp_path / "models--x" / "blobs"
     snapshot.mkdir(parents=True)
@@ -444,7 +444,7 @@ def test_a_hub_caches_links_are_followed_and_its_open_downloads_told(folder, tmp
     assert verify(snapshot).ok
     (blobs / f"sum-{FILE2}").rename(blobs / "0123.incomplete")
     report = verify(snapshot)
-    assert states(report) == {FILE2: State.MISSING} and "a download has not ended" in report.summary()
+    assert states(report) == {FILE2: State.MISSING} and "a download has not finished" in report.summary()
 
 
 def test_a_growing_file_is_noticed(unlisted, monkeypatch):
@@ -472,7 +472,7 @@ def test_deep_names_the_tensors_that_hold_nan_or_infinity(unlisted, dtype):
 # ---- both formats, and Meta's
 
 
-def test_of_both_formats_the_one_that_is_meant_is_checked_and_said(native, folder):
+def test_of_both_formats_one_is_checked_and_named(native, folder):
     inner = Path(shutil.copytree(native, folder / "original"))
     report = verify(folder)
     assert report.ok and report.folder == inner
@@ -486,7 +486,7 @@ def test_of_both_formats_the_one_that_is_meant_is_checked_and_said(native, folde
     assert report.ok and f"Hugging Face's weights too ({FILE1}), which were not checked" in report.notes[0]
 
 
-def test_params_that_alone_are_wrong_are_what_is_blamed(native, tmp_path):
+def test_params_are_blamed_if_they_alone_are_wrong(native, tmp_path):
     folder = Path(shutil.copytree(native, tmp_path / "folder"))
     params = folder / "params.json"
     edit_json(params, lambda content: content.update(n_layers=3))
@@ -495,12 +495,12 @@ def test_params_that_alone_are_wrong_are_what_is_blamed(native, tmp_path):
     assert "it and all 2 files of weights contradict each other: n_layers is 3, in the weights 2)" in report.summary()
     assert states(verify(folder)) == {"params.json": State.DAMAGED}
     write_params = json.loads((native / "params.json").read_text())
-    params.write_text(json.dumps(write_params | {"vocab_size": 1024}))  # twice the shards, were they right
+    params.write_text(json.dumps(write_params | {"vocab_size": 1024}))  # implies twice the shards
     assert states(verify(folder, quick=True)) == {"params.json": State.MISFIT}
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_the_model_that_tensors_imply_is_theirs(tmp_path, shards):
+def test_tensors_imply_their_model(tmp_path, shards):
     folder = tiny_folder(tmp_path / "folder", shards=shards)
     args = open_folder(folder).read_args()
     shapes = {name: tensor.shape for name, tensor in inspect_pth(folder / "consolidated.00.pth").items()}
@@ -558,7 +558,7 @@ def test_added_tokens_belong_to_the_checkpoint(with_added):
         ("<html>", State.WEB_PAGE),
     ],
 )
-def test_added_tokens_that_do_not_fit_are_what_is_named(with_added, content, state):
+def test_added_tokens_that_do_not_fit_are_named(with_added, content, state):
     (with_added / LIST).unlink()
     (with_added / ADDED_TOKENS).write_text(content if isinstance(content, str) else json.dumps(content))
     assert states(verify(with_added)) == {ADDED_TOKENS: state}
@@ -630,7 +630,7 @@ def test_deep_looks_at_weights_of_every_dtype(tmp_path, dtype):
     assert states(report) == {CONFIG: State.MISSING, TOKENIZER: State.MISSING}
 
 
-def test_weights_as_pickles_are_told(single):
+def test_weights_as_pickles_are_reported(single):
     (single / ONE).rename(single / "pytorch_model.bin")
     report = verify(single)
     assert states(report) == {ONE: State.MISSING} and "as pickles (pytorch_model.bin), which are not read" in report.notes[0]
@@ -667,7 +667,7 @@ def test_no_garbled_header_is_called_sound_that_means_something_else(original, t
 
 @st.composite
 def garbled(draw, content: bytes, length: int) -> bytes:
-    """Some bytes of the header changed, or a stretch of the file cut out, doubled or swapped with another of the header."""
+    """The file with a changed header byte, or with a part removed, duplicated or swapped."""
     at, other = sorted((draw(st.integers(0, length - 1)), draw(st.integers(0, length - 1))))
     match draw(st.sampled_from(["flip", "digit", "cut", "remove", "double", "swap"])):
         case "flip":

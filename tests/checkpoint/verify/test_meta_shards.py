@@ -1,4 +1,4 @@
-"""The look without reading weights: agrees with torch on good files, and is done in seconds whatever their size."""
+"""Checks without reading weights agree with torch and take seconds, whatever the files' size."""
 
 import base64
 import collections
@@ -48,7 +48,7 @@ def state_dicts(draw) -> dict[str, torch.Tensor]:
 
 @settings(deadline=None)
 @given(tensors=state_dicts())
-def test_tensors_are_seen_as_torch_loads_them(tmp_path_factory, tensors):
+def test_tensors_are_listed_as_torch_loads_them(tmp_path_factory, tensors):
     path = tmp_path_factory.getbasetemp() / "good.pth"
     torch.save(tensors, path)
     data, found = path.read_bytes(), inspect_pth(path)
@@ -96,7 +96,7 @@ def test_files_that_keep_no_crc_are_read(tmp_path):
 
 @pytest.fixture(scope="module")
 def llama_405b(tmp_path_factory, meta_tokenizer_path) -> Path:
-    """The 16-shard release, every byte in its place, the weights a hole in the file."""
+    """The complete 16-shard release, with sparse files for the weights."""
     folder = tmp_path_factory.mktemp("405b")
     release = find_release("Llama3.1-405B:bf16-mp16")
     (folder / "params.json").write_text(json.dumps(dict(release.params)))
@@ -105,14 +105,15 @@ def llama_405b(tmp_path_factory, meta_tokenizer_path) -> Path:
     with torch.device("meta"):
         model = Transformer(ModelArgs.from_dict(release.params))
     shapes = {name: shard_shape(name, tuple(parameter.shape), 16) for name, parameter in model.named_parameters()}
-    tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}  # never touched: no memory
+    # Never written, so they take no memory.
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     for rank in range(16):
         with torch.serialization.skip_data():
             torch.save(tensors, folder / f"consolidated.{rank:02d}.pth")
     return folder
 
 
-def test_405b_in_16_shards_is_looked_at_in_seconds_and_little_memory(llama_405b):
+def test_405b_in_16_shards_is_checked_in_seconds_and_little_memory(llama_405b):
     shard = llama_405b / "consolidated.07.pth"
     assert abs(shard.stat().st_size - 51_268_302_389) < 5_000_000  # Meta's own shard
     with little_memory_and_time(megabytes=80, seconds=60):
@@ -206,7 +207,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize("attack", OTHERS)
 @pytest.mark.parametrize("listed", [True, False])
-def test_a_text_file_made_to_attack_is_named_within_bounds(folder, attack, listed):
+def test_a_malicious_text_file_is_named_within_bounds(folder, attack, listed):
     (name, make), message = OTHERS[attack]
     make(folder / name)
     if not listed:
@@ -229,7 +230,7 @@ def test_params_that_claim_another_model_contradict_the_weights(folder, change):
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "b", "consolidated.99999999999999999999.pth", "params.json/x"])
-def test_names_made_to_attack_harm_nothing(folder, name):
+def test_malicious_names_do_no_harm(folder, name):
     with (folder / "checklist.chk").open("a") as file:
         file.write(f"{'0' * 32}  {name}\n")
     with little_memory_and_time():

@@ -1,17 +1,18 @@
-"""ChatFormat as a Jinja template, for `apply_chat_template` of Hugging Face's library and for servers that use it."""
+"""ChatFormat as a Jinja template for Hugging Face's `apply_chat_template`."""
 
 import json
 
 from llama_ref.chat import BUILTIN_ARGUMENT, STOP_REASONS, WRITTEN_ROLE
 from llama_ref.vocabulary import Vocabulary
 
-# Blocks begin with `-`, so that nothing of this layout is written; every text that is written stands in an expression, which
-# Jinja hands out as it is. `tojson` is the library's own: with ensure_ascii it writes what json.dumps writes.
+# `{%-` and `{{-` strip the whitespace of this layout from the output. All output text is inside
+# expressions, which Jinja writes unchanged. `tojson` is Hugging Face's: with ensure_ascii it writes
+# what json.dumps writes.
 TEMPLATE = r"""
 {%- set written_role = WRITTEN_ROLE %}
-{%- set argument_of = BUILTIN_ARGUMENT %}
+{%- set builtin_argument = BUILTIN_ARGUMENT %}
 {%- if tools %}
-    {{- raise_exception('this format has no place of its own for tools: describe them in the text of a message') }}
+    {{- raise_exception('this format has no section for tools: describe them in the text of a message') }}
 {%- endif %}
 {%- if not messages %}
     {{- raise_exception('a dialog is a list of at least one message') }}
@@ -48,10 +49,10 @@ TEMPLATE = r"""
         {%- if loop.first %}
             {{- (PYTHON_TAG if name == 'code_interpreter' else '') + content }}
         {%- endif %}
-        {%- if name not in argument_of %}
+        {%- if name not in builtin_argument %}
             {{- {'type': 'function', 'name': name, 'parameters': arguments} | tojson(ensure_ascii=true) }}
-        {%- elif arguments is not mapping or arguments[argument_of[name]] is not string %}
-            {{- raise_exception('a call of ' ~ name ~ ' has the argument ' ~ argument_of[name]) }}
+        {%- elif arguments is not mapping or arguments[builtin_argument[name]] is not string %}
+            {{- raise_exception('a call of ' ~ name ~ ' has the argument ' ~ builtin_argument[name]) }}
         {%- elif name == 'code_interpreter' %}
             {{- arguments['code'] }}
         {%- else %}
@@ -69,12 +70,13 @@ TEMPLATE = r"""
 
 
 def chat_template(vocabulary: Vocabulary) -> str:
-    """The template, with this vocabulary's names of the special tokens.
+    """The template with this vocabulary's names of the special tokens.
 
-    It writes the text of what ChatFormat encodes, refuses what ChatFormat refuses, and takes tool calls in Hugging Face's form
-    too (`{"function": {"name", "arguments"}}`, content None). The library then encodes that text as a whole: special tokens'
-    text in a message becomes special tokens there, never here, and a message that begins with a line break, or has text before
-    a tool call, may be cut into other tokens of the same text.
+    It writes the text that ChatFormat encodes, rejects what ChatFormat rejects, and also accepts
+    tool calls in Hugging Face's form (`{"function": {"name", "arguments"}}`, content None). The
+    library then encodes the text as a whole. So, unlike in ChatFormat, a special token's text in a
+    message becomes that special token. A message that begins with a line break, or has text before
+    a tool call, may be split into other tokens of the same text.
     """
     values = {
         "WRITTEN_ROLE": WRITTEN_ROLE,

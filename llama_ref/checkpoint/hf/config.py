@@ -1,4 +1,4 @@
-"""A model's numbers in Hugging Face's words: config.json to ModelArgs and back, and the params.json that says the same."""
+"""Convert config.json to ModelArgs and back, and to an equivalent params.json."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from llama_ref.files import BadValue, json_object, renamed_keys, require_keys
 from llama_ref.formatting import dtype_name, short
 from llama_ref.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT
 
-NAMES = {  # ModelArgs' and Hugging Face's
+NAMES = {  # ModelArgs' name: Hugging Face's
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -27,48 +27,50 @@ NAMES = {  # ModelArgs' and Hugging Face's
 }
 REQUIRED = (*(theirs for theirs in NAMES.values() if theirs != "num_key_value_heads"), "model_type")
 
-# Up to version 4, transformers wrote rope_theta and, where RoPE is scaled, a section rope_scaling (whose rope_type was
-# once called type). Since version 5 it writes all of that into one section.
+# Up to version 4, transformers wrote rope_theta and, for scaled RoPE, a section rope_scaling (with
+# rope_type, formerly type). Since version 5 it writes one section with everything.
 ROPE_SECTIONS = ("rope_scaling", "rope_parameters")
-ROPE_KEYS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")  # may also stand outside of them
+# These keys are also allowed outside of the sections.
+ROPE_KEYS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 OLD_ROPE_KEYS = {"type": "rope_type"}
 LLAMA_3_ROPE = {
-    "low_freq_factor": float(LOW_FREQ_FACTOR),  # transformers 4 warns of whole numbers
+    "low_freq_factor": float(LOW_FREQ_FACTOR),  # transformers 4 warns about ints
     "high_freq_factor": float(HIGH_FREQ_FACTOR),
     "original_max_position_embeddings": ORIGINAL_CONTEXT,
 }
 
-ONLY = (  # key, the values that a Llama 3 may have there, what any other would mean; absent or null is the first of them
-    ("architectures", (["LlamaForCausalLM"],), "only it has an output over the vocabulary"),
-    ("hidden_act", ("silu", "swish"), "a Llama 3's feed-forward layers have no other activation"),
-    ("attention_bias", (False,), "a Llama 3's projections have no biases"),
-    ("mlp_bias", (False,), "a Llama 3's projections have no biases"),
+ALLOWED = (  # key, the values of a Llama 3 (the first is the default), why no other is possible
+    ("architectures", (["LlamaForCausalLM"],), "no other class has an output over the vocabulary"),
+    ("hidden_act", ("silu", "swish"), "Llama 3's feed-forward layers use SiLU"),
+    ("attention_bias", (False,), "Llama 3's projections have no biases"),
+    ("mlp_bias", (False,), "Llama 3's projections have no biases"),
     ("tie_word_embeddings", (False, True), "it says whether output and embedding are one matrix"),
 )
-NEVER = {  # keys that stand in no Llama 3's config.json, and what they mean
-    "sliding_window": "a Llama 3's attention sees the whole context",
-    "quantization_config": "its weights are quantized, and only plain ones are read; fetch the model before quantization",
-    "compression_config": "its weights are quantized, and only plain ones are read; fetch the model before quantization",
+UNSUPPORTED = {  # keys that no Llama 3 has, and why they are rejected
+    "sliding_window": "Llama 3's attention covers the whole context",
+    "quantization_config": "its weights are quantized, which is not supported; fetch the unquantized model",
+    "compression_config": "its weights are quantized, which is not supported; fetch the unquantized model",
 }
 VISION_MODELS = ("mllama", "llama4")
 
-LARGEST_MULTIPLE = 4096  # that the FFN's width is rounded up to; the releases have 256, 1024 and this
-LONG_CONTEXT, SHORT_CONTEXT = 131072, 8192  # tokens that Llama 3.1 and later, and 3.0, were trained for
+LARGEST_MULTIPLE = 4096  # largest multiple_of of any release
+LONG_CONTEXT, SHORT_CONTEXT = 131072, 8192  # tokens, of Llama 3.1 and later, and of 3.0
 
 
 @dataclass(frozen=True)
 class HFConfig:
-    """What config.json says. `tied`: output and embedding are one matrix, and the files need not hold the output."""
+    """The content of config.json. If `tied`, the output is the embedding and need not be stored."""
 
     args: ModelArgs
     tied: bool
 
 
 def read_config(path: str | Path) -> HFConfig:
-    """Read the config.json of a Llama 3, as transformers 4 or 5 writes it.
+    """Read the config.json of a Llama 3, as written by transformers 4 or 5.
 
-    `args.hidden_dim` is always set, for config.json says the FFN's width outright; `params_of` finds the formula. Raises
-    CheckpointError for a file that cannot be read, and for a model that is no Llama 3, naming the key that shows it.
+    `args.hidden_dim` is always set, because config.json gives the FFN's width directly; `params_of`
+    finds the formula. Raises CheckpointError if the file cannot be read or describes another
+    architecture, naming the key that shows it.
     """
     with json_object(path, "the model's config.json", "model_type, hidden_size, …", PARAMS_LIMIT_BYTES) as config:
         _check_model(config)
@@ -79,23 +81,23 @@ def read_config(path: str | Path) -> HFConfig:
             | {"rope_theta": theta, "use_scaled_rope": factor is not None, "rope_scaling_factor": factor},
             names=NAMES | {"rope_scaling_factor": "factor"},
         )
-        _expect(config, "head_dim", (args.head_dim,), "hidden_size / num_attention_heads, for a Llama 3's heads fill its width")
+        _expect(config, "head_dim", (args.head_dim,), "hidden_size / num_attention_heads, as Llama 3's heads fill its width")
         return HFConfig(args, tied=config.get("tie_word_embeddings") is True)
 
 
 def _check_model(config: Mapping[str, Any]) -> None:
     if config.get("model_type") in VISION_MODELS:
-        raise BadValue(f'"model_type" is {short(config["model_type"])}, a vision model, and only text models are read so far')
-    _expect(config, "model_type", ("llama",), "only Llama 3 models are read")
-    for key, allowed, why in ONLY:
+        raise BadValue(f'"model_type" is {short(config["model_type"])}, a vision model; only text models are supported so far')
+    _expect(config, "model_type", ("llama",), "only Llama 3 models are supported")
+    for key, allowed, why in ALLOWED:
         _expect(config, key, allowed, why)
-    for key, why in NEVER.items():
+    for key, why in UNSUPPORTED.items():
         if config.get(key) is not None:
             raise BadValue(f'"{key}" is {short(config[key])}, expected none: {why}')
 
 
 def _expect(found: Mapping[str, Any], key: str, allowed: Sequence[Any], why: str) -> None:
-    """Raise BadValue unless the key is absent or null or has one of the values, a whole number not passing for a truth."""
+    """Raise BadValue unless the key is absent, null or an allowed value; 1 is not true."""
     value = found.get(key)
     if value is None or any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed):
         return
@@ -103,7 +105,7 @@ def _expect(found: Mapping[str, Any], key: str, allowed: Sequence[Any], why: str
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(theta, factor); the factor is None where RoPE is not scaled. What each place says must agree with the others."""
+    """(theta, factor); factor is None without scaling. Values given more than once must agree."""
     pairs = [(key, config.get(key)) for key in ROPE_KEYS]
     for name in ROPE_SECTIONS:
         section = config.get(name) or {}
@@ -112,21 +114,21 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
         pairs += section.items()
     rope = renamed_keys(pairs, OLD_ROPE_KEYS)
     require_keys(rope, ["rope_theta", *(["rope_type"] if "factor" in rope else [])])
-    _expect(rope, "partial_rotary_factor", (1.0,), "a Llama 3's RoPE turns whole heads")
-    _expect(rope, "rope_type", ("default", "llama3"), "a Llama 3's RoPE is scaled in no other way")
+    _expect(rope, "partial_rotary_factor", (1.0,), "Llama 3's RoPE rotates whole heads")
+    _expect(rope, "rope_type", ("default", "llama3"), "Llama 3 uses no other RoPE scaling")
     if rope.get("rope_type", "default") == "default":
         return rope["rope_theta"], None
     require_keys(rope, ["factor", *LLAMA_3_ROPE])
     for key, usual in LLAMA_3_ROPE.items():
-        _expect(rope, key, (usual,), "every Llama 3.1 and later has that")
+        _expect(rope, key, (usual,), "every Llama 3.1 and later has this value")
     return rope["rope_theta"], rope["factor"]
 
 
 def config_of(args: ModelArgs, *, tied: bool, dtype: torch.dtype, bos: int, eos: Sequence[int]) -> dict[str, Any]:
-    """The config.json of a text model, in the keys that transformers 4 wrote and that 5 and vLLM read as well.
+    """The config.json of a text model, in transformers 4's keys, which 5 and vLLM also read.
 
-    `bos` and `eos` are ids of the token that begins a text and of those that end it: one for a base model; end_of_text,
-    eom_id and eot_id for one that chats. Keys in `args.extra` have no place there.
+    `bos` is the id of the first token of a text. `eos` are the ids that end one: one for a base
+    model; end_of_text, eom_id and eot_id for an instruct model. `args.extra` is not written.
     """
     rope = {"rope_type": "llama3", "factor": args.rope_scaling_factor, **LLAMA_3_ROPE} if args.use_scaled_rope else None
     return {
@@ -158,7 +160,7 @@ def config_of(args: ModelArgs, *, tied: bool, dtype: torch.dtype, bos: int, eos:
 
 
 def generation_config_of(*, bos: int, eos: Sequence[int]) -> dict[str, Any]:
-    """The generation_config.json of Meta's own Hugging Face releases, base models' and others' alike."""
+    """The generation_config.json of Meta's Hugging Face releases, base and instruct."""
     return {
         "bos_token_id": bos,
         "do_sample": True,
@@ -173,9 +175,10 @@ def _one_or_several(ids: Sequence[int]) -> int | list[int]:
 
 
 def params_of(args: ModelArgs) -> dict[str, Any]:
-    """A text model's params.json, whose formula gives `args.ffn_dim`: Meta's code reads no width that is said outright.
+    """A text model's params.json, with a formula for the FFN width, because Meta's code needs one.
 
-    A release's shape gives that release's params. `rope_scaling_factor` is said only where the shape does not imply it.
+    A release's shape gives that release's params. `rope_scaling_factor` is included only if the
+    shape does not imply it.
     """
     multiple_of, multiplier = _ffn_formula(args)
     params: dict[str, Any] = {
@@ -199,14 +202,14 @@ def params_of(args: ModelArgs) -> dict[str, Any]:
 
 
 def _ffn_formula(args: ModelArgs) -> tuple[int, float | None]:
-    """(multiple_of, ffn_dim_multiplier) that give `args.ffn_dim`: args' own, a release's, or the shortest there are."""
+    """(multiple_of, ffn_dim_multiplier) for `args.ffn_dim`: own, a release's or the shortest."""
     if args.hidden_dim is None:
         return args.multiple_of, args.ffn_dim_multiplier
     for shape in SHAPES.values():
         formula = shape["multiple_of"], shape["ffn_dim_multiplier"]
         if ffn_dim(args.dim, *formula) == args.hidden_dim and shape["dim"] == args.dim:
             return formula
-    # The wider the multiple, the more multipliers end in it, and the shorter the shortest of them.
+    # A larger multiple accepts more multipliers, so the shortest one has fewer digits.
     multiple_of = math.gcd(args.hidden_dim, LARGEST_MULTIPLE)  # the largest power of two that divides it
     if ffn_dim(args.dim, multiple_of, None) == args.hidden_dim:
         return multiple_of, None
@@ -214,10 +217,11 @@ def _ffn_formula(args: ModelArgs) -> tuple[int, float | None]:
 
 
 def _shortest_multiplier(dim: int, multiple_of: int, width: int) -> float:
-    """The decimal of fewest digits after the point that stretches 8/3·dim to anything that is rounded up to `width`."""
+    """The multiplier with the fewest decimals for which `ffn_dim` gives `width`."""
     plain, least = ffn_dim(dim, 1, None), width - multiple_of + 1
     scales = (10**digits for digits in count())
-    numerators = ((-(-least * scale // plain), scale) for scale in scales)  # the smallest that reaches `least`, and …
-    # … the next, for the product in floating point may fall just short of it
+    numerators = ((-(-least * scale // plain), scale) for scale in scales)
+    # Each is the smallest to reach `least`. In floating point its product may fall just short, so
+    # the next one is tried too.
     multipliers = (numerator / scale for smallest, scale in numerators for numerator in (smallest, smallest + 1))
     return next(multiplier for multiplier in multipliers if ffn_dim(dim, multiple_of, multiplier) == width)

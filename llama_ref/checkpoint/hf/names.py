@@ -1,4 +1,4 @@
-"""What Hugging Face calls Meta's tensors, and in which order it keeps the rows of queries and keys."""
+"""Convert Meta's tensor names and RoPE row order to Hugging Face's and back."""
 
 import re
 
@@ -27,14 +27,15 @@ def theirs(name: str) -> str:
 
 
 def is_rotated(name: str) -> bool:
-    """Whether RoPE turns what this matrix makes, so that the order of its rows depends on how pairs are chosen."""
+    """Whether RoPE rotates this matrix's output, so that its row order differs between formats."""
     return name.endswith((".wq.weight", ".wk.weight"))
 
 
 def from_hf_rope(name: str, rows: Tensor, head_dim: int) -> Tensor:
-    """Whole heads' rows (n·hd, D) from Hugging Face's order, x[i] paired with x[i + hd/2], to Meta's, x[2i] with x[2i + 1].
+    """Reorder rows (n·hd, D) of whole heads from Hugging Face's RoPE order to Meta's.
 
-    A copy for the matrices that RoPE turns; any other tensor as it is.
+    Hugging Face pairs x[i] with x[i + hd/2], Meta x[2i] with x[2i + 1]. Returns a copy for matrices
+    that RoPE rotates, any other tensor unchanged.
     """
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2) if is_rotated(name) else rows
 

@@ -15,7 +15,7 @@ EXPECTED = "Llama 3's tokenizer.json"
 
 
 def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte: itself where Latin-1 prints it, else one from U+0100 on, in turn."""
+    """The character of each byte: itself if printable in Latin-1, else the next from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -34,30 +34,31 @@ Merge = tuple[bytes, bytes]
 
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
-    """The vocabulary of a tokenizer.json that gives any text the ids that Llama 3's byte-pair merging by rank gives it.
+    """The vocabulary of a tokenizer.json that encodes any text like Llama 3's merging by rank.
 
-    `ignore_merges` is taken to be true: files from before it existed mean the same vocabulary, and Meta's tokenizer has always
-    taken a whole word that is a token as that token. Raises CheckpointError, with the reason, for every other tokenizer.
+    `ignore_merges` is assumed to be true: older files without it mean the same vocabulary, and
+    Meta's tokenizer always encodes a word that is a token as that token. Raises CheckpointError,
+    with the reason, for any other tokenizer.
     """
     document = read_json(path, MAX_FILE_BYTES, EXPECTED)
     model = document.get("model") if isinstance(document, dict) else None
     if not isinstance(model, dict):
         raise _refused(path, 'has no section "model"')
     _check_pipeline(path, document, model)
-    vocab, listed = _vocab_and_merges(path, model)
+    vocab, merges = _vocab_and_merges(path, model)
     added_tokens = _added_tokens(path, document.get("added_tokens", []), vocab)
 
-    made = {left + right for left, right in listed}
+    merged = {left + right for left, right in merges}
     ranks = {}
     for text, token_id in vocab.items():
         token = _to_bytes(text)
-        if text in added_tokens and (not token or (len(token) > 1 and token not in made)):
-            continue  # an added token, which some files have among the others too
+        if text in added_tokens and (not token or (len(token) > 1 and token not in merged)):
+            continue  # an added token that is also in the vocab
         if not token:
             raise _refused(path, f"has the token {text!r}, which is not written in the byte-level alphabet")
         ranks[token] = token_id
     check_ranks(path, ranks)
-    _check_merges(path, listed, ranks)
+    _check_merges(path, merges, ranks)
 
     vocabulary = Vocabulary(
         ranks,
@@ -69,7 +70,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
 
 
 def _check_pipeline(path: Path, document: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless text goes the way it goes in Llama 3: unchanged, cut by its pattern, bytes, merges."""
+    """Raise CheckpointError unless the pipeline is Llama 3's: its split, then byte-level BPE."""
     if model.get("type", "BPE") != "BPE":
         raise _refused(path, f"is a {model['type']!r:.80} model, not byte-pair encoding (BPE)")
     if model.get("byte_fallback"):
@@ -78,7 +79,7 @@ def _check_pipeline(path: Path, document: Mapping[str, Any], model: Mapping[str,
         if model.get(name):
             raise _refused(path, f"has {name} = {model[name]!r:.80}")
     if document.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
-        raise _refused(path, f"changes the text before it is encoded (normalizer {_shown(document['normalizer'])})")
+        raise _refused(path, f"changes the text before encoding it (normalizer {_shown(document['normalizer'])})")
 
     step = document.get("pre_tokenizer")
     steps = step.get("pretokenizers") if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
@@ -86,11 +87,11 @@ def _check_pipeline(path: Path, document: Mapping[str, Any], model: Mapping[str,
         raise _refused(path, f"has no byte-level pre-tokenizer at its end (pre_tokenizer {_shown(step)})")
     *splits, byte_level = steps
     if splits != [SPLIT_STEP] or byte_level.get("add_prefix_space", True) or byte_level.get("use_regex", True):
-        raise _refused(path, f"cuts text by another pattern (pre_tokenizer {_shown(step)})")
+        raise _refused(path, f"splits text by another pattern (pre_tokenizer {_shown(step)})")
 
 
 def _vocab_and_merges(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, int], list[Merge]]:
-    """`vocab` as it stands, and `merges`, which are written as pairs or, in older files, as two words with a space between."""
+    """The vocab, and the merges, which are pairs or, in older files, two words in one string."""
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise _refused(path, 'has no "vocab" with ids or no list "merges"')
@@ -101,7 +102,7 @@ def _vocab_and_merges(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, i
         if owner.setdefault(token_id, text) != text:
             raise _refused(path, f"gives id {token_id} to both {owner[token_id]!r:.80} and {text!r:.80}")
 
-    listed: list[Merge] = []
+    pairs: list[Merge] = []
     last_id = -1
     for number, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -117,15 +118,15 @@ def _vocab_and_merges(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, i
         if merged_id < last_id:
             raise _refused(
                 path,
-                f"makes token {merged_id} by merge {number}, after token {last_id}: its ids are not in the order of merging",
+                f"has token {merged_id} as merge {number}, after token {last_id}: its ids are not in merge order",
             )
         last_id = merged_id
-        listed.append((left, right))
-    return vocab, listed
+        pairs.append((left, right))
+    return vocab, pairs
 
 
 def _added_tokens(path: Path, entries: object, vocab: Mapping[str, int]) -> dict[str, tuple[int, bool]]:
-    """Text -> (id, special) of `added_tokens`, in the order of the ids."""
+    """Text -> (id, special) of `added_tokens`, sorted by id."""
     if not isinstance(entries, list):
         raise _refused(path, 'has "added_tokens" that are not a list')
     found: dict[str, tuple[int, bool]] = {}
@@ -134,23 +135,24 @@ def _added_tokens(path: Path, entries: object, vocab: Mapping[str, int]) -> dict
             raise _refused(path, f"has {_shown(entry)} as an added token, which lacks an id or its content")
         text, token_id = entry["content"], entry["id"]
         if text in found:
-            raise _refused(path, f"has the added token {text!r:.80} twice")
+            raise _refused(path, f"has the duplicate added token {text!r:.80}")
         if option := next((name for name in ("lstrip", "rstrip", "single_word") if entry.get(name)), None):
-            raise _refused(path, f"has the added token {text!r:.80} with {option}, so it depends on the text around it")
+            raise _refused(path, f"has the added token {text!r:.80} with {option}, which depends on the surrounding text")
         if vocab.get(text, token_id) != token_id:
             raise _refused(path, f"has {text!r:.80} as added token {token_id}, but also as token {vocab[text]} of its vocab")
         found[text] = token_id, entry.get("special") is True
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _check_merges(path: Path, listed: list[Merge], ranks: Mapping[bytes, int]) -> None:
-    """Raise CheckpointError if a text exists that merging by these pairs and merging by rank encode differently.
+def _check_merges(path: Path, merges: list[Merge], ranks: Mapping[bytes, int]) -> None:
+    """Raise CheckpointError if merging by these pairs and by rank encode any text differently.
 
-    Merging by rank joins any two neighbours whose bytes together are a token; here only the listed pairs. The first text
-    where the two part has the neighbours a, b of a token that no pair lists. Nothing was merged across the ends of a + b, so
-    these bytes alone come to a, b as well, and there they stay: it is enough to merge each token's own bytes.
+    Merging by rank joins any two neighbours that together are a token; the file joins only listed
+    pairs. Where the two first differ there are neighbours a, b whose join is a token but not a
+    listed pair. Nothing was merged across the ends of a + b, so the bytes of a + b alone also end
+    up as a, b. It is therefore enough to merge each token's own bytes.
     """
-    priorities = {pair: ranks[pair[0] + pair[1]] for pair in listed}
+    priorities = {pair: ranks[pair[0] + pair[1]] for pair in merges}
     for token in ranks:
         if any(split not in priorities for split in splits(token, ranks)):
             parts = _merge_alone(token, priorities)
@@ -163,7 +165,7 @@ def _check_merges(path: Path, listed: list[Merge], ranks: Mapping[bytes, int]) -
 
 
 def _merge_alone(token: bytes, priorities: Mapping[Merge, int]) -> list[bytes]:
-    """What the bytes of a token come to if they are a text of their own."""
+    """The tokens that a token's own bytes are merged into."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while candidates := [(priorities[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in priorities]:
         _, i = min(candidates)
@@ -172,7 +174,7 @@ def _merge_alone(token: bytes, priorities: Mapping[Merge, int]) -> list[bytes]:
 
 
 def splits(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[Merge]:
-    """Every way in which a token is two other tokens."""
+    """All pairs of tokens that join to this token."""
     for i in range(1, len(token)):
         left, right = token[:i], token[i:]
         if left in ranks and right in ranks:
@@ -180,7 +182,7 @@ def splits(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[Merge]:
 
 
 def _to_bytes(text: str) -> bytes | None:
-    """The bytes that `text` writes in the byte-level alphabet, None if it is not in that alphabet."""
+    """The bytes that `text` spells in the byte-level alphabet; None if it is not in it."""
     try:
         return bytes([BYTE_OF[character] for character in text])
     except KeyError:
@@ -197,17 +199,18 @@ def _shown(value: object) -> str:
 
 
 def _refused(path: Path, fault: str) -> CheckpointError:
-    return CheckpointError(f"{path} {fault}, so it is not {EXPECTED}: only Llama 3's byte-level tokenizers can be read here")
+    return CheckpointError(f"{path} {fault}, so it is not {EXPECTED}: only Llama 3's byte-level tokenizers are supported")
 
 
 # Writing
 
 
 def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
-    """Write a tokenizer.json that gives any text the ids of `vocabulary`, and puts begin_of_text in front.
+    """Write a tokenizer.json that encodes any text like `vocabulary`, after begin_of_text.
 
-    Placeholders of unused ids (Vocabulary.with_unused) are left out. Raises CheckpointError for an added token whose text is
-    how the byte-level alphabet writes another token: Hugging Face's library cannot tell the two apart.
+    Placeholders of unused ids (Vocabulary.with_unused) are left out. Raises CheckpointError for an
+    added token whose text is another token's spelling in the byte-level alphabet, because Hugging
+    Face's library cannot distinguish them.
     """
     check_vocabulary(path, vocabulary)
     ranks = dict(sorted(vocabulary.ranks.items(), key=lambda item: item[1]))
@@ -218,10 +221,10 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
     for text, i in added:
         if vocab.get(text) != (i if i in rank_ids else None):
             raise CheckpointError(
-                f"{path}: the added token {text!r} cannot have the id {i}: this format finds a token by how it is written, and "
-                f"in the byte-level alphabet that is token {vocab.get(text, 'of no id')}; rename it, or keep the native format"
+                f"{path}: the added token {text!r} cannot have the id {i}: in this format's byte-level "
+                f"alphabet, the same spelling is token {vocab.get(text, 'without an id')}; rename it, or keep the native format"
             )
-    # The library takes an added token's id from the vocab, or else counts on from its size, whatever the entry says.
+    # The library ignores the entry's id: it looks in the vocab, else counts up from its size.
     if [i for _, i in added if i not in rank_ids] != list(range(len(ranks), len(ranks) + len(added))):
         vocab |= dict(added)
 
@@ -258,7 +261,7 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary) -> None:
 
 
 def _all_merges(ranks: Mapping[bytes, int]) -> Iterator[Merge]:
-    """Every split of every token, in the order of the tokens; so that merging by pairs is merging by rank."""
+    """All splits of all tokens in rank order, so that merging by pairs equals merging by rank."""
     for token in ranks:
         yield from sorted(splits(token, ranks), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 

@@ -9,8 +9,8 @@ from llama_ref.vocabulary import Vocabulary
 def tokenizer_config(vocabulary: Vocabulary, max_seq_len: int, *, instruct: bool = True) -> dict[str, Any]:
     """The content of tokenizer_config.json, which accompanies tokenizer.json.
 
-    A model that was trained to chat ends its turns with eot_id and has a chat template; a base model has end_of_text and none,
-    as in Meta's own releases in this format.
+    As in Meta's own releases, an instruct model ends its turns with eot_id and has a chat template;
+    a base model ends with end_of_text and has none.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-"""config.json: what is read, what is refused and why, what is written; and the params.json that says the same."""
+"""config.json is read, rejected with the reason, and written; so is the equivalent params.json."""
 
 import json
 from dataclasses import replace
@@ -53,7 +53,7 @@ TEXT_RELEASES = [
 
 @pytest.fixture
 def config_file(tmp_path):
-    """Write config.json, from a dictionary without its missing keys or as raw text, and give its path."""
+    """Write config.json from a dictionary or raw text, and return its path."""
 
     def write(config: dict | str | bytes) -> Path:
         path = tmp_path / "config.json"
@@ -65,7 +65,7 @@ def config_file(tmp_path):
 
 
 def means_the_same(a: ModelArgs, b: ModelArgs) -> bool:
-    """Equal but for how the FFN's width is said."""
+    """Equal, whether the FFN's width is given by hidden_dim or by the formula."""
     same = {"multiple_of": 1, "ffn_dim_multiplier": None}
     return replace(a, hidden_dim=a.ffn_dim, **same) == replace(b, hidden_dim=b.ffn_dim, **same)
 
@@ -157,9 +157,9 @@ REFUSED = [
     ({"model_type": "qwen2"}, '"model_type" is \'qwen2\', expected "llama": only Llama 3'),
     ({"model_type": 3}, '"model_type" is 3, expected "llama"'),
     ({"architectures": ["LlamaForSequenceClassification"]}, "['LlamaForSequenceClassification'], expected"),
-    ({"architectures": []}, '"architectures" is [], expected ["LlamaForCausalLM"]: only it has an output'),
+    ({"architectures": []}, '"architectures" is [], expected ["LlamaForCausalLM"]: no other class has an output'),
     ({"architectures": "LlamaForCausalLM"}, '"architectures" is '),
-    ({"attention_bias": True}, '"attention_bias" is True, expected false: a Llama 3\'s projections have no biases'),
+    ({"attention_bias": True}, '"attention_bias" is True, expected false: Llama 3\'s projections have no biases'),
     ({"attention_bias": 0}, '"attention_bias" is 0, expected false'),
     ({"mlp_bias": True}, '"mlp_bias" is True, expected false'),
     ({"mlp_bias": "false"}, "\"mlp_bias\" is 'false', expected false"),
@@ -199,7 +199,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "says"), REFUSED)
-def test_what_is_no_llama_3_is_refused_by_key_and_value(config_file, changes, says):
+def test_other_models_are_refused_by_key_and_value(config_file, changes, says):
     with pytest.raises(CheckpointError) as error:
         read_config(config_file(LLAMA_3_2_1B | changes))
     assert says in str(error.value)
@@ -244,7 +244,7 @@ def test_a_mistyped_value_is_shown_with_its_key(config_file, key, value):
         (b'{"model_type": "llama", "model_type": "qwen2"}', "duplicate key"),
     ],
 )
-def test_what_is_no_config_json_is_told_apart(config_file, content, says):
+def test_other_files_are_recognised(config_file, content, says):
     with pytest.raises(CheckpointError, match=says) as error:
         read_config(config_file(content))
     assert "config.json" in str(error.value)
@@ -280,7 +280,7 @@ def test_no_json_raises_anything_else(tmp_path_factory, changes):
 
 @st.composite
 def shapes(draw) -> ModelArgs:
-    """Any shape that a config.json may say, most of them odd."""
+    """Any shape that a config.json may describe, most of them unusual."""
     n_kv_heads, factor = draw(st.integers(1, 8)), draw(st.sampled_from([None, 1.0, 8.0, 12.5, 32.0]))
     n_heads = n_kv_heads * draw(st.integers(1, 8))
     return ModelArgs.from_dict(
@@ -336,7 +336,7 @@ def test_the_formula_is_short(dim, width, multiple_of, multiplier):
     assert (params["multiple_of"], params.get("ffn_dim_multiplier")) == (multiple_of, multiplier)
 
 
-def test_a_formula_that_is_there_is_kept():
+def test_an_existing_formula_is_kept():
     args = replace(ModelArgs.from_dict(RELEASES["Llama3.1-8B"].params), multiple_of=2048, ffn_dim_multiplier=1.29)
     assert {"multiple_of": 2048, "ffn_dim_multiplier": 1.29}.items() <= params_of(args).items()
 
@@ -344,6 +344,6 @@ def test_a_formula_that_is_there_is_kept():
 @pytest.mark.parametrize(
     ("name", "factor", "said"), [("Llama3.2-1B", 32, False), ("Llama3.2-1B", 8, True), ("Llama3.1-8B", 32, True)]
 )
-def test_the_rope_factor_is_said_where_the_shape_does_not(name, factor, said):
+def test_the_rope_factor_is_written_if_the_shape_does_not_imply_it(name, factor, said):
     args = ModelArgs.from_dict(RELEASES[name].params, rope_scaling_factor=factor)
     assert params_of(args).get("rope_scaling_factor") == (factor if said else None)

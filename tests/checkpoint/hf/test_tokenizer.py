@@ -1,4 +1,4 @@
-"""tokenizer.json holds every Llama 3 vocabulary and gives it back; a file that would give other ids is refused and why."""
+"""Every Llama 3 vocabulary survives tokenizer.json; files that give other ids are rejected."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from vocabularies import KOREAN, LATER, VOCABULARIES, vocabulary
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> dict:
-    """The content of a tokenizer.json with byte pairs before and after the special tokens, and added words."""
+    """A tokenizer.json with byte pairs before and after the special tokens, and added words."""
     path = tmp_path_factory.mktemp("written") / "tokenizer.json"
     write_tokenizer_json(path, vocabulary(later=LATER, added=["말씀", "the"]))
     return json.loads(path.read_text())
@@ -69,12 +69,12 @@ def without_ignore_merges(content: dict) -> None:
 
 
 def unneeded_merge_left_out(content: dict) -> None:
-    content["model"]["merges"].remove("Ġt he")  # " the" is made of " th" and "e", which stands before it
+    content["model"]["merges"].remove("Ġt he")  # " the" is made of " th" and "e" before
 
 
 def added_by_themselves(content: dict) -> None:
     for entry in content["added_tokens"]:
-        if entry["content"] != "the":  # which is a byte pair too
+        if entry["content"] != "the":  # a byte pair too
             del content["model"]["vocab"][entry["content"]]
 
 
@@ -92,7 +92,7 @@ HARMLESS = [older_merges, without_ignore_merges, added_by_themselves, added_last
 
 
 @pytest.mark.parametrize("change", [*HARMLESS, unneeded_merge_left_out], ids=lambda change: change.__name__)
-def test_harmless_forms_are_read_alike(tmp_path, written, change):
+def test_equivalent_files_are_read_alike(tmp_path, written, change):
     content = copy.deepcopy(written)
     change(content)
     assert content != written
@@ -103,7 +103,7 @@ def test_harmless_forms_are_read_alike(tmp_path, written, change):
 
 
 def put(*keys, value):
-    """A change of the content: what stands under these keys."""
+    """A function that changes the value at these keys."""
 
     def change(content: dict) -> None:
         for key in keys[:-1]:
@@ -150,16 +150,16 @@ def llama_2(content: dict) -> None:
         (put(*MODEL, "type", value=["BPE"]), "not byte-pair encoding"),
         (put(*MODEL, "dropout", value=0.1), "has dropout = 0.1"),
         (put(*MODEL, "end_of_word_suffix", value="</w>"), "has end_of_word_suffix = '</w>'"),
-        (put("normalizer", value={"type": "NFC"}), 'changes the text before it is encoded (normalizer {"type": "NFC"})'),
+        (put("normalizer", value={"type": "NFC"}), 'changes the text before encoding it (normalizer {"type": "NFC"})'),
         (put("pre_tokenizer", value=None), "has no byte-level pre-tokenizer"),
         (put("pre_tokenizer", value={"type": "Sequence"}), "has no byte-level pre-tokenizer"),
         (put("pre_tokenizer", value={"type": "Metaspace"}), "has no byte-level pre-tokenizer"),
-        (put("pre_tokenizer", value=BYTE_LEVEL), "cuts text by another pattern"),
-        (put(*STEPS, value=[DIGITS, BYTE_LEVEL]), "cuts text by another pattern"),
-        (put(*STEPS, 0, "pattern", value={"Regex": GPT4}), "cuts text by another pattern"),
-        (put(*STEPS, 0, "behavior", value="Removed"), "cuts text by another pattern"),
-        (put(*STEPS, 1, "use_regex", value=True), "cuts text by another pattern"),
-        (put(*STEPS, 1, "add_prefix_space", value=True), "cuts text by another pattern"),
+        (put("pre_tokenizer", value=BYTE_LEVEL), "splits text by another pattern"),
+        (put(*STEPS, value=[DIGITS, BYTE_LEVEL]), "splits text by another pattern"),
+        (put(*STEPS, 0, "pattern", value={"Regex": GPT4}), "splits text by another pattern"),
+        (put(*STEPS, 0, "behavior", value="Removed"), "splits text by another pattern"),
+        (put(*STEPS, 1, "use_regex", value=True), "splits text by another pattern"),
+        (put(*STEPS, 1, "add_prefix_space", value=True), "splits text by another pattern"),
         (put(*MODEL, "vocab", value=[]), 'no "vocab" with ids'),
         (put(*MODEL, "vocab", "xyz", value="529"), "'xyz' the id '529', which is not a whole number"),
         (put(*MODEL, "vocab", "xyz", value=5), "gives id 5 to both 'ą' and 'xyz'"),
@@ -173,13 +173,13 @@ def llama_2(content: dict) -> None:
         (put(*MODEL, "merges", 0, value=[1, 2]), "has [1, 2] as merge 0, which is not a pair"),
         (put(*MODEL, "merges", 0, value="t q"), "'tq' is not in its vocab"),
         (put(*MODEL, "merges", 0, value=" th"), "merge 0, but '' is not in its vocab"),
-        (put(*MODEL, "merges", value=lambda merges: merges[::-1]), "not in the order of merging"),
+        (put(*MODEL, "merges", value=lambda merges: merges[::-1]), "not in merge order"),
         (put(*MODEL, "merges", value=lambda merges: merges[1:]), "token 'th' (id 256) without the merge of 't' and 'h'"),
         (put("added_tokens", value={}), '"added_tokens" that are not a list'),
         (put("added_tokens", 0, value={"content": "x"}), "which lacks an id or its content"),
-        (put("added_tokens", value=lambda tokens: tokens * 2), "the added token 'the' twice"),
-        (put("added_tokens", -1, "lstrip", value=True), "with lstrip, so it depends on the text around it"),
-        (put("added_tokens", -1, "single_word", value=True), "with single_word, so it"),
+        (put("added_tokens", value=lambda tokens: tokens * 2), "the duplicate added token 'the'"),
+        (put("added_tokens", -1, "lstrip", value=True), "with lstrip, which depends on the surrounding text"),
+        (put("added_tokens", -1, "single_word", value=True), "with single_word, which"),
         (put("added_tokens", -1, "id", value=9999), "as added token 9999, but also as token"),
         (renamed("<|eot_id|>", "<|im_end|>"), "no special token <|eot_id|>, which Llama 3's texts and dialogs need"),
         (put("added_tokens", value=[]), "not written in the byte-level alphabet"),
@@ -211,19 +211,19 @@ def test_a_tokenizer_that_is_not_llama_3s_is_refused(tmp_path, written, change, 
         (b"{}", 'no section "model"'),
     ],
 )
-def test_what_is_no_tokenizer_json_at_all_is_refused(tmp_path, content, message):
+def test_other_files_are_refused(tmp_path, content, message):
     with pytest.raises(CheckpointError, match=message):
         Tokenizer(save(tmp_path, content))
 
 
 def test_a_word_that_the_byte_alphabet_writes_too_is_not_written(tmp_path):
-    clashing = replace(vocabulary(), added={"é": 524})  # the alphabet's way to write byte 0xe9
-    with pytest.raises(CheckpointError, match=r"the added token 'é' cannot have the id 524.* that is token 233"):
+    clashing = replace(vocabulary(), added={"é": 524})  # the alphabet's spelling of byte 0xe9
+    with pytest.raises(CheckpointError, match=r"the added token 'é' cannot have the id 524.* is token 233"):
         write_tokenizer_json(tmp_path / "tokenizer.json", clashing)
     assert not list(tmp_path.iterdir())
 
 
-# The configuration beside it
+# tokenizer_config.json
 
 
 def test_a_chat_model_ends_with_its_turn_and_a_base_model_with_the_text():

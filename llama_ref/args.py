@@ -1,4 +1,4 @@
-"""What params.json says about a model, checked."""
+"""Read and check params.json, the shape and constants of a model."""
 
 import math
 import sys
@@ -10,13 +10,13 @@ from typing import Any
 from llama_ref.files import BadValue, json_object, renamed_keys, require_keys
 from llama_ref.formatting import short
 
-PARAMS_LIMIT_BYTES = 1 << 20  # the real ones have about 200
+PARAMS_LIMIT_BYTES = 1 << 20  # real files have about 200
 MOST_LAYERS = 10_000  # the largest Llama 3 has 126; a damaged number must not build modules for hours
-WIDEST = 1 << 28  # of any dimension, likewise; a matrix of two such still has a size that torch can count
+WIDEST = 1 << 28  # of any dimension; the size of a WIDEST x WIDEST matrix still fits in 64 bits
 
-# Queries, keys and width of the 3.2 1B and 3B. Their RoPE was stretched by 32, every other Llama 3.1+ by 8; Meta's params.json
-# does not say so (llama-models issues 166 and 241). The depth is left out: a pruned 1B is still a 1B.
-SHAPES_STRETCHED_BY_32 = {(2048, 32, 8), (3072, 24, 8)}  # (dim, n_heads, n_kv_heads)
+# The 3.2 1B and 3B scale RoPE by 32, every other Llama 3.1+ by 8. Meta's params.json does not say
+# so (llama-models issues 166 and 241). Depth is left out, because a pruned 1B is still a 1B.
+SHAPES_SCALED_BY_32 = {(2048, 32, 8), (3072, 24, 8)}  # (dim, n_heads, n_kv_heads)
 
 REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta")
 POSITIVE_INTEGERS = (
@@ -30,10 +30,10 @@ OTHER_NAMES = {"rope_freq_base": "rope_theta"}  # as the int4 guard's params.jso
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """A Llama 3's shape and constants, under params.json's names.
+    """A Llama 3's shape and constants, named as in params.json.
 
-    `rope_scaling_factor` is the s of the report's RoPE scaling and is 1 exactly when `use_scaled_rope` is false. Keys that
-    this class has no field for are kept in `extra`.
+    `rope_scaling_factor` is 1 if and only if `use_scaled_rope` is false. Keys without a field are
+    kept in `extra`.
     """
 
     dim: int
@@ -45,7 +45,7 @@ class ModelArgs:
     n_kv_heads: int
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
-    hidden_dim: int | None = None  # FFN width said outright; only pruned models need it
+    hidden_dim: int | None = None  # FFN width; only pruned models need it
     use_scaled_rope: bool = False
     rope_scaling_factor: float = 1.0
     vision_chunk_size: int | None = None
@@ -61,14 +61,14 @@ class ModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the feed-forward layer: two thirds of 4·dim, stretched, rounded up to a multiple of `multiple_of`."""
+        """Width of the feed-forward layer: `hidden_dim` if given, else Meta's formula."""
         if self.hidden_dim is not None:
             return self.hidden_dim
         return ffn_dim(self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
     @classmethod
     def from_json(cls, path: str | Path, *, rope_scaling_factor: float | None = None) -> "ModelArgs":
-        """Read params.json. Raises CheckpointError naming the key that is missing, mistyped or contradicts another.
+        """Read params.json. Raises CheckpointError naming a missing, mistyped or contradictory key.
 
         `rope_scaling_factor` overrides the file's key of that name, which overrides what the shape implies (32 for the
         3.2 1B and 3B, else 8).
@@ -84,9 +84,9 @@ class ModelArgs:
         rope_scaling_factor: float | None = None,
         names: Mapping[str, str] | None = None,
     ) -> "ModelArgs":
-        """The same from an already parsed params.json. Raises CheckpointError.
+        """Read an already parsed params.json. Raises CheckpointError.
 
-        `names` says what errors shall call the keys, where the values stood in another kind of file under other names.
+        `names` maps keys to the names that errors should use, for values from another kind of file.
         """
         params, names = renamed_keys(params.items(), OTHER_NAMES), _Names(names or {})
         _require_params(params)
@@ -105,7 +105,7 @@ class ModelArgs:
 
 
 def ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
-    """Meta's formula, both truncations included: they decide the last multiple."""
+    """Meta's formula: 2/3 of 4·dim, scaled, rounded up to a multiple. The truncations matter."""
     width = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         width = int(multiplier * width)
@@ -113,12 +113,12 @@ def ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def usual_rope_factor(dim: int, n_heads: int, n_kv_heads: int) -> float:
-    """What a scaled RoPE of this shape was stretched by where params.json does not say it."""
-    return 32.0 if (dim, n_heads, n_kv_heads) in SHAPES_STRETCHED_BY_32 else 8.0
+    """The RoPE scaling factor of this shape if params.json does not give it."""
+    return 32.0 if (dim, n_heads, n_kv_heads) in SHAPES_SCALED_BY_32 else 8.0
 
 
 class _Names(dict):
-    """What errors call a key: itself, where nothing else is said."""
+    """Names of keys in errors; a key without an entry is its own name."""
 
     def __missing__(self, key: str) -> str:
         return key
@@ -167,8 +167,6 @@ def _check_ffn_dim(params: Mapping[str, Any]) -> None:
     multiplier = params.get("ffn_dim_multiplier", 1.0)
     width = 0 if multiplier > WIDEST else ffn_dim(params["dim"], params["multiple_of"], multiplier)
     if not 0 < width <= WIDEST:
-        raise BadValue(
-            f'"dim" {params["dim"]} and "ffn_dim_multiplier" {multiplier:g} give a feed-forward layer of no possible width'
-        )
+        raise BadValue(f'"dim" {params["dim"]} and "ffn_dim_multiplier" {multiplier:g} give an impossible feed-forward width')
     if params.get("hidden_dim", width) != width:
         raise BadValue(f'"hidden_dim" is {params["hidden_dim"]}, but "multiple_of" and "ffn_dim_multiplier" give {width}')

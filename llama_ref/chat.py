@@ -1,4 +1,4 @@
-"""Dialogs as Llama 3 was trained to read and write them: per message a header, the text, tool calls, an end mark."""
+"""Llama 3's chat format: each message has a header, text, tool calls and an end token."""
 
 import json
 import re
@@ -18,7 +18,7 @@ BUILTIN_CALL = re.compile(r'(brave_search|wolfram_alpha|photogen)\.call\(query="
 
 
 class ToolCall(TypedDict):
-    """A call that an assistant makes; the built-in tools take {"query": str}, code_interpreter {"code": str}."""
+    """A tool call. Built-in tools take {"query": str}, code_interpreter takes {"code": str}."""
 
     tool_name: str
     arguments: dict[str, Any] | str
@@ -30,7 +30,10 @@ class _RoleAndContent(TypedDict):
 
 
 class Message(_RoleAndContent, total=False):
-    """One turn of a dialog. tool_calls and stop_reason are the assistant's; end_of_message means it waits for a tool."""
+    """One message of a dialog. Only an assistant's has tool_calls and stop_reason.
+
+    The stop_reason end_of_message means that the assistant waits for a tool's result.
+    """
 
     tool_calls: list[ToolCall]
     stop_reason: StopReason | None
@@ -40,16 +43,17 @@ Dialog = list[Message]
 
 
 class ChatFormat:
-    """Dialogs to token ids, and generated ids to messages. Text never becomes a special token, and nothing is stripped.
+    """Encodes dialogs as token ids and decodes generated ids into messages.
 
-    What is malformed (an unknown role, a missing or non-string content, an empty dialog) raises RequestError.
+    Text never becomes a special token, and nothing is stripped. Malformed dialogs (empty, an
+    unknown role, content that is missing or not a string) raise RequestError.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message | str) -> list[int]:
-        """`<|start_header_id|>role<|end_header_id|>\\n\\n` for a message or the name of a role."""
+        """`<|start_header_id|>role<|end_header_id|>\\n\\n` for a message or a role name."""
         role = message if isinstance(message, str) else _get(message, "role")
         if role not in WRITTEN_ROLE:
             raise RequestError(f"unknown role {role!r}: a message's role is one of {', '.join(WRITTEN_ROLE)}")
@@ -62,7 +66,7 @@ class ChatFormat:
         ]
 
     def encode_message(self, message: Message) -> list[int]:
-        """Header, content, tool calls and end mark. The calls are written as Meta does in its JSON tool prompt format."""
+        """Header, content, tool calls (in Meta's JSON tool prompt format) and end token."""
         ids = self.encode_header(_get(message, "role"))
         calls = _tool_calls(message)
         if calls and calls[0]["tool_name"] == "code_interpreter":
@@ -74,7 +78,7 @@ class ChatFormat:
         return ids
 
     def encode_dialog_prompt(self, dialog: Sequence[Message]) -> list[int]:
-        """begin_of_text, the messages, and an open assistant header for the model to complete."""
+        """begin_of_text, the messages, and an assistant header for the model to continue."""
         if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence) or not dialog:
             raise RequestError(f"a dialog is a list of at least one message, got {_shown(dialog)}")
         ids = [self.tokenizer.bos_id]
@@ -86,11 +90,12 @@ class ChatFormat:
         return ids + self.encode_header("assistant")
 
     def decode_assistant_message(self, ids: Sequence[int], stop_reason: StopReason | None = None) -> Message:
-        """The message in generated ids (those after the assistant header). A stop token at their end decides the stop reason.
+        """The message in generated ids, which follow the assistant header.
 
-        Tool calls are recognised where they are the whole text: a built-in tool's `name.call(query="…")`, a JSON object with
-        name and parameters, or any text after `<|python_tag|>`, which is code to run; content is "" then. `stop_reason` holds
-        for ids without a stop token; with neither, the message has none.
+        A tool call is recognised if it is the whole text: a built-in tool's `name.call(query="…")`,
+        a JSON object with name and parameters, or any text after `<|python_tag|>`, which is code to
+        run. Content is then "". A stop token at the end determines the stop reason, else
+        `stop_reason` does.
         """
         ids = list(ids)
         ends: dict[int, StopReason] = {
@@ -118,7 +123,7 @@ class ChatFormat:
 
 
 def tool_call_text(call: ToolCall) -> str:
-    """A tool call as the model is trained to write it. Raises RequestError if a built-in tool lacks its one argument."""
+    """A tool call as the model writes it. Raises RequestError if the argument is missing."""
     name, arguments = call["tool_name"], call["arguments"]
     key = BUILTIN_ARGUMENT.get(name)
     if key is None:
@@ -133,7 +138,7 @@ def tool_call_text(call: ToolCall) -> str:
 
 
 def parse_tool_call(text: str) -> ToolCall | None:
-    """The tool call that `text` is, in the built-in tools' form or in the JSON form; None if it is anything else."""
+    """The tool call in `text`, in the built-in or the JSON form; None if it is not a tool call."""
     text = text.strip()
     if builtin := BUILTIN_CALL.fullmatch(text):
         return ToolCall(tool_name=builtin[1], arguments={"query": builtin[2]})
@@ -146,7 +151,7 @@ def parse_tool_call(text: str) -> ToolCall | None:
     name, arguments = call.get("name"), call.get("parameters")
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    if name in BUILTIN_ARGUMENT:  # the model may name the argument otherwise; Meta also takes the first one for it
+    if name in BUILTIN_ARGUMENT:  # whatever the model calls the argument; Meta also takes the first
         value = next(iter(arguments.values()), None)
         if not isinstance(value, str):
             return None

@@ -1,4 +1,4 @@
-"""Reading files that may be anything: kinds recognised by their first bytes, size limits, JSON with named faults."""
+"""Read untrusted files: recognise kinds by their first bytes, limit sizes, check JSON."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,14 +9,14 @@ from typing import Any
 from llama_ref.errors import CheckpointError
 from llama_ref.formatting import short
 
-SNIFF_BYTES = 512  # enough to recognise every kind below
+SNIFF_BYTES = 512  # enough to recognise all kinds below
 
 
 def what_is(head: bytes) -> str | None:
-    """Name what a file's first bytes show it to be, where that is surely not a checkpoint's; None if nothing is recognised.
+    """Name the kind of a file that is clearly not a checkpoint's, from its first bytes; else None.
 
-    Expired or unauthenticated download links leave web pages and error bodies under the names of weights, and a clone
-    without Git LFS leaves pointers: these are what people meet, so these are what is told apart.
+    Expired download links leave web pages and error bodies under the names of weights, and clones
+    without Git LFS leave pointers.
     """
     if not head:
         return "an empty file"
@@ -40,23 +40,23 @@ ADVICE = {  # no semicolons: reports put several of these into one sentence
     "an XML error body": "the server refused the download, get a fresh link and fetch it again",
     "a JSON error body": "the server refused the download, get a fresh link and fetch it again",
     "a Git LFS pointer": "the repository was cloned without its large files, run `git lfs pull` in it",
-    "a run of zero bytes": "its space was set aside but never written, fetch that file again",
+    "a run of zero bytes": "its space was reserved but never written, fetch that file again",
 }
 
 
 def read_head(path: Path, n: int = SNIFF_BYTES) -> bytes:
-    """The first `n` bytes of `path`. Raises CheckpointError when it cannot be read or is not a plain file."""
+    """The first `n` bytes of `path`. Raises CheckpointError if it is unreadable or not a file."""
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is not a plain file (a folder, a device or a pipe stands in its place)")
+            raise CheckpointError(f"{path} is not a plain file (it is a folder, a device or a pipe)")
         with path.open("rb") as file:
             return file.read(n)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
 
 
 def check_head(path: Path, expected: str) -> bytes:
-    """Raise CheckpointError if `path` is a web page, an error body, a pointer or empty; return its first bytes otherwise."""
+    """The first bytes of `path`. Raises CheckpointError for an empty file, a web page etc."""
     head = read_head(path)
     found = what_is(head)
     if found:
@@ -65,10 +65,10 @@ def check_head(path: Path, expected: str) -> bytes:
 
 
 def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
-    """All bytes of a file that has no business being large. Raises CheckpointError beyond `limit_bytes`."""
+    """The content of a small file. Raises CheckpointError if it exceeds `limit_bytes`."""
     check_head(path, expected)
     with path.open("rb") as file:
-        data = file.read(min(limit_bytes, path.stat().st_size) + 1)  # room for what is there, not for the limit
+        data = file.read(min(limit_bytes, path.stat().st_size) + 1)  # read(n) allocates n bytes
     if len(data) > limit_bytes:
         raise CheckpointError(
             f"{path} is larger than {limit_bytes:,} bytes, far more than {expected} ever is; is it another file?"
@@ -80,15 +80,15 @@ def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
 
 
 class BadValue(CheckpointError):
-    """What is wrong with a file's JSON; `json_object` puts the file's path before it."""
+    """What is wrong with the content of a JSON file; `json_object` adds the path."""
 
 
 class DuplicateKey(BadValue, ValueError):
-    """One key of an object has several values."""
+    """An object has a key with different values."""
 
 
 def read_json(path: Path, limit_bytes: int, expected: str) -> Any:
-    """The content of a JSON file. Raises CheckpointError if it is not JSON, or gives one key of an object two values."""
+    """The content of a JSON file. Raises CheckpointError for invalid JSON and duplicate keys."""
     data = read_small(path, limit_bytes, expected)
     try:
         return json.loads(data.decode(json.detect_encoding(data)), object_pairs_hook=unique_keys)
@@ -102,9 +102,10 @@ def read_json(path: Path, limit_bytes: int, expected: str) -> Any:
 
 @contextmanager
 def json_object(path: str | Path, expected: str, keys: str, limit_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the object that a JSON file holds; a BadValue raised over it becomes a CheckpointError with the path.
+    """Yield the object in a JSON file; a BadValue raised in the block gets the path as a prefix.
 
-    `expected` (what the file should be) and some of its `keys` are for the messages. Raises CheckpointError.
+    `expected` says what the file should be and `keys` names some of its keys, for error messages.
+    Raises CheckpointError.
     """
     content = read_json(Path(path), limit_bytes, expected)
     try:
@@ -116,7 +117,7 @@ def json_object(path: str | Path, expected: str, keys: str, limit_bytes: int) ->
 
 
 def unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Keys and values as a dictionary (json's `object_pairs_hook`). Raises DuplicateKey for two different values of a key."""
+    """The pairs as a dictionary. Raises DuplicateKey if a key has different values."""
     pairs = list(pairs)
     content = dict(pairs)
     if len(content) == len(pairs):
@@ -131,15 +132,15 @@ def unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def renamed_keys(pairs: Iterable[tuple[str, Any]], names: Mapping[str, str]) -> dict[str, Any]:
-    """Keys and values as a dictionary, keys renamed by `names`, without keys that are null (null means absent)."""
+    """The pairs as a dictionary with keys renamed by `names`; null means absent."""
     return unique_keys((names.get(key, key), value) for key, value in pairs if value is not None)
 
 
 def require_keys(found: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise BadValue that names the `keys` that are absent or null, and those that there are instead."""
+    """Raise BadValue, naming missing and existing keys, if any of `keys` is absent or null."""
     missing = [key for key in keys if found.get(key) is None]
     if missing:
-        hint = " (a Llama 2 has no rope_theta; only Llama 3 is read here)" if missing == ["rope_theta"] else ""
+        hint = " (a Llama 2 has no rope_theta; only Llama 3 is supported)" if missing == ["rope_theta"] else ""
         raise BadValue(f"lacks {', '.join(missing)}{hint}; it has {short(sorted(found)) if found else 'no keys at all'}")
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: Llama 3's byte-level BPE, with the ids of Meta's tokenizer on any input."""
+"""Llama 3's tokenizer: byte-level BPE that gives the ids of Meta's tokenizer on any input."""
 
 import codecs
 import re
@@ -22,7 +22,7 @@ from llama_ref.vocabulary import (
     write_tokenizer_model,
 )
 
-__all__ = [  # the vocabulary's names too: whoever needs them need not know which file they live in
+__all__ = [  # re-exports the public names of llama_ref.vocabulary
     "MAX_FILE_BYTES",
     "N_SPECIAL",
     "SPECIAL_TOKENS",
@@ -35,20 +35,21 @@ __all__ = [  # the vocabulary's names too: whoever needs them need not know whic
     "write_tokenizer_model",
 ]
 
-# tiktoken panics on very long strings and very long runs. Meta cuts both at these lengths (characters), and a cut can
-# change the ids around it, so the same lengths are part of giving the same ids.
+# tiktoken panics on very long strings and runs. Meta splits both at these lengths (characters). A
+# split can change the ids around it, so the lengths must be the same.
 MAX_PIECE = 400_000
 MAX_RUN = 25_000
 RUN = re.compile(r"\s+|\S+")
 
 
 class Tokenizer:
-    """Llama 3's tokenizer, read from Meta's `tokenizer.model` or, where the file's name ends in .json, Hugging Face's.
+    """Llama 3's tokenizer, from Meta's `tokenizer.model` or Hugging Face's `tokenizer.json`.
 
-    special_tokens maps each special token's text to its id; n_words counts all ids (128,256 in Meta's file); stop_tokens are
-    the ids that end a generation. `n_words`, the model's number of rows, is for a tokenizer.json alone: fine-tunes pad their
-    embedding, so ids without a token become special tokens `<|unused_{id}|>`. Raises CheckpointError if the file is anything
-    else, or holds more ids than that.
+    special_tokens maps each special token's text to its id. n_words is the number of ids (128,256
+    in Meta's file). stop_tokens are the ids that end a generation. The argument `n_words` is the
+    model's number of embedding rows and only used for a tokenizer.json: fine-tunes pad the
+    embedding, so ids without a token become special tokens `<|unused_{id}|>`. Raises
+    CheckpointError if the file is something else or has more ids than `n_words`.
     """
 
     def __init__(self, path: str | Path, n_words: int | None = None) -> None:
@@ -82,11 +83,12 @@ class Tokenizer:
         allowed_special: Literal["all"] | Collection[str] | None = None,
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
-        """Token ids of `s`, with begin_of_text before and end_of_text after if asked for.
+        """Token ids of `s`, with begin_of_text before it (`bos`) and end_of_text after it (`eos`).
 
-        The text of a special token is ordinary text, unless `allowed_special` names it (then it becomes that token) or
-        `disallowed_special` does (then RequestError). "all" stands for all of them; disallowed "all" leaves out the allowed.
-        A lone surrogate is encoded as U+FFFD, a surrogate pair as its character.
+        The text of a special token is encoded as ordinary text, unless it is in `allowed_special`
+        (encoded as that token) or `disallowed_special` (RequestError). "all" means all special
+        tokens; for `disallowed_special`, all that are not allowed. A lone surrogate is encoded as
+        U+FFFD, a surrogate pair as its character.
         """
         if not isinstance(s, str):
             raise RequestError(f"only a str can be encoded, got {type(s).__name__}; encode the texts of a list one by one")
@@ -96,11 +98,11 @@ class Tokenizer:
             disallowed -= allowed
 
         ids = [self.bos_id] if bos else []
-        for text, token_after in self._around_added(s, allowed):
-            for piece in pieces(text):
+        for text, token_after in self._split_added(s, allowed):
+            for piece in split_long(text):
                 if found := next((name for name in disallowed if name in piece), None):
                     raise RequestError(
-                        f"the text holds {found}, which disallowed_special refuses: name it in allowed_special to encode it "
+                        f"the text contains {found}, which disallowed_special rejects: name it in allowed_special to encode it "
                         "as that special token, or leave disallowed_special empty to encode it as text"
                     )
                 ids += self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
@@ -111,15 +113,15 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+        """Text of `ids`, including special tokens; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of `ids`, exactly. Raises RequestError for an id outside the vocabulary."""
+        """Exact bytes of `ids`. Raises RequestError for an id outside the vocabulary."""
         return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Bytes of one token, often only a part of a character. Raises RequestError for an id outside the vocabulary."""
+        """Bytes of one token, often part of a character. Raises RequestError for an unknown id."""
         try:
             if token_id >= 0:  # a negative index would count from the end
                 return self._bytes_of[token_id]
@@ -129,8 +131,8 @@ class Tokenizer:
             f"{token_id!r} is not a token id: this vocabulary has {self.n_words:,} tokens, ids 0 to {self.n_words - 1}"
         )
 
-    def _around_added(self, s: str, allowed: set[str]) -> Iterator[tuple[str, int | None]]:
-        """`s` in turns: ordinary text, and the id of the added token after it. Special tokens go before added ones."""
+    def _split_added(self, s: str, allowed: set[str]) -> Iterator[tuple[str, int | None]]:
+        """Split `s` into (text, id of the added or special token after it); special tokens win."""
         if not self.vocabulary.added:
             yield s, None
             return
@@ -143,39 +145,42 @@ class Tokenizer:
     def _special_names(self, argument: str, names: Collection[str]) -> set[str]:
         if names == "all":
             return set(self.special_tokens)
-        if isinstance(names, str):  # would be taken for a set of single characters
+        if isinstance(names, str):  # else taken as a set of characters
             raise RequestError(f'{argument} must be "all" or a set of special tokens, got {names!r}: write {{{names!r}}}')
         return set(names)
 
 
 class StreamDecoder:
-    """Text of token ids as they come. No piece ends within a character; joined, they are `tokenizer.decode` of all the ids."""
+    """Decode a stream of token ids into text, holding back incomplete characters.
+
+    The returned texts join to `tokenizer.decode` of all ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token_id: int) -> str:
-        """The text that this token completes: "" while a character is still short of bytes."""
+        """The text that this token completes; "" while a character is incomplete."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed, else "". Ready for another text after."""
+        """End the text: U+FFFD for an incomplete character, else "". Resets the decoder."""
         return self._utf8.decode(b"", final=True)
 
 
 class TextFinder:
-    """Finds any of many texts in a string: leftmost first, the longest at each place; 20,000 texts take no longer than ten."""
+    """Finds texts in a string, leftmost and longest first, in time independent of their number."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self._ids = ids
-        self._lengths: dict[str, list[int]] = {}  # of the texts by first character, longest first
+        self._lengths: dict[str, list[int]] = {}  # by first character, longest first
         for first, length in sorted({(text[0], len(text)) for text in ids}, reverse=True):
             self._lengths.setdefault(first, []).append(length)
         self._first = re.compile(f"[{re.escape(''.join(self._lengths))}]") if ids else None
 
     def split(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """What stands before each text that is found, with that text's id; then what is left, with None."""
+        """Yield (text before the match, its id) for each match, then (remaining text, None)."""
         start = position = 0
         while self._first and (candidate := self._first.search(text, position)):
             position = candidate.start()
@@ -190,21 +195,21 @@ class TextFinder:
         yield text[start:], None
 
 
-def pieces(text: str, max_piece: int = MAX_PIECE, max_run: int = MAX_RUN) -> Iterator[str]:
-    """Cut `text` into strings that tiktoken survives: joined they are `text`, none too long, none with too long a run."""
+def split_long(text: str, max_piece: int = MAX_PIECE, max_run: int = MAX_RUN) -> Iterator[str]:
+    """Split `text` into strings that are short enough for tiktoken, and so are their runs."""
     for start in range(0, len(text), max_piece):
-        yield from cut_runs(text[start : start + max_piece], max_run)
+        yield from split_runs(text[start : start + max_piece], max_run)
 
 
-def cut_runs(text: str, limit: int) -> Iterator[str]:
-    """Cut `text` within each run of whitespace or of non-whitespace longer than `limit`, every `limit` characters.
+def split_runs(text: str, limit: int) -> Iterator[str]:
+    """Split each run of whitespace or non-whitespace longer than `limit` every `limit` characters.
 
-    Such a run covers a multiple of `limit`, so only the runs at those few positions are measured.
+    Such a run covers a multiple of `limit`, so only the runs at these positions are measured.
     """
     cut_before = run_end = 0
     for position in range(limit, len(text), limit):
         if position < run_end:
-            continue  # still within the run just cut
+            continue  # within the run just split
         backwards = text[position - limit : position + 1][::-1]
         run_start = position + 1 - _run_end(backwards)
         run_end = _run_end(text, position)
@@ -221,12 +226,12 @@ def _run_end(text: str, start: int = 0) -> int:
 
 
 def _padded(path: Path, vocabulary: Vocabulary, n_words: int | None) -> Vocabulary:
-    """The vocabulary with `n_words` ids, those without a token unused."""
+    """The vocabulary with `n_words` ids; ids without a token become placeholders."""
     if n_words is not None and not vocabulary.n_words <= n_words <= MAX_ID:
         last = next(text for text, i in _texts(vocabulary) if i == vocabulary.n_words - 1)
         raise CheckpointError(
             f"{path} has {vocabulary.n_words:,} ids (the last is {last!r}), but the model has {n_words:,} rows: the tokenizer "
-            "belongs to another model, or got tokens that the model's embedding was not enlarged for"
+            "belongs to another model, or has new tokens for which the model's embedding was not enlarged"
         )
     return vocabulary.with_unused(n_words)
 

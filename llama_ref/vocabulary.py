@@ -1,4 +1,4 @@
-"""What each token id stands for, and the native files that say so: `tokenizer.model`, and `added_tokens.json` where needed."""
+"""A tokenizer's vocabulary, and its files in Meta's format: tokenizer.model, added_tokens.json."""
 
 import json
 from binascii import a2b_base64, b2a_base64
@@ -10,12 +10,12 @@ from pathlib import Path
 from llama_ref.errors import CheckpointError
 from llama_ref.files import read_json, read_small
 
-MAX_FILE_BYTES = 64 << 20  # Llama 3's file is 2 MB; nothing of this kind comes near the limit
-MAX_ID = 1 << 24  # a hundred times Llama 3's vocabulary: what is beyond is a damaged number, not a token
+MAX_FILE_BYTES = 64 << 20  # Llama 3's file is 2 MB
+MAX_ID = 1 << 24  # a hundred times Llama 3's vocabulary: larger ids are damaged numbers
 EXPECTED = "a Llama 3 tokenizer.model"
 REFETCH = "The file is damaged or another model's: fetch it again"
 
-# How text is cut before byte pairs are merged. Part of the trained model: another pattern gives other ids.
+# How text is split before byte pairs are merged. The model is trained with this pattern.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,7 +40,8 @@ SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in NAMED_SPECIAL) + tuple(
     f"<|reserved_special_token_{i}|>" for i in range(2, 2 + N_SPECIAL - len(NAMED_SPECIAL))
 )
 NEEDED = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-RESERVED_ONCE = ("<|eom_id|>", "<|python_tag|>", "<|finetune_right_pad_id|>")  # Llama 3.0's files have other names for them
+# Llama 3.0 has these ids as reserved special tokens.
+RESERVED_ONCE = ("<|eom_id|>", "<|python_tag|>", "<|finetune_right_pad_id|>")
 
 ADDED_TOKENS = "added_tokens.json"
 ADDED_TOKENS_FORM = 'an object like {"special": {"<|name|>": id, …}, "ordinary": {"text": id, …}}'
@@ -48,12 +49,12 @@ ADDED_TOKENS_FORM = 'an object like {"special": {"<|name|>": id, …}, "ordinary
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Every token and its id.
+    """All tokens and their ids.
 
-    ranks: the byte-pair tokens, whose ids are also the order of merging; 0 to n - 1, or with one gap of 256 ids, where the
-    special tokens stand before byte pairs that were added later. special: text that only an explicit request makes a token.
-    added: ordinary text that is one token wherever it stands, the longest at the leftmost place, whatever surrounds it; its
-    bytes may be a byte-pair token's too, with that id or its own.
+    ranks: the byte-pair tokens. Their ids are also the order of merging: 0 to n - 1, or with one
+    gap of 256 ids for the special tokens if byte pairs were added later. special: text that becomes
+    a token only on request. added: ordinary text that always becomes one token, matched leftmost
+    and longest. Its bytes may also be a byte-pair token, with the same id or another.
     """
 
     ranks: dict[bytes, int]
@@ -62,20 +63,20 @@ class Vocabulary:
 
     @property
     def n_words(self) -> int:
-        """How many ids there are: one more than the highest."""
+        """The number of ids: one more than the highest."""
         return 1 + max(max(ids.values(), default=-1) for ids in (self.ranks, self.special, self.added))
 
     def special_id(self, text: str) -> int:
-        """Id of one of Llama 3's special tokens: the token of that text, else the one in its place after begin_of_text."""
+        """Id of one of Llama 3's special tokens, by text or else by offset from begin_of_text."""
         return self.special.get(text, self.special["<|begin_of_text|>"] + SPECIAL_TOKENS.index(text))
 
     def special_text(self, text: str) -> str:
-        """What this vocabulary calls that special token."""
+        """The text of one of Llama 3's special tokens in this vocabulary."""
         token_id = self.special_id(text)
         return next(name for name, i in self.special.items() if i == token_id)
 
     def with_unused(self, n_words: int | None = None) -> "Vocabulary":
-        """The same with a special token `<|unused_{id}|>` for each id below `n_words` (default: the highest) that has none."""
+        """A copy with a special token `<|unused_{id}|>` for each unused id below `n_words`."""
         taken = {*self.ranks.values(), *self.special.values(), *self.added.values()}
         n_words = self.n_words if n_words is None else n_words
         unused = {unused_text(i): i for i in range(n_words) if i not in taken}
@@ -83,7 +84,7 @@ class Vocabulary:
 
 
 def unused_text(token_id: int) -> str:
-    """The text of a placeholder: the model has a row for this id, but its tokenizer has no token."""
+    """The placeholder for an id that has an embedding row but no token."""
     return f"<|unused_{token_id}|>"
 
 
@@ -91,37 +92,38 @@ def unused_text(token_id: int) -> str:
 
 
 def read_tokenizer_model(path: Path) -> Vocabulary:
-    """The vocabulary of a native tokenizer: 256 special tokens after the ranks or in their gap, and `added_tokens.json` beside.
+    """Read tokenizer.model and, if it exists, the added_tokens.json next to it.
 
-    `added_tokens.json`, if there, gives ids after all others to added tokens, or other texts to some of the 256. Raises
-    CheckpointError if either file is damaged or the two do not fit.
+    The 256 special tokens follow the ranks or fill their gap. added_tokens.json adds tokens with
+    higher ids, or renames some of the 256. Raises CheckpointError if either file is damaged or they
+    contradict each other.
     """
     ranks = read_ranks(path)
     start = special_start(ranks)
     special = {text: start + i for i, text in enumerate(SPECIAL_TOKENS)}
-    beside = path.with_name(ADDED_TOKENS)
-    if not beside.exists():
+    added_path = path.with_name(ADDED_TOKENS)
+    if not added_path.exists():
         return Vocabulary(ranks, special)
 
-    new_special, added = _read_added_tokens(beside)
+    new_special, added = _read_added_tokens(added_path)
     renamed = {*new_special.values(), *added.values()}
     kept = {text: i for text, i in special.items() if i not in renamed}
     if text := next((text for text in kept if text in new_special or text in added), None):
         raise CheckpointError(
-            f"{beside} gives {text!r} the id {(new_special | added)[text]}, but it is token {kept[text]} of {path.name}: each "
-            "text is one token"
+            f"{added_path} gives {text!r} the id {(new_special | added)[text]}, but it is token {kept[text]} of {path.name}: "
+            "each text can have only one id"
         )
     vocabulary = Vocabulary(ranks, _by_id(kept | new_special), _by_id(added))
-    check_vocabulary(beside, vocabulary)
-    _check_no_gap(beside, vocabulary)
+    check_vocabulary(added_path, vocabulary)
+    _check_no_gap(added_path, vocabulary)
     return vocabulary
 
 
 def write_tokenizer_model(folder: Path, vocabulary: Vocabulary) -> None:
-    """Write `tokenizer.model` into `folder`, and `added_tokens.json` where Llama 3's 256 special tokens are not all there is.
+    """Write tokenizer.model and, for added or renamed tokens, added_tokens.json into `folder`.
 
-    Every id below `vocabulary.n_words` must have a token (see Vocabulary.with_unused). Raises CheckpointError for a
-    vocabulary that the native files cannot hold.
+    Every id below `vocabulary.n_words` must have a token (see Vocabulary.with_unused). Raises
+    CheckpointError for a vocabulary that these files cannot represent.
     """
     check_vocabulary(folder, vocabulary)
     start = special_start(vocabulary.ranks)
@@ -140,15 +142,15 @@ def write_tokenizer_model(folder: Path, vocabulary: Vocabulary) -> None:
         "special": _by_id({text: i for text, i in vocabulary.special.items() if default.get(i) != text}),
         "ordinary": _by_id(vocabulary.added),
     }
-    beside = folder / ADDED_TOKENS
+    added_path = folder / ADDED_TOKENS
     if any(sections.values()):
-        beside.write_text(json.dumps(sections, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        added_path.write_text(json.dumps(sections, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     else:
-        beside.unlink(missing_ok=True)  # one that stood here before would be read with the new file
+        added_path.unlink(missing_ok=True)  # a stale one would be read with the new file
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank, from a tiktoken file. Raises CheckpointError, with the line, unless ranks and bytes are complete."""
+    """Token bytes -> rank, from a tiktoken file. Raises CheckpointError with the damaged line."""
     data = read_small(path, MAX_FILE_BYTES, EXPECTED)
     if data.startswith(b"\n") and b"\0" in data[:512]:
         raise CheckpointError(
@@ -167,7 +169,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token = a2b_base64(fields[0])
         except ValueError:
             token = b""
-        if b2a_base64(token, newline=False) != fields[0]:  # a2b_base64 alone skips over characters it does not know
+        if b2a_base64(token, newline=False) != fields[0]:  # a2b_base64 skips invalid characters
             raise _bad_line(path, number, line, "does not begin with valid base64")
         if not fields[1].isdigit() or len(fields[1]) > 9:
             raise _bad_line(path, number, line, "does not end in a rank (a whole number, 0 or more)")
@@ -180,22 +182,22 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def special_start(ranks: Mapping[bytes, int]) -> int:
-    """The first id of the 256 special tokens: where the ranks have their gap, else after them."""
+    """The first id of the 256 special tokens: in the gap of the ranks, or after them."""
     taken = set(ranks.values())
     return next(i for i in range(len(ranks) + 1) if i not in taken)
 
 
-# What must hold of any vocabulary
+# Checks
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raise CheckpointError unless the ranks are 0 to n - 1 once each (or leave one gap of 256) and hold every single byte."""
+    """Raise CheckpointError unless ranks are 0 to n - 1, or leave a gap of 256, with all bytes."""
     in_order = sorted(ranks.values())
     gap_start = next((i for i, rank in enumerate(in_order) if i != rank), len(in_order))
     with_gap = [*range(gap_start), *range(gap_start + N_SPECIAL, len(in_order) + N_SPECIAL)]
     if gap_start < len(in_order) and (gap_start == 0 or in_order != with_gap):
-        twice = next((a for a, b in pairwise(in_order) if a == b), None)
-        fault = f"has no token of rank {gap_start}" if twice is None else f"gives rank {twice} to more than one token"
+        duplicate = next((a for a, b in pairwise(in_order) if a == b), None)
+        fault = f"has no token of rank {gap_start}" if duplicate is None else f"gives rank {duplicate} to more than one token"
         raise CheckpointError(
             f"{path} {fault}; its {len(ranks):,} tokens should have the ranks 0 to {len(ranks) - 1}, or leave out exactly "
             f"{N_SPECIAL} for the special tokens. {REFETCH}"
@@ -209,7 +211,7 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
 
 
 def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
-    """Raise CheckpointError unless each id is one token, each text one id, and Llama 3's special tokens are all there."""
+    """Raise CheckpointError for duplicate ids or texts, and missing special tokens."""
     check_ranks(path, vocabulary.ranks)
     rank_ids = set(vocabulary.ranks.values())
     owner: dict[int, str] = {}
@@ -232,8 +234,8 @@ def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     special_ids = set(vocabulary.special.values())
     if missing := [text for text in RESERVED_ONCE if vocabulary.special_id(text) not in special_ids]:
         raise CheckpointError(
-            f"{path} has no special token {missing[0]}, nor another one in its place (id "
-            f"{vocabulary.special_id(missing[0])}): it is not Llama 3's tokenizer"
+            f"{path} has no special token {missing[0]} and no other one with its id "
+            f"{vocabulary.special_id(missing[0])}: it is not Llama 3's tokenizer"
         )
 
 
@@ -242,18 +244,18 @@ def _check_no_gap(path: Path, vocabulary: Vocabulary) -> None:
     if len(taken) != vocabulary.n_words:
         absent = next(i for i in range(vocabulary.n_words) if i not in taken)
         raise CheckpointError(
-            f"{path} has no token of id {absent}, though others go up to {vocabulary.n_words - 1}: a native tokenizer names "
-            f"each one, also those not in use (such as {unused_text(absent)!r})"
+            f"{path} has no token of id {absent}, though others go up to {vocabulary.n_words - 1}: a native tokenizer "
+            f"names each one, including unused ones (such as {unused_text(absent)!r})"
         )
 
 
 def _text_fault(text: str) -> str | None:
     if not text:
-        return "an empty text would be found everywhere"
+        return "an empty text would match everywhere"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "half a surrogate pair is not text"
+        return "a lone surrogate is not text"
     return None
 
 
@@ -270,8 +272,8 @@ def _read_added_tokens(path: Path) -> tuple[dict[str, int], dict[str, int]]:
         name in ("special", "ordinary") and isinstance(tokens, dict) for name, tokens in content.items()
     ):
         raise CheckpointError(
-            f"{path}, which stands beside a tokenizer.model, is not {ADDED_TOKENS_FORM}. If it was made by Hugging Face's "
-            "library, take its tokenizer.json, which says what its tokens are, and remove this file"
+            f"{path}, next to a tokenizer.model, is not {ADDED_TOKENS_FORM}. If it was made by Hugging Face's "
+            "library, use its tokenizer.json, which has all tokens, and remove this file"
         )
     special, ordinary = content.get("special", {}), content.get("ordinary", {})
     for text, token_id in (*special.items(), *ordinary.items()):

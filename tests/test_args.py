@@ -1,4 +1,4 @@
-"""params.json: what is read, what follows from it, what is refused and how."""
+"""params.json is read and checked; errors name the file and the key."""
 
 import json
 import time
@@ -33,7 +33,7 @@ QLORA = {
 
 @pytest.fixture
 def params_file(tmp_path):
-    """Write params.json, from a dictionary or as raw text, and give its path."""
+    """Write params.json from a dictionary or raw text, and return its path."""
 
     def write(params: dict | str | bytes) -> Path:
         path = tmp_path / "params.json"
@@ -80,7 +80,7 @@ def test_the_pruned_guards_own_names_are_read():
     assert (args.ffn_dim, args.rope_theta, args.extra) == (6400, 500000.0, {})
 
 
-def test_whole_numbers_serve_as_real_ones_and_the_callers_dictionary_stays():
+def test_integers_are_accepted_as_floats_and_the_callers_dictionary_is_unchanged():
     params = LLAMA_3_8B | {"rope_theta": 500000, "ffn_dim_multiplier": 1}
     before = dict(params)
     args = ModelArgs.from_dict(params)
@@ -139,9 +139,9 @@ def test_a_mistyped_value_is_shown_with_its_key(params_file, key, value):
         ({"rope_scaling_factor": 0.5}, '"rope_scaling_factor" is 0.5, expected 1 or more'),
         ({"rope_freq_base": 10000.0}, 'duplicate key "rope_theta" with different values 500000.0 and 10000.0'),
         ({"n_layers": 10_001}, '"n_layers" is 10,001, expected at most 10,000'),
-        ({"ffn_dim_multiplier": 1e-9}, '"ffn_dim_multiplier" 1e-09 give a feed-forward layer of no possible width'),
-        ({"ffn_dim_multiplier": 1e308}, '"ffn_dim_multiplier" 1e+308 give a feed-forward layer of no possible width'),
-        ({"ffn_dim_multiplier": 1e6}, '"ffn_dim_multiplier" 1e+06 give a feed-forward layer of no possible width'),
+        ({"ffn_dim_multiplier": 1e-9}, '"ffn_dim_multiplier" 1e-09 give an impossible feed-forward width'),
+        ({"ffn_dim_multiplier": 1e308}, '"ffn_dim_multiplier" 1e+308 give an impossible feed-forward width'),
+        ({"ffn_dim_multiplier": 1e6}, '"ffn_dim_multiplier" 1e+06 give an impossible feed-forward width'),
     ],
 )
 def test_contradictory_keys_are_named(params_file, changes, named):
@@ -168,7 +168,7 @@ SHAPE_3B = {"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "ffn_di
         (SCALED, None, 8),
         (SCALED | SHAPE_1B, None, 32),
         (SCALED | SHAPE_3B, None, 32),
-        (SCALED | SHAPE_1B | {"n_layers": 12}, None, 32),  # pruned, yet stretched as the 1B was
+        (SCALED | SHAPE_1B | {"n_layers": 12}, None, 32),  # pruned, scaled like the 1B
         (SCALED | SHAPE_1B | {"n_kv_heads": 4}, None, 8),
         (SCALED | SHAPE_1B | {"rope_scaling_factor": 16}, None, 16),
         (SCALED | SHAPE_1B, 8, 8),
@@ -198,7 +198,7 @@ def test_a_factor_given_by_the_caller_is_checked_too(factor):
         (4096, 1024, 1.3, 14336),
         (8192, 4096, 1.3, 28672),
         (16384, 4096, 1.2, 53248),
-        (64, 1, None, 170),  # 170.67, cut before anything else
+        (64, 1, None, 170),  # 170.67, truncated first
         (64, 1, 1.3, 221),  # 1.3 · 170, not 1.3 · 170.67
         (576, 256, 1.0, 1536),  # a multiple already
         (577, 256, 1.0, 1792),
@@ -228,7 +228,7 @@ def test_feed_forward_widths(dim, multiple_of, multiplier, width):
         (b'{"dim":' * 140_000, "nested far deeper"),
     ],
 )
-def test_what_is_no_params_json_is_told_apart(params_file, content, says):
+def test_other_files_are_recognised(params_file, content, says):
     with pytest.raises(CheckpointError, match=says) as error:
         ModelArgs.from_json(params_file(content))
     assert "params.json" in str(error.value)

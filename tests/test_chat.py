@@ -1,4 +1,4 @@
-"""Dialogs become the ids that Meta's own chat format gives them, and generated ids become messages again."""
+"""Dialogs are encoded like Meta's chat format does, and generated ids are decoded into messages."""
 
 import pytest
 from hypothesis import given
@@ -152,7 +152,7 @@ def test_special_text_in_a_message_stays_text(chat, text):
     assert [i for i in ids if i >= chat.tokenizer.bos_id] == [*special[:2], chat.tokenizer.python_tag_id, *special[2:]]
 
 
-def test_a_header_is_made_from_a_message_or_a_role(chat, meta):
+def test_a_header_is_encoded_from_a_message_or_a_role(chat, meta):
     for role in ("system", "user", "assistant", "tool"):
         expected = meta._encode_header(role)
         assert chat.encode_header(role) == chat.encode_header({"role": role, "content": "x"}) == expected
@@ -203,7 +203,7 @@ def test_malformed_dialogs_are_refused_by_what_is_wrong(chat, dialog, message):
 
 
 def answer_ids(chat, message) -> list[int]:
-    """What a model would have generated: the message after its header."""
+    """The ids a model would generate: the message after its header."""
     return chat.encode_message(message)[len(chat.encode_header(message)) :]
 
 
@@ -226,14 +226,14 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize("message", ANSWERS, ids=repr)
-def test_an_answer_comes_back_as_it_was_written_and_as_meta_reads_it(chat, meta, message):
+def test_an_answer_is_decoded_as_it_was_and_as_meta_decodes_it(chat, meta, message):
     ids = answer_ids(chat, message)
     assert chat.decode_assistant_message(ids) == message
     assert from_meta(meta.decode_assistant_message(ids, StopReason.out_of_tokens)) == message
 
 
 @pytest.mark.parametrize("message", ANSWERS, ids=repr)
-def test_without_its_end_mark_an_answer_has_the_stop_reason_it_is_given(chat, message):
+def test_without_an_end_token_an_answer_has_the_given_stop_reason(chat, message):
     ids = answer_ids(chat, message)[:-1]
     bare = {key: value for key, value in message.items() if key != "stop_reason"}
     assert chat.decode_assistant_message(ids) == bare
@@ -286,14 +286,14 @@ def test_a_builtin_tool_called_in_other_forms_can_be_encoded_again(chat, text, a
     ],
     ids=lambda text: text[:50],
 )
-def test_what_only_resembles_a_tool_call_stays_text(chat, text):
+def test_text_that_only_resembles_a_tool_call_stays_text(chat, text):
     assert chat.decode_assistant_message(chat.tokenizer.encode(text, bos=False, eos=False)) == {
         "role": "assistant",
         "content": text,
     }
 
 
-def test_text_that_spells_an_end_mark_is_not_one(chat):
+def test_text_that_spells_an_end_token_is_not_one(chat):
     ids = chat.tokenizer.encode("<|python_tag|>x<|eot_id|>", bos=False, eos=False)
     assert chat.decode_assistant_message(ids)["content"] == "<|python_tag|>x<|eot_id|>"
     assert chat.decode_assistant_message([]) == {"role": "assistant", "content": ""}

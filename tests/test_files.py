@@ -1,4 +1,4 @@
-"""Telling what a file is before it is trusted."""
+"""Files are recognised and limited before they are read."""
 
 import os
 
@@ -61,7 +61,7 @@ def test_any_bytes_are_one_of_these_or_nothing_known(head):
     assert what_is(head) in {None, *ADVICE}
 
 
-def test_a_small_file_is_read_up_to_its_limit_and_no_further(tmp_path):
+def test_a_small_file_is_read_up_to_its_limit(tmp_path):
     path = tmp_path / "params.json"
     path.write_bytes(b"x" * 100)
     assert read_small(path, 100, "params.json") == b"x" * 100
@@ -71,7 +71,7 @@ def test_a_small_file_is_read_up_to_its_limit_and_no_further(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "broken link", "loop", "nothing", "too long a name", "no name"])
 @pytest.mark.parametrize("read", [read_head, lambda path: read_small(path, 10, "x"), lambda path: check_head(path, "x")])
-def test_what_is_no_file_is_refused_without_hanging(tmp_path, kind, read):
+def test_anything_but_a_file_is_refused_without_hanging(tmp_path, kind, read):
     path = tmp_path / {"too long a name": "x" * 300, "no name": "a\0b"}.get(kind, "path")
     if kind == "folder":
         path.mkdir()

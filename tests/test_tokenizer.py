@@ -1,4 +1,4 @@
-"""On any text the ids are those of Meta's tokenizer; only a whole tiktoken file is read; streams show whole characters."""
+"""Ids equal Meta's on any text, damaged files are rejected, streams show complete characters."""
 
 import copy
 import os
@@ -13,12 +13,12 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
 from corpus import CORPUS, SHORT, WHOLE
 from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, cut_runs, pieces
+from llama_ref.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, split_long, split_runs
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # surrogates too
 FRAGMENTS = [*SHORT.values(), *SPECIAL_TOKENS[:12], "<|", "|>", " ", "\n", "\r\n", "'s", "’", "\u3000", "\ud83d", "\ude00"]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS) | ANY_TEXT, max_size=8).map("".join)
-ORDINARY = [(bytes([i]), i) for i in range(256)]  # the least a file can hold
+ORDINARY = [(bytes([i]), i) for i in range(256)]  # the smallest valid file
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def lines(pairs, end: bytes = b"\n") -> bytes:
     return b"".join(b"%b %d%b" % (b64encode(token), rank, end) for token, rank in pairs)
 
 
-# The same as Meta's
+# Equal to Meta's
 
 
 def test_attributes_are_metas(tokenizer, meta):
@@ -48,12 +48,12 @@ def test_attributes_are_metas(tokenizer, meta):
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_corpus_has_metas_ids_and_comes_back(tokenizer, meta, name):
+def test_corpus_has_metas_ids_and_round_trips(tokenizer, meta, name):
     text = CORPUS[name]
     ids = tokenizer.encode(text, bos=True, eos=True)
     assert ids == meta.encode(text, bos=True, eos=True)
     assert tokenizer.decode(ids) == meta.decode(ids)
-    whole = "".join(piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for piece in pieces(text))
+    whole = "".join(piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for piece in split_long(text))
     assert tokenizer.decode(ids[1:-1]) == whole
 
 
@@ -69,7 +69,7 @@ def test_any_text_and_any_special_tokens_have_metas_ids(tokenizer, meta, text, b
     try:
         expected = meta.encode(text, **options)
     except ValueError:
-        with pytest.raises(RequestError, match="disallowed_special refuses"):
+        with pytest.raises(RequestError, match="disallowed_special rejects"):
             tokenizer.encode(text, **options)
     else:
         assert tokenizer.encode(text, **options) == expected
@@ -82,13 +82,13 @@ def test_text_never_becomes_a_special_token_by_default(tokenizer, text):
 
 @given(text=st.text("ab \n\u3000", max_size=60), limit=st.integers(1, 9))
 @example(text="", limit=3)
-def test_runs_are_cut_where_meta_cuts_them(text, limit):
-    assert list(cut_runs(text, limit)) == list(MetaTokenizer._split_whitespaces_or_nonwhitespaces(text, limit))
+def test_runs_are_split_where_meta_splits_them(text, limit):
+    assert list(split_runs(text, limit)) == list(MetaTokenizer._split_whitespaces_or_nonwhitespaces(text, limit))
 
 
 @given(text=st.text("ab \n", max_size=60), max_piece=st.integers(1, 20), max_run=st.integers(1, 9))
 def test_pieces_are_bounded_and_join_to_the_text(text, max_piece, max_run):
-    cut = list(pieces(text, max_piece, max_run))
+    cut = list(split_long(text, max_piece, max_run))
     assert "".join(cut) == text
     assert all(0 < len(piece) <= max_piece for piece in cut)
     assert not any(len(run) > max_run for piece in cut for run in re.findall(r"\s+|\S+", piece))
@@ -161,7 +161,7 @@ def test_stream_never_shows_half_a_character(tokenizer, text):
         assert shown[-1] == ""
 
 
-def test_stream_flushes_what_is_incomplete_and_starts_afresh(tokenizer):
+def test_flush_ends_the_text_and_the_decoder_can_be_reused(tokenizer):
     decoder = StreamDecoder(tokenizer)
     first_byte = next(i for i in range(256) if tokenizer.token_bytes(i) == "가".encode()[:1])
     assert (decoder.feed(first_byte), decoder.flush(), decoder.flush()) == ("", "\ufffd", "")
@@ -183,7 +183,7 @@ def test_stream_flushes_what_is_incomplete_and_starts_afresh(tokenizer):
     ],
     ids=["as written", "CRLF", "no last newline", "blank lines", "last line first", "other ranks"],
 )
-def test_harmless_forms_of_the_file_are_read_alike(tmp_path, content):
+def test_equivalent_files_are_read_alike(tmp_path, content):
     tokenizer = write(tmp_path, content)
     ids = tokenizer.encode("hé", bos=True, eos=True)
     assert (ids[0], ids[-1]) == (256, 257)
@@ -228,12 +228,12 @@ def test_a_file_that_is_not_a_whole_vocabulary_is_refused(tmp_path, content, mes
 def test_a_file_far_too_large_is_not_read_whole(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(lines(ORDINARY))
-    os.truncate(path, 1 << 30)  # sparse: takes no room on disk
+    os.truncate(path, 1 << 30)  # sparse
     with pytest.raises(CheckpointError, match="larger than 67,108,864 bytes"):
         Tokenizer(path)
 
 
-def test_a_file_cut_within_a_line_is_refused(tmp_path, meta_tokenizer_path):
+def test_a_file_truncated_within_a_line_is_refused(tmp_path, meta_tokenizer_path):
     data = meta_tokenizer_path.read_bytes()
     middle_of_base64 = data.index(b"\n", len(data) // 2) + 3
     with pytest.raises(CheckpointError, match="is not `base64-token rank`"):

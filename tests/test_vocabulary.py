@@ -1,4 +1,4 @@
-"""Native tokenizer files hold every Llama 3 vocabulary, enlarged and renamed ones too; what contradicts itself is refused."""
+"""Native tokenizer files hold any Llama 3 vocabulary; contradictory files are rejected."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from llama_ref.tokenizer import TextFinder, Tokenizer
 from llama_ref.vocabulary import SPECIAL_TOKENS, Vocabulary, read_ranks, read_tokenizer_model, write_tokenizer_model
 from vocabularies import FIRST_NAMES, KOREAN, VOCABULARIES, vocabulary
 
-# There and back
+# Round trips
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
@@ -40,7 +40,7 @@ def test_added_tokens_of_another_vocabulary_do_not_stay_behind(tmp_path):
     assert read_tokenizer_model(tmp_path / "tokenizer.model") == VOCABULARIES["byte pairs"]
 
 
-# What the tokenizer makes of them
+# Encoding
 
 
 def opened(tmp_path, vocabulary) -> Tokenizer:
@@ -48,7 +48,7 @@ def opened(tmp_path, vocabulary) -> Tokenizer:
     return Tokenizer(tmp_path / "tokenizer.model")
 
 
-def test_special_tokens_stand_where_llama_3_has_them_whatever_they_are_called(tmp_path):
+def test_special_tokens_keep_their_ids_whatever_their_names(tmp_path):
     attributes = ("bos_id", "eos_id", "eot_id", "eom_id", "pad_id", "python_tag_id", "stop_tokens", "n_words")
     plain, old = (opened(tmp_path, vocabulary(names=names)) for names in ({}, FIRST_NAMES))
     assert [getattr(plain, name) for name in attributes] == [getattr(old, name) for name in attributes]
@@ -63,7 +63,7 @@ def test_byte_pairs_after_the_special_tokens_are_merged_after_all_others(tmp_pat
     assert (tokenizer.bos_id, tokenizer.n_words) == (268, 268 + 256 + 6)
 
 
-def test_added_words_are_one_token_wherever_they_stand(tmp_path):
+def test_added_words_are_one_token_everywhere(tmp_path):
     tokenizer = opened(tmp_path, VOCABULARIES["everything"])
     added, ranks = tokenizer.vocabulary.added, tokenizer.vocabulary.ranks
     assert tokenizer.encode("x말씀하늘y", bos=False, eos=False) == [
@@ -81,7 +81,7 @@ def test_added_words_are_one_token_wherever_they_stand(tmp_path):
     assert [tokenizer.token_bytes(i).decode() for i in added.values()] == list(added)
 
 
-def test_special_tokens_that_are_asked_for_go_before_added_words(tmp_path):
+def test_allowed_special_tokens_win_over_added_words(tmp_path):
     special = vocabulary(names={2: "<말씀>"}, added=["말씀", "씀><"])
     tokenizer = opened(tmp_path, special)
     word, start = special.added["말씀"], special.special["<말씀>"]
@@ -91,7 +91,7 @@ def test_special_tokens_that_are_asked_for_go_before_added_words(tmp_path):
     assert tokenizer.encode("말씀<말씀>", bos=False, eos=False, allowed_special="all") == [word, start]
 
 
-def test_a_word_across_the_cut_of_a_long_run_is_found(tmp_path):
+def test_a_word_across_the_split_of_a_long_run_is_found(tmp_path):
     tokenizer = opened(tmp_path, VOCABULARIES["Korean words"])
     ids = tokenizer.encode("x" * 24_999 + "말씀하" + "x" * 10, bos=False, eos=False)
     assert ids[24_999] == tokenizer.vocabulary.added["말씀하"] and len(ids) == 25_010
@@ -110,7 +110,7 @@ def test_texts_are_found_leftmost_and_longest(texts, text):
     assert found[-1][1] is None
 
 
-# Refused
+# Rejected files
 
 
 ORDINARY, SPECIAL = {"ordinary": {"말": 512}}, {"special": {"<|new|>": 512}}
@@ -127,7 +127,7 @@ ORDINARY, SPECIAL = {"ordinary": {"말": 512}}, {"special": {"<|new|>": 512}}
         (b'{"ordinary": {"a": ' + b"9" * 5000 + b"}}", "is not valid JSON"),
         (b'{"ordinary": {"bc": 512, "bc": 513}}', 'duplicate key "bc" with different values 512 and 513'),
         ([], "is not an object like"),
-        ({"<|new|>": 512}, "is not an object like.* made by Hugging Face's library, take its tokenizer.json"),
+        ({"<|new|>": 512}, "is not an object like.* made by Hugging Face's library, use its tokenizer.json"),
         ({"special": ["<|new|>"]}, "is not an object like"),
         (ORDINARY | {"others": {}}, "is not an object like"),
         ({"ordinary": {"말": "512"}}, "'말' the id '512', but an id is a whole number"),
@@ -135,8 +135,8 @@ ORDINARY, SPECIAL = {"ordinary": {"말": 512}}, {"special": {"<|new|>": 512}}
         ({"ordinary": {"말": True}}, "the id True, but"),
         ({"ordinary": {"말": -1}}, "the id -1, but"),
         ({"ordinary": {"말": 10**12}}, "the id 1000000000000, but"),
-        ({"ordinary": {"": 512}}, "an empty text would be found everywhere"),
-        ({"ordinary": {"\ud83d": 512}}, "half a surrogate pair"),
+        ({"ordinary": {"": 512}}, "an empty text would match everywhere"),
+        ({"ordinary": {"\ud83d": 512}}, "a lone surrogate is not text"),
         ({"ordinary": {"말": 512, "씀": 512}}, "gives id 512 to both '말' and '씀'"),
         (ORDINARY | SPECIAL, "gives id 512 to both '<|new|>' and '말'"),
         ({"ordinary": {"말": 512}, "special": {"말": 513}}, "'말' both as a special and as an ordinary token"),
@@ -145,7 +145,7 @@ ORDINARY, SPECIAL = {"ordinary": {"말": 512}}, {"special": {"<|new|>": 512}}
         ({"ordinary": {"말": 513}}, "no token of id 512, though others go up to 513"),
         ({"special": {"<|eot_id|>": 512}}, "'<|eot_id|>' the id 512, but it is token 265 of tokenizer.model"),
         ({"special": {"<|my_turn|>": 265}}, "no special token <|eot_id|>, which Llama 3's texts"),
-        ({"ordinary": {"말": 264}}, "no special token <|eom_id|>, nor another one in its place .id 264"),
+        ({"ordinary": {"말": 264}}, "no special token <|eom_id|> and no other one with its id 264"),
     ],
     ids=str,
 )

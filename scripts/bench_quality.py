@@ -28,7 +28,7 @@ from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
-from llama_ref.checkpoint.hf.config import params_of
+from llama_ref.checkpoint.hf.config import make_params
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT
@@ -172,7 +172,7 @@ def spread_folder(source: str | Path, target: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     tensors = [_spread(tensor, generator) for tensor in opened.outgoing(WHOLE, torch.bfloat16)]
     with new_folder(target) as folder:
-        write_params(folder, params_of(opened.args))
+        write_params(folder, make_params(opened.args))
         write_native_tokenizer(folder, opened)
         write_pth(folder / "consolidated.00.pth", tensors, {OUTPUT: EMBEDDING} if opened.stored.tied else {})
     return target

@@ -24,8 +24,8 @@ from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_
 from llama_ref.checkpoint.formats.lazy_tensor import BLOCK_BYTES, LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
-from llama_ref.checkpoint.hf.config import config_of, generation_config_of, params_of
-from llama_ref.checkpoint.hf.names import is_rotated, theirs, to_hf_rope
+from llama_ref.checkpoint.hf.config import make_config, make_generation_config, make_params
+from llama_ref.checkpoint.hf.names import hf_name, is_rotated, to_hf_rope
 from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Stored, open_stored
@@ -188,7 +188,7 @@ class Source:
             for rows in tensor.blocks():
                 yield to_hf_rope(tensor.name, rows, self.args.head_dim)
 
-        return replace(tensor, name=theirs(tensor.name), blocks=blocks)
+        return replace(tensor, name=hf_name(tensor.name), blocks=blocks)
 
     def _in_files(self, name: str, ranges: list[range] | None) -> list[range] | None:
         """Ranges of a tensor whose heads count once, where the files have each `repeats` times."""
@@ -268,7 +268,7 @@ def _is_repeated(stored: Stored, name: str, repeats: int, args: ModelArgs) -> bo
 def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
     """As they were, but for the number of key/value heads where copies come or go; unknown keys stay."""
     if source.folder.is_hugging_face:
-        write_params(folder, params_of(args))
+        write_params(folder, make_params(args))
     elif args.n_kv_heads == source.args.n_kv_heads * source.repeats:
         shutil.copyfile(source.folder.params, folder / "params.json")
     else:
@@ -311,9 +311,9 @@ def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool)
         raise CheckpointError(f"{source.folder.path} has no tokenizer, whose ids config.json must name; fetch tokenizer.model")
     vocabulary = source.tokenizer.vocabulary
     ids = {"bos": source.tokenizer.bos_id, "eos": source.tokenizer.stop_tokens if chat else [source.tokenizer.eos_id]}
-    config = config_of(source.args, tied=source.stored.tied, dtype=dtype, **ids)
+    config = make_config(source.args, tied=source.stored.tied, dtype=dtype, **ids)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation_config_of(**ids))
+    _write_json(folder / "generation_config.json", make_generation_config(**ids))
     write_tokenizer_json(folder / "tokenizer.json", vocabulary)
     max_seq_len = config["max_position_embeddings"]
     _write_json(folder / "tokenizer_config.json", tokenizer_config(vocabulary, max_seq_len, instruct=chat))

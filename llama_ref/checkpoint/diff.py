@@ -13,7 +13,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
-from llama_ref.checkpoint.hf.names import from_hf_rope, theirs
+from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, TensorSlice, read_shard, release_rows
 from llama_ref.checkpoint.shapes import expected_shapes
@@ -131,9 +131,9 @@ class _Safetensors:
     def __init__(self, folder: CheckpointFolder):
         tensors = {name: tensor for path in folder.shards for name, tensor in map_safetensors(path).items()}
         if folder.says_tied():
-            tensors.pop(theirs(OUTPUT), None)
+            tensors.pop(hf_name(OUTPUT), None)
         args = folder.read_args()
-        ours = {theirs(name): name for name in expected_shapes(args)}
+        ours = {hf_name(name): name for name in expected_shapes(args)}
         self.head_dim = args.head_dim
         self.tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
 

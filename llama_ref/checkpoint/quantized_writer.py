@@ -15,7 +15,7 @@ from llama_ref.checkpoint.folder import QUANTIZATION, open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor, row_blocks
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
-from llama_ref.checkpoint.hf.config import params_of
+from llama_ref.checkpoint.hf.config import make_params
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_reader import parts_of
 from llama_ref.errors import RequestError
@@ -84,7 +84,7 @@ def _rounded(source: Source, scheme: Scheme, text: str, rounded: OnRounded) -> d
 
 def _quantized_params(source: Source, scheme: Scheme) -> dict[str, Any]:
     """The source's params.json, unknown keys included, and how the weights are quantized."""
-    params = params_of(source.args) if source.folder.is_hugging_face else json.loads(source.folder.params.read_bytes())
+    params = make_params(source.args) if source.folder.is_hugging_face else json.loads(source.folder.params.read_bytes())
     if "n_kv_heads" in params:
         params["n_kv_heads"] = source.args.n_kv_heads
     return params | {QUANTIZATION: scheme.to_params()}

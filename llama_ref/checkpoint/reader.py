@@ -19,7 +19,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
-from llama_ref.checkpoint.hf.names import from_hf_rope, theirs
+from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
 from llama_ref.checkpoint.to_device import PinnedCopier
@@ -148,16 +148,16 @@ class StoredSafetensors(Stored):
         files = {path.name: map_safetensors(path) for path in folder.shards}
         self.tensors = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
         self.tied = folder.says_tied()
-        here = {theirs(name): shape for name, shape in expected.items() if not (self.tied and name == OUTPUT)}
-        known = here.keys() | {theirs(OUTPUT)}  # a file may hold the tied output all the same
+        here = {hf_name(name): shape for name, shape in expected.items() if not (self.tied and name == OUTPUT)}
+        known = here.keys() | {hf_name(OUTPUT)}  # a file may hold the tied output all the same
         _check_unique(folder, files)
         _check_tensors(folder, {_several(folder): {n: t for n, t in self.tensors.items() if n in here or n not in known}}, here)
 
     def _dtypes(self, name: str) -> set[torch.dtype]:
-        return {self.tensors[theirs(name)].dtype}
+        return {self.tensors[hf_name(name)].dtype}
 
     def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]:
-        mapped = self.tensors[theirs(name)]
+        mapped = self.tensors[hf_name(name)]
         dim = split_dim(name)
         parts = [mapped] if ranges is None or dim is None else [mapped.narrow(dim, r.start, len(r)) for r in ranges]
         return [TensorSlice(from_hf_rope(name, part, self.head_dim), mapped) for part in parts]

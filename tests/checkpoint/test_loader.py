@@ -24,8 +24,8 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
-from llama_ref.checkpoint.hf.config import config_of
-from llama_ref.checkpoint.hf.names import theirs
+from llama_ref.checkpoint.hf.config import make_config
+from llama_ref.checkpoint.hf.names import hf_name
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.reader import is_tied, release_pages
 from llama_ref.errors import CheckpointError
@@ -540,10 +540,10 @@ def measured() -> dict[tuple[str, str, str], tuple[int, int]]:
                 torch.save(weights, shard(root, number))
         (Path(folder) / "hf").mkdir()
         args = ModelArgs.from_dict(LARGE)
-        config = config_of(args, tied=False, dtype=torch.bfloat16, bos=0, eos=[1])
+        config = make_config(args, tied=False, dtype=torch.bfloat16, bos=0, eos=[1])
         (Path(folder) / "hf" / "config.json").write_text(json.dumps(config))
         tensors = [
-            LazyTensor.from_tensor(theirs(name), torch.ones(shape, dtype=torch.bfloat16)) for name, shape in shapes.items()
+            LazyTensor.from_tensor(hf_name(name), torch.ones(shape, dtype=torch.bfloat16)) for name, shape in shapes.items()
         ]
         write_safetensors(Path(folder) / "hf" / "model.safetensors", tensors)
         del tensors

@@ -16,7 +16,7 @@ from folders import tiny_folder
 from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
-from llama_ref.checkpoint.hf.names import from_hf_rope, theirs, to_hf_rope
+from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name, to_hf_rope
 from llama_ref.checkpoint.reader import OUTPUT, Stored, open_stored
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.errors import CheckpointError
@@ -197,8 +197,8 @@ def test_a_tied_output_is_the_embedding_even_where_the_file_has_another(tmp_path
     folder = to_hugging_face(tiny_folder(tmp_path / "tied", tied=True), tmp_path / "hf")
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    assert theirs(OUTPUT) not in tensors
-    save_file(tensors | {theirs(OUTPUT): torch.zeros(512, 32)}, path, {"format": "pt"})
+    assert hf_name(OUTPUT) not in tensors
+    save_file(tensors | {hf_name(OUTPUT): torch.zeros(512, 32)}, path, {"format": "pt"})
     stored = stored_in(folder)
     assert stored.tied
     assert torch.equal(stored.slices(OUTPUT)[0].tensor, tensors["model.embed_tokens.weight"])
@@ -207,7 +207,7 @@ def test_a_tied_output_is_the_embedding_even_where_the_file_has_another(tmp_path
 def test_an_output_that_is_not_tied_has_to_be_there(folders):
     path = folders["one file"] / "model.safetensors"
     tensors = load_file(path)
-    del tensors[theirs(OUTPUT)]
+    del tensors[hf_name(OUTPUT)]
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing, expected shape \(512, 32\)"):
         stored_in(folders["one file"])

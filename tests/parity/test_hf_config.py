@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.hf.config import NAMES, config_of, params_of, read_config
+from llama_ref.checkpoint.hf.config import NAMES, make_config, make_params, read_config
 from llama_ref.model import rope_frequencies
 
 LLAMA_3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -56,7 +56,7 @@ def test_what_transformers_saves_is_read_and_what_is_written_it_opens(tmp_path_f
     assert read.tied == config.tie_word_embeddings
     torch.testing.assert_close(rope_frequencies(read.args), LlamaRotaryEmbedding(config).inv_freq, rtol=1e-6, atol=0)
 
-    written = config_of(read.args, tied=read.tied, dtype=torch.bfloat16, bos=1, eos=[2])
+    written = make_config(read.args, tied=read.tied, dtype=torch.bfloat16, bos=1, eos=[2])
     (folder / "config.json").write_text(json.dumps(written))
     for opened in (AutoConfig.from_pretrained(folder), LlamaConfig.from_dict(written)):
         assert type(opened) is LlamaConfig
@@ -79,7 +79,7 @@ def test_what_transformers_saves_is_read_and_what_is_written_it_opens(tmp_path_f
 @given(st.integers(1, 500).map(lambda n: 2 * n), st.integers(1, 30_000))
 def test_metas_code_gives_the_width_that_params_were_made_for(dim, width):
     numbers = {"n_layers": 1, "n_heads": 1, "vocab_size": 1, "norm_eps": 1e-5, "rope_theta": 1e4}
-    params = params_of(ModelArgs.from_dict(numbers | {"dim": dim, "hidden_dim": width}))
+    params = make_params(ModelArgs.from_dict(numbers | {"dim": dim, "hidden_dim": width}))
     with torch.device("meta"):
         theirs = FeedForward(dim, 4 * dim, params["multiple_of"], params.get("ffn_dim_multiplier"))
     assert theirs.w1.weight.shape == (width, dim)

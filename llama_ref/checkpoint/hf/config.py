@@ -25,7 +25,7 @@ NAMES = {  # ModelArgs' name: Hugging Face's
     "vocab_size": "vocab_size",
     "norm_eps": "rms_norm_eps",
 }
-REQUIRED = (*(theirs for theirs in NAMES.values() if theirs != "num_key_value_heads"), "model_type")
+REQUIRED = (*(key for key in NAMES.values() if key != "num_key_value_heads"), "model_type")
 
 # Up to version 4, transformers wrote rope_theta and, for scaled RoPE, a section rope_scaling (with
 # rope_type, formerly type). Since version 5 it writes one section with everything.
@@ -68,16 +68,16 @@ class HFConfig:
 def read_config(path: str | Path) -> HFConfig:
     """Read the config.json of a Llama 3, as written by transformers 4 or 5.
 
-    `args.hidden_dim` is always set, because config.json gives the FFN's width directly; `params_of`
-    finds the formula. Raises CheckpointError if the file cannot be read or describes another
-    architecture, naming the key that shows it.
+    `args.hidden_dim` is always set, because config.json gives the FFN's width directly;
+    `make_params` finds the formula. Raises CheckpointError if the file cannot be read or describes
+    another architecture, naming the key that shows it.
     """
     with json_object(path, "the model's config.json", "model_type, hidden_size, …", PARAMS_LIMIT_BYTES) as config:
         _check_model(config)
         require_keys(config, REQUIRED)
         theta, factor = _read_rope(config)
         args = ModelArgs.from_dict(
-            {ours: config.get(theirs) for ours, theirs in NAMES.items()}
+            {name: config.get(key) for name, key in NAMES.items()}
             | {"rope_theta": theta, "use_scaled_rope": factor is not None, "rope_scaling_factor": factor},
             names=NAMES | {"rope_scaling_factor": "factor"},
         )
@@ -124,7 +124,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
     return rope["rope_theta"], rope["factor"]
 
 
-def config_of(args: ModelArgs, *, tied: bool, dtype: torch.dtype, bos: int, eos: Sequence[int]) -> dict[str, Any]:
+def make_config(args: ModelArgs, *, tied: bool, dtype: torch.dtype, bos: int, eos: Sequence[int]) -> dict[str, Any]:
     """The config.json of a text model, in transformers 4's keys, which 5 and vLLM also read.
 
     `bos` is the id of the first token of a text. `eos` are the ids that end one: one for a base
@@ -159,7 +159,7 @@ def config_of(args: ModelArgs, *, tied: bool, dtype: torch.dtype, bos: int, eos:
     }
 
 
-def generation_config_of(*, bos: int, eos: Sequence[int]) -> dict[str, Any]:
+def make_generation_config(*, bos: int, eos: Sequence[int]) -> dict[str, Any]:
     """The generation_config.json of Meta's Hugging Face releases, base and instruct."""
     return {
         "bos_token_id": bos,
@@ -174,7 +174,7 @@ def _one_or_several(ids: Sequence[int]) -> int | list[int]:
     return ids[0] if len(ids) == 1 else list(ids)
 
 
-def params_of(args: ModelArgs) -> dict[str, Any]:
+def make_params(args: ModelArgs) -> dict[str, Any]:
     """A text model's params.json, with a formula for the FFN width, because Meta's code needs one.
 
     A release's shape gives that release's params. `rope_scaling_factor` is included only if the

@@ -20,8 +20,11 @@ OUTSIDE = {
 }
 
 
-def theirs(name: str) -> str:
-    """Hugging Face's name for one of Meta's ("layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight")."""
+def hf_name(name: str) -> str:
+    """Hugging Face's name of one of Meta's tensors.
+
+    "layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight"
+    """
     match = LAYER.fullmatch(name)
     return f"model.layers.{match[1]}.{WITHIN_LAYER[match[2]]}.weight" if match else OUTSIDE[name]
 

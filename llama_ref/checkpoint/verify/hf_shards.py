@@ -10,7 +10,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import SAFETENSORS_NAME
 from llama_ref.checkpoint.formats.safetensors import REFETCH, HeldTensor, WrongLength, inspect_safetensors
 from llama_ref.checkpoint.hf.config import NAMES, HFConfig
-from llama_ref.checkpoint.hf.names import theirs
+from llama_ref.checkpoint.hf.names import hf_name
 from llama_ref.checkpoint.reader import OUTPUT
 from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes, is_ignored, misfits
 from llama_ref.checkpoint.verify.findings import (
@@ -154,7 +154,7 @@ class _Weights:
         Tensors that no file holds are reported only if no file is missing.
         """
         problems, owners = [], self.owners
-        expected = {theirs(name) for name in expected_shapes(config.args)} if config else set()
+        expected = {hf_name(name) for name in expected_shapes(config.args)} if config else set()
         for name, file in index.place.items():
             holders = owners.get(name, [])
             if holders and file not in holders:
@@ -189,8 +189,8 @@ class _Weights:
 
     def _problems(self, config: HFConfig) -> dict[str, list[str]]:
         """By file, what does not match config.json."""
-        expected = {theirs(name): shape for name, shape in expected_shapes(config.args).items()}
-        may_lack = {theirs(OUTPUT)} if config.tied else set()  # a tied output is not checked
+        expected = {hf_name(name): shape for name, shape in expected_shapes(config.args).items()}
+        may_lack = {hf_name(OUTPUT)} if config.tied else set()  # a tied output is not checked
         problems: dict[str, list[str]] = {}
         for file, tensors in self.files.items():
             described = {name: (held.dtype, held.shape) for name, held in tensors.items()}
@@ -218,9 +218,9 @@ class _Weights:
         layers = {int(match[1]) for name in held if (match := LAYER_NAME.fullmatch(name))}
         if any(tensor.dtype not in WEIGHT_DTYPES for tensor in held.values()) or not layers or len(held) <= max(layers):
             return None
-        ours = {theirs(name): name for name in _names_of_layers(max(layers) + 1)}
+        ours = {hf_name(name): name for name in _names_of_layers(max(layers) + 1)}
         model = implied_model({ours.get(name, name): tensor.shape for name, tensor in held.items()})
-        has_output = theirs(OUTPUT) in held
+        has_output = hf_name(OUTPUT) in held
         return model[0] if model and model[1] == 1 and (has_output or config.tied) else None
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_ref.args import PARAMS_LIMIT_BYTES, ModelArgs
-from llama_ref.checkpoint.hf.config import config_of, generation_config_of, params_of, read_config
+from llama_ref.checkpoint.hf.config import make_config, make_generation_config, make_params, read_config
 from llama_ref.checkpoint.releases import RELEASES
 from llama_ref.errors import CheckpointError
 
@@ -78,32 +78,32 @@ def test_metas_own_file_is_read_and_written(config_file):
     config = read_config(config_file(LLAMA_3_2_1B))
     assert means_the_same(config.args, ModelArgs.from_dict(RELEASES["Llama3.2-1B"].params))
     assert config.tied
-    assert config_of(config.args, tied=True, dtype=torch.bfloat16, **CHAT) == LLAMA_3_2_1B
+    assert make_config(config.args, tied=True, dtype=torch.bfloat16, **CHAT) == LLAMA_3_2_1B
 
 
 @pytest.mark.parametrize("release", TEXT_RELEASES)
 def test_every_text_release_goes_there_and_back(release, config_file):
     args = ModelArgs.from_dict(release.params)
-    written = config_of(args, tied=release.tied, dtype=torch.bfloat16, **CHAT)
+    written = make_config(args, tied=release.tied, dtype=torch.bfloat16, **CHAT)
     config = read_config(config_file(written))
     assert means_the_same(config.args, args)
     assert config.tied == release.tied
     if "hidden_dim" not in release.params and release.params.get("use_scaled_rope") is not False:
-        assert params_of(config.args) == release.params
-    assert means_the_same(ModelArgs.from_dict(params_of(config.args)), args)
+        assert make_params(config.args) == release.params
+    assert means_the_same(ModelArgs.from_dict(make_params(config.args)), args)
 
 
 def test_ids_and_defaults_for_generation():
-    assert generation_config_of(**CHAT) == {
+    assert make_generation_config(**CHAT) == {
         "bos_token_id": 128000,
         "do_sample": True,
         "eos_token_id": [128001, 128008, 128009],
         "temperature": 0.6,
         "top_p": 0.9,
     }
-    assert generation_config_of(bos=1, eos=(2,))["eos_token_id"] == 2
+    assert make_generation_config(bos=1, eos=(2,))["eos_token_id"] == 2
     args = ModelArgs.from_dict(RELEASES["Llama-3-8B"].params)
-    config = config_of(args, tied=False, dtype=torch.float32, bos=1, eos=(2,))
+    config = make_config(args, tied=False, dtype=torch.float32, bos=1, eos=(2,))
     same = ("eos_token_id", "rope_scaling", "max_position_embeddings", "torch_dtype", "tie_word_embeddings")
     assert [config[key] for key in same] == [2, None, 8192, "float32", False]
 
@@ -275,7 +275,7 @@ def test_no_json_raises_anything_else(tmp_path_factory, changes):
     except CheckpointError as error:
         assert str(path) in str(error)
     else:
-        assert means_the_same(ModelArgs.from_dict(params_of(args)), args)
+        assert means_the_same(ModelArgs.from_dict(make_params(args)), args)
 
 
 @st.composite
@@ -302,17 +302,17 @@ def shapes(draw) -> ModelArgs:
 @given(shapes(), st.booleans())
 def test_any_shape_goes_there_and_back_and_has_a_formula(tmp_path_factory, args, tied):
     path = tmp_path_factory.getbasetemp() / "config.json"
-    path.write_text(json.dumps(config_of(args, tied=tied, dtype=torch.float16, bos=0, eos=[1, 2])))
+    path.write_text(json.dumps(make_config(args, tied=tied, dtype=torch.float16, bos=0, eos=[1, 2])))
     config = read_config(path)
     assert config.args == args
     assert config.tied == tied
 
-    params = json.loads(json.dumps(params_of(args)))
+    params = json.loads(json.dumps(make_params(args)))
     again = ModelArgs.from_dict(params)
     assert "hidden_dim" not in params
     assert None not in params.values()
     assert means_the_same(again, args)
-    assert params_of(again) == params
+    assert make_params(again) == params
 
 
 @pytest.mark.parametrize(
@@ -332,13 +332,13 @@ def test_any_shape_goes_there_and_back_and_has_a_formula(tmp_path_factory, args,
 )
 def test_the_formula_is_short(dim, width, multiple_of, multiplier):
     args = replace(ModelArgs.from_dict(RELEASES["Llama3.2-1B"].params), dim=dim, n_heads=1, n_kv_heads=1, hidden_dim=width)
-    params = params_of(args)
+    params = make_params(args)
     assert (params["multiple_of"], params.get("ffn_dim_multiplier")) == (multiple_of, multiplier)
 
 
 def test_an_existing_formula_is_kept():
     args = replace(ModelArgs.from_dict(RELEASES["Llama3.1-8B"].params), multiple_of=2048, ffn_dim_multiplier=1.29)
-    assert {"multiple_of": 2048, "ffn_dim_multiplier": 1.29}.items() <= params_of(args).items()
+    assert {"multiple_of": 2048, "ffn_dim_multiplier": 1.29}.items() <= make_params(args).items()
 
 
 @pytest.mark.parametrize(
@@ -346,4 +346,4 @@ def test_an_existing_formula_is_kept():
 )
 def test_the_rope_factor_is_written_if_the_shape_does_not_imply_it(name, factor, said):
     args = ModelArgs.from_dict(RELEASES[name].params, rope_scaling_factor=factor)
-    assert params_of(args).get("rope_scaling_factor") == (factor if said else None)
+    assert make_params(args).get("rope_scaling_factor") == (factor if said else None)

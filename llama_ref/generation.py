@@ -4,7 +4,9 @@
 it run with the import changed; `stream` and the options beyond temperature and top_p are additions.
 """
 
+import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
@@ -22,7 +24,7 @@ from llama_ref.decoding.drafting import PassTime, Speculation
 from llama_ref.decoding.loop import Row, steps
 from llama_ref.decoding.prompt_lookup import PromptLookup
 from llama_ref.decoding.speculative import speculative_steps
-from llama_ref.decoding.stream import Stream, stop_strings
+from llama_ref.decoding.stream import RowText, Stream, stop_strings
 from llama_ref.device import choose_device, choose_dtype, prepare_cuda
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
@@ -61,7 +63,7 @@ class Llama:
         *,
         max_seq_len: int = 8192,
         max_batch_size: int = 32,
-        seed: int = 1,
+        seed: int | None = 1,
         job: Job = ALONE,
         speculation: Speculation | None = None,
     ):
@@ -70,7 +72,7 @@ class Llama:
         self.formatter = ChatFormat(tokenizer)
         self.max_seq_len = max_seq_len
         self.max_batch_size = max_batch_size
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = _generator(seed)
         self.job = job
         self.speculation = speculation
 
@@ -82,7 +84,7 @@ class Llama:
         max_seq_len: int = 8192,
         max_batch_size: int = 32,
         model_parallel_size: int | None = None,
-        seed: int = 1,
+        seed: int | None = 1,
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -166,25 +168,22 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt: (token ids per prompt, their log-probabilities per prompt or None).
 
-        Outputs end before the stop token, after `max_gen_len` tokens or at the end of the context. `echo`
-        includes the prompt. Log-probabilities are the model's own, before temperature and filters; that of
-        an echoed prompt's first token is 0. `sampling`: the other fields of SamplingParams: top_k, min_p,
-        repetition_penalty, logit_bias, seed. `study.recording(llama.model, names)` around the call records
-        activations.
+        Outputs end before a stop token, before the first token of a `stop` string, after `max_gen_len`
+        tokens, or at the end of the context. `echo` includes the prompt. Log-probabilities are the model's
+        own, before temperature and filters; that of an echoed prompt's first token is 0. `sampling`: the
+        other fields of SamplingParams: top_k, min_p, repetition_penalty, logit_bias, seed.
+        `study.recording(llama.model, names)` around the call records activations.
         Raises RequestError for prompts that are empty, too many, too long, or with ids outside the vocabulary.
         """
-        params = SamplingParams(temperature=temperature, top_p=top_p, **sampling)
-        rows = self._start(prompt_tokens, max_gen_len)
-        for _ in self._steps(rows, params, prompt_logprobs=logprobs and echo):
-            pass
-        tokens = [(row.prompt if echo else []) + row.generated for row in rows]
-        if not logprobs:
-            return tokens, None
-        return tokens, [(row.prompt_logprobs if echo else []) + row.logprobs for row in rows]
+        params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
+        texts = self._run(prompt_tokens, params, max_gen_len, stop, logprobs and echo)
+        return _tokens(texts, echo), _logprobs(texts, echo) if logprobs else None
 
     def text_completion(
         self,
@@ -194,19 +193,23 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> list[CompletionPrediction]:
         """Continue each text; with `logprobs`, also the text and log-probability of every token. See `generate`."""
         if isinstance(prompts, str):  # would count as a list of letters
             raise RequestError(f"prompts is the text {prompts!r:.60}, expected a list of texts")
+        params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        tokens, token_logprobs = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **sampling)
-        if token_logprobs is None:
-            return [{"generation": self.tokenizer.decode(t)} for t in tokens]
-        return [
-            {"generation": self.tokenizer.decode(t), "tokens": [self.tokenizer.decode([x]) for x in t], "logprobs": p}
-            for t, p in zip(tokens, token_logprobs, strict=True)
-        ]
+        texts = self._run(prompt_tokens, params, max_gen_len, stop, logprobs and echo)
+        before = [self.tokenizer.decode(text.row.prompt) if echo else "" for text in texts]
+        predictions = [CompletionPrediction(generation=a + b.text) for a, b in zip(before, texts, strict=True)]
+        if logprobs:
+            for prediction, tokens, own in zip(predictions, _tokens(texts, echo), _logprobs(texts, echo), strict=True):
+                prediction["tokens"] = [self.tokenizer.decode([token]) for token in tokens]
+                prediction["logprobs"] = own
+        return predictions
 
     def chat_completion(
         self,
@@ -215,18 +218,21 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
+        *,
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. See `generate`."""
+        params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        tokens, token_logprobs = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **sampling)
-        answers: list[Message] = [{"role": "assistant", "content": self.tokenizer.decode(t)} for t in tokens]
-        if token_logprobs is None:
-            return [{"generation": answer} for answer in answers]
-        return [
-            {"generation": answer, "tokens": [self.tokenizer.decode([x]) for x in t], "logprobs": p}
-            for answer, t, p in zip(answers, tokens, token_logprobs, strict=True)
-        ]
+        texts = self._run(prompt_tokens, params, max_gen_len, stop)
+        answers = [Message(role="assistant", content=text.text) for text in texts]
+        predictions = [ChatPrediction(generation=answer) for answer in answers]
+        if logprobs:
+            for prediction, tokens, own in zip(predictions, _tokens(texts), _logprobs(texts), strict=True):
+                prediction["tokens"] = [self.tokenizer.decode([token]) for token in tokens]
+                prediction["logprobs"] = own
+        return predictions
 
     # ---- one sequence, streamed
 
@@ -238,6 +244,7 @@ class Llama:
         top_p: float = 0.9,
         stop: str | Sequence[str] = (),
         *,
+        logprobs: bool = False,
         cache: KVCache | None = None,
         **sampling: Any,
     ) -> Stream:
@@ -245,18 +252,19 @@ class Llama:
 
         `prompt` is a text, token ids, or a dialog to answer. Pieces of text never contain half a character;
         `stop` strings and stop tokens end the text and are not part of it. The Stream then has
-        `.finish_reason` ("stop" or "length"), `.tokens` and `.text`. Iteration may be abandoned at any
-        point. A one-row `cache` that holds a prefix of the prompt saves computing it again; afterwards it
-        holds the prompt and a prefix of the answer.
+        `.finish_reason` ("stop" or "length"), `.tokens`, `.text` and, with `logprobs`, `.logprobs`, one for
+        each of `.tokens`. Iteration may be abandoned at any point. A one-row `cache` that holds a prefix of
+        the prompt saves computing it again; afterwards it holds the prompt and a prefix of the answer.
         """
-        params = SamplingParams(temperature=temperature, top_p=top_p, **sampling)
+        params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         rows = self._start([self.encode(prompt)], max_gen_len)
         if cache is not None and (len(cache.lengths) != 1 or cache.max_seq_len < rows[0].total_len):
             raise RequestError(
                 f"the cache has {len(cache.lengths)} rows of {cache.max_seq_len:,} tokens, but prompt and answer need one "
                 f"row of {rows[0].total_len:,}: use a larger cache or a smaller max_gen_len"
             )
-        return Stream(rows[0], self._steps(rows, params, cache=cache), self.tokenizer, stop)
+        text = RowText(rows[0], self.tokenizer, stop)
+        return Stream(text, self._steps(rows, params, cache=cache), logprobs)
 
     def encode(self, prompt: str | list[int] | Dialog) -> list[int]:
         """Token ids of a text (after begin-of-text), of a dialog to answer, or as given."""
@@ -266,7 +274,26 @@ class Llama:
             return cast(list[int], list(prompt))
         return self.formatter.encode_dialog_prompt(cast(Dialog, prompt))
 
-    # ---- before the first token
+    # ---- what they share
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        max_gen_len: int | None,
+        stop: str | Sequence[str],
+        prompt_logprobs: bool = False,
+    ) -> list[RowText]:
+        """Generate for a batch of prompts until all rows have finished."""
+        rows = self._start(prompts, max_gen_len)
+        texts = [RowText(row, self.tokenizer, stop) for row in rows]
+        for _ in self._steps(rows, params, prompt_logprobs=prompt_logprobs):
+            if stop:
+                for text in texts:
+                    text.read()
+        for text in texts:
+            text.read()
+        return texts
 
     def _start(self, prompts: list[list[int]], max_gen_len: int | None) -> list[Row]:
         """The rows of a new batch. Raises RequestError for prompts that cannot be continued."""
@@ -296,7 +323,7 @@ class Llama:
             raise RequestError(f"the prompt has token {invalid[0]}; the vocabulary has 0 to {vocab_size - 1}")
 
     def _steps(self, rows: list[Row], params: SamplingParams, **options: Any) -> Iterator[None]:
-        generator = self.generator if params.seed is None else torch.Generator().manual_seed(params.seed)
+        generator = self.generator if params.seed is None else _generator(params.seed)
         stop_tokens = self.tokenizer.stop_tokens
         if self.speculation is None:
             return steps(self.model, rows, self._sampler(rows, params, generator), stop_tokens, **options)
@@ -307,6 +334,28 @@ class Llama:
         prompts = [row.prompt for row in rows]
         agree = broadcast_choice if self.job.is_parallel else None
         return Sampler(params, generator, prompts, self.model.args.vocab_size, self.device, agree)
+
+
+def _tokens(texts: list[RowText], echo: bool = False) -> list[list[int]]:
+    return [(text.row.prompt if echo else []) + _kept(text) for text in texts]
+
+
+def _logprobs(texts: list[RowText], echo: bool = False) -> list[list[float]]:
+    return [(text.row.prompt_logprobs if echo else []) + text.row.logprobs[: len(_kept(text))] for text in texts]
+
+
+def _kept(text: RowText) -> list[int]:
+    """A row's generated ids, without those of a stop string."""
+    return text.tokens if text.ends_at_stop_string else text.row.generated
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    """A generator on the CPU; None: seeded randomly."""
+    generator = torch.Generator("cpu")
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(seed)
 
 
 def _split(model: Transformer, job: Job) -> None:
@@ -339,7 +388,18 @@ def check_stream_options(max_gen_len: int | None = None, stop: str | Sequence[st
     """Raise RequestError for options that `Llama.stream` would reject; needs no model, so call it before loading."""
     _check_max_gen_len(max_gen_len)
     stop_strings(stop)
-    SamplingParams(**sampling)
+    sampling_params(**sampling)
+
+
+def sampling_params(**options: Any) -> SamplingParams:
+    """Options by name. Raises RequestError for an unknown or invalid one."""
+    known = [field.name for field in fields(SamplingParams)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise RequestError(f"unknown option {name!r}: {hint}")
+    return SamplingParams(**options)
 
 
 def _check_max_gen_len(max_gen_len: int | None) -> None:

@@ -54,8 +54,9 @@ class KVCache:
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store one layer's new k and v (B, T, K, hd) at `positions` (B, T)."""
         # Advanced indices separated by a slice move to the front (NumPy's rule): [(B, 1), :, (B, T)] is (B, T, K, hd).
-        self.keys[layer][self.rows, :, positions] = k
-        self.values[layer][self.rows, :, positions] = v
+        # Under autocast, k and v may have another dtype than the cache.
+        self.keys[layer][self.rows, :, positions] = k.to(self.keys.dtype)
+        self.values[layer][self.rows, :, positions] = v.to(self.values.dtype)
 
     def read(self, layer: int, n_tokens: int) -> tuple[Tensor, Tensor]:
         """One layer's first `n_tokens` keys and values: views (B, S, K, hd) each."""
@@ -69,7 +70,7 @@ class KVCache:
         self.write(layer, context.positions, k, v)
         if context.n_seen == context.n_new:
             return attend(q, k, v)
-        k, v = self.read(layer, context.n_seen)  # (B, S, K, hd)
+        k, v = (x.to(q.dtype) for x in self.read(layer, context.n_seen))  # (B, S, K, hd)
         return grouped_attention(q, k, v, self._mask_for(context, q.shape[2] // k.shape[2]))
 
     def _mask_for(self, context: Context, group: int) -> Tensor:
@@ -87,7 +88,7 @@ class KVCache:
 
     def truncate(self, lengths: list[int]) -> None:
         """Cut every row to its own length, as after a prefill of padded prompts."""
-        self.lengths.copy_(torch.tensor(lengths))
+        self.lengths.copy_(torch.tensor(lengths, device="cpu"))
         self.longest = max(lengths)
 
 

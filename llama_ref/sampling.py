@@ -124,7 +124,7 @@ class Sampler:
         return self._remember(torch.where(uniform[:, 0] * q_guess < p_guess, guessed, draw(more, uniform[:, 1:])))
 
     def _uniform(self, rows: int, n: int) -> Tensor:
-        return torch.rand(rows, n, generator=self.generator, dtype=torch.float64)
+        return torch.rand(rows, n, generator=self.generator, dtype=torch.float64, device="cpu")
 
     def _remember(self, chosen: Tensor) -> Tensor:
         if self._agree is not None:
@@ -226,7 +226,7 @@ def _bias(bias: Mapping[int, float], vocab_size: int, device: torch.device | str
 
 def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device | str) -> Tensor:
     """Which tokens each prompt contains: bool (B, V)."""
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device="cpu")
     for row, prompt in zip(seen, prompts, strict=True):
-        row.scatter_(0, torch.tensor(prompt, dtype=torch.long), True)
+        row.scatter_(0, torch.tensor(prompt, dtype=torch.long, device="cpu"), True)
     return seen.to(device)

@@ -103,7 +103,7 @@ class Session:
         self._end_turn()
         known = len(self._ids)
         if messages:
-            said = stream.row.prompt + self._shown_tokens(stream)
+            said = stream.row.prompt + stream.shown_tokens
             known = len(said)
             tokenizer = self.llama.tokenizer
             self._ids = [*said, tokenizer.eom_id if "stop_reason" in messages[-1] else tokenizer.eot_id]
@@ -115,13 +115,6 @@ class Session:
         if self._turn is not None:
             self._turn[1].close()
             self._turn = None
-
-    def _shown_tokens(self, stream: Stream) -> list[int]:
-        """The answer's ids without those of a stop string or of an incomplete character."""
-        n = len(stream.tokens)
-        while len(self.llama.tokenizer.decode(stream.tokens[:n])) > len(stream.text):
-            n -= 1
-        return stream.tokens[:n]
 
 
 def _write_dialog(path: str | Path, dialog: Dialog) -> None:

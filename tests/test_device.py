@@ -5,7 +5,6 @@ import torch
 
 from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import RequestError
-from llama_ref.onednn import onednn_for
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -112,14 +111,3 @@ def test_a_dtype_that_is_not_computed_in_is_refused(wish):
     with pytest.raises(RequestError) as error:
         choose_dtype(wish, CPU)
     assert f"dtype {wish} is not one of bfloat16, float16, float32" == str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("rows", "dtype", "faster"), [(1, torch.bfloat16, True), (2, torch.bfloat16, False), (1, torch.float32, False)]
-)
-def test_onednn_is_left_out_for_one_row_of_bfloat16_and_nothing_else(rows, dtype, faster):
-    before = torch.backends.mkldnn.enabled
-    with pytest.raises(KeyboardInterrupt), onednn_for(torch.zeros(rows, dtype=torch.long), dtype):
-        assert torch.backends.mkldnn.enabled == (before and not faster)
-        raise KeyboardInterrupt
-    assert torch.backends.mkldnn.enabled == before

@@ -1,10 +1,17 @@
 """Every file in examples/ runs on the demo and shows what it is there to show."""
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -19,6 +26,7 @@ from llama_ref.plan import Workload, find_model, plan
 EXAMPLES = REPOSITORY / "examples"
 NOTEBOOK = EXAMPLES / "colab.ipynb"
 LONGEST = 45  # lines of an example: one screen
+COUNTRIES = ("France", "Italy", "Spain", "Germany", "Poland", "Japan")
 
 T4_GB = 15  # of a T4's 16, as CUDA reports them
 COLAB = {"max_seq_len": 2048, "max_batch_size": 1}  # as the notebook loads the model
@@ -97,6 +105,47 @@ def test_a_quantized_folder_is_half_as_large_and_loads(demo_folder, tmp_path):
     assert 0.45 < after / before < 0.55
     assert "all 3 files are whole" in text and "Paris" in text
     assert open_folder(tmp_path / "int8").is_quantized
+
+
+# ---- the web app
+
+
+@pytest.fixture(scope="module")
+def web_app(demo_folder) -> Iterator[str]:
+    """The address of a server that runs as a user starts it, on a free port."""
+    command = [sys.executable, str(EXAMPLES / "web_app.py"), str(demo_folder), "0"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, encoding="utf-8") as server:
+        for line in server.stderr:
+            if found := re.search(r"running on (http://\S+)", line):
+                break
+        threading.Thread(target=server.stderr.read, daemon=True).start()  # its log must not fill the pipe
+        yield found[1]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0
+
+
+def ask(address: str, **question: object) -> str:
+    request = urllib.request.Request(f"{address}/chat", json.dumps(question).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return response.read().decode()
+
+
+def test_clients_that_ask_at_once_get_what_each_gets_alone(web_app):
+    """`web_app.py`: greedy answers in bfloat16, eight at a time, and one that is broken off."""
+    capitals = [{"text": f"What is the capital of {country}?", "temperature": 0, "max_gen_len": 12} for country in COUNTRIES]
+    sampled = [{"text": "Tell me a story.", "seed": seed, "max_gen_len": 12} for seed in (1, 2)]
+    questions = [*capitals, *sampled]
+    alone = [ask(web_app, **question) for question in questions]
+    assert "Paris" in alone[0] and alone[-1] != alone[-2]
+    with ThreadPoolExecutor(8) as clients:
+        assert list(clients.map(lambda question: ask(web_app, **question), questions * 2)) == alone * 2
+
+
+def test_the_web_app_says_what_is_wrong_with_a_question(web_app):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(web_app, text="Hi", temperature=-1)
+    assert refused.value.code == 400
+    assert json.load(refused.value)["detail"].startswith("temperature is -1.0, expected a number from 0")
 
 
 # ---- the notebook

@@ -1,16 +1,23 @@
 """Llama: Meta's interface, prompts of any lengths in one batch, sampling options, and what is refused."""
 
+import copy
 import inspect
 import math
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from folders import tiny_folder
+from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.decoding import loop
+from llama_ref.decoding.prompt_lookup import PromptLookup
 from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.generation import Llama
+from llama_ref.generation import Llama, check_stream_options
+from llama_ref.session import Session
+from llama_ref.study import trace
 
 CAPITAL = "The capital of France is"
 NONE_GIVEN = inspect.Parameter.empty
@@ -59,6 +66,15 @@ def prompts(llama) -> list[list[int]]:
     return [llama.tokenizer.encode(text, bos=True, eos=False) for text in texts] + [
         llama.formatter.encode_dialog_prompt(dialog) for dialog in (SUM, HI)
     ]
+
+
+@pytest.fixture(scope="module", params=["pth", "safetensors"])
+def tiny_on_disk(request, tmp_path_factory):
+    folder = tiny_folder(tmp_path_factory.mktemp("tiny") / "Tiny")
+    if request.param == "safetensors":
+        to_hugging_face(folder, folder.parent / "HF")
+        return folder.parent / "HF"
+    return folder
 
 
 def with_context(llama: Llama, max_seq_len: int, **limits: int) -> Llama:
@@ -341,3 +357,108 @@ assert state() == before, "a generation changed something"
 def test_import_build_and_generation_change_nothing_global_and_print_nothing(demo_folder):
     done = subprocess.run([sys.executable, "-c", LOOK_AROUND, demo_folder], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---- stop strings and log-probabilities, in every call
+
+
+@pytest.mark.parametrize("speculation", [None, PromptLookup()], ids=["plain", "speculative"])
+def test_stop_strings_end_each_row_of_a_batch_by_itself(llama, speculation):
+    """Each row is what `stream` gives for it alone; rows without the string go on."""
+    batch = Llama(llama.model, llama.tokenizer, max_seq_len=512, speculation=speculation)
+    prompts = [CAPITAL, "1, 2, 3, 4,", "Once upon a time"]
+    options = {"max_gen_len": 16, "temperature": 0, "stop": ["Par", " 7"]}
+    found = batch.text_completion(prompts, logprobs=True, **options)
+    for prompt, prediction in zip(prompts, found, strict=True):
+        stream = llama.stream(prompt, **options)
+        text = "".join(stream)
+        assert prediction["generation"] == text
+        assert not any(stop in text for stop in options["stop"])
+        assert "".join(prediction["tokens"]) == text[: len("".join(prediction["tokens"]))]
+        assert len(prediction["tokens"]) == len(prediction["logprobs"]) <= len(stream.tokens)
+    assert found[0]["generation"] == " " and found[1]["generation"] == " 5, 6,"
+    assert len(found[2]["tokens"]) == 16
+
+    ids = [llama.encode(prompt) for prompt in prompts]
+    tokens, _ = batch.generate(ids, **options)
+    assert tokens[1] == llama.tokenizer.encode(" 5, 6,", bos=False, eos=False)
+    echoed = batch.text_completion(prompts, echo=True, **options)
+    assert [each["generation"] for each in echoed] == [
+        llama.tokenizer.decode(row) + each["generation"] for row, each in zip(ids, found, strict=True)
+    ]
+
+
+def test_a_stop_string_ends_an_answer_of_a_dialog(llama):
+    [found] = llama.chat_completion([SUM], temperature=0, stop="= 4", logprobs=True)
+    assert found["generation"] == {"role": "assistant", "content": "2 + 2 "}
+    assert "".join(found["tokens"]) == "2 + 2"  # " =" is a token, which ends in the stop string
+    assert len(found["logprobs"]) == len(found["tokens"])
+
+
+def test_a_stream_has_the_log_probabilities_of_its_tokens(llama):
+    stream = llama.stream(CAPITAL, 6, 0, logprobs=True)
+    assert len("".join(stream)) > 0
+    [tokens], [expected] = llama.generate([llama.encode(CAPITAL)], 6, 0, logprobs=True)
+    assert stream.tokens == tokens and stream.logprobs == expected
+    assert llama.stream(CAPITAL, 6, 0).logprobs is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda llama, **options: llama.generate([[1]], **options),
+        lambda llama, **options: llama.text_completion(["a"], **options),
+        lambda llama, **options: llama.chat_completion([SUM], **options),
+        lambda llama, **options: llama.stream("a", **options),
+        lambda llama, **options: check_stream_options(**options),
+    ],
+    ids=["generate", "text_completion", "chat_completion", "stream", "check_stream_options"],
+)
+def test_an_unknown_option_is_a_request_error_in_every_call(llama, call):
+    with pytest.raises(RequestError, match=r"unknown option 'min_pp': did you mean 'min_p'\?"):
+        call(llama, min_pp=0.1)
+    with pytest.raises(RequestError, match="unknown option 'beams': there are temperature, top_p, top_k"):
+        call(llama, beams=4)
+
+
+# ---- seeds, copies, default devices
+
+
+def test_no_seed_is_another_seed_each_time(llama):
+    def text() -> str:
+        fresh = Llama(llama.model, llama.tokenizer, max_seq_len=64, seed=None)
+        return fresh.text_completion(["Once"], temperature=1.5, top_p=1.0, max_gen_len=8)[0]["generation"]
+
+    assert len({text() for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda llama: pickle.loads(pickle.dumps(llama))], ids=["copy", "pickle"])
+def test_a_copy_generates_as_the_original(peaked, copied):
+    """A copy of ALONE is another object: what asks for identity takes a copy for one of several processes."""
+    original = Llama(peaked.model, peaked.tokenizer, max_seq_len=64)
+    twin = copied(original)
+    prompts = [[1, 2, 3], [4]]
+    assert twin.generate(prompts, 8, seed=3) == original.generate(prompts, 8, seed=3)
+    session = Session(twin)
+    assert "".join(session.say("a", max_gen_len=4, seed=1)) == "".join(Session(original).say("a", max_gen_len=4, seed=1))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4:group=32"])
+def test_a_default_device_changes_nothing(tiny_on_disk, quantize):
+    """ "meta" is a device whose tensors hold nothing: whatever lands there by mistake fails."""
+
+    def everything() -> list:
+        llama = Llama.build(tiny_on_disk, device="cpu", dtype="float32", quantize=quantize, max_seq_len=64)
+        guessing = Llama(llama.model, llama.tokenizer, max_seq_len=64, speculation=PromptLookup())
+        options = {"max_gen_len": 8, "temperature": 0.8, "seed": 1, "repetition_penalty": 1.1}
+        found = [each.generate([[1, 2, 3], [4]], logprobs=True, echo=True, **options) for each in (llama, guessing)]
+        with torch.inference_mode():
+            logits = trace(llama.model, [1, 2, 3], "logits")["logits"].tolist()
+        return [*found, "".join(llama.stream([1, 2, 3], **options)), logits]
+
+    expected = everything()
+    torch.set_default_device("meta")
+    try:
+        assert everything() == expected
+    finally:
+        torch.set_default_device(None)

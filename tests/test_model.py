@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ref.args import ModelArgs
+from llama_ref.compiled.cpu_cache import BlockKVCache
 from llama_ref.kv_cache import KVCache, grouped_attention
 from llama_ref.model import RMSNorm, Transformer, rotate
 from random_models import random_model
@@ -147,3 +148,27 @@ def test_cuda_agrees_with_the_cpu(model):
     cache = KVCache(ARGS, 2, 9, dtype=torch.float32, device="cuda")
     pieces = [on_cuda(piece, cache).cpu() for piece in text.cuda().split([5, 1, 3], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(text), atol=1e-3, rtol=0)
+
+
+# ---- dtypes and devices
+
+
+@pytest.mark.parametrize("kind", [KVCache, BlockKVCache])
+def test_under_autocast_a_cache_gives_what_one_forward_gives(model, kind):
+    """Keys then come in bfloat16 where the cache is float32."""
+    text = tokens(2, 9)
+    cache = kind(ARGS, 2, 64, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(text)
+        found = torch.cat([model(part, cache) for part in text.split((6, 1, 2), dim=1)], dim=1)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cache_may_have_fewer_bits_than_the_model(model, dtype):
+    text = tokens(2, 9)
+    cache = KVCache(ARGS, 2, 16, dtype=dtype)
+    with torch.no_grad():
+        found = torch.cat([model(part, cache) for part in text.split((6, 1, 2), dim=1)], dim=1)
+        torch.testing.assert_close(found, model(text), rtol=0, atol=0.05)

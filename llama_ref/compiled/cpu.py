@@ -105,7 +105,7 @@ def _probe_vectors() -> None:
 def _warm_up(model: Transformer) -> None:
     """Run a decode step exactly as decoding/loop.py does: any difference would compile another one."""
     cache = new_cache(model, 1, 2 * CACHE_BLOCK)
-    tokens = torch.zeros(1, 2, dtype=torch.long)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="cpu")
     with torch.inference_mode():
         model.hidden(tokens, cache)
         with onednn_for(tokens[:, :1], cache.keys.dtype):

@@ -248,7 +248,7 @@ class Angles:
 
     def __init__(self, model: Transformer):
         self.args, self.device = model.args, model.device
-        self.tables: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+        self.tables: tuple[Tensor, Tensor] = (torch.empty(0, device="cpu"), torch.empty(0, device="cpu"))
 
     def up_to(self, n_positions: int) -> tuple[Tensor, Tensor]:
         """Two float32 tables (n_positions or more, hd/2). Graphs keep the older tables that they read."""

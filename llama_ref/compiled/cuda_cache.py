@@ -29,7 +29,8 @@ class CudaKVCache(KVCache):
     """A cache on a CUDA device; setting lengths does not wait for the device."""
 
     def truncate(self, lengths: list[int]) -> None:
-        self.lengths.copy_(torch.tensor(lengths, pin_memory=self.lengths.is_cuda), non_blocking=True)
+        host = torch.tensor(lengths, device="cpu", pin_memory=self.lengths.is_cuda)
+        self.lengths.copy_(host, non_blocking=True)
         self.longest = max(lengths)
 
 
@@ -54,7 +55,8 @@ class FlashKVCache(CudaKVCache):
         if self._lengths is None or self._lengths[0] is not context:
             lengths = FlashLengths.of(self.lengths, context.n_new, self.max_seq_len, context.n_seen)
             self._lengths = context, lengths
-        return self.attend_piece(layer, q, self._lengths[1], self.longest)
+        out = self.attend_piece(layer, q.to(self.keys.dtype), self._lengths[1], self.longest)
+        return out.to(q.dtype)  # under autocast q may have another dtype than the cache
 
     def attend_piece(self, layer: int, q: Tensor, at: "FlashLengths", longest: int) -> Tensor:
         """Attention of new tokens' q (B, T, H, hd), their keys and values already stored: (B, T, H, hd).
@@ -152,9 +154,9 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     if dtype not in FLASH_DTYPES or head_dim % 8:
         return False
     B, T, S, K, G = 2, 3, 40, 2, 4
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(B, T, K * G, head_dim, generator=generator).to(device, dtype)
-    keys, values = torch.randn(2, B, S, K, head_dim, generator=generator).to(device, dtype)
+    cpu = torch.Generator("cpu").manual_seed(0)
+    q = torch.randn(B, T, K * G, head_dim, generator=cpu, device="cpu").to(device, dtype)
+    keys, values = torch.randn(2, B, S, K, head_dim, generator=cpu, device="cpu").to(device, dtype)
     lengths = torch.tensor([30, 7], device=device)
     positions = lengths[:, None] + torch.arange(T, device=device)  # (B, T)
     visible = torch.arange(S, device=device) <= positions[:, :, None]  # (B, T, S)

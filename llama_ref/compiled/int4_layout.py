@@ -27,7 +27,7 @@ MASKS = [15 << (4 * p) for p in range(SIGN_PLANE)] + [-(1 << 28)]
 def matrix(words: Tensor, scale: Tensor, zero: Tensor, like: Tensor) -> Tensor:
     """The weights (N, P · blocks · 128) in `like`'s dtype; compiled, it is bound by memory."""
     wide = wide_dtype(like.dtype)
-    plane = torch.arange(PLANES)[:, None]
+    plane = torch.arange(PLANES, device=words.device)[:, None]
     q = (words[:, :, :, None] >> (4 * plane)) & 15  # (P, N, blocks, 8, 16)
     q = (q ^ (8 * (plane == SIGN_PLANE))) - 8
     q = q.to(wide).unflatten(3, (scale.shape[-1], -1))  # (P, N, blocks, groups, planes of a group, 16)
@@ -80,7 +80,7 @@ class PlanarInt4Linear(QuantizedMatrix):
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         parts = (part[:, rows] for part in (self.words, self.scale, self.zero))
-        return self.matrix(*parts, torch.empty(0, dtype=dtype))[:, : self.shape[1]]
+        return self.matrix(*parts, torch.empty(0, dtype=dtype, device=self.words.device))[:, : self.shape[1]]
 
 
 def product(words: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ def product(words: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
     n_groups = scale.shape[-1]
     per_group = PLANES // n_groups
     x = x.view(-1, PLANES, LANES)
-    powers = torch.tensor([16.0**-p for p in range(PLANES)])[:, None]
-    eights = torch.tensor([-8.0] * SIGN_PLANE + [0.0])[:, None]
+    powers = torch.tensor([16.0**-p for p in range(PLANES)], device=x.device)[:, None]
+    eights = torch.tensor([-8.0] * SIGN_PLANE + [0.0], device=x.device)[:, None]
     by_piece = (len(words), 1, words.shape[2])  # (P, 1, blocks)
     scaled = materialize(x * powers).view(*by_piece, PLANES, LANES)
     offsets = materialize((x * eights).unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)

@@ -1,5 +1,7 @@
 """Draft models: a smaller model with the same vocabulary guesses how a text continues."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 
 import torch
@@ -23,16 +25,21 @@ class DraftModel:
         self.model = model
         self.pass_time = pass_time or PassTime.of(target)
         self.cost = _bytes_read(model) / _bytes_read(target)  # of a guess, in decode steps of the target
-        # The drafter of the last single row: a conversation's next turn continues with its cache.
-        self._last: ModelDrafter | None = None
+        # The last drafter of a single row: a conversation's next turn continues with its cache.
+        self._idle: list[ModelDrafter] = []
 
-    def drafters(self, rows: list[Row]) -> list["ModelDrafter"]:
-        if len(rows) == 1 and self._last and self._last.cache.max_seq_len >= rows[0].total_len:
-            self._last.guessed = 0, []
-            return [self._last]
-        drafters = [ModelDrafter(self.model, row.total_len, self.pass_time, self.cost) for row in rows]
-        self._last = drafters[0] if len(rows) == 1 else None
-        return drafters
+    @contextmanager
+    def drafting(self, rows: list[Row]) -> Iterator[list["ModelDrafter"]]:
+        idle, self._idle = self._idle, []  # another thread makes its own
+        if len(rows) == len(idle) == 1 and idle[0].cache.max_seq_len >= rows[0].total_len:
+            drafters = idle
+            drafters[0].guessed = 0, []
+        else:
+            drafters = [ModelDrafter(self.model, row.total_len, self.pass_time, self.cost) for row in rows]
+        try:
+            yield drafters
+        finally:
+            self._idle = drafters if len(rows) == 1 else []
 
 
 class ModelDrafter:

@@ -1,6 +1,7 @@
 """What drafters share: their interface, and how many tokens are worth guessing."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -111,6 +112,6 @@ class Drafter(Protocol):
 class Speculation(Protocol):
     """A method of guessing tokens."""
 
-    def drafters(self, rows: list[Row]) -> Sequence[Drafter]:
-        """One drafter for each row of a new batch."""
+    def drafting(self, rows: list[Row]) -> AbstractContextManager[Sequence[Drafter]]:
+        """One drafter for each row of a new batch, for as long as it is generated."""
         ...

@@ -113,7 +113,7 @@ def fetching(numbers: Tensor) -> Callable[[], list]:
     """Start copying numbers to the host; calling the result waits for them, not for later launches."""
     if not numbers.is_cuda:
         return numbers.tolist
-    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
     host.copy_(numbers, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
@@ -150,9 +150,9 @@ def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs
     ends = [len(row.prompt) for row in rows]
     known = min(cache.longest, min(ends) - 1)  # a prompt that is all cached still needs its last token's logits
     cache.truncate([known] * len(rows))
-    tokens = torch.zeros(len(rows), max(ends) - known, dtype=torch.long)
+    tokens = torch.zeros(len(rows), max(ends) - known, dtype=torch.long, device="cpu")
     for row, padded in zip(rows, tokens, strict=True):
-        padded[: len(row.prompt) - known] = torch.tensor(row.prompt[known:])
+        padded[: len(row.prompt) - known] = torch.tensor(row.prompt[known:], device="cpu")
 
     last: list[Tensor] = [tokens] * len(rows)  # each row's final state (D,), filled in below
     begin = known

@@ -1,5 +1,8 @@
 """Prompt lookup: guess that the text continues as it did after the same few tokens before."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from llama_ref.decoding.drafting import AcceptanceRate, Draft, PassTime
 from llama_ref.decoding.loop import Row
 from llama_ref.sampling import Sampler
@@ -14,8 +17,9 @@ class PromptLookup:
     def __init__(self, pass_time: PassTime | None = None):
         self.pass_time = pass_time or PassTime()
 
-    def drafters(self, rows: list[Row]) -> list["PromptLookupDrafter"]:
-        return [PromptLookupDrafter(self.pass_time) for _ in rows]
+    @contextmanager
+    def drafting(self, rows: list[Row]) -> Iterator[list["PromptLookupDrafter"]]:
+        yield [PromptLookupDrafter(self.pass_time) for _ in rows]
 
 
 class PromptLookupDrafter:

@@ -41,12 +41,13 @@ def speculative_steps(
         return
     if cache is None:
         cache = new_cache(model, len(rows), max(row.total_len for row in rows))
-    lanes = [_Lane(*each) for each in zip(rows, samplers, speculation.drafters(rows), strict=True)]
-    logits = prefill(model, rows, cache, prompt_logprobs)[:, None]  # (B, 1, V): as after a pass without guesses
-    while not finished(rows):
-        yield from _take(lanes, logits, stop_tokens, cache)
-        if not finished(rows):
-            logits = _pass(model, lanes, stop_tokens, cache)
+    with speculation.drafting(rows) as drafters:
+        lanes = [_Lane(*each) for each in zip(rows, samplers, drafters, strict=True)]
+        logits = prefill(model, rows, cache, prompt_logprobs)[:, None]  # (B, 1, V): as after a pass without guesses
+        while not finished(rows):
+            yield from _take(lanes, logits, stop_tokens, cache)
+            if not finished(rows):
+                logits = _pass(model, lanes, stop_tokens, cache)
 
 
 @dataclass
@@ -92,7 +93,12 @@ def _take(lanes: list[_Lane], logits: Tensor, stop_tokens: Collection[int], cach
     live = [not lane.row.finish_reason for lane in lanes]
     accepting = [(lane, own) for lane, own in zip(lanes, logits, strict=True) if not lane.row.finish_reason]
     for i in range(logits.shape[1]):
-        accepting = [(lane, own) for lane, own in accepting if lane.take(i, own[i : i + 1], stop_tokens, cache.keys.dtype)]
+        accepting = [
+            (lane, own)
+            for lane, own in accepting
+            # A row may have finished at a stop string since the last yield.
+            if not lane.row.finish_reason and lane.take(i, own[i : i + 1], stop_tokens, cache.keys.dtype)
+        ]
         _truncate(cache, lanes, live)
         yield
         if not accepting:
@@ -109,10 +115,11 @@ def _pass(model: Transformer, lanes: list[_Lane], stop_tokens: Collection[int], 
     _truncate(cache, lanes, [not lane.row.finish_reason for lane in lanes])
     for lane in lanes:
         lane.guess(cache.max_seq_len - cache.longest, stop_tokens)
-    tokens = torch.zeros(len(lanes), 1 + max(len(lane.draft.tokens) for lane in lanes), dtype=torch.long)
+    width = 1 + max(len(lane.draft.tokens) for lane in lanes)
+    tokens = torch.zeros(len(lanes), width, dtype=torch.long, device="cpu")
     for lane, padded in zip(lanes, tokens, strict=True):
         new = [*lane.row.generated[-1:], *lane.draft.tokens]
-        padded[: len(new)] = torch.tensor(new)
+        padded[: len(new)] = torch.tensor(new, device="cpu")
     tokens = tokens.to(cache.lengths.device)
     with onednn_for(tokens, cache.keys.dtype):
         return model(tokens, cache)

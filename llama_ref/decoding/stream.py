@@ -1,10 +1,46 @@
-"""Streamed text, in pieces that are safe to print."""
+"""Streamed text, in pieces that are safe to print, up to a stop string."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from llama_ref.decoding.loop import FinishReason, Row
 from llama_ref.errors import RequestError
 from llama_ref.tokenizer import StreamDecoder, Tokenizer
+
+
+class RowText:
+    """The text of a row while it is generated. The row finishes at the first stop string, which is cut off."""
+
+    def __init__(self, row: Row, tokenizer: Tokenizer, stop: str | Sequence[str] = ()):
+        self.row, self.tokenizer = row, tokenizer
+        self.text = ""
+        self._stop = stop_strings(stop)
+        self._decoder = StreamDecoder(tokenizer)
+        self._held = ""  # decoded, but perhaps the beginning of a stop string
+        self._n_read = 0
+        self.ends_at_stop_string = False
+
+    def read(self) -> str:
+        """Text of the row's new tokens, as far as it is certain: no half character, no part of a stop string."""
+        self._held += "".join(self._decoder.feed(token) for token in self.row.generated[self._n_read :])
+        self._n_read = len(self.row.generated)
+        if self.row.finish_reason:
+            self._held += self._decoder.flush()
+        stop = _first_stop(self._stop, self._held)
+        if stop is not None:
+            self.row.finish_reason, self.ends_at_stop_string = "stop", True
+            self._held = self._held[:stop]
+        keep = 0 if self.row.finish_reason else _longest_beginning(self._stop, self._held)
+        piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self.text += piece
+        return piece
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids that `text` is made of: without those of a stop string, or of an incomplete character."""
+        n = len(self.row.generated)
+        while len(self.tokenizer.decode(self.row.generated[:n])) > len(self.text):
+            n -= 1
+        return self.row.generated[:n]
 
 
 class Stream(Iterator[str]):
@@ -14,11 +50,16 @@ class Stream(Iterator[str]):
     be abandoned at any point.
     """
 
-    def __init__(self, row: Row, steps: Iterator[None], tokenizer: Tokenizer, stop: str | Sequence[str] = ()):
-        self.row = row
-        self.text = ""
-        self._stopped_by_string = False
-        self._pieces = self._make_pieces(steps, StreamDecoder(tokenizer), stop_strings(stop))
+    def __init__(self, row_text: RowText, steps: Iterator[None], logprobs: bool = False):
+        self.row = row_text.row
+        self._row_text = row_text
+        self._steps = steps
+        self._logprobs = logprobs
+        self._is_closed = False
+
+    @property
+    def text(self) -> str:
+        return self._row_text.text
 
     @property
     def tokens(self) -> list[int]:
@@ -26,37 +67,30 @@ class Stream(Iterator[str]):
         return self.row.generated
 
     @property
+    def shown_tokens(self) -> list[int]:
+        """Ids that `text` is made of: without those of a stop string, or of an incomplete character."""
+        return self._row_text.tokens
+
+    @property
+    def logprobs(self) -> list[float] | None:
+        """The model's log-probability of each of `tokens`; None unless asked for."""
+        return self.row.logprobs if self._logprobs else None
+
+    @property
     def finish_reason(self) -> FinishReason | None:
-        return "stop" if self._stopped_by_string else self.row.finish_reason
+        return self.row.finish_reason
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
-        return piece
+        while not self._is_closed:
+            if self.row.finish_reason or next(self._steps, self) is self:
+                self._is_closed = True
+            if piece := self._row_text.read():
+                return piece
+        raise StopIteration
 
     def close(self) -> None:
         """End the generation; the iterator yields no more."""
-        self._pieces.close()
-
-    def _make_pieces(self, steps: Iterator[None], decoder: StreamDecoder, stop: list[str]) -> Generator[str, None, None]:
-        held = ""  # generated, but perhaps the beginning of a stop string
-        seen = 0
-        for _ in steps:
-            held += "".join(decoder.feed(token) for token in self.row.generated[seen:])
-            seen = len(self.row.generated)
-            if self.row.finish_reason:
-                held += decoder.flush()
-            cut = _begin_of_first(stop, held)
-            if cut is not None:
-                self._stopped_by_string = True
-                held = held[:cut]
-                break
-            keep = 0 if self.row.finish_reason else _longest_beginning(stop, held)
-            ready, held = held[: len(held) - keep], held[len(held) - keep :]
-            if ready:
-                yield ready
-        if held:
-            yield held
+        self._is_closed = True
 
 
 def stop_strings(stop: str | Sequence[str]) -> list[str]:
@@ -67,7 +101,7 @@ def stop_strings(stop: str | Sequence[str]) -> list[str]:
     return list(strings)
 
 
-def _begin_of_first(stop: list[str], text: str) -> int | None:
+def _first_stop(stop: list[str], text: str) -> int | None:
     """Start of the stop string that is complete first, the longest of several, however the text was tokenized."""
     found = [(text.find(string) + len(string), text.find(string)) for string in stop if string in text]
     return min(found)[1] if found else None

@@ -51,7 +51,7 @@ class TiledInt4Linear(QuantizedMatrix):
             q = torch.nn.functional.pad(q, (0, 0, 0, min(step, padded - start) - len(q)))
             block = aten._convert_weight_to_int4pack_for_cpu(q, 1)
             tiles[start // rows : (start + len(q)) // rows] = block.view(-1, K, rows // 2)
-        scale_and_zero = torch.zeros(K // self.group, padded, 2, dtype=dtype)
+        scale_and_zero = torch.zeros(K // self.group, padded, 2, dtype=dtype, device="cpu")
         scale_and_zero[:, :N, 0], scale_and_zero[:, :N, 1] = module.scale.T, module.zero.T
         self.register_buffer("tiles", tiles)
         self.register_buffer("scale_and_zero", scale_and_zero)
@@ -114,8 +114,9 @@ def _tile() -> tuple[int, Tensor | None] | None:
     layout is not made of tiles.
     """
     columns = 32
-    row = torch.arange(TILE_ROWS)[:, None].expand(-1, columns)
-    column = torch.arange(columns).expand(TILE_ROWS, -1)
+    row = torch.arange(TILE_ROWS, device="cpu")[:, None].expand(-1, columns)
+    in_order = torch.arange(columns, device="cpu")
+    column = in_order.expand(TILE_ROWS, -1)
     try:
         seen = [_halves(part) for part in (row % 16, row // 16, column % 16, column // 16)]
     except RuntimeError:
@@ -124,12 +125,13 @@ def _tile() -> tuple[int, Tensor | None] | None:
     for size in (16, 32, 64):
         places = rows.view(-1, columns, size // 2, 2)  # (tiles, K, R/2, low and high)
         first = places[0, 0].T.flatten()  # (R,)
-        tile_starts = torch.arange(len(places))[:, None, None] * size
+        tile_starts = torch.arange(len(places), device="cpu")[:, None, None] * size
         is_tiled = (places.transpose(2, 3).flatten(2) == first + tile_starts).all()
-        in_order = (found_columns.view(-1, columns, size // 2, 2) == torch.arange(columns)[:, None, None]).all()
-        if is_tiled and in_order and first.sort().values.equal(torch.arange(size)):
+        keeps_columns = (found_columns.view(-1, columns, size // 2, 2) == in_order[:, None, None]).all()
+        rows_in_order = torch.arange(size, device="cpu")
+        if is_tiled and keeps_columns and first.sort().values.equal(rows_in_order):
             order = first.argsort()
-            return size, None if order.equal(torch.arange(size)) else order
+            return size, None if order.equal(rows_in_order) else order
     return None
 
 

@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from llama_ref.decoding.speculative import speculative_steps
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
+from llama_ref.parallel.job import Job
 from llama_ref.quantization.apply import quantize_model, use_fast_kernels
 from llama_ref.sampling import Sampler, distribution
 from llama_ref.session import Session
@@ -50,8 +52,9 @@ class Guesses:
     def __init__(self, foretell):
         self.foretell = foretell
 
-    def drafters(self, rows):
-        return [self for _ in rows]
+    @contextmanager
+    def drafting(self, rows):
+        yield [self for _ in rows]
 
     def draft(self, row, at_most, sampler):
         return Draft(self.foretell(row.prompt + row.generated, min(at_most, 5)))
@@ -395,9 +398,7 @@ def test_the_latest_of_the_longest_matches_is_gone_on_from_and_may_run_into_itse
 def test_as_many_are_guessed_as_pay(right, length):
     assert AcceptanceRate(right).best_length(100, PassTime()) in (length if isinstance(length, range) else [length])
     assert AcceptanceRate(right).best_length(1, PassTime()) <= 1
-    assert AcceptanceRate(right).best_length(100, PassTime(several=1.0, each=0.0)) == (
-        12 if right else 0
-    )
+    assert AcceptanceRate(right).best_length(100, PassTime(several=1.0, each=0.0)) == (12 if right else 0)
     assert AcceptanceRate(right).best_length(100, PassTime(), cost=1.0) == 0  # a draft model as slow as the model cannot pay
 
 
@@ -467,9 +468,7 @@ def test_a_draft_is_built_with_the_model(family):
     ("other", "found"), [("wider", r"\(513 tokens, expected 512\)"), ("swapped", r"\(512 tokens too, but others\)")]
 )
 def test_a_draft_of_another_vocabulary_is_refused(family, other, found):
-    with pytest.raises(
-        RequestError, match=f"draft model .* has another vocabulary than .*{found}: use one of the same family"
-    ):
+    with pytest.raises(RequestError, match=f"draft model .* has another vocabulary than .*{found}: use one of the same family"):
         Llama.build(family["big"], device="cpu", draft=family[other])
 
 
@@ -502,6 +501,6 @@ def test_several_processes_draft_alike(family, tmp_path):
 
 
 def test_a_draft_model_is_refused_in_a_job_of_several(monkeypatch, family):
-    monkeypatch.setattr("llama_ref.generation.join_job", lambda *_: object())
+    monkeypatch.setattr("llama_ref.generation.join_job", lambda *_: Job(tensor_group=object()))
     with pytest.raises(RequestError, match="a draft model works in one process only"):
         Llama.build(family["big"], device="cpu", draft=family["small"])

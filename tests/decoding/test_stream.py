@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from corpus import WHOLE
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.loop import Row
-from llama_ref.decoding.stream import Stream
+from llama_ref.decoding.stream import RowText, Stream
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def stream_of(ids: list[int], tokenizer: Tokenizer, stop: str | list[str] = (), 
             if row.finish_reason:
                 return
 
-    return Stream(row, steps(), tokenizer, stop)
+    return Stream(RowText(row, tokenizer, stop), steps())
 
 
 # ---- whole characters

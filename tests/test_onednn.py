@@ -1,0 +1,89 @@
+"""oneDNN's process-wide flag, as passes of several threads set it."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from llama_ref.args import ModelArgs
+from llama_ref.decoding.loop import Row, steps
+from llama_ref.onednn import onednn_for
+from random_models import random_model
+
+# Matrices large enough for oneDNN, whose products differ from PyTorch's in the last bits.
+ARGS = ModelArgs.from_dict(
+    {"dim": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 500, "multiple_of": 32}
+    | {"norm_eps": 1e-5, "rope_theta": 500000.0}
+)
+
+
+def is_enabled() -> bool:
+    return torch.backends.mkldnn.enabled
+
+
+def ids(n: int) -> torch.Tensor:
+    return torch.zeros(1, n, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "off"), [(1, torch.bfloat16, True), (2, torch.bfloat16, False), (1, torch.float32, False)]
+)
+def test_it_is_off_for_one_token_in_bfloat16_and_nothing_else(n, dtype, off):
+    before = is_enabled()
+    with pytest.raises(KeyboardInterrupt), onednn_for(ids(n), dtype):
+        assert is_enabled() == (before and not off)
+        raise KeyboardInterrupt
+    assert is_enabled() == before
+
+
+def test_a_user_who_switched_it_off_keeps_it_off(monkeypatch):
+    with torch.backends.mkldnn.flags(enabled=False):
+        for n in (1, 2):
+            with onednn_for(ids(n), torch.bfloat16):
+                assert not is_enabled()
+            assert not is_enabled()
+
+
+def test_passes_of_one_kind_run_together_and_the_other_kind_waits():
+    entered, leave = threading.Barrier(3), threading.Event()
+    order: list[str] = []
+
+    def step() -> None:
+        with onednn_for(ids(1), torch.bfloat16):
+            entered.wait(timeout=60)  # two steps at once, else the barrier breaks
+            leave.wait(timeout=60)
+            assert not is_enabled()
+            order.append("step")
+
+    def prompt() -> None:
+        with onednn_for(ids(2), torch.bfloat16):
+            assert is_enabled()
+            order.append("prompt")
+
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(step) for _ in range(2)]
+        entered.wait(timeout=60)
+        running.append(pool.submit(prompt))
+        leave.set()
+        for each in running:
+            each.result(timeout=60)
+    assert order == ["step", "step", "prompt"] and is_enabled()
+
+
+def test_threads_that_generate_at_once_give_what_one_thread_gives():
+    """If each pass saved and restored the flag, answers differed and the flag stayed off."""
+    model = random_model(ARGS, seed=0).bfloat16()
+    prompts = [[(7 * i + j) % ARGS.vocab_size for j in range(3 + i % 5)] for i in range(40)]
+
+    def answer(prompt: list[int]) -> tuple[list[int], list[float]]:
+        row = Row(prompt, 12)
+        for _ in steps(model, [row], lambda logits: logits.argmax(-1), stop_tokens=()):
+            pass
+        return row.generated, row.logprobs
+
+    alone = [answer(prompt) for prompt in prompts]
+    before = is_enabled()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, prompts)) == alone
+    assert is_enabled() == before

@@ -32,7 +32,7 @@ from rich.theme import Theme
 from llama_ref.checkpoint.folder import find_folder, open_folder
 from llama_ref.cli.parser import configure_stdio, guarded
 from llama_ref.errors import FolderNotFound, RequestError
-from llama_ref.study.inputs import refuse_divided, refuse_empty
+from llama_ref.study.inputs import check_not_empty, check_one_process
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
@@ -239,10 +239,10 @@ def write() -> None:
 
 def settings_of(document: Sequence[Part], folder: str | None, prompt: str | None, other: str | None) -> dict[str, str]:
     """What to set in the document. Raises RequestError, FolderNotFound or CheckpointError for what cannot be toured."""
-    refuse_divided()
+    check_one_process()
     if (prompt is None) != (other is None):
         raise RequestError("--prompt and --other go together: the tour compares two prompts of as many tokens")
-    refuse_empty(**{"--prompt": prompt, "--other": other})
+    check_not_empty(**{"--prompt": prompt, "--other": other})
     path = find_folder(folder) if folder else _demo()
     found = dict(SETTING.findall("".join(part.text for part in document if part.is_code)))
     found |= {"folder": str(path) if folder else os.path.relpath(path)}

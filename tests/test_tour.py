@@ -157,7 +157,7 @@ def test_what_is_no_unicode_can_be_toured(tiny, capsys):
         (["/nowhere"], 2, "there is no folder /nowhere"),
         (["TINY"], 2, "'The capital of France is' has 25 tokens and 'The capital of Italy is' has 24"),
         (["TINY", "--prompt", "a"], 2, "--prompt and --other go together"),
-        (["TINY", "--prompt", "", "--other", "a"], 2, "--prompt is an empty text"),
+        (["TINY", "--prompt", "", "--other", "a"], 2, "--prompt is empty"),
         (["TINY", "--prompt", "a" * 64, "--other", "b" * 64], 2, "the prompts have 65 tokens"),
         (["QUANTIZED"], 2, "is quantized"),
         (["BARE"], 1, "lacks tokenizer.model"),

@@ -1,4 +1,4 @@
-"""What the study's commands share."""
+"""Shared by the study commands: loading, checks, tokens."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,15 +17,15 @@ def open_to_study(name: str, options: WholeModel, **texts: str | None) -> "Llama
 
     Raises RequestError for an empty text, or where torchrun started several processes.
     """
-    from llama_ref.study.inputs import refuse_divided, refuse_empty
+    from llama_ref.study.inputs import check_not_empty, check_one_process
 
-    refuse_empty(**texts)
-    refuse_divided()
+    check_not_empty(**texts)
+    check_one_process()
     return load(name, options)
 
 
 def check_outputs(out: str | None = None, png: str | None = None) -> None:
-    """Raise RequestError where nothing could be written: before a long load."""
+    """Raise RequestError if a report or pictures cannot be written: before a long load."""
     from llama_ref.study.figures import check_pictures
     from llama_ref.study.report.writer import check_report
 
@@ -47,5 +47,5 @@ def first_token(llama: "Llama", name: str, text: str) -> int:
 
 
 def text_ids(llama: "Llama") -> list[int]:
-    """Ids of all tokens that are text, from which random tokens are drawn."""
+    """Ids of all tokens but the special ones, from which random tokens are drawn."""
     return sorted(llama.tokenizer.vocabulary.ranks.values())

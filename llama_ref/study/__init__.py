@@ -1,13 +1,18 @@
-"""Studying a model: every activation has a name (names.py), and the model that generates is the one under the lens.
+"""Study a model: record its activations, change them, and measure what its parts do.
 
-`trace(model, tokens, names)` runs a text and keeps the activations that the names match; `recording(model, names)` does so for
-whatever runs in its block, generation too. `patch(model, {name: edit})` changes activations while its block lasts: `zero()`,
-`mean()`, `scale(2)`, `set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…, rows=…)`, or any function of a
-tensor. `patch_grid(model, clean, corrupted, metric, over=…)` asks where in the model a difference is made.
-`logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`, `spectra` and
-`quantization_errors` ask the usual questions; `overview` asks all of them about a text, and `write_report` makes a page of the
-answers (pictures: `llama_ref.study.figures`). All are put on from outside and taken off again: model.py knows nothing of
-them, and looking changes no bit of the logits.
+Every activation has a name (names.py). `trace(model, tokens, names)` runs a text and keeps the
+activations that the names match; `recording(model, names)` keeps those of whatever runs in its
+block, generation included. `patch(model, {name: edit})` changes activations in its block: `zero()`,
+`mean()`, `scale(2)`, `set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…,
+rows=…)`, or any function of a tensor. `patch_grid(model, clean, corrupted, metric, over=…)` finds
+where in the model two texts are told apart.
+
+`logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`,
+`spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
+text, and `write_report` writes the answers as an HTML page (pictures: `llama_ref.study.figures`).
+
+model.py knows nothing of this: hooks are installed on a model and removed again. Tracing does not
+change a bit of the logits.
 """
 
 from llama_ref.study.attention import attention_pattern, summarize_attention

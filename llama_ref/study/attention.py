@@ -1,8 +1,9 @@
-"""Where heads look, in numbers: at the first token, at the one before, at what followed last time.
+"""Scores of every attention head: sink, previous token, induction and entropy.
 
-A head that finds nothing looks at the first token (Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
-2023). One that has seen `A B … A` and looks at `B` lets a model repeat what came after; on random tokens that come twice this
-shows by itself (Olsson et al., "In-context Learning and Induction Heads", 2022).
+A head that finds nothing to attend to attends to the first token, the sink (Xiao et al., "Efficient
+Streaming Language Models with Attention Sinks", 2023). An induction head, at the second `A` of
+`A B … A`, attends to `B`. On a random sequence that is repeated nothing else predicts the next
+token (Olsson et al., "In-context Learning and Induction Heads", 2022).
 """
 
 import math
@@ -20,17 +21,18 @@ from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.report.packing import watch_patterns
 from llama_ref.study.trace import trace
 
-LARGEST_LAYER = 1 << 32  # bytes of one layer's patterns, of which three copies exist for a moment
+LARGEST_LAYER = 1 << 32  # bytes of one layer's patterns; up to three copies exist at once
 REPEATED_TOKENS = 50
 
 
 @dataclass(frozen=True)
 class AttentionSummary:
-    """Every head's habits on one sequence, (n_layers, H) each, on the CPU; NaN where the sequence is too short to tell.
+    """Scores of every head on one sequence: (n_layers, H) each, on the CPU; NaN if it is too short.
 
-    `sink`: attention paid to the first token, a mean over all later ones. `previous`: to the token before, a mean over those
-    for which that is not the first. `entropy`: of where they look, in nats, a mean over all but the first. `induction`: on
-    random tokens that come twice, to the one that followed the first time.
+    `sink`: mean attention of later tokens to the first. `previous`: mean attention to the token
+    before, except where that is the first. `entropy`: mean entropy of the attention in nats, without
+    the first token's. `induction`: on a repeated random sequence, mean attention to the token that
+    followed the first time.
     """
 
     tokens: list[int]
@@ -41,22 +43,22 @@ class AttentionSummary:
 
 
 def sink_mass(pattern: Tensor) -> Tensor:
-    """(…, T, T) -> (…): mean attention that later tokens pay to the first."""
+    """Mean attention of later tokens to the first: (…, T, T) -> (…)."""
     return pattern[..., 1:, 0].mean(-1)
 
 
 def previous_token_score(pattern: Tensor) -> Tensor:
-    """(…, T, T) -> (…): mean attention to the token before, where that is not the first, which would be the sink's."""
+    """Mean attention to the token before, except where that is the sink: (…, T, T) -> (…)."""
     return pattern.diagonal(offset=-1, dim1=-2, dim2=-1)[..., 1:].mean(-1)
 
 
 def attention_entropy(pattern: Tensor) -> Tensor:
-    """(…, T, T) -> (…): mean entropy in nats of where tokens look; the first, which sees but itself, is left out."""
+    """Mean entropy of attention in nats, without the first token's: (…, T, T) -> (…)."""
     return torch.special.entr(pattern[..., 1:, :]).sum(-1).mean(-1)
 
 
 def induction_score(pattern: Tensor, period: int) -> Tensor:
-    """(…, T, T) -> (…): mean attention of the last `period` tokens to what followed each of them one period before."""
+    """Mean attention of the last `period` tokens to what followed each before: (…, T, T) -> (…)."""
     return pattern.diagonal(offset=1 - period, dim1=-2, dim2=-1)[..., -period:].mean(-1)
 
 
@@ -70,10 +72,10 @@ def summarize_attention(
     seed: int = 1,
     see: Callable[[Tensor], None] = lambda pattern: None,
 ) -> AttentionSummary:
-    """Every head's habits on a sequence, and on random tokens for the induction score, which see `repeated_tokens`.
+    """Score every head on a sequence, and on `repeated_tokens` for the induction score.
 
-    One layer's patterns are held at a time; `see` is shown those of the sequence, float32 (H, T, T), layer by layer. Raises
-    RequestError before the model runs.
+    Holds one layer's patterns at a time. `see` is called with those of the sequence, float32
+    (H, T, T), layer by layer. Raises RequestError before the model runs.
     """
     row = one_row(model, tokens)
     _check_length(model, row.shape[1])
@@ -92,7 +94,10 @@ def repeated_tokens(
     ids: Sequence[int] | None = None,
     seed: int = 1,
 ) -> Tensor:
-    """`bos`, where one is given, and `n_tokens` random ids twice: (1, T). `ids`: those to draw from (default: all)."""
+    """Draw `n_tokens` random ids and repeat them, after `bos` if given: (1, T).
+
+    `ids` are those to draw from (default: the whole vocabulary).
+    """
     if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 2:
         raise RequestError(f"n_tokens is {n_tokens!r:.40}, expected a whole number of 2 or more")
     pool = torch.arange(model.args.vocab_size) if ids is None else _pool(ids)
@@ -112,7 +117,7 @@ def _pool(ids: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def attention_pattern(model: Transformer, tokens: Sequence[int] | Tensor, layer: int, head: int) -> Tensor:
-    """How one head spreads its attention: float32 (T, T), a row for each token that looks, adding up to 1."""
+    """One head's attention weights: float32 (T, T); the row of each query adds up to 1."""
     row = one_row(model, tokens)
     _check_length(model, row.shape[1])
     layer = check_index("layer", layer, model.args.n_layers)
@@ -122,7 +127,7 @@ def attention_pattern(model: Transformer, tokens: Sequence[int] | Tensor, layer:
 
 
 def _check_length(model: Transformer, n_tokens: int) -> None:
-    """Raise RequestError where one layer's patterns, float32 (H, T, T), are more than most machines hold."""
+    """Raise RequestError if one layer's patterns, float32 (H, T, T), are too large."""
     H = model.args.n_heads
     if 4 * H * n_tokens**2 > LARGEST_LAYER:
         raise RequestError(
@@ -137,7 +142,7 @@ def _measure(
     measures: Sequence[Callable[[Tensor], Tensor]],
     see: Callable[[Tensor], None] = lambda pattern: None,
 ) -> list[Tensor]:
-    """What each measure says of every head, (n_layers, H) each, in one pass; `see` is shown the patterns too."""
+    """Apply each measure to every head, in one pass: (n_layers, H) each."""
     layers: list[list[Tensor]] = []
 
     def look(pattern: Tensor) -> None:

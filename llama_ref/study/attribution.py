@@ -1,9 +1,9 @@
-"""Direct logit attribution: which part of the model wrote a token's logit into the residual stream.
+"""Direct logit attribution: how much each part of the model adds to a token's logit.
 
-The last residual is a sum: the embedding, each head's output through its columns of `wo`, each feed-forward's output. With the
-final norm's scale frozen at the value that it has there, the logit is linear in that sum, so each part has its share, and the
-shares add up. What a part does by way of later layers is not in it. Source: Elhage et al., "A Mathematical Framework for
-Transformer Circuits" (2021).
+The last residual is a sum: the embedding, each head's output through its columns of `wo`, each
+feed-forward's output. With the final norm's scale held fixed, the logit is linear in that sum, so
+each part has a share and the shares add up. Indirect effects, through later layers, are not
+included. Source: Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,17 +19,17 @@ from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.trace import trace
 
-# The model rounds its residual stream at every addition, and in bfloat16 each part before: how far the shares may then be from
-# its logit, in roundings of all that was added up.
+# Tolerance of the sum, in machine epsilons of all that was added: the model rounds its residual
+# stream at every addition, and each part before that.
 ROUNDINGS = 16
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """The parts of `target`'s logit at one position, or of its lead over `other`; float32, on the CPU.
+    """Shares of `target`'s logit at one position, or of its difference to `other`'s; float32, CPU.
 
-    `embedding` is a number, `heads` (n_layers, H), `ffns` (n_layers,). They add up to `total`, and the model's own `logit`
-    differs from that by rounding alone.
+    `embedding` is a number, `heads` (n_layers, H), `ffns` (n_layers,). They add up to `total`,
+    which differs from the model's own `logit` only by rounding.
     """
 
     tokens: list[int]
@@ -47,12 +47,12 @@ class Attribution:
 
     @property
     def strongest_head(self) -> tuple[int, int]:
-        """Layer and head of the one that wrote most for the target."""
+        """(layer, head) of the largest share."""
         layer, head = divmod(int(self.heads.argmax()), self.heads.shape[1])
         return layer, head
 
     def parts(self) -> Iterator[tuple[str, float]]:
-        """Every part by name, in the order in which they are added: embedding, layers.0.heads.0, …, layers.0.ffn, …"""
+        """All shares, in the model's order: embedding, layers.0.heads.0, …, layers.0.ffn, …"""
         yield "embedding", self.embedding
         for layer, (heads, ffn) in enumerate(zip(self.heads.tolist(), self.ffns.tolist(), strict=True)):
             yield from ((f"layers.{layer}.heads.{head}", share) for head, share in enumerate(heads))
@@ -63,10 +63,10 @@ class Attribution:
 def attribute(
     model: Transformer, tokens: Sequence[int] | Tensor, target: int, other: int | None = None, *, position: int = -1
 ) -> Attribution:
-    """Share out a token's logit after one position of a sequence; with `other`, how far it is ahead of that token.
+    """Split a token's logit after one position, or its difference to `other`'s, into shares.
 
-    Raises RequestError for a token or position that is not there, LlamaRefError where the shares do not add up to the logit
-    within rounding, as where weights are not finite.
+    Raises RequestError for an unknown token or position, and LlamaRefError if the shares do not add
+    up to the logit within rounding, as with weights that are not finite.
     """
     row = one_row(model, tokens)
     position = check_index("position", position, row.shape[1])
@@ -96,7 +96,7 @@ def part_label(name: str) -> str:
 
 
 def _direction(model: Transformer, residual: Tensor, target: int, other: int | None) -> Tensor:
-    """What a vector has to be multiplied with for its share of the logit, at this residual's scale: (D,)."""
+    """Gradient of the logit by the residual, with the norm's scale held fixed: (D,)."""
     scale = torch.rsqrt(residual.pow(2).mean() + model.norm.eps)
     unembedding = matrix_rows(model.output, [target] if other is None else [target, other])
     wanted = unembedding[0] if other is None else unembedding[0] - unembedding[1]
@@ -104,7 +104,7 @@ def _direction(model: Transformer, residual: Tensor, target: int, other: int | N
 
 
 def _head_shares(model: Transformer, layer: int, head_output: Tensor, direction: Tensor) -> Tensor:
-    """Each head's share, (H, hd) -> (H,): its output times what its own columns of `wo` write."""
+    """Each head's share, through its own columns of `wo`: (H, hd) -> (H,)."""
     read = direction @ matrix(model.layers[layer].attention.wo)  # (D,) @ (D, H·hd) -> (H·hd,)
     return (head_output * read.view_as(head_output)).sum(-1)
 
@@ -120,12 +120,12 @@ def _check_sum(model: Transformer, found: Attribution, residual: Tensor, directi
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The float32 matrix (out, in) that a linear layer or embedding computes with, quantized or not."""
+    """Float32 weight (out, in) of a linear layer or embedding, quantized or not."""
     return module.dequantize() if isinstance(module, QuantizedMatrix) else module.weight.detach().float()
 
 
 def matrix_rows(module: nn.Module, rows: list[int]) -> Tensor:
-    """Some rows of that matrix, without the others where nothing is quantized."""
+    """Some rows of `matrix(module)`; without quantization only they are converted."""
     if isinstance(module, QuantizedMatrix):
         return module.dequantize()[rows]
     return F.embedding(torch.tensor(rows, device=module.weight.device), module.weight.detach()).float()

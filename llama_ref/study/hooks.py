@@ -1,7 +1,8 @@
-"""What stands on a model while it is studied: forwards of its layers that show every value to those who look.
+"""Instrumented forwards, installed on a model while it is traced or patched.
 
-They are model.py's own lines, operation for operation, and what only looks changes no bit. They stand on the instances of one
-model, not on its classes, and act in the thread that asked for them; other threads' passes go by unseen.
+They repeat model.py's forwards, operation by operation, and pass every value to visitors: without
+an edit the results are the same, bit for bit. They replace methods of one model's instances, not of
+its classes, and see only passes of the thread that installed them.
 """
 
 import threading
@@ -23,21 +24,21 @@ from llama_ref.parallel.tensor import RowParallelLinear
 
 
 class Pass:
-    """One run of the model: ids (B, T), the positions (B, T) or (1, T) where they stand, and the cache, if there is one."""
+    """One forward pass: ids (B, T), their positions (B, T) or (1, T), and the cache, if any."""
 
     def __init__(self, tokens: Tensor, context: Context):
         self.tokens = tokens
         self.positions = context.positions
         self.cache: KVCache | None = context.cache
         self.complete = False  # until the last norm has run
-        self.first = self.cache is None or self.cache.longest == 0  # whether a text begins here
+        self.first = self.cache is None or self.cache.longest == 0  # of its text
 
 
 class Visitor(Protocol):
-    """Who sees values: an editor, which may give back others, or a recorder, which comes after all editors."""
+    """Gets the values of a pass: an editor may return others, a recorder runs after all editors."""
 
     edits: bool
-    in_path: bool  # whether gradients are to reach what it takes: see `Attached.attention`
+    in_path: bool  # whether gradients should reach the values that it keeps
 
     def wants(self, name: str) -> bool: ...
 
@@ -52,10 +53,10 @@ _lock = threading.RLock()
 
 @contextmanager
 def attached(model: Transformer, visitor: Visitor) -> Iterator[None]:
-    """Show a model's values to a visitor for as long as the block runs, in this thread.
+    """Pass a model's values to a visitor while the block runs, for passes of this thread.
 
-    A compiled model runs on its plain path meanwhile. Blocks may stand in one another. Raises RequestError for a model that is
-    divided among processes.
+    A compiled model runs uncompiled in the block. Blocks may be nested. Raises RequestError for a
+    model that is split across processes.
     """
     check_model(model)
     key = (threading.get_ident(), visitor)
@@ -68,111 +69,112 @@ def attached(model: Transformer, visitor: Visitor) -> Iterator[None]:
     finally:
         try:
             _leave(model, key)
-        finally:  # again, where Ctrl-C came in between
+        finally:  # again, in case Ctrl-C interrupted the first call
             _leave(model, key)
 
 
 def _leave(model: Transformer, key: tuple[int, Visitor]) -> None:
     with _lock:
-        here = _attached.get(model)
-        if here and here.leave(key):
+        hooks = _attached.get(model)
+        if hooks and hooks.leave(key):
             del _attached[model]
 
 
 def check_model(model: Transformer) -> None:
-    """Raise RequestError for what is no model, or only a part of one."""
+    """Raise RequestError unless `model` is a Transformer that is whole in this process."""
     if not isinstance(model, Transformer):
-        hint = "; a Llama's is its .model" if isinstance(getattr(model, "model", None), Transformer) else ""
+        hint = ": pass its .model" if isinstance(getattr(model, "model", None), Transformer) else ""
         raise RequestError(f"model is of type {type(model).__name__}, expected a llama_ref Transformer{hint}")
     if any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules()):
-        raise RequestError("the model is divided among processes, and each has only a part: study it in one, without torchrun")
+        raise RequestError("the model is split across processes: load it in one, without torchrun, to study it")
 
 
 class Attached:
-    """The forwards on one model, and who looks through them."""
+    """The forwards installed on one model, and the visitors that they call."""
 
     def __init__(self, model: Transformer):
-        self.visitors: list[tuple[int, Visitor]] = []
-        self.local = threading.local()  # .tokens, .run, .passing: each thread is in a pass of its own
+        self.visitors: list[tuple[int, Visitor]] = []  # with the thread of each
+        self.local = threading.local()  # .tokens, .run, .in_pass: each thread has its own pass
         self.model = model
-        self.set_aside: list[tuple[nn.Module, str, Any]] = []
-        self.put_on: list[nn.Module] = []
+        self.instrumented: list[nn.Module] = []
+        self.removed: list[tuple[nn.Module, str, CompiledForward]] = []  # to be restored
 
     def enter(self, key: tuple[int, Visitor]) -> None:
-        self.visitors = [*self.visitors, key]  # a new list: other threads may be going through the old one
-        if not self.put_on:
-            self._put_on()
+        self.visitors = [*self.visitors, key]  # a new list: other threads may be iterating over the old one
+        if not self.instrumented:
+            self._install()
 
     def leave(self, key: tuple[int, Visitor]) -> bool:
-        """Whether nobody is left, and nothing stands on the model any more."""
+        """Remove a visitor; whether it was the last, and the model is as before."""
         self.visitors = [other for other in self.visitors if other is not key]
         if not self.visitors:
-            self._take_off()
+            self._uninstall()
         return not self.visitors
 
-    # ---- on and off
+    # ---- install and uninstall
 
-    def _put_on(self) -> None:
+    def _install(self) -> None:
         model = self.model
         for attribute in ("hidden", "forward"):
             if attribute in vars(model):
-                self._set_aside(model, attribute)
-        self._put(model.tok_embeddings, self.embedding)
+                self._remove(model, attribute)
+        self._instrument(model.tok_embeddings, self.embedding)
         for i, block in enumerate(model.layers):
-            self._put(block, self.block, i)
-            self._put(block.attention, self.attention, i)
-            self._put(block.feed_forward, self.feed_forward, i)
-        self._put(model.norm, self.norm)
-        self._put(model.output, self.output)
+            self._instrument(block, self.block, i)
+            self._instrument(block.attention, self.attention, i)
+            self._instrument(block.feed_forward, self.feed_forward, i)
+        self._instrument(model.norm, self.norm)
+        self._instrument(model.output, self.output)
 
-    def _put(self, module: nn.Module, forward: Callable[..., Tensor], *layer: int) -> None:
+    def _instrument(self, module: nn.Module, forward: Callable[..., Tensor], *layer: int) -> None:
         if "forward" in vars(module):
-            self._set_aside(module, "forward")
-        self.put_on.append(module)
+            self._remove(module, "forward")
+        self.instrumented.append(module)
         module.forward = _Forward(forward, module, *layer)
 
-    def _set_aside(self, module: nn.Module, attribute: str) -> None:
-        standing = vars(module)[attribute]
-        if not isinstance(standing, CompiledForward):
+    def _remove(self, module: nn.Module, attribute: str) -> None:
+        method = vars(module)[attribute]
+        if not isinstance(method, CompiledForward):
             raise RequestError(
-                f"a {type(module).__name__} has a {attribute} of its own, {standing!r:.60}: only those of model.py, compiled "
-                "or not, can be studied; take it off first"
+                f"a {type(module).__name__} has its own {attribute}, {method!r:.60}: only model.py's, compiled or not, can be "
+                "studied; remove it first"
             )
-        self.set_aside.append((module, attribute, standing))
+        self.removed.append((module, attribute, method))
         delattr(module, attribute)
 
-    def _take_off(self) -> None:
-        """May be called again where it was interrupted."""
-        for module in self.put_on:
+    def _uninstall(self) -> None:
+        """Restore the model. Safe to call again after an interruption."""
+        for module in self.instrumented:
             if isinstance(vars(module).get("forward"), _Forward):
                 del module.forward
-        for module, attribute, standing in self.set_aside:
-            setattr(module, attribute, standing)
-        self.put_on, self.set_aside = [], []
+        for module, attribute, method in self.removed:
+            setattr(module, attribute, method)
+        self.instrumented, self.removed = [], []
 
-    # ---- showing
+    # ---- calls of the visitors
 
-    def looking(self, name: str) -> list[Visitor]:
-        """Who wants to see a name in this thread, editors first."""
+    def watching(self, name: str) -> list[Visitor]:
+        """This thread's visitors that want a name, editors first."""
         thread = threading.get_ident()
         found = [visitor for owner, visitor in self.visitors if owner == thread and visitor.wants(name)]
         return sorted(found, key=lambda visitor: not visitor.edits)
 
     def see(self, name: str, value: Tensor) -> Tensor:
-        for visitor in self.looking(name):
+        """Pass a value through all visitors that want it."""
+        for visitor in self.watching(name):
             value = visitor.visit(name, value, self.local.run)
         return value
 
-    # ---- the forwards: model.py's lines, with their values shown
+    # ---- the forwards: model.py's lines, each value passed through `see`
 
     def embedding(self, module: nn.Module, tokens: Tensor) -> Tensor:
         self.local.tokens = tokens
-        return _plain(module, tokens)
+        return _class_forward(module, tokens)
 
     def _begin(self, x: Tensor, context: Context) -> Tensor:
-        """Where a pass has its context for the first time; what the embedding gave comes in as layer 0's input."""
+        """Start a pass at layer 0, the first to get the context; x is the embedding's output."""
         self.local.run = Pass(self.local.tokens, context)
-        self.local.passing = True
+        self.local.in_pass = True
         thread = threading.get_ident()
         for owner, visitor in self.visitors:
             if owner == thread:
@@ -201,16 +203,16 @@ class Attached:
             out = attend(q, k, v)  # (B, T, H, hd)
         else:
             out = context.cache.attend(layer, q, k, v, context)  # (B, T, H, hd)
-        looking = self.looking(f"layers.{i}.attention.scores") + self.looking(f"layers.{i}.attention.pattern")
-        if looking:
+        watching = self.watching(f"layers.{i}.attention.scores") + self.watching(f"layers.{i}.attention.pattern")
+        if watching:
             if context.cache is not None:
                 k, v = context.cache.read(layer, context.n_seen)  # (B, S, K, hd)
-            out = _beside(out, q, k, v, context.visible, see, _in_path(looking))
+            out = _attend_in_steps(out, q, k, v, context.visible, see, _in_path(watching))
         out = see("head_output", out)
         added = module.wo(out.flatten(-2))  # (B, T, D)
-        looking = self.looking(f"layers.{i}.attention.head_result")
-        if looking:
-            added = _by_head(added, out, module.wo, see, _in_path(looking))
+        watching = self.watching(f"layers.{i}.attention.head_result")
+        if watching:
+            added = _add_by_head(added, out, module.wo, see, _in_path(watching))
         return see("output", added)
 
     def feed_forward(self, module: FeedForward, i: int, x: Tensor) -> Tensor:
@@ -222,13 +224,13 @@ class Attached:
         return see("output", module.w2(see("hidden", hidden)))
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
-        out = _plain(module, x)
-        if not getattr(self.local, "passing", False):  # somebody's own use of the norm
+        out = _class_forward(module, x)
+        if not getattr(self.local, "in_pass", False):  # a direct call of the norm
             return out
         out = self.see("norm", out)
-        self.local.passing = False
-        # Generation makes few positions' logits; who looks gets those of all, made beside.
-        recorders = [visitor for visitor in self.looking("logits") if not visitor.edits]
+        self.local.in_pass = False
+        # Generation computes logits of few positions; recorders get those of all, computed here.
+        recorders = [visitor for visitor in self.watching("logits") if not visitor.edits]
         if recorders:
             logits = self.model.logits(out)
             for visitor in recorders:
@@ -237,41 +239,41 @@ class Attached:
         return out
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
-        out = _plain(module, x)
-        editors = [visitor for visitor in self.looking("logits") if visitor.edits]
+        out = _class_forward(module, x)
+        editors = [visitor for visitor in self.watching("logits") if visitor.edits]
         if not editors or not hasattr(self.local, "run"):
             return out
         logits = out.float()
-        alone = logits.dim() == 2  # (B, V): of one position of each row
-        logits = logits[:, None] if alone else logits
+        one_position = logits.dim() == 2  # (B, V)
+        logits = logits[:, None] if one_position else logits
         for visitor in editors:
             logits = visitor.visit("logits", logits, self.local.run)
-        return logits[:, 0] if alone else logits
+        return logits[:, 0] if one_position else logits
 
 
 class _Forward:
-    """In place of a module's forward."""
+    """An instrumented forward of a module; its type tells it from others."""
 
     def __init__(self, forward: Callable[..., Tensor], module: nn.Module, *layer: int):
-        self.forward, self.its = forward, (module, *layer)
+        self.forward, self.bound = forward, (module, *layer)
 
     def __call__(self, *args: Any) -> Tensor:
-        return self.forward(*self.its, *args)
+        return self.forward(*self.bound, *args)
 
 
-def _plain(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module's own class makes of x."""
+def _class_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """Call the forward of a module's class."""
     return type(module).forward(module, x)
 
 
-def _in_path(looking: list[Visitor]) -> bool:
-    return any(visitor.in_path for visitor in looking)
+def _in_path(visitors: list[Visitor]) -> bool:
+    return any(visitor.in_path for visitor in visitors)
 
 
-def _beside(
+def _attend_in_steps(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, see: Callable[[str, Tensor], Tensor], in_path: bool
 ) -> Tensor:
-    """Attention in small steps, to show them: the model's own `out` (B, T, H, hd), but another where an editor changed one."""
+    """The model's `out` (B, T, H, hd), replaced where a visitor changed the scores or pattern."""
     T, H, hd = q.shape[1:]
     S, K = k.shape[1:3]
     if visible is None:
@@ -283,7 +285,7 @@ def _beside(
     scores = see("scores", own)
     changed = None
     if scores is not own:
-        scores = scores.masked_fill(hidden, -torch.inf)  # an edit shows nobody the future
+        scores = scores.masked_fill(hidden, -torch.inf)  # an edit cannot show the future
         changed = (scores != own).any(-1)  # (B, H, T)
     own = scores.softmax(-1)
     pattern = see("pattern", own)
@@ -293,11 +295,11 @@ def _beside(
     if changed is None and not in_path:
         return out
     mixed = torch.einsum("bkgts,bskd->btkgd", pattern.unflatten(1, (K, -1)), v.float()).flatten(2, 3).type_as(out)
-    return _replaced(out, mixed, None if changed is None else changed.transpose(1, 2)[..., None], in_path)
+    return _replace(out, mixed, None if changed is None else changed.transpose(1, 2)[..., None], in_path)
 
 
-def _by_head(added: Tensor, out: Tensor, wo: nn.Module, see: Callable[[str, Tensor], Tensor], in_path: bool) -> Tensor:
-    """The heads' shares, shown: the model's own `added` (B, T, D), but their sum at positions where an editor changed one."""
+def _add_by_head(added: Tensor, out: Tensor, wo: nn.Module, see: Callable[[str, Tensor], Tensor], in_path: bool) -> Tensor:
+    """The model's `added` (B, T, D), replaced where a visitor changed a head's share."""
     weight = wo.weight if isinstance(wo, nn.Linear) else wo.dequantize()  # (D, H · hd)
     by_head = weight.to(out.dtype).unflatten(1, out.shape[2:])  # (D, H, hd)
     own = torch.einsum("bthe,dhe->bthd", out, by_head)  # (B, T, H, D)
@@ -305,11 +307,11 @@ def _by_head(added: Tensor, out: Tensor, wo: nn.Module, see: Callable[[str, Tens
     changed = None if shares is own else (shares != own).flatten(2).any(-1)[..., None]  # (B, T, 1)
     if changed is None and not in_path:
         return added
-    return _replaced(added, shares.sum(2), changed, in_path)
+    return _replace(added, shares.sum(2), changed, in_path)
 
 
-def _replaced(own: Tensor, other: Tensor, changed: Tensor | None, in_path: bool) -> Tensor:
-    """`own` with `other` where it was changed. With gradients these come by way of `other` alone, and the numbers stay."""
+def _replace(own: Tensor, other: Tensor, changed: Tensor | None, in_path: bool) -> Tensor:
+    """`other` where it was changed, else `own`; with `in_path`, gradients flow through `other`."""
     if changed is not None:
         own = torch.where(changed, other, own)
     return own.detach() + (other - other.detach()) if in_path else own

@@ -1,4 +1,4 @@
-"""What is to be studied: a prompt's ids, a token by its text, a layer and a head; and how tokens are shown."""
+"""Check what a study is given (tokens, layers, heads, prompts), and show tokens as text."""
 
 import os
 import re
@@ -18,71 +18,70 @@ MOST_SHOWN = 8  # tokens of a text in a message
 
 
 def one_row(model: Transformer, tokens: Sequence[int] | Tensor) -> Tensor:
-    """A single sequence of ids, (T,) or (1, T), as (1, T) on the model's device. Raises RequestError for what is none."""
+    """One sequence of ids, (T,) or (1, T), as (1, T) on the model's device. Raises RequestError."""
     check_model(model)
     rows = as_tokens(model, tokens)
     if len(rows) != 1:
-        raise RequestError(f"tokens are {len(rows)} sequences, expected one: study them in turn")
+        raise RequestError(f"tokens are {len(rows)} sequences, expected one: study them one by one")
     return rows
 
 
 def check_token(model: Transformer, token: int) -> int:
-    """The same id. Raises RequestError for one outside the model's vocabulary."""
+    """Return the id. Raises RequestError if it is outside the model's vocabulary."""
     if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < model.args.vocab_size:
         raise RequestError(f"token {token!r:.40} is not in the vocabulary, which has ids 0 to {model.args.vocab_size - 1}")
     return int(token)
 
 
 def check_index(what: str, index: int, count: int) -> int:
-    """The index of one of `count` things; from the end where it is negative. Raises RequestError for one that is not there."""
+    """Return the index as one from 0. Raises RequestError unless -count <= index < count."""
     if isinstance(index, bool) or not isinstance(index, Integral) or not -count <= index < count:
-        there = f"0 to {count - 1}" if count > 1 else "only 0"
-        raise RequestError(f"{what} is {index!r:.40}, expected a whole number: there is {there}")
+        expected = f"a whole number from 0 to {count - 1}" if count > 1 else "0"
+        raise RequestError(f"{what} is {index!r:.40}, expected {expected}")
     return int(index) % count
 
 
-def refuse_empty(**texts: str | None) -> None:
-    """Raise RequestError for a text that has nothing to study: before a long load, say."""
+def check_not_empty(**texts: str | None) -> None:
+    """Raise RequestError for an empty text: before a long load."""
     for name, text in texts.items():
         if text == "":
             example = '" Paris"' if name.lstrip("-") in ("target", "other") else '"The capital of France is"'
-            raise RequestError(f"{name} is an empty text, expected one to study, such as {example}")
+            raise RequestError(f"{name} is empty, expected a text such as {example}")
 
 
-def refuse_divided(pipeline_parallel_size: int = 1) -> None:
-    """Raise RequestError where several processes were started, or asked for, to share a model."""
+def check_one_process() -> None:
+    """Raise RequestError if torchrun started several processes."""
     n_processes = os.environ.get("WORLD_SIZE", "1")
-    if n_processes != "1" or pipeline_parallel_size != 1:
-        found = f"{n_processes} processes" if n_processes != "1" else f"--pipeline_parallel_size {pipeline_parallel_size}"
-        raise RequestError(f"{found}: a model is studied whole, in one process; start it without torchrun and that flag")
+    if n_processes != "1":
+        raise RequestError(f"{n_processes} processes: a study needs the whole model in one; start it without torchrun")
 
 
 def prompt_tokens(llama: Llama, prompt: str, name: str = "prompt") -> list[int]:
-    """Ids of a prompt, begin-of-text in front. Raises RequestError for one that is empty or longer than max_seq_len."""
-    refuse_empty(**{name: prompt})
+    """Ids of a prompt, after begin-of-text. Raises RequestError if it is empty or too long."""
+    check_not_empty(**{name: prompt})
     tokens = llama.encode(prompt)
     if len(tokens) > llama.max_seq_len:
         raise RequestError(
-            f"the {name} has {len(tokens):,} tokens, but max_seq_len is {llama.max_seq_len:,}: shorten it, or ask for more"
+            f"the {name} has {len(tokens):,} tokens, but max_seq_len is {llama.max_seq_len:,}: shorten it, or raise max_seq_len"
         )
     return tokens
 
 
 def first_token(tokenizer: Tokenizer, text: str, name: str = "target") -> tuple[int, str | None]:
-    """(id of a text's first token, what to tell of that where there are more). Raises RequestError for an empty text."""
-    refuse_empty(**{name: text})
+    """(id of a text's first token, a remark if there are more). Raises RequestError if empty."""
+    check_not_empty(**{name: text})
     tokens = tokenizer.encode(text, bos=False, eos=False)
     if len(tokens) == 1:
         return tokens[0], None
     first, cut = label(tokenizer, tokens[0]), "│".join(label(tokenizer, token) for token in tokens[:MOST_SHOWN])
     more = "│…" if len(tokens) > MOST_SHOWN else ""
-    return tokens[0], f"{name} is {len(tokens)} tokens, {cut}{more}: the first, {first}, is taken"
+    return tokens[0], f"{name} is {len(tokens)} tokens, {cut}{more}: only the first, {first}, is used"
 
 
 def check_over(over: str, expected: str = "layer,position or layer,head") -> str:
-    """The axes of a grid, "layer,head", "layer*head" or "layer x head", as "layer×head".
+    """Normalize the axes of a grid: "layer,head", "layer*head" and "layer x head" to "layer×head".
 
-    Raises RequestError for axes that there are not; `expected` says how a caller spells those that there are.
+    Raises RequestError for unknown axes; its message says `expected`.
     """
     axes = "×".join(part.strip() for part in re.split(r"[,*×]|\sx\s", str(over)))
     if axes not in ("layer×position", "layer×head"):
@@ -91,29 +90,29 @@ def check_over(over: str, expected: str = "layer,position or layer,head") -> str
 
 
 def check_same_length(tokenizer: Tokenizer, clean: list[int], corrupted: list[int]) -> None:
-    """Raise RequestError for two texts whose tokens do not stand side by side."""
+    """Raise RequestError unless both texts have the same number of tokens."""
     if len(clean) != len(corrupted):
         shown = ["│".join(label(tokenizer, token) for token in tokens) for tokens in (clean, corrupted)]
         raise RequestError(
-            f"clean has {len(clean)} tokens, {shown[0]:.200}, but corrupted has {len(corrupted)}, {shown[1]:.200}: word them so"
-            " that both have as many"
+            f"clean has {len(clean)} tokens, {shown[0]:.200}, but corrupted has {len(corrupted)}, {shown[1]:.200}: reword one"
+            " so that both have the same number"
         )
 
 
 def label(tokenizer: Tokenizer, token: int) -> str:
-    """A token as a person may read it on one line: `␣Paris`, `\\n`, `한`, `<0xEC>` for bytes that are no whole character."""
-    if token >= tokenizer.n_words:  # a row of the model's that the tokenizer has no text for
+    """A token as text on one line: `␣Paris`, `\\n`, `한`, `<0xEC>` for part of a character."""
+    if token >= tokenizer.n_words:  # the model's vocabulary may be larger than the tokenizer's
         return f"<id {token}>"
     return readable(tokenizer.token_bytes(token))
 
 
 def readable(text: bytes) -> str:
-    """UTF-8 with spaces shown, what no terminal prints escaped, and bytes that are no character as <0xEC>."""
+    """Decode UTF-8: spaces as ␣, unprintable characters escaped, invalid bytes as <0xEC>."""
     return "".join(map(_readable, text.decode("utf-8", errors="surrogateescape")))
 
 
 def _readable(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":  # how `surrogateescape` keeps a byte that is no character's
+    if "\udc80" <= char <= "\udcff":  # an invalid byte, as `surrogateescape` keeps it
         return f"<0x{ord(char) - 0xDC00:02X}>"
     if char == " ":
         return "␣"

@@ -1,8 +1,9 @@
 """The logit lens: the next token's probabilities, read from the residual stream at every depth.
 
-The final norm and the output matrix are applied to the residual stream at every point: after the embedding, after each
-layer's attention, after each layer's feed-forward. At the last point this is the model itself, whose probability of every
-token of a text `predict` gives. Source: nostalgebraist, "interpreting GPT" (2020).
+The final norm and the output matrix are applied to the residual stream at every point: after the
+embedding, after each layer's attention and after each layer's feed-forward. At the last point this
+is the model's own prediction, which `predict` returns. Source: nostalgebraist, "interpreting GPT"
+(2020).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,16 +18,17 @@ from llama_ref.model import Transformer
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.trace import trace
 
-LOGITS_AT_A_TIME = 1 << 22  # float32: 16 MB, of which a handful are held at once
+LOGITS_AT_A_TIME = 1 << 22  # float32: 16 MB; a handful of such tensors exist at once
 
 
 @dataclass(frozen=True)
 class LogitLens:
-    """What each of P points of the residual stream says after T of a text's tokens, those at `positions`; all on the CPU.
+    """Predictions of P points of the residual stream after the T tokens at `positions`; on the CPU.
 
-    `points` are the trace's names for them. `top_ids` and `top_probabilities` (P, T, k), likeliest first. `entropy` and `kl`
-    (P, T) in nats; the latter is KL(model's own distribution ‖ the point's). `target_probability` and `target_rank` (P, T),
-    rank 1 being the likeliest, are None where no target was named.
+    `points` are names of activations. `top_ids` and `top_probabilities` (P, T, k), most likely
+    first. `entropy` and `kl` (P, T) are in nats; `kl` is KL(the model's distribution ‖ the point's).
+    `target_probability` and `target_rank` (P, T), rank 1 being the most likely, are None without a
+    target.
     """
 
     tokens: list[int]
@@ -42,18 +44,18 @@ class LogitLens:
 
 
 def residual_points(n_layers: int) -> list[str]:
-    """The trace's names of all 2 · n_layers + 1 points of the residual stream, in order."""
+    """Names of all 2 · n_layers + 1 points of the residual stream, in order."""
     parts = [f"layers.{layer}.residual_{part}" for layer in range(n_layers) for part in ("mid", "post")]
     return ["embedding", *parts]
 
 
 def depth(point: str) -> float:
-    """Where a point of the residual stream stands: the embedding at -1, the end of layer i at i, its middle half before."""
+    """Depth of a point in layers: -1 for the embedding, i after layer i, i - 0.5 within it."""
     return -1.0 if point == "embedding" else int(point.split(".")[1]) - 0.5 * point.endswith("residual_mid")
 
 
 def block_ends(points: Sequence[str]) -> list[int]:
-    """Which of some points are the embedding and the ends of layers; all, where there are none but within layers."""
+    """Indices of the points that are the embedding or the end of a layer; of all, if none is."""
     ends = [p for p, point in enumerate(points) if depth(point).is_integer()]
     return ends or list(range(len(points)))
 
@@ -70,9 +72,10 @@ def logit_lens(
 ) -> LogitLens:
     """Read the residual stream of one sequence through the final norm and the output matrix.
 
-    `positions` (default: all) may count from the end; `points` are some of `residual_points`, in their order (default: all).
-    Holds the stream itself, D numbers for each point and token, and logits of one point and a few positions at a time; each
-    position costs as many output matrices as there are points. Raises RequestError.
+    `positions` (default: all) may count from the end. `points` are some of `residual_points`, in
+    their order (default: all). Memory: the stream, D numbers per point and token, and the logits of
+    a few positions. Time: one product with the output matrix per point and position. Raises
+    RequestError.
     """
     row = one_row(model, tokens)
     T = row.shape[1]
@@ -80,7 +83,7 @@ def logit_lens(
         raise RequestError(f"positions is {positions!r:.60}, expected a list of them ([-1], say), or None for all")
     at = list(range(T)) if positions is None else [check_index("position", position, T) for position in positions]
     if not at:
-        raise RequestError("positions is empty, expected those to read at, or None for all")
+        raise RequestError("positions is empty, expected a list of them, or None for all")
     check_top(model, top)
     target = None if target is None else check_token(model, target)
     every = residual_points(model.args.n_layers)
@@ -88,7 +91,7 @@ def logit_lens(
     traced = trace(model, row, [*points, every[-1]])
     residuals = [traced[point][0, at] for point in points]  # P × (T, D)
     last = traced[every[-1]][0, at]
-    chunks = [_read(model, [x[some] for x in residuals], last[some], target, top) for some in a_few_at_a_time(model, len(at))]
+    chunks = [_read(model, [x[some] for x in residuals], last[some], target, top) for some in position_chunks(model, len(at))]
     probability, rank, ids, probabilities, entropy, kl = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
     seen = {} if target is None else {"target_probability": probability, "target_rank": rank}
     return LogitLens(row[0].tolist(), at, points, ids, probabilities, entropy, kl, target, **seen)
@@ -100,23 +103,24 @@ def _check_points(every: list[str], points: Sequence[str]) -> list[str]:
         raise RequestError(f"points is {points!r:.60}, {expected}")
     strange = [point for point in points if point not in every]
     if strange:
-        raise RequestError(f"points holds {strange[0]!r:.60}, {expected}")
+        raise RequestError(f"points contains {strange[0]!r:.60}, {expected}")
     if not points or list(points) != [point for point in every if point in points]:
         raise RequestError(f"points is {list(points)!r:.80}, {expected}")
     return list(points)
 
 
 def _read(model: Transformer, residuals: list[Tensor], last: Tensor, target: int | None, top: int) -> tuple[Tensor, ...]:
-    """Some positions at P points, (t, D) each: the target's probability and rank, top ids and theirs, entropy, KL."""
+    """Read t positions at P points, (t, D) each: LogitLens's tensors, (P, t) or (P, t, k) each."""
     final = log_probabilities(model, last)  # (t, V)
     p_final = final.exp()
-    certainty = vecdot(p_final, final)  # (t,), minus the entropy
-    followed = torch.full_like(last[:, 0], target or 0, dtype=torch.long)  # (t,)
+    negative_entropy = vecdot(p_final, final)  # (t,)
+    targets = torch.full_like(last[:, 0], target or 0, dtype=torch.long)  # (t,)
     rows = []
     for residual in residuals:
         logprobs = log_probabilities(model, residual)
-        kl = (certainty - vecdot(p_final, logprobs)).clamp(min=0)  # rounding may leave a little below 0
-        rows.append((*of_tokens(logprobs, followed), *likeliest(logprobs, top), -vecdot(logprobs.exp(), logprobs), kl))
+        kl = (negative_entropy - vecdot(p_final, logprobs)).clamp(min=0)  # rounding may give less than 0
+        entropy = -vecdot(logprobs.exp(), logprobs)
+        rows.append((*probability_and_rank(logprobs, targets), *top_tokens(logprobs, top), entropy, kl))
     return tuple(torch.stack(column).cpu() for column in zip(*rows, strict=True))
 
 
@@ -125,11 +129,11 @@ def _read(model: Transformer, residuals: list[Tensor], last: Tensor, target: int
 
 @dataclass(frozen=True)
 class Predictions:
-    """How a model expected the T tokens of a text, each from those before it; all on the CPU.
+    """How likely a model found each of the T tokens of a text, given those before it; on the CPU.
 
-    `probability` and `rank` (T,) are what each token had, rank 1 being the likeliest; NaN and 0 for the first, which nothing
-    foretells. `top_ids` and `top_probabilities` (T, k) are the likeliest tokens to come after each, likeliest first: row t - 1
-    holds the alternatives to token t, and the last row what comes next.
+    `probability` and `rank` (T,) are those of each token, rank 1 being the most likely; NaN and 0
+    for the first. `top_ids` and `top_probabilities` (T, k) are the most likely tokens after each,
+    most likely first: row t - 1 has the alternatives to token t, the last row what comes next.
     """
 
     tokens: list[int]
@@ -141,16 +145,16 @@ class Predictions:
 
 @torch.no_grad()
 def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5) -> Predictions:
-    """Read one sequence in one pass. Holds the logits of a few positions at a time. Raises RequestError."""
+    """Predict every token of a sequence, in one pass. Raises RequestError."""
     row = one_row(model, tokens)
     check_top(model, top)
     last = f"layers.{model.args.n_layers - 1}.residual_post"
     residual = trace(model, row, [last])[last][0]  # (T, D)
-    came = torch.cat((row[0, 1:], row[0, :1]))  # (T,) what came after each; after the last nothing did, and any id will do
+    following = torch.cat((row[0, 1:], row[0, :1]))  # (T,) the token after each; the last has none, any id will do
     chunks = []
-    for some in a_few_at_a_time(model, len(residual)):
+    for some in position_chunks(model, len(residual)):
         logprobs = log_probabilities(model, residual[some])  # (t, V)
-        chunks.append((*of_tokens(logprobs, came[some]), *likeliest(logprobs, top)))
+        chunks.append((*probability_and_rank(logprobs, following[some]), *top_tokens(logprobs, top)))
     probability, rank, ids, probabilities = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))
     return Predictions(
         row[0].tolist(),
@@ -161,34 +165,34 @@ def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5) ->
     )
 
 
-# ---- from residuals to probabilities, some positions at a time
+# ---- from residuals to probabilities, a few positions at a time
 
 
 def check_top(model: Transformer, top: int) -> None:
-    """Raise RequestError for a number of likeliest tokens that a vocabulary does not have."""
+    """Raise RequestError unless `top` is a number of tokens that the vocabulary has."""
     if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= model.args.vocab_size:
         raise RequestError(f"top is {top!r:.40}, expected a whole number from 1 to {model.args.vocab_size}")
 
 
-def a_few_at_a_time(model: Transformer, n: int) -> Iterator[slice]:
-    """n positions in parts whose logits are few enough to be held."""
+def position_chunks(model: Transformer, n: int) -> Iterator[slice]:
+    """Split n positions into chunks of at most LOGITS_AT_A_TIME logits."""
     step = max(1, LOGITS_AT_A_TIME // model.args.vocab_size)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def log_probabilities(model: Transformer, residual: Tensor) -> Tensor:
-    """(t, D) -> float32 (t, V)."""
+    """Apply the final norm and the output matrix: (t, D) -> float32 (t, V)."""
     return model.logits(model.norm(residual)).log_softmax(-1)
 
 
-def of_tokens(logprobs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The probability and rank of each row's own token, (t,) each; where numbers are NaN it is behind all others."""
+def probability_and_rank(logprobs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability and rank of one token per row, (t,) each; a row of NaN ranks it last."""
     own = logprobs.gather(-1, ids[:, None])
     before = (logprobs <= own).logical_not_()
     return own[:, 0].exp(), 1 + torch.count_nonzero(before, dim=-1)
 
 
-def likeliest(logprobs: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Ids and probabilities of the likeliest tokens, (t, top) each."""
+def top_tokens(logprobs: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Ids and probabilities of the most likely tokens, (t, top) each."""
     best = logprobs.topk(top, dim=-1)
     return best.indices, best.values.exp()

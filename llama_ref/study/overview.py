@@ -1,4 +1,4 @@
-"""All that is usually asked about one text, asked at once: what the report shows (study/report/writer.py)."""
+"""All measurements of one text that a report shows (study/report/writer.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +18,19 @@ from llama_ref.study.logit_lens import LogitLens, Predictions, block_ends, check
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.residual import ResidualStream, residual_stream
 
-# One layer's patterns are then 0.5 GB in a model of 32 heads, of which three copies exist for a moment, the residual stream of
-# an 8B is 1.1 GB, and its page is up to 65 MB. Twice the tokens would be four times the patterns.
+# At this length one layer's patterns take 0.5 GB in a model of 32 heads, with up to three copies at
+# once; an 8B's residual stream takes 1.1 GB, and its page up to 65 MB. Patterns grow quadratically.
 MOST_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Overview:
-    """A text as a model reads it. `lens` is of the embedding and of every layer's end, and follows `attribution`'s target.
+    """Everything measured on one text. `lens` has the embedding and the end of every layer.
 
-    `patterns` have every head's largest shares, `strongest` is the layer, the head and the whole pattern, float32 (T, T), of
-    the one that wrote most of the target's logit. `attribution` and `strongest` are None where the shares of the logit do not
-    add up to it, as with weights that are not finite; then `not_attributed` says why.
+    `patterns` has the largest attention weights of every head. `strongest` is the layer, head and
+    whole pattern, float32 (T, T), of the head with the largest share of the target's logit.
+    `attribution` and `strongest` are None if the shares do not add up to the logit, as with weights
+    that are not finite; `not_attributed` then says why.
     """
 
     tokens: list[int]
@@ -56,11 +57,12 @@ def overview(
     ids: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Overview:
-    """Ask a model everything about one sequence, with `top` likeliest tokens wherever there is a choice of them.
+    """Measure one sequence with everything that the study has, `top` most likely tokens each.
 
-    `target`, the token that is followed through the layers and whose logit is shared out, is by default the one that the model
-    itself holds likeliest after the last. `bos` and `ids` are for the random tokens of the induction score. `progress` is
-    called with the steps done and their number. Raises RequestError, for more than 2,048 tokens too.
+    `target` is the token that the lens follows and whose logit is attributed (default: the model's
+    most likely next token). `bos` and `ids` are for the induction score's random tokens. `progress`
+    is called with the steps done and their number. Raises RequestError, also for more than 2,048
+    tokens.
     """
     row = one_row(model, tokens)
     _check_length(row.shape[1])
@@ -71,7 +73,7 @@ def overview(
     steps = ProgressCounter(5 + len(ends) + model.args.n_layers, progress)
     steps.advance(0)
 
-    attention, patterns = _attention(model, row, bos, ids, steps)  # first: it has requests of its own to refuse
+    attention, patterns = _attention(model, row, bos, ids, steps)  # first: it checks more arguments
     predictions = predict(model, row, top)
     steps.advance()
     target = int(predictions.top_ids[-1, 0]) if target is None else target
@@ -134,6 +136,6 @@ def _pattern_of(model: Transformer, row: Tensor, layer: int, head: int) -> tuple
 
 
 def _dtype(model: Transformer) -> str:
-    """What the model computes in: bfloat16, say."""
+    """The data type that the model computes in, for people."""
     dtype = dtype_name(model.norm.weight.dtype)
     return f"{dtype}, quantized matrices" if is_quantized(model) else dtype

@@ -1,7 +1,8 @@
-"""Activation patching over a grid: where in the model a difference between two texts is made.
+"""Activation patching over a grid: find where in the model two texts are told apart.
 
-The corrupted text runs once for every cell with one activation taken from the clean text's run, at one layer and one position
-or head; a metric of the last token's logits says how far that brings the clean answer back. Meng et al., arXiv:2202.05262.
+Each cell of the grid is a run of the corrupted text with one activation, at one layer and one
+position or head, taken from the clean text's run. A metric of the last token's logits measures how
+much of the clean answer that restores. Source: Meng et al., arXiv:2202.05262.
 """
 
 import math
@@ -23,17 +24,18 @@ from llama_ref.study.patch import patch
 from llama_ref.study.trace import as_tokens, trace
 
 Metric = Callable[[Tensor], Tensor]  # logits (n, V) after the last token -> (n,)
-PASS_TOKENS = 1024  # of all cells that run together: bounds activations
+PASS_TOKENS = 1024  # of all cells in one batch: bounds the memory for activations
 
 DEFAULT_NAMES = {"position": "residual_pre", "head": "attention.head_output"}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A metric for every cell, with labels.
+    """The metric of every cell.
 
-    `values` float32 (layers, positions or heads); `axes` are the names of both, `labels` what stands at each. `name` is the
-    activation that was patched; `clean` and `corrupted` are the metric of the two texts as they are.
+    `values` is float32 (layers, positions or heads); `axes` and `labels` name its dimensions and
+    their indices. `name` is the patched activation; `clean` and `corrupted` are the metric of the
+    two texts without a patch.
     """
 
     values: np.ndarray
@@ -45,19 +47,23 @@ class Grid:
 
     @property
     def restored(self) -> np.ndarray:
-        """What share of the difference each cell brings back: 0 as corrupted, 1 as clean, NaN where these do not differ.
+        """Share of the difference that each cell restores: 0 as corrupted, 1 as clean; float64.
 
-        float64, of the values' shape.
+        NaN if the two texts do not differ.
         """
         gap = self.clean - self.corrupted
         with np.errstate(invalid="ignore"):  # infinite logits
             return (self.values.astype(np.float64) - self.corrupted) / (gap or math.nan)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain lists, numbers and texts, for json.dumps."""
-        of_axes = [{"name": name, "labels": labels} for name, labels in zip(self.axes, self.labels, strict=True)]
-        numbers = {"clean": self.clean, "corrupted": self.corrupted, "values": self.values.tolist()}
-        return {"activation": self.name, "axes": of_axes, **numbers}
+        """The grid as plain lists, numbers and strings, for json.dumps."""
+        return {
+            "activation": self.name,
+            "axes": [{"name": name, "labels": labels} for name, labels in zip(self.axes, self.labels, strict=True)],
+            "clean": self.clean,
+            "corrupted": self.corrupted,
+            "values": self.values.tolist(),
+        }
 
 
 def patch_grid(
@@ -69,12 +75,13 @@ def patch_grid(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Grid:
-    """The metric of the corrupted text with each cell's activation taken from the clean one.
+    """Measure the corrupted text with each cell's activation taken from the clean text.
 
-    `clean` and `corrupted` are the ids of two texts of one length. `over` is "layer×position" or "layer×head"; `name` an
-    activation of a layer, default residual_pre for positions and attention.head_output for heads. The cells of a layer run
-    together, as many as make 1024 tokens. `progress` is called with the cells done
-    and their number. Raises RequestError for texts of two lengths or a name without that axis.
+    `clean` and `corrupted` are ids of two texts of the same length. `over` is "layer×position" or
+    "layer×head". `name` is an activation of a layer (default: residual_pre for positions,
+    attention.head_output for heads). Cells of a layer run in batches of up to 1024 tokens.
+    `progress` is called with the cells done and their number. Raises RequestError for texts of
+    different lengths or a name without that axis.
     """
     check_model(model)
     if not callable(metric):
@@ -84,7 +91,7 @@ def patch_grid(
     clean_ids, corrupted_ids = as_tokens(model, clean), as_tokens(model, corrupted)
     if clean_ids.shape != corrupted_ids.shape or len(clean_ids) != 1:
         found = f"{tuple(clean_ids.shape)} and {tuple(corrupted_ids.shape)}"
-        raise RequestError(f"the clean and the corrupted text are ids {found}, expected one row each, of one length")
+        raise RequestError(f"the clean and the corrupted text are ids {found}, expected one row each, of the same length")
     with torch.no_grad():
         source = trace(model, clean_ids, f"layers.*.{name}")
         baselines = [_measure(model, ids, metric).item() for ids in (clean_ids, corrupted_ids)]
@@ -96,7 +103,7 @@ def patch_grid(
         for layer, row in enumerate(values):
             key = f"layers.{layer}.{name}"
             for cells in torch.arange(n_cells).split(per_pass):
-                with patch(model, {key: _one_each(source[key], dim, cells)}):
+                with patch(model, {key: _copy_cells(source[key], dim, cells)}):
                     row[cells] = _measure(model, corrupted_ids.expand(len(cells), -1), metric).cpu()
                 counter.advance(len(cells))
     labels = ([str(i) for i in range(model.args.n_layers)], [str(i) for i in range(n_cells)])
@@ -104,22 +111,22 @@ def patch_grid(
 
 
 def logit_difference(target: int, other: int) -> Metric:
-    """By how much the target's logit is above the other's."""
+    """The target's logit minus the other's."""
 
     def difference(logits: Tensor) -> Tensor:
-        return logits[:, _in_vocabulary(target, logits)] - logits[:, _in_vocabulary(other, logits)]
+        return logits[:, _check_token(target, logits)] - logits[:, _check_token(other, logits)]
 
     return difference
 
 
 def probability(target: int) -> Metric:
     """The target's probability."""
-    return lambda logits: logits.float().softmax(-1)[:, _in_vocabulary(target, logits)]
+    return lambda logits: logits.float().softmax(-1)[:, _check_token(target, logits)]
 
 
-def _in_vocabulary(token: int, logits: Tensor) -> int:
+def _check_token(token: int, logits: Tensor) -> int:
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < logits.shape[-1]:
-        raise RequestError(f"a metric is of token {token!r:.40}; the vocabulary has 0 to {logits.shape[-1] - 1}")
+        raise RequestError(f"the metric's token is {token!r:.40}; the vocabulary has 0 to {logits.shape[-1] - 1}")
     return token
 
 
@@ -128,12 +135,14 @@ def _measure(model: Transformer, ids: Tensor, metric: Metric) -> Tensor:
     out = metric(model.logits(model.hidden(ids)[:, -1]))
     if not isinstance(out, Tensor) or out.shape != ids.shape[:1]:
         found = f"a tensor {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise RequestError(f"the metric gave {found} for logits of {len(ids)} rows, expected a tensor of {len(ids)} numbers")
+        raise RequestError(
+            f"the metric returned {found} for logits of {len(ids)} rows, expected a tensor of {len(ids)} numbers"
+        )
     return out.float()
 
 
-def _one_each(source: Tensor, dim: int, cells: Tensor) -> Callable[[Tensor], Tensor]:
-    """An edit: each row gets one cell of the source (1, …), the n-th row the n-th."""
+def _copy_cells(source: Tensor, dim: int, cells: Tensor) -> Callable[[Tensor], Tensor]:
+    """An edit that copies one cell of the source (1, …) into each row, the n-th into the n-th."""
 
     def change(value: Tensor) -> Tensor:
         for row, cell in zip(value, cells.tolist(), strict=True):
@@ -146,9 +155,9 @@ def _one_each(source: Tensor, dim: int, cells: Tensor) -> Callable[[Tensor], Ten
 def _name(model: Transformer, name: str | None, axis: str) -> str:
     name = DEFAULT_NAMES[axis] if name is None else name
     if name not in LAYER_AXES:
-        matching(model.args, f"layers.*.{name}")  # raises with what is near
+        matching(model.args, f"layers.*.{name}")  # raises with similar names
         raise RequestError(f"name is {name!r:.60}, expected one activation of a layer, not a glob")
     if axis not in LAYER_AXES[name]:
-        fitting = [other for other, its_axes in LAYER_AXES.items() if axis in its_axes]
+        fitting = [other for other, other_axes in LAYER_AXES.items() if axis in other_axes]
         raise RequestError(f"{name} has no {axis} axis; take one of {', '.join(fitting)}")
     return name

@@ -1,4 +1,4 @@
-"""How the residual stream grows and turns on its way through the layers."""
+"""Length and direction of the residual stream through the layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from llama_ref.study.trace import trace
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """Length and direction of the stream at each of P points, for each of T tokens: float32 (P, T) each, on the CPU.
+    """The stream's length and direction at P points, for T tokens: float32 (P, T) each, on the CPU.
 
-    `norm` is the Euclidean length. `drift` is the cosine with the point before (1 at the first), `to_last` that with the last.
+    `norm` is the Euclidean length. `drift` is the cosine with the point before (1 at the first),
+    `to_last` the cosine with the last point.
     """
 
     tokens: list[int]
@@ -29,20 +30,19 @@ class ResidualStream:
 
 
 def quartiles_of_others(values: Tensor) -> Tensor:
-    """A quarter, the median and three quarters of all tokens but the first, (P, T) -> (3, P): NaN where there are no others.
+    """Quartiles over all tokens but the first: (P, T) -> (3, P); NaN if there are no others.
 
-    The first is left out because it is a sink, a hundred times as long as others; of an even number the two in the middle
-    share the median.
+    The first token is an attention sink and may be a hundred times as long as the others.
     """
     if values.shape[1] == 1:
         return values.new_full((3, len(values)), torch.nan)
     at = values.new_tensor([0.25, 0.5, 0.75])
-    return torch.stack([row[1:].quantile(at) for row in values], dim=1)  # row by row: quantile takes no more than 2²⁴ numbers
+    return torch.stack([row[1:].quantile(at) for row in values], dim=1)  # by row: quantile takes at most 2²⁴ numbers
 
 
 @torch.no_grad()
 def residual_stream(model: Transformer, tokens: Sequence[int] | Tensor) -> ResidualStream:
-    """Measure one sequence's residual stream at all its points. Raises RequestError for tokens that are none."""
+    """Measure one sequence's residual stream at all its points. Raises RequestError."""
     row = one_row(model, tokens)
     points = residual_points(model.args.n_layers)
     traced = trace(model, row, points)

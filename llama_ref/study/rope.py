@@ -1,4 +1,4 @@
-"""RoPE's waves: how far each pair of a head's dimensions turns per token, before and after Llama 3.1's scaling."""
+"""RoPE's frequencies and wavelengths, before and after Llama 3.1's scaling."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,10 +11,10 @@ from llama_ref.model import rope_frequencies
 
 @dataclass(frozen=True)
 class RopeWaves:
-    """Every pair's wave, (hd/2,) each: radians per token, and tokens per full turn, as first trained and as the model has them.
+    """One wave per pair of a head's dimensions: (hd/2,) each, with and without the model's scaling.
 
-    `slowed` says by what each wave is slowed: 1 for short ones, which tell neighbours apart, the whole factor for those longer
-    than the context of the first training; all 1 in a model without scaling.
+    Frequencies are radians per token, wavelengths tokens per full turn. `slowed` is the ratio of
+    the two: 1 for short waves, the whole scaling factor for waves longer than the original context.
     """
 
     unscaled: Tensor
@@ -34,6 +34,6 @@ class RopeWaves:
 
 
 def rope_waves(args: ModelArgs) -> RopeWaves:
-    """The waves of a model of this shape; no weights are needed."""
+    """RoPE's waves in a model with these args; needs no weights."""
     unscaled = replace(args, use_scaled_rope=False, rope_scaling_factor=1.0)
     return RopeWaves(rope_frequencies(unscaled), rope_frequencies(args))

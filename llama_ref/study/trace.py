@@ -1,4 +1,4 @@
-"""Looking at a model's activations: one pass with `trace`, whatever runs in a block with `recording`."""
+"""Record a model's activations: `trace` of one pass, `recording` of all passes in a block."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,20 +14,20 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.hooks import Pass, attached, check_model
-from llama_ref.study.names import LOOKS, all_names, axes, matching
+from llama_ref.study.names import SCORES, all_names, axes, matching
 
 
 class NotTraced(RequestError, KeyError):
-    """A name that a trace does not hold."""
+    """A trace does not have this name."""
 
-    __str__ = Exception.__str__  # a KeyError would show its message's repr
+    __str__ = Exception.__str__  # KeyError would show the repr of the message
 
 
 class Trace(Mapping[str, Tensor]):
-    """Activations by name, in the model's order. See names.py for names and shapes.
+    """Activations by name, in the model's order; names.py has the names and shapes.
 
-    `tokens` (B, T) are the ids that were run, `positions` (B, T) where each stands in its text; -1 in both where a row of a
-    recorded batch is shorter than others. What belongs to no token is 0, and -inf among scores.
+    `tokens` (B, T) are the ids, `positions` (B, T) their positions in the text. In a recorded batch
+    shorter rows are padded: with -1 in both, with -inf in scores and 0 in other activations.
     """
 
     def __init__(self, values: Mapping[str, Tensor], tokens: Tensor, positions: Tensor, model_args: ModelArgs):
@@ -37,8 +37,8 @@ class Trace(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._values:
             return self._values[name]
-        known = matching(self.model_args, name) if isinstance(name, str) else []  # raises for what no model has
-        raise NotTraced(f"{name!r:.80} was not traced: add it to names" if known else f"{name!r:.80} is no activation's name")
+        known = matching(self.model_args, name) if isinstance(name, str) else []  # raises for unknown names
+        raise NotTraced(f"{name!r:.80} was not traced: add it to names" if known else f"no activation is called {name!r:.80}")
 
     def __contains__(self, name: object) -> bool:
         return name in self._values
@@ -65,12 +65,13 @@ def trace(
     cache: KVCache | None = None,
     requires_grad: bool = False,
 ) -> Trace:
-    """Run ids (B, T), or a list of them, through a model and keep the activations that the names or globs match.
+    """Run ids (B, T), or a list of them, and keep the activations that the names match.
 
-    Nothing else is kept, and logits are made only when they are asked for. With a `cache` the tokens continue what it holds,
-    and it grows as always. `requires_grad` keeps the graph, where weights are frozen from the first of the names on, so that
-    `torch.autograd.grad` of anything made from the trace reaches every activation before it. Raises RequestError for names
-    that match nothing, ids outside the vocabulary, a cache that does not fit, or gradients of a quantized model.
+    Names may be globs. Logits are computed only if asked for. With a `cache` the tokens continue
+    its text, and it grows. `requires_grad` keeps the graph: `torch.autograd.grad` of a value made
+    from the trace reaches every activation before it. With frozen weights the graph starts at the
+    first of the names. Raises RequestError for names that match nothing, ids outside the
+    vocabulary, a cache that is too small, or gradients of a quantized model.
     """
     check_model(model)
     recording = Recording(names, requires_grad=requires_grad)
@@ -81,15 +82,15 @@ def trace(
     if requires_grad and is_quantized(model):
         raise RequestError("gradients do not go through quantized matrices: load the model without quantize")
     with _gradients(requires_grad), recording.of(model):
-        model.hidden(ids.clone(), cache)  # ids of a caller in inference mode could not be saved for the way back
+        model.hidden(ids.clone(), cache)  # autograd cannot save tensors made in inference mode
         return recording.single(model.args)
 
 
 @contextmanager
 def recording(model: Transformer, names: str | Sequence[str] = "*") -> Iterator["Recording"]:
-    """Record whatever the model runs in this thread while the block lasts: `llama.generate(…)`, say.
+    """Record what the model runs in this thread during the block, such as `llama.generate(…)`.
 
-    Afterwards the Recording's `trace` has it as if the whole text had been run at once.
+    After the block the Recording's `trace` is as if the whole text had been run in one pass.
     """
     record = Recording(names)
     with record.of(model):
@@ -100,26 +101,27 @@ def recording(model: Transformer, names: str | Sequence[str] = "*") -> Iterator[
 class _Text:
     """The passes of one text, or one batch of texts, through a cache.
 
-    `lengths` (B,) are known where the cache went on to another text; else they are the cache's.
+    `lengths` (B,) are set once the cache is used for another text; until then they are the cache's.
     """
 
     lengths: Tensor | None = None
     passes: list[Pass] = field(default_factory=list)
     values: list[dict[str, Tensor]] = field(default_factory=list)  # of each pass
 
-    def drop_broken(self) -> None:
-        """Forget the last pass if an error ended it."""
+    def drop_incomplete(self) -> None:
+        """Remove the last pass if an error ended it."""
         if self.passes and not self.passes[-1].complete:
             self.passes.pop()
             self.values.pop()
 
 
 class Recording:
-    """What passes of a model leave in its block (`with recording.of(model)`): read `trace` or `traces` afterwards.
+    """A visitor that records the passes of a model in `with recording.of(model)`.
 
-    Every value stands at its token's position, the last one where a position was run more than once: pads, guesses that a
-    model refused. A trace of generation so has what one pass over the whole text would have, to rounding; the answer's last
-    token is not in it, unless the model ran it.
+    Afterwards `trace` or `traces` have every value at its token's position; if a position was run
+    more than once (padding, rejected drafts) the last value counts. So a trace of generation equals
+    that of one pass over the whole text, up to rounding; the last token of the answer is missing
+    unless the model ran it.
     """
 
     edits = False
@@ -132,15 +134,15 @@ class Recording:
 
     @property
     def trace(self) -> Trace:
-        """The only text's. Raises RequestError when there was none, or several: `traces` has them all."""
+        """The trace of the only text. Raises RequestError unless there was exactly one."""
         if len(self.traces) != 1:
             found = f"{len(self.traces)} texts were run: read .traces" if self.traces else "nothing was recorded"
-            raise RequestError(f"{found}; .trace is of one text, and is there when the recording's block has ended")
+            raise RequestError(f"{found}; .trace is for one text, after the recording's block has ended")
         return self.traces[0]
 
     @contextmanager
     def of(self, model: Transformer) -> Iterator[None]:
-        """Record a model's passes while the block lasts."""
+        """Record a model's passes during the block."""
         check_model(model)
         self._wanted = frozenset(matching(model.args, self.names))
         try:
@@ -149,24 +151,24 @@ class Recording:
         finally:
             texts, self._texts = self._texts, []
             for text in texts:
-                text.drop_broken()
-            self.traces += [_aligned(text, model.args) for text in texts if text.passes]
+                text.drop_incomplete()
+            self.traces += [_merge_passes(text, model.args) for text in texts if text.passes]
 
     def single(self, args: ModelArgs) -> Trace:
-        """The one pass under way, as it is, and nothing of it kept here."""
+        """Hand over the trace of the one pass that was run; it is not kept here."""
         (text,), self._texts = self._texts, []
         (run,) = text.passes
         positions = run.positions.expand(run.tokens.shape)
         return Trace(text.values[0], run.tokens, positions, args)
 
-    # ---- as a visitor
+    # ---- the visitor's methods, called by hooks.py
 
     def wants(self, name: str) -> bool:
         return name in self._wanted
 
     def begin(self, run: Pass) -> None:
         if self._texts:
-            self._texts[-1].drop_broken()
+            self._texts[-1].drop_incomplete()
         last = self._texts[-1].passes[-1] if self._texts and self._texts[-1].passes else None
         same_cache = last is not None and run.cache is not None and run.cache is last.cache
         if same_cache and run.first:
@@ -183,8 +185,8 @@ class Recording:
         return value
 
 
-def _aligned(text: _Text, args: ModelArgs) -> Trace:
-    """A text's passes put together: every value at its token's position, from the first position that was run to the last."""
+def _merge_passes(text: _Text, args: ModelArgs) -> Trace:
+    """Merge a text's passes into one trace, from the first position that was run to the last."""
     cache = text.passes[0].cache
     if cache is None:
         run = text.passes[0]
@@ -192,42 +194,42 @@ def _aligned(text: _Text, args: ModelArgs) -> Trace:
     lengths = (cache.lengths if text.lengths is None else text.lengths)[:, None]  # (B, 1)
     start = int(min(run.positions.min() for run in text.passes))
     end = max(start, int(lengths.max()))
-    places = [_Places(run.positions, run.positions < lengths, start) for run in text.passes]
+    targets = [_Target(run.positions, run.positions < lengths, start) for run in text.passes]
     tokens = torch.full((len(lengths), end - start), -1, dtype=torch.long, device=lengths.device)
     positions = tokens.clone()
-    for run, place in zip(text.passes, places, strict=True):
-        place.put(tokens, run.tokens)
-        place.put(positions, run.positions)
-    values = {name: _joined(name, text.values, places, end - start, end) for name in list(text.values[0])}
+    for run, target in zip(text.passes, targets, strict=True):
+        target.write(tokens, run.tokens)
+        target.write(positions, run.positions)
+    values = {name: _merge_values(name, text.values, targets, end - start, end) for name in list(text.values[0])}
     return Trace(values, tokens, positions, args)
 
 
-class _Places:
-    """Where the tokens of one pass stand in the whole: row by row, without what is a pad or was cut off again."""
+class _Target:
+    """Where one pass's tokens, without padding and rejected drafts, go in the merged trace."""
 
     def __init__(self, positions: Tensor, valid: Tensor, start: int):
         self.rows, self.taken = valid.nonzero(as_tuple=True)
         self.columns = positions[self.rows, self.taken] - start
 
-    def put(self, whole: Tensor, part: Tensor) -> None:
-        """Both (B, positions, …)."""
+    def write(self, whole: Tensor, part: Tensor) -> None:
+        """Copy the pass's valid tokens; both are (B, positions, …)."""
         whole[self.rows, self.columns] = part[self.rows, self.taken]
 
 
-def _joined(name: str, values: list[dict[str, Tensor]], places: list[_Places], n_positions: int, n_keys: int) -> Tensor:
-    """One activation of all passes, which is taken out of their `values` on the way."""
-    looks = axes(name) == LOOKS
+def _merge_values(name: str, values: list[dict[str, Tensor]], targets: list[_Target], n_positions: int, n_keys: int) -> Tensor:
+    """Merge one activation of all passes, removing it from their `values` to save memory."""
+    has_keys = axes(name) == SCORES
     first = values[0][name]
     B, H, *rest = first.shape
-    shape = (B, H, n_positions, n_keys) if looks else (B, n_positions, *rest)
+    shape = (B, H, n_positions, n_keys) if has_keys else (B, n_positions, *rest)
     whole = first.new_full(shape, -torch.inf if name.endswith(".scores") else 0)
-    for place, of_pass in zip(places, values, strict=True):
-        part = of_pass.pop(name)
-        if looks:
+    for target, own_values in zip(targets, values, strict=True):
+        part = own_values.pop(name)
+        if has_keys:
             n = min(part.shape[-1], n_keys)
-            place.put(whole.transpose(1, 2)[..., :n], part.transpose(1, 2)[..., :n])
+            target.write(whole.transpose(1, 2)[..., :n], part.transpose(1, 2)[..., :n])
         else:
-            place.put(whole, part)
+            target.write(whole, part)
     return whole
 
 
@@ -241,11 +243,11 @@ def _gradients(wanted: bool) -> Iterator[None]:
         yield
 
 
-# ---- what is asked
+# ---- checks
 
 
 def as_tokens(model: Transformer, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-    """Ids as (B, T) on the model's device. Raises RequestError for what is none, or not in the vocabulary."""
+    """Ids as (B, T) on the model's device. Raises RequestError for ids out of the vocabulary."""
     expected = "expected token ids: a list, a list of equally long lists, or a LongTensor (B, T)"
     if not isinstance(tokens, Tensor):
         rows = tokens if isinstance(tokens, Sequence) and not isinstance(tokens, str) else [None]
@@ -260,10 +262,10 @@ def as_tokens(model: Transformer, tokens: Tensor | Sequence[int] | Sequence[Sequ
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise RequestError(f"tokens is a tensor {tuple(tokens.shape)} of {tokens.dtype}, {expected}")
     if tokens.numel() == 0:
-        raise RequestError("tokens is empty; a pass needs one token at least (begin-of-text, say)")
-    strange = [id for id in (int(tokens.min()), int(tokens.max())) if not 0 <= id < model.args.vocab_size]
-    if strange:
-        raise RequestError(f"tokens holds {strange[0]}; the vocabulary has 0 to {model.args.vocab_size - 1}")
+        raise RequestError("tokens is empty; a pass needs at least one token, such as begin-of-text")
+    unknown = [id for id in (int(tokens.min()), int(tokens.max())) if not 0 <= id < model.args.vocab_size]
+    if unknown:
+        raise RequestError(f"tokens contains {unknown[0]}; the vocabulary has 0 to {model.args.vocab_size - 1}")
     return tokens.to(device=model.layers[0].attention_norm.weight.device, dtype=torch.long)
 
 
@@ -272,4 +274,4 @@ def _check_cache(cache: KVCache | None, tokens: Tensor) -> None:
         return
     (B, T), rows, room = tokens.shape, len(cache.lengths), cache.max_seq_len - cache.longest
     if rows != B or room < T:
-        raise RequestError(f"the cache has {rows} rows with room for {room:,} tokens more; tokens are {B} rows of {T:,}")
+        raise RequestError(f"the cache has {rows} rows with room for {room:,} more tokens, but tokens is {B} rows of {T:,}")

@@ -1,4 +1,4 @@
-"""What the matrices themselves tell: their singular values, and what rounding them to few bits costs each."""
+"""Measure weight matrices: their singular values, and the error of quantizing them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
 from llama_ref.study.attribution import matrix
 
-ROWS_AT_A_TIME = 1 << 13  # taken to float64
+ROWS_AT_A_TIME = 1 << 13  # converted to float64
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A matrix's singular values, largest first: float64 (min(out, in),), on the CPU; NaN where a weight is not finite."""
+    """A matrix's singular values, largest first: float64, CPU; NaN if a weight is not finite."""
 
     name: str
     shape: tuple[int, int]
@@ -28,18 +28,18 @@ class Spectrum:
 
     @property
     def stable_rank(self) -> float:
-        """‖W‖²_F / σ₁²: 1 where one direction has all the strength, the number of them where they share it evenly."""
+        """‖W‖²_F / σ₁²: 1 if one singular value dominates, their number if all are equal."""
         return (self.values / self.values[0]).square().sum().item()
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of σ / Σσ: how many directions share the work (Roy and Vetterli, 2007)."""
+        """exp of the entropy of σ / Σσ (Roy and Vetterli, 2007)."""
         return torch.special.entr(self.values / self.values.sum()).sum().exp().item()
 
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """What rounding does to one matrix: ‖W - W'‖ / ‖W‖, the largest |w - w'|, and the bits that a weight then takes."""
+    """Error of quantizing a matrix: `relative` ‖W - W'‖ / ‖W‖, `largest` |w - w'| of a weight."""
 
     name: str
     bits_per_weight: float
@@ -49,11 +49,12 @@ class QuantizationError:
 
 @torch.no_grad()
 def spectra(model: Transformer, names: str = "*", progress: Progress | None = None) -> Iterator[Spectrum]:
-    """Singular values of every matrix whose name ("layers.0.attention.wq.weight") matches the glob, one at a time.
+    """Singular values of every matrix whose name ("layers.0.attention.wq.weight") matches the glob.
 
-    By way of the smaller of WWᵀ and WᵀW in float64, which a vocabulary's 128,256 rows make no larger; values below 1e-8 of the
-    largest are noise. A tied output is the embedding and is left out. `progress` is called with how many are done and how many
-    there are. Raises RequestError where nothing matches.
+    Computed from the smaller of WWᵀ and WᵀW in float64, whose size does not grow with the
+    vocabulary; values below 1e-8 of the largest are noise. A tied output is the embedding and is
+    left out. `progress` is called with the matrices done and their number. Raises RequestError if
+    nothing matches.
     """
     for name, module in _counted(_matrices(model, names), progress):
         weight = matrix(module)
@@ -64,14 +65,14 @@ def spectra(model: Transformer, names: str = "*", progress: Progress | None = No
 def quantization_errors(
     model: Transformer, scheme: Scheme | str, names: str = "*", progress: Progress | None = None
 ) -> Iterator[QuantizationError]:
-    """What a scheme ("int8", "int4", "int4:group=32") would do to every matrix whose name matches, one at a time.
+    """Error that a scheme ("int8", "int4:group=32") makes in each matrix whose name matches.
 
-    The rounding is that of loading with `quantize`. Raises RequestError for a model that is quantized already, a matrix that
-    the scheme cannot hold, or a glob that nothing matches.
+    The rounding is that of loading with `quantize`. Raises RequestError for a quantized model, a
+    matrix that does not fit the scheme, or a glob that matches nothing.
     """
     scheme = Scheme.parse(scheme)
     if is_quantized(model):
-        raise RequestError("the model's matrices are rounded already: load it without quantize to see what rounding costs")
+        raise RequestError("the model is already quantized: load it without quantize to measure the rounding error")
     chosen = _matrices(model, names)
     for name, module in chosen:
         check_columns(scheme, name, module.weight.shape[1])
@@ -116,7 +117,7 @@ def _is_tied(model: Transformer) -> bool:
 
 
 def _singular_values(weight: Tensor) -> Tensor:
-    weight = weight.cpu() if weight.device.type == "mps" else weight  # which has no float64
+    weight = weight.cpu() if weight.device.type == "mps" else weight  # MPS has no float64
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
     if not weight.isfinite().all():
         return torch.full((tall.shape[1],), torch.nan, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The study's commands, `llama-ref lens` and the others: real tables, JSON that parses, files, and no traceback."""
+"""The study commands, `llama-ref lens` and the others: tables, JSON, files, misuse."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys) -> Run:
-    """A command line in this process: exit code, stdout, stderr. Whatever leaves `main` but SystemExit is a traceback."""
+    """Run a command line in this process: (exit code, stdout, stderr)."""
 
     def run(*words: str) -> tuple[int, str, str]:
         return exit_code(words), *capsys.readouterr()
@@ -49,13 +49,14 @@ def test_the_lens_shows_the_answer_rising(run, demo_folder):
     assert [row[0] for row in rows] == ["embedding", *(f"layer {i}" for i in range(30))]
     assert int(rows[10][2].replace(",", "")) > 100 and rows[-1][2] == "1"
     assert re.match(r"␣Paris [78]\d%  ", rows[-1][3])
-    assert re.search(r"␣Paris is the likeliest from layer 2\d on, in the end with [78]\d%", out)
+    assert re.search(r"␣Paris is the likeliest from layer 2\d on and ends with [78]\d%", out)
 
 
 def test_the_parts_of_an_answer_add_up(run, demo_folder):
     code, out, err = run("attribute", str(demo_folder), CAPITAL, "--target", PARIS, "--dtype", "float32")
     assert (code, err) == (0, "")
-    logit, total, rounding = map(float, re.search(r"␣Paris: logit (\S+) = the parts' (\S+), (\S+) of rounding", out).groups())
+    pattern = r"␣Paris: logit (\S+) = (\S+) \(sum of the parts\) (\S+) \(rounding\)"
+    logit, total, rounding = map(float, re.search(pattern, out).groups())
     assert logit == pytest.approx(total, abs=0.002) and abs(rounding) < 1e-3
     assert re.search(r"^ 29 +[+-]\d+\.\d\d +[+-]\d+\.\d\d +\+1\d\.\d\d  █+ *$", out, re.MULTILINE)
     assert re.search(r"^ layer 23 head 4 +\+2\.\d\d  █+ *$", out, re.MULTILINE)
@@ -172,14 +173,14 @@ def test_waves_are_read_without_weights(run, tmp_path, tiny):
 
 def test_texts_that_do_not_differ_have_nothing_to_bring_back(run, tiny):
     code, out, _ = run("patch", tiny, "same", "same", "--target", "x")
-    assert code == 0 and "no difference to bring back" in out
+    assert code == 0 and "no difference to restore" in out
 
 
 # ---- what is shown
 
 
 def on_a_terminal(columns: int, *words: str) -> list[str]:
-    """What a command prints where it knows the width, which a pipe has not."""
+    """What a command prints to a terminal of a known width."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "dumb"}
@@ -190,7 +191,7 @@ def on_a_terminal(columns: int, *words: str) -> list[str]:
         try:
             while part := os.read(leader, 1 << 16):
                 written += part
-        except OSError:  # how Linux says that nobody holds the other end any more
+        except OSError:  # Linux: the other end is closed
             pass
         errors = process.stderr.read()
     os.close(leader)
@@ -224,9 +225,9 @@ def test_text_from_a_model_is_no_markup_and_no_command_of_the_terminal(run, tiny
 def test_of_a_target_of_several_tokens_the_first_is_taken(run, tiny):
     code, out, err = run("attribute", tiny, "x", "--target", "42")
     assert code == 0 and out.count("4: logit") == 1
-    assert err == "--target is 2 tokens, 4│2: the first, 4, is taken\n"
+    assert err == "--target is 2 tokens, 4│2: only the first, 4, is used\n"
     assert (
-        "--other is 3 tokens, <0xED>│<0x95>│<0x9C>: the first, <0xED>"
+        "--other is 3 tokens, <0xED>│<0x95>│<0x9C>: only the first, <0xED>"
         in run("attribute", tiny, "x", "--target", "4", "--other", "한")[2]
     )
 
@@ -281,21 +282,21 @@ def test_where_nothing_can_be_written_is_told_before_anything_is_loaded(run, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("lens", "{}", ""), "prompt is an empty text, expected one to study"),
-        (("lens", "{}", "x", "--target", ""), r'target is an empty text, .* such as " Paris"'),
-        (("attribute", "{}", "", "--target", "x"), "prompt is an empty text"),
-        (("patch", "{}", "a", "", "--target", "x"), "corrupted is an empty text"),
+        (("lens", "{}", ""), "prompt is empty, expected a text such as"),
+        (("lens", "{}", "x", "--target", ""), r'target is empty, expected a text such as " Paris"'),
+        (("attribute", "{}", "", "--target", "x"), "prompt is empty"),
+        (("patch", "{}", "a", "", "--target", "x"), "corrupted is empty"),
         (("lens", "{}", "12345", "--max_seq_len", "5"), "the prompt has 6 tokens, but max_seq_len is 5: shorten it"),
         (("patch", "{}", "1", "12345", "--target", "x", "--max_seq_len", "5"), "the corrupted has 6 tokens, but"),
         (("lens", "{}", "x", "--top", "0"), "top is 0, expected a whole number from 1 to 512"),
         (("lens", "{}", "x", "--top", "many"), "top is 'many', expected"),
-        (("attention", "{}", "x", "--layer", "2"), "--layer is 2, expected a whole number: there is 0 to 1"),
+        (("attention", "{}", "x", "--layer", "2"), "--layer is 2, expected a whole number from 0 to 1"),
         (("attention", "{}", "x", "--layer", "1.5"), "--layer is '1.5', expected a whole number"),
-        (("attention", "{}", "x", "--layer", "0", "--head", "4"), "--head is 4, .* there is 0 to 3"),
+        (("attention", "{}", "x", "--layer", "0", "--head", "4"), "--head is 4, expected a whole number from 0 to 3"),
         (("attention", "{}", "x", "--head", "1"), "--head 1 needs --layer"),
-        (("patch", "{}", "ab", "abc", "--target", "x"), r"clean has 3 tokens, .*│a│b, but corrupted has 4, .* word them so"),
+        (("patch", "{}", "ab", "abc", "--target", "x"), r"clean has 3 tokens, .*│a│b, but corrupted has 4, .* reword one so"),
         (("patch", "{}", "a", "b", "--target", "x", "--over", "head"), "over is 'head', expected layer,position or layer,head"),
-        (("norms", "{}", ""), "prompt is an empty text"),
+        (("norms", "{}", ""), "prompt is empty"),
         (("spectra", "{}", "--matrices", "zz*"), "no matrix is called 'zz\\*'"),
         (("spectra", "{}", "--to", "int3"), "--to is 'int3', expected"),
         (("lens", "{}", "x", "--png"), "--png needs a value: --png FOLDER"),
@@ -327,7 +328,7 @@ def test_several_processes_are_refused(run, tiny, monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = {"patch": ("y", "--target", "z"), "attribute": ("--target", "z")}.get(command, ())
     code, out, err = run(command, tiny, "x", *words)
-    assert (code, out) == (2, "") and "2 processes: a model is studied whole, in one process" in err
+    assert (code, out) == (2, "") and "2 processes: a study needs the whole model in one" in err
 
 
 def test_weights_that_are_not_finite_end_in_no_traceback(run, tiny, tmp_path):

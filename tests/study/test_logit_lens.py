@@ -1,4 +1,4 @@
-"""The lenses: hand-computed values on a tiny model, what must add up, and a fact that rises through the demo checkpoint."""
+"""Lens, attribution, attention, norms, weights: against hand computation, and on the demo."""
 
 import importlib
 import math
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def build(folder, dtype: str = "float32") -> Transformer:
-    """A model whose matrices are large enough for its distributions to differ from uniform."""
+    """A model with matrices large enough that its distributions are not nearly uniform."""
     model = Llama.build(folder, device="cpu", dtype=dtype, max_seq_len=64).model
     for name, parameter in model.named_parameters():
         if "norm" not in name:
@@ -55,7 +55,7 @@ def model(folder) -> Transformer:
 
 @pytest.fixture(scope="module")
 def stream(model) -> list[Tensor]:
-    """The residual stream (T, D) at every point, by the model's own parts."""
+    """The residual stream (T, D) at every point, computed with the model's own modules."""
     ids = torch.tensor([TOKENS])
     context = Context(model.args, ids, None)
     points = [model.tok_embeddings(ids)]
@@ -142,7 +142,7 @@ def test_the_shares_add_up_to_the_logit(model, position, other):
 
 
 def test_each_share_is_what_taking_the_part_out_of_the_last_residual_changes(model, stream):
-    """With the norm's scale held, by hand: each head through its own columns of wo."""
+    """By hand, with the norm's scale held fixed: each head through its own columns of wo."""
     found = attribute(model, TOKENS, TARGET)
     scale = (stream[-1][-1].pow(2).mean() + model.args.norm_eps).rsqrt()
 
@@ -187,7 +187,7 @@ def test_shares_that_do_not_add_up_are_an_error(folder):
     [
         ([0, 0, 0, 0, 0, 0, 0], 1, 0, 0),
         ([0, 0, 1, 2, 3, 4, 5], 1 / 6, 1, 0),
-        ([0, 1, 2, 3, 2, 3, 4], 0, 0, 1),  # begin-of-text, A B C, A B C: each at what followed it the first time
+        ([0, 1, 2, 3, 2, 3, 4], 0, 0, 1),  # begin-of-text, A B C, A B C: each attends to what followed it the first time
     ],
 )
 def test_constructed_patterns_have_the_scores_they_are_made_for(keys, sink, previous, induction):
@@ -317,7 +317,7 @@ def test_quantization_errors_are_those_of_loading_quantized(model):
     assert all(finer[name].relative < found[name].relative / 5 for name in found)
 
 
-# ---- tokens shown, and requests that make no sense
+# ---- tokens as text, and invalid requests
 
 
 @pytest.mark.parametrize(
@@ -343,28 +343,28 @@ def test_a_token_is_shown_on_one_line_and_harmless(text, shown):
         (lambda model: logit_lens(model, []), "tokens is empty"),
         (lambda model: logit_lens(model, "abc"), "tokens is 'abc', expected token ids"),
         (lambda model: logit_lens(model, [[1], [2]]), "tokens are 2 sequences, expected one"),
-        (lambda model: attribute(model, [512], 1), "tokens holds 512; the vocabulary has 0 to 511"),
+        (lambda model: attribute(model, [512], 1), "tokens contains 512; the vocabulary has 0 to 511"),
         (lambda model: residual_stream(model, [1.5]), r"tokens is \[1.5\], expected token ids"),
         (lambda model: logit_lens(model.args, [1]), "model is of type ModelArgs, expected a llama_ref Transformer"),
         (lambda model: logit_lens(model, [1], target=512), "token 512"),
         (lambda model: logit_lens(model, [1], top=0), "top is 0, expected a whole number from 1 to 512"),
-        (lambda model: logit_lens(model, [1], positions=[1]), "position is 1, .* there is only 0"),
+        (lambda model: logit_lens(model, [1], positions=[1]), "position is 1, expected 0"),
         (lambda model: logit_lens(model, [1], positions=[]), "positions is empty"),
         (lambda model: logit_lens(model, [1], positions=3), "positions is 3, expected a list of them"),
         (lambda model: list(spectra(model, 5)), "names is 5, expected a matrix's name or a glob"),
         (lambda model: patch_grid(model, [1], [2], "x"), "metric is 'x', expected probability"),
         (
             lambda model: logit_lens(model, [1], points=["layers.2.residual_mid"]),
-            "points holds 'layers.2.residual_mid', expected",
+            "points contains 'layers.2.residual_mid', expected",
         ),
         (lambda model: logit_lens(model, [1], points=["layers.0.residual_mid", "embedding"]), "points is .*, in this order"),
         (lambda model: logit_lens(model, [1], points=["embedding"] * 2), "points is .*, in this order"),
         (lambda model: logit_lens(model, [1], points=[]), r"points is \[\], expected some of embedding, layers.0.residual_mid"),
         (lambda model: logit_lens(model, [1], points="embedding"), "points is 'embedding', expected some of"),
         (lambda model: attribute(model, [1], True), "token True"),
-        (lambda model: attribute(model, [1], 2, position=1), "position is 1, expected a whole number: there is only 0"),
-        (lambda model: attention_pattern(model, [1], 2, 0), "layer is 2, .* there is 0 to 1"),
-        (lambda model: attention_pattern(model, [1], 0, 4), "head is 4, .* there is 0 to 3"),
+        (lambda model: attribute(model, [1], 2, position=1), "position is 1, expected 0"),
+        (lambda model: attention_pattern(model, [1], 2, 0), "layer is 2, expected a whole number from 0 to 1"),
+        (lambda model: attention_pattern(model, [1], 0, 4), "head is 4, expected a whole number from 0 to 3"),
         (lambda model: repeated_tokens(model, 1), "n_tokens is 1"),
         (lambda model: repeated_tokens(model, ids=[]), "ids is empty"),
         (lambda model: repeated_tokens(model, ids=["a", "b"]), r"ids is \['a', 'b'\], expected a list of the ids"),
@@ -381,5 +381,5 @@ def test_a_quantized_model_has_spectra_but_nothing_left_to_round(folder):
     model = build(folder)
     quantize_model(model, "int8")
     assert len(list(spectra(model, "layers.0.*"))) == 7
-    with pytest.raises(RequestError, match="rounded already"):
+    with pytest.raises(RequestError, match="already quantized"):
         next(quantization_errors(model, "int8"))

@@ -1,4 +1,4 @@
-"""Interventions do what they say at the places that they say, and nothing else."""
+"""Interventions: edits change exactly what they name, and grids are made of them."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_patching_a_trace_with_itself_changes_nothing(dtype, scheme):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_name_is_in_the_path(model, name):
-    """Changed, the logits change, and a trace within the patch has what was put there."""
+    """A patch of any name changes the logits; a trace within it sees the patched value."""
     text = ids(2, 6)
     put = study.trace(model, ids(2, 6, seed=1), name)
     with study.patch(model, {name: study.swap_from(put)}):
@@ -62,7 +62,7 @@ def test_each_name_is_in_the_path(model, name):
 
 @pytest.mark.parametrize("name", ["embedding", "layers.0.residual_mid", "layers.2.residual_post", "norm", "logits"])
 def test_what_all_goes_through_makes_the_one_run_the_other(model, name):
-    """The whole stream from another text's run: from there on it is that text's."""
+    """With the whole stream from another text's run, all later activations are that text's."""
     source = study.trace(model, ids(1, 6, seed=1))
     with study.patch(model, {name: study.swap_from(source)}):
         found = study.trace(model, ids(1, 6))
@@ -90,7 +90,7 @@ def test_zeroed_heads_shares_are_what_the_output_lacks(model):
 
 @pytest.mark.parametrize("name", [SCORES, PATTERN])
 def test_a_patched_row_of_scores_sends_the_head_where_it_says(model, name):
-    """Head 5's query at position 4 looks at position 2 alone: it brings home that position's value, and no other changes."""
+    """Head 5 attends from 4 to 2 alone: its output is that value, and nothing else changes."""
     row = torch.full((6,), -torch.inf if name == SCORES else 0.0)
     row[2] = 1.0
     plain = study.trace(model, ids(2, 6))
@@ -175,7 +175,7 @@ def test_patches_within_patches_act_in_their_order_and_end_with_their_blocks(mod
 
 
 def test_with_a_cache_positions_are_the_texts_own(model):
-    """The same edit by steps as at once: keys at 2 and 5, of which the second comes in a step of its own."""
+    """An edit of keys at 2 and 5 gives the same in several steps as in one pass."""
     text, edits = ids(2, 7), {"layers.1.attention.k": study.zero().at(positions=[2, 5]), "norm": study.scale(2).at(positions=6)}
     cache = new_cache(model, 2, 7)
     with study.patch(model, edits), study.recording(model, ["*.k", "logits"]) as recorded:
@@ -194,7 +194,7 @@ def test_generation_goes_where_patches_send_it(tmp_path):
     with study.patch(llama.model, {"logits": lambda logits: logits + nine}), study.recording(llama.model, "logits") as recorded:
         assert llama.generate(prompts, max_gen_len=4, temperature=0)[0] == [[9] * 4] * 2
     assert recorded.trace["logits"].argmax(-1)[0].tolist() == [9] * 6
-    with study.patch(llama.model, {"layers.*.output": study.zero()}):  # what stands last is all that it says
+    with study.patch(llama.model, {"layers.*.output": study.zero()}):  # only the last token counts
         again = llama.generate([[5, 6, 7], [7]], max_gen_len=4, temperature=0)[0]
     assert again[0] == again[1] != plain[0][0]
     at_one = {"logits": study.zero().at(positions=1)}
@@ -204,7 +204,7 @@ def test_generation_goes_where_patches_send_it(tmp_path):
 
 
 def test_a_traces_values_go_where_their_positions_are(model):
-    """Into a cached run, one row for all, of which the trace has the beginning only."""
+    """A trace of one row, of the text's beginning only, swapped into a batch with a cache."""
     source = study.trace(model, ids(1, 3, seed=1))
     text, cache = ids(2, 5), new_cache(model, 2, 5)
     names = ["layers.0.attention.v", "layers.0.attention.pattern"]
@@ -225,8 +225,8 @@ def test_a_traces_values_go_where_their_positions_are(model):
         ({"layers.9.norm": study.zero()}, "layers 0 to 2"),
         ([study.zero()], "expected a dictionary"),
         ({"norm": 3}, "expected a function"),
-        ({"norm": lambda value: None}, "gave a NoneType"),
-        ({"norm": lambda value: value[0]}, r"gave a tensor \(5, 64\), expected the value's own shape, \(2, 5, 64\)"),
+        ({"norm": lambda value: None}, "returned a NoneType"),
+        ({"norm": lambda value: value[0]}, r"returned a tensor \(5, 64\), expected a tensor \(2, 5, 64\)"),
         ({"norm": study.set_to(torch.zeros(3))}, r"tensor \(3,\)"),
         ({"norm": study.zero().at(heads=1)}, "norm has no heads"),
         ({PATTERN: study.zero().at(heads=8)}, "heads 0 to 7"),
@@ -321,14 +321,14 @@ def test_a_grid_of_many_cells_takes_several_passes(model, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"corrupted": [1, 2, 3]}, "of one length"),
+        ({"corrupted": [1, 2, 3]}, "of the same length"),
         ({"clean": [[1, 2], [1, 2]], "corrupted": [[1, 2], [1, 2]]}, "one row each"),
         ({"over": "position"}, 'expected "layer×position" or'),
         ({"over": "layer×head", "name": "ffn.output"}, "has no head axis; take one of attention.q_unrotated"),
         ({"name": "residual"}, "no activation is called"),
         ({"name": "ffn.*"}, "not a glob"),
-        ({"metric": study.probability(60)}, "token 60; the vocabulary has 0 to 59"),
-        ({"metric": lambda logits: 3.0}, "the metric gave a float"),
+        ({"metric": study.probability(60)}, "token is 60; the vocabulary has 0 to 59"),
+        ({"metric": lambda logits: 3.0}, "the metric returned a float"),
     ],
 )
 def test_grids_that_cannot_be_are_refused(model, options, message):

@@ -1,4 +1,4 @@
-"""Traces: the values that other implementations and hand computation give, and a model that is none the wiser."""
+"""Traces: values equal other implementations' and hand-computed ones; models stay unchanged."""
 
 import gc
 import re
@@ -46,8 +46,8 @@ def ids(batch: int, length: int) -> Tensor:
     return torch.randint(ARGS.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
-def what_stands_on(model: Transformer) -> list:
-    """All that could have been left behind on a model's modules."""
+def state_of(model: Transformer) -> list:
+    """Everything that a trace could leave behind on a model's modules."""
     return [
         (name, sorted(vars(module)), list(module._forward_hooks), list(module._forward_pre_hooks))
         for name, module in model.named_modules()
@@ -98,7 +98,7 @@ def test_globs_choose_names(glob, expected):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("layers.0.attention.patern", "Near: layers.0.attention.pattern"),
+        ("layers.0.attention.patern", "did you mean layers.0.attention.pattern"),
         ("layers.7.residual_post", "the model has layers 0 to 1"),
         ("resid", "names.py has the table"),
         (["norm", 3], "expected a name or glob"),
@@ -127,8 +127,8 @@ def test_a_trace_says_what_it_was_not_asked_for(model):
         ("text", "expected token ids"),
         ([], "tokens is empty"),
         ([[1, 2], [3]], "expected token ids"),
-        ([1, 512], "holds 512; the vocabulary has 0 to 511"),
-        ([-1], "holds -1"),
+        ([1, 512], "contains 512; the vocabulary has 0 to 511"),
+        ([-1], "contains -1"),
         ([10**30], "expected token ids"),
         ([True], "expected token ids"),
         (torch.zeros(2), "float32"),
@@ -165,7 +165,7 @@ def test_values_are_transformers_hidden_states_and_attentions(model):
 
 
 def test_values_are_those_computed_by_hand(model):
-    """Of layer 0, one sequence, head by head, from the weights alone."""
+    """Layer 0 on one sequence, head by head, from the weights."""
     tokens, layer = ids(1, 6), model.layers[0]
     traced = study.trace(model, tokens)
 
@@ -209,12 +209,12 @@ def test_heads_shares_add_up_to_attentions_output(dtype, scheme):
         torch.testing.assert_close(shares.float().sum(2), output.float(), atol=tolerance, rtol=tolerance)
 
 
-# ---- the model is none the wiser
+# ---- the model stays unchanged
 
 
 @torch.no_grad()
 def logits_of_prompt_and_steps(model: Transformer, batch: int) -> list[Tensor]:
-    """Without a cache; then a prompt through one, steps of one token, and a step of three for rows of different lengths."""
+    """Logits without a cache, and with one: a prompt, steps, rows of different lengths."""
     cache = new_cache(model, batch, 20)
     out = [model(ids(batch, 9)), model(ids(batch, 6), cache)]
     out += [model(ids(batch, 1), cache) for _ in range(2)]
@@ -229,12 +229,12 @@ def test_logits_are_the_same_bit_for_bit_while_everything_is_recorded(dtype, bat
     model = random_model(ARGS, seed=2).to(dtype)
     if scheme:
         quantize_model(model, scheme)
-    before, expected = what_stands_on(model), logits_of_prompt_and_steps(model, batch)
+    before, expected = state_of(model), logits_of_prompt_and_steps(model, batch)
     with study.recording(model, "*") as recorded:
-        assert what_stands_on(model) != before
+        assert state_of(model) != before
         found = logits_of_prompt_and_steps(model, batch)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert what_stands_on(model) == before
+    assert state_of(model) == before
     assert len(recorded.traces) == 2
     assert torch.equal(recorded.traces[0]["logits"], expected[0])
     with torch.inference_mode():
@@ -243,7 +243,7 @@ def test_logits_are_the_same_bit_for_bit_while_everything_is_recorded(dtype, bat
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_nothing_is_left_behind_after_an_error_in_a_pass(model, error):
-    before = what_stands_on(model)
+    before = state_of(model)
 
     def fail(value: Tensor) -> Tensor:
         raise error
@@ -252,8 +252,8 @@ def test_nothing_is_left_behind_after_an_error_in_a_pass(model, error):
         model(ids(1, 3))
         with study.patch(model, {"layers.1.ffn.up": fail}):
             model(ids(1, 3))
-    assert what_stands_on(model) == before
-    assert torch.equal(recorded.trace["norm"], model.hidden(ids(1, 3))), "the pass that went well is there"
+    assert state_of(model) == before
+    assert torch.equal(recorded.trace["norm"], model.hidden(ids(1, 3))), "the complete pass is kept"
 
 
 def test_a_broken_pass_leaves_no_trace_where_more_follow(model):
@@ -268,12 +268,12 @@ def test_a_broken_pass_leaves_no_trace_where_more_follow(model):
 
 
 def test_blocks_may_end_in_any_order(model):
-    before, contexts = what_stands_on(model), [study.recording(model, name) for name in ("norm", "embedding", "logits")]
+    before, contexts = state_of(model), [study.recording(model, name) for name in ("norm", "embedding", "logits")]
     records = [context.__enter__() for context in contexts]
     for i in (0, 2, 1):
         model(ids(1, 4))
         contexts[i].__exit__(None, None, None)
-    assert what_stands_on(model) == before
+    assert state_of(model) == before
     assert [len(record.traces) for record in records] == [1, 3, 2]
 
 
@@ -296,12 +296,12 @@ def test_another_threads_passes_are_not_seen(model):
 
 
 def test_one_name_costs_its_own_bytes():
-    """Storages that a trace holds, whatever views of them it has: for every name alone."""
+    """A trace of any one name holds its storage and no larger one of which it is a view."""
     model = random_model(ARGS, seed=3).bfloat16()
     for name in all_names(ARGS):
         (value,) = study.trace(model, ids(2, 16), name).values()
         assert value.untyped_storage().nbytes() == value.nbytes, name
-    with study.recording(model.requires_grad_(), "*") as recorded:  # in training, say
+    with study.recording(model.requires_grad_(), "*") as recorded:  # as in training
         assert model(ids(2, 16)).requires_grad
     assert not any(value.requires_grad for value in recorded.trace.values())
 
@@ -329,7 +329,7 @@ def test_other_names_are_gone_before_the_pass_ends(name):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_reach_every_activation_and_change_no_logit(frozen):
     model = random_model(ARGS, seed=4).requires_grad_(not frozen)
-    with torch.inference_mode():  # as callers may have it
+    with torch.inference_mode():  # callers may be in it
         traced = study.trace(model, ids(1, 5), requires_grad=True)
     with torch.no_grad():
         assert torch.equal(traced["logits"], model(ids(1, 5)))
@@ -392,7 +392,7 @@ def test_a_recorded_generation_is_the_whole_text_at_once(tiny_llama, prompts):
     assert torch.equal(padding.round(), (traced.positions >= 0).float())
 
 
-def test_pads_are_no_part_of_a_recording_and_a_cache_begun_anew_is_another_text(model):
+def test_padding_is_not_recorded_and_a_reset_cache_is_another_text(model):
     cache = new_cache(model, 2, 8)
     with study.recording(model, "norm") as recorded:
         model(ids(2, 3), cache)
@@ -407,7 +407,7 @@ def test_pads_are_no_part_of_a_recording_and_a_cache_begun_anew_is_another_text(
 
 
 def test_guesses_that_the_model_refused_leave_no_trace(tiny_llama):
-    """With speculation a pass has several tokens, of which some are taken back."""
+    """With speculation a pass has several tokens, some of which are rejected."""
     guessing = Llama(tiny_llama.model, tiny_llama.tokenizer, max_seq_len=64, speculation=PromptLookup(PassTime(1.0, 0.0)))
     prompt = [5, 6, 7, 5, 6, 7, 5, 6, 7]
     with study.recording(guessing.model, ["*.residual_post", "*.scores"]) as recorded:
@@ -458,7 +458,7 @@ def for_cuda(model: Transformer) -> None:
 
 @pytest.mark.parametrize("make_fast", [for_the_cpu, for_cuda])
 def test_a_compiled_model_is_studied_on_its_plain_path(make_fast, monkeypatch):
-    """The compiler is left out: what matters is what it puts onto a model, and how that comes back."""
+    """The compiler itself is mocked: what it installs on a model must be restored."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     fast, plain = random_model(ARGS, seed=6), random_model(ARGS, seed=6)
     make_fast(fast)
@@ -475,15 +475,15 @@ def test_what_cannot_be_studied_is_refused_and_left_as_it_was(model):
         study.trace(object(), [1])
     divided = random_model(ARGS, seed=0)
     divided.layers[0].attention.wo = RowParallelLinear(divided.layers[0].attention.wo, None)
-    with pytest.raises(RequestError, match="divided among processes"), study.recording(divided):
+    with pytest.raises(RequestError, match="split across processes"), study.recording(divided):
         pass
     strange = random_model(ARGS, seed=0)
     forward = strange.layers[1].forward = lambda *args: args[0]
-    with pytest.raises(RequestError, match="forward of its own"):
+    with pytest.raises(RequestError, match="has its own forward"):
         study.trace(strange, [1])
     assert vars(strange.layers[1])["forward"] is forward and "forward" not in vars(strange.layers[0])
 
 
 def test_a_llama_is_told_from_its_model(tiny_llama):
-    with pytest.raises(RequestError, match=r"a Llama's is its \.model"):
+    with pytest.raises(RequestError, match=r"expected a llama_ref Transformer: pass its \.model"):
         study.trace(tiny_llama, [1])

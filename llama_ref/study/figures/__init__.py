@@ -1,7 +1,7 @@
-"""The study's answers as pictures, for papers and slides: `llama-ref lens … --png DIR`, or from Python.
+"""Pictures of what the study measures: `llama-ref lens … --png DIR`, or from Python.
 
-Each `draw_…` writes one PNG file; the `…_figure` beside it makes the matplotlib Figure, for whoever wants to go on from there.
-matplotlib (extra `study`) is imported when something is drawn.
+Each `draw_…` writes a PNG file; the `…_figure` next to it returns the matplotlib Figure, to be
+changed further. matplotlib (extra `study`) is imported only to draw.
 """
 
 from llama_ref.study.figures.attention import draw_attention, draw_pattern

@@ -1,4 +1,4 @@
-"""Attention as pictures: every head's habits, and where one head looks from every token."""
+"""Pictures of attention: the scores of all heads, and the pattern of one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +23,15 @@ MEASURES = {
     "induction": "induction: to what followed last time",
     "entropy": "entropy of where it looks",
 }
-FEW_HEADS = 12  # their maps stand side by side
-CELL, MAP = (0.22, 0.19), (7.0, 9.0)  # inches: of a head, and of all at most
-BAR, BARS, ROW, MARGIN = 0.36, 14.0, 1.3, 0.8  # inches: of a bar's place, all at most, a row of them, and what stands beside
-TOKEN, PATTERN = 0.2, (3.6, 11.0)  # inches: of a token, and of all at least and at most
+FEW_HEADS = 12  # up to so many, the four maps are in one row
+# In inches:
+CELL, MAP = (0.22, 0.19), (7.0, 9.0)  # a head's cell, the largest map
+BAR, BARS, ROW, MARGIN = 0.36, 14.0, 1.3, 0.8  # a bar with its gap, the widest row of bars, a row's height, labels
+TOKEN, PATTERN = 0.2, (3.6, 11.0)  # a token, the smallest and largest pattern
 
 
 def draw_attention(summary: AttentionSummary, tokenizer: Tokenizer, path: str | Path, layer: int | None = None) -> None:
-    """Sink, previous-token and induction score and entropy of every head: maps of layers × heads, or bars for one layer's."""
+    """Draw every head's scores: maps of layers × heads, or bars for the heads of one layer."""
     if layer is None:
         save(path, attention_figure, summary, tokenizer)
     else:
@@ -38,12 +39,12 @@ def draw_attention(summary: AttentionSummary, tokenizer: Tokenizer, path: str | 
 
 
 def draw_pattern(pattern: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, layer: int, head: int, path: str | Path) -> None:
-    """Where one head looks from every token, (T, T)."""
+    """Draw one head's attention pattern (T, T)."""
     save(path, pattern_figure, pattern, tokens, tokenizer, layer, head)
 
 
 def attention_figure(summary: AttentionSummary, tokenizer: Tokenizer) -> "Figure":
-    """Four maps; the title of each tells, and a frame shows, which head does it most (of entropy: least)."""
+    """Four maps, one per score; title and frame mark the best head (entropy: the lowest)."""
     from matplotlib.colors import Normalize
 
     n_layers, H = summary.sink.shape
@@ -69,7 +70,7 @@ def attention_figure(summary: AttentionSummary, tokenizer: Tokenizer) -> "Figure
 
 
 def layer_figure(summary: AttentionSummary, tokenizer: Tokenizer, layer: int) -> "Figure":
-    """Four rows of bars; the head that does it most (of entropy: least) has another colour."""
+    """Four rows of bars, one per score; the best head (entropy: the lowest) has another colour."""
     n_layers, H = summary.sink.shape
     layer = check_index("layer", layer, n_layers)
     caption = _caption(summary, tokenizer, [layer], best="Orange", gap="–")
@@ -93,22 +94,22 @@ def layer_figure(summary: AttentionSummary, tokenizer: Tokenizer, layer: int) ->
 
 def _caption(summary: AttentionSummary, tokenizer: Tokenizer, layers: Sequence[int], *, best: str, gap: str) -> str:
     has_gaps = any(getattr(summary, measure)[list(layers)].isnan().any() for measure in MEASURES)
-    gaps = f" {gap}: no number, where the text is too short or the model's numbers are not finite." if has_gaps else ""
+    gaps = f" {gap}: no number; the text is too short, or the model's numbers are not finite." if has_gaps else ""
     return (
-        f"Means over the text's tokens; induction: on {REPEATED_TOKENS} random tokens that come twice. {best}: the head that"
-        f" does it most, of entropy least.{gaps}\n{prompt(tokenizer, summary.tokens)}"
+        f"Means over the text's tokens; induction: on {REPEATED_TOKENS} random tokens, repeated once. {best}: the head with the"
+        f" highest score, or the lowest entropy.{gaps}\n{prompt(tokenizer, summary.tokens)}"
     )
 
 
 def _scale(summary: AttentionSummary, measure: str) -> tuple[float, str]:
-    """The most that a measure can be, and its unit."""
+    """A measure's largest possible value, and its unit."""
     if measure == "entropy":
         return max(0.1, float(np.log(len(summary.tokens)))), "nats"
     return 1.0, "share of attention"
 
 
 def _best(values: np.ndarray, measure: str, first_layer: int = 0) -> tuple[np.ndarray, str]:
-    """Whether a head does it most, for each of (layers, H), and in words which one does."""
+    """Which of (layers, H) have the best score, as booleans, and a text that names the first."""
     if np.isnan(values).all():
         return np.zeros_like(values, dtype=bool), "no numbers"
     best, word = (np.nanmin(values), "least") if measure == "entropy" else (np.nanmax(values), "most")
@@ -117,14 +118,14 @@ def _best(values: np.ndarray, measure: str, first_layer: int = 0) -> tuple[np.nd
 
 
 def pattern_figure(pattern: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, layer: int, head: int) -> "Figure":
-    """A square of T × T, the first token at the top left."""
+    """A map of T × T, the first token at the top left."""
     from matplotlib.colors import PowerNorm
 
     T = len(tokens)
     side = min(max(T * TOKEN, PATTERN[0]), PATTERN[1])
     is_numbered = side / T >= canvas.NUMBERED
     numbers = " Numbers are percent." if is_numbered else ""
-    caption = f"Each row adds up to 1. Colours go by the square root, so that small shares can be seen.{numbers}"
+    caption = f"Each row adds up to 1. The colour scale is a square root, which makes small shares visible.{numbers}"
     figure = canvas.new_figure(side + 2.0, side + 1.2, f"Where layer {layer}, head {head} looks", caption)
     axes = figure.subplots()
     image = canvas.heat_map(axes, pattern.numpy(), PowerNorm(0.5, 0, 1))

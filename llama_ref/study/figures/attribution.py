@@ -1,4 +1,4 @@
-"""Who wrote a token's logit, as a picture: layer by layer, and the parts that wrote most."""
+"""Picture of a logit's attribution: by layer, and the parts with the largest shares."""
 
 from itertools import accumulate
 from pathlib import Path
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STRONGEST = 20  # parts that have a bar of their own; more beside many layers
-ROW, BAR = 0.2, 0.42  # inches of a layer; a bar's share of its row
+STRONGEST = 20  # parts with a bar of their own, at least; more if there are many layers
+ROW, BAR = 0.2, 0.42  # inches per layer; a bar's share of its row
 
 
 def draw_attribution(found: Attribution, tokenizer: Tokenizer, path: str | Path) -> None:
-    """What each layer's attention and feed-forward wrote into a logit, the sum so far, and the strongest parts."""
+    """Draw each layer's share of a logit, the running sum, and the strongest parts."""
     save(path, attribution_figure, found, tokenizer)
 
 
 def attribution_figure(found: Attribution, tokenizer: Tokenizer) -> "Figure":
-    """Layers upward: bars of attention and feed-forward around zero, the running sum; beside them the strongest parts."""
+    """Three panels: bars per layer, the running sum, the strongest parts."""
     what, own = f"the logit of {quoted(tokenizer, found.target)}", "the model's own logit is"
     if found.other is not None:
         what = f"how far {quoted(tokenizer, found.target)} is ahead of {quoted(tokenizer, found.other)}"
         own = "the model's own two logits differ by"
     caption = (
         f"Direct logit attribution: the parts add up to {found.total:.2f}; {own} {found.logit:.2f}."
-        " What a part does by way of later layers is not in its share."
+        " Effects through later layers are not included."
         f"\n{prompt(tokenizer, found.tokens[: found.position + 1])}"
     )
     row = canvas.row_height(ROW, len(found.ffns) + 1)
@@ -54,14 +54,14 @@ def _draw_layers(axes: "Axes", found: Attribution) -> None:
     axes.barh([i - BAR / 2 for i in layers], found.heads.sum(-1).tolist(), BAR, color=canvas.BLUE, label="attention")
     axes.barh(-1, found.embedding, 2 * BAR, color=canvas.GREY, label="embedding")
     axes.legend(fontsize=canvas.SMALL, loc="best")
-    _around_zero(axes, "share of the logit" if found.other is None else "share of the lead")
+    _style_around_zero(axes, "share of the logit" if found.other is None else "share of the difference")
 
 
 def _draw_sum(axes: "Axes", found: Attribution) -> None:
     layers = (found.heads.double().sum(-1) + found.ffns.double()).tolist()
     sums = list(accumulate(layers, initial=found.embedding))
     axes.plot(sums, range(-1, len(layers)), color="black", marker="o", markersize=3, linewidth=1)
-    _around_zero(axes, "sum so far")
+    _style_around_zero(axes, "sum so far")
 
 
 def _draw_strongest(axes: "Axes", found: Attribution) -> None:
@@ -72,14 +72,14 @@ def _draw_strongest(axes: "Axes", found: Attribution) -> None:
     axes.margins(x=0.15)
     axes.set_ylim(len(parts) - 0.4, -0.6)
     canvas.name_ticks(axes, "y", [part_label(name) for name, _ in parts], axes.figure.get_figheight() / 1.4 / len(parts))
-    _around_zero(axes, f"the {len(parts)} strongest parts")
+    _style_around_zero(axes, f"the {len(parts)} strongest parts")
 
 
 def _color(name: str) -> str:
     return canvas.BLUE if ".heads." in name else canvas.ORANGE if name.endswith(".ffn") else canvas.GREY
 
 
-def _around_zero(axes: "Axes", name: str) -> None:
+def _style_around_zero(axes: "Axes", name: str) -> None:
     axes.axvline(0, color="black", linewidth=0.6)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""What all pictures share: the sheet, its title and caption, axes of tokens and of layers, maps of numbers."""
+"""Shared by all pictures: figures with title and caption, axes of tokens and layers, heat maps."""
 
 from collections.abc import Iterable, Sequence
 from itertools import count
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 NARROWEST, WIDEST, TALLEST = 6.0, 22.0, 30.0  # inches
-ROWS = 22.0  # inches of all rows of a map together, at most
+ROWS = 22.0  # inches: the tallest map
 TITLE, TEXT, SMALL, CELL = 11, 8, 7, 6.5  # points
-PITCH = 0.135  # inches from one label to the next, at least
-NUMBERED = 0.3  # inches that a cell with a number has at least
-EVEN = 0.18  # luminance that is as far from black as from white
-BAR = 0.13  # inches: a colour bar's width
-MOST_CUT = 0.2  # of labels, before all are turned
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "0.35"  # Okabe and Ito's, which the colour-blind tell apart
-SHARES, DIFFERENCES, NOTHING = "Blues", "RdBu", "0.85"  # colours of 0 … 1, of -1 … 1, of NaN
+PITCH = 0.135  # inches: smallest distance of labels
+NUMBERED = 0.3  # inches: narrowest cell that gets a number
+EVEN = 0.18  # luminance that contrasts equally with black and white
+BAR = 0.13  # inches: width of a colour bar
+MOST_CUT = 0.2  # share of labels that may be cut before all are rotated
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "0.35"  # Okabe and Ito's colours, safe for the colour-blind
+SHARES, DIFFERENCES, NOTHING = "Blues", "RdBu", "0.85"  # colours for 0 … 1, for -1 … 1, for NaN
 
 
 def new_figure(width: float, height: float, title: str, caption: str) -> "Figure":
-    """A sheet of this many inches for what is drawn, with a drawable title above and a caption below."""
+    """A figure with these inches for plots, plus a title and a caption (drawable texts)."""
     from matplotlib.figure import Figure
 
     width = min(max(width, NARROWEST), WIDEST)
@@ -43,38 +43,39 @@ def new_figure(width: float, height: float, title: str, caption: str) -> "Figure
 
 
 def row_height(wanted: float, n_rows: int) -> float:
-    """Inches of each row, less than wanted where there are very many."""
+    """Inches per row: as wanted, or less if there are very many."""
     return min(wanted, ROWS / n_rows)
 
 
 def name_axis(axes: "Axes", axis: str, name: str) -> None:
-    """Say what the x or y axis shows, in a text that may hold tokens."""
+    """Label the x or y axis with a text that may contain tokens."""
     getattr(axes, f"{axis}axis").label.set(text=name, fontsize=TEXT, **fonts.style(name))
 
 
 def name_ticks(
     axes: "Axes", axis: str, names: Sequence[str], pitch: float, positions: Sequence[int] | None = None, start: int = 0
 ) -> None:
-    """Names at start, start + 1, …, which are `pitch` inches apart: as many as there is room for, turned if they are long.
+    """Label the ticks at start, start + 1, …, which are `pitch` inches apart, as many as fit.
 
-    A few long ones among short ones are cut. Where some are left out, tokens' `positions` are told with the others.
+    Long names are rotated; a few long ones among short ones are cut. If some are left out, the
+    others show their token's position, from `positions`.
     """
     step = next(step for n in count() for step in (10**n, 2 * 10**n, 5 * 10**n) if step * pitch >= PITCH)
     if positions is not None and step > 1:
         names = [f"{name}@{position}" for name, position in zip(names, positions, strict=True)]
     shown = names[::step]
     room = 0.92 * pitch * step * 72 / SMALL  # em
-    lie = axis == "x" and sum(fonts.em(name) > room for name in shown) > MOST_CUT * len(shown)
-    if axis == "x" and not lie:
+    rotated = axis == "x" and sum(fonts.em(name) > room for name in shown) > MOST_CUT * len(shown)
+    if axis == "x" and not rotated:
         shown = [fonts.cut(name, room) for name in shown]
-    places = range(start, start + len(names), step)
-    drawn = getattr(axes, f"{axis}axis").set_ticks(places, shown, fontsize=SMALL, rotation=90 if lie else 0)
+    ticks = range(start, start + len(names), step)
+    drawn = getattr(axes, f"{axis}axis").set_ticks(ticks, shown, fontsize=SMALL, rotation=90 if rotated else 0)
     for tick, name in zip(drawn, shown, strict=True):
         tick.label1.set(**fonts.style(name))
 
 
 def name_lines(axes: "Axes", lines: Sequence["Line2D"], names: Sequence[str]) -> None:
-    """A legend of texts that may hold tokens."""
+    """Add a legend of texts that may contain tokens."""
     legend = axes.legend(lines, names, fontsize=SMALL)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(**fonts.style(name))
@@ -84,22 +85,22 @@ def name_lines(axes: "Axes", lines: Sequence["Line2D"], names: Sequence[str]) ->
 
 
 def depths(points: Sequence[str]) -> np.ndarray:
-    """Where points of the residual stream stand, in layers."""
+    """Depths of points of the residual stream, in layers."""
     return np.array([depth(point) for point in points])
 
 
 def hollow(points: Sequence[str]) -> str:
-    """A sentence for the caption on what `draw_depth` draws hollow, if it does."""
+    """A caption's sentence about the hollow markers of `draw_depth`, if there are any."""
     return " Hollow: between a layer's attention and its feed-forward." if (depths(points) % 1).any() else ""
 
 
 def layer_name(point: str) -> str:
-    """What a point is called beside an axis of layers."""
+    """A point's label on an axis of layers."""
     return point.split(".")[1] if "." in point else point
 
 
 def name_depths(axes: "Axes", points: Sequence[str]) -> None:
-    """An axis of layers below curves, E for the embedding."""
+    """Label an x axis of layers, E for the embedding."""
     names = ["E", *map(str, range(int(np.ceil(depth(points[-1]))) + 1))]
     name_ticks(axes, "x", names, (axes.figure.get_figwidth() - 1) / len(names), start=-1)
     axes.grid(alpha=0.25)
@@ -107,20 +108,20 @@ def name_depths(axes: "Axes", points: Sequence[str]) -> None:
 
 
 def draw_depth(axes: "Axes", points: Sequence[str], values: np.ndarray, color: str) -> "Line2D":
-    """A curve over points of the residual stream, those within layers hollow; a logarithmic axis has no place for 0."""
+    """Draw a curve over points of the residual stream, with hollow markers within layers."""
     x = depths(points)
-    values = np.where(values > 0, values, np.nan) if axes.get_yscale() == "log" else values
+    values = np.where(values > 0, values, np.nan) if axes.get_yscale() == "log" else values  # log of 0 is no point
     (line,) = axes.plot(x, values, color=color, linewidth=1, marker="o", markersize=3.5)
     within = x != x.round()
     axes.plot(x[within], values[within], color=color, linestyle="none", marker="o", markersize=3.5, markerfacecolor="white")
     return line
 
 
-# ---- a map of numbers
+# ---- heat maps
 
 
 def heat_map(axes: "Axes", values: np.ndarray, norm: "Normalize", colors: str = SHARES) -> "AxesImage":
-    """Rows × columns as colours, the first row at the bottom; grey where there is no number."""
+    """Draw rows × columns as colours, the first row at the bottom; NaN is grey."""
     from matplotlib import colormaps
 
     image = axes.imshow(values, cmap=colormaps[colors].with_extremes(bad=NOTHING), norm=norm, origin="lower", aspect="auto")
@@ -131,7 +132,7 @@ def heat_map(axes: "Axes", values: np.ndarray, norm: "Normalize", colors: str = 
 def color_bar(
     figure: "Figure", image: "AxesImage", axes: Any, name: str, size: tuple[float, float], **options: Any
 ) -> "Colorbar":
-    """Which colour is which number, beside one or several axes that have this size together, in inches."""
+    """Add a colour bar next to one or several axes that together have this size, in inches."""
     bar = figure.colorbar(image, ax=axes, pad=0.1 / size[0], fraction=2 * BAR / size[0], aspect=size[1] / BAR, **options)
     bar.ax.tick_params(labelsize=SMALL)
     bar.ax.yaxis.label.set(text=name, fontsize=TEXT, **fonts.style(name))
@@ -139,7 +140,7 @@ def color_bar(
 
 
 def write_cells(axes: "Axes", image: "AxesImage", texts: Iterable[Iterable[str]], cell: tuple[float, float]) -> None:
-    """A text in every cell of so many inches, cut to it, in black or white as the colour wants."""
+    """Write a text into every cell, cut to the cell's inches, in black or white for contrast."""
     size = min(CELL, 0.62 * 72 * cell[1])
     for row, (line, colors) in enumerate(zip(texts, image.to_rgba(image.get_array()), strict=True)):
         for column, (text, color) in enumerate(zip(line, colors, strict=False)):
@@ -149,23 +150,23 @@ def write_cells(axes: "Axes", image: "AxesImage", texts: Iterable[Iterable[str]]
             drawn = axes.text(
                 *(column, row, shown), ha="center", va="center_baseline", fontsize=size, color=ink, **fonts.style(shown)
             )
-            drawn.set_in_layout(False)  # they are within the axes, and there are many
+            drawn.set_in_layout(False)  # saves time: there are many, all within the axes
 
 
 def write_bars(axes: "Axes", values: np.ndarray, pitch: float) -> None:
-    """A number on each bar, where they are `pitch` inches apart and have room; a dash where there is none."""
+    """Write each bar's number, if bars `pitch` inches apart have room for it; a dash for NaN."""
     for x, value in enumerate(values):
         text = "–" if np.isnan(value) else f"{value:.2f}" if pitch >= NUMBERED else ""
         axes.text(x, np.nan_to_num(value), text, ha="center", va="bottom", fontsize=CELL)
 
 
 def percent(share: float) -> str:
-    """A share as a cell has it."""
+    """A share in percent, without the sign; a dash if it is not finite."""
     return str(round(100 * share)) if np.isfinite(share) else "–"
 
 
 def frame_cells(axes: "Axes", cells: np.ndarray) -> None:
-    """A frame around each cell (rows × columns) that is true."""
+    """Draw a frame around each true cell of (rows, columns)."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 

@@ -1,7 +1,9 @@
-"""Tokens as a picture can show them: in fonts that have their letters, which no one font does, or escaped.
+"""Texts that matplotlib can draw: a font for every character, escapes where no font has it.
 
-matplotlib takes `$…$` for mathematics and draws a box where a font has no glyph: every text says that it is none, and names
-the fonts that have its characters. What no installed font has is written as Python does, `\\ud55c`.
+No single font has the characters of all tokens, and matplotlib draws a box where a glyph is missing
+and reads `$…$` as mathematics. So every text is drawn with `style(text)`, which names the fonts that
+it needs and turns mathematics off. A character that no installed font has is escaped: `\\ud55c`.
+A "drawable" text has been through this.
 """
 
 import logging
@@ -16,38 +18,38 @@ from llama_ref.study.inputs import label
 from llama_ref.tokenizer import Tokenizer
 
 BASE = "DejaVu Sans"  # comes with matplotlib
-NO_LETTERS = re.compile(r"\.?Last ?Resort|cm[a-z]+10$")  # a box for every character; TeX's fonts, whose codes are their own
+UNUSABLE = re.compile(r"\.?Last ?Resort|cm[a-z]+10$")  # a box for every character; TeX's fonts with their own encoding
 LIKE_BASE = re.compile(r"Sans|Gothic|CJK", re.IGNORECASE)
-LONGEST, LONGEST_IN_TEXT = 7.0, 12.0  # em: of a token's label
+LONGEST, LONGEST_IN_TEXT = 7.0, 12.0  # em: a token's label, on an axis and in a sentence
 SHOWN = 240  # characters of a text in a caption
 LEFT_TO_RIGHT = "\u200e"  # a mark of no width
-UNSEEN = f" \n{LEFT_TO_RIGHT}"  # what may stand in a drawable text without a glyph to see
-EM = 64  # pixels that glyphs are measured at
+INVISIBLE = f" \n{LEFT_TO_RIGHT}"  # allowed in a drawable text without a visible glyph
+EM = 64  # pixels: size at which glyphs are measured
 
 
 def token_label(tokenizer: Tokenizer, token: int, longest: float = LONGEST) -> str:
-    """A token as tables show it, drawable and cut to so many em."""
+    """A token's label as tables show it, drawable and cut to `longest` em."""
     return _left_to_right(cut(drawable(label(tokenizer, token)), longest))
 
 
 def quoted(tokenizer: Tokenizer, token: int) -> str:
-    """A token within a sentence."""
+    """A token's label in quotes, for a sentence."""
     return f"“{token_label(tokenizer, token, LONGEST_IN_TEXT)}”"
 
 
 def prompt(tokenizer: Tokenizer, *texts: Sequence[int], names: Sequence[str] = ("Text",)) -> str:
-    """A line for each text, its tokens with their borders; of a long one its end, from which the model goes on.
+    """A line for each text, its tokens separated by │; a long text is cut at the front.
 
-    Another, where there is need, on why some characters are escaped.
+    A last line explains escaped characters, if there are any.
     """
-    lines = [f"{name}: {_bordered(tokenizer, tokens)}" for name, tokens in zip(names, texts, strict=True)]
+    lines = [f"{name}: {_separated(tokenizer, tokens)}" for name, tokens in zip(names, texts, strict=True)]
     chars = {char for tokens in texts for token in set(tokens) for char in label(tokenizer, token)}
     if any(_family_of(char) is None for char in chars):
         lines.append("\\u…: a character that no installed font has.")
     return "\n".join(lines)
 
 
-def _bordered(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def _separated(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     shown: list[str] = []
     for token in reversed(tokens):
         shown.insert(0, token_label(tokenizer, token, LONGEST_IN_TEXT))
@@ -57,34 +59,34 @@ def _bordered(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 
 def drawable(text: str) -> str:
-    """The same text, escaped where no font has a character; a mark that would hang on nothing gets a circle to hang on."""
+    """Escape characters that no font has; put a dotted circle before a leading combining mark."""
     out = "".join(char if _family_of(char) else char.encode("unicode_escape").decode() for char in text)
     return f"◌{out}" if out and unicodedata.category(out[0]).startswith("M") else out
 
 
 def _left_to_right(text: str) -> str:
-    """The same between marks where its letters run to the left: else what stands beside them would change places with them."""
-    out, was_left = "", False
+    """Put marks around right-to-left letters, to keep them from swapping with neighbours."""
+    out, was_rtl = "", False
     for char in text:
         kind = unicodedata.bidirectional(char)
-        is_left = was_left if kind == "NSM" else kind in ("R", "AL", "AN")  # a mark goes with its letter
-        out += (LEFT_TO_RIGHT if is_left != was_left else "") + char
-        was_left = is_left
-    return out + LEFT_TO_RIGHT * was_left
+        is_rtl = was_rtl if kind == "NSM" else kind in ("R", "AL", "AN")  # a combining mark follows its letter
+        out += (LEFT_TO_RIGHT if is_rtl != was_rtl else "") + char
+        was_rtl = is_rtl
+    return out + LEFT_TO_RIGHT if was_rtl else out
 
 
 def style(text: str) -> dict[str, Any]:
-    """What matplotlib has to be told to draw a drawable text as it is."""
+    """Keyword arguments with which matplotlib draws a drawable text literally."""
     return {"family": _families(text), "parse_math": False}
 
 
 def em(text: str) -> float:
-    """The width of a drawable text's longest line, in sizes of its font."""
+    """Width of a drawable text's longest line, in em."""
     return max(sum(_advance(char, _family_of(char) or BASE) for char in line) for line in text.split("\n"))
 
 
 def cut(text: str, longest: float) -> str:
-    """As much of each line of a drawable text as so many em hold, and a sign that there was more."""
+    """Cut each line of a drawable text to `longest` em, with … at the end."""
     if "\n" in text:
         return "\n".join(cut(line, longest) for line in text.split("\n"))
     if em(text) <= longest:
@@ -98,7 +100,7 @@ def cut(text: str, longest: float) -> str:
 
 
 def wrapped(text: str, longest: float) -> str:
-    """Lines of so many em at most, broken at spaces and at borders of tokens."""
+    """Wrap a text to lines of at most `longest` em, at spaces and between tokens."""
     lines = [""]
     for piece in re.split(r"(?<=[ │\n])", text):
         if lines[-1] and em(lines[-1].rstrip() + piece.rstrip()) > longest:
@@ -111,7 +113,7 @@ def wrapped(text: str, longest: float) -> str:
 
 @contextmanager
 def any_weight() -> Iterator[None]:
-    """A light or bold font that has a letter is better than none: while the block lasts matplotlib does not tell of it."""
+    """Silence matplotlib's warnings about font weights: a bold font is better than none."""
     logger = logging.getLogger("matplotlib.font_manager")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -122,30 +124,30 @@ def any_weight() -> Iterator[None]:
 
 
 def _families(text: str) -> list[str]:
-    """The fonts to look for each character in, one after another."""
+    """Fonts for the characters of a text, in the order in which matplotlib should try them."""
     return list(dict.fromkeys([BASE, *(_family_of(char) or BASE for char in text)]))
 
 
 def _family_of(char: str) -> str | None:
-    """The font that draws a character, None where none does."""
+    """A font that can draw a character, or None."""
     from matplotlib.font_manager import fontManager
 
-    return BASE if char in UNSEEN else _find_family(char, len(fontManager.ttflist))
+    return BASE if char in INVISIBLE else _find_family(char, len(fontManager.ttflist))
 
 
 @lru_cache(maxsize=1 << 14)
 def _find_family(char: str, n_fonts: int) -> str | None:
-    """`n_fonts` is there for the cache: fonts may be added while a program runs."""
+    """Find the best font for a character; `n_fonts` renews the cache when fonts are added."""
     from matplotlib.font_manager import fontManager
 
-    names = {font.name for font in fontManager.ttflist if not NO_LETTERS.match(font.name)}
+    names = {font.name for font in fontManager.ttflist if not UNUSABLE.match(font.name)}
     regular = {font.name for font in fontManager.ttflist if font.weight == 400 and font.style == "normal"}
     ordered = sorted(names, key=lambda name: (name != BASE, name not in regular, not LIKE_BASE.search(name), name))
     return next((name for name in ordered if ord(char) in _characters(_file(name)) and _has_ink(char, _file(name))), None)
 
 
 def _file(family: str) -> str:
-    """What matplotlib itself takes for a family."""
+    """The file that matplotlib itself uses for a family."""
     from matplotlib.font_manager import FontProperties, fontManager
 
     return fontManager.findfont(FontProperties(family=[family]), fallback_to_default=True)
@@ -157,12 +159,12 @@ def _characters(file: str) -> frozenset[int]:
 
     try:
         return frozenset(get_font(file).get_charmap())
-    except (OSError, RuntimeError):  # a font that was removed, or is none
+    except (OSError, RuntimeError):  # a removed or broken font
         return frozenset()
 
 
 def _has_ink(char: str, file: str) -> bool:
-    """Whether there is something to see: some glyphs are blank, and those of coloured emoji have no outline."""
+    """Whether a glyph has an outline: some are blank, and those of coloured emoji have none."""
     from matplotlib.font_manager import get_font
 
     font = get_font(file)
@@ -173,7 +175,7 @@ def _has_ink(char: str, file: str) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _advance(char: str, family: str) -> float:
-    """How far a character moves the pen, in em."""
+    """Advance width of a character, in em."""
     from matplotlib.font_manager import get_font
 
     if char == LEFT_TO_RIGHT:

@@ -1,4 +1,4 @@
-"""Activation patching as a picture: which cells of the clean run bring its answer back."""
+"""Picture of activation patching: which cells of the clean run restore its answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +15,8 @@ from llama_ref.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CELL, WIDTH = (0.36, 0.18), 16.0  # inches: of a cell, and of all at most
-MARGIN = 1.7  # inches beside the map
+CELL, WIDTH = (0.36, 0.18), 16.0  # inches: a cell, the widest map
+MARGIN = 1.7  # inches left and right of the map
 
 
 def draw_grid(
@@ -28,14 +28,14 @@ def draw_grid(
     other: int | None,
     path: str | Path,
 ) -> None:
-    """The share of the clean run's answer that each cell brings back: layers × positions or heads."""
+    """Draw the share of the clean answer that each cell restores: layers × positions or heads."""
     save(path, grid_figure, grid, clean, corrupted, tokenizer, target, other)
 
 
 def grid_figure(
     grid: Grid, clean: Sequence[int], corrupted: Sequence[int], tokenizer: Tokenizer, target: int, other: int | None
 ) -> "Figure":
-    """A map from -100% to 100%, with numbers where there is room; where the texts differ, both tokens are named."""
+    """A map from -100% to 100%, with numbers if there is room; labels show where texts differ."""
     from matplotlib.colors import Normalize
 
     restored = grid.restored
@@ -56,14 +56,14 @@ def grid_figure(
     else:
         canvas.name_ticks(axes, "x", grid.labels[1], cell[0])
         canvas.name_axis(axes, "x", grid.axes[1])
-    size, name = (columns * cell[0], rows * cell[1]), "share that comes back"
+    size, name = (columns * cell[0], rows * cell[1]), "share restored"
     bar = canvas.color_bar(figure, image, axes, name, size, extend=_beyond(restored))
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     return figure
 
 
 def _beyond(restored: np.ndarray) -> str:
-    """At which ends of the colours there are cells of more than that."""
+    """The ends of the colour scale beyond which there are cells, as matplotlib's `extend`."""
     less, more = (restored < -1).any(), (restored > 1).any()
     return "both" if less and more else "min" if less else "max" if more else "neither"
 
@@ -81,7 +81,7 @@ def _words(
     metric = f"Probability of {quoted(tokenizer, target)}"
     if other is not None:
         metric = f"{quoted(tokenizer, target)} ahead of {quoted(tokenizer, other)}"
-    title = f"{metric}: what each {grid.axes[1]} brings back"
+    title = f"{metric}: what each {grid.axes[1]} restores"
     names = [f"{name} ({value:.3g})" for name, value in (("Clean", grid.clean), ("Corrupted", grid.corrupted))]
-    how = f"{grid.name} of each cell taken from the clean run; in percent of the difference between the two texts."
+    how = f"Each cell takes {grid.name} from the clean run; in percent of the difference between the two texts."
     return title, f"{how}\n{prompt(tokenizer, clean, corrupted, names=names)}"

@@ -1,4 +1,4 @@
-"""The logit lens as pictures: what every layer would say after every token, and a target on its way up."""
+"""Pictures of the logit lens: predictions by layer and position, and one target by layer."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-MOST_WORDS = 36  # positions with a word in every cell; of longer texts the last so many, below a map of all
-WIDTH, HEIGHT, LOW = 0.56, 0.18, 0.08  # inches: of a cell with a word, and a row's height without
-MARGIN = 1.7  # inches beside a map
-LOWEST = 1e-20  # probability that a curve has room for
-LEAST = 1e-6  # of a target's probability: what is less has the colour of this
+MOST_WORDS = 36  # positions with words in their cells; a longer text gets a map of all and one of its last
+WIDTH, HEIGHT, LOW = 0.56, 0.18, 0.08  # inches: a cell with a word, a row without words
+MARGIN = 1.7  # inches left and right of a map
+LOWEST = 1e-20  # lowest probability on the curve's axis
+LEAST = 1e-6  # lowest probability on the map's colour scale
 
 
 def draw_lens(lens: LogitLens, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Every layer's likeliest next token after every position, and how likely it, or the lens's target, is there."""
+    """Draw each layer's most likely next token; colours show its or the target's probability."""
     save(path, lens_figure, lens, tokenizer)
 
 
 def draw_target(lens: LogitLens, tokenizer: Tokenizer, path: str | Path) -> None:
-    """The target's probability and rank after the last position, at all points of the lens."""
+    """Draw the target's probability and rank after the last position, at all points of the lens."""
     save(path, target_figure, lens, tokenizer)
 
 
@@ -38,7 +38,7 @@ def draw_target(lens: LogitLens, tokenizer: Tokenizer, path: str | Path) -> None
 
 
 def lens_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
-    """A map of layers × positions with a word in every cell; of a long text one of all positions, and its end with words."""
+    """A map of layers × positions with words; for a long text, an overview above its end."""
     T, n_rows = len(lens.positions), len(block_ends(lens.points))
     n_words, low, high = min(T, MOST_WORDS), canvas.row_height(LOW, n_rows), canvas.row_height(HEIGHT, n_rows)
     heights = [n_rows * low, n_rows * high] if n_words < T else [n_rows * high]
@@ -51,9 +51,9 @@ def lens_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
     cell = (width / n_words, high)
     image = _draw_map(panels[-1], lens, tokenizer, range(T - n_words, T), cell)
     _write_words(panels[-1], image, lens, tokenizer, range(T - n_words, T), cell)
-    of = "the likeliest next token" if lens.target is None else quoted(tokenizer, lens.target)
+    token = "the most likely next token" if lens.target is None else quoted(tokenizer, lens.target)
     extend = "neither" if lens.target is None else "min"
-    canvas.color_bar(figure, image, list(panels), f"probability of {of}", (width, sum(heights)), extend=extend)
+    canvas.color_bar(figure, image, list(panels), f"probability of {token}", (width, sum(heights)), extend=extend)
     return figure
 
 
@@ -78,26 +78,26 @@ def _draw_map(axes: "Axes", lens: LogitLens, tokenizer: Tokenizer, columns: rang
 def _write_words(
     axes: "Axes", image: "AxesImage", lens: LogitLens, tokenizer: Tokenizer, columns: range, cell: tuple[float, float]
 ) -> None:
-    said = lens.top_ids[block_ends(lens.points)][:, columns, 0].numpy()
+    best = lens.top_ids[block_ends(lens.points)][:, columns, 0].numpy()
     known = ~lens.top_probabilities[block_ends(lens.points)][:, columns, 0].isnan().numpy()
     words = [
         [token_label(tokenizer, token, cell[0] * 72) if is_known else "–" for token, is_known in zip(*row, strict=True)]
-        for row in zip(said.tolist(), known.tolist(), strict=True)
+        for row in zip(best.tolist(), known.tolist(), strict=True)
     ]
     canvas.write_cells(axes, image, words, cell)
-    canvas.frame_cells(axes, known & (said == (said[-1] if lens.target is None else lens.target)))
+    canvas.frame_cells(axes, known & (best == (best[-1] if lens.target is None else lens.target)))
 
 
 def _lens_words(lens: LogitLens, tokenizer: Tokenizer) -> tuple[str, str]:
     """Title and caption."""
     T = len(lens.positions)
-    title, framed = "What each layer would say next", "where it is what the model says in the end"
+    title, framed = "What each layer would predict next", "if it is the model's final prediction"
     if lens.target is not None:
-        title, framed = f"How likely {quoted(tokenizer, lens.target)} is after each layer", "where it is that token"
+        title, framed = f"How likely {quoted(tokenizer, lens.target)} is after each layer", "if it is that token"
     parts = f" Above: all {T:,} positions; below: the last {MOST_WORDS}." if T > MOST_WORDS else ""
     return title, (
         "Logit lens: the residual stream after each layer, read through the final norm and the output matrix."
-        f" In the cells: the likeliest next token, framed {framed}.{parts}\n{prompt(tokenizer, lens.tokens)}"
+        f" In the cells: the most likely next token, framed {framed}.{parts}\n{prompt(tokenizer, lens.tokens)}"
     )
 
 
@@ -105,11 +105,11 @@ def _lens_words(lens: LogitLens, tokenizer: Tokenizer) -> tuple[str, str]:
 
 
 def target_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
-    """Two curves over the lens's points: after each attention and each feed-forward, where it has them all."""
+    """Two curves, probability and rank, over the lens's points."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if lens.target is None:
-        raise RequestError("the lens follows no token: make it with target=")
+        raise RequestError("the lens has no target: call logit_lens with target=")
     probability, rank = lens.target_probability[:, -1].numpy(), lens.target_rank[:, -1].numpy().astype(float)
     rank[np.isnan(probability)] = np.nan
     target, text = quoted(tokenizer, lens.target), prompt(tokenizer, lens.tokens[: lens.positions[-1] + 1])
@@ -119,7 +119,7 @@ def target_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
     for axes, values, name, color in zip(
         panels,
         (probability, rank),
-        (f"probability of {target}", "rank (1: the likeliest)"),
+        (f"probability of {target}", "rank (1: most likely)"),
         (canvas.BLUE, canvas.ORANGE),
         strict=True,
     ):

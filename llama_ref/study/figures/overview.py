@@ -11,9 +11,9 @@ from llama_ref.tokenizer import Tokenizer
 
 
 def draw_overview(found: Overview, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """lens.png, target.png, attention.png, norms.png; where the logit could be shared out, attribution.png and pattern.png too.
+    """Draw lens, target, attention and norms .png; with an attribution, that and pattern.png.
 
-    The pattern is that of the head which wrote most of the target's logit, as `llama-ref attention --layer --head` draws it.
+    The pattern is that of the head with the largest share of the target's logit.
     """
     folder = Path(folder)
     draw_lens(found.lens, tokenizer, folder / "lens.png")

@@ -1,4 +1,4 @@
-"""The residual stream as a picture: how long it grows, and how it turns."""
+"""Picture of the residual stream: its length and direction through the layers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +16,12 @@ MEASURES = {"norm": "length (Euclidean)", "drift": "cosine with the point before
 
 
 def draw_norms(stream: ResidualStream, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Length and direction of the residual stream through the layers: the first token, and the others' median."""
+    """Draw length and direction of the residual stream: the first token, the others' median."""
     save(path, norms_figure, stream, tokenizer)
 
 
 def norms_figure(stream: ResidualStream, tokenizer: Tokenizer) -> "Figure":
-    """Three curves over the depth. The first token stands apart: as a sink it grows a hundred times as long as others."""
+    """Three panels over the depth; the first token, a sink, has its own curve."""
     T = len(stream.tokens)
     first = quoted(tokenizer, stream.tokens[0])
     caption = (

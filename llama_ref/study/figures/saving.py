@@ -1,4 +1,4 @@
-"""Pictures as files: whole or not at all, and known to be possible before a model is loaded."""
+"""Write pictures, atomically; check before a model is loaded that they can be written."""
 
 import os
 from collections.abc import Callable
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-LONGEST_NAME = 64  # characters: of a picture while it is being written
+LONGEST_NAME = 64  # characters of a picture's temporary name
 
 
 def check_pictures(folder: str | Path) -> None:
-    """Raise RequestError where no picture could go, the folder made first if need be: before a model is loaded."""
+    """Raise RequestError if pictures cannot be written into a folder, which need not exist yet."""
     if not isinstance(folder, str | os.PathLike) or not str(folder):
         raise RequestError(f"png is {folder!r:.60}, expected a folder for pictures")
     if Path(folder).suffix.lower() == ".png":
@@ -28,27 +28,27 @@ def check_pictures(folder: str | Path) -> None:
     check_matplotlib()
     try:
         problem = _problem(Path(os.path.realpath(Path(folder).expanduser())))
-    except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; a home that nobody has
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL byte; RuntimeError: an unknown home directory
         problem = f"but nothing can be written there: {getattr(error, 'strerror', None) or error}"
     if problem:
         raise RequestError(f"png is {str(folder)!r:.200}, {problem}")
 
 
 def _problem(folder: Path) -> str | None:
-    """What would keep pictures out of it, where no OSError tells."""
-    there = next(place for place in (folder, *folder.parents) if _is_there(place))
-    if not there.is_dir():
+    """Why pictures cannot be written into a folder, or None; raises OSError for some reasons."""
+    parent = next(path for path in (folder, *folder.parents) if _exists(path))
+    if not parent.is_dir():
         return "which is a file, expected a folder for pictures"
-    for path in (folder / ("x" * LONGEST_NAME), *(there / name for name in folder.relative_to(there).parts)):
-        _is_there(path)  # is there room for these names?
+    for path in (folder / ("x" * LONGEST_NAME), *(parent / name for name in folder.relative_to(parent).parts)):
+        _exists(path)  # raises if a name is too long
     effective = os.access in os.supports_effective_ids
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=effective):
-        return f"but nothing may be written into {there}: choose another folder"
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=effective):
+        return f"but {parent} is not writable: choose another folder"
     return None
 
 
-def _is_there(path: Path) -> bool:
-    """Unlike Path.exists, with an OSError for what cannot be there."""
+def _exists(path: Path) -> bool:
+    """Like Path.exists, but raises OSError for a path that cannot exist."""
     with suppress(FileNotFoundError):
         path.stat()
         return True
@@ -56,9 +56,9 @@ def _is_there(path: Path) -> bool:
 
 
 def save(path: str | Path, make: Callable[..., "Figure"], *arguments: Any) -> None:
-    """Draw a figure in matplotlib's own style, whatever a matplotlibrc says; a picture that is there is replaced.
+    """Draw a figure in matplotlib's default style and write or replace a file.
 
-    Raises RequestError where it cannot be written.
+    Raises RequestError if it cannot be written.
     """
     from matplotlib import style
 

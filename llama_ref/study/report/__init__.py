@@ -1,1 +1,1 @@
-"""The report: one HTML file about one text."""
+"""The report: an HTML page about one text."""

@@ -1,4 +1,4 @@
-"""The report's numbers as its page reads them: plain JSON, with every token's text beside."""
+"""The report's data as JSON for its page."""
 
 import base64
 import json
@@ -15,11 +15,11 @@ from llama_ref.study.overview import Overview
 from llama_ref.study.residual import ResidualStream, quartiles_of_others
 from llama_ref.tokenizer import Tokenizer
 
-DIGITS = 5  # of a number: more than any picture shows
+DIGITS = 5  # significant ones: more than the page shows
 
 
 def page_data(found: Overview, tokenizer: Tokenizer, model_name: str) -> dict[str, Any]:
-    """All but the attention patterns; numbers that are not finite are None."""
+    """Everything but the attention patterns; numbers that are not finite are None."""
     measures = ("sink", "previous", "induction", "entropy")
     return {
         "model": model_name,
@@ -39,32 +39,32 @@ def page_data(found: Overview, tokenizer: Tokenizer, model_name: str) -> dict[st
 
 
 def packed_layers(found: Overview) -> Iterator[str]:
-    """A layer's patterns at a time: every head's stream in base64, with spaces between."""
+    """Each layer's patterns: the heads' streams in base64, separated by spaces."""
     for heads in found.patterns.heads:
         yield " ".join(base64.b64encode(head).decode("ascii") for head in heads)
 
 
 def to_json(data: dict[str, Any]) -> str:
-    """JSON in which nothing can end a script element or begin a tag, whatever a prompt or a token is; ASCII alone."""
+    """ASCII-only JSON that cannot end a script element or start a tag."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _shown(found: Overview) -> set[int]:
-    """Every id that the page shows anywhere."""
-    likeliest = (found.predictions.top_ids, found.lens.top_ids)
-    return {*found.tokens, found.target}.union(*(ids.unique().tolist() for ids in likeliest))
+    """All token ids that the page shows."""
+    top_ids = (found.predictions.top_ids, found.lens.top_ids)
+    return {*found.tokens, found.target}.union(*(ids.unique().tolist() for ids in top_ids))
 
 
 def _token(token: int, tokenizer: Tokenizer) -> list[str | None]:
-    """Its text as it may be shown, and its bytes in hex; a row of the model's that is no token has none."""
+    """A token's label, and its bytes in hex; None for an id that the tokenizer does not have."""
     known = token < tokenizer.n_words
     return [label(tokenizer, token), tokenizer.token_bytes(token).hex(" ") if known else None]
 
 
 def _parts(texts: list[bytes]) -> dict[int, str]:
-    """The characters that several tokens share, for each of these: a Korean or an emoji often has three."""
-    owners = [position for position, text in enumerate(texts) for _ in text]  # of each byte
+    """By position, the characters that a token shares with others, as those of an emoji do."""
+    owners = [position for position, text in enumerate(texts) for _ in text]  # the token of each byte
     found, at = dict[int, str](), 0
     for char in b"".join(texts).decode("utf-8", errors="surrogateescape"):
         n_bytes = len(char.encode("utf-8", errors="surrogateescape"))
@@ -107,25 +107,25 @@ def _attribution(found: Attribution) -> dict[str, Any]:
 
 
 def _residual(found: ResidualStream) -> dict[str, Any]:
-    """Of every point, within layers too: twice as many as the lens has, less one; `medians` are of all tokens but the first."""
+    """Measures at every point, within layers too; `medians` are over all tokens but the first."""
     measured = {measure: getattr(found, measure) for measure in ("norm", "drift", "to_last")}
     medians = {measure: _numbers(quartiles_of_others(values)[1]) for measure, values in measured.items()}
     return {measure: _numbers(values) for measure, values in measured.items()} | {"medians": medians}
 
 
 def _ranks(ranks: Tensor, probabilities: Tensor) -> Any:
-    """None where there is no probability: among numbers that are not finite nothing has a rank."""
+    """Ranks as nested lists; None where the probability is NaN."""
     flat = zip(ranks.flatten().tolist(), probabilities.flatten().tolist(), strict=True)
     return _shaped([None if math.isnan(probability) else rank for rank, probability in flat], ranks.shape)
 
 
 def _numbers(values: Tensor) -> Any:
-    """Nested lists of a tensor's shape."""
+    """A tensor as nested lists."""
     return _shaped([_number(value) for value in values.flatten().tolist()], values.shape)
 
 
 def _number(value: float) -> float | int | None:
-    """Rounded; None where it is not finite, for which JSON has no word."""
+    """Round to DIGITS; None if it is not finite, which JSON cannot express."""
     if not math.isfinite(value):
         return None
     short = float(f"{value:.{DIGITS}g}")

@@ -1,4 +1,4 @@
-"""Reports and pictures as files: whole or not at all."""
+"""Write reports and pictures atomically."""
 
 import os
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from llama_ref.errors import RequestError
 
 
 def write_output(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write one file, in place of one that is there, and its folder; where a link stands, what it leads to.
+    """Write or replace one file, creating its folder; follows links.
 
-    Raises RequestError where it cannot be written.
+    Raises RequestError if it cannot be written.
     """
     path = Path(os.path.realpath(path))
     try:

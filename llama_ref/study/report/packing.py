@@ -1,4 +1,4 @@
-"""Every head's attention pattern of a text, small enough to put into a page: rounded, the least shares left out, deflated."""
+"""Compress attention patterns for the report: keep the largest weights, round, deflate."""
 
 import zlib
 from collections.abc import Callable
@@ -11,17 +11,18 @@ from torch import Tensor
 from llama_ref.model import Transformer
 from llama_ref.study.hooks import Pass, attached
 
-SHARES_OF_A_HEAD = 5500  # kept at most, but FEWEST of each token: some 15 kB where 500 tokens have 11 each
-FEWEST = 8
+KEPT_PER_HEAD = 5500  # about 15 kB; 500 tokens have 11 each
+FEWEST = 8  # per token, however long the text
 
 
 @dataclass(frozen=True)
 class PackedPatterns:
-    """Where every head looks, of each of `n_tokens` that look the `kept` largest shares; the others are 0 here.
+    """Attention patterns of all heads, compressed: each query's `kept` largest weights.
 
-    `heads[layer][head]` is a zlib stream of two matrices (T, kept), a row for each looking token: as uint16, how many keys on
-    from the last one kept the next is; then as float16, its share, of which three digits hold down to 6·10⁻⁵ and one down to
-    10⁻⁶. Of each matrix come all low bytes and then all high bytes, which are alike and deflate well.
+    `heads[layer][head]` is a zlib stream of two matrices (T, kept), a row per query: the distance
+    of each kept key from the one before, as uint16, then the weights as float16, with three correct
+    digits down to 6·10⁻⁵ and one down to 10⁻⁶. Each matrix is stored as all low bytes, then all
+    high bytes: similar bytes deflate well.
     """
 
     n_tokens: int
@@ -29,7 +30,7 @@ class PackedPatterns:
     heads: list[list[bytes]]
 
     def unpack(self, layer: int, head: int) -> Tensor:
-        """float32 (T, T), as `attention_pattern` has it but for what was left out and rounded."""
+        """One head's pattern, float32 (T, T), rounded and without the small weights."""
         raw = np.frombuffer(zlib.decompress(self.heads[layer][head]), "u1").reshape(2, 2, -1)  # matrix, byte, T * kept
         gaps, shares = np.ascontiguousarray(raw.swapaxes(1, 2)).view("<u2").reshape(2, self.n_tokens, self.kept)
         keys = torch.from_numpy(gaps.astype("i8")).cumsum(-1)
@@ -37,12 +38,12 @@ class PackedPatterns:
 
 
 def how_many_kept(n_tokens: int) -> int:
-    """All of a short text's shares, some of each token's in a long one, so that a head's size grows no faster than the text."""
-    return min(n_tokens, max(FEWEST, SHARES_OF_A_HEAD // n_tokens))
+    """Number of weights to keep per query: fewer in a long text, so that size grows linearly."""
+    return min(n_tokens, max(FEWEST, KEPT_PER_HEAD // n_tokens))
 
 
 def pack(pattern: Tensor, kept: int) -> list[bytes]:
-    """(H, T, T) -> H streams; see PackedPatterns."""
+    """Compress one layer's patterns, (H, T, T) -> H streams; see PackedPatterns."""
     keys = pattern.topk(kept, dim=-1).indices.sort(dim=-1).values  # (H, T, kept)
     gaps = keys.diff(dim=-1, prepend=torch.zeros_like(keys[..., :1])).cpu().numpy().astype("<u2")
     shares = pattern.gather(-1, keys).cpu().numpy().astype("<f2")
@@ -50,18 +51,18 @@ def pack(pattern: Tensor, kept: int) -> list[bytes]:
 
 
 def _planes(matrix: np.ndarray) -> bytes:
-    """The low bytes of numbers of two bytes, then the high ones."""
+    """All low bytes of 16-bit numbers, then all high bytes."""
     return matrix.view("u1").reshape(-1, 2).T.tobytes()
 
 
 def watch_patterns(model: Transformer, row: Tensor, see: Callable[[Tensor], None]) -> None:
-    """Run ids (1, T) once and show each layer's patterns, float32 (H, T, T), in turn: no more than one layer's are held."""
+    """Run ids (1, T) and call `see` with each layer's patterns in turn, float32 (H, T, T)."""
     with torch.no_grad(), attached(model, _Watch(see)):
         model.hidden(row)
 
 
 class _Watch:
-    """A visitor that keeps nothing."""
+    """A visitor that passes patterns on and keeps nothing."""
 
     edits = in_path = False
 

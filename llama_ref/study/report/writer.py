@@ -1,8 +1,8 @@
-"""A text and what the model makes of it, as one HTML file: `llama-ref lens NAME "…" --out report.html`.
+"""Write an overview of one text as an HTML page: `llama-ref lens NAME "…" --out report.html`.
 
-The page (page/) is complete in itself: no library, no network. Its policy, which a browser enforces, allows the one style sheet
-and the one script whose SHA-256 stands in it, and nothing else: no request, no inline handler, no other script. What comes from
-the model or the prompt is data in JSON and comes onto the page as text alone.
+The page (page/) is self-contained: no library, no network. Its Content-Security-Policy, which the
+browser enforces, allows one style sheet and one script, by their SHA-256, and nothing else: no
+requests, no inline handlers. Data of the model or the prompt is JSON and shown only as text.
 """
 
 import base64
@@ -26,27 +26,27 @@ SCRIPTS = ("base", "charts", "paper", "grids", "tokens", "lens", "attention", "a
 
 
 def check_report(path: str | Path) -> None:
-    """Raise RequestError where no report could be written: better before a model is loaded than after."""
+    """Raise RequestError if a report cannot be written: before a model is loaded."""
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise RequestError(f"out is {path!r:.60}, expected a file that ends in {' or '.join(ENDINGS)}")
     try:
         problem = _problem(_target(path))
-    except (OSError, RuntimeError) as error:  # a name that is too long; a home that nobody has
+    except (OSError, RuntimeError) as error:  # RuntimeError: an unknown home directory
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        problem = f"where nothing can be written: {reason}; choose another folder or name"
+        problem = f"but nothing can be written there: {reason}; choose another folder or name"
     if problem:
         raise RequestError(f"out is {str(path)!r:.200}, {problem}")
 
 
 def _problem(target: Path) -> str | None:
-    """What would keep a report from being written there, where no OSError tells."""
+    """Why a report cannot be written there, or None; raises OSError for some reasons."""
     if target.suffix.lower() not in ENDINGS:
         return f"expected a file that ends in {' or '.join(ENDINGS)}"
     if not target.parent.is_dir():
         return f"but there is no folder {target.parent}: make it first"
     effective = os.access in os.supports_effective_ids
     if not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=effective):
-        return f"but nothing may be written into {target.parent}: choose another folder"
+        return f"but {target.parent} is not writable: choose another folder"
     with suppress(FileNotFoundError):
         if stat.S_ISDIR(target.stat().st_mode):
             return "which is a folder: name a file in it"
@@ -54,19 +54,19 @@ def _problem(target: Path) -> str | None:
 
 
 def write_report(found: Overview, tokenizer: Tokenizer, path: str | Path, *, model_name: str) -> None:
-    """Write the page, whole or not at all; a file that is there is replaced. Raises RequestError where it cannot be written."""
+    """Write or replace the page, atomically. Raises RequestError if it cannot be written."""
     check_report(path)
     page = _page(found, tokenizer, model_name)
     write_output(_target(path), (piece.encode() for piece in page))
 
 
 def _target(path: str | Path) -> Path:
-    """The file itself, where a link leads to it."""
+    """The path with ~ and links resolved."""
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
 def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[str]:
-    """The page in pieces: its frame, with what belongs there in place of each {{name}}. Its sources are all read at once."""
+    """The page in pieces: report.html with each {{name}} filled in. Reads all sources at once."""
     frame, style = _source("report.html"), _source("report.css")
     script = '"use strict";\n' + "\n".join(_source(f"{name}.js") for name in SCRIPTS)
     inserted = {
@@ -81,13 +81,13 @@ def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[st
 
 
 def _blocks(layers: Iterable[str]) -> Iterator[str]:
-    """Data that no browser runs, a block for each layer: so that no more is decoded than is looked at."""
+    """One data block per layer, so that the page decodes only the layers that are viewed."""
     for layer, heads in enumerate(layers):
         yield f'<script type="text/plain" id="layer-{layer}">{heads}</script>\n'
 
 
 def _policy(style: str, script: str) -> str:
-    """What the page may do, in the words of Content-Security-Policy. Text between tags is hashed as it stands there."""
+    """The page's Content-Security-Policy. The hashes are of the exact text between the tags."""
     return (
         f"default-src 'none'; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; base-uri 'none'; form-action 'none'"
     )

@@ -1,4 +1,4 @@
-"""What the study prints of the residual stream, of RoPE and of weights: tables of 80 columns, and JSON that parses."""
+"""What the study commands print: tables of 80 columns, and JSON."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def tiny(tmp_path_factory) -> Llama:
 
 @pytest.fixture
 def rows(capsys):
-    """The cells of a printed table's rows that begin so; no line may be wider than a terminal."""
+    """Cells of the printed rows that start with a prefix; no line may exceed 80 columns."""
 
     def rows(first: str) -> list[list[str]]:
         lines = capsys.readouterr().out.splitlines()
@@ -77,7 +77,7 @@ def test_a_lens_within_layers_alone_shows_what_it_has(tiny, rows):
 
 
 def test_shares_of_a_lead_are_not_told_as_a_logits(tiny, capsys):
-    for other, said in ((None, "a: logit {:.3f} = the parts'"), (98, "a ahead of b: by {:.3f} = the parts'")):
+    for other, said in ((None, "a: logit {:.3f} = "), (98, "a ahead of b: by {:.3f} = ")):
         found = attribute(tiny.model, TOKENS, 97, other)
         print_attribution(found, tiny.tokenizer, as_json=False)
         assert said.format(found.logit) in capsys.readouterr().out
@@ -89,12 +89,12 @@ def test_waves_are_told_with_and_without_scaling(tiny, rows, capsys):
     shown = rows(r"\d|pair|radians")
     assert shown[:2] == [
         ["radians", "tokens", "tokens per turn"],
-        ["pair", "per token", "per turn", "as first trained", "slowed"],
+        ["pair", "per token", "per turn", "before scaling", "slowed"],
     ]
     shown = shown[2:]
     assert [row[0] for row in shown] == ["0", "1", "2", "3"] and shown[0][4] == "1.00×" and shown[-1][4] == "8.00×"
     print_rope(rope_waves(tiny.model.args), as_json=False)
-    assert rows("This model's waves are as they were first trained")
+    assert rows("This model's RoPE is not scaled")
     print_rope(rope_waves(args), as_json=True)
     last = json.loads(capsys.readouterr().out)["pairs"][-1]
     assert last["slowed"] == pytest.approx(8) and last["wavelength"] == pytest.approx(8 * last["unscaled_wavelength"])

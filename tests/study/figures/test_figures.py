@@ -1,4 +1,4 @@
-"""The study's pictures: what is drawn is the data, every token can be read, and no file is left half written."""
+"""The study's pictures: right data, legible tokens, files written atomically."""
 
 import errno
 import importlib.util
@@ -49,7 +49,7 @@ from llama_ref.study.patching_grid import Grid
 from llama_ref.study.residual import ResidualStream
 from llama_ref.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns of glyphs that no font has, and draws boxes
+pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns about missing glyphs, and draws boxes
 
 LAYERS, HEADS = 3, 4
 STRANGE = ["$x$", "_foo", "\\n", "%", "100%", "{", "^2", "\\frac", "`", "~", "&", "#", "a_b", "$", "\\", "\u200d", "\u202eabc"]
@@ -57,14 +57,14 @@ STRANGE = ["$x$", "_foo", "\\n", "%", "100%", "{", "^2", "\\frac", "`", "~", "&"
 
 @pytest.fixture(autouse=True)
 def silent(caplog):
-    """matplotlib tells of fonts that it misses in its log."""
+    """Fail on warnings in matplotlib's log: it reports missing fonts there."""
     yield
     assert not [record.getMessage() for record in caplog.records if record.name.startswith("matplotlib")]
 
 
 @pytest.fixture
 def only_dejavu(monkeypatch):
-    """A machine that has no fonts but those that come with matplotlib."""
+    """A machine that has only the fonts of matplotlib."""
     monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name.startswith("DejaVu")])
     fonts._find_family.cache_clear()
     yield
@@ -73,7 +73,7 @@ def only_dejavu(monkeypatch):
 
 @pytest.fixture
 def korean_font(only_dejavu, tmp_path) -> str:
-    """A font of the one letter 한, and its name."""
+    """The name of a font that has only the letter 한."""
     pen = TTGlyphPen(None)
     pen.moveTo((100, 0))
     for corner in ((100, 700), (900, 700), (900, 0)):
@@ -90,7 +90,7 @@ def korean_font(only_dejavu, tmp_path) -> str:
     builder.setupOS2(usWeightClass=400)
     builder.setupPost()
     builder.save(tmp_path / "han.ttf")
-    fontManager.addfont(tmp_path / "han.ttf")  # into the list that `only_dejavu` takes away again
+    fontManager.addfont(tmp_path / "han.ttf")  # `only_dejavu` restores the list of fonts afterwards
     return "Hangul of One Letter"
 
 
@@ -130,7 +130,7 @@ def a_grid(axis: str, n: int, clean: float = 2.0, corrupted: float = -1.0) -> Gr
 
 
 def draw_all(folder: Path, tokens: list[int], tokenizer: Tokenizer) -> list[Path]:
-    """Every picture of a text, by its own command's function."""
+    """Draw every picture of a text."""
     other, T = tokens[::-1], len(tokens)
     paths = [
         folder / f"{name}.png" for name in ("lens", "followed", "target", "heads", "layer", "head", "parts", "norms", "grid")
@@ -148,13 +148,13 @@ def draw_all(folder: Path, tokens: list[int], tokenizer: Tokenizer) -> list[Path
 
 
 def texts(figure: Figure) -> list[str]:
-    """Everything that is written in a figure."""
+    """All texts in a figure."""
     figure.draw_without_rendering()
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_visible()]
 
 
 def framed(axes) -> set[tuple[int, int]]:
-    """Column and row of each cell with a frame."""
+    """(column, row) of each framed cell."""
     (frames,) = axes.collections
     return {tuple((path.vertices.min(0) + 0.5).astype(int).tolist()) for path in frames.get_paths()}
 
@@ -262,7 +262,7 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, tokenizer, is_th
 def test_a_folder_that_may_not_be_written_is_refused(unprivileged_folder):
     unprivileged_folder.chmod(0o500)
     for path in (unprivileged_folder, unprivileged_folder / "below"):
-        with pytest.raises(RequestError, match=f"nothing may be written into {unprivileged_folder}: choose another"):
+        with pytest.raises(RequestError, match=f"{unprivileged_folder} is not writable: choose another folder"):
             check_pictures(path)
     with pytest.raises(RequestError, match=r"cannot write .*Permission denied; choose another folder"):
         saving.save(unprivileged_folder / "a.png", Figure)
@@ -329,7 +329,7 @@ def test_a_targets_curves_are_its_probability_and_rank(tokenizer):
         np.testing.assert_allclose(axes.lines[0].get_ydata(), values[:, -1])
         assert axes.get_yscale() == "log"
     assert below.yaxis_inverted() and not above.yaxis_inverted()
-    with pytest.raises(RequestError, match="follows no token"):
+    with pytest.raises(RequestError, match="the lens has no target"):
         target_figure(a_lens([1]), tokenizer)
 
 
@@ -401,7 +401,7 @@ def test_a_lead_is_not_called_a_logit(tokenizer):
     target, other = (f"“{fonts.token_label(tokenizer, token)}”" for token in (40, 41))
     figure = attribution_figure(an_attribution([1, 2, 3], other=41), tokenizer)
     shown = " ".join(texts(figure))
-    assert f"adds to how far {target} is ahead of {other}" in shown and "share of the lead" in shown
+    assert f"adds to how far {target} is ahead of {other}" in shown and "share of the difference" in shown
     assert "two logits differ by" in shown and "own logit is" not in shown and "share of the logit" not in shown
     assert f"adds to the logit of {target}" in " ".join(texts(attribution_figure(an_attribution([1, 2, 3]), tokenizer)))
 
@@ -560,7 +560,7 @@ def test_a_label_is_cut_to_its_room_and_lines_to_their_width(only_dejavu):
 
 
 def test_labels_neither_touch_nor_are_lost(tokenizer):
-    """Drawn widths are those that were reckoned with: no label reaches into another's room."""
+    """Drawn widths equal the computed ones, so that labels do not overlap."""
     tokens = tokenizer.encode(PROSE["english"] + PROSE["russian"], bos=True, eos=False)[:30]
     figure = lens_figure(a_lens(tokens), tokenizer)
     figure.draw_without_rendering()

@@ -50,7 +50,7 @@ def find_browser() -> str:
 
 @pytest.fixture(scope="module")
 def open_page(browser) -> Open:
-    """A page, opened from disk with the network off. Whatever it reports as an error or asks for elsewhere fails the test."""
+    """Open a page from disk, without a network; its errors and requests fail the test."""
 
     @contextmanager
     def open_page(path: Path, *, width: int = 1240, height: int = 900, scheme: str = "light") -> Iterator[Any]:
@@ -64,7 +64,7 @@ def open_page(browser) -> Open:
         page.on("dialog", lambda dialog: (problems.append(f"dialog {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("#shares h3")  # the last that comes: a pattern is inflated beside
+        page.wait_for_selector("#shares h3")  # drawn last: a pattern is inflated asynchronously
         yield page
         context.close()
         assert problems == [] and asked == [path.as_uri()]
@@ -98,22 +98,22 @@ def card(page: Any) -> str:
 
 
 def pointer(page: Any, grid: str, x: float, y: float) -> tuple[float, float]:
-    """In the window, at so many pixels from a grid's upper left corner; negative ones from the other."""
+    """Window coordinates of a grid's point: pixels from its upper left; negative: lower right."""
     box = page.locator(grid).bounding_box()
     return box["x"] + (x if x >= 0 else box["width"] + x), box["y"] + (y if y >= 0 else box["height"] + y)
 
 
 def point_at(page: Any, grid: str, x: float, y: float) -> None:
-    """At so many pixels from a grid's upper left corner, which is brought into view first; negative ones from the other."""
+    """Scroll a grid into view and move the pointer to a point in it; see `pointer`."""
     page.locator(grid).evaluate("(grid) => grid.scrollIntoView({ block: 'center' })")
-    page.wait_for_timeout(60)  # what scrolls hides the card
+    page.wait_for_timeout(60)  # scrolling hides the card
     page.mouse.move(*pointer(page, grid, x, y))
 
 
 def point_at_place(page: Any, chart: str, key: str) -> str:
-    """The card of the place of a chart that a key leads to."""
+    """The card of a chart after a key press."""
     page.locator(chart).focus()
-    page.wait_for_timeout(60)  # what scrolls hides the card
+    page.wait_for_timeout(60)  # scrolling hides the card
     page.keyboard.press(key)
     return card(page)
 
@@ -167,7 +167,7 @@ def test_a_token_tells_what_the_model_expected(open_page, paris, llama):
         assert "nothing stands before it" in card(page)
         chips.nth(6).hover()
         assert re.search(r"say next\s+␣Paris\s+[78]\d%", card(page))
-        assert page.locator("#strip button").count() == 6  # what comes next is no token that could be selected
+        assert page.locator("#strip button").count() == 6  # the predicted next token cannot be selected
 
 
 def test_parts_of_a_character_name_it(open_page, llama, tmp_path):
@@ -259,7 +259,7 @@ def test_charts_are_read_by_keys(open_page, paris, chart, first, last):
         assert point_at_place(page, chart, "ArrowRight").split("\n")[0] == first
         box = page.locator(f"{chart} svg").get_attribute("viewBox")
         page.set_viewport_size({"width": 700, "height": 900})
-        page.wait_for_selector(f'{chart} svg:not([viewBox="{box}"])')  # drawn again, the keys stay where they are
+        page.wait_for_selector(f'{chart} svg:not([viewBox="{box}"])')  # redrawn; the keyboard position stays
         assert page.locator(chart).evaluate("(chart) => chart === document.activeElement")
         page.keyboard.press("ArrowLeft")
         assert card(page).split("\n")[0] == last
@@ -273,7 +273,7 @@ def test_what_takes_arrow_keys_says_so(open_page, paris):
         for element in page.locator(".grid, .chart").all():
             assert element.get_attribute("role") == "application" and element.get_attribute("tabindex") == "0"
             assert re.fullmatch(r".+; arrow keys, Home, End, Page Up and Page Down move.*", element.get_attribute("aria-label"))
-        assert page.locator("svg title").count() == 0  # a browser would show it over the card
+        assert page.locator("svg title").count() == 0  # a browser would show a title over the card
 
 
 def test_keys_go_far_in_long_texts(open_page, long):
@@ -291,7 +291,7 @@ def test_keys_go_far_in_long_texts(open_page, long):
                                "Control+End": ".* @499 looks at .* @499", "PageUp": ".* @499 looks at .* @479"}),
         ):  # fmt: skip
             page.locator(grid).focus()
-            page.wait_for_timeout(60)  # what scrolls hides the card
+            page.wait_for_timeout(60)  # scrolling hides the card
             for key, expected in keys.items():
                 page.keyboard.press(key)
                 assert re.search(expected, card(page).split("\n")[0]), (grid, key)
@@ -377,7 +377,7 @@ def test_a_selection_moves_the_columns_and_leaves_the_rows(open_page, paris, lon
     with open_page(paris, height=620) as page:
         grid = page.locator("#lens-grid")
         scrolled = "(grid) => [grid.scrollLeft, grid.scrollTop, grid.scrollTop + grid.clientHeight - grid.scrollHeight]"
-        assert grid.evaluate(scrolled)[2] == pytest.approx(0, abs=1)  # the model itself is seen first
+        assert grid.evaluate(scrolled)[2] == pytest.approx(0, abs=1)  # scrolled to the last layer
         grid.evaluate("(grid) => { grid.scrollTop = 0; }")
         point_at(page, "#lens-grid", -300, 60)
         page.mouse.down()
@@ -417,7 +417,7 @@ def test_the_explorer_shows_the_pattern_of_the_head_that_is_chosen(open_page, pa
 
 
 def shown_shares(page: Any) -> list[float]:
-    """Of the text's tokens, those that are listed; 0 for the others."""
+    """The listed shares by token; 0 for tokens that are not listed."""
     shares = [0.0] * page.locator("#looks .chip").count()
     places, texts = page.locator("#shares [data-position]"), page.locator("#shares .share").all_inner_texts()
     for position, text in zip(places.evaluate_all("(all) => all.map((e) => e.dataset.position)"), texts, strict=False):
@@ -524,7 +524,7 @@ def test_both_themes_can_be_read_and_the_button_changes_between_them(open_page, 
 
 
 def read_everything(page: Any) -> None:
-    """Texts, those of tokens and of the card among them, and whatever may stand on any shade, have a contrast of 4.5."""
+    """All texts, on any shade of the colour scale too, have a contrast of 4.5."""
     page.locator("#strip .chip").nth(4).hover()
     assert page.locator("#card .actual").count() <= 1 and page.locator("#card").is_visible()
     assert page.evaluate(LEAST_CONTRAST, TEXTS) >= 4.5
@@ -573,7 +573,7 @@ def test_a_narrow_window_has_nothing_beside_it(open_page, which, request):
         box = page.locator("#card").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
         page.set_viewport_size({"width": 900, "height": 800})
-        page.wait_for_selector('#norms svg:not([viewBox="0 0 368 190"])')  # drawn again, as wide as there is room
+        page.wait_for_selector('#norms svg:not([viewBox="0 0 368 190"])')  # redrawn for the new width
 
 
 # ---- on paper
@@ -675,9 +675,9 @@ def test_numbers_that_are_none_are_drawn_as_missing(open_page, tmp_path, broken,
         assert page.locator("#attribution-pictures").is_hidden()
         point_at(page, "#lens-grid", -20, -10)
         assert "rank –" in card(page) and "entropy –" in card(page)
-        assert page.locator("#rise-rank .dot").count() == ranks  # the embedding's alone, if that
-        assert page.locator("#cosines svg").count() == 1  # the last section stands, as all before it
-        if broken != "norm.weight":  # by which no head reads
+        assert page.locator("#rise-rank .dot").count() == ranks  # the embedding's at most
+        assert page.locator("#cosines svg").count() == 1  # the last section is drawn
+        if broken != "norm.weight":  # which attention does not use
             page.locator("#layer").select_option("1")
             page.locator("#looks .chip").nth(2).hover()
             assert set(page.locator("#shares .share").all_inner_texts()) == {"–"}

@@ -1,4 +1,4 @@
-"""The report's file: its numbers are the lenses' own, no text gets out of its place, and it is written whole or not at all."""
+"""The report's file: the study's numbers, no text as markup, written atomically."""
 
 import base64
 import errno
@@ -61,7 +61,7 @@ def random_model(**shape: int) -> Transformer:
 
 @dataclass
 class Page(HTMLParser):
-    """What a browser finds in a page."""
+    """Parse a page as a browser does."""
 
     text: str
     tags: list[str] = field(default_factory=list)
@@ -152,7 +152,7 @@ def test_short_patterns_are_whole_but_for_rounding(peaked):
 
 def test_of_long_patterns_the_largest_shares_are_kept(monkeypatch):
     model, tokens = random_model(), list(range(100))
-    monkeypatch.setattr(packing, "SHARES_OF_A_HEAD", 1000)
+    monkeypatch.setattr(packing, "KEPT_PER_HEAD", 1000)
     found = overview(model, tokens).patterns
     assert found.kept == 10
     for layer, head in ((0, 1), (1, 3)):
@@ -167,7 +167,7 @@ def test_of_long_patterns_the_largest_shares_are_kept(monkeypatch):
 def test_a_head_keeps_no_more_than_there_is_room_for(n_tokens):
     kept = how_many_kept(n_tokens)
     assert 1 <= kept <= n_tokens
-    assert kept == min(n_tokens, 8) or kept * n_tokens <= packing.SHARES_OF_A_HEAD
+    assert kept == min(n_tokens, 8) or kept * n_tokens <= packing.KEPT_PER_HEAD
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 2.5, 10])
@@ -192,7 +192,7 @@ def test_a_page_of_many_heads_stays_small_and_holds_one_layers_patterns_at_a_tim
     found = overview(model, [i * 7 % 512 for i in range(T)])
     write_report(found, peaked.tokenizer, tmp_path / "report.html", model_name="Many")
     assert (tmp_path / "report.html").stat().st_size * (16 / 4) < 12e6  # as many heads as in a 1B
-    assert len(alive) == 4 and max(alive) <= 3  # the layer's scores, their softmax, and it is shown
+    assert len(alive) == 4 and max(alive) <= 3  # the layer's scores, their softmax, the argument of `see`
 
 
 # ---- the numbers
@@ -364,8 +364,8 @@ def test_styles_are_of_what_there_is():
         ("", "out is '', expected a file"),
         (3, "out is 3, expected a file"),
         ("nul\0.html", "expected a file"),
-        ("~no-such-user/report.html", "where nothing can be written: .*home directory; choose another"),
-        (f"{'a' * 300}.html", "where nothing can be written: File name too long; choose another"),
+        ("~no-such-user/report.html", "but nothing can be written there: .*home directory; choose another"),
+        (f"{'a' * 300}.html", "but nothing can be written there: File name too long; choose another"),
         (f"{'a' * 300}/report.html", "File name too long|there is no folder"),
     ],
 )
@@ -382,9 +382,9 @@ def test_where_nothing_can_be_written_is_told_before_anything_is_done(peaked, tm
 def test_a_folder_that_may_not_be_written_is_told(peaked, unprivileged_folder):
     unprivileged_folder.chmod(0o500)
     path = unprivileged_folder / "report.html"
-    with pytest.raises(RequestError, match=r"nothing may be written into .*: choose another folder"):
+    with pytest.raises(RequestError, match=r"is not writable: choose another folder"):
         check_report(path)
-    with pytest.raises(RequestError, match="nothing may be written into"):
+    with pytest.raises(RequestError, match="is not writable"):
         write_report(overview(peaked.model, [256]), peaked.tokenizer, path, model_name="Tiny")
     unprivileged_folder.chmod(0o700)
     assert list(unprivileged_folder.iterdir()) == []
@@ -425,7 +425,7 @@ def test_a_file_is_replaced_where_a_link_leads(peaked, tmp_path):
     assert link.is_symlink() and target.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-# ---- requests that make no sense
+# ---- invalid requests
 
 
 @pytest.mark.parametrize(

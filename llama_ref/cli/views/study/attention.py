@@ -14,7 +14,7 @@ from llama_ref.study.attention import REPEATED_TOKENS, AttentionSummary
 from llama_ref.study.inputs import label
 from llama_ref.tokenizer import Tokenizer
 
-LOOKED_AT = 5  # tokens shown for each that looks
+LOOKED_AT = 5  # tokens shown per query
 MEASURES = ("sink", "previous", "induction", "entropy")
 
 
@@ -28,17 +28,17 @@ def print_attention(summary: AttentionSummary, tokenizer: Tokenizer, layer: int 
     print_rich(prompt(summary.tokens, tokenizer))
     print_rich(_layers_table(summary) if layer is None else _heads_table(summary, layer))
     say(
-        "Sink: attention to the first token; previous: to the one before. Entropy in nats. Induction: on"
-        f" {REPEATED_TOKENS} random tokens that come twice, attention to what followed the first time."
+        "Sink: attention to the first token. Previous: to the token before. Entropy in nats. Induction: on"
+        f" {REPEATED_TOKENS} random tokens, repeated once, attention to what followed the first time."
     )
     if layer is None:
-        say("Of each layer: the mean, and the head that does it most (entropy: least). --layer shows its heads.")
+        say("Each layer: the mean over its heads, and the highest head (entropy: lowest). --layer shows all.")
 
 
 def print_pattern(
     pattern: Tensor, tokens: Sequence[int], tokenizer: Tokenizer, layer: int, head: int, *, as_json: bool
 ) -> None:
-    """Print the tokens that one head looks at most, for every token; as JSON, all weights."""
+    """Print the tokens that one head attends to most, for every token; as JSON, all weights."""
     if as_json:
         found = {"tokens": tokens_json(tokens, tokenizer), "layer": layer, "head": head, "pattern": plain(pattern)}
         print(json.dumps(found, indent=2))

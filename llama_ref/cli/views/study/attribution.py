@@ -27,8 +27,8 @@ def print_attribution(found: Attribution, tokenizer: Tokenizer, *, as_json: bool
     print_rich(_by_layer(found))
     print_rich(_strongest(found))
     rounding = found.logit - found.total
-    say(f"{what} {found.logit:.3f} = the parts' {found.total:.3f}, {rounding:+.1g} of rounding.", "green")
-    say("What a part does by way of later layers is not in its share.")
+    say(f"{what} {found.logit:.3f} = {found.total:.3f} (sum of the parts) {rounding:+.1g} (rounding)", "green")
+    say("Effects through later layers are not included in a share.")
 
 
 def _by_layer(found: Attribution) -> Table:

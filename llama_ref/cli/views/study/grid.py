@@ -47,7 +47,7 @@ def print_grid(
     width = max(1, (_width() - CELL - 1) // (CELL + GAP) - 1)  # cells that a line holds beside the layer
     for start in range(0, len(heads), width):
         print_rich(_grid_table(grid, restored, heads, range(start, min(start + width, len(heads)))))
-    say(f"{grid.name} of each cell taken from the clean run: percent of the difference that comes back.")
+    say(f"Each cell takes {grid.name} from the clean run. Numbers: percent of the difference restored.")
     say(_best_cells(grid, restored, heads), "green")
 
 
@@ -73,7 +73,7 @@ def _shaded(share: float) -> Text:
 def _column_label(text: str) -> str:
     text = text.removeprefix("␣")
     shown = Text(text)
-    shown.truncate(CELL, overflow="ellipsis")  # by the columns that letters take: Korean ones take two
+    shown.truncate(CELL, overflow="ellipsis")  # in columns: a Korean letter takes two
     return shown.plain
 
 
@@ -83,7 +83,7 @@ def _best_cells(grid: Grid, restored: list[list[float]], heads: Sequence[str]) -
     if not best:
         if not math.isfinite(grid.clean - grid.corrupted):
             return "There is nothing to compare: numbers are not finite. Look for NaN in the weights (llama-ref verify --deep)."
-        return "Both texts have the same value of it: there is no difference to bring back."
+        return "Both texts give the same value: there is no difference to restore."
     where = "{}@{}" if grid.axes[1] == "position" else "head {}"
     return "Most: " + "; ".join(
         f"layer {grid.labels[0][layer]}, {where.format(heads[column], column)} {100 * share:.0f}%"
@@ -92,6 +92,6 @@ def _best_cells(grid: Grid, restored: list[list[float]], heads: Sequence[str]) -
 
 
 def _width() -> int:
-    """Columns of the terminal, or of a table that goes elsewhere, as `print_rich` has them."""
+    """Columns of the terminal, or of other output: the width that `print_rich` uses."""
     console = Console()
     return console.width if console.is_terminal else WIDE

@@ -33,8 +33,8 @@ def print_lens(lens: LogitLens, tokenizer: Tokenizer, *, as_json: bool) -> None:
     print_rich(prompt(lens.tokens[: lens.positions[-1] + 1], tokenizer))
     print_rich(_lens_table(lens, tokenizer))
     say(
-        "Read through the final norm and the output matrix after the last token. Entropy and KL in nats; KL: to what the model"
-        " says in the end. Other positions, and points within layers: --json."
+        "After the last token, read through the final norm and the output matrix. Entropy and KL in nats; KL: to the model's"
+        " own prediction. --json has all positions, and points within layers."
     )
     if lens.target is not None:
         say(_when_first(lens, label(tokenizer, lens.target)), "green")
@@ -46,16 +46,16 @@ def _lens_table(lens: LogitLens, tokenizer: Tokenizer) -> Table:
     table.add_column("likeliest next")
     last = lens.top_ids[-1, -1, 0]
     for p in block_ends(lens.points):
-        of_target = [] if lens.target is None else [percent(lens.target_probability[p, -1]), _rank_cell(lens, p)]
-        said = zip(lens.top_ids[p, -1].tolist(), lens.top_probabilities[p, -1].tolist(), strict=True)
+        followed = [] if lens.target is None else [percent(lens.target_probability[p, -1]), _rank_cell(lens, p)]
+        top = zip(lens.top_ids[p, -1].tolist(), lens.top_probabilities[p, -1].tolist(), strict=True)
         style = "bold" if lens.top_ids[p, -1, 0] == last else ""
-        best = elastic("  ".join(f"{cut(label(tokenizer, token))} {percent(share)}" for token, share in said), style)
-        table.add_row(point_name(lens.points[p]), *of_target, number(lens.entropy[p, -1]), number(lens.kl[p, -1]), best)
+        best = elastic("  ".join(f"{cut(label(tokenizer, token))} {percent(share)}" for token, share in top), style)
+        table.add_row(point_name(lens.points[p]), *followed, number(lens.entropy[p, -1]), number(lens.kl[p, -1]), best)
     return table
 
 
 def _rank(lens: LogitLens, p: int, t: int) -> int | None:
-    """None where a point's numbers are not finite."""
+    """The target's rank, or None if its probability is NaN."""
     return None if lens.target_probability[p, t].isnan() else int(lens.target_rank[p, t])
 
 
@@ -70,9 +70,9 @@ def _when_first(lens: LogitLens, target: str) -> str:
     if ranks[-1][1] is None:
         return "The model's numbers are not finite: look for NaN in its weights (llama-ref verify --deep)."
     if ranks[-1][1] > 1:
-        return f"{target} is number {ranks[-1][1]:,} in the end, with {percent(lens.target_probability[-1, -1])}."
+        return f"{target} ends at rank {ranks[-1][1]:,}, with {percent(lens.target_probability[-1, -1])}."
     stays = next(i for i in range(len(ranks)) if all(rank == 1 for _, rank in ranks[i:]))
-    return f"{target} is the likeliest from {ranks[stays][0]} on, in the end with {percent(lens.target_probability[-1, -1])}."
+    return f"{target} is the likeliest from {ranks[stays][0]} on and ends with {percent(lens.target_probability[-1, -1])}."
 
 
 def _lens_json(lens: LogitLens, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -88,12 +88,12 @@ def _lens_json(lens: LogitLens, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _reading_json(lens: LogitLens, p: int, t: int, tokenizer: Tokenizer) -> dict[str, Any]:
     has_target = lens.target is not None
-    said = zip(lens.top_ids[p, t].tolist(), plain(lens.top_probabilities[p, t]), strict=True)
+    top = zip(lens.top_ids[p, t].tolist(), plain(lens.top_probabilities[p, t]), strict=True)
     return {
         "position": lens.positions[t],
         "entropy": plain(lens.entropy[p, t]),
         "kl": plain(lens.kl[p, t]),
         "target_probability": plain(lens.target_probability[p, t]) if has_target else None,
         "target_rank": _rank(lens, p, t) if has_target else None,
-        "top": [token_json(token, tokenizer) | {"probability": share} for token, share in said],
+        "top": [token_json(token, tokenizer) | {"probability": share} for token, share in top],
     }

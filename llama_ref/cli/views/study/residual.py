@@ -22,13 +22,14 @@ def print_norms(stream: ResidualStream, tokenizer: Tokenizer, *, as_json: bool) 
     print_rich(prompt(stream.tokens, tokenizer))
     print_rich(_stream_table(stream))
     say(
-        "Length is the Euclidean norm, drift the cosine with the point half a layer before, to last that with the last point."
-        " Of the others this is the median; the first token, where heads that find nothing look, may grow far longer."
+        "Length: Euclidean norm. Drift: cosine with the point half a layer before. To last: cosine with the last point."
+        " Others: the median; the first token, an attention sink, may be far longer."
     )
 
 
 def _stream_table(stream: ResidualStream) -> Table:
-    table = new_table("after", *(f"{of}\n{name}" for of in ("first:", "others:") for name in ("length", "drift", "to last")))
+    names = ("length", "drift", "to last")
+    table = new_table("after", *(f"{tokens}\n{name}" for tokens in ("first:", "others:") for name in names))
     measured = [getattr(stream, measure) for measure in MEASURES]  # (P, T) each
     medians = [quartiles_of_others(values)[1] for values in measured]  # (P,) each
     for p in block_ends(stream.points):

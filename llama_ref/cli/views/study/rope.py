@@ -17,14 +17,14 @@ def print_rope(waves: RopeWaves, *, as_json: bool) -> None:
             json.dumps(finite({"pairs": [{"pair": pair} | dict(zip(names, row, strict=True)) for pair, row in rows]}), indent=2)
         )
         return
-    table = new_table("pair", "radians\nper token", "tokens\nper turn", "tokens per turn\nas first trained", "slowed")
+    table = new_table("pair", "radians\nper token", "tokens\nper turn", "tokens per turn\nbefore scaling", "slowed")
     for pair, (_, frequency, unscaled, wavelength, slowed) in rows:
         table.add_row(str(pair), f"{frequency:.3g}", f"{wavelength:,.1f}", f"{unscaled:,.1f}", f"{slowed:.2f}×")
     print_rich(table)
     is_scaled = bool((waves.slowed != 1).any())
     say(
-        "Short waves, which tell neighbours apart, are as they were first trained. Long ones are slowed: the angle between"
-        " tokens far apart is then one that nearer tokens had in the first training."
+        "Short waves are not scaled. Long ones are slowed: the angles between distant tokens stay within those that the model"
+        " was first trained on."
         if is_scaled
-        else "This model's waves are as they were first trained: its params.json asks for no scaling."
+        else "This model's RoPE is not scaled: params.json does not ask for it."
     )

@@ -25,12 +25,12 @@ def say(text: str, style: str = "") -> None:
 
 
 def prompt(tokens: Sequence[int], tokenizer: Tokenizer) -> Text:
-    """The tokens with their borders."""
+    """The tokens, separated by │."""
     return Text("│".join(label(tokenizer, token) for token in tokens), style="italic")
 
 
 def new_table(first: str, *columns: str | Text) -> Table:
-    """The first column to the left, numbers to the right."""
+    """A table with a left-aligned first column and right-aligned others."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     for column in columns:
@@ -46,23 +46,23 @@ def point_name(point: str) -> str:
 
 
 def elastic(text: str, style: str = "") -> Text:
-    """A cell that is cut first where a line is too short for the table."""
+    """A cell that is cut if the table is too wide."""
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def cut(text: str) -> str:
-    """A token's text in no more than WIDEST_LABEL letters."""
+    """Cut a token's text to WIDEST_LABEL letters."""
     return text if len(text) <= WIDEST_LABEL else text[: WIDEST_LABEL - 1] + "…"
 
 
 def bar(value: float, longest: float) -> Text:
-    """A share as a bar, full and green above 0, light and red below; empty for NaN."""
+    """A share as a bar: solid green above 0, light red below; empty for NaN."""
     length = round(BAR * abs(value) / longest) if longest and math.isfinite(value) else 0
     return Text("█" * length, style="green") if value > 0 else Text("░" * length, style="red")
 
 
 def percent(share: Tensor | float) -> str:
-    """0.62 -> 62%; what is less than a tenth of a percent keeps its size: 3e-06."""
+    """0.62 -> 62%; below a tenth of a percent as 3e-06."""
     share = float(share)
     if math.isnan(share):
         return "–"

@@ -24,8 +24,8 @@ def print_spectra(spectra: Iterable[Spectrum], *, as_json: bool) -> None:
         )
     print_rich(table)
     say(
-        "Largest: of the singular values. Stable rank: ‖W‖² over the square of the largest. Effective rank: the exponential of"
-        " the entropy of all of them, as shares of their sum."
+        "Largest: the largest singular value, σ₁. Stable rank: ‖W‖² / σ₁². Effective rank: exp of the entropy of all singular"
+        " values, as shares of their sum."
     )
 
 
@@ -38,7 +38,7 @@ def print_errors(errors: Iterable[QuantizationError], scheme: str, *, as_json: b
     for error in errors:
         table.add_row(error.name, f"{error.bits_per_weight:.2f}", f"{error.relative:.3%}", f"{error.largest:.3g}")
     print_rich(table)
-    say(f"{scheme}: relative error is ‖W - W'‖ / ‖W‖; the largest is of any one weight. Bits: of a weight, scales included.")
+    say(f"{scheme}: relative error is ‖W - W'‖ / ‖W‖, the largest that of any weight. Bits: per weight, scales included.")
 
 
 def _spectrum_json(spectrum: Spectrum) -> dict:

@@ -1,1 +1,1 @@
-"""`llama-ref bench`: how fast a checkpoint runs here, beside others that run the same weights."""
+"""`llama-ref bench`: measure a checkpoint, alone or against other programs."""

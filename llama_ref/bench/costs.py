@@ -1,4 +1,4 @@
-"""What a token costs at least, by arithmetic: floating-point operations, and bytes read from memory."""
+"""Floating-point operations and bytes read that a token costs at least."""
 
 from torch import nn
 
@@ -7,19 +7,19 @@ from llama_ref.plan import matrices
 
 
 def flops(args: ModelArgs, n_tokens: int, n_seen: float, n_logits: int) -> float:
-    """Floating-point operations of all matrix products of a pass.
+    """Floating-point operations of a pass's matrix products; a multiply-add counts as two.
 
-    Its `n_tokens` attend to `n_seen` positions in total; logits are computed for `n_logits` of them. A multiplication and
-    an addition are two operations.
+    Its `n_tokens` attend to `n_seen` positions in total; logits are computed for `n_logits` of
+    them.
     """
     sizes = {matrix.name: matrix.numbers for matrix in matrices(args, tied=False)}
     output, layers = sizes.pop("output"), sum(sizes.values()) - sizes["tok_embeddings"]
-    attention = 2 * args.n_layers * args.n_heads * args.head_dim * n_seen  # q times keys, and what comes of it times values
+    attention = 2 * args.n_layers * args.n_heads * args.head_dim * n_seen  # q · k, and weights times values
     return 2 * (layers * n_tokens + output * n_logits + attention)
 
 
 def weight_bytes(model: nn.Module, embedding: nn.Module) -> int:
-    """Bytes of all weights and buffers that a step reads. The embedding counts only where the output shares it."""
+    """Bytes of all weights and buffers that a step reads: not the embedding, unless it is tied."""
     held = {
         tensor.data_ptr(): tensor.nbytes
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""The machine of a benchmark: what it is, and the most memory that a process held on it."""
+"""Describe a benchmark's machine, and measure a process's peak memory on it."""
 
 import contextlib
 import platform
@@ -16,7 +16,7 @@ PACKAGES = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp_python",
 
 
 def describe_machine(device: torch.device, peers: list[str]) -> Machine:
-    """The processor, how many cores this process may use, the device, and the versions of what takes part."""
+    """The processor, the cores available to this process, the device, and versions of packages."""
     names = ["torch", "llama-ref", *(package for peer in peers for package in PACKAGES[peer])]
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in names}
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -24,16 +24,16 @@ def describe_machine(device: torch.device, peers: list[str]) -> Machine:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Restart the measurement of peak memory, where the system can."""
+    """Restart the measurement of peak memory, if the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak to the current size
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak since `forget_peak`: the card's memory, or resident pages including those of mapped files."""
+    """Peak since `forget_peak`: GPU memory, or resident pages, those of mapped files included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""The parent's end of a contestant's process."""
+"""Start a contestant's process (worker.py) and send it requests."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ LONGEST_ERROR = 300  # characters
 
 
 class Failed(LlamaRefError):
-    """A contestant could not do what it was asked to, or its process has ended."""
+    """A contestant's request failed, or its process has ended."""
 
 
 class Process:
-    """A contestant's process, in a session of its own: Ctrl-C reaches the parent alone, which ends it with all it started."""
+    """A contestant's process, in its own session: only the parent gets Ctrl-C, and kills it."""
 
     def __init__(self, name: str, threads: int, scratch: Path):
         self.name = name
@@ -39,10 +39,10 @@ class Process:
                 text=True,
             )
 
-    def ask(self, wish: str, **arguments: Any) -> dict[str, Any]:
-        """Wait for its answer. Raises RequestError where it calls the request misuse, Failed for all else."""
+    def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and return the answer. Raises RequestError for misuse, else Failed."""
         try:
-            self.process.stdin.write(json.dumps({"do": wish, **arguments}) + "\n")
+            self.process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
         except BrokenPipeError:
@@ -55,7 +55,7 @@ class Process:
         return answer
 
     def end(self) -> None:
-        """At once, with all that it started."""
+        """Kill the process and all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -1,4 +1,4 @@
-"""What a benchmark has found."""
+"""Results of a benchmark."""
 
 import statistics
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from llama_ref.bench.settings import Settings
 
 @dataclass(frozen=True)
 class Spread:
-    """The rounds' median, lowest and highest."""
+    """Median, lowest and highest of the rounds."""
 
     median: float
     low: float
@@ -23,7 +23,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Round:
-    """One contestant's turn at one batch size or context, in seconds and bytes. `tokens`: those of the first sequence."""
+    """One measurement of a contestant, in seconds and bytes; `tokens` are the first sequence's."""
 
     first_seconds: float
     decode_seconds: float
@@ -34,7 +34,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Work:
-    """What a token costs at least: floating-point operations (a multiplication and an addition are two), and bytes read."""
+    """Floating-point operations and bytes read that a token costs at least; see costs.py."""
 
     flops: float
     bytes: float
@@ -44,11 +44,12 @@ class Work:
 class Result:
     """One contestant at one batch size.
 
-    `first_token` in seconds; `prefill` and `decode` in tokens per second, of all sequences together. `bytes_per_token`: weights
-    and, at half of what is made, keys and values, shared out among the sequences; `bandwidth_fraction` is how much of the
-    measured bandwidth reading them took. `matmul_fraction`: of the prefill, what its matrix products take alone, at
-    `matmul_flops` operations a second. Ratios are ours by theirs, round by round. `same_tokens`: how many of the first
-    sequence's are ours, before one differs.
+    `first_token` is in seconds; `prefill` and `decode` are tokens per second of all sequences
+    together. `bytes_per_token` counts the weights, divided by the number of sequences, and the keys
+    and values halfway through decoding; `bandwidth_fraction` is the share of the measured bandwidth
+    that this needs. `matmul_fraction` is the share of the prefill that its matrix products take
+    alone, at `matmul_flops` operations per second. Ratios are our speed over theirs, by round.
+    `same_tokens` counts the first sequence's tokens before one differs from ours.
     """
 
     contestant: str
@@ -71,9 +72,11 @@ class Result:
 
 @dataclass(frozen=True)
 class LongResult:
-    """Ours, one sequence, after `context` tokens. `decode` in tokens per second, `kv_bytes` of `work.bytes` keys and values.
+    """Our decoding of one sequence after `context` tokens; `decode` in tokens per second.
 
-    `growth_fraction`: keys and values beyond the shortest context's, read in the time beyond its, of the measured bandwidth.
+    `kv_bytes` is the part of `work.bytes` that is keys and values. `growth_fraction` compares with
+    the shortest context: extra bytes of keys and values per extra time, as a share of the measured
+    bandwidth.
     """
 
     context: int
@@ -86,6 +89,8 @@ class LongResult:
 
 @dataclass(frozen=True)
 class Machine:
+    """Hardware and software of a benchmark; `versions` are by package."""
+
     system: str
     cpu: str
     cores: int
@@ -95,7 +100,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Report:
-    """`bandwidth` in bytes per second, None where it could not be measured; `notes` say what is left out and why."""
+    """A whole benchmark. `bandwidth` is bytes per second; `notes` say what is left out and why."""
 
     machine: Machine
     settings: Settings

@@ -1,4 +1,4 @@
-"""The roofline as a picture: how much is computed for each byte that is read, and how fast, under what the machine allows."""
+"""Draw the roofline: operations per byte read against speed, below the machine's limits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from llama_ref.pictures import check_matplotlib
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARKERS = "osD^"  # of contestants
-LINE = 0.035  # of the picture's height
+MARKERS = "osD^"  # one per contestant
+LINE = 0.035  # height of a text line, as a share of the picture's
 ENDINGS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
 class Point:
-    """`rate` in tokens per second of all sequences together."""
+    """One measurement; `rate` is tokens per second of all sequences together."""
 
     series: str
     label: str
@@ -29,7 +29,7 @@ class Point:
 
     @property
     def intensity(self) -> float:
-        """Operations for each byte that is read."""
+        """Operations per byte read."""
         return self.work.flops / self.work.bytes
 
     @property
@@ -39,7 +39,7 @@ class Point:
 
 
 def check_picture(path: str | Path) -> None:
-    """Raise RequestError where none could be drawn: better before measuring than after."""
+    """Raise RequestError if a picture cannot be drawn: before measuring."""
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
         raise RequestError(f"png is {str(path)!r}, expected a file that ends in {', '.join(ENDINGS)}")
@@ -49,7 +49,7 @@ def check_picture(path: str | Path) -> None:
 
 
 def draw_roofline(report: Report, path: str | Path) -> None:
-    """Prefill and decode of all contestants, batches and contexts under memory and products, both axes logarithmic."""
+    """Draw prefill and decode of all contestants, batches and contexts, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
@@ -65,7 +65,7 @@ def draw_roofline(report: Report, path: str | Path) -> None:
         _draw_series(axes, name, [p for p in points if p.series == name], marker, colors[name])
     for is_prefill in (False, True):
         _name_points(axes, [p for p in points if p.is_prefill == is_prefill], colors)
-    axes.set_xlabel("operations for each byte read (weights, keys, values)")
+    axes.set_xlabel("operations per byte read (weights, keys, values)")
     axes.set_ylabel("billions of operations per second")
     axes.set_title(
         f"{report.machine.cpu}, {report.settings.threads} threads; filled: decode, hollow: prefill of "
@@ -92,7 +92,7 @@ def _series(result: Result) -> str:
 
 
 def _peak(report: Report) -> float | None:
-    """Billions of operations per second that matrix products alone came to, at their best."""
+    """Billions of operations per second of matrix products alone, at best."""
     found = [result.matmul_flops / 1e9 for result in report.results if result.matmul_flops]
     return max(found, default=None)
 
@@ -101,11 +101,11 @@ def _draw_roof(axes: "Axes", report: Report, left: float, right: float) -> None:
     peak, ends = _peak(report), [left, right]
     if report.bandwidth:
         speed = report.bandwidth.median / 1e9
-        reach = min(right, peak / speed) if peak else right  # where memory is no longer what holds it up
-        axes.plot([left, reach], [left * speed, reach * speed], color="black", label=f"memory read at {speed:.1f} GB/s")
-        ends = [reach, right]
+        ridge = min(right, peak / speed) if peak else right  # beyond it, memory is no longer the limit
+        axes.plot([left, ridge], [left * speed, ridge * speed], color="black", label=f"memory read at {speed:.1f} GB/s")
+        ends = [ridge, right]
     if peak:
-        label = f"matrix products alone, {peak:,.0f} billion a second"
+        label = f"matrix products alone, {peak:,.0f} billion per second"
         axes.plot(ends, [peak, peak], color="black", linestyle="--", label=label)
 
 
@@ -125,7 +125,7 @@ def _draw_series(axes: "Axes", name: str, own: list[Point], marker: str, color: 
 
 
 def _name_points(axes: "Axes", points: list[Point], colors: dict[str, str]) -> None:
-    """A line each: decode's to the right of all, from the lowest up; prefill's below all, from the highest down."""
+    """Label the points: decode's in a column on the right, prefill's in one at the bottom."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     below, line = points[0].is_prefill, (high / low) ** LINE
     x = min(p.intensity for p in points) if below else max(p.intensity for p in points) * (right / left) ** 0.06

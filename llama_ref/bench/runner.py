@@ -1,4 +1,4 @@
-"""Rounds in which ours and the peers take turns, each in its own process, and what they come to."""
+"""Run a benchmark: contestants take turns, each in its own process."""
 
 import random
 import tempfile
@@ -20,25 +20,26 @@ from llama_ref.bench.worker import PROBE
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.errors import LlamaRefError, RequestError
 
-WARM_TOKENS = 8
-Tell = Callable[[str], None]
+WARMUP_TOKENS = 8
+Status = Callable[[str], None]
 
 
-def compare(settings: Settings, tell: Tell = lambda text: None) -> Report:
-    """Measure a checkpoint, beside `settings.against`. `tell` hears what is under way.
+def compare(settings: Settings, status: Status = lambda text: None) -> Report:
+    """Measure a checkpoint here and in `settings.against`; `status` gets each step's name.
 
-    A peer that fails is left out, and a note says why. Raises what loading our own raises, LlamaRefError where it fails later.
+    A peer that fails is left out, and a note says why. Raises what loading our own model raises,
+    and LlamaRefError if it fails later.
     """
     with tempfile.TemporaryDirectory(prefix="llama-ref-bench-") as scratch, ExitStack() as stack:
-        return _Comparison(settings, Path(scratch), stack, tell).run()
+        return _Comparison(settings, Path(scratch), stack, status).run()
 
 
 class _Comparison:
-    def __init__(self, settings: Settings, scratch: Path, stack: ExitStack, tell: Tell):
-        self.settings, self.scratch, self.stack, self.tell = settings, scratch, stack, tell
+    def __init__(self, settings: Settings, scratch: Path, stack: ExitStack, status: Status):
+        self.settings, self.scratch, self.stack, self.status = settings, scratch, stack, status
         self.args = open_folder(settings.name).read_args()
         self.processes: dict[str, Process] = {}
-        self.facts: dict[str, dict[str, Any]] = {}  # what each said when it was loaded
+        self.facts: dict[str, dict[str, Any]] = {}  # each contestant's answer to "load"
         self.rounds: dict[tuple[str, int], list[Round]] = defaultdict(list)
         self.long_rounds: dict[int, list[Round]] = defaultdict(list)  # by context
         self.reads: list[float] = []  # bytes per second
@@ -50,17 +51,17 @@ class _Comparison:
             self._load(name)
         for batch in settings.batches:
             for name in self._contestants():
-                self.tell(f"{name} warms up, batch {batch}")
-                self._try(name, "generate", prompts=self._prompts(batch), gen_len=min(WARM_TOKENS, settings.gen_len))
+                self.status(f"{name} warms up, batch {batch}")
+                self._ask(name, "generate", prompts=self._prompts(batch), gen_len=min(WARMUP_TOKENS, settings.gen_len))
         for context in settings.contexts:
-            self.tell(f"{OURS} warms up, context {context:,}")
-            self._try(OURS, "generate_after", context=context, gen_len=min(WARM_TOKENS, settings.gen_len))
+            self.status(f"{OURS} warms up, context {context:,}")
+            self._ask(OURS, "generate_after", context=context, gen_len=min(WARMUP_TOKENS, settings.gen_len))
         for number in range(settings.rounds):
-            self.tell(f"round {number + 1} of {settings.rounds}")
+            self.status(f"round {number + 1} of {settings.rounds}")
             for batch in settings.batches:
                 self._take_turns(batch)
             for context in settings.contexts:
-                answer = self._try(OURS, "generate_after", context=context, gen_len=settings.gen_len)
+                answer = self._ask(OURS, "generate_after", context=context, gen_len=settings.gen_len)
                 self.long_rounds[context].append(Round(**answer))
         return self._report()
 
@@ -69,26 +70,26 @@ class _Comparison:
         if missing:
             self.notes.append(missing)
             return
-        self.tell(f"{name} loads")
+        self.status(f"{name} loads")
         self.processes[name] = process = Process(name, self.settings.threads, self.scratch)
         self.stack.callback(process.end)
-        facts = self._try(name, "load", settings=asdict(self.settings), scratch=str(self.scratch))
+        facts = self._ask(name, "load", settings=asdict(self.settings), scratch=str(self.scratch))
         if facts:
             self.facts[name] = facts
 
     def _take_turns(self, batch: int) -> None:
         for name in self._contestants():
-            answer = self._try(name, "generate", prompts=self._prompts(batch), gen_len=self.settings.gen_len)
+            answer = self._ask(name, "generate", prompts=self._prompts(batch), gen_len=self.settings.gen_len)
             if answer:
                 self.rounds[name, batch].append(Round(**answer))
-        read = self._try(PROBE, "read") if PROBE in self.processes else None
+        read = self._ask(PROBE, "read") if PROBE in self.processes else None
         if read:
             self.reads.append(read["bytes_per_second"])
 
-    def _try(self, name: str, wish: str, **arguments: Any) -> dict[str, Any] | None:
-        """A contestant's answer; None where it is a peer that failed, and takes no further part."""
+    def _ask(self, name: str, request: str, **arguments: Any) -> dict[str, Any] | None:
+        """A contestant's answer; None from a peer that failed, which is then left out."""
         try:
-            return self.processes[name].ask(wish, **arguments)
+            return self.processes[name].ask(request, **arguments)
         except (Failed, RequestError) as error:
             if name == OURS:
                 raise error if isinstance(error, RequestError) else LlamaRefError(str(error)) from None
@@ -100,7 +101,7 @@ class _Comparison:
         return [name for name in self.processes if name != PROBE]
 
     def _prompts(self, batch: int) -> list[list[int]]:
-        """Ids that a seed makes: what they say does not matter for how long they take."""
+        """Random ids: the text does not matter for the time."""
         ids = random.Random(batch)
         return [[ids.randrange(self.args.vocab_size) for _ in range(self.settings.prompt_len)] for _ in range(batch)]
 
@@ -135,7 +136,7 @@ class _Comparison:
             decode_work=step,
             prefill_ratio=None if name == OURS else Spread.of(r.first_seconds / o.first_seconds for r, o in pairs),
             decode_ratio=None if name == OURS else Spread.of(r.decode_seconds / o.decode_seconds for r, o in pairs),
-            same_tokens=_in_common(rounds[-1].tokens, ours[-1].tokens),
+            same_tokens=_common_prefix(rounds[-1].tokens, ours[-1].tokens),
         )
 
     def _long_result(self, context: int, bandwidth: Spread | None) -> LongResult:
@@ -155,21 +156,21 @@ class _Comparison:
         )
 
     def _decode_work(self, batch: int, context: int, facts: dict[str, Any]) -> Work:
-        """A token's at half of what is made, weights shared out among the sequences."""
+        """A decoded token's work halfway through; weights are shared by the sequences."""
         seen = context + self.settings.gen_len / 2
         return Work(flops(self.args, 1, seen, 1), facts["weight_bytes"] / batch + facts["kv_bytes"] * seen)
 
     def _prefill_work(self, batch: int, facts: dict[str, Any]) -> Work:
-        """A token's, were all weights read once and keys and values not again."""
+        """A prompt token's work, if the weights are read once and keys and values only written."""
         n = self.settings.prompt_len
         return Work(flops(self.args, n, n * (n + 1) / 2, 1) / n, facts["weight_bytes"] / (batch * n) + facts["kv_bytes"])
 
     def _matmul_flops(self, batch: int, rounds: list[Round]) -> float:
-        """Operations a second of the prefill's matrix products alone."""
+        """Operations per second of the prefill's matrix products alone."""
         all_flops = batch * flops(self.args, self.settings.prompt_len, 0, 1)
         return all_flops / Spread.of(each.matmul_seconds for each in rounds).median
 
 
-def _in_common(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """Length of the common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))

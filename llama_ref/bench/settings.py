@@ -1,4 +1,4 @@
-"""What a benchmark is asked to do, checked before anything is loaded."""
+"""Settings of a benchmark, checked before anything is loaded."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from llama_ref.plan import find_model
 from llama_ref.quantization.scheme import Scheme
 
 OURS = "llama_ref"
-PEERS = {  # what must be importable, and the words that install it
+PEERS = {  # (modules that must be importable, how to install them)
     "transformers": (("transformers",), "pip install transformers"),
     "llama.cpp": (("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"),
     "meta": (("llama_models", "fairscale"), "pip install llama-models, then pip install --no-build-isolation fairscale"),
@@ -25,9 +25,9 @@ MOST_ROUNDS, MOST_THREADS, MOST_ROWS = 1000, 1024, 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """One benchmark. Lengths in tokens; `gen_len` counts the first token, which the prompt's pass gives.
+    """Settings of one benchmark. Lengths are in tokens; `gen_len` includes the prefill's token.
 
-    `contexts`: lengths, in rising order, after which one sequence is decoded with random keys and values in the cache.
+    `contexts` are lengths, sorted, after which one sequence is decoded with random keys and values.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Settings:
         dtype: str | None = None,
         verify: str = "auto",
     ) -> "Settings":
-        """From a command line's words. Raises RequestError for what cannot be done, CheckpointError for no checkpoint."""
+        """Read a command line's values. Raises RequestError or CheckpointError."""
         threads = default_threads() if threads is None else threads
         _check_number("prompt_len", prompt_len, 1)
-        _check_number("gen_len", gen_len, 2)  # the second is the first that decoding makes
+        _check_number("gen_len", gen_len, 2)  # decoding makes the second
         _check_number("rounds", rounds, 1, MOST_ROUNDS)
         _check_number("threads", threads, 1, MOST_THREADS)
         chosen = choose_device(device)
@@ -74,7 +74,7 @@ class Settings:
         peers = _peers(against)
         if peers and chosen.type != "cpu":
             raise RequestError(
-                f"--against compares on the CPU only, and the device is {chosen}: add --device cpu, or leave it out"
+                f"--against compares only on the CPU, but the device is {chosen}: add --device cpu, or leave --against out"
             )
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise RequestError("bench measures one process: start it without torchrun")
@@ -83,11 +83,11 @@ class Settings:
         for option, length in (("prompt_len", prompt_len), *(("context", length) for length in contexts)):
             if length + gen_len > longest:
                 raise RequestError(
-                    f"{option} {length:,} + gen_len {gen_len:,} tokens are beyond the model's context of {longest:,}"
+                    f"{option} {length:,} + gen_len {gen_len:,} tokens exceed the model's context of {longest:,}"
                 )
         if peers and folder.is_quantized:
             raise RequestError(
-                f"{folder.path} is quantized, which the others cannot read: name the folder it was made from, with --quantize"
+                f"{folder.path} is quantized, which other programs cannot read: use its source folder, with --quantize"
             )
         options = {"quantize": scheme, "compile": compile, "device": str(chosen), "dtype": own_dtype, "verify": verify}
         batches = _numbers("batch", batch, MOST_ROWS, "1 or 1,8")
@@ -96,12 +96,12 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
-        """The way back from `dataclasses.asdict` by way of JSON."""
+        """Restore settings from the JSON of `dataclasses.asdict`."""
         return cls(**values | {key: tuple(values[key]) for key in ("batches", "contexts", "against")})
 
     @property
     def command(self) -> str:
-        """The words that repeat it on this machine."""
+        """The command line that repeats this benchmark on this machine."""
         words = ["llama-ref", "bench", shlex.quote(self.name)]
         words += [f"--quantize {self.quantize}"] * bool(self.quantize) + ["--compile"] * self.compile
         words += [f"--device {self.device}", f"--dtype {self.dtype}"]
@@ -112,14 +112,14 @@ class Settings:
 
 
 def default_threads() -> int:
-    """As many as PyTorch takes by itself: OMP_NUM_THREADS, or one a core."""
+    """PyTorch's own default: OMP_NUM_THREADS, or one per core."""
     import torch
 
     return torch.get_num_threads()
 
 
 def missing_packages(peer: str) -> str | None:
-    """What to tell about a peer that is not installed; None where it is."""
+    """A note about a peer that is not installed, or None."""
     modules, install = PEERS[peer]
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     return f"{peer} is left out: {' and '.join(missing)} not installed ({install})" if missing else None
@@ -131,7 +131,7 @@ def _check_number(name: str, value: object, least: int, most: int = 1 << 24) -> 
 
 
 def _numbers(name: str, text: object, most: int, example: str) -> tuple[int, ...]:
-    """ "1,8" -> (1, 8); so does what a command line made of it already."""
+    """ "1,8" -> (1, 8); also takes a tuple or list of numbers."""
     words = [str(word).strip() for word in (text if isinstance(text, tuple | list) else str(text).split(","))]
     if not words or not all(re.fullmatch("[0-9]{1,8}", word) and 0 < int(word) <= most for word in words):
         raise RequestError(f"{name} is {text!r:.60}, expected numbers from 1 to {most:,}, like {example}")
@@ -142,5 +142,5 @@ def _peers(text: str | None) -> tuple[str, ...]:
     words = [word.strip() for word in text.split(",")] if text else []
     unknown = [word for word in words if word not in PEERS]
     if unknown:
-        raise RequestError(f"against names {unknown[0]!r:.60}, expected some of {','.join(PEERS)}")
+        raise RequestError(f"against is {unknown[0]!r:.60}, expected one or more of {','.join(PEERS)}")
     return tuple(dict.fromkeys(words))

@@ -1,8 +1,9 @@
-"""One contestant's process: it loads, then measures whenever it is asked to, and sleeps meanwhile.
+"""A contestant's process: loads a model, measures on request and sleeps between requests.
 
     python -m llama_ref.bench.worker CONTESTANT
 
-A line of JSON on standard input is a request, one on standard output its answer; the first request has the settings.
+Each line of JSON on standard input is a request, answered by one on standard output. The first
+request is "load", with the settings.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from llama_ref.bench.settings import OURS, Settings
 from llama_ref.errors import LlamaRefError, RequestError
 
 PROBE = "bandwidth"
-PLACES = {
+CONTESTANTS = {  # name: (module of llama_ref.bench.peers, class)
     OURS: ("ours", "Ours"),
     "transformers": ("transformers", "Transformers"),
     "llama.cpp": ("llama_cpp", "LlamaCpp"),
@@ -26,11 +27,11 @@ PLACES = {
     PROBE: ("bandwidth", "Bandwidth"),
 }
 LONGEST_ERROR = 300  # characters
-QUIET, QUIET_CHECKS = 0.05, 40  # seconds
+QUIET_SECONDS, QUIET_CHECKS = 0.05, 40
 
 
-class Served:
-    """A contestant by its name, and what can be asked of it."""
+class Server:
+    """Loads a contestant; its methods are the requests."""
 
     def __init__(self, name: str):
         self.name = name
@@ -41,7 +42,7 @@ class Served:
         self.settings = Settings.from_json(settings)
         self.device = torch.device(self.settings.device)
         torch.set_num_threads(self.settings.threads)
-        module, kind = PLACES[self.name]
+        module, kind = CONTESTANTS[self.name]
         self.contestant = getattr(importlib.import_module(f"llama_ref.bench.peers.{module}"), kind)(
             self.settings, Path(scratch)
         )
@@ -51,47 +52,47 @@ class Served:
         return {"bytes_per_second": self.contestant.bytes_per_second()}
 
     def generate(self, prompts: list[list[int]], gen_len: int) -> dict[str, Any]:
-        measured = self._measured(self.contestant.steps(prompts, gen_len))
+        measured = self._measure(self.contestant.steps(prompts, gen_len))
         return measured | {"matmul_seconds": self.contestant.matmul_seconds(len(prompts), len(prompts[0]))}
 
     def generate_after(self, context: int, gen_len: int) -> dict[str, Any]:
-        return self._measured(self.contestant.steps_after(context, gen_len)) | {"matmul_seconds": None}
+        return self._measure(self.contestant.steps_after(context, gen_len)) | {"matmul_seconds": None}
 
-    def _measured(self, making: Iterator[list[int]]) -> dict[str, Any]:
+    def _measure(self, steps: Iterator[list[int]]) -> dict[str, Any]:
         from llama_ref.bench.machine import forget_peak, peak_bytes
 
         forget_peak(self.device)
-        begun = time.perf_counter()
-        tokens = [next(making)[0]]
+        start = time.perf_counter()
+        tokens = [next(steps)[0]]
         first = time.perf_counter()
-        tokens += [step[0] for step in making]
-        ended = time.perf_counter()
+        tokens += [step[0] for step in steps]
+        end = time.perf_counter()
         return {
-            "first_seconds": first - begun,
-            "decode_seconds": ended - first,
+            "first_seconds": first - start,
+            "decode_seconds": end - first,
             "peak_bytes": peak_bytes(self.device),
             "tokens": tokens,
         }
 
 
 def main() -> None:
-    """Answer the requests on standard input until there are no more, or nobody reads the answers."""
+    """Answer requests on standard input until it ends, or until the parent has gone."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    served = Served(sys.argv[1])
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    server = Server(sys.argv[1])
     for line in sys.stdin:
         request = json.loads(line)
-        answer = _answer(served, request.pop("do"), request)
+        answer = _answer(server, request.pop("do"), request)
         _wait_for_own_threads()
         try:
             _write(answers, answer)
         except BrokenPipeError:
-            return  # nobody waits for it any more
+            return  # the parent has gone
 
 
-def _answer(served: Served, wish: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def _answer(server: Server, request: str, arguments: dict[str, Any]) -> dict[str, Any]:
     try:
-        return getattr(served, wish)(**arguments)
+        return getattr(server, request)(**arguments)
     except Exception as error:
         return {"error": _one_line(error), "is_misuse": isinstance(error, RequestError)}
 
@@ -103,11 +104,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _wait_for_own_threads() -> None:
-    """Until they sleep: many spin a while for more work, and would take it out of the next contestant's time."""
+    """Wait until they sleep: threads spin for a while, which would slow the next contestant."""
     for _ in range(QUIET_CHECKS):
         before = time.process_time()
-        time.sleep(QUIET)
-        if time.process_time() - before < QUIET / 10:
+        time.sleep(QUIET_SECONDS)
+        if time.process_time() - before < QUIET_SECONDS / 10:
             return
 
 

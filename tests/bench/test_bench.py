@@ -1,4 +1,4 @@
-"""`llama-ref bench`: who takes part, what is counted, what is shown, and how it ends. How fast anything is, is not asserted."""
+"""`llama-ref bench`: contestants, counts, processes and output; no test asserts a speed."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """One with names and numbers as wide as they come."""
+    """A report with the widest names and numbers."""
     settings = Settings(
         *("a/long/way/to/a/folder/" * 5, "int4:group=32", True, "cpu", "bfloat16", "auto", 512, 128),
         *((1, 128), (128, 131072), ("transformers", "llama.cpp", "meta"), 5, 128),
@@ -91,7 +91,7 @@ class TestMeasuring:
 
     def test_all_run_the_same_model(self, printed):
         assert [result["same_tokens"] for result in printed["results"]] == [4] * 6
-        for batch in (1, 2):  # the others hold a few more numbers, of RoPE
+        for batch in (1, 2):  # the others also keep buffers for RoPE
             read = [result["bytes_per_token"] for result in printed["results"] if result["batch"] == batch]
             assert max(read) < 1.01 * min(read)
 
@@ -261,7 +261,7 @@ class TestShowing:
         text = (tmp_path / "roof.svg").read_text()
         assert ("memory read at" in text, "context 131,072: " in text) == (has_bandwidth, has_bandwidth)
         for result in shown.results:
-            assert text.count(f"<!-- {result.contestant}, batch 128: ") == 2  # what it decodes, and its prompt
+            assert text.count(f"<!-- {result.contestant}, batch 128: ") == 2  # decode and prefill
 
 
 @pytest.mark.parametrize(
@@ -272,15 +272,15 @@ class TestShowing:
         (("--batch", "1,,8"), "batch is '1,,8', expected numbers"),
         (("--context", "8k"), "context is '8k', expected numbers from 1 to 8,192, like 8192,32768"),
         (("--context", "128,9000"), "9000"),
-        (("--context", "16,8190"), "context 8,190 + gen_len 4 tokens are beyond the model's context of 8,192"),
+        (("--context", "16,8190"), "context 8,190 + gen_len 4 tokens exceed the model's context of 8,192"),
         (("--batch", "99999"), "batch is '99999', expected numbers"),
         (("--prompt_len", "0"), "prompt_len is 0, expected a whole number from 1"),
         (("--prompt_len", "many"), "prompt_len is 'many', expected a whole number"),
         (("--gen_len", "1"), "gen_len is 1, expected a whole number from 2"),
         (("--rounds", "0.5"), "--rounds is '0.5', expected a whole number"),
         (("--threads", "-1"), "threads is -1, expected a whole number from 1"),
-        (("--prompt_len", "8190"), "prompt_len 8,190 + gen_len 4 tokens are beyond the model's context of 8,192"),
-        (("--against", "llama"), "against names 'llama', expected some of transformers,llama.cpp,meta"),
+        (("--prompt_len", "8190"), "prompt_len 8,190 + gen_len 4 tokens exceed the model's context of 8,192"),
+        (("--against", "llama"), "against is 'llama', expected one or more of transformers,llama.cpp,meta"),
         (("--quantize", "int3"), "quantize is 'int3', expected int8"),
         (("--dtype", "int8"), "--dtype is 'int8', expected bfloat16"),
         (("--png", "picture"), "png is 'picture', expected a file that ends in .png"),

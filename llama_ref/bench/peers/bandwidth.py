@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: what no model that must read its weights for every token can pass."""
+"""Measure the memory bandwidth: the limit for a model that reads its weights for every token."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ ROWS, PASSES = 4096, 3
 
 
 class Bandwidth:
-    """Sums of long rows, with the contestants' threads. Of the passes in a row the best counts: what disturbs only slows."""
+    """Sums long rows with the contestants' threads; the best of several passes counts."""
 
     def __init__(self, settings: Settings, scratch: Path):
         self.buffer = torch.ones(ROWS, PROBE_BYTES // 4 // ROWS, device=settings.device)
@@ -23,7 +23,7 @@ class Bandwidth:
 
     def _seconds(self) -> float:
         synchronize(self.buffer.device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self.buffer.sum(-1)
         synchronize(self.buffer.device)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start

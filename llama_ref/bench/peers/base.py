@@ -1,14 +1,14 @@
-"""What every contestant of a benchmark provides."""
+"""The interface of a benchmark's contestants."""
 
 from collections.abc import Iterator
 from typing import Protocol
 
 
 class Contestant(Protocol):
-    """A model that stands ready.
+    """A loaded model.
 
-    `precision` is what it calls the form of its weights; `weight_bytes` are read by every step, whatever the batch, `kv_bytes`
-    for every token of a sequence's context.
+    `precision` names the format of its weights. Each step reads `weight_bytes`, whatever the batch
+    size, and `kv_bytes` per token of a sequence's context.
     """
 
     precision: str
@@ -16,9 +16,9 @@ class Contestant(Protocol):
     kv_bytes: int
 
     def steps(self, prompts: list[list[int]], gen_len: int) -> Iterator[list[int]]:
-        """Continue prompts of a length greedily: each step's token of every sequence, on the host; the prompts' pass first."""
+        """Decode greedily after prompts of one length; yields each step's tokens, on the host."""
         ...
 
     def matmul_seconds(self, batch: int, prompt_len: int) -> float | None:
-        """How long the prompt's matrix products take alone; None for who is not asked."""
+        """Time of the prompt's matrix products alone; None if it is not measured."""
         ...

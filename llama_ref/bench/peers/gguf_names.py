@@ -1,4 +1,4 @@
-"""What llama.cpp calls Meta's tensors in a GGUF file; no package is needed for it."""
+"""llama.cpp's names for Meta's tensors in a GGUF file; needs no package."""
 
 WITHIN_LAYER = {
     "attention.wq": "attn_q",

@@ -1,4 +1,4 @@
-"""llama.cpp (llama-cpp-python's binding of its C interface) on the same weights, in its own format and precisions."""
+"""llama.cpp on the same weights in its own format, by llama-cpp-python's C bindings."""
 
 import ctypes
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from llama_ref.device import named_dtype
 
 QUANTIZED = {8: ("Q8_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0), 4: ("Q4_0", llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0)}
 PLAIN = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-CACHE_ITEM_BYTES = 2  # its cache is float16 whatever the weights
+CACHE_ITEM_BYTES = 2  # its cache is always float16
 
 
 class LlamaCpp:
-    """A context of its own for every batch size, with the flags that llama.cpp has by default."""
+    """llama.cpp with its default settings and one context per batch size."""
 
     def __init__(self, settings: Settings, scratch: Path):
         folder, path = open_folder(settings.name), scratch / "weights.gguf"
@@ -32,7 +32,7 @@ class LlamaCpp:
         params.n_gpu_layers = 0
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.model:
-            raise RuntimeError("llama.cpp refuses the file that was written for it")
+            raise RuntimeError("llama.cpp could not load the GGUF file written for it")
         self.n_vocab = folder.read_args().vocab_size
         self.weight_bytes = bytes_read(path)
         self.kv_bytes = kv_bytes(folder.read_args(), CACHE_ITEM_BYTES)
@@ -44,7 +44,7 @@ class LlamaCpp:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
         length = len(prompts[0])
         chosen = []
-        for row, prompt in enumerate(prompts):  # a prompt at a time, as many tokens as its batch takes
+        for row, prompt in enumerate(prompts):  # one prompt at a time, in llama.cpp's batches
             for start in range(0, length, self.n_batch):
                 _decode(context, prompt[start : start + self.n_batch], [row], start)
             chosen.append(self._best(context, -1))
@@ -64,7 +64,7 @@ class LlamaCpp:
             params.n_threads = params.n_threads_batch = self.threads
             context = llama_cpp.llama_init_from_model(self.model, params)
             if not context:
-                raise RuntimeError(f"llama.cpp has no context for {n_rows} × {self.total_len} tokens")
+                raise RuntimeError(f"llama.cpp could not make a context for {n_rows} × {self.total_len} tokens")
             self.contexts[n_rows] = context
         self.n_batch = llama_cpp.llama_n_batch(self.contexts[n_rows])
         return self.contexts[n_rows]
@@ -75,7 +75,7 @@ class LlamaCpp:
 
 
 def _decode(context: llama_cpp.llama_context_p, tokens: list[int], rows: list[int], position: int) -> None:
-    """Several tokens of one row from `position` on, or one token each of several rows; logits of each row's last."""
+    """Run tokens of one row from `position` on, or one token per row; logits of each row's last."""
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     try:
         batch.n_tokens = len(tokens)
@@ -89,17 +89,17 @@ def _decode(context: llama_cpp.llama_context_p, tokens: list[int], rows: list[in
     finally:
         llama_cpp.llama_batch_free(batch)
     if code:
-        raise RuntimeError(f"llama_decode ended with {code}")
+        raise RuntimeError(f"llama_decode returned {code}")
 
 
 def _quantized(path: Path, bits: int, threads: int) -> tuple[str, Path]:
-    """(its name, the file) in llama.cpp's own rounding, by its defaults."""
+    """Quantize with llama.cpp's defaults; (name of the format, the file)."""
     name, file_type = QUANTIZED[bits]
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = file_type, threads
     target = path.with_name(f"{name}.gguf")
     code = llama_cpp.llama_model_quantize(str(path).encode(), str(target).encode(), ctypes.byref(params))
     if code:
-        raise RuntimeError(f"llama_model_quantize ended with {code}")
+        raise RuntimeError(f"llama_model_quantize returned {code}")
     path.unlink()
     return name, target

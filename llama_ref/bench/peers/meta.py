@@ -1,4 +1,4 @@
-"""Meta's own reference (llama-models) on the same weights, one process, as its example runs it."""
+"""Meta's reference (llama-models) on the same weights, in one process, run as in its example."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +18,14 @@ SAME = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
 
 
 class Meta:
-    """Its RoPE factor is always 8: on a 3.2 1B or 3B it takes as long as with the right one, and says something else."""
+    """Meta's Transformer. Its RoPE factor is always 8: 3.2 1B and 3B need another."""
 
     def __init__(self, settings: Settings, scratch: Path):
         folder, dtype = open_folder(settings.name), named_dtype(settings.dtype)
         args = folder.read_args()
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         model_parallel.initialize_model_parallel(1)
-        torch.set_default_dtype(dtype)  # as its example does; the process is this contestant's own
+        torch.set_default_dtype(dtype)  # as in its example; no other contestant runs in this process
         self.model = MetaTransformer(
             MetaArgs(
                 **{name: getattr(args, name) for name in SAME},

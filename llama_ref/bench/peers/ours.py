@@ -1,4 +1,4 @@
-"""This project's own model, as `Llama.build` makes it, through the loop that all generation goes through."""
+"""This project's own model, as `Llama.build` loads it, in the loop of all generation."""
 
 import statistics
 import time
@@ -40,12 +40,12 @@ class Ours:
     def steps(self, prompts: list[list[int]], gen_len: int, cache: KVCache | None = None) -> Iterator[list[int]]:
         rows = [Row(prompt, gen_len) for prompt in prompts]
         for _ in steps(self.llama.model, rows, lambda logits: logits.argmax(-1), stop_tokens=(), cache=cache):
-            yield [row.generated[-1] for row in rows]  # the loop has brought them to the host: nothing is under way
+            yield [row.generated[-1] for row in rows]  # already on the host: the device has finished
 
     def steps_after(self, context: int, gen_len: int) -> Iterator[list[int]]:
-        """As `steps` after a prompt of so many tokens, of which only the last is run.
+        """Like `steps` after a prompt of `context` tokens, of which only the last is run.
 
-        The others' keys and values are random numbers: what they say does not matter for how long reading them takes.
+        The others' keys and values are random numbers, which take as long to read.
         """
         if self.filled is None:
             self.filled = new_cache(self.llama.model, 1, self.room)
@@ -56,9 +56,9 @@ class Ours:
 
     @torch.inference_mode()
     def matmul_seconds(self, batch: int, prompt_len: int) -> float:
-        """One layer's products on random numbers of the dtype, for all layers and pieces of the prompt, and the output's."""
+        """Time one layer's products on random numbers; scale to all layers, add the output's."""
         args = self.llama.model.args
-        piece = min(prompt_len, max(1, PREFILL_TOKENS // batch))  # as the loop cuts a prompt
+        piece = min(prompt_len, max(1, PREFILL_TOKENS // batch))  # the loop's chunk of a prompt
         shapes = Counter(s for n, s in expected_shapes(args).items() if n.startswith("layers.0.") and len(s) == 2)
         layer = sum(count * self._product_seconds(batch * piece, *shape) for shape, count in shapes.items())
         return layer * args.n_layers * prompt_len / piece + self._product_seconds(batch, args.vocab_size, args.dim)
@@ -66,18 +66,18 @@ class Ours:
     def _product_seconds(self, rows: int, n_out: int, n_in: int) -> float:
         like = {"dtype": self.llama.dtype, "device": self.llama.device}
         x, weight = torch.randn(rows, n_in, **like), torch.randn(n_out, n_in, **like)
-        return statistics.median(self._timed(x, weight) for _ in range(1 + REPEATS))
+        return statistics.median(self._time(x, weight) for _ in range(1 + REPEATS))
 
-    def _timed(self, x: torch.Tensor, weight: torch.Tensor) -> float:
+    def _time(self, x: torch.Tensor, weight: torch.Tensor) -> float:
         synchronize(x.device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         F.linear(x, weight)
         synchronize(x.device)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a device was given to do."""
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

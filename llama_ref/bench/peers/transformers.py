@@ -1,10 +1,10 @@
-"""Hugging Face's LlamaForCausalLM on the same weights, with its own cache and its usual attention."""
+"""Hugging Face's LlamaForCausalLM on the same weights, with its own cache and default attention."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported: nothing is to be fetched
+os.environ["HF_HUB_OFFLINE"] = "1"  # no downloads; read when transformers is imported
 
 import torch
 from transformers import LlamaForCausalLM

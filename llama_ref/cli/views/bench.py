@@ -51,7 +51,7 @@ def _prefill_table(report: Report) -> Table:
     table = _table("prefill", "tokens/s", "first s", "ours/theirs", "matmul")
     for result in report.results:
         table.add_row(
-            *_who(result),
+            *_contestant(result),
             _figure(result.prefill),
             f"{result.first_token.median:.3f}",
             _ratio(result.prefill_ratio),
@@ -64,7 +64,7 @@ def _decode_table(report: Report) -> Table:
     table = _table("decode", "tokens/s", "ours/theirs", "MB/token", "bandwidth")
     for result in report.results:
         table.add_row(
-            *_who(result),
+            *_contestant(result),
             _figure(result.decode),
             _ratio(result.decode_ratio),
             _megabytes(result.bytes_per_token),
@@ -75,7 +75,7 @@ def _decode_table(report: Report) -> Table:
 
 def _long_table(results: list[LongResult]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("context", "tokens/s", "ms/token", "MB/token", "of it K/V", "bandwidth", "growth"):
+    for column in ("context", "tokens/s", "ms/token", "MB/token", "K/V MB", "bandwidth", "growth"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
@@ -92,16 +92,17 @@ def _long_table(results: list[LongResult]) -> Table:
 
 def _foot(report: Report) -> list[str]:
     context = (
-        "Context: one sequence after so many tokens, whose keys and values are random numbers; growth: K/V bytes beyond the"
-        " shortest context's, read in the time beyond its, of memory's bandwidth."
+        "Context: one sequence after so many tokens, whose keys and values are random numbers. Growth: share of the memory"
+        " bandwidth that the extra K/V bytes need, in the extra time over the shortest context."
     )
     return [
-        "Tokens/s: of all sequences together, lowest and highest round behind. Ratios: of the rounds. First s: seconds to the"
-        " first token. Matmul: matrix products alone, of the prefill's time. MB/token: weights, keys, values that a token"
-        " has to read; bandwidth: how much of memory's that took. Memory: the most held while it ran, mapped files included.",
+        "Tokens/s: of all sequences together; in parentheses the slowest and fastest round. Ratios: by round. First s: seconds"
+        " to the first token. Matmul: share of the prefill's time that its matrix products take alone. MB/token: weights, keys"
+        " and values that a token reads. Bandwidth: share of the memory bandwidth that this needs. Memory: the peak, mapped"
+        " files included.",
         *[context] * bool(report.long_results),
         *(f"note: {note}" for note in report.notes),
-        f"again: {report.command}",
+        f"to repeat: {report.command}",
     ]
 
 
@@ -113,7 +114,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _who(result: Result) -> tuple[Text, str]:
+def _contestant(result: Result) -> tuple[Text, str]:
     return Text(result.contestant), str(result.batch)
 
 

@@ -175,7 +175,7 @@ def _forms(parameter: Parameter) -> list[str]:
 
 
 def _named_flags(parameter: Parameter) -> Iterator[tuple[str, str]]:
-    """Long flags of a parameter with their help; "--no-x" where a switch may be on without it."""
+    """Long flags of a parameter with their help; "--no-x" too if a switch is not off by default."""
     yield f"--{parameter.name}", parameter.flag.help
     if parameter.is_switch and parameter.default is not False:
         yield f"--no-{parameter.name}", f"not: {parameter.flag.help}"

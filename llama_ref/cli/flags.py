@@ -9,10 +9,10 @@
     ) -> None:
         \"""Continue a text.\"""
 
-A parameter before the `*` is an argument, given by position or by name; one behind it is a flag.
+A parameter before the `*` is an argument, given by position or by name; one after it is a flag.
 Type and default are Python's own, a `Literal` lists choices. A parameter annotated with a dataclass
-(`Sampling`) stands for one flag per field: commands share flags that way. Parsing (parser.py), help
-(help.py) and shell completion read all of this here.
+(`Sampling`) adds one flag per field: commands share flags that way. Parsing (parser.py), help
+(help.py) and shell completion (completion.py) read all of this here.
 """
 
 import contextlib
@@ -81,12 +81,12 @@ class Parameter:
 
     @property
     def label(self) -> str:
-        """How messages call it: "NAME", "--top_p"."""
+        """Its name in messages: "NAME", "--top_p"."""
         return self.name.upper() if self.positional else f"--{self.name}"
 
     @property
     def metavar(self) -> str:
-        """What the help shows for its value."""
+        """The help's placeholder for its value."""
         return self.flag.metavar or "|".join(self.choices) or TYPE_NAMES.get(self.kind, "VALUE")
 
     def read(self, word: str) -> Any:
@@ -171,7 +171,7 @@ class Command:
         return found
 
     def call(self, values: Mapping[str, Any]) -> int | None:
-        """Call the function with values by parameter; what is left out has its default."""
+        """Call the function with values by parameter; others get their default."""
         values = {n: values.get(n, each.default) for n, each in self.parameters.items()}
         arguments = {}
         for name, (_, hint) in self._annotated.items():

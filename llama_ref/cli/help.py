@@ -1,4 +1,4 @@
-"""Help texts, made from what commands declare."""
+"""Help texts, generated from what commands declare."""
 
 import shutil
 import textwrap
@@ -28,7 +28,7 @@ def program_help(commands: Mapping[str, Command], program: str) -> str:
     lines += [
         "",
         *_entry("  -V, --version", "show the version of this package and of PyTorch", 17),
-        *_entry("  -h, --help", "show this text; behind a command, its arguments and flags", 17),
+        *_entry("  -h, --help", "show this text; after a command, its arguments and flags", 17),
         "",
         *_wrap(
             "NAME is always a checkpoint folder, or a release such as Llama3.2-1B-Instruct under "
@@ -98,7 +98,7 @@ def _flag_form(parameter: Parameter) -> str:
 
 
 def _explained(parameter: Parameter) -> str:
-    """A parameter's help with its default, if that is worth a word."""
+    """A parameter's help, with its default if there is one to show."""
     default = parameter.default
     if parameter.is_required:
         shown = "" if parameter.positional else "required"
@@ -112,7 +112,7 @@ def _explained(parameter: Parameter) -> str:
 
 
 def _entry(name: str, text: str, column: int) -> list[str]:
-    """A name and its text in two columns, the text wrapped; a long name stands alone."""
+    """A name and its text in two columns, the text wrapped; a long name gets its own line."""
     lines = _wrap(text, " " * column)
     if len(name) > column - 2:
         return [name, *lines]

@@ -14,7 +14,7 @@ EXIT_BAD, EXIT_MISUSE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141
 
 
 def guarded(action: Callable[[], int | None]) -> int:
-    """Do something and return its exit code (None: 0), or that of what went wrong, said in a line.
+    """Run an action and return its exit code (None: 0); report an error in one line.
 
     0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader of the output has gone.
     """
@@ -27,7 +27,7 @@ def guarded(action: Callable[[], int | None]) -> int:
     except LlamaRefError as error:
         return report_error(error, EXIT_BAD)
     except BrokenPipeError:
-        # Or the flush at exit would fail once more.
+        # Else the flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_PIPE
     except OSError as error:
@@ -61,7 +61,7 @@ def _known_failure(error: RuntimeError) -> LlamaRefError | None:
             "try --dtype bfloat16, a smaller --max_seq_len, --device cpu, or a smaller release"
         )
     if lost_a_process(error):
-        return LlamaRefError("another process of this job has ended, so this one cannot go on")
+        return LlamaRefError("another process of this job has ended, so this one cannot continue")
     return None
 
 
@@ -111,12 +111,12 @@ class _NoteHandler(logging.Handler):
 
 
 def report_error(error: Exception, code: int) -> int:
-    """Say what is wrong, once per job, and return the exit code."""
+    """Print an error, once per job, and return the exit code."""
     from llama_ref.formatting import printable
 
     if _is_first_to_report():
         lines = f"llama-ref: {error}".split("\n")
-        # A file's name may hold a terminal's commands.
+        # A file's name may contain terminal escapes.
         print(*map(printable, lines), sep="\n", file=sys.stderr)
     return code
 
@@ -124,14 +124,14 @@ def report_error(error: Exception, code: int) -> int:
 def _is_first_to_report() -> bool:
     """Whether no other process of the torchrun job has reported: one message is enough.
 
-    Torchrun names a file for every process to report errors in, below a folder that this attempt at
-    the job has to itself.
+    Torchrun names a file for every process to report errors in, below a folder of this attempt at
+    the job.
     """
     own_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not own_file:
         return True
     try:
-        (Path(own_file).parent.parent / "complained").touch(exist_ok=False)
+        (Path(own_file).parent.parent / "reported").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:

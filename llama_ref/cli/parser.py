@@ -96,7 +96,7 @@ def parse(chosen: Command, words: list[str], program: str) -> dict[str, Any]:
 
 
 def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
-    """Words before and after the first `--`, behind which no word is a flag."""
+    """Words before and after the first `--`, after which no word is a flag."""
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
 
@@ -138,7 +138,7 @@ def _form(flag: str, parameter: Parameter, waiting: list[str]) -> str:
 
 
 def _assign_texts(chosen: Command, texts: list[str], found: dict[str, str], program: str) -> None:
-    """Give words that are no flags to the arguments in order; check that none is missing."""
+    """Assign words that are not flags to the arguments, in order; check that none is missing."""
     arguments = [each for each in chosen.parameters.values() if each.positional]
     free = [each for each in arguments if each.name not in found]
     if len(texts) > len(free):
@@ -213,5 +213,5 @@ def _print_program_help(program: str) -> None:
 def _unknown_command(word: str, names: Iterable[str], program: str) -> str:
     if word.startswith("-"):
         guess = did_you_mean(word.lstrip("-"), ("help", "version"), "--")
-        return f"unknown flag {word:.60}{guess or '; flags go behind a command'}{_see(program)}"
+        return f"unknown flag {word:.60}{guess or '; flags go after a command'}{_see(program)}"
     return f"unknown command {word!r:.60}{did_you_mean(word, tuple(names))}{_see(program)}"

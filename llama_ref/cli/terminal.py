@@ -39,7 +39,7 @@ def is_first_process() -> bool:
 
 
 def note(text: str) -> None:
-    """Print a line for people, no part of the output: on stderr, once per job."""
+    """Print a line for people, not part of the output: on stderr, once per job."""
     if is_first_process():
         print(text, file=sys.stderr)
 

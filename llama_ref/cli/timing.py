@@ -7,7 +7,7 @@ from llama_ref.decoding.stream import Stream
 
 
 class Timing:
-    """Passes a stream's text through, and afterwards says how fast it came."""
+    """Passes a stream's text through, and then tells its speed."""
 
     def __init__(self, stream: Stream):
         self.stream = stream

@@ -166,7 +166,7 @@ def test_what_a_function_returns_is_the_exit_code(capfd):
         ("compleet x", "unknown command 'compleet'; did you mean complete? (see"),
         ("zzz", "unknown command 'zzz' (see llama-ref --help)"),
         ("--versoin", "unknown flag --versoin; did you mean --version?"),
-        ("--json list", "unknown flag --json; flags go behind a command (see llama-ref --help)"),
+        ("--json list", "unknown flag --json; flags go after a command (see llama-ref --help)"),
         ("help lits", "unknown command 'lits'; did you mean list?"),
         ("lens x", "missing PROMPT, text for the model to read (see llama-ref lens --help)"),
         ("reshard a b", "missing --shards INT, number of shards"),

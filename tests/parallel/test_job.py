@@ -72,7 +72,7 @@ def test_a_killed_process_ends_the_job_with_one_message(endless, rank):
     # Torchrun says which process was killed, and may end the others before they notice.
     assert "Signal 9 (SIGKILL) received" in stderr
     said = [line for line in stderr.splitlines() if line.startswith("llama-ref: ")]
-    assert said in ([], ["llama-ref: another process of this job has ended, so this one cannot go on"])
+    assert said in ([], ["llama-ref: another process of this job has ended, so this one cannot continue"])
     assert "[rank" not in stderr, "a worker's own traceback"
 
 

@@ -12,7 +12,7 @@ def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Flag("bash, zsh 
     Load it in the shell's start file:
 
       bash  ~/.bashrc                   eval "$(llama-ref completion bash)"
-      zsh   ~/.zshrc, behind compinit   eval "$(llama-ref completion zsh)"
+      zsh   ~/.zshrc, after compinit    eval "$(llama-ref completion zsh)"
       fish  ~/.config/fish/config.fish  llama-ref completion fish | source
 
     The script lists what this version knows, so that completing starts no Python. Arguments are

@@ -27,7 +27,7 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint to int8 or int4 and save it.
 
-    The new folder loads at once and needs as much less memory.
+    The new folder loads without rounding again, and takes less disk and memory.
     """
     from llama_ref.checkpoint.quantized_writer import quantize_folder
     from llama_ref.cli.terminal import byte_bar

@@ -27,7 +27,7 @@ from llama_ref.plan import (
 )
 
 COMMAND_WIDTH = 78
-EXAMPLES = 4  # prompts that the scripts give at a time
+EXAMPLES = 4  # prompts in one batch of the example scripts
 
 
 def print_plan(model: Model, workload: Workload, dtype: str | None = None, *, as_json: bool) -> bool:
@@ -49,7 +49,7 @@ def print_plan(model: Model, workload: Workload, dtype: str | None = None, *, as
 def start_command(model: Model, workload: Workload, placement: Placement) -> list[str]:
     """Return the command that starts a placement with the example script, split into words.
 
-    HOST stands for the name of one of the nodes, on each of which the command is given.
+    On several nodes it is run on each, with HOST replaced by the name of one of them.
     """
     nodes, per_node = placement.layout.nodes
     chats = any(word in model.name.lower() for word in ("instruct", "guard", "chat"))
@@ -109,17 +109,17 @@ def _print_tables(model: Model, workload: Workload, placements: list[Placement])
     sequences = f"{workload.max_batch_size:,} sequence{'s' * (workload.max_batch_size > 1)}"
     print_rich(Text(f"{printable(model.name)}: {_n_parameters(model):,} parameters"))
     print_rich(Text(f"{sequences} of {workload.max_seq_len:,} tokens"))
-    found = human_bytes(workload.card_bytes)
-    print_rich(Text(f"cards of {workload.gpu_memory:g} GB (binary), where programs find {found} (decimal, as below)\n"))
+    usable = human_bytes(workload.card_bytes)
+    print_rich(Text(f"cards of {workload.gpu_memory:g} GB (binary), of which programs can use {usable} (decimal, as below)\n"))
     by_dtype = {p.dtype: [q for q in placements if q.dtype == p.dtype] for p in placements}
-    for dtype, alike in by_dtype.items():
-        print_rich(_table(model, workload, dtype, alike))
-    print_rich(Text("The process that holds most is shown. In all: with 1 GB set aside for CUDA itself."))
+    for dtype, own in by_dtype.items():
+        print_rich(_table(model, workload, dtype, own))
+    print_rich(Text("Sizes: of the process that needs most. Total: with 1 GB reserved for CUDA itself."))
     print_rich(Text("Longest: the max_seq_len that fits at this batch size, within the model's context."))
     for note in _notes(model, workload, placements):
         print_rich(Text(f"note: {printable(note)}"))
-    for dtype, alike in by_dtype.items():
-        best = smallest(alike)
+    for dtype, own in by_dtype.items():
+        best = smallest(own)
         if best:
             print_rich(Text(f"\n{dtype}: {_counted(best.layout)}", style="green"))
             print("\n".join(_wrapped(start_command(model, workload, best))))
@@ -130,7 +130,7 @@ def _print_tables(model: Model, workload: Workload, placements: list[Placement])
 def _table(model: Model, workload: Workload, dtype: str, placements: list[Placement]) -> Table:
     title = f"{model.scheme}, computed in {dtype}" if model.scheme else dtype
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("cards", "tensor", "stages", "weights", "KV cache", "activations", "in all", "fits", "longest"):
+    for name in ("cards", "tensor", "stages", "weights", "KV cache", "activations", "total", "fits", "longest"):
         table.add_column(name, justify="left" if name == "fits" else "right", no_wrap=True)
     for placement in _worth_showing(placements):
         layout, need = placement.layout, placement.need
@@ -143,7 +143,7 @@ def _table(model: Model, workload: Workload, dtype: str, placements: list[Placem
 
 
 def _worth_showing(placements: list[Placement]) -> list[Placement]:
-    """All layouts of one stage, and the smallest that fits; more stages where one node is not enough."""
+    """All layouts of one stage and the smallest that fits; more if one node is not enough."""
     best = smallest(placements)
     widest = max(p.layout.tensor for p in placements if not p.layout.spans_nodes)
     in_one_node = any(p.fits and p.layout.stages == 1 and not p.layout.spans_nodes for p in placements)
@@ -154,16 +154,16 @@ def _notes(model: Model, workload: Workload, placements: list[Placement]) -> Ite
     yield from model.notes
     if workload.max_seq_len > model.context:
         yield (
-            f"{model.name} was trained for {model.context:,} tokens; of the {workload.max_seq_len:,} asked for, it makes no "
-            "sense of those beyond"
+            f"{model.name} was trained for {model.context:,} tokens; of the {workload.max_seq_len:,} asked for, it cannot use "
+            "more"
         )
     if any(placement.layout.spans_nodes for placement in placements):
         yield (
-            f"tensor above {CARDS_PER_NODE} divides every matrix over nodes of {CARDS_PER_NODE} cards, and every layer waits "
-            "for their network: stages are faster"
+            f"tensor above {CARDS_PER_NODE} splits every matrix across nodes of {CARDS_PER_NODE} cards, and every layer waits "
+            "for the network: stages are faster"
         )
     if workload.max_batch_size < EXAMPLES:
-        yield f"the example scripts give {EXAMPLES} prompts at a time, which --max_batch_size {workload.max_batch_size} refuses"
+        yield f"the example scripts run {EXAMPLES} prompts at a time, which --max_batch_size {workload.max_batch_size} rejects"
 
 
 def _counted(layout: Layout) -> str:
@@ -171,7 +171,7 @@ def _counted(layout: Layout) -> str:
     if layout.processes == 1:
         return "1 card is enough"
     stages = f", in {layout.stages} stages" if layout.stages > 1 else ""
-    where = f" (on each of {nodes} nodes, with {per_node} of them, HOST being one)" if nodes > 1 else ""
+    where = f" (run it on each of {nodes} nodes of {per_node} cards; HOST is one of them)" if nodes > 1 else ""
     return f"{layout.processes} cards are enough{stages}{where}"
 
 
@@ -180,7 +180,7 @@ def _advice(model: Model, workload: Workload, placements: list[Placement]) -> st
     least = min(placements, key=lambda placement: placement.need.total)
     found = (
         f"nothing fits: even {least.layout.processes} processes need {human_bytes(least.need.total)} each in {least.dtype}, "
-        f"where a card has {human_bytes(workload.card_bytes)}"
+        f"but a card has {human_bytes(workload.card_bytes)}"
     )
     smaller = smaller_workload(model, workload, dtypes)
     if smaller:

@@ -20,8 +20,8 @@ from llama_ref.formatting import human_bytes, printable
 
 MOST_TENSORS = 12  # differing tensors shown
 SUM_SHOWN = 8  # leading hex digits: enough to see that two differ
-NARROW = 80  # columns that most terminals have at least
-LEAST_TIMED_BYTES = 1 << 20  # smaller files measure the time to open a file, not the disk
+NARROW = 80  # columns of a narrow terminal
+LEAST_TIMED_BYTES = 1 << 20  # reading a smaller file does not measure the disk
 
 
 def print_reports(reports: list[Report], *, as_json: bool, as_list: bool = False) -> None:
@@ -34,7 +34,7 @@ def print_reports(reports: list[Report], *, as_json: bool, as_list: bool = False
         if number:
             print()
         if report.files:
-            print_rich(Text(printable(str(report.folder)), style="italic"))  # no title: that would break at the table's width
+            print_rich(Text(printable(str(report.folder)), style="italic"))  # a table's title would be wrapped
             print_rich(_table(report))
         for note in report.notes:
             print_rich(Text(f"note: {printable(note)}"))
@@ -51,10 +51,12 @@ def _total(reports: list[Report]) -> Text:
     unknown = [report for report in reports if not report.ok and not report.bad]
     n_good = len(reports) - len(bad) - len(unknown)
     good = "whole" if all(file.state is State.WHOLE for report in reports if report.ok for file in report.files) else "sound"
-    told = [f"{n_good} of {len(reports)} folders are {good}"]
-    told += [f"not {good}: {_names(bad)}"] * bool(bad)
-    told += [f"not checked in full: {_names(unknown)}"] * bool(unknown)
-    return Text("; ".join(told), style="red" if bad else "yellow" if unknown else "green")
+    parts = [f"{n_good} of {len(reports)} folders are {good}"]
+    if bad:
+        parts.append(f"not {good}: {_names(bad)}")
+    if unknown:
+        parts.append(f"not checked in full: {_names(unknown)}")
+    return Text("; ".join(parts), style="red" if bad else "yellow" if unknown else "green")
 
 
 def _names(reports: list[Report]) -> str:
@@ -63,7 +65,7 @@ def _names(reports: list[Report]) -> str:
 
 
 def _table(report: Report) -> Table:
-    """The report's files, without empty columns, and without speeds where 80 columns are too few."""
+    """The report's files, without empty columns, and without speeds if 80 columns are too few."""
     columns = {
         "file": [printable(file.name) for file in report.files],
         "size": ["" if file.size is None else human_bytes(file.size) for file in report.files],
@@ -101,11 +103,11 @@ def _needed_width(columns: Mapping[str, list[str | Text]], shown: list[str]) -> 
     """Width of the narrowest table that cuts nothing, in columns."""
     widest = {name: max(len(str(cell)) for cell in columns[name]) for name in shown}
     least = {name: _options(name, columns).get("min_width", widest[name]) for name in shown}
-    return sum(least.values()) + 3 * len(shown) - 1  # a space before and after each cell, and one between any two
+    return sum(least.values()) + 3 * len(shown) - 1  # spaces around each cell, and one between cells
 
 
 def _expected(file: FileReport) -> str:
-    """The sum's beginning; the size too, where that is what is wrong."""
+    """The start of the expected sum, and the expected size if that is wrong."""
     size = human_bytes(file.expected_size) if file.expected_size not in (None, file.size) else ""
     return " ".join(part for part in ((file.expected_sum or "")[:SUM_SHOWN], size) if part)
 
@@ -117,7 +119,7 @@ def _speed(file: FileReport) -> str:
 
 @contextmanager
 def hashing_bars() -> Iterator[Callable[[Path, int, int], None]]:
-    """A bar per file on stderr while it is read; silent where stderr is no terminal."""
+    """Show a bar per file on stderr while it is read; silent where stderr is not a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     tasks: dict[Path, TaskID] = {}
@@ -132,7 +134,7 @@ def hashing_bars() -> Iterator[Callable[[Path, int, int], None]]:
 
 
 def print_comparison(comparison: Comparison, *, as_json: bool) -> None:
-    """`identical`, or what differs: params, tokenizer, and the first tensors with their distances."""
+    """Print "identical", or what differs: params, tokenizer, and the first tensors."""
     if as_json:
         print(comparison.to_json())
         return

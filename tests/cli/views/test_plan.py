@@ -73,7 +73,7 @@ def one_stage(row: dict) -> bool:
 @pytest.mark.parametrize("name", ["Llama3.1-8B", "Llama3.1-405B", "Llama3.2-1B-Instruct:int4-spinquant-eo8"])
 def test_tables_and_commands_are_no_wider_than_a_terminal(run, name):
     _, out, _ = run(name, "--gpu_memory", 80)
-    prose = ("note:", "The process", "Longest:", "bfloat16:", "float32:")
+    prose = ("note:", "Sizes:", "Longest:", "bfloat16:", "float32:")
     lines = [line.rstrip() for line in out.splitlines() if not line.startswith(prose)]
     assert max(map(len, lines)) <= 80
 
@@ -145,7 +145,7 @@ def test_nothing_fits_and_what_would(run):
     [
         (("Llama-3-8B", "--max_seq_len", 8193), r"trained for 8,192 tokens; of the 8,193"),
         (("Llama3.1-405B",), r"fp8 release, which is not supported yet: this is Llama3\.1-405B:bf16-mp8"),
-        (("Llama3.1-8B", "--max_batch_size", 1), r"4 prompts at a time, which --max_batch_size 1 refuses"),
+        (("Llama3.1-8B", "--max_batch_size", 1), r"4 prompts at a time, which --max_batch_size 1 rejects"),
         (("Llama3.1-8B",), r"tensor above 8"),
     ],
 )

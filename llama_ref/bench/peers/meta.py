@@ -18,7 +18,7 @@ SAME = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
 
 
 class Meta:
-    """Meta's Transformer. Its RoPE factor is always 8: 3.2 1B and 3B need another."""
+    """Meta's Transformer. Its RoPE factor is always 8: 3.2 1B and 3B run as fast, but differ."""
 
     def __init__(self, settings: Settings, scratch: Path):
         folder, dtype = open_folder(settings.name), named_dtype(settings.dtype)

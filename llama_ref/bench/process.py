@@ -38,13 +38,15 @@ class Process:
                 start_new_session=True,
                 text=True,
             )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.requests, self.answers = self.process.stdin, self.process.stdout
 
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and return the answer. Raises RequestError for misuse, else Failed."""
         try:
-            self.process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            self.requests.write(json.dumps({"do": request, **arguments}) + "\n")
+            self.requests.flush()
+            line = self.answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -59,9 +61,9 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.process.stdout.close()
+        self.answers.close()
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self.requests.close()
 
     def _how_it_ended(self) -> str:
         code = self.process.wait()

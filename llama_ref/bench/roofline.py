@@ -83,8 +83,8 @@ def _points(report: Report) -> Iterator[Point]:
     for result in report.results:
         yield Point(_series(result), f"batch {result.batch}", result.prefill_work, result.prefill, is_prefill=True)
         yield Point(_series(result), f"batch {result.batch}", result.decode_work, result.decode)
-    for result in report.long_results:
-        yield Point(_series(report.results[0]), f"context {result.context:,}", result.work, result.decode)
+    for long in report.long_results:
+        yield Point(_series(report.results[0]), f"context {long.context:,}", long.work, long.decode)
 
 
 def _series(result: Result) -> str:

@@ -62,7 +62,8 @@ class _Comparison:
                 self._take_turns(batch)
             for context in settings.contexts:
                 answer = self._ask(OURS, "generate_after", context=context, gen_len=settings.gen_len)
-                self.long_rounds[context].append(Round(**answer))
+                if answer:
+                    self.long_rounds[context].append(Round(**answer))
         return self._report()
 
     def _load(self, name: str) -> None:
@@ -119,7 +120,8 @@ class _Comparison:
         pairs = list(zip(rounds, ours, strict=True))
         decode = Spread.of(batch * (s.gen_len - 1) / r.decode_seconds for r in rounds)
         prefill, step = self._prefill_work(batch, facts), self._decode_work(batch, s.prompt_len, facts)
-        matmuls = [r.matmul_seconds / r.first_seconds for r in rounds if r.matmul_seconds is not None]
+        matmuls = [r.matmul_seconds for r in rounds if r.matmul_seconds is not None]
+        fractions = [r.matmul_seconds / r.first_seconds for r in rounds if r.matmul_seconds is not None]
         return Result(
             contestant=name,
             precision=facts["precision"],
@@ -130,8 +132,8 @@ class _Comparison:
             peak_bytes=max(r.peak_bytes for r in rounds),
             bytes_per_token=step.bytes,
             bandwidth_fraction=step.bytes * decode.median / bandwidth.median if bandwidth else None,
-            matmul_fraction=Spread.of(matmuls).median if matmuls else None,
-            matmul_flops=self._matmul_flops(batch, rounds) if matmuls else None,
+            matmul_fraction=Spread.of(fractions).median if fractions else None,
+            matmul_flops=self._matmul_flops(batch, matmuls) if matmuls else None,
             prefill_work=prefill,
             decode_work=step,
             prefill_ratio=None if name == OURS else Spread.of(r.first_seconds / o.first_seconds for r, o in pairs),
@@ -165,10 +167,10 @@ class _Comparison:
         n = self.settings.prompt_len
         return Work(flops(self.args, n, n * (n + 1) / 2, 1) / n, facts["weight_bytes"] / (batch * n) + facts["kv_bytes"])
 
-    def _matmul_flops(self, batch: int, rounds: list[Round]) -> float:
+    def _matmul_flops(self, batch: int, seconds: list[float]) -> float:
         """Operations per second of the prefill's matrix products alone."""
         all_flops = batch * flops(self.args, self.settings.prompt_len, 0, 1)
-        return all_flops / Spread.of(each.matmul_seconds for each in rounds).median
+        return all_flops / Spread.of(seconds).median
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from llama_ref.checkpoint.first_load import Verify
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import RequestError
@@ -35,7 +36,7 @@ class Settings:
     compile: bool
     device: str
     dtype: str
-    verify: str
+    verify: Verify
     prompt_len: int
     gen_len: int
     batches: tuple[int, ...]
@@ -60,7 +61,7 @@ class Settings:
         compile: bool = False,
         device: str | None = None,
         dtype: str | None = None,
-        verify: str = "auto",
+        verify: Verify = "auto",
     ) -> "Settings":
         """Read a command line's values. Raises RequestError or CheckpointError."""
         threads = default_threads() if threads is None else threads
@@ -89,10 +90,21 @@ class Settings:
             raise RequestError(
                 f"{folder.path} is quantized, which other programs cannot read: use its source folder, with --quantize"
             )
-        options = {"quantize": scheme, "compile": compile, "device": str(chosen), "dtype": own_dtype, "verify": verify}
-        batches = _numbers("batch", batch, MOST_ROWS, "1 or 1,8")
-        lengths = {"prompt_len": prompt_len, "gen_len": gen_len, "batches": batches, "contexts": contexts}
-        return cls(name, **options, **lengths, against=peers, rounds=rounds, threads=threads)
+        return cls(
+            name=name,
+            quantize=scheme,
+            compile=compile,
+            device=str(chosen),
+            dtype=own_dtype,
+            verify=verify,
+            prompt_len=prompt_len,
+            gen_len=gen_len,
+            batches=_numbers("batch", batch, MOST_ROWS, "1 or 1,8"),
+            contexts=contexts,
+            against=peers,
+            rounds=rounds,
+            threads=threads,
+        )
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
@@ -103,11 +115,16 @@ class Settings:
     def command(self) -> str:
         """The command line that repeats this benchmark on this machine."""
         words = ["llama-ref", "bench", shlex.quote(self.name)]
-        words += [f"--quantize {self.quantize}"] * bool(self.quantize) + ["--compile"] * self.compile
+        if self.quantize:
+            words.append(f"--quantize {self.quantize}")
+        if self.compile:
+            words.append("--compile")
         words += [f"--device {self.device}", f"--dtype {self.dtype}"]
         words += [f"--prompt_len {self.prompt_len}", f"--gen_len {self.gen_len}", f"--batch {','.join(map(str, self.batches))}"]
-        words += [f"--context {','.join(map(str, self.contexts))}"] * bool(self.contexts)
-        words += [f"--against {','.join(self.against)}"] * bool(self.against)
+        if self.contexts:
+            words.append(f"--context {','.join(map(str, self.contexts))}")
+        if self.against:
+            words.append(f"--against {','.join(self.against)}")
         return " ".join([*words, f"--rounds {self.rounds}", f"--threads {self.threads}"])
 
 

@@ -175,7 +175,7 @@ class Command:
         values = {n: values.get(n, each.default) for n, each in self.parameters.items()}
         arguments = {}
         for name, (_, hint) in self._annotated.items():
-            if is_dataclass(hint):
+            if isinstance(hint, type) and is_dataclass(hint):
                 arguments[name] = hint(**{each.name: values[each.name] for each in fields(hint)})
             else:
                 arguments[name] = values[name]

@@ -100,6 +100,7 @@ def _flag_form(parameter: Parameter) -> str:
 def _explained(parameter: Parameter) -> str:
     """A parameter's help, with its default if there is one to show."""
     default = parameter.default
+    shown: str | None
     if parameter.is_required:
         shown = "" if parameter.positional else "required"
     elif default is None or default == ():

@@ -88,7 +88,7 @@ def parse(chosen: Command, words: list[str], program: str) -> dict[str, Any]:
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     collect.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        inspect.Parameter(name, keyword, default=None) for name in found
+        [inspect.Parameter(name, keyword, default=None) for name in found]
     )
     SetParseFns(**{name: chosen.parameters[name].read for name in found})(collect)
     line = [f"--{name}={word}" for name, word in found.items()]

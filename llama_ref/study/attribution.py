@@ -105,7 +105,7 @@ def _direction(model: Transformer, residual: Tensor, target: int, other: int | N
 
 def _head_shares(model: Transformer, layer: int, head_output: Tensor, direction: Tensor) -> Tensor:
     """Each head's share, through its own columns of `wo`: (H, hd) -> (H,)."""
-    read = direction @ matrix(model.layers[layer].attention.wo)  # (D,) @ (D, H·hd) -> (H·hd,)
+    read = direction @ matrix(model.get_submodule(f"layers.{layer}.attention.wo"))  # (D,) @ (D, H·hd) -> (H·hd,)
     return (head_output * read.view_as(head_output)).sum(-1)
 
 
@@ -121,11 +121,12 @@ def _check_sum(model: Transformer, found: Attribution, residual: Tensor, directi
 
 def matrix(module: nn.Module) -> Tensor:
     """Float32 weight (out, in) of a linear layer or embedding, quantized or not."""
-    return module.dequantize() if isinstance(module, QuantizedMatrix) else module.weight.detach().float()
+    return module.dequantize() if isinstance(module, QuantizedMatrix) else module.get_parameter("weight").detach().float()
 
 
 def matrix_rows(module: nn.Module, rows: list[int]) -> Tensor:
     """Some rows of `matrix(module)`; without quantization only they are converted."""
     if isinstance(module, QuantizedMatrix):
         return module.dequantize()[rows]
-    return F.embedding(torch.tensor(rows, device=module.weight.device), module.weight.detach()).float()
+    weight = module.get_parameter("weight").detach()
+    return F.embedding(torch.tensor(rows, device=weight.device), weight).float()

@@ -21,6 +21,7 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.model import Attention, Context, FeedForward, Transformer, TransformerBlock, attend, rotate
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
+from llama_ref.quantization.linear import QuantizedMatrix
 
 
 class Pass:
@@ -29,7 +30,8 @@ class Pass:
     def __init__(self, tokens: Tensor, context: Context):
         self.tokens = tokens
         self.positions = context.positions
-        self.cache: KVCache | None = context.cache
+        assert context.cache is None or isinstance(context.cache, KVCache)
+        self.cache = context.cache
         self.complete = False  # until the last norm has run
         self.first = self.cache is None or self.cache.longest == 0  # of its text
 
@@ -120,6 +122,7 @@ class Attached:
                 self._remove(model, attribute)
         self._instrument(model.tok_embeddings, self.embedding)
         for i, block in enumerate(model.layers):
+            assert isinstance(block, TransformerBlock)
             self._instrument(block, self.block, i)
             self._instrument(block.attention, self.attention, i)
             self._instrument(block.feed_forward, self.feed_forward, i)
@@ -205,8 +208,9 @@ class Attached:
             out = context.cache.attend(layer, q, k, v, context)  # (B, T, H, hd)
         watching = self.watching(f"layers.{i}.attention.scores") + self.watching(f"layers.{i}.attention.pattern")
         if watching:
-            if context.cache is not None:
-                k, v = context.cache.read(layer, context.n_seen)  # (B, S, K, hd)
+            cache: KVCache | None = self.local.run.cache
+            if cache is not None:
+                k, v = cache.read(layer, context.n_seen)  # (B, S, K, hd)
             out = _attend_in_steps(out, q, k, v, context.visible, see, _in_path(watching))
         out = see("head_output", out)
         added = module.wo(out.flatten(-2))  # (B, T, D)
@@ -300,7 +304,7 @@ def _attend_in_steps(
 
 def _add_by_head(added: Tensor, out: Tensor, wo: nn.Module, see: Callable[[str, Tensor], Tensor], in_path: bool) -> Tensor:
     """The model's `added` (B, T, D), replaced where a visitor changed a head's share."""
-    weight = wo.weight if isinstance(wo, nn.Linear) else wo.dequantize()  # (D, H · hd)
+    weight = wo.dequantize() if isinstance(wo, QuantizedMatrix) else wo.get_parameter("weight")  # (D, H · hd)
     by_head = weight.to(out.dtype).unflatten(1, out.shape[2:])  # (D, H, hd)
     own = torch.einsum("bthe,dhe->bthd", out, by_head)  # (B, T, H, D)
     shares = see("head_result", own)

@@ -7,7 +7,7 @@ is the model's own prediction, which `predict` returns. Source: nostalgebraist, 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,22 @@ class LogitLens:
     target: int | None = None
     target_probability: Tensor | None = None
     target_rank: Tensor | None = None
+
+    @property
+    def followed(self) -> "Followed | None":
+        """The target with its readings, or None."""
+        if self.target is None or self.target_probability is None or self.target_rank is None:
+            return None
+        return Followed(self.target, self.target_probability, self.target_rank)
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A lens's target with its probability and rank, (P, T) each."""
+
+    token: int
+    probability: Tensor
+    rank: Tensor
 
 
 def residual_points(n_layers: int) -> list[str]:
@@ -93,8 +109,8 @@ def logit_lens(
     last = traced[every[-1]][0, at]
     chunks = [_read(model, [x[some] for x in residuals], last[some], target, top) for some in position_chunks(model, len(at))]
     probability, rank, ids, probabilities, entropy, kl = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
-    seen = {} if target is None else {"target_probability": probability, "target_rank": rank}
-    return LogitLens(row[0].tolist(), at, points, ids, probabilities, entropy, kl, target, **seen)
+    found = LogitLens(row[0].tolist(), at, points, ids, probabilities, entropy, kl)
+    return found if target is None else replace(found, target=target, target_probability=probability, target_rank=rank)
 
 
 def _check_points(every: list[str], points: Sequence[str]) -> list[str]:

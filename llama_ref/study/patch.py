@@ -38,8 +38,12 @@ class Edit:
         beginning of the text, with a cache too; -1 is the last token of a pass. `rows` are
         sequences of the batch.
         """
-        given = {"heads": heads, "positions": positions, "rows": rows}
-        return replace(self, **{what: _indices(what, each) for what, each in given.items() if each is not None})
+        return replace(
+            self,
+            heads=self.heads if heads is None else _indices("heads", heads),
+            positions=self.positions if positions is None else _indices("positions", positions),
+            rows=self.rows if rows is None else _indices("rows", rows),
+        )
 
     def apply(self, value: Tensor, name: str, run: Pass) -> Tensor:
         """The edited value, of the same shape."""

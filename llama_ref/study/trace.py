@@ -37,14 +37,14 @@ class Trace(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._values:
             return self._values[name]
-        known = matching(self.model_args, name) if isinstance(name, str) else []  # raises for unknown names
-        raise NotTraced(f"{name!r:.80} was not traced: add it to names" if known else f"no activation is called {name!r:.80}")
+        try:
+            matching(self.model_args, name)
+        except RequestError as error:  # as a KeyError, which Mapping.get expects
+            raise NotTraced(str(error)) from None
+        raise NotTraced(f"{name!r:.80} was not traced: add it to names")
 
     def __contains__(self, name: object) -> bool:
         return name in self._values
-
-    def get(self, name: str, default: Tensor | None = None) -> Tensor | None:
-        return self._values.get(name, default)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -170,10 +170,10 @@ class Recording:
         if self._texts:
             self._texts[-1].drop_incomplete()
         last = self._texts[-1].passes[-1] if self._texts and self._texts[-1].passes else None
-        same_cache = last is not None and run.cache is not None and run.cache is last.cache
-        if same_cache and run.first:
+        if last is None or run.cache is None or run.cache is not last.cache:
+            self._texts.append(_Text())
+        elif run.first:  # the cache was emptied for another text
             self._texts[-1].lengths = last.positions[:, -1] + 1
-        if not same_cache or run.first:
             self._texts.append(_Text())
         self._texts[-1].values.append({})
         self._texts[-1].passes.append(run)
@@ -266,7 +266,7 @@ def as_tokens(model: Transformer, tokens: Tensor | Sequence[int] | Sequence[Sequ
     unknown = [id for id in (int(tokens.min()), int(tokens.max())) if not 0 <= id < model.args.vocab_size]
     if unknown:
         raise RequestError(f"tokens contains {unknown[0]}; the vocabulary has 0 to {model.args.vocab_size - 1}")
-    return tokens.to(device=model.layers[0].attention_norm.weight.device, dtype=torch.long)
+    return tokens.to(device=model.norm.weight.device, dtype=torch.long)
 
 
 def _check_cache(cache: KVCache | None, tokens: Tensor) -> None:

@@ -58,7 +58,8 @@ def spectra(model: Transformer, names: str = "*", progress: Progress | None = No
     """
     for name, module in _counted(_matrices(model, names), progress):
         weight = matrix(module)
-        yield Spectrum(name, tuple(weight.shape), _singular_values(weight))
+        n_out, n_in = weight.shape
+        yield Spectrum(name, (n_out, n_in), _singular_values(weight))
 
 
 @torch.no_grad()
@@ -75,10 +76,11 @@ def quantization_errors(
         raise RequestError("the model is already quantized: load it without quantize to measure the rounding error")
     chosen = _matrices(model, names)
     for name, module in chosen:
-        check_columns(scheme, name, module.weight.shape[1])
+        check_columns(scheme, name, module.get_parameter("weight").shape[1])
     for name, module in _counted(chosen, progress):
-        weight = module.weight.detach()
+        weight = module.get_parameter("weight").detach()
         rounded = quantized(scheme, name, weight, weight.dtype)
+        assert rounded is not None  # the model is not quantized, so that every matrix is
         yield _error(name, weight.float(), rounded)
 
 
@@ -93,7 +95,9 @@ def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
     if not isinstance(names, str):
         raise RequestError(f"names is {names!r:.60}, expected a matrix's name or a glob of names, such as 'layers.0.*'")
     kinds = (nn.Linear, nn.Embedding, QuantizedMatrix)
-    found = [(f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    found: list[tuple[str, nn.Module]] = [
+        (f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, kinds)
+    ]
     if _is_tied(model):
         found = [(name, module) for name, module in found if name != "output.weight"]
     chosen = [(name, module) for name, module in found if fnmatchcase(name, names)]

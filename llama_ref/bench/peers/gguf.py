@@ -53,14 +53,14 @@ def bytes_read(path: Path) -> int:
 
 
 def _tensors(model: Transformer) -> dict[str, Tensor]:
-    out = {"token_embd.weight": model.tok_embeddings.weight, "output_norm.weight": model.norm.weight}
+    out: dict[str, Tensor] = {"token_embd.weight": model.tok_embeddings.weight, "output_norm.weight": model.norm.weight}
     if model.output.weight is not model.tok_embeddings.weight:
         out["output.weight"] = model.output.weight
     if model.args.use_scaled_rope:
         plain = model.args.rope_theta ** -(torch.arange(0, model.args.head_dim, 2) / model.args.head_dim)
         out["rope_freqs.weight"] = plain / rope_frequencies(model.args)  # by how much each pair is slowed
     for i, layer in enumerate(model.layers):
-        out |= {f"blk.{i}.{gguf}.weight": layer.get_submodule(name).weight for name, gguf in WITHIN_LAYER.items()}
+        out |= {f"blk.{i}.{gguf}.weight": layer.get_parameter(f"{name}.weight") for name, gguf in WITHIN_LAYER.items()}
     return out
 
 

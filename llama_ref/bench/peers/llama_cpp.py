@@ -36,7 +36,8 @@ class LlamaCpp:
         self.n_vocab = folder.read_args().vocab_size
         self.weight_bytes = bytes_read(path)
         self.kv_bytes = kv_bytes(folder.read_args(), CACHE_ITEM_BYTES)
-        self.threads, self.contexts = settings.threads, {}
+        self.threads = settings.threads
+        self.contexts: dict[int, llama_cpp.llama_context_p] = {}  # by batch size
         self.total_len = settings.prompt_len + settings.gen_len
 
     def steps(self, prompts: list[list[int]], gen_len: int) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ class Ours:
             verify=settings.verify,
         )
         model = self.llama.model
-        self.precision = f"{settings.quantize or settings.dtype}{', compiled' * settings.compile}"
+        self.precision = f"{settings.quantize or settings.dtype}{', compiled' if settings.compile else ''}"
         self.weight_bytes = weight_bytes(model, model.tok_embeddings)
         self.kv_bytes = kv_bytes(model.args, self.llama.dtype.itemsize)
         self.room = max(settings.contexts, default=0) + settings.gen_len
@@ -64,8 +64,8 @@ class Ours:
         return layer * args.n_layers * prompt_len / piece + self._product_seconds(batch, args.vocab_size, args.dim)
 
     def _product_seconds(self, rows: int, n_out: int, n_in: int) -> float:
-        like = {"dtype": self.llama.dtype, "device": self.llama.device}
-        x, weight = torch.randn(rows, n_in, **like), torch.randn(n_out, n_in, **like)
+        x = torch.randn(rows, n_in, dtype=self.llama.dtype, device=self.llama.device)
+        weight = torch.randn(n_out, n_in, dtype=self.llama.dtype, device=self.llama.device)
         return statistics.median(self._time(x, weight) for _ in range(1 + REPEATS))
 
     def _time(self, x: torch.Tensor, weight: torch.Tensor) -> float:

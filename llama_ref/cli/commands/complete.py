@@ -34,10 +34,10 @@ def complete(
     if prompt is None and is_first_process():  # torchrun's processes have one standard input
         prompt = _read_prompt()
     llama = build(name, sampling, loading)
-    prompt = from_first(llama.job, lambda: prompt)
-    timing = Timing(llama.stream(prompt, **asdict(sampling)))
+    text = from_first(llama.job, lambda: prompt or "")
+    timing = Timing(llama.stream(text, **asdict(sampling)))
     if echo:
-        print(prompt, end="", flush=True)
+        print(text, end="", flush=True)
     for piece in timing:
         print(piece, end="", flush=True)
     print(flush=True)

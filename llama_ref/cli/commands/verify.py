@@ -43,9 +43,8 @@ def verify(
         return report_error(error, EXIT_MISUSE)
     if not folders:
         raise FolderNotFound(f"{checkpoints_root()} holds no checkpoints")
-    options = {"jobs": jobs, "quick": quick, "deep": deep}
     with hashing_bars() as progress:
-        reports = [integrity.verify(each, **options, progress=progress) for each in folders]
+        reports = [integrity.verify(each, jobs=jobs, quick=quick, deep=deep, progress=progress) for each in folders]
     print_reports(reports, as_json=json, as_list=all)
     codes = {report.exit_code for report in reports}
     return EXIT_BAD if EXIT_BAD in codes else max(codes)

@@ -66,7 +66,7 @@ def _names(reports: list[Report]) -> str:
 
 def _table(report: Report) -> Table:
     """The report's files, without empty columns, and without speeds if 80 columns are too few."""
-    columns = {
+    columns: dict[str, list[str | Text]] = {
         "file": [printable(file.name) for file in report.files],
         "size": ["" if file.size is None else human_bytes(file.size) for file in report.files],
         "expected": [_expected(file) for file in report.files],
@@ -113,8 +113,9 @@ def _expected(file: FileReport) -> str:
 
 
 def _speed(file: FileReport) -> str:
-    is_timed = file.bytes_per_second and file.size >= LEAST_TIMED_BYTES
-    return f"{human_bytes(file.bytes_per_second)}/s" if is_timed else ""
+    if not file.bytes_per_second or file.size is None or file.size < LEAST_TIMED_BYTES:
+        return ""
+    return f"{human_bytes(file.bytes_per_second)}/s"
 
 
 @contextmanager

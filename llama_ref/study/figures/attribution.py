@@ -40,7 +40,7 @@ def attribution_figure(found: Attribution, tokenizer: Tokenizer) -> "Figure":
     layers, so_far, strongest = figure.subplots(1, 3, width_ratios=[5, 2, 4])
     _draw_layers(layers, found)
     _draw_sum(so_far, found)
-    _draw_strongest(strongest, found)
+    _draw_strongest(strongest, found, figure.get_figheight() / 1.4)
     for axes in (layers, so_far):
         axes.set_ylim(-1.6, len(found.ffns) - 0.4)
         canvas.name_ticks(axes, "y", ["E", *map(str, range(len(found.ffns)))], row, start=-1)
@@ -64,14 +64,14 @@ def _draw_sum(axes: "Axes", found: Attribution) -> None:
     _style_around_zero(axes, "sum so far")
 
 
-def _draw_strongest(axes: "Axes", found: Attribution) -> None:
+def _draw_strongest(axes: "Axes", found: Attribution, height: float) -> None:
     n_shown = max(STRONGEST, 2 * len(found.ffns) // 3)
     parts = sorted(found.parts(), key=lambda part: -abs(part[1]))[:n_shown]
     bars = axes.barh(range(len(parts)), [share for _, share in parts], 0.8, color=[_color(name) for name, _ in parts])
     axes.bar_label(bars, fmt="{:+.2f}", fontsize=canvas.SMALL, padding=2)
     axes.margins(x=0.15)
     axes.set_ylim(len(parts) - 0.4, -0.6)
-    canvas.name_ticks(axes, "y", [part_label(name) for name, _ in parts], axes.figure.get_figheight() / 1.4 / len(parts))
+    canvas.name_ticks(axes, "y", [part_label(name) for name, _ in parts], height / len(parts))
     _style_around_zero(axes, f"the {len(parts)} strongest parts")
 
 

@@ -99,10 +99,10 @@ def layer_name(point: str) -> str:
     return point.split(".")[1] if "." in point else point
 
 
-def name_depths(axes: "Axes", points: Sequence[str]) -> None:
-    """Label an x axis of layers, E for the embedding."""
+def name_depths(axes: "Axes", points: Sequence[str], width: float) -> None:
+    """Label an x axis of layers in a figure of this width, E for the embedding."""
     names = ["E", *map(str, range(int(np.ceil(depth(points[-1]))) + 1))]
-    name_ticks(axes, "x", names, (axes.figure.get_figwidth() - 1) / len(names), start=-1)
+    name_ticks(axes, "x", names, (width - 1) / len(names), start=-1)
     axes.grid(alpha=0.25)
     axes.tick_params(which="both", labelsize=SMALL)
 
@@ -141,8 +141,9 @@ def color_bar(
 
 def write_cells(axes: "Axes", image: "AxesImage", texts: Iterable[Iterable[str]], cell: tuple[float, float]) -> None:
     """Write a text into every cell, cut to the cell's inches, in black or white for contrast."""
-    size = min(CELL, 0.62 * 72 * cell[1])
-    for row, (line, colors) in enumerate(zip(texts, image.to_rgba(image.get_array()), strict=True)):
+    size, values = min(CELL, 0.62 * 72 * cell[1]), image.get_array()
+    assert values is not None
+    for row, (line, colors) in enumerate(zip(texts, image.to_rgba(values), strict=True)):
         for column, (text, color) in enumerate(zip(line, colors, strict=False)):
             shown = fonts.cut(text, 0.94 * 72 * cell[0] / size)
             luminance = color[:3] ** 2.2 @ (0.2126, 0.7152, 0.0722)

@@ -108,11 +108,12 @@ def target_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
     """Two curves, probability and rank, over the lens's points."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    if lens.target is None:
+    followed = lens.followed
+    if followed is None:
         raise RequestError("the lens has no target: call logit_lens with target=")
-    probability, rank = lens.target_probability[:, -1].numpy(), lens.target_rank[:, -1].numpy().astype(float)
+    probability, rank = followed.probability[:, -1].numpy(), followed.rank[:, -1].numpy().astype(float)
     rank[np.isnan(probability)] = np.nan
-    target, text = quoted(tokenizer, lens.target), prompt(tokenizer, lens.tokens[: lens.positions[-1] + 1])
+    target, text = quoted(tokenizer, followed.token), prompt(tokenizer, lens.tokens[: lens.positions[-1] + 1])
     caption = f"Logit lens after the last token.{canvas.hollow(lens.points)}\n{text}"
     figure = canvas.new_figure(7.5, 4.6, f"How {target} becomes likely", caption)
     panels = figure.subplots(2, sharex=True)
@@ -124,7 +125,7 @@ def target_figure(lens: LogitLens, tokenizer: Tokenizer) -> "Figure":
         strict=True,
     ):
         axes.set_yscale("log")
-        canvas.name_depths(axes, lens.points)
+        canvas.name_depths(axes, lens.points, figure.get_figwidth())
         canvas.draw_depth(axes, lens.points, values, color)
         canvas.name_axis(axes, "y", name)
     low, high = panels[0].get_ylim()

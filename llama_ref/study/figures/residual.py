@@ -33,7 +33,7 @@ def norms_figure(stream: ResidualStream, tokenizer: Tokenizer) -> "Figure":
     panels[0].set_yscale("log")
     for axes, (measure, name) in zip(panels, MEASURES.items(), strict=True):
         values = getattr(stream, measure)  # (P, T)
-        canvas.name_depths(axes, stream.points)
+        canvas.name_depths(axes, stream.points, figure.get_figwidth())
         lines = [canvas.draw_depth(axes, stream.points, values[:, 0].numpy(), canvas.ORANGE)]
         if T > 1:
             low, middle, high = quartiles_of_others(values).numpy()

@@ -85,13 +85,15 @@ def _predictions(found: Predictions) -> dict[str, Any]:
 
 
 def _lens(lens: LogitLens) -> dict[str, Any]:
+    followed = lens.followed
+    assert followed is not None  # an overview's lens has a target
     return {
         "top_ids": lens.top_ids.tolist(),
         "top_probabilities": _numbers(lens.top_probabilities),
         "entropy": _numbers(lens.entropy),
         "kl": _numbers(lens.kl),
-        "target_probability": _numbers(lens.target_probability),
-        "target_rank": _ranks(lens.target_rank, lens.target_probability),
+        "target_probability": _numbers(followed.probability),
+        "target_rank": _ranks(followed.rank, followed.probability),
     }
 
 

@@ -19,5 +19,5 @@ def write_output(path: Path, pieces: Iterable[bytes]) -> None:
         with atomic_file(path) as file:
             file.writelines(pieces)
     except OSError as error:
-        advice = ADVICE_WHEN_FULL.get(error.errno, "choose another folder or name")
+        advice = ADVICE_WHEN_FULL.get(error.errno or 0, "choose another folder or name")
         raise RequestError(f"cannot write {path}: {error.strerror or error}; {advice}") from error

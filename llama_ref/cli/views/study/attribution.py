@@ -58,7 +58,7 @@ def _attribution_json(found: Attribution, tokenizer: Tokenizer) -> dict[str, Any
         "tokens": tokens_json(found.tokens, tokenizer),
         "position": found.position,
         "target": token_json(found.target, tokenizer),
-        "other": token_json(found.other, tokenizer),
+        "other": None if found.other is None else token_json(found.other, tokenizer),
         "logit": found.logit,
         "total": found.total,
         "embedding": found.embedding,

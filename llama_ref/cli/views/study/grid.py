@@ -33,9 +33,14 @@ def print_grid(
     if other is not None:
         metric = f"logit of {label(tokenizer, target)} above {label(tokenizer, other)}"
     if as_json:
-        texts = {"clean_tokens": tokens_json(clean, tokenizer), "corrupted_tokens": tokens_json(corrupted, tokenizer)}
-        tokens = {"target": token_json(target, tokenizer), "other": token_json(other, tokenizer)}
-        print(json.dumps(texts | tokens | {"metric": metric} | finite(grid.to_json()), indent=2))
+        found = {
+            "clean_tokens": tokens_json(clean, tokenizer),
+            "corrupted_tokens": tokens_json(corrupted, tokenizer),
+            "target": token_json(target, tokenizer),
+            "other": None if other is None else token_json(other, tokenizer),
+            "metric": metric,
+        }
+        print(json.dumps(found | finite(grid.to_json()), indent=2))
         return
     for name, tokens, value in (("clean", clean, grid.clean), ("corrupted", corrupted, grid.corrupted)):
         print_rich(Text(f"{name}: ") + prompt(tokens, tokenizer))

@@ -21,7 +21,7 @@ from llama_ref.cli.views.study.shared import (
     tokens_json,
 )
 from llama_ref.study.inputs import label
-from llama_ref.study.logit_lens import LogitLens, block_ends
+from llama_ref.study.logit_lens import Followed, LogitLens, block_ends
 from llama_ref.tokenizer import Tokenizer
 
 
@@ -36,49 +36,51 @@ def print_lens(lens: LogitLens, tokenizer: Tokenizer, *, as_json: bool) -> None:
         "After the last token, read through the final norm and the output matrix. Entropy and KL in nats; KL: to the model's"
         " own prediction. --json has all positions, and points within layers."
     )
-    if lens.target is not None:
-        say(_when_first(lens, label(tokenizer, lens.target)), "green")
+    if lens.followed is not None:
+        say(_when_first(lens, lens.followed, label(tokenizer, lens.followed.token)), "green")
 
 
 def _lens_table(lens: LogitLens, tokenizer: Tokenizer) -> Table:
-    target = [] if lens.target is None else [Text(cut(label(tokenizer, lens.target))), "rank"]
-    table = new_table("after", *target, "entropy", "KL")
+    followed = lens.followed
+    heads: list[str | Text] = [] if followed is None else [Text(cut(label(tokenizer, followed.token))), "rank"]
+    table = new_table("after", *heads, "entropy", "KL")
     table.add_column("likeliest next")
     last = lens.top_ids[-1, -1, 0]
     for p in block_ends(lens.points):
-        followed = [] if lens.target is None else [percent(lens.target_probability[p, -1]), _rank_cell(lens, p)]
+        target = [] if followed is None else [percent(followed.probability[p, -1]), _rank_cell(followed, p)]
         top = zip(lens.top_ids[p, -1].tolist(), lens.top_probabilities[p, -1].tolist(), strict=True)
         style = "bold" if lens.top_ids[p, -1, 0] == last else ""
         best = elastic("  ".join(f"{cut(label(tokenizer, token))} {percent(share)}" for token, share in top), style)
-        table.add_row(point_name(lens.points[p]), *followed, number(lens.entropy[p, -1]), number(lens.kl[p, -1]), best)
+        table.add_row(point_name(lens.points[p]), *target, number(lens.entropy[p, -1]), number(lens.kl[p, -1]), best)
     return table
 
 
-def _rank(lens: LogitLens, p: int, t: int) -> int | None:
+def _rank(followed: Followed, p: int, t: int) -> int | None:
     """The target's rank, or None if its probability is NaN."""
-    return None if lens.target_probability[p, t].isnan() else int(lens.target_rank[p, t])
+    return None if followed.probability[p, t].isnan() else int(followed.rank[p, t])
 
 
-def _rank_cell(lens: LogitLens, p: int) -> str:
-    rank = _rank(lens, p, -1)
+def _rank_cell(followed: Followed, p: int) -> str:
+    rank = _rank(followed, p, -1)
     return "–" if rank is None else f"{rank:,}"
 
 
-def _when_first(lens: LogitLens, target: str) -> str:
+def _when_first(lens: LogitLens, followed: Followed, target: str) -> str:
     """A sentence about the layer from which the target stays the most likely token."""
-    ranks = [(point_name(lens.points[p]), _rank(lens, p, -1)) for p in block_ends(lens.points)]
-    if ranks[-1][1] is None:
+    ranks = [(point_name(lens.points[p]), _rank(followed, p, -1)) for p in block_ends(lens.points)]
+    last, share = ranks[-1][1], percent(followed.probability[-1, -1])
+    if last is None:
         return "The model's numbers are not finite: look for NaN in its weights (llama-ref verify --deep)."
-    if ranks[-1][1] > 1:
-        return f"{target} ends at rank {ranks[-1][1]:,}, with {percent(lens.target_probability[-1, -1])}."
+    if last > 1:
+        return f"{target} ends at rank {last:,}, with {share}."
     stays = next(i for i in range(len(ranks)) if all(rank == 1 for _, rank in ranks[i:]))
-    return f"{target} is the likeliest from {ranks[stays][0]} on and ends with {percent(lens.target_probability[-1, -1])}."
+    return f"{target} is the likeliest from {ranks[stays][0]} on and ends with {share}."
 
 
 def _lens_json(lens: LogitLens, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "tokens": tokens_json(lens.tokens, tokenizer),
-        "target": token_json(lens.target, tokenizer),
+        "target": None if lens.target is None else token_json(lens.target, tokenizer),
         "points": [
             {"point": point, "positions": [_reading_json(lens, p, t, tokenizer) for t in range(len(lens.positions))]}
             for p, point in enumerate(lens.points)
@@ -87,13 +89,13 @@ def _lens_json(lens: LogitLens, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _reading_json(lens: LogitLens, p: int, t: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    has_target = lens.target is not None
+    followed = lens.followed
     top = zip(lens.top_ids[p, t].tolist(), plain(lens.top_probabilities[p, t]), strict=True)
     return {
         "position": lens.positions[t],
         "entropy": plain(lens.entropy[p, t]),
         "kl": plain(lens.kl[p, t]),
-        "target_probability": plain(lens.target_probability[p, t]) if has_target else None,
-        "target_rank": _rank(lens, p, t) if has_target else None,
+        "target_probability": None if followed is None else plain(followed.probability[p, t]),
+        "target_rank": None if followed is None else _rank(followed, p, t),
         "top": [token_json(token, tokenizer) | {"probability": share} for token, share in top],
     }

@@ -84,9 +84,9 @@ def tokens_json(tokens: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, A
     return [token_json(token, tokenizer) for token in tokens]
 
 
-def token_json(token: int | None, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def token_json(token: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """The id, and the text as tables show it."""
-    return None if token is None else {"id": token, "text": label(tokenizer, token)}
+    return {"id": token, "text": label(tokenizer, token)}
 
 
 def plain(values: Tensor) -> Any:

@@ -1,27 +1,29 @@
-"""Measure and check this project on a CUDA card: speed, memory, and agreement with the CPU and with transformers.
+"""Measure and check this project on a GPU: speed, memory, agreement with the CPU and transformers.
 
     python scripts/bench_cuda.py [--device cuda] [--only bf16,quant] [--total 470] [--out DIR] [--rehearse]
 
-Every stage runs in a process of its own with a time limit, most valuable first, all within --total seconds. Each figure is
-printed at once and appended as a line of JSON to DIR/results.jsonl (default: a new folder below the temporary one, or $OUT).
-A failure becomes a line here and a traceback in DIR/errors.txt, and the next measurement begins. A summary comes last.
+Each stage runs in its own process with a time limit, the most valuable first, all within --total
+seconds. Each figure is printed at once and appended as a line of JSON to DIR/results.jsonl (default:
+$OUT, or a new temporary folder). A failure is one line here and a traceback in DIR/errors.txt; the
+next measurement follows. A summary comes last.
 
-    env          versions, the attention backend of each call, what the card can do: copy, read and matrix product
+    env          versions, the attention backend of each call, speed of copies, reads and products
     tests        the tests marked `cuda`
-    parity       1B shape, 4 layers: against transformers, a prompt in pieces, compiled against eager tokens
-    bf16         the largest release that fits: prefill and decode, eager and compiled, up to 128k tokens of context
+    parity       1B shape, 4 layers: against transformers, a prompt in chunks, compiled against eager
+    bf16         the largest release that fits: prefill and decode, eager and compiled, up to 128k tokens
     small        the same for the 1B
     quant        int8 and int4: quantizing, memory, prefill, decode, kernels against float32
     batch        8, 32 and 128 sequences
-    peer         transformers on the same card: prefill, eager and compiled decode
+    peer         transformers on the same GPU: prefill, eager and compiled decode
     first_token  time from ids to the first token
-    speculate    a pass over several tokens, in decode steps: what speculate.PassTime holds
-    load         reading a checkpoint into the card, plain and quantized
-    memory       what CUDA, a model and its recordings take, beside what `llama-ref plan` predicts
+    speculate    passes over several tokens, in decode steps: the numbers of PassTime
+    load         reading a checkpoint onto the GPU, plain and quantized
+    memory       memory of CUDA, a model and its graphs, against what `llama-ref plan` predicts
 
-`env` always runs: the others need its bandwidth. No weights are needed: models get random ones on the card, in the shapes of
-the 8B, 3B or 1B, whichever is the largest that fits. The dtype is bfloat16 or, on cards before Ampere, float16. --rehearse
-runs everything in toy shapes on the CPU. Exit code 1 if anything failed.
+`env` always runs: the others need its bandwidth. No checkpoint is needed: models get random
+weights, in the shape of the 8B, 3B or 1B, the largest that fits. The data type is bfloat16, or
+float16 on GPUs before Ampere. --rehearse runs everything in toy shapes on the CPU. Exit code 1 if
+anything failed.
 """
 
 import json
@@ -57,7 +59,7 @@ STAGES = {  # seconds at most, most valuable first
     "memory": 50,
 }
 EXIT_TERMINATED = 143
-LEAST_SECONDS = 15  # of the total; with less left, a stage is skipped
+LEAST_SECONDS = 15  # with less time left, a stage is skipped
 
 
 @command()
@@ -78,33 +80,33 @@ def main(
     device = "cpu" if rehearse else device
     if stage:
         return _measure(stage, device, rehearse, Path(out or "."), deadline)
-    chosen = _chosen(only)
-    _refuse_absent(device)
+    chosen = _choose_stages(only)
+    _check_device(device)
     folder = _new_folder(out)
     if rehearse:
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than everything else, and is not what is rehearsed
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # so that a stage under way is stopped as well
-    begun = time.time()
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # a rehearsal skips compiling, the slowest part
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # so that a running stage is stopped as well
+    start = time.time()
     with tempfile.TemporaryDirectory(prefix="llama-ref-inductor-", ignore_cleanup_errors=True) as scratch:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", scratch)  # shared by the stages, empty at first
         try:
             for name in chosen:
-                _run_stage(name, device, rehearse, folder, begun, begun + total)
+                _run_stage(name, device, rehearse, folder, start, start + total)
         finally:
             _print_summary(folder)
     return EXIT_BAD if (folder / "errors.txt").exists() else 0
 
 
-def _chosen(only: str | None) -> list[str]:
+def _choose_stages(only: str | None) -> list[str]:
     names = list(STAGES) if only is None else ["env", *only.replace(" ", "").split(",")]
     unknown = [name for name in names if name not in STAGES]
     if unknown:
-        raise RequestError(f"unknown stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+        raise RequestError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
     return [name for name in STAGES if name in names]
 
 
-def _refuse_absent(device: str) -> None:
-    """Raise RequestError for a device that is not there, before any stage starts."""
+def _check_device(device: str) -> None:
+    """Raise RequestError for a device that is not available, before any stage starts."""
     if device not in ("cuda", "cpu"):
         raise RequestError(f"device is {device!r}, expected cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -112,22 +114,22 @@ def _refuse_absent(device: str) -> None:
 
 
 def _new_folder(out: str | None) -> Path:
-    """The folder for the figures. Raises RequestError where another run has left its own."""
+    """Create the folder for the figures. Raises RequestError if it has those of another run."""
     out = out or os.environ.get("OUT")
     if out is None:
         return Path(tempfile.mkdtemp(prefix="llama-ref-bench-cuda-"))
     folder = Path(out).expanduser().resolve()
     if any((folder / name).exists() for name in ("results.jsonl", "errors.txt")):
-        raise RequestError(f"{folder} holds the figures of another run; name another folder with --out")
+        raise RequestError(f"{folder} has the figures of another run; name another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _run_stage(name: str, device: str, rehearse: bool, folder: Path, begun: float, end: float) -> None:
-    """Run a stage in a process of its own, and stop it with all of its processes at its limit."""
+def _run_stage(name: str, device: str, rehearse: bool, folder: Path, start: float, end: float) -> None:
+    """Run a stage in its own process; kill it and its children at its limit."""
 
     def say(what: str, **figures: float) -> None:
-        write_figures(folder, name, what, time.time() - begun, **figures)
+        write_figures(folder, name, what, time.time() - start, **figures)
 
     left = end - time.time()
     if left < LEAST_SECONDS:

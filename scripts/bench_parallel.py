@@ -1,10 +1,10 @@
-"""Decode tokens per second of one process beside several on the same cores, and the time that they spend in communication.
+"""Compare decoding in one process and in several on the same cores.
 
     python scripts/bench_parallel.py [--ckpt_dir DIR] [--processes 2] [--gen_len 32] [--rounds 5]
 
-Every round runs one process with all threads, then `processes` of them with their part of the threads each (torchrun, Gloo).
-Without a checkpoint, random weights in the shape of Llama 3.2 1B are made in a temporary folder: 2.5 GB. Communication is the
-time within collective calls on the first process, waiting for the slower one included.
+Every round runs one process with all threads, then `processes` of them (torchrun, Gloo) that share the
+threads. Without a checkpoint, random weights in the shape of Llama 3.2 1B are made in a temporary
+folder: 2.5 GB. Communication is the time in collective calls on the first process, waiting included.
 """
 
 import json
@@ -56,7 +56,7 @@ def main(
         talk = statistics.median(result["communication"] for result in results)
         print(
             f"{n} process{'es' * (n > 1)}: {statistics.median(rates):.2f} tokens/s ({min(rates):.2f} to {max(rates):.2f}), "
-            f"{talk * 1000:.1f} ms of {1000 / statistics.median(rates):.1f} ms a token in communication"
+            f"{talk * 1000:.1f} ms of {1000 / statistics.median(rates):.1f} ms per token in communication"
         )
     pairs = zip(jobs[processes], jobs[1], strict=True)
     ratios = [several["tokens_per_second"] / one["tokens_per_second"] for several, one in pairs]
@@ -72,7 +72,7 @@ def _random_1b(path: Path) -> Path:
 
 
 def _tokenizer() -> Path:
-    import llama_models  # Meta's package, which carries the file (extra `dev`)
+    import llama_models  # Meta's package, which has the file (extra `dev`)
 
     return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
 
@@ -92,32 +92,32 @@ def _cores() -> int:
 
 
 def measure(ckpt_dir: str, gen_len: int, figures: Path) -> None:
-    """One process's part of a job; the first writes the figures down."""
+    """Run one process of a job; the first writes the figures to a file."""
     llama = Llama.build(ckpt_dir, device="cpu", dtype="bfloat16", verify="never")
     spent = _watch_collectives()
-    making = steps(llama.model, [Row(PROMPT, gen_len + 2)], lambda logits: logits.argmax(-1), stop_tokens=())
-    next(making)  # the prompt
-    next(making)  # the first token warms up
+    decoding = steps(llama.model, [Row(PROMPT, gen_len + 2)], lambda logits: logits.argmax(-1), stop_tokens=())
+    next(decoding)  # the prompt
+    next(decoding)  # warm-up
     spent.clear()
-    begun = time.perf_counter()
-    for _ in making:
+    start = time.perf_counter()
+    for _ in decoding:
         pass
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     if llama.job.share.rank == 0:
         figures.write_text(json.dumps({"tokens_per_second": gen_len / seconds, "communication": sum(spent) / gen_len}))
 
 
 def _watch_collectives() -> list[float]:
-    """Seconds of each collective call from now on."""
+    """A list to which every later collective call appends its seconds."""
     spent: list[float] = []
 
     def timed(call: Callable) -> Callable:
         def wrapper(*args: object, **kwargs: object) -> object:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             try:
                 return call(*args, **kwargs)
             finally:
-                spent.append(time.perf_counter() - begun)
+                spent.append(time.perf_counter() - start)
 
         return wrapper
 

@@ -1,15 +1,16 @@
-"""How long the parts take that surround a model's passes: choosing a token, loading a folder, compiling the decode step.
+"""Measure sampling, loading and compiling: everything but a model's forward passes.
 
     python scripts/bench_parts.py [--ckpt_dir checkpoints/SmolLM2-135M-Instruct] [--quantize int8] [--rounds 50] [--json]
 
-Every part runs in a process of its own, with the folder's files in the page cache.
+Each part runs in its own process, with the folder's files in the page cache.
 
-    sampling   ms a token at temperature 0.6 and top_p 0.9 over 128,256 logits: peaked as a trained model's, and flat as those
-               of random weights; beside what Meta's reference does: sort all, add up, leave out, draw
-    loading    seconds until the model stands ready, the imports by themselves; the most memory held meanwhile, and when three
-               tokens have been made, mapped files included, as a share of the bytes that the weights are: never compared with
-               checklist.chk, or compared in an earlier process
-    compiling  seconds with an empty cache of PyTorch's compiler, and in a second process with what the first left there
+    sampling   ms per token at temperature 0.6 and top_p 0.9 over 128,256 logits: peaked like a trained
+               model's, and flat like those of random weights; against Meta's reference, which sorts
+               all
+    loading    seconds for imports and until the model is ready; peak memory while loading and after
+               three tokens, mapped files included, as a share of the weights' bytes; without a
+               check of checklist.chk, with it, and with it after an earlier process has checked
+    compiling  seconds with an empty cache of PyTorch's compiler, and again with a filled one
 """
 
 import json
@@ -32,7 +33,7 @@ from llama_ref.cli.parser import command, run
 from llama_ref.errors import LlamaRefError
 
 VOCAB_SIZE, TEMPERATURE, TOP_P = 128_256, 0.6, 0.9
-STEEPNESS = 1.5  # of the peaked logits: the n-th likeliest token's is -1.5 · log n
+STEEPNESS = 1.5  # of the peaked logits: that of rank n is -1.5 · log n
 N_TOKENS = 3
 
 
@@ -48,39 +49,39 @@ def main(
     """Measure all parts, each in its own process."""
     settings = {"ckpt_dir": ckpt_dir, "quantize": quantize, "rounds": rounds}
     if part:
-        print(_dumped(PARTS[part](**settings)))
+        print(_to_json(PARTS[part](**settings)))
         return
-    _read(Path(ckpt_dir))
+    _cache_files(Path(ckpt_dir))
     with tempfile.TemporaryDirectory(prefix="llama-ref-parts-") as scratch:
         own_cache = {"TORCHINDUCTOR_CACHE_DIR": scratch}
         figures = {
-            "sampling": _measured("sampling", settings),
-            "loading, verify=never": _measured("load_unverified", settings),
-            "loading, verify=auto, first time": _measured("load_verified", settings, {"XDG_CACHE_HOME": scratch}),
-            "loading, verify=auto, again": _measured("load_verified", settings, {"XDG_CACHE_HOME": scratch}),
-            "compiling, cold": _measured("compiling", settings, own_cache),
-            "compiling, warm": _measured("compiling", settings, own_cache),
+            "sampling": _measure("sampling", settings),
+            "loading, verify=never": _measure("load_unverified", settings),
+            "loading, verify=auto, first time": _measure("load_verified", settings, {"XDG_CACHE_HOME": scratch}),
+            "loading, verify=auto, again": _measure("load_verified", settings, {"XDG_CACHE_HOME": scratch}),
+            "compiling, cold": _measure("compiling", settings, own_cache),
+            "compiling, warm": _measure("compiling", settings, own_cache),
         }
     if json:
-        print(_dumped(figures))
+        print(_to_json(figures))
     else:
         _print_table(figures)
 
 
-def _dumped(figures: dict[str, Any]) -> str:
+def _to_json(figures: dict[str, Any]) -> str:
     return json.dumps(figures, indent=None if "sampling" not in figures else 2)
 
 
-def _read(folder: Path) -> None:
-    """Bring the files into the page cache."""
+def _cache_files(folder: Path) -> None:
+    """Read the files into the page cache."""
     for path in folder.iterdir():
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
                 pass
 
 
-def _measured(part: str, settings: dict[str, Any], changes: dict[str, str] | None = None) -> dict[str, float]:
-    """A part's figures, from a process of its own. Raises LlamaRefError where that fails."""
+def _measure(part: str, settings: dict[str, Any], changes: dict[str, str] | None = None) -> dict[str, float]:
+    """A part's figures, measured in its own process. Raises LlamaRefError if that fails."""
     words = [f"--{name}={value}" for name, value in settings.items() if value is not None]
     command = [sys.executable, __file__, *words, f"--part={part}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | (changes or {}), check=False, text=True)
@@ -93,7 +94,7 @@ def _measured(part: str, settings: dict[str, Any], changes: dict[str, str] | Non
 
 
 def sampling(rounds: int, **_: Any) -> dict[str, float]:
-    """Milliseconds a token, in turns."""
+    """Milliseconds per token, in alternating rounds."""
     import torch
 
     from llama_ref.sampling import Sampler, SamplingParams
@@ -108,20 +109,20 @@ def sampling(rounds: int, **_: Any) -> dict[str, float]:
         probs[probs.cumsum(-1) - probs > TOP_P] = 0
         return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
-    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"": sampler, ", all sorted": sort_all}
-    taken: dict[str, list[float]] = {f"{kind}{way} ms": [] for kind in kinds for way in ways}
+    methods: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"": sampler, ", all sorted": sort_all}
+    times: dict[str, list[float]] = {f"{kind}{method} ms": [] for kind in kinds for method in methods}
     for _ in range(rounds):
         for kind, logits in kinds.items():
-            for way, choose in ways.items():
-                begun = time.perf_counter()
+            for method, choose in methods.items():
+                start = time.perf_counter()
                 choose(logits)
-                taken[f"{kind}{way} ms"].append(1e3 * (time.perf_counter() - begun))
-    return {name: statistics.median(values) for name, values in taken.items()}
+                times[f"{kind}{method} ms"].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def loading(verify: str) -> Callable[..., dict[str, float]]:
     def load(ckpt_dir: str, quantize: str | None, **_: Any) -> dict[str, float]:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         from llama_ref import Llama
         from llama_ref.bench.costs import weight_bytes
         from llama_ref.bench.machine import peak_bytes
@@ -133,7 +134,7 @@ def loading(verify: str) -> Callable[..., dict[str, float]]:
         weights = weight_bytes(llama.model, llama.model)  # the embedding included
         llama.generate([[1] * N_TOKENS], N_TOKENS, temperature=0)
         return {
-            "import s": imported - begun,
+            "import s": imported - start,
             "ready s": ready - imported,
             "peak / weights": (peak - before) / weights,
             "peak in use / weights": (peak_bytes(llama.device) - before) / weights,
@@ -148,13 +149,13 @@ def compiling(ckpt_dir: str, quantize: str | None, **_: Any) -> dict[str, float]
     from llama_ref.compiled.cpu import compile_decode
 
     llama = Llama.build(ckpt_dir, device="cpu", quantize=quantize, verify="never")
-    begun = time.perf_counter()
+    start = time.perf_counter()
     compile_decode(llama.model)
-    return {"s": time.perf_counter() - begun}
+    return {"s": time.perf_counter() - start}
 
 
 def _held_bytes(kind: str = "VmRSS") -> int:
-    """What this process holds of memory now, where the system tells."""
+    """This process's memory in bytes, or 0 if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

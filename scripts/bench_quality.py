@@ -1,16 +1,16 @@
-"""What fewer bits cost: perplexity, and divergence from the unquantized model, on English, code and Korean; llama.cpp beside.
+"""Measure what quantization costs: perplexity and divergence, on English, code and Korean.
 
     python scripts/bench_quality.py [--folder checkpoints/SmolLM2-135M-Instruct] [--windows 2] [--stored]
 
-The texts lie in scripts/quality_texts, so that the table is the same on every machine and Python. They were written for this
-project (MIT, as the rest), and calibration reads others (llama_ref/quantization/calibration.txt). Everything but our weights
-is in float32, so that nothing but their bits differs. llama.cpp (the package llama-cpp-python, where it is installed) rounds
-the same weights by its own rules, reads the same tokens with the arithmetic that it has for them, and is compared with itself
-in float32.
+The texts are in scripts/quality_texts, so that the table is the same on every machine. They were
+written for this project (MIT); calibration uses other texts
+(llama_ref/quantization/calibration.txt). Everything but the weights is float32, so that only their
+bits differ. llama.cpp (the package llama-cpp-python, if installed) quantizes the same weights its
+own way, reads the same tokens with its own arithmetic, and is compared with itself in float32.
 
-The demo checkpoint had four bits before, a scale and a minimum for each 32 weights (Q4_1), and int4:group=32 would find these
-very steps again. So its weights are spread evenly over their steps first, which makes a somewhat worse model without steps;
-`--stored` takes them as they are.
+The demo's weights were stored in four bits, with a scale and a minimum per 32 weights (Q4_1), and
+int4:group=32 would recover exactly those steps. So the weights are first spread evenly over their
+steps, which makes the model a little worse; `--stored` uses them as they are.
 """
 
 import importlib.util
@@ -50,7 +50,7 @@ Reader = Callable[[Tensor], Tensor]  # tokens (B, T) -> log-probabilities float3
 
 @dataclass(frozen=True)
 class Quality:
-    """`kl`: mean KL(unquantized || quantized) over positions, in nats; `agreement`: how often both like the same token best."""
+    """`kl`: mean KL(unquantized ‖ quantized), in nats; `agreement`: share of equal top tokens."""
 
     perplexity: float
     kl: float
@@ -72,14 +72,14 @@ def main(folder: str | Path = DEMO, windows: int = 2, stored: bool = False) -> N
 
 
 def texts() -> dict[str, str]:
-    """What is read, by kind."""
+    """The texts by kind."""
     return {kind: path.read_text(encoding="utf-8") for kind, path in TEXTS.items()}
 
 
 def show(
     ids: Mapping[str, Tensor], rows: Iterable[tuple[str, int, Reader]], others: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Print a row for each; return what the first one reads, which the next are compared with, itself with `others`."""
+    """Print a row per reader, compared with the first (this with `others`); return its result."""
     expected: dict[str, Tensor] = {}
     for name, n_bytes, read in rows:
         found = {kind: read(tokens) for kind, tokens in ids.items()}
@@ -92,7 +92,7 @@ def show(
 
 
 def ours(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
-    """Every scheme by its name, the bytes of its matrices (unquantized, in bfloat16), and what reads with it."""
+    """(name, bytes of the matrices, reader) of every scheme, unquantized (in bfloat16) first."""
     plain = load(source)
     yield "none", 2 * sum(parameter.numel() for parameter in plain.parameters()), reader(plain)
     for scheme in SCHEMES:
@@ -104,7 +104,7 @@ def ours(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
 
 
 def theirs(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
-    """llama.cpp's precisions, float32 first."""
+    """The same of llama.cpp's formats, float32 first."""
     import llama_cpp
 
     from llama_ref.bench.peers.gguf import bytes_read, write_gguf
@@ -133,7 +133,7 @@ def reader(model: Transformer) -> Reader:
 
 
 def peer_reader(path: Path) -> Reader:
-    """What reads with llama.cpp, in one batch per row, with keys and values in float32 as ours are."""
+    """Read with llama.cpp, in one batch per row, with keys and values in float32 like ours."""
     import llama_cpp
     import numpy as np
 
@@ -141,7 +141,7 @@ def peer_reader(path: Path) -> Reader:
     params.n_gpu_layers = 0
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise RuntimeError(f"llama.cpp refuses {path.name}")
+        raise RuntimeError(f"llama.cpp could not load {path.name}")
 
     def read_row(row: Tensor) -> Tensor:
         params = llama_cpp.llama_context_default_params()
@@ -158,7 +158,7 @@ def peer_reader(path: Path) -> Reader:
                 raise RuntimeError(f"llama.cpp did not read {len(row)} tokens")
             n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (len(row), n_vocab))
-            return torch.from_numpy(logits).log_softmax(-1)  # a copy: the context's own memory goes with it
+            return torch.from_numpy(logits).log_softmax(-1)  # a copy: the logits are freed with the context
         finally:
             llama_cpp.llama_batch_free(batch)
             llama_cpp.llama_free(context)
@@ -167,7 +167,7 @@ def peer_reader(path: Path) -> Reader:
 
 
 def spread_folder(source: str | Path, target: Path) -> Path:
-    """A checkpoint in bfloat16 whose weights are moved by up to half the step that four bits would have in their group."""
+    """Write a bfloat16 checkpoint with weights moved by up to half a 4-bit step of their group."""
     opened = Source.open(source)
     generator = torch.Generator().manual_seed(0)
     tensors = [_spread(tensor, generator) for tensor in opened.outgoing(WHOLE, torch.bfloat16)]
@@ -189,9 +189,9 @@ def _spread(tensor: LazyTensor, generator: torch.Generator) -> LazyTensor:
 
 
 def cut(ids: list[int], bos_id: int, windows: int) -> Tensor:
-    """The text's first tokens, in rows that begin like a text: (windows, 1 + WINDOW_TOKENS).
+    """The text's first tokens in rows, each after begin-of-text: (windows, 1 + WINDOW_TOKENS).
 
-    Raises RequestError for more windows than the text fills.
+    Raises RequestError if the text is too short.
     """
     if not 1 <= windows <= len(ids) // WINDOW_TOKENS:
         raise RequestError(f"windows is {windows}, expected 1 to {len(ids) // WINDOW_TOKENS}: a text has {len(ids):,} tokens")
@@ -201,12 +201,12 @@ def cut(ids: list[int], bos_id: int, windows: int) -> Tensor:
 
 @torch.inference_mode()
 def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
-    """(B, T) -> float32 (B, T, V), a row at a time."""
+    """Log-probabilities, one row at a time: (B, T) -> float32 (B, T, V)."""
     return torch.cat([model(row[None]).log_softmax(-1) for row in tokens])
 
 
 def quality(found: Tensor, tokens: Tensor, expected: Tensor) -> Quality:
-    """Of log-probabilities (B, T, V) for the tokens (B, T), beside those expected."""
+    """Compare log-probabilities (B, T, V) of the tokens (B, T) with the expected ones."""
     nll = -found[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
     kl = torch.stack([(e.exp() * (e - f)).sum(-1).mean() for e, f in zip(expected, found, strict=True)]).mean()
     agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean()

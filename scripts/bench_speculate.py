@@ -1,12 +1,13 @@
-"""Tokens per second with drafts and without, alternating in one run, on text that repeats and on text that does not.
+"""Compare decoding with and without speculation, on text that repeats and on text that does not.
 
     python scripts/bench_speculate.py [--ckpt_dir checkpoints/SmolLM2-135M-Instruct] [--draft NAME] [--gen_len 96] [--rounds 5]
                                       [--quantize int8] [--compile] [--dtype bfloat16] [--passes]
 
-One sequence at a time, greedy and sampled (temperature 0.8, top_p 0.95, one seed). Drafts come from n-grams of the text, or
-from the model that `--draft` names. First it prints what a pass over several tokens takes, in decode steps, and the line
-through that: the drafts' lengths are chosen by it (PassTime in decoding/speculative.py); `--passes` prints that alone. Ratios
-are medians over the rounds; on a busy machine only they mean something.
+One sequence at a time, greedy and sampled (temperature 0.8, top_p 0.95, one seed), in alternating
+rounds. Drafts come from n-grams of the text, or from the model that `--draft` names. First it
+prints the time of a pass over several tokens, in decode steps, and the line fitted to it, from
+which draft lengths are chosen (PassTime in decoding/drafting.py); `--passes` prints only that.
+Ratios are medians over the rounds; on a busy machine only the ratios are meaningful.
 """
 
 import statistics
@@ -46,7 +47,7 @@ TEXTS = {
     "does not: a story": "It was a dark and stormy night, and the keeper of the lighthouse",
     "does not: an explanation": "The sky is blue because the air scatters light. In more detail, sunlight",
 }
-WAYS = {"greedy": {"temperature": 0}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 5}}
+SAMPLINGS = {"greedy": {"temperature": 0}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": 5}}
 
 
 @command()
@@ -70,7 +71,7 @@ def main(
         return
     print(f"\n{'text':<28}{'':<10}{'ratio':>6}{'low':>7}{'high':>7}{'tokens/s':>10}{'drafted':>9}{'accepted':>9}{'passes':>8}")
     for name, text in TEXTS.items():
-        for way, sampling in WAYS.items():
+        for kind, sampling in SAMPLINGS.items():
             prompt, ratios, rates = plain.encode(text), [], []
             for _ in range(rounds):
                 without, _ = _rate(plain, prompt, gen_len, sampling)
@@ -78,42 +79,42 @@ def main(
                 ratios.append(rate / without)
                 rates.append(rate)
             print(
-                f"{name:<28}{way:<10}{statistics.median(ratios):6.2f}{min(ratios):7.2f}{max(ratios):7.2f}"
+                f"{name:<28}{kind:<10}{statistics.median(ratios):6.2f}{min(ratios):7.2f}{max(ratios):7.2f}"
                 f"{statistics.median(rates):10.1f}{row.drafted:9}{row.accepted:9}{row.passes:8}"
             )
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {gen_len} tokens each, {rounds} rounds")
 
 
 def _rate(llama: Llama, prompt: list[int], gen_len: int, sampling: dict) -> tuple[float, Row]:
-    """Tokens per second after the first, and the row; a stop token ends nothing, so that all texts are of one length."""
+    """Tokens per second after the first, and the row; without stop tokens, lengths are equal."""
     unstopped = {"logit_bias": dict.fromkeys(llama.tokenizer.stop_tokens, float("-inf"))}
     stream = llama.stream(prompt, gen_len, **sampling, **unstopped)
-    begun = None
+    first = None  # (time, tokens so far)
     for _ in stream:
-        begun = begun or (time.perf_counter(), len(stream.tokens))
-    return (len(stream.tokens) - begun[1]) / (time.perf_counter() - begun[0]), stream.row
+        first = first or (time.perf_counter(), len(stream.tokens))
+    return (len(stream.tokens) - first[1]) / (time.perf_counter() - first[0]), stream.row
 
 
 @torch.inference_mode()
 def _print_passes(llama: Llama, rounds: int) -> None:
-    """How long passes over more tokens take than a decode step, after 256 tokens; in turns."""
+    """Print the time of passes over several tokens, after 256 tokens, relative to a decode step."""
     cache = new_cache(llama.model, 1, 256 + LONGEST_DRAFT + 1)
     times: dict[int, list[float]] = {n: [] for n in (1, 2, 3, 5, 9, LONGEST_DRAFT + 1)}
     for _ in range(3 * rounds):
         for n, measured in times.items():
             cache.truncate([256])
             tokens = torch.ones(1, n, dtype=torch.long)
-            begun = time.perf_counter()
+            start = time.perf_counter()
             with onednn_for(tokens, llama.dtype):
                 llama.model(tokens, cache)
-            measured.append(time.perf_counter() - begun)
-    took = {n: statistics.median(measured) for n, measured in times.items()}
+            measured.append(time.perf_counter() - start)
+    medians = {n: statistics.median(measured) for n, measured in times.items()}
     assumed = PassTime.of(llama.model)
     print(f"{'tokens in a pass':<20}{'ms':>8}{'decode steps':>16}{'as assumed':>12}")
-    for n, seconds in took.items():
-        print(f"{n:<20}{seconds * 1e3:8.1f}{seconds / took[1]:16.2f}{assumed.with_guesses(n - 1):12.2f}")
-    each, several = statistics.linear_regression([*took][1:], [seconds / took[1] for seconds in took.values()][1:])
-    print(f"the line through it: {several:.2f} + {each:.3f} a token")
+    for n, seconds in medians.items():
+        print(f"{n:<20}{seconds * 1e3:8.1f}{seconds / medians[1]:16.2f}{assumed.with_guesses(n - 1):12.2f}")
+    each, several = statistics.linear_regression([*medians][1:], [seconds / medians[1] for seconds in medians.values()][1:])
+    print(f"fitted line: {several:.2f} + {each:.3f} per token")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How fast files are checked, beside `md5sum`, over one file and over four, in one run on the same bytes.
+"""Compare the speed of checking files with `md5sum`, for one file and for four.
 
     python scripts/bench_verify.py [--size 1GB|100MB] [--rounds 3] [--jobs N] [--cold] [--folder DIR]
 
-Every contender reads the same files in turn, round by round; the best round of each counts. The files lie in the page cache
-unless `--cold` drops them from it before each reading, which then measures the disk as much as the hashing.
+Every contender reads the same files in turn; the best round of each counts. The files are in the
+page cache. With `--cold` they are dropped from it before each reading, which then measures the disk
+too.
 """
 
 import os
@@ -46,7 +47,7 @@ def bytes_of(size: str) -> int:
 
 
 def make_file(path: Path, n_bytes: int) -> Path:
-    """A file of bytes that do not repeat within a block; hashing takes as long for any."""
+    """Write a file of random bytes, the same in every block."""
     block = os.urandom(BLOCK_BYTES)
     with path.open("wb") as file:
         for start in range(0, n_bytes, BLOCK_BYTES):
@@ -55,7 +56,7 @@ def make_file(path: Path, n_bytes: int) -> Path:
 
 
 def contenders(files: list[Path], jobs: int) -> dict[str, Callable[[], object]]:
-    """What is raced: `md5sum` over the files one after another, and this package with one job and with `jobs`."""
+    """The contenders: `md5sum` on all files in sequence, this package with one job and `jobs`."""
     out: dict[str, Callable[[], object]] = {
         "md5sum": lambda: subprocess.run(["md5sum", *files], check=True, capture_output=True),
         "llama-ref, 1 job": lambda: hash_files([(path, "md5") for path in files], 1),
@@ -66,20 +67,20 @@ def contenders(files: list[Path], jobs: int) -> dict[str, Callable[[], object]]:
 
 
 def race(runners: dict[str, Callable[[], object]], files: list[Path], rounds: int, cold: bool) -> dict[str, float]:
-    """The least seconds of each runner. Rounds are interleaved, so that a slow spell of the machine hits all alike."""
+    """Seconds of each runner's best round; rounds alternate, so that a slow phase affects all."""
     best = dict.fromkeys(runners, float("inf"))
     for _ in range(rounds):
         for name, run in runners.items():
             for path in files:
                 prepare(path, cold)
-            begun = time.perf_counter()
+            start = time.perf_counter()
             run()
-            best[name] = min(best[name], time.perf_counter() - begun)
+            best[name] = min(best[name], time.perf_counter() - start)
     return best
 
 
 def prepare(path: Path, cold: bool) -> None:
-    """Bring a file's pages into memory, or have them dropped."""
+    """Read a file into the page cache, or drop it from there."""
     with path.open("rb", buffering=0) as file:
         if cold:
             os.fsync(file.fileno())
@@ -92,7 +93,7 @@ def prepare(path: Path, cold: bool) -> None:
 
 if __name__ == "__main__":
     if not shutil.which("md5sum"):
-        raise SystemExit("md5sum is not installed; it is what this is measured against")
+        raise SystemExit("bench_verify compares with md5sum, which is not installed")
     try:
         fire.Fire(main)
     except RequestError as error:

@@ -1,4 +1,4 @@
-"""What the stages of bench_cuda.py share: a file of figures, clocks, random models, the decode loop under a clock."""
+"""Shared by the stages of bench_cuda.py: figures, timers, random models, timed decoding."""
 
 import contextlib
 import gc
@@ -26,12 +26,12 @@ from llama_ref.sampling import Sampler, SamplingParams
 
 RELEASES = {"8B": "Llama3.1-8B", "3B": "Llama3.2-3B", "1B": "Llama3.2-1B"}  # largest first
 TOY = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 1000, "multiple_of": 256}
-HEADROOM = 2e9  # bytes that a model needs beside its weights: CUDA's context, activations, a short cache
+HEADROOM = 2e9  # bytes besides the weights: CUDA's context, activations, a short cache
 GREEDY = SamplingParams(temperature=0)
 
 
 def write_figures(out: Path, stage: str, what: str, at: float, **figures: Any) -> None:
-    """Print a line of figures, floats with four digits, and append it to results.jsonl; `at` is seconds so far."""
+    """Print a line of figures and append it to results.jsonl; `at`: seconds since the start."""
     short = {name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in figures.items()}
     print(f"{at:6.1f} s  {figures_line(stage, what, short)}", flush=True)
     with (out / "results.jsonl").open("a") as file:
@@ -44,14 +44,15 @@ def figures_line(stage: str, what: str, figures: dict[str, Any]) -> str:
 
 
 class Run:
-    """One stage under way: its device, where its figures go, and how long it may take.
+    """One stage: its device, its output folder and its time limit.
 
-    `rehearse` replaces every shape by a toy one. `deadline` is a time.time() at which the stage is stopped.
+    `rehearse` replaces every shape by a toy one. `deadline` is the time.time() at which the stage
+    is stopped.
     """
 
     def __init__(self, stage: str, device: str, rehearse: bool, out: Path, deadline: float):
         self.stage, self.rehearse, self.out, self.deadline = stage, rehearse, out, deadline
-        self.begun = time.time()
+        self.start = time.time()
         self.device = torch.device(device)
         self.on_cuda = self.device.type == "cuda"
         self.dtype = devices.choose_dtype(None, self.device)
@@ -59,17 +60,17 @@ class Run:
             torch.set_num_threads(1)
 
     def prepare(self) -> None:
-        """Set CUDA up as the project does where it puts a model on it: without cuDNN's attention, which plans per shape."""
+        """Set CUDA up as the project does: without cuDNN's attention, which plans per shape."""
         devices.prepare_cuda(self.device)
 
     # ---- figures
 
     def say(self, what: str, **figures: Any) -> None:
-        write_figures(self.out, self.stage, what, time.time() - self.begun, **figures)
+        write_figures(self.out, self.stage, what, time.time() - self.start, **figures)
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """One measurement: a failure becomes a line and a traceback in errors.txt, and the next measurement begins."""
+        """Run a measurement; a failure is printed, its traceback goes to errors.txt."""
         try:
             yield
         except Exception as error:
@@ -81,7 +82,7 @@ class Run:
             free_memory(self.device)
 
     def figure(self, stage: str, what: str, name: str) -> Any:
-        """The last figure of that name of this run, from any stage; None where there is none."""
+        """The last figure of that name in this run, or None."""
         file = self.out / "results.jsonl"
         lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
         found = [line[name] for line in lines if (line["stage"], line["what"]) == (stage, what) and name in line]
@@ -101,7 +102,7 @@ class Run:
         return min(n, 4) if self.rehearse else n
 
     def args(self, size: str, **changes: Any) -> ModelArgs:
-        """The shape of "8B", "3B" or "1B"."""
+        """Model args of "8B", "3B" or "1B", or the toy's in a rehearsal."""
         return ModelArgs.from_dict({**release(size).params, **changes, **(TOY if self.rehearse else {})})
 
     def free_bytes(self) -> float:
@@ -112,12 +113,12 @@ class Run:
         return self.rehearse or self.free_bytes() > parameters * self.dtype.itemsize + HEADROOM + more_bytes
 
     def largest(self) -> str:
-        """The largest release whose unquantized weights this device holds; a processor measures the 1B."""
+        """The largest release whose unquantized weights fit the device; the 1B on a CPU."""
         sizes = RELEASES if self.on_cuda or self.rehearse else ("1B",)
         return next((size for size in sizes if self.fits(size)), "1B")
 
     def model(self, size: str, dtype: torch.dtype | None = None, **changes: Any) -> Transformer:
-        """Random weights in a release's shape, made on the device: seconds for 8B, and no file."""
+        """A model with random weights in a release's shape, made on the device in seconds."""
         with torch.device("meta"):
             model = Transformer(self.args(size, **changes))
         model = model.to(dtype or self.dtype).to_empty(device=self.device).requires_grad_(False).eval()
@@ -131,22 +132,22 @@ class Run:
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
         return model
 
-    # ---- clocks and memory
+    # ---- timers and memory
 
     def synchronize(self) -> None:
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Of one call, until the device has finished, host time included."""
+        """Seconds of one call until the device has finished, host time included."""
         self.synchronize()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
         self.synchronize()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     def device_seconds(self, call: Callable[[], Any], calls: int = 5) -> float:
-        """Of one call on the device alone, between CUDA events; the median of some after two to warm up."""
+        """Median seconds of a call on the device, by CUDA events, after two warm-up calls."""
         for _ in range(2):
             call()
         if not self.on_cuda:
@@ -166,14 +167,14 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_GB(self) -> float | None:
-        """Of the card's memory in tensors since `forget_peak`."""
+        """Peak GPU memory in tensors since `forget_peak`."""
         return torch.cuda.max_memory_allocated(self.device) / 1e9 if self.on_cuda else None
 
     def held_GB(self) -> float | None:
         return torch.cuda.memory_allocated(self.device) / 1e9 if self.on_cuda else None
 
     def read_bandwidth(self) -> float:
-        """GB/s at which the device reads a large float32 matrix; measured once a run."""
+        """GB/s at which the device reads a large float32 matrix; measured once per run."""
         known = self.figure("env", "read bandwidth", "GB_s")
         return known if known else self.measure_read_bandwidth()
 
@@ -183,7 +184,7 @@ class Run:
         return matrix.nbytes / self.device_seconds(lambda: matrix.sum(-1)) / 1e9
 
     def profile(self, name: str, call: Callable[[], Any]) -> None:
-        """Write a table of the operators and kernels of a call, longest first, into profile_<name>.txt."""
+        """Write a table of a call's operators and kernels, slowest first, to profile_<name>.txt."""
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_cuda else [])]
@@ -202,14 +203,14 @@ def release(size: str) -> Release:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give the card's unused memory back; a failed measurement's tensors first, which its traceback holds in a circle."""
+    """Release unused GPU memory."""
     if device.type == "cuda":
-        gc.collect()
+        gc.collect()  # tensors of a failed measurement are in a reference cycle with its traceback
         torch.cuda.empty_cache()
 
 
 def memory_available() -> int:
-    """Bytes of main memory that are free or in caches; 0 where the system does not tell."""
+    """Bytes of main memory that are free or in caches; 0 if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -218,7 +219,7 @@ def memory_available() -> int:
 
 
 def bytes_per_step(model: Transformer) -> int:
-    """Bytes of weights that a decode step reads: all but the embedding, unless the output shares it."""
+    """Bytes of weights that a decode step reads: not the embedding, unless it is tied."""
     held = {
         tensor.data_ptr(): tensor.nbytes
         for module in model.modules()
@@ -229,14 +230,14 @@ def bytes_per_step(model: Transformer) -> int:
 
 
 def kv_bytes(model: Transformer, n_tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens."""
+    """Bytes of the keys and values of `n_tokens` tokens."""
     args = model.args
     itemsize = model.norm.weight.dtype.itemsize
     return n_tokens * 2 * args.n_layers * args.n_kv_heads * args.head_dim * itemsize
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference by the norm of what is expected, in float32."""
+    """Norm of the difference over the norm of what is expected, in float32."""
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
@@ -244,12 +245,12 @@ def random_ids(vocab_size: int, n: int, seed: int = 0) -> list[int]:
     return torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# ---- the loop under a clock
+# ---- timed decoding
 
 
 @dataclass
 class Decoding:
-    """Seconds to the first token, prompt included, and of each step that follows; the tokens of every row."""
+    """Seconds to the first token and of each later step; the tokens of every row."""
 
     first_s: float
     step_s: list[float]
@@ -264,7 +265,7 @@ class Decoding:
         return max(self.step_s) * 1e3
 
     def figures(self, run: Run, n_bytes: float | None = None) -> dict[str, Any]:
-        """With `n_bytes`, those that a step reads, also GB/s and the percentage of the read bandwidth of this run."""
+        """Times and rates; with `n_bytes` per step, also GB/s and percent of the bandwidth."""
         found = {"ms": self.ms, "tokens_s": len(self.tokens) * 1e3 / self.ms, "worst_ms": self.worst_ms}
         if n_bytes:
             rate = n_bytes / self.ms / 1e6
@@ -282,9 +283,9 @@ def decode(
     filled: bool = False,
     sampling: SamplingParams = GREEDY,
 ) -> Decoding:
-    """Generate n tokens after `context` random ones through the project's loop.
+    """Generate n tokens after `context` random ones with the project's loop.
 
-    `filled`: one row's cache holds random keys and values already, so that a long context costs no prefill.
+    `filled`: start with random keys and values in the cache of one row, to skip a long prefill.
     """
     vocab_size = model.args.vocab_size
     rows = [Row(random_ids(vocab_size, context, seed), n) for seed in range(batch)]
@@ -306,20 +307,20 @@ def decode(
 
 
 def prefill_seconds(run: Run, model: nn.Module, n: int, batch: int = 1) -> float:
-    """Of a prompt of n tokens alone, without its cache's allocation."""
+    """Seconds of the prefill of n tokens, without the cache's allocation."""
     rows = [Row(random_ids(model.args.vocab_size, n, seed), 1) for seed in range(batch)]
     cache = new_cache(model, batch, n + 1)
     return run.seconds(lambda: prefill(model, rows, cache, False))
 
 
 def agreement(a: list[int], b: list[int]) -> str:
-    """How many of the first tokens are the same, such as "24 of 24"."""
+    """Length of the common prefix, such as "24 of 24"."""
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
     return f"{same} of {len(a)}"
 
 
 def recorded(model: Transformer) -> dict[str, Any]:
-    """How many decode steps the compiled model has recorded, and the seconds that took, where it counts them."""
+    """Number of graphs that a compiled model has captured, and the seconds it took."""
     fast = model.forward
     recordings = getattr(fast, "recordings", None)
     return {

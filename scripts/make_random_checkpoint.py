@@ -1,14 +1,14 @@
-"""Make a folder of random weights in exactly Meta's layout, for a release's shape or any other.
+"""Make a checkpoint of random weights in Meta's layout, in a release's shape or any other.
 
     python scripts/make_random_checkpoint.py --like Llama3.2-1B --out DIR [--shards N] [--seed S] [--n_layers 2 …]
 
-Any key of params.json may be given and replaces the release's; a key given as None is left out. The same seed gives the same
-model whatever the number of shards. Options:
+Any key of params.json is a flag that replaces the release's value; None removes the key. A seed
+gives the same model for any number of shards. Options:
 
-    --tokenizer PATH   tokenizer.model to copy; without it, that of the package llama-models where the vocabulary is Llama 3's
+    --tokenizer PATH   tokenizer.model to copy (default for Llama 3's vocabulary: that of llama-models)
     --dtype bfloat16   or float16, float32
-    --tied             one matrix for embedding and output, as the 1B and 3B have it (which do so without being told)
-    --force            replace the folder if it is there
+    --tied             one matrix for embedding and output (default for the 1B and 3B)
+    --force            replace an existing folder
 """
 
 import difflib
@@ -56,10 +56,11 @@ def make_random_checkpoint(
     tied: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write the folder `out`: params.json as given, random weights for it, a true checklist, and `tokenizer` copied if given.
+    """Write the folder `out`: params.json, random weights, a checklist, and `tokenizer` if given.
 
-    Memory stays near one shard's part of the largest tensor. Raises RequestError for a shape that does not split into `shards`,
-    or a tokenizer of another vocabulary; CheckpointError where it cannot be written (a full disk, no permission).
+    Uses about as much memory as one shard's part of the largest tensor. Raises RequestError for a
+    shape that cannot be split into `shards` or a tokenizer with another vocabulary, CheckpointError
+    if the folder cannot be written.
     """
     args = ModelArgs.from_dict(params)
     _check_kind(args)
@@ -100,18 +101,19 @@ def _write_shard(path: Path, tensors: list[LazyTensor], tied: bool) -> None:
 def _random_part(name: str, shape: tuple[int, ...], rank: int, shards: int, seed: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """One shard's part of a tensor, in blocks of rows.
 
-    The whole tensor is made of blocks of rows (of columns, where shards cut columns), each drawn from its own seed: a part
-    needs only the blocks that it touches, and comes out the same however many parts there are.
+    The tensor is drawn in blocks of rows (of columns, if shards split columns), each with its own
+    seed. So a part needs only the blocks that it overlaps, and does not depend on the number of
+    parts.
     """
-    if len(shape) == 1:  # a norm; every shard has all of it. Near 1, but not so near that two of them could be confused
+    if len(shape) == 1:  # a norm, whole in every shard: near 1, but no two equal
         yield (1 + 0.1 * _block(shape, seed, name, 0)).to(dtype)
         return
     dim = split_dim(name)
-    scale = 1 / math.sqrt(shape[1])  # keeps activations near 1; shape[1] is fan-in, and an embedding's norm comes out as 1
+    scale = 1 / math.sqrt(shape[1])  # by the fan-in: keeps activations near 1, and embeddings at norm 1
     slices = _slices(name, shape[dim], shape[1 - dim], rank, shards, seed)
     if dim == 0:
         yield from ((rows * scale).to(dtype) for rows in slices)
-    else:  # a row is only whole once all columns are drawn
+    else:  # rows are complete only after all columns are drawn
         part = torch.empty(shard_shape(name, shape, shards), dtype=dtype)
         filled = 0
         for columns in slices:  # (some of the part's columns, rows)
@@ -121,7 +123,7 @@ def _random_part(name: str, shape: tuple[int, ...], rank: int, shards: int, seed
 
 
 def _slices(name: str, length: int, width: int, rank: int, shards: int, seed: int) -> Iterator[Tensor]:
-    """What one shard has of the blocks (n, width) that a tensor of (length, width) is drawn in, in order."""
+    """One shard's part of each block (n, width) in which a tensor (length, width) is drawn."""
     size = length // shards
     start, stop = rank * size, (rank + 1) * size
     step = max(1, BLOCK_VALUES // width)
@@ -131,7 +133,7 @@ def _slices(name: str, length: int, width: int, rank: int, shards: int, seed: in
 
 
 def _block(shape: tuple[int, ...], seed: int, name: str, first: int) -> Tensor:
-    """Standard normal float32 values that depend on seed, tensor name and place alone."""
+    """Standard normal float32 values that depend only on seed, tensor name and position."""
     digest = hashlib.sha256(f"{seed} {name} {first}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     return torch.randn(shape, generator=generator)
@@ -140,7 +142,7 @@ def _block(shape: tuple[int, ...], seed: int, name: str, first: int) -> Tensor:
 def _check_kind(args: ModelArgs) -> None:
     kind = other_kind(args)
     if kind:
-        raise RequestError(f"these params are of {kind}, which is not made here")
+        raise RequestError(f"these params are of {kind}, which this script does not make")
 
 
 def _check_even(args: ModelArgs, shards: int) -> None:
@@ -149,7 +151,7 @@ def _check_even(args: ModelArgs, shards: int) -> None:
     split = {key: getattr(args, key) for key in ("n_heads", "n_kv_heads", "vocab_size", "ffn_dim")}
     uneven = [f"{key} {value}" for key, value in split.items() if value % shards]
     if uneven:
-        raise RequestError(f"{shards} shards do not divide {', '.join(uneven)}; every shard holds an equal part of these")
+        raise RequestError(f"{shards} shards do not divide {', '.join(uneven)}; every shard needs an equal part of these")
 
 
 def _check_vocabulary(tokenizer: Path, vocab_size: int) -> None:
@@ -157,7 +159,7 @@ def _check_vocabulary(tokenizer: Path, vocab_size: int) -> None:
     try:
         n_ranks = len(read_ranks(tokenizer))
     except CheckpointError as error:
-        raise RequestError(f"{tokenizer} is not in tiktoken's form, as Llama 3's is: {error}") from error
+        raise RequestError(f"{tokenizer} is not in tiktoken's format, like Llama 3's: {error}") from error
     if n_ranks + N_SPECIAL != vocab_size:
         raise RequestError(
             f"{tokenizer} has {n_ranks:,} tokens and {N_SPECIAL} special ones, but vocab_size is {vocab_size:,}; "
@@ -199,15 +201,15 @@ def main(
 def _makeable(release: Release) -> Release:
     kind = "a vision" if release.is_vision else f"an {release.weights}" if release.weights != "bf16" else None
     if kind:
-        raise RequestError(f"{release.name} is {kind} release, which is not made here; take a bf16 text release")
+        raise RequestError(f"{release.name} is {kind} release, which this script does not make; use a bf16 text release")
     return release
 
 
 def _overridden(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     for key in changes.keys() - set(PARAMS_KEYS):
         close = difflib.get_close_matches(key, PARAMS_KEYS, n=1)
-        hint = f"did you mean --{close[0]}?" if close else f"there are {', '.join(PARAMS_KEYS)}"
-        raise RequestError(f"--{key} is no key of params.json; {hint}")
+        hint = f"did you mean --{close[0]}?" if close else f"known keys: {', '.join(PARAMS_KEYS)}"
+        raise RequestError(f"--{key} is not a key of params.json; {hint}")
     return {key: value for key, value in {**params, **changes}.items() if value is not None}
 
 
@@ -218,7 +220,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _tokenizer(given: str | None, params: Mapping[str, Any]) -> Path | None:
-    """The tokenizer.model to copy: the given one, else llama-models' for Llama 3's vocabulary, else none for a made-up one."""
+    """The tokenizer.model to copy: the given one, or llama-models' for Llama 3's vocabulary."""
     if given is not None:
         return Path(str(given))
     if params.get("vocab_size") != LLAMA_3_VOCAB:
@@ -227,16 +229,16 @@ def _tokenizer(given: str | None, params: Mapping[str, Any]) -> Path | None:
     package = importlib.util.find_spec("llama_models")
     if package is None:
         note = (
-            "no --tokenizer given and no package llama-models, which carries Llama 3's: the folder will have no tokenizer.model"
+            "no --tokenizer given, and llama-models (with Llama 3's) is not installed: the folder will have no tokenizer.model"
         )
         print(note, file=sys.stderr)
         return None
     path = Path(package.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
-    print(f"no --tokenizer given: taking {path}", file=sys.stderr)
+    print(f"no --tokenizer given: using {path}", file=sys.stderr)
     return path
 
 
 if __name__ == "__main__":
-    import fire  # only for the command line: the tests use the rest without it
+    import fire  # only the command line needs it
 
     fire.Fire(main)

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 1 scripts/text_completion.py --ckpt_dir ~/.llama/checkpoints/Llama3.2-1B
 
-Plain `python` does as well. The flags are those of Meta's example script, and those of `Llama.build`.
+It also runs with plain `python`. The flags are those of Meta's example script and of `Llama.build`.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Walk a prompt through a model in this terminal: docs/tour.md with its code run here, on the demo or any other Llama folder.
+"""Show docs/tour.md in the terminal and run its code, on the demo or another Llama checkpoint.
 
     python scripts/tour.py [FOLDER] [--prompt TEXT --other TEXT] [--pause]
     python scripts/tour.py --write
 
-docs/tour.md is the only source: prose, blocks of Python, and behind each what it prints for the demo. Through a pipe this
-prints that document anew, with the outputs of the folder given. `--write` brings the outputs in docs/tour.md up to date and
-makes docs/tour.ipynb of it (with nbformat, from the extra `dev`).
+docs/tour.md is the only source: prose, blocks of Python, and after each its output for the demo.
+Through a pipe this prints the document with the outputs for the given folder. `--write` updates the
+outputs in docs/tour.md and makes docs/tour.ipynb from it (with nbformat, from the extra `dev`).
 """
 
 import argparse
@@ -37,23 +37,23 @@ from llama_ref.study.inputs import check_not_empty, check_one_process
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
 SOURCE, NOTEBOOK = REPOSITORY / "docs" / "tour.md", REPOSITORY / "docs" / "tour.ipynb"
-MOST_TOKENS = 64  # of a prompt: every activation is kept, and tables have a column for a token
+MOST_TOKENS = 64  # of a prompt: every activation is kept, and tables have a column per token
 
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]+)\]\(([^)]+)\)")
 SETTING = re.compile(r'^(folder|prompt|other) = "([^"\n]*)"', re.MULTILINE)
-NOTE = "> *The outputs here are of {folder}. Where the text tells of words and numbers, it tells of the demo's own.*\n\n"
+NOTE = "> *The outputs here are of {folder}. Words and numbers in the text are those of the demo.*\n\n"
 FROM_THE_ROOT = """import os
 from pathlib import Path
 
-if Path.cwd().name == "docs":  # where the notebook lies; paths are from the repository's root
+if Path.cwd().name == "docs":  # the notebook's folder; paths are from the repository's root
     os.chdir("..")
 """
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some prose, or a block of Python with what it prints ("": nothing)."""
+    """Prose, or a block of Python with its output ("": none)."""
 
     text: str
     is_code: bool = False
@@ -67,7 +67,7 @@ class Part:
 
 
 def parse(document: str) -> list[Part]:
-    """The parts of a document in order; their `markdown` joined is the document."""
+    """Split a document into parts; their `markdown` joined is the document."""
     parts, end = [], 0
     for block in BLOCK.finditer(document):
         parts += [Part(document[end : block.start()]), Part(block[1], True, block[2] or "")]
@@ -85,7 +85,7 @@ def with_settings(parts: Sequence[Part], settings: dict[str, str]) -> list[Part]
 
 
 def _literal(text: str) -> str:
-    """A text as Python writes it; what is no Unicode (a byte of a file's name) escaped, for no compiler takes it otherwise."""
+    """A text as a Python literal, lone surrogates (bytes of a file's name) escaped."""
     return json.dumps(text, ensure_ascii=any("\ud800" <= char <= "\udfff" for char in text))
 
 
@@ -96,7 +96,7 @@ class Interpreter:
         self.names: dict[str, Any] = {"__name__": "tour"}
 
     def run(self, code: str) -> str:
-        """What the block prints."""
+        """Run a block and return its output."""
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, SOURCE.name, "exec", dont_inherit=True), self.names)
@@ -104,7 +104,7 @@ class Interpreter:
 
 
 def run(parts: Sequence[Part]) -> Iterator[Part]:
-    """Each part, with what its code prints now."""
+    """Run all parts and yield them with their new outputs."""
     interpreter = Interpreter()
     for part in parts:
         yield replace(part, output=interpreter.run(part.text)) if part.is_code else part
@@ -124,7 +124,7 @@ class Shown(Protocol):
 
 
 class InTerminal:
-    """Markdown, highlighted code, and what it prints behind a bar."""
+    """Shows Markdown, highlighted code, and output after a bar."""
 
     def __init__(self, pause: bool) -> None:
         self.console = Console(highlight=False, theme=Theme({"markdown.code": "bold cyan"}))  # no black boxes on white
@@ -133,13 +133,13 @@ class InTerminal:
     def prose(self, text: str) -> None:
         for section in re.split(r"^(?=## )", text, flags=re.MULTILINE):
             if section.startswith("## ") and self.pause:
-                self.console.input("[dim]Enter goes on, Ctrl-C leaves. [/dim]")
+                self.console.input("[dim]Enter continues, Ctrl-C leaves. [/dim]")
             if section.startswith("## "):
                 heading, _, section = section.partition("\n")
                 self._print(Rule(Text(heading.removeprefix("## "), style="bold"), align="left"))
                 self._print("")
             if section.strip():
-                self._print(Markdown(LINK.sub(_named, section), code_theme="ansi_dark"))
+                self._print(Markdown(LINK.sub(_link_text, section), code_theme="ansi_dark"))
             self._print("")
 
     def code(self, code: str) -> None:
@@ -154,23 +154,23 @@ class InTerminal:
             self._print("")
 
     def _print(self, what: Any, **options: Any) -> None:
-        """By way of `print`: Console.print would end the program itself when the reader of a pipe has gone."""
+        """Print with `print`: Console.print would exit when the reader of a pipe has gone."""
         with self.console.capture() as captured:
             self.console.print(what, markup=False, emoji=False, **options)
         print(captured.get(), end="", flush=True)
 
 
-def _named(link: re.Match[str]) -> str:
-    """A link in words: `rotate` (llama_ref/model.py), for a terminal cannot follow it from here."""
+def _link_text(link: re.Match[str]) -> str:
+    """A link as text, `rotate` (llama_ref/model.py): a terminal cannot follow it."""
     name, path = link[1], link[2].removeprefix("../")
     return f"`{path}`" if path.endswith(name.strip("`/")) else f"{name} ({path})"
 
 
 class InPipe:
-    """The document itself."""
+    """Prints the document as Markdown."""
 
     def __init__(self) -> None:
-        self._code = ""  # which its output goes behind
+        self._code = ""  # printed together with its output
 
     def prose(self, text: str) -> None:
         print(text, end="", flush=True)
@@ -183,7 +183,7 @@ class InPipe:
 
 
 def show(parts: Sequence[Part], where: Shown) -> None:
-    """Walk through: code is shown before it runs."""
+    """Show all parts; code is shown before it runs."""
     interpreter = Interpreter()
     for part in parts:
         if part.is_code:
@@ -197,7 +197,7 @@ def show(parts: Sequence[Part], where: Shown) -> None:
 
 
 def notebook(parts: Sequence[Part]) -> str:
-    """The document as a notebook, with its outputs: the same text for the same document. Raises RequestError."""
+    """The document as a notebook with outputs, reproducible. Raises RequestError."""
     nb = _nbformat()
     cells = [nb.new_code_cell(FROM_THE_ROOT.rstrip(), execution_count=1)]
     for part in parts:
@@ -223,7 +223,7 @@ def _nbformat() -> ModuleType:
 
 
 def write() -> None:
-    """Bring docs/tour.md's outputs and docs/tour.ipynb up to date."""
+    """Update the outputs in docs/tour.md, and docs/tour.ipynb."""
     _nbformat()  # raises now, not after the work
     document = parse(SOURCE.read_text(encoding="utf-8"))
     settings = settings_of(document, None, None, None)
@@ -238,10 +238,10 @@ def write() -> None:
 
 
 def settings_of(document: Sequence[Part], folder: str | None, prompt: str | None, other: str | None) -> dict[str, str]:
-    """What to set in the document. Raises RequestError, FolderNotFound or CheckpointError for what cannot be toured."""
+    """The document's settings. Raises RequestError, FolderNotFound or CheckpointError."""
     check_one_process()
     if (prompt is None) != (other is None):
-        raise RequestError("--prompt and --other go together: the tour compares two prompts of as many tokens")
+        raise RequestError("--prompt and --other go together: the tour compares two prompts of the same number of tokens")
     check_not_empty(**{"--prompt": prompt, "--other": other})
     path = find_folder(folder) if folder else _demo()
     found = dict(SETTING.findall("".join(part.text for part in document if part.is_code)))
@@ -255,37 +255,37 @@ def settings_of(document: Sequence[Part], folder: str | None, prompt: str | None
 def _demo() -> Path:
     if not (DEMO / "params.json").exists():
         raise FolderNotFound(
-            f"the demo is not there yet ({DEMO}): make it with `bash scripts/demo.sh`, or where its packages are, with "
+            f"the demo is missing ({DEMO}): make it with `bash scripts/demo.sh`, or, if its packages are installed, with "
             "`python scripts/make_demo_checkpoint.py`; or name another folder"
         )
     return DEMO
 
 
 def _check_prompts(path: Path, prompt: str, other: str) -> None:
-    """Raise for a checkpoint or prompts that would break off the tour in its middle."""
+    """Raise for a checkpoint or prompts with which the tour would fail later."""
     folder = open_folder(path)
     args = folder.read_args()
     tokenizer = folder.open_tokenizer(args)
     if folder.is_quantized:
-        raise RequestError(f"{path} is quantized, and the tour needs the matrices themselves: name the folder it was made from")
+        raise RequestError(f"{path} is quantized, but the tour needs the original matrices: name the folder it was made from")
     n_prompt, n_other = (len(tokenizer.encode(text, bos=True, eos=False)) for text in (prompt, other))
     if n_prompt != n_other:
         raise RequestError(
             f"{prompt!r:.80} has {n_prompt} tokens and {other!r:.80} has {n_other}, but the tour compares them token by token: "
-            "give two with --prompt and --other that have as many"
+            "give two of the same length with --prompt and --other"
         )
     if n_prompt > MOST_TOKENS:
-        raise RequestError(f"the prompts have {n_prompt:,} tokens, and the tour's tables hold {MOST_TOKENS}: shorten them")
+        raise RequestError(f"the prompts have {n_prompt:,} tokens, but the tour's tables hold only {MOST_TOKENS}: shorten them")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     out = argparse.ArgumentParser(description="Walk a prompt through a model: docs/tour.md, with its code run here.")
     out.add_argument("folder", nargs="?", help="a checkpoint's folder or release name (default: the demo's)")
-    out.add_argument("--prompt", help="another text than the document's; needs --other")
-    out.add_argument("--other", help="a text of as many tokens that differs in a word, to compare with in section 8")
+    out.add_argument("--prompt", help="text instead of the document's; needs --other")
+    out.add_argument("--other", help="text of as many tokens that differs in a word, to compare with in section 8")
     out.add_argument("--pause", action="store_true", help="wait for Enter before each section, at a terminal")
-    out.add_argument("--write", action="store_true", help="bring docs/tour.md and docs/tour.ipynb up to date, on the demo")
+    out.add_argument("--write", action="store_true", help="update docs/tour.md and docs/tour.ipynb, on the demo")
     return out
 
 
@@ -293,7 +293,7 @@ def tour(words: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     if words.write:
         if words.folder or words.prompt or words.other:
-            raise RequestError("--write is of the demo and the document's own prompts: give nothing with it")
+            raise RequestError("--write uses the demo and the document's own prompts: give no other arguments with it")
         write()
         return
     document = parse(SOURCE.read_text(encoding="utf-8"))
@@ -305,7 +305,7 @@ def tour(words: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 fine, 1 a bad checkpoint, 2 misuse."""
+    """Run the command; the exit code: 0 fine, 1 a bad checkpoint, 2 misuse."""
     words = parser().parse_args(argv)
     configure_stdio()
     return guarded(lambda: tour(words))

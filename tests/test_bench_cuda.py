@@ -116,7 +116,7 @@ def test_a_failed_measurement_is_a_line_and_a_traceback(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rehearse", "--only", "env,bf61"], "unknown stage 'bf61'; there are env, tests"),
+        (["--rehearse", "--only", "env,bf61"], "unknown stage 'bf61'; the stages are env, tests"),
         (["--device", "mps"], "device is 'mps', expected cuda or cpu"),
     ],
 )
@@ -129,7 +129,7 @@ def test_misuse_is_told_before_anything_runs(tmp_path, capfd, words, message):
 def test_the_figures_of_another_run_are_kept(tmp_path, capfd):
     (tmp_path / "results.jsonl").write_text("{}\n")
     assert run(main, ["--rehearse", "--out", str(tmp_path)]) == 2
-    assert "holds the figures of another run" in capfd.readouterr().err
+    assert "has the figures of another run" in capfd.readouterr().err
     assert (tmp_path / "results.jsonl").read_text() == "{}\n"
 
 

@@ -109,7 +109,7 @@ def test_the_command_makes_a_release_in_small(tmp_path, meta_tokenizer_path):
     done = subprocess.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{out}\n"
-    assert done.stderr == f"no --tokenizer given: taking {meta_tokenizer_path}\n"
+    assert done.stderr == f"no --tokenizer given: using {meta_tokenizer_path}\n"
     params = json.loads((out / "params.json").read_text())
     assert params == RELEASES["Llama3.2-1B"].params | {"n_layers": 1, "dim": 64}
     assert list(params) == list(RELEASES["Llama3.2-1B"].params)
@@ -142,16 +142,16 @@ def test_sixteen_shards_of_doubled_kv_heads(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--like", "Llama3.2-11B-Vision"], "Llama3.2-11B-Vision is a vision release, which is not made here"),
+        (["--like", "Llama3.2-11B-Vision"], "Llama3.2-11B-Vision is a vision release, which this script does not make"),
         (["--like", "Llama3.1-405B"], "Llama3.1-405B is an fp8-mixed release"),
         (["--like", "Llama3.2-1B-Instruct:int4-qlora-eo8"], "is an int4 release"),
         (["--like", "Llama3.2-1B-instruct"], "did you mean Llama3.2-1B-Instruct"),
-        (["--like", "Llama3.2-1B", "--n_layer", "2"], "--n_layer is no key of params.json; did you mean --n_layers?"),
+        (["--like", "Llama3.2-1B", "--n_layer", "2"], "--n_layer is not a key of params.json; did you mean --n_layers?"),
         (["--like", "Llama3.2-1B", "--shards", "3"], "3 shards do not divide n_heads 32"),
         (["--like", "Llama3.2-1B", "--shards", "0.5"], "--shards is 0.5, expected a positive whole number"),
         (["--like", "Llama3.2-1B", "--dtype", "int8"], "--dtype is 'int8', expected one of bfloat16, float16, float32"),
         (["--like", "Llama3.2-1B", "--vocab_size", "1000", "--tokenizer", "META"], "give --vocab_size 128256"),
-        (["--like", "Llama3.2-1B", "--tokenizer", __file__], "is not in tiktoken's form"),
+        (["--like", "Llama3.2-1B", "--tokenizer", __file__], "is not in tiktoken's format"),
         (["--like", "Llama3.2-1B", "--tokenizer", "nowhere"], "cannot read nowhere"),
         (["--dim", "64"], "lacks n_layers"),
     ],

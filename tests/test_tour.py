@@ -162,7 +162,7 @@ def test_what_is_no_unicode_can_be_toured(tiny, capsys):
         (["QUANTIZED"], 2, "is quantized"),
         (["BARE"], 1, "lacks tokenizer.model"),
         (["EMPTY"], 1, "is empty"),
-        (["--write", "TINY"], 2, "--write is of the demo"),
+        (["--write", "TINY"], 2, "--write uses the demo"),
     ],
 )
 def test_a_wrong_turn_is_one_line(words, code, said, tiny, tmp_path, capsys):

@@ -63,8 +63,16 @@ def main(
     passes: Annotated[bool, Flag("only measure passes over several tokens")] = False,
 ) -> None:
     """Compare speculative with ordinary decoding."""
-    options = {"device": "cpu", "dtype": dtype, "max_seq_len": 2048, "quantize": quantize, "compile": compile}
-    quick = Llama.build(ckpt_dir, **options, **({"draft": draft} if draft else {"speculate": "ngram"}))
+    quick = Llama.build(
+        ckpt_dir,
+        device="cpu",
+        dtype=dtype,
+        max_seq_len=2048,
+        quantize=quantize,
+        compile=compile,
+        draft=draft,
+        speculate=None if draft else "ngram",
+    )
     plain = Llama(quick.model, quick.tokenizer, max_seq_len=quick.max_seq_len)
     _print_passes(plain, rounds)
     if passes:

@@ -19,7 +19,7 @@ WIDE = 160  # columns of a table that goes into a pipe or file
 def print_rich(renderable: "RenderableType") -> None:
     """Print a table or text. Names in it are never read as markup.
 
-    Where standard output is no terminal its width is unknown, and no line is broken to fit one.
+    Where standard output is not a terminal its width is unknown, and no line is broken to fit one.
     """
     from rich.console import Console
     from rich.text import Text
@@ -48,7 +48,7 @@ def note(text: str) -> None:
 def progress_bar(description: str, *columns: "ProgressColumn") -> Iterator[Callable[[int, int], None]]:
     """Show a bar on stderr, updated by calls of (done, total); once per job.
 
-    Silent where stderr is no terminal.
+    Silent where stderr is not a terminal.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn

@@ -82,7 +82,12 @@ def attribute(
     logits = model.logits(traced["norm"][:, position])[0]
     logit = logits[target] if other is None else logits[target] - logits[other]
     found = Attribution(
-        *(row[0].tolist(), position, target, other, logit.item(), (here["embedding"] @ direction).item()),
+        tokens=row[0].tolist(),
+        position=position,
+        target=target,
+        other=other,
+        logit=logit.item(),
+        embedding=(here["embedding"] @ direction).item(),
         heads=torch.stack(heads).cpu(),
         ffns=torch.stack(ffns).cpu(),
     )

@@ -34,7 +34,7 @@ def session(llama) -> Session:
 
 @pytest.fixture
 def talk(session, monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
-    """Pipe lines into the conversation; what comes out on stdout and stderr."""
+    """Pipe lines into the conversation: (stdout, stderr)."""
 
     def pipe(*lines: str, end: str = "\n", **options) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + end))
@@ -49,7 +49,7 @@ def talk(session, monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
 
 def test_each_line_is_a_turn_and_only_answers_go_to_stdout(talk, session):
     out, err = talk(SUM, "", "  ", "What is 3+3?")
-    assert out == "2 + 2 = 4\n3 + 3 = 3\n"  # so says the model
+    assert out == "2 + 2 = 4\n3 + 3 = 3\n"  # the model's answers
     pace = r"\[\d+ tokens in, first token after \d+\.\d\d s; 7 out, \d+\.\d tokens/s; stop\]"
     assert re.fullmatch(f"{pace}\n{pace}\n", err)
     assert [message["role"] for message in session.dialog] == ["user", "assistant"] * 2
@@ -62,7 +62,7 @@ def test_the_last_line_needs_no_newline(talk):
 def test_a_backslash_joins_lines(talk, session):
     talk("first \\", "second\\", "", "/not a command \\", end="", max_gen_len=1)
     assert session.dialog[0]["content"] == "first \nsecond\n"
-    assert len(session.dialog) == 2  # a message that begins with a slash is a command, whole as it is
+    assert len(session.dialog) == 2  # joined lines that begin with a slash are one command
 
 
 def test_exit_leaves_what_follows_unread(talk):
@@ -128,14 +128,14 @@ def test_an_interrupt_while_a_pipe_is_silent_ends_the_program(demo_folder):
         process.stdin.write(SUM + "\n")
         process.stdin.flush()
         assert process.stdout.readline() == "2 + 2 = 4\n"
-        process.stderr.readline()  # the pace: the turn is over
+        process.stderr.readline()  # the speed: the turn is over
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "\n")
 
 
 def take_interrupts() -> None:
-    """A shell's background jobs are started deaf to Ctrl-C, and so would be what they start."""
+    """Undo that a shell's background jobs, and their children, ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -143,7 +143,7 @@ def take_interrupts() -> None:
 
 
 class Terminal:
-    """`llama-ref chat` on a pseudo-terminal of its own; stderr is shown there too."""
+    """`llama-ref chat` on a pseudo-terminal, which shows stderr too."""
 
     def __init__(self, *words: str):
         ours, theirs = pty.openpty()
@@ -162,7 +162,7 @@ class Terminal:
 
     @staticmethod
     def take_control() -> None:
-        """Ctrl-C goes to the one process whose terminal it is."""
+        """Send Ctrl-C to the process that owns the terminal."""
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         take_interrupts()
 
@@ -189,7 +189,7 @@ class Terminal:
         self.screen = self.screen[found.end() :]
 
     def read(self, awaited: str) -> str:
-        with contextlib.suppress(OSError):  # raised when the terminal has no other end any more
+        with contextlib.suppress(OSError):  # raised when the other end is closed
             if new := os.read(self.fd, 4096):
                 return self.decoder.decode(new)
         pytest.fail(f"it ended before {awaited!r}, with {self.screen[-500:]!r}")
@@ -210,7 +210,7 @@ def test_at_a_terminal_ctrl_c_breaks_off_and_ctrl_d_leaves(demo_folder):
         terminal.wait_for(r"\(/exit or Ctrl-D leaves\)\s+> ", pressing="\x03")
 
         terminal.type("Write a long story about a whale.\n")
-        terminal.wait_for(r"whale\.\s[^>]*\w+ \w+ \w+ \w+")  # a few words of the answer are there
+        terminal.wait_for(r"whale\.\s[^>]*\w+ \w+ \w+ \w+")  # a few words of the answer
         terminal.wait_for(r"; interrupted\]\s+> ", pressing="\x03")
 
         terminal.type("/reset\n")

@@ -1,4 +1,4 @@
-"""`llama-ref`: words to calls, what goes to stdout and what to stderr, exit codes, and no traceback."""
+"""`llama-ref`: commands, stdout and stderr, exit codes, and no traceback."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def name(demo_folder) -> str:
 
 @pytest.fixture(scope="module")
 def build_once() -> Callable[..., Llama]:
-    """Llama.build that loads the same weights only once."""
+    """Make Llama.build load the same weights only once."""
     built: dict[str, Llama] = {}
     build = Llama.build
 
@@ -46,7 +46,7 @@ def build_once() -> Callable[..., Llama]:
 
 @pytest.fixture
 def run(build_once, monkeypatch, capsys) -> Run:
-    """A command line in this process: exit code, stdout, stderr. Whatever leaves `main` but SystemExit is a traceback."""
+    """Run a command line in this process: (exit code, stdout, stderr)."""
     monkeypatch.setattr(Llama, "build", build_once)
 
     def run(*words: str, stdin: str = "") -> tuple[int, str, str]:
@@ -58,7 +58,7 @@ def run(build_once, monkeypatch, capsys) -> Run:
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    """An empty place where releases lie."""
+    """An empty folder for releases."""
     monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     return tmp_path / "checkpoints"
@@ -233,7 +233,7 @@ def test_words_that_make_no_sense_are_refused_before_anything_is_looked_for(run,
     ],
 )
 def test_bad_values_are_refused_before_anything_is_looked_for(run, command, flag, value):
-    """Not turn by turn, in `chat`, nor after a minute of loading."""
+    """Not at each turn of `chat`, and not after a long load."""
     code, out, err = run(command, "nowhere", f"--{flag}={value}", stdin="hello\n")
     assert (code, out) == (2, "")
     assert re.fullmatch(rf"llama-ref: (unknown )?((--)?{flag}|{value}) .*\n", err)
@@ -312,14 +312,14 @@ def start(*words: str, **options: Any) -> subprocess.Popen:
 
 
 def take_interrupts() -> None:
-    """A shell's background jobs are started deaf to Ctrl-C, and so would be what they start."""
+    """Undo that a shell's background jobs, and their children, ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_while_it_generates_is_130(name):
     words = ("complete", name, "A long story:", "--temperature", "0", "--repetition_penalty", "1.3")
     with start(*words, preexec_fn=take_interrupts) as process:
-        assert process.stdout.read(8)  # it is under way
+        assert process.stdout.read(8)  # it is running
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "\n")

@@ -1,4 +1,4 @@
-"""`llama-ref completion`: what the shells themselves offer."""
+"""`llama-ref completion`: what real shells complete."""
 
 import os
 import pty
@@ -29,7 +29,7 @@ LINES = [
 
 @pytest.fixture
 def script(tmp_path, capsys) -> Callable[[str], Path]:
-    """The file that a shell loads."""
+    """The script that a shell loads."""
 
     def script(shell: str) -> Path:
         assert exit_code(["completion", shell]) == 0
@@ -42,7 +42,7 @@ def script(tmp_path, capsys) -> Callable[[str], Path]:
 
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
-    """A home with two releases."""
+    """A home directory with two releases."""
     for name in ("Llama3.2-1B", "Llama3.2-3B"):
         (tmp_path / ".llama" / "checkpoints" / name).mkdir(parents=True)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA", "XDG"))}
@@ -80,7 +80,7 @@ def test_commands_flags_choices_and_checkpoints_are_offered(script, environment,
 @pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
 @pytest.mark.parametrize(("line", "expected"), LINES, ids=[line for line, _ in LINES])
 def test_zsh_offers_the_same(script, environment, line, expected, tmp_path):
-    """At a real terminal: zsh completes nowhere else."""
+    """At a real terminal: zsh does not complete elsewhere."""
     path = script("zsh")
     pid, descriptor = pty.fork()
     if pid == 0:

@@ -138,7 +138,7 @@ def test_a_list_waits_for_no_torch(tmp_path, monkeypatch):
 
 
 def test_a_new_command_is_one_file(tmp_path, monkeypatch, capsys):
-    """Nothing but the file has to know it: help, parsing and completion find it."""
+    """A new file in commands/ is enough: help, parsing and completion find it."""
     (tmp_path / "greet.py").write_text(
         '"""`llama-ref greet`."""\n'
         "from typing import Annotated\n"

@@ -1,4 +1,4 @@
-"""What a command line logs, and how it ends."""
+"""Logging, exit codes and error messages of a command line."""
 
 import logging
 import subprocess
@@ -51,7 +51,7 @@ def test_a_level_that_the_caller_chose_is_kept(capsys):
 
 def test_only_the_first_process_shows_them(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # restored afterwards
     assert run(talk, []) == 0
     assert capfd.readouterr() == ("", "")
 

@@ -1,4 +1,4 @@
-"""Words to calls: how flags may be written, what is misuse, and what is suggested."""
+"""Parsing of command lines: forms of flags, misuse, suggestions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def sample(
 
 @pytest.fixture
 def called(capfd) -> Callable[..., dict[str, Any]]:
-    """What the function gets for some words."""
+    """The function's arguments for some words."""
 
     def called(*words: str) -> dict[str, Any]:
         CALLS.clear()
@@ -216,13 +216,13 @@ def test_every_command_declares_help_for_every_flag(name):
 
 def test_mistakes_in_a_declaration_are_told_to_its_author():
     def twice(a: Annotated[int, Flag("", short="x")], b: Annotated[int, Flag("", short="x")]):
-        """Say one letter twice."""
+        """Declare one letter twice."""
 
     def strange(a: dict[str, int]):
-        """Take what no word can give."""
+        """Take a value that no word gives."""
 
     def doubled(*, top_p: int = 1, group: Group):
-        """Have a flag and a group with the same flag."""
+        """Declare a flag that a group has too."""
 
     with pytest.raises(TypeError, match="short flag twice"):
         _ = command()(twice).shorts

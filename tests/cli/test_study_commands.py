@@ -34,7 +34,7 @@ def run(capsys) -> Run:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """Two layers of four heads; a token is a byte."""
+    """A checkpoint of two layers and four heads; each token is a byte."""
     return str(tiny_folder(tmp_path_factory.mktemp("study") / "Tiny"))
 
 

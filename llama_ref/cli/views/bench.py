@@ -100,7 +100,7 @@ def _foot(report: Report) -> list[str]:
         " to the first token. Matmul: share of the prefill's time that its matrix products take alone. MB/token: weights, keys"
         " and values that a token reads. Bandwidth: share of the memory bandwidth that this needs. Memory: the peak, mapped"
         " files included.",
-        *[context] * bool(report.long_results),
+        *([context] if report.long_results else []),
         *(f"note: {note}" for note in report.notes),
         f"to repeat: {report.command}",
     ]

@@ -31,7 +31,7 @@ def _info_lines(info: ModelInfo) -> Iterator[tuple[str, str]]:
     yield "vocabulary", f"{info.vocab_size:,} tokens"
     scaling = f", frequencies scaled by {info.rope_scaling_factor:g}" if info.rope_scaling_factor != 1 else ""
     yield "RoPE", f"theta {info.rope_theta:,.0f}{scaling}"
-    yield "files", f"{info.shards} shard{'s' * (info.shards != 1)}, {human_bytes(info.shard_bytes)}"
+    yield "files", f"{info.shards} shard{'s' if info.shards != 1 else ''}, {human_bytes(info.shard_bytes)}"
     yield "checklist", "yes" if info.checklist else "none (the files' contents cannot be checked)"
     yield "weights in memory", ", ".join(f"{human_bytes(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
     contexts = (f"{human_bytes(size)} at {tokens:,} tokens" for tokens, size in info.kv_cache_bytes.items())

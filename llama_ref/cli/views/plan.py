@@ -106,7 +106,7 @@ def _row(placement: Placement) -> dict[str, Any]:
 def _print_tables(model: Model, workload: Workload, placements: list[Placement]) -> None:
     from llama_ref.cli.terminal import print_rich
 
-    sequences = f"{workload.max_batch_size:,} sequence{'s' * (workload.max_batch_size > 1)}"
+    sequences = f"{workload.max_batch_size:,} sequence{'s' if workload.max_batch_size > 1 else ''}"
     print_rich(Text(f"{printable(model.name)}: {_n_parameters(model):,} parameters"))
     print_rich(Text(f"{sequences} of {workload.max_seq_len:,} tokens"))
     usable = human_bytes(workload.card_bytes)

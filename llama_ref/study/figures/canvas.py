@@ -110,7 +110,7 @@ def name_depths(axes: "Axes", points: Sequence[str], width: float) -> None:
 def draw_depth(axes: "Axes", points: Sequence[str], values: np.ndarray, color: str) -> "Line2D":
     """Draw a curve over points of the residual stream, with hollow markers within layers."""
     x = depths(points)
-    values = np.where(values > 0, values, np.nan) if axes.get_yscale() == "log" else values  # log of 0 is no point
+    values = np.where(values > 0, values, np.nan) if axes.get_yscale() == "log" else values  # a log axis has no 0
     (line,) = axes.plot(x, values, color=color, linewidth=1, marker="o", markersize=3.5)
     within = x != x.round()
     axes.plot(x[within], values[within], color=color, linestyle="none", marker="o", markersize=3.5, markerfacecolor="white")

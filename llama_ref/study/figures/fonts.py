@@ -55,7 +55,7 @@ def _separated(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
         shown.insert(0, token_label(tokenizer, token, LONGEST_IN_TEXT))
         if sum(map(len, shown)) > SHOWN:
             break
-    return "│".join(["…"] * (len(shown) < len(tokens)) + shown)
+    return "│".join(["…", *shown] if len(shown) < len(tokens) else shown)
 
 
 def drawable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What `plan` prints, for people and for scripts, the command that it gives, and the codes that it ends with."""
+"""`llama-ref plan`: tables, JSON, the start command, exit codes."""
 
 import json
 import re
@@ -24,7 +24,7 @@ SCRIPTS = {"scripts/chat_completion.py": chat_completion, "scripts/text_completi
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path) -> Run:
-    """A command line `llama-ref plan …` in this process, with no release downloaded: exit code, stdout, stderr."""
+    """Run `llama-ref plan …` in this process, without releases: (exit code, stdout, stderr)."""
     monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(tmp_path / "llama"))
 
     def run(*words: object) -> tuple[int, str, str]:
@@ -45,7 +45,7 @@ def planned(run: Run, *words: object) -> dict:
 
 
 def rows(out: str) -> list[list[str]]:
-    """The cells of a printed table's rows, units joined to their numbers."""
+    """The cells of a printed table, units joined to their numbers."""
     numbered = [line for line in out.splitlines() if re.match(r" *\d+ +\d+ +\d+ ", line)]
     return [re.sub(r"(\d) ([kMGT]?B)\b", r"\1\2", line).split() for line in numbered]
 

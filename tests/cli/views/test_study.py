@@ -24,7 +24,7 @@ TOKENS = [256, 84, 104, 101, 33]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Llama:
-    """Two layers of four heads; a token is a byte."""
+    """A model of two layers and four heads; each token is a byte."""
     return Llama.build(tiny_folder(tmp_path_factory.mktemp("views") / "Tiny"), device="cpu", dtype="float32", max_seq_len=64)
 
 

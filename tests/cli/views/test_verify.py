@@ -1,4 +1,4 @@
-"""What `verify`, `checksum` and `diff` print, for people and for scripts, and the codes that they end with."""
+"""`llama-ref verify`, `checksum` and `diff`: tables, JSON, exit codes."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def folder(original, tmp_path) -> Path:
 
 @pytest.fixture
 def run(capsys, monkeypatch) -> Run:
-    """A command line in this process: exit code, stdout, stderr."""
+    """Run a command line in this process: (exit code, stdout, stderr)."""
     monkeypatch.setattr("llama_ref.checkpoint.integrity.GROWTH_WAIT_SECONDS", 0)
 
     def run(*words: object) -> tuple[int, str, str]:
@@ -53,7 +53,7 @@ def run(capsys, monkeypatch) -> Run:
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    """An empty place where releases lie."""
+    """An empty folder for releases."""
     monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(tmp_path / "llama"))
     (tmp_path / "llama" / "checkpoints").mkdir(parents=True)
     return tmp_path / "llama" / "checkpoints"
@@ -74,7 +74,7 @@ def emptied(folder: Path) -> None:
 
 # ---- verify
 
-CASES = {  # what is done to the folder, exit code, exit code with --quick, the last line
+CASES = {  # (change of the folder, exit code, exit code with --quick, last line)
     "whole": (lambda folder: None, 0, 0, "all 4 files are whole"),
     "cut short": (
         cut,
@@ -146,7 +146,7 @@ def test_all_checks_every_folder_and_the_worst_decides(run, root, original):
     for name in "CD":
         shutil.rmtree(root / name)
     code, out, _ = run("verify", "--all", "--json")
-    assert code == 0 and [entry["exit_code"] for entry in json.loads(out)] == [0]  # a list, though of one
+    assert code == 0 and [entry["exit_code"] for entry in json.loads(out)] == [0]  # a list, even of one
 
 
 def test_all_leaves_a_line_between_folders_and_ends_with_one_for_all(run, root, original):
@@ -224,7 +224,7 @@ def test_deep_reports_what_is_not_finite(run, folder):
 
 
 def on_a_terminal(*words: object, columns: int = 80) -> str:
-    """What a terminal this wide is sent."""
+    """What is printed to a terminal of this width."""
     import pty
 
     ours, theirs = pty.openpty()
@@ -236,7 +236,7 @@ def on_a_terminal(*words: object, columns: int = 80) -> str:
         try:
             while chunk := os.read(ours, 1 << 16):
                 sent += chunk
-        except OSError:  # as Linux says that nobody is left to send anything
+        except OSError:  # Linux: the other end is closed
             pass
     os.close(ours)
     return sent.decode()
@@ -249,14 +249,14 @@ def test_on_a_terminal_the_table_is_whole_and_names_send_it_no_commands(folder):
         file.write(b"0" * 32 + b"  \x1b[31mlisted\x9b2J.pth\n")
     cut(folder)
     sent = on_a_terminal("verify", folder)
-    table = sent[sent.index(f"{folder}"[:20]) :]  # after the progress bars, which move the cursor
+    table = sent[sent.index(f"{folder}"[:20]) :]  # without the progress bars, which move the cursor
     assert "\x1b" not in COLOR.sub("", table) and not re.search("[\x07\x9b\u202e]", sent)
     assert "\x1b[2J" not in sent and "\x1b]" not in sent and "\x1b[31mlisted" not in sent
     assert r"fp8_scales_\x1b]0;owned\x07\x1b[2J\u202e[red].pt" in COLOR.sub("", table).replace("\r\n", "")
 
 
 class Terminal:
-    """Standard output as a terminal would be, with what was written to it."""
+    """A stand-in for standard output that claims to be a terminal, and records what is written."""
 
     encoding = "utf-8"
 
@@ -275,7 +275,7 @@ class Terminal:
 
 
 SUM = hashlib.md5(b"").hexdigest()
-WIDEST = [  # (name, size, expected size) of files with usual names, at their widest
+WIDEST = [  # (name, size, expected size) of the widest rows with usual names
     ("consolidated.00.pth", 16_060_522_496, 16_060_522_496),
     ("consolidated.15.pth", 999_000_000_000, 998_000_000_000),
     ("tokenizer.model", 2_183_982, 2_183_982),
@@ -292,7 +292,7 @@ def test_80_columns_hold_every_state_of_files_with_usual_names(monkeypatch, stat
     monkeypatch.setenv("TERM", "xterm")
     print_reports([Report(Path("/models/Llama3.1-405B-Instruct"), files)], as_json=False)
     lines = COLOR.sub("", terminal.text).splitlines()
-    assert lines[-1].startswith(("4 of 4", "all 4", "0 of 4"))  # the last line is as long as it must be
+    assert lines[-1].startswith(("4 of 4", "all 4", "0 of 4"))  # the last line may be longer
     assert max(map(len, lines[:-1])) <= 80
     rows = "\n".join(lines[:-1])
     for name, *_ in WIDEST:
@@ -346,7 +346,7 @@ def test_checksum_vouches_for_nothing_that_is_broken(run, folder):
 
 
 def changed(folder: Path, n: int = 1) -> Path:
-    """Other values in the first `n` tensors of the first shard."""
+    """Change values in the first `n` tensors of the first shard."""
     tensors = torch.load(folder / SHARD0, weights_only=True)
     for name in list(tensors)[:n]:
         tensors[name] = tensors[name] + 1

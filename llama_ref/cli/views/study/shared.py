@@ -42,7 +42,8 @@ def point_name(point: str) -> str:
     """layers.3.residual_post -> layer 3"""
     if "." not in point:
         return point
-    return f"{'within ' * point.endswith('residual_mid')}layer {point.split('.')[1]}"
+    within = "within " if point.endswith("residual_mid") else ""
+    return f"{within}layer {point.split('.')[1]}"
 
 
 def elastic(text: str, style: str = "") -> Text:

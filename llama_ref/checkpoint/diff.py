@@ -12,11 +12,8 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
-from llama_ref.checkpoint.formats.safetensors import map_safetensors
-from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, TensorSlice, read_shard, release_rows
-from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.checkpoint.reader import Stored, TensorSlice, open_stored, release_rows
 from llama_ref.errors import CheckpointError
 from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
@@ -77,7 +74,8 @@ def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> C
         if folder.is_quantized:
             raise CheckpointError(f"{folder.path} is quantized, which is not compared: take the folder that it was made from")
     params, tokenizer = _compare_params(left, right), _compare_tokenizers(left, right)
-    n_tensors, tensors = _compare_tensors(_weights(left), _weights(right), progress)
+    stored = [open_stored(folder, folder.read_args(), check=False) for folder in (left, right)]
+    n_tensors, tensors = _compare_tensors(*stored, progress)
     return Comparison(str(left.path), str(right.path), n_tensors, params, tokenizer, tensors)
 
 
@@ -106,65 +104,23 @@ def _ids(folder: CheckpointFolder) -> dict[bytes | str, int]:
     return vocabulary.ranks | vocabulary.special | vocabulary.added
 
 
-class _Shards:
-    """A folder's tensors by name, mapped; each a list of its shards' parts."""
-
-    def __init__(self, folder: CheckpointFolder):
-        self.shards = [read_shard(path) for path in folder.shards]
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(name for shard in self.shards for name in shard))
-
-    def parts(self, name: str) -> list[TensorSlice]:
-        """The parts of a tensor in the shards' order; one only, if each shard holds the whole of it; none if it is absent."""
-        tensors = [shard[name] for shard in self.shards if name in shard] or [
-            shard[EMBEDDING] for shard in self.shards if name == OUTPUT and EMBEDDING in shard
-        ]
-        found = [TensorSlice(tensor, tensor) for tensor in tensors]
-        is_whole = split_dim(name) is None and all(_same(found[0], other) for other in found[1:])
-        return found[:1] if is_whole else found
-
-
-class _Safetensors:
-    """The same of Hugging Face's files, each tensor in one part, under Meta's names and in Meta's order if it has any."""
-
-    def __init__(self, folder: CheckpointFolder):
-        tensors = {name: tensor for path in folder.shards for name, tensor in map_safetensors(path).items()}
-        if folder.says_tied():
-            tensors.pop(hf_name(OUTPUT), None)
-        args = folder.read_args()
-        ours = {hf_name(name): name for name in expected_shapes(args)}
-        self.head_dim = args.head_dim
-        self.tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def parts(self, name: str) -> list[TensorSlice]:
-        tensor = self.tensors.get(EMBEDDING if name == OUTPUT and name not in self.tensors else name)
-        if tensor is None:
-            return []
-        has_heads = tensor.dim() == 2 and tensor.shape[0] % self.head_dim == 0
-        return [TensorSlice(from_hf_rope(name, tensor, self.head_dim) if has_heads else tensor, tensor)]
-
-
-_Weights = _Shards | _Safetensors
-
-
-def _weights(folder: CheckpointFolder) -> _Weights:
-    return _Safetensors(folder) if folder.is_hugging_face else _Shards(folder)
-
-
-def _compare_tensors(a: _Weights, b: _Weights, progress: Progress | None) -> tuple[int, list[TensorDifference]]:
+def _compare_tensors(a: Stored, b: Stored, progress: Progress | None) -> tuple[int, list[TensorDifference]]:
     names = list(dict.fromkeys([*a.names(), *b.names()]))
     out = []
     counter = ProgressCounter(len(names), progress)
     for name in names:
-        difference = _compare_tensor(name, a.parts(name), b.parts(name))
+        difference = _compare_tensor(name, _parts(a, name), _parts(b, name))
         if difference:
             out.append(difference)
         counter.advance()
     return len(names), out
+
+
+def _parts(stored: Stored, name: str) -> list[TensorSlice]:
+    """The shards' parts of a tensor; only one if every shard holds the same whole tensor."""
+    parts = stored.parts(name)
+    is_whole = split_dim(name) is None and all(_same(parts[0], other) for other in parts[1:])
+    return parts[:1] if is_whole else parts
 
 
 def _compare_tensor(name: str, a: list[TensorSlice], b: list[TensorSlice]) -> TensorDifference | None:

@@ -6,7 +6,6 @@ Files are mapped, not read. Callers get memory-mapped slices and release their p
 import ctypes
 import mmap
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -66,101 +65,105 @@ class TensorSlice:
         release_pages(self.mapped)
 
 
-class Stored(ABC):
-    """The tensors of a folder. `tied`: whether the output matrix is the embedding."""
+@dataclass(frozen=True)
+class Stored:
+    """A folder's weights, memory-mapped, under Meta's names and with Meta's order of rows.
 
+    `shards` holds the tensors by shard number and name; all safetensors files together count as one
+    shard. `tied`: the output matrix is the embedding. `hf_head_dim` is set if the files have Hugging
+    Face's order of rows.
+    """
+
+    shards: Mapping[int, Mapping[str, Tensor]]
     tied: bool
+    hf_head_dim: int | None = None
 
-    def slices(self, name: str, ranges: list[range] | None = None) -> list[TensorSlice]:
-        """The slices that hold these ranges along `split_dim(name)` (None: all), in the order asked for."""
-        return self._slices(EMBEDDING if self.tied and name == OUTPUT else name, ranges)
+    def names(self) -> list[str]:
+        """The names of all tensors in the files."""
+        return list(dict.fromkeys(name for shard in self.shards.values() for name in shard))
 
     def dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype in the files; where their parts have several, the narrowest that holds them all."""
-        return reduce(torch.promote_types, self._dtypes(EMBEDDING if self.tied and name == OUTPUT else name))
+        """A tensor's dtype in the files; if its parts differ, the narrowest that holds them all."""
+        return reduce(torch.promote_types, (tensor.dtype for tensor in self._mapped(name).values()))
 
-    @abstractmethod
-    def _dtypes(self, name: str) -> set[torch.dtype]:
-        """Those of the parts that the files hold of a tensor."""
+    def parts(self, name: str) -> list[TensorSlice]:
+        """Each shard's part of a tensor, in order; empty if no shard has one."""
+        parts = self._mapped(name).values()
+        if any(part.dim() != 2 or len(part) % (self.hf_head_dim or 1) for part in parts):
+            return [TensorSlice(part, part) for part in parts]  # no rows of whole heads to reorder
+        return [TensorSlice(self._reordered(name, part), part) for part in parts]
 
-    @abstractmethod
-    def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]: ...
-
-
-def open_stored(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None = None) -> Stored:
-    """Map the files that hold something of `wanted` (None: of anything).
-
-    Raises CheckpointError for a kind of release that is not read yet, for files that are not checkpoints, and for tensors that
-    are missing, unexpected or misshapen: all of them in one message.
-    """
-    _check_kind(folder, args)
-    expected = expected_shapes(args)
-    wanted = wanted or dict.fromkeys(expected)
-    return (StoredSafetensors if folder.is_hugging_face else StoredShards)(folder, args, expected, wanted)
-
-
-class StoredShards(Stored):
-    """Meta's consolidated.NN.pth, each with a part of every matrix."""
-
-    def __init__(self, folder: CheckpointFolder, args: ModelArgs, expected: Mapping[str, Shape], wanted: Wanted):
-        self.n_shards = len(folder.shards)
-        self.expected = expected
-        _check_even(folder, expected)
-        self.home = self._home(wanted)
-        needed = {self.home} | {
-            shard for name, ranges in wanted.items() if ranges for shard, _ in places(ranges, self._shard_size(name))
-        }
-        if any(ranges is None and split_dim(name) is not None for name, ranges in wanted.items()):
-            needed = set(range(self.n_shards))
-        self.shards = {number: read_shard(folder.shards[number]) for number in sorted(needed)}
-        _check_tensors(folder, {folder.shards[n].name: shard for n, shard in self.shards.items()}, expected, self.n_shards)
-        _check_copies(folder, self.shards)
-        self.tied = _on_same_bytes(self.shards.values())
-
-    def _home(self, wanted: Wanted) -> int:
-        """A shard that is needed anyway: what every shard holds whole is read from there."""
-        first = next(((name, ranges[0].start) for name, ranges in wanted.items() if ranges), None)
-        return first[1] // self._shard_size(first[0]) if first else 0
-
-    def _shard_size(self, name: str) -> int:
-        return self.expected[name][split_dim(name)] // self.n_shards
-
-    def _dtypes(self, name: str) -> set[torch.dtype]:
-        return {shard[name].dtype for shard in self.shards.values()}
-
-    def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]:
+    def slices(self, name: str, ranges: list[range] | None = None) -> list[TensorSlice]:
+        """The slices with these ranges along `split_dim(name)` (None: all), in the order given."""
         dim = split_dim(name)
         if dim is None:
-            whole = self.shards[self.home][name]
-            return [TensorSlice(whole, whole)]
-        out = []
-        for shard, within in places(ranges or [range(self.expected[name][dim])], self._shard_size(name)):
-            mapped = self.shards[shard][name]
-            out.append(TensorSlice(mapped.narrow(dim, within.start, len(within)), mapped))
+            return self.parts(name)[:1]  # every shard holds the whole tensor
+        if ranges is None:
+            return self.parts(name)
+        mapped, out = self._mapped(name), []
+        for shard, within in places(ranges, next(iter(mapped.values())).shape[dim]):
+            rows = mapped[shard].narrow(dim, within.start, len(within))
+            out.append(TensorSlice(self._reordered(name, rows), mapped[shard]))
         return out
 
+    def _mapped(self, name: str) -> dict[int, Tensor]:
+        name = EMBEDDING if self.tied and name == OUTPUT else name
+        return {number: shard[name] for number, shard in self.shards.items() if name in shard}
 
-class StoredSafetensors(Stored):
-    """A Hugging Face repository's files, each with some whole tensors."""
+    def _reordered(self, name: str, rows: Tensor) -> Tensor:
+        return from_hf_rope(name, rows, self.hf_head_dim) if self.hf_head_dim else rows
 
-    def __init__(self, folder: CheckpointFolder, args: ModelArgs, expected: Mapping[str, Shape], wanted: Wanted):
-        self.head_dim = args.head_dim
-        files = {path.name: map_safetensors(path) for path in folder.shards}
-        self.tensors = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
-        self.tied = folder.says_tied()
-        here = {hf_name(name): shape for name, shape in expected.items() if not (self.tied and name == OUTPUT)}
-        known = here.keys() | {hf_name(OUTPUT)}  # a file may hold the tied output all the same
-        _check_unique(folder, files)
-        _check_tensors(folder, {_several(folder): {n: t for n, t in self.tensors.items() if n in here or n not in known}}, here)
 
-    def _dtypes(self, name: str) -> set[torch.dtype]:
-        return {self.tensors[hf_name(name)].dtype}
+def open_stored(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None = None, *, check: bool = True) -> Stored:
+    """Map the files that hold any of `wanted` (None: all files).
 
-    def _slices(self, name: str, ranges: list[range] | None) -> list[TensorSlice]:
-        mapped = self.tensors[hf_name(name)]
+    `check` rejects releases of other kinds and tensors that are missing, unexpected or misshapen,
+    all of them in one message; without it, a folder may hold any tensors. Raises CheckpointError for
+    these, and always for files that are not checkpoints.
+    """
+    if check:
+        _check_kind(folder, args)
+    if folder.is_hugging_face:
+        return _open_safetensors(folder, args, check)
+    return _open_shards(folder, args, wanted, check)
+
+
+def _open_shards(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None, check: bool) -> Stored:
+    expected, n_shards = expected_shapes(args), len(folder.shards)
+    if check:
+        _check_even(folder, expected)
+    numbers = _needed_shards(wanted, expected, n_shards) if wanted else range(n_shards)
+    shards = {number: read_shard(folder.shards[number]) for number in sorted(numbers)}
+    if check:
+        files = {folder.shards[number].name: shard for number, shard in shards.items()}
+        _check_tensors(folder, files, expected, n_shards)
+        _check_copies(folder, shards)
+    return Stored(shards, _on_same_bytes(shards.values()))
+
+
+def _needed_shards(wanted: Wanted, expected: Mapping[str, Shape], n_shards: int) -> set[int]:
+    """The shards to read: at least one, which then gives the tensors that every shard holds whole."""
+    needed = set()
+    for name, ranges in wanted.items():
         dim = split_dim(name)
-        parts = [mapped] if ranges is None or dim is None else [mapped.narrow(dim, r.start, len(r)) for r in ranges]
-        return [TensorSlice(from_hf_rope(name, part, self.head_dim), mapped) for part in parts]
+        if dim is not None:
+            size = expected[name][dim]
+            needed |= {shard for shard, _ in places(ranges or [range(size)], size // n_shards)}
+    return needed or {0}
+
+
+def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) -> Stored:
+    files = {path.name: map_safetensors(path) for path in folder.shards}
+    tensors = {name: tensor for held in files.values() for name, tensor in held.items()}
+    tied = folder.says_tied()
+    if tied:
+        tensors.pop(hf_name(OUTPUT), None)  # files may hold a copy
+    expected = expected_shapes(args)
+    ours = {hf_name(name): name for name in expected if not (tied and name == OUTPUT)}
+    if check:
+        _check_unique(folder, files)
+        _check_tensors(folder, {_several(folder): tensors}, {name: expected[ours[name]] for name in ours})
+    return Stored({0: {ours.get(name, name): tensor for name, tensor in tensors.items()}}, tied, args.head_dim)
 
 
 def is_tied(folder: CheckpointFolder) -> bool:
@@ -260,7 +263,7 @@ def check_problems(folder: CheckpointFolder, problems: list[str]) -> None:
         raise CheckpointError(f"{folder.path}: the weights do not fit {folder.params.name}:{listed}{more}")
 
 
-def _check_copies(folder: CheckpointFolder, shards: dict[int, dict[str, Tensor]]) -> None:
+def _check_copies(folder: CheckpointFolder, shards: Mapping[int, Mapping[str, Tensor]]) -> None:
     """Every shard holds the norms whole. Where two disagree, they are not of one model."""
     first, *others = shards
     for name in shards[first]:
@@ -303,4 +306,7 @@ def _several(folder: CheckpointFolder) -> str:
 
 def _on_same_bytes(shards: Iterable[Mapping[str, Tensor]]) -> bool:
     """Whether output and embedding are one matrix: no output in the files, or both names on the same bytes."""
-    return all(OUTPUT not in shard or shard[OUTPUT].data_ptr() == shard[EMBEDDING].data_ptr() for shard in shards)
+    return all(
+        OUTPUT not in shard or (EMBEDDING in shard and shard[OUTPUT].data_ptr() == shard[EMBEDDING].data_ptr())
+        for shard in shards
+    )

@@ -61,16 +61,16 @@ def to_meta(
     a `target` that is taken; CheckpointError for a source that cannot be read, is damaged or changes meanwhile, for numbers
     that `dtype` cannot hold, and for a target that cannot be written.
     """
-    source = Source.open(source)
-    shards = source.n_shards if shards is None else shards
-    args = source.args_in(shards)
-    parts = [source.outgoing(Share(n, shards), dtype) for n in range(shards)]
+    opened = Source.open(source)
+    shards = opened.n_shards if shards is None else shards
+    args = opened.args_in(shards)
+    parts = [opened.outgoing(Share(n, shards), dtype) for n in range(shards)]
     written = ProgressCounter(sum(tensor.nbytes for tensors in parts for tensor in tensors), progress)
-    with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
-        _write_params(folder, source, args)
-        write_native_tokenizer(folder, source)
+    with new_folder(target, force=force, n_bytes=written.total) as folder, opened.unchanged(verify):
+        _write_params(folder, opened, args)
+        write_native_tokenizer(folder, opened)
         for n, tensors in enumerate(parts):
-            aliases = {OUTPUT: EMBEDDING} if source.stored.tied else {}
+            aliases = {OUTPUT: EMBEDDING} if opened.stored.tied else {}
             write_pth(folder / f"consolidated.{n:02d}.pth", tensors, aliases, written.advance)
         write_sums(folder, checkpoint_files(folder))
     return Path(target)
@@ -93,17 +93,17 @@ def to_hugging_face(
     `chat`: whether the model is trained to chat (default: unless it is named like one of Meta's base models). A folder that is
     in this format already keeps its config and tokenizer as they are. Raises as `to_meta` does.
     """
-    source = Source.open(source)
-    if source.folder.is_hugging_face and chat is not None:
-        raise RequestError(f"{source.folder.path} has a tokenizer_config.json of its own, which is kept: leave --chat out")
-    tensors = [source.renamed(tensor) for tensor in source.outgoing(WHOLE, dtype)]
+    opened = Source.open(source)
+    if opened.folder.is_hugging_face and chat is not None:
+        raise RequestError(f"{opened.folder.path} has a tokenizer_config.json of its own, which is kept: leave --chat out")
+    tensors = [opened.renamed(tensor) for tensor in opened.outgoing(WHOLE, dtype)]
     written = ProgressCounter(sum(tensor.nbytes for tensor in tensors), progress)
     files = _packed(tensors, max_shard_bytes)
-    with new_folder(target, force=force, n_bytes=written.total) as folder, source.unchanged(verify):
-        if source.folder.is_hugging_face:
-            _copy_configs(folder, source, dtype)
+    with new_folder(target, force=force, n_bytes=written.total) as folder, opened.unchanged(verify):
+        if opened.folder.is_hugging_face:
+            _copy_configs(folder, opened, dtype)
         else:
-            _write_configs(folder, source, tensors[0].dtype, _may_chat(source.folder.name) if chat is None else chat)
+            _write_configs(folder, opened, tensors[0].dtype, _may_chat(opened.folder.name) if chat is None else chat)
         for name, held in files.items():
             write_safetensors(folder / name, held, written.advance)
         if len(files) > 1:
@@ -192,7 +192,7 @@ class Source:
 
     def _in_files(self, name: str, ranges: list[range] | None) -> list[range] | None:
         """Ranges of a tensor whose heads count once, where the files have each `repeats` times."""
-        if self.repeats == 1 or not name.endswith((".wk.weight", ".wv.weight")):
+        if ranges is None or self.repeats == 1 or not name.endswith((".wk.weight", ".wv.weight")):
             return ranges
         width = self.args.head_dim
         heads = [head for each in ranges for head in range(each.start // width, each.stop // width)]
@@ -200,9 +200,8 @@ class Source:
 
     def _blocks(self, name: str, ranges: list[range] | None, whole: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
         """A tensor's rows in `dtype`, whole heads at a time where heads matter."""
-        dim = split_dim(name)
         multiple = self.args.head_dim if is_rotated(name) else 1
-        if dim == 0:
+        if ranges and split_dim(name) == 0:
             row_bytes = whole[1] * dtype.itemsize
             for some in _cut(ranges, max(1, BLOCK_BYTES // row_bytes // multiple) * multiple):
                 slices = self.stored.slices(name, [some])
@@ -281,12 +280,13 @@ def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
 
 def write_native_tokenizer(folder: Path, source: Source) -> None:
     """tokenizer.model and what belongs to it: as they were, or rebuilt from tokenizer.json; nothing where there is none."""
-    if source.folder.tokenizer is None:
+    native, tokenizer = source.folder.tokenizer, source.tokenizer
+    if native is None or tokenizer is None:
         return
-    if source.folder.tokenizer.suffix == ".json":
-        write_tokenizer_model(folder, source.tokenizer.vocabulary)
+    if native.suffix == ".json":
+        write_tokenizer_model(folder, tokenizer.vocabulary)
         return
-    for path in (source.folder.tokenizer, source.folder.tokenizer.with_name(ADDED_TOKENS)):
+    for path in (native, native.with_name(ADDED_TOKENS)):
         if path.exists():
             shutil.copyfile(path, folder / path.name)
 
@@ -310,10 +310,10 @@ def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool)
     if source.tokenizer is None:
         raise CheckpointError(f"{source.folder.path} has no tokenizer, whose ids config.json must name; fetch tokenizer.model")
     vocabulary = source.tokenizer.vocabulary
-    ids = {"bos": source.tokenizer.bos_id, "eos": source.tokenizer.stop_tokens if chat else [source.tokenizer.eos_id]}
-    config = make_config(source.args, tied=source.stored.tied, dtype=dtype, **ids)
+    bos, eos = source.tokenizer.bos_id, source.tokenizer.stop_tokens if chat else [source.tokenizer.eos_id]
+    config = make_config(source.args, tied=source.stored.tied, dtype=dtype, bos=bos, eos=eos)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", make_generation_config(**ids))
+    _write_json(folder / "generation_config.json", make_generation_config(bos=bos, eos=eos))
     write_tokenizer_json(folder / "tokenizer.json", vocabulary)
     max_seq_len = config["max_position_embeddings"]
     _write_json(folder / "tokenizer_config.json", tokenizer_config(vocabulary, max_seq_len, instruct=chat))

@@ -74,8 +74,8 @@ def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> C
         if folder.is_quantized:
             raise CheckpointError(f"{folder.path} is quantized, which is not compared: take the folder that it was made from")
     params, tokenizer = _compare_params(left, right), _compare_tokenizers(left, right)
-    stored = [open_stored(folder, folder.read_args(), check=False) for folder in (left, right)]
-    n_tensors, tensors = _compare_tensors(*stored, progress)
+    mine, yours = (open_stored(folder, folder.read_args(), check=False) for folder in (left, right))
+    n_tensors, tensors = _compare_tensors(mine, yours, progress)
     return Comparison(str(left.path), str(right.path), n_tensors, params, tokenizer, tensors)
 
 
@@ -90,17 +90,17 @@ def _compare_params(a: CheckpointFolder, b: CheckpointFolder) -> list[str]:
 def _compare_tokenizers(a: CheckpointFolder, b: CheckpointFolder) -> str | None:
     if a.tokenizer is None or b.tokenizer is None:
         return None if a.tokenizer is b.tokenizer else f"only {'b' if a.tokenizer is None else 'a'} has one"
-    left, right = _ids(a), _ids(b)
+    left, right = _ids(a.tokenizer, a.read_args().vocab_size), _ids(b.tokenizer, b.read_args().vocab_size)
     differing = sum(right.get(token) != rank for token, rank in left.items()) + len(right.keys() - left.keys())
     return f"{differing:,} of {len(left):,} tokens differ" if differing else None
 
 
-def _ids(folder: CheckpointFolder) -> dict[bytes | str, int]:
+def _ids(tokenizer: Path, vocab_size: int) -> dict[bytes | str, int]:
     """The id of every token: bytes of byte pairs, texts of special and added tokens."""
-    if folder.tokenizer.suffix == ".json":
-        vocabulary = read_tokenizer_json(folder.tokenizer).with_unused(folder.read_args().vocab_size)
+    if tokenizer.suffix == ".json":
+        vocabulary = read_tokenizer_json(tokenizer).with_unused(vocab_size)
     else:
-        vocabulary = read_tokenizer_model(folder.tokenizer)
+        vocabulary = read_tokenizer_model(tokenizer)
     return vocabulary.ranks | vocabulary.special | vocabulary.added
 
 

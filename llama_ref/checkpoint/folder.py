@@ -208,7 +208,7 @@ def _of_one_set(path: Path, names: list[str]) -> list[str]:
         if len(names) > 1:
             raise CheckpointError(f"{path} holds model.safetensors beside {names[0]}: two models; remove one of them")
         return names
-    totals = {int(SAFETENSORS_NAME.fullmatch(name)[2]) for name in names}
+    totals = {int(match[2]) for name in names if (match := SAFETENSORS_NAME.fullmatch(name))}
     if len(totals) > 1:
         raise CheckpointError(
             f"{path} holds files of {' and of '.join(map(str, sorted(totals)))}: two models; remove one of them"

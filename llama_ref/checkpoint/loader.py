@@ -50,6 +50,7 @@ def load_model(
     model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
     shapes = {name: shape for name, shape in expected_shapes(args).items() if _lives_here(name, share, layers)}
     wanted = {name: wanted_ranges(name, args, share) for name in shapes}
+    stored: Stored | StoredQuantized
     if folder.is_quantized:
         stored = StoredQuantized(folder, args, scheme)
     else:
@@ -64,7 +65,8 @@ def load_model(
     counter = ProgressCounter(sum(map(math.prod, parts.values())) * dtype.itemsize, progress)
     with pinned_copier(device) as copier:
         for name, ranges in wanted.items():
-            if folder.is_quantized:
+            matrix: Tensor | QuantizedMatrix
+            if isinstance(stored, StoredQuantized):
                 matrix = stored.matrix(name, ranges, device, dtype, copier)
             elif scheme and scheme.bits_of(name):
                 matrix = _quantized(scheme, name, stored, ranges, device, dtype, copier)

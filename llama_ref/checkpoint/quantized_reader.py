@@ -34,7 +34,7 @@ def scheme_of(folder: CheckpointFolder, args: ModelArgs) -> Scheme:
 
 
 def parts_of(scheme: Scheme, name: str, shape: Shape) -> dict[str, tuple[Shape, torch.dtype | None]]:
-    """The tensors that one is stored as: shape and dtype by name; None where the dtype may be any that weights have."""
+    """The shape and dtype, by name, of the tensors that one is stored as; dtype None: any that weights have."""
     stem, bits = name.removesuffix(".weight"), scheme.bits_of(name)
     if bits is None:
         return {name: (shape, None)}

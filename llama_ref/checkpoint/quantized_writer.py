@@ -52,21 +52,21 @@ def quantize_folder(
     scheme = Scheme.parse(scheme)
     if open_folder(source).is_quantized:
         raise RequestError(f"{source} is quantized already: quantize the folder that it was made from")
-    source = Source.open(source)
+    opened = Source.open(source)
     is_calibrated = bool(calibrate) and scheme.bits == 4
-    quantized = [_Quantized(scheme, tensor, source.args.head_dim) for tensor in source.outgoing(WHOLE, None)]
+    quantized = [_Quantized(scheme, tensor, opened.args.head_dim) for tensor in opened.outgoing(WHOLE, None)]
     tensors = [part for each in quantized for part in each.outgoing()]
     in_layers = {part.name: part for part in tensors if is_calibrated and part.name.endswith(".packed")}
     n_bytes = sum(tensor.nbytes for tensor in tensors)
     written = ProgressCounter(n_bytes + sum(part.nbytes for part in in_layers.values()), progress)
-    with new_folder(target, force=force, n_bytes=n_bytes) as folder, source.unchanged(verify):
+    with new_folder(target, force=force, n_bytes=n_bytes) as folder, opened.unchanged(verify):
         if is_calibrated:
-            text = calibration_text() if calibrate is True else calibrate
-            layers = _rounded(source, scheme, text, lambda name: written.advance(in_layers[f"{name}.packed"].nbytes))
+            text = calibrate if isinstance(calibrate, str) else calibration_text()
+            layers = _rounded(opened, scheme, text, lambda name: written.advance(in_layers[f"{name}.packed"].nbytes))
             for each in quantized:
                 each.rounded = layers.pop(each.tensor.name, None)
-        write_params(folder, _quantized_params(source, scheme))
-        write_native_tokenizer(folder, source)
+        write_params(folder, _quantized_params(opened, scheme))
+        write_native_tokenizer(folder, opened)
         write_safetensors(folder / "model.safetensors", tensors, written.advance)
         write_sums(folder, [path.name for path in folder.iterdir()])
     return Path(target)
@@ -114,7 +114,8 @@ class _Quantized:
         parts = parts_of(self.scheme, self.tensor.name, self.tensor.shape)
         makers = (self._numbers, lambda: self._scale(0), lambda: self._scale(1))
         return [
-            LazyTensor(name, shape, dtype, make) for (name, (shape, dtype)), make in zip(parts.items(), makers, strict=False)
+            LazyTensor(name, shape, dtype or self.tensor.dtype, make)
+            for (name, (shape, dtype)), make in zip(parts.items(), makers, strict=False)
         ]
 
     def _scale(self, index: int) -> Iterator[Tensor]:

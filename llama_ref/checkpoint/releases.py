@@ -115,10 +115,10 @@ def _405b(name: str) -> list[Release]:
 
 def _int4(name: str, size: str) -> list[Release]:
     repo = name.replace("Llama3", "Llama-3")
-    options = {"weights": "int4", "max_seq_len": 8192}
+    qlora, spinquant = f"{repo}-QLORA_INT4_EO8", f"{repo}-SpinQuant_INT4_EO8"
     return [
-        _release(f"{name}:int4-qlora-eo8", size, QLORA, repo=f"{repo}-QLORA_INT4_EO8", **options),
-        _release(f"{name}:int4-spinquant-eo8", size, INT4, repo=f"{repo}-SpinQuant_INT4_EO8", **options),
+        _release(f"{name}:int4-qlora-eo8", size, QLORA, repo=qlora, weights="int4", max_seq_len=8192),
+        _release(f"{name}:int4-spinquant-eo8", size, INT4, repo=spinquant, weights="int4", max_seq_len=8192),
     ]
 
 

@@ -41,9 +41,10 @@ class _Uninitialised(TorchFunctionMode):
     """Leaves parameters as they are made: to draw the meta device's from a distribution imports a compiler, for 0.8 s."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def model_without_memory(args: ModelArgs) -> Transformer:
@@ -56,7 +57,7 @@ def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
     """Whole tensors' shapes by name, in the model's order."""
     model = model_without_memory(replace(args, n_layers=1))  # all layers are alike, and thousands of them would take a minute
     shapes = ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
-    out = {}
+    out: dict[str, Shape] = {}
     for is_layer, group in groupby(shapes, lambda named: named[0].startswith("layers.0.")):
         alike = list(group)
         for layer in range(args.n_layers if is_layer else 1):

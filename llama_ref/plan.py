@@ -413,7 +413,7 @@ def _find_release(name: str) -> Release:
     try:
         return find_release(name)
     except RequestError as error:
-        raise RequestError(f"there is no folder {name}, and {error}") from None
+        raise RequestError(f"no checkpoint at {name}, and {error}") from None
 
 
 def _release_named(name: str) -> Release | None:

@@ -393,10 +393,10 @@ def test_a_download_is_planned_as_its_own_files_say(root):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("nonsense", RequestError, "no folder nonsense, and 'nonsense' is no Llama 3 release"),
+        ("nonsense", RequestError, "no checkpoint at nonsense, and unknown Llama 3 release 'nonsense'"),
         ("Llama3.1-8b", RequestError, r"did you mean Llama3\.1-8B"),
-        ("./nonsense", CheckpointError, "there is no folder nonsense"),
-        ("", CheckpointError, "an empty name"),
+        ("./nonsense", CheckpointError, "no checkpoint at nonsense"),
+        ("", CheckpointError, "is empty"),
     ],
 )
 def test_a_name_of_nothing(root, name, error, message):

@@ -154,7 +154,7 @@ def test_what_is_no_unicode_can_be_toured(tiny, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["/nowhere"], 2, "there is no folder /nowhere"),
+        (["/nowhere"], 2, "no checkpoint at /nowhere"),
         (["TINY"], 2, "'The capital of France is' has 25 tokens and 'The capital of Italy is' has 24"),
         (["TINY", "--prompt", "a"], 2, "--prompt and --other go together"),
         (["TINY", "--prompt", "", "--other", "a"], 2, "--prompt is empty"),

@@ -1,1 +1,1 @@
-"""All that touches bytes on disk: finding a folder, checking it, reading its weights."""
+"""Checkpoints on disk: finding a folder, checking it, reading and writing its weights."""

@@ -1,7 +1,7 @@
-"""A checkpoint written anew: in another number of shards, in Hugging Face's format, or from that in Meta's.
+"""Convert a checkpoint: to another number of shards, to Hugging Face's format, or back to Meta's.
 
-Tensor by tensor, some rows at a time: memory stays near one tensor whatever the model's size. The weights come out bit for bit
-as they were, unless another dtype is asked for.
+Tensors are copied some rows at a time, so memory stays near the size of one tensor. The weights
+stay bit for bit the same, unless another dtype is requested.
 """
 
 import json
@@ -38,7 +38,7 @@ from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.vocabulary import ADDED_TOKENS, write_tokenizer_model
 
-MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face cuts its own
+MAX_SHARD_BYTES = 5 * 10**9  # the usual size of Hugging Face's files
 BASE_MODEL = re.compile(r"(Meta-)?Llama-?3(\.[0-9])?-[0-9]+B(-bf16-mp[0-9]+)?")
 
 
@@ -52,19 +52,22 @@ def to_meta(
     verify: Verify = "auto",
     progress: Progress | None = None,
 ) -> Path:
-    """Write a folder as Meta ships them: params.json, consolidated.NN.pth, tokenizer.model, a true checklist.chk.
+    """Write a folder in Meta's format: params.json, .pth shards, tokenizer.model, checklist.chk.
 
-    `shards` is any number that cuts every matrix evenly (default: as many as there are, one for another format). More shards
-    than key/value heads hold each head several times, and params.json counts them so, as Meta's own files for 16 processes;
-    fewer hold them once again. `dtype` None keeps each tensor's own. `verify`: as `Llama.build` has it; what is written gets
-    sums of its own, which would hide that the source is damaged. Raises RequestError for a number that does not cut evenly, or
-    a `target` that is taken; CheckpointError for a source that cannot be read, is damaged or changes meanwhile, for numbers
-    that `dtype` cannot hold, and for a target that cannot be written.
+    `shards` must divide every matrix evenly (default: the source's number; 1 for Hugging Face's
+    format). With more shards than key/value heads, the heads are repeated and counted so in
+    params.json, as in Meta's files for 16 processes; with fewer, the repeats are removed. `dtype`
+    None keeps each tensor's dtype. `verify` is that of `Llama.build`: the new checklist would hide
+    damage of the source. `progress` counts bytes.
+
+    Raises RequestError for an impossible number of shards or an existing `target`; CheckpointError
+    for a source that cannot be read, is damaged or changes while it is read, for values that
+    `dtype` cannot hold, and for a target that cannot be written.
     """
     opened = Source.open(source)
     shards = opened.n_shards if shards is None else shards
     args = opened.args_in(shards)
-    parts = [opened.outgoing(Share(n, shards), dtype) for n in range(shards)]
+    parts = [opened.tensors(Share(n, shards), dtype) for n in range(shards)]
     written = ProgressCounter(sum(tensor.nbytes for tensors in parts for tensor in tensors), progress)
     with new_folder(target, force=force, n_bytes=written.total) as folder, opened.unchanged(verify):
         _write_params(folder, opened, args)
@@ -87,23 +90,24 @@ def to_hugging_face(
     verify: Verify = "auto",
     progress: Progress | None = None,
 ) -> Path:
-    """Write a folder that `transformers` and its kin open as it is: config, tokenizer with chat template, safetensors.
+    """Write a folder in Hugging Face's format: config, tokenizer with chat template, safetensors.
 
-    No file holds more than `max_shard_bytes` of weights, unless one tensor is larger. `dtype` None keeps each tensor's own.
-    `chat`: whether the model is trained to chat (default: unless it is named like one of Meta's base models). A folder that is
-    in this format already keeps its config and tokenizer as they are. Raises as `to_meta` does.
+    No file holds more than `max_shard_bytes` of weights, unless one tensor is larger. `dtype` None
+    keeps each tensor's dtype. `chat`: the model is trained to chat (default: yes, unless its name
+    is one of Meta's base models). A source in this format keeps its config and tokenizer. Raises as
+    `to_meta` does.
     """
     opened = Source.open(source)
     if opened.folder.is_hugging_face and chat is not None:
-        raise RequestError(f"{opened.folder.path} has a tokenizer_config.json of its own, which is kept: leave --chat out")
-    tensors = [opened.renamed(tensor) for tensor in opened.outgoing(WHOLE, dtype)]
+        raise RequestError(f"{opened.folder.path} has its own tokenizer_config.json, which is kept: leave --chat out")
+    tensors = [opened.in_hf_format(tensor) for tensor in opened.tensors(WHOLE, dtype)]
     written = ProgressCounter(sum(tensor.nbytes for tensor in tensors), progress)
-    files = _packed(tensors, max_shard_bytes)
+    files = _assign(tensors, max_shard_bytes)
     with new_folder(target, force=force, n_bytes=written.total) as folder, opened.unchanged(verify):
         if opened.folder.is_hugging_face:
             _copy_configs(folder, opened, dtype)
         else:
-            _write_configs(folder, opened, tensors[0].dtype, _may_chat(opened.folder.name) if chat is None else chat)
+            _write_configs(folder, opened, tensors[0].dtype, _is_chat_model(opened.folder.name) if chat is None else chat)
         for name, held in files.items():
             write_safetensors(folder / name, held, written.advance)
         if len(files) > 1:
@@ -114,18 +118,18 @@ def to_hugging_face(
 
 
 def parse_bytes(text: str) -> int:
-    """ "5GB" -> 5,000,000,000; GiB and its kin are powers of 1024. Raises RequestError."""
+    """ "5GB" -> 5,000,000,000; kiB, MiB, GiB and TiB are powers of 1024. Raises RequestError."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
     power = " kmgt".index(match[2].lower() or " ") if match else 0
     n_bytes = float(match[1]) * (1024 if match[3] else 1000) ** power if match else 0
     if not 1 <= n_bytes < 1 << 63:
-        raise RequestError(f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
+        raise RequestError(f"{text!r} is not a size; write it like 5GB, 500MB or 2GiB")
     return int(n_bytes)
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened folder, in `n_shards` parts. `repeats`: how often each key/value head stands in it; `args` count each once."""
+    """An opened folder; `args` count each key/value head once, its files `repeats` times."""
 
     folder: CheckpointFolder
     args: ModelArgs
@@ -149,16 +153,21 @@ class Source:
 
     @contextmanager
     def unchanged(self, verify: Verify) -> Iterator[None]:
-        """The block ends well only if the files are whole, where a checklist tells, and the same as when they were opened."""
+        """Check the files while the block reads them.
+
+        Raises CheckpointError if they do not match their checklist or have changed since `open`.
+        """
         with verified(self.folder, verify, self.folder.tokenizer):
             yield
         for path, stamp in self.stamps.items():
             if stamp_of(path) != stamp:
-                raise CheckpointError(f"{path} changed while it was read, so nothing was written; try again when it is at rest")
+                raise CheckpointError(
+                    f"{path} changed while it was read, so nothing was written; try again when nothing writes to it"
+                )
 
     def args_in(self, shards: int) -> ModelArgs:
-        """What params.json says of the model in so many shards. Raises RequestError where they cannot be equal."""
-        if type(shards) is not int or shards < 1:  # nor is True a number
+        """The model's args in `shards` shards. Raises RequestError if they cannot be equal."""
+        if type(shards) is not int or shards < 1:  # True is an int too
             raise RequestError(f"shards is {shards!r}, expected a whole number of 1 or more")
         heads, width, words = self.args.n_heads, self.args.ffn_dim, self.args.vocab_size
         if heads % shards or width % shards or words % shards:
@@ -169,8 +178,8 @@ class Source:
             )
         return replace(self.args, n_kv_heads=_n_kv_heads_in(shards, self.args))
 
-    def outgoing(self, share: Share, dtype: torch.dtype | None) -> list[LazyTensor]:
-        """A share of every tensor; a tied output is left out."""
+    def tensors(self, share: Share, dtype: torch.dtype | None) -> list[LazyTensor]:
+        """A share of every tensor, to be written; without a tied output."""
         out = []
         for name, shape in expected_shapes(self.args).items():
             if name == OUTPUT and self.stored.tied:
@@ -181,8 +190,8 @@ class Source:
             out.append(LazyTensor(name, part_shape(name, shape, ranges), to, blocks))
         return out
 
-    def renamed(self, tensor: LazyTensor) -> LazyTensor:
-        """A whole tensor under Hugging Face's name and in its order."""
+    def in_hf_format(self, tensor: LazyTensor) -> LazyTensor:
+        """A whole tensor with Hugging Face's name and order of rows."""
 
         def blocks() -> Iterator[Tensor]:
             for rows in tensor.blocks():
@@ -191,7 +200,7 @@ class Source:
         return replace(tensor, name=hf_name(tensor.name), blocks=blocks)
 
     def _in_files(self, name: str, ranges: list[range] | None) -> list[range] | None:
-        """Ranges of a tensor whose heads count once, where the files have each `repeats` times."""
+        """Translate ranges to the files, where each key/value head is repeated."""
         if ranges is None or self.repeats == 1 or not name.endswith((".wk.weight", ".wv.weight")):
             return ranges
         width = self.args.head_dim
@@ -199,11 +208,11 @@ class Source:
         return [range(head * self.repeats * width, (head * self.repeats + 1) * width) for head in heads]
 
     def _blocks(self, name: str, ranges: list[range] | None, whole: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-        """A tensor's rows in `dtype`, whole heads at a time where heads matter."""
+        """A tensor's rows in `dtype`; of matrices that RoPE rotates, whole heads at a time."""
         multiple = self.args.head_dim if is_rotated(name) else 1
         if ranges and split_dim(name) == 0:
             row_bytes = whole[1] * dtype.itemsize
-            for some in _cut(ranges, max(1, BLOCK_BYTES // row_bytes // multiple) * multiple):
+            for some in _split(ranges, max(1, BLOCK_BYTES // row_bytes // multiple) * multiple):
                 slices = self.stored.slices(name, [some])
                 yield _cast(name, torch.cat([each.tensor for each in slices]), dtype)
                 for each in slices:
@@ -217,32 +226,34 @@ class Source:
             each.release()
 
 
-def _cut(ranges: list[range], size: int) -> Iterator[range]:
+def _split(ranges: list[range], size: int) -> Iterator[range]:
     for each in ranges:
         for start in range(each.start, each.stop, size):
             yield range(start, min(start + size, each.stop))
 
 
 def _cast(name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows rounded to the nearest. Raises CheckpointError where that makes infinity of a number."""
+    """Round rows to `dtype`. Raises CheckpointError if a finite value becomes infinite."""
     cast = rows.to(dtype)
     is_narrower = torch.promote_types(rows.dtype, dtype) != dtype
     if is_narrower and cast.isinf().any() and (cast.isinf() & rows.isfinite()).any():
-        short = dtype_name(dtype)
         raise CheckpointError(
-            f"{name} holds {rows.abs().nan_to_num(0, posinf=0).max():.3g}, and {short} ends at {torch.finfo(dtype).max:.3g}; "
-            "take another dtype"
+            f"{name} holds {rows.abs().nan_to_num(0, posinf=0).max():.3g}, but the largest {dtype_name(dtype)} is "
+            f"{torch.finfo(dtype).max:.3g}; take another dtype"
         )
     return cast
 
 
 def _n_kv_heads_in(shards: int, args: ModelArgs) -> int:
-    """How many key/value heads so many shards hold together, copies included."""
+    """The number of key/value heads in all shards, repeats included."""
     return shards * len(kv_heads(args, Share(0, shards)))
 
 
 def _kv_repeats(stored: Stored, args: ModelArgs, n_shards: int) -> int:
-    """How many times in a row each key/value head stands; equal heads are copies only where so many shards need such."""
+    """How often each key/value head is repeated.
+
+    Equal heads count as repeats only if so many shards need repeats.
+    """
     names = [f"layers.{i}.attention.{kind}.weight" for i in range(args.n_layers) for kind in ("wk", "wv")]
     for repeats in (n for n in range(args.n_kv_heads, 1, -1) if args.n_kv_heads % n == 0):
         once = replace(args, n_kv_heads=args.n_kv_heads // repeats)
@@ -265,7 +276,7 @@ def _is_repeated(stored: Stored, name: str, repeats: int, args: ModelArgs) -> bo
 
 
 def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
-    """As they were, but for the number of key/value heads where copies come or go; unknown keys stay."""
+    """Write the source's params.json, unknown keys included, with `args`' number of KV heads."""
     if source.folder.is_hugging_face:
         write_params(folder, make_params(args))
     elif args.n_kv_heads == source.args.n_kv_heads * source.repeats:
@@ -274,12 +285,13 @@ def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
         params = json.loads(source.folder.params.read_bytes()) | {"n_kv_heads": args.n_kv_heads}
         params.pop("rope_scaling_factor", None)
         if args.use_scaled_rope and args.rope_scaling_factor != usual_rope_factor(args.dim, args.n_heads, args.n_kv_heads):
-            params["rope_scaling_factor"] = args.rope_scaling_factor  # which the shape implied before its heads were copied
+            # The new shape no longer implies it.
+            params["rope_scaling_factor"] = args.rope_scaling_factor
         write_params(folder, params)
 
 
 def write_native_tokenizer(folder: Path, source: Source) -> None:
-    """tokenizer.model and what belongs to it: as they were, or rebuilt from tokenizer.json; nothing where there is none."""
+    """Copy tokenizer.model and its added tokens, or rebuild them from tokenizer.json, if any."""
     native, tokenizer = source.folder.tokenizer, source.tokenizer
     if native is None or tokenizer is None:
         return
@@ -291,24 +303,24 @@ def write_native_tokenizer(folder: Path, source: Source) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _may_chat(name: str) -> bool:
+def _is_chat_model(name: str) -> bool:
     return not BASE_MODEL.fullmatch(name)
 
 
 def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> None:
-    """What stood beside the weights, with another dtype in config.json where one is asked for."""
-    names = {HUGGING_FACE.params, *HUGGING_FACE.tokenizers, *HUGGING_FACE.others} - {INDEX_NAME}  # the index is written anew
+    """Copy the source's config and tokenizer files; config.json with the new `dtype`, if any."""
+    names = {HUGGING_FACE.params, *HUGGING_FACE.tokenizers, *HUGGING_FACE.others} - {INDEX_NAME}
     for name in names.intersection(names_in(source.folder.path)):
         shutil.copyfile(source.folder.path / name, folder / name)
     if dtype is not None:
         config = json.loads(source.folder.params.read_bytes())
-        key = "dtype" if "dtype" in config else "torch_dtype"  # as transformers 5 writes it, and 4
+        key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5, and 4
         _write_json(folder / "config.json", config | {key: dtype_name(dtype)})
 
 
 def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool) -> None:
     if source.tokenizer is None:
-        raise CheckpointError(f"{source.folder.path} has no tokenizer, whose ids config.json must name; fetch tokenizer.model")
+        raise CheckpointError(f"{source.folder.path} has no tokenizer, but config.json needs its ids; fetch tokenizer.model")
     vocabulary = source.tokenizer.vocabulary
     bos, eos = source.tokenizer.bos_id, source.tokenizer.stop_tokens if chat else [source.tokenizer.eos_id]
     config = make_config(source.args, tied=source.stored.tied, dtype=dtype, bos=bos, eos=eos)
@@ -323,8 +335,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _packed(tensors: list[LazyTensor], max_bytes: int) -> dict[str, list[LazyTensor]]:
-    """File names and what each holds, in order."""
+def _assign(tensors: list[LazyTensor], max_bytes: int) -> dict[str, list[LazyTensor]]:
+    """Distribute tensors over files of at most `max_bytes`, in order; by file name."""
     files: list[list[LazyTensor]] = []
     room = 0
     for tensor in tensors:

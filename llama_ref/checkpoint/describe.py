@@ -1,4 +1,4 @@
-"""A checkpoint in numbers: its shape, its files, and the memory it takes."""
+"""A checkpoint in numbers: shape, files and memory."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,10 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A checkpoint in numbers. Bytes of weights by dtype, and of one sequence's KV cache by context length (bfloat16)."""
+    """A checkpoint in numbers.
+
+    `weight_bytes` is by dtype; `kv_cache_bytes`, for one sequence in bfloat16, by context length.
+    """
 
     name: str
     path: str
@@ -38,7 +41,10 @@ class ModelInfo:
 
 
 def describe(folder: CheckpointFolder) -> ModelInfo:
-    """Read params.json and the shards' directories; no weights. Raises CheckpointError."""
+    """Describe a folder by its params.json and its shards' lists of tensors; no weights are read.
+
+    Raises CheckpointError.
+    """
     args = folder.read_args()
     tied = is_tied(folder)
     parameters = count_parameters(args, tied)
@@ -55,6 +61,14 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
         checklist=folder.checklist is not None,
         weight_bytes={scheme: folder.shard_bytes} if scheme else {dtype: parameters * n for dtype, n in DTYPE_BYTES.items()},
         kv_cache_bytes={context: context * per_token for context in CONTEXTS},
-        **{key: getattr(args, key) for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")},
-        **{key: getattr(args, key) for key in ("vocab_size", "rope_theta", "rope_scaling_factor", "norm_eps")},
+        dim=args.dim,
+        n_layers=args.n_layers,
+        n_heads=args.n_heads,
+        n_kv_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        ffn_dim=args.ffn_dim,
+        vocab_size=args.vocab_size,
+        rope_theta=args.rope_theta,
+        rope_scaling_factor=args.rope_scaling_factor,
+        norm_eps=args.norm_eps,
     )

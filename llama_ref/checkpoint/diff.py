@@ -1,4 +1,4 @@
-"""Are two checkpoints the same model? Tensor by tensor, whatever the number of shards."""
+"""Compare two checkpoints: params, tokenizer, and every tensor, in any number of shards."""
 
 import ctypes
 import json
@@ -20,16 +20,16 @@ from llama_ref.parallel.sharding import split_dim
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.vocabulary import read_tokenizer_model
 
-SPELLINGS_OF_FFN_DIM = {"multiple_of", "ffn_dim_multiplier", "hidden_dim"}
-BLOCK_VALUES = 1 << 20  # compared at a time: memory stays small whatever the tensor
+FFN_FORMULA = {"multiple_of", "ffn_dim_multiplier", "hidden_dim"}  # compared as ffn_dim
+BLOCK_VALUES = 1 << 20  # compared at a time, to bound memory
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor that is not the same. The numbers are None where there is nothing to subtract.
+    """A tensor that differs. The numbers are None if the shapes differ or one tensor is missing.
 
-    `max_abs` is the largest absolute difference, `relative_norm` is |a - b| / |a|, `n_different` counts values. A NaN equals
-    a NaN; where only one is, `max_abs` and `relative_norm` are NaN.
+    `max_abs` is the largest absolute difference, `relative_norm` is |a - b| / |a|, `n_different`
+    counts values. A NaN equals a NaN; if only one value is NaN, the first two numbers are NaN.
     """
 
     name: str
@@ -41,7 +41,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between two checkpoints `a` and `b`."""
+    """The differences between two checkpoints `a` and `b`."""
 
     a: str
     b: str
@@ -55,7 +55,7 @@ class Comparison:
         return not (self.params or self.tokenizer or self.tensors)
 
     def to_json(self) -> str:
-        """For scripts. JSON has no NaN or infinity: they are the texts "nan" and "inf"."""
+        """The comparison as JSON; "nan" and "inf" are strings, as JSON has no such numbers."""
         tensors = [{key: _json_number(value) for key, value in asdict(tensor).items()} for tensor in self.tensors]
         return json.dumps({"identical": self.identical} | asdict(self) | {"tensors": tensors}, indent=2)
 
@@ -65,14 +65,15 @@ def _json_number(value: str | float | None) -> str | float | None:
 
 
 def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> Comparison:
-    """Compare two folders' params, tokenizers and tensors. Shards are put together in passing, a block of values at a time.
+    """Compare two folders' params, tokenizers and tensors, a block of values at a time.
 
-    A tied output that one of them leaves out is the embedding. Raises CheckpointError for a folder that cannot be read.
+    A tied output that one folder leaves out counts as the embedding. `progress` counts tensors.
+    Raises CheckpointError for a folder that cannot be read.
     """
     left, right = open_folder(a), open_folder(b)
     for folder in (left, right):
         if folder.is_quantized:
-            raise CheckpointError(f"{folder.path} is quantized, which is not compared: take the folder that it was made from")
+            raise CheckpointError(f"{folder.path} is quantized, and cannot be compared: use the folder that it was made from")
     params, tokenizer = _compare_params(left, right), _compare_tokenizers(left, right)
     mine, yours = (open_stored(folder, folder.read_args(), check=False) for folder in (left, right))
     n_tensors, tensors = _compare_tensors(mine, yours, progress)
@@ -81,8 +82,8 @@ def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> C
 
 def _compare_params(a: CheckpointFolder, b: CheckpointFolder) -> list[str]:
     left, right = a.read_args(), b.read_args()
-    spelled_otherwise = SPELLINGS_OF_FFN_DIM | ({"extra"} if a.is_hugging_face != b.is_hugging_face else set())
-    names = [key.name for key in fields(ModelArgs) if key.name not in spelled_otherwise] + ["ffn_dim"]
+    ignored = FFN_FORMULA | ({"extra"} if a.is_hugging_face != b.is_hugging_face else set())
+    names = [key.name for key in fields(ModelArgs) if key.name not in ignored] + ["ffn_dim"]
     pairs = ((name, getattr(left, name), getattr(right, name)) for name in names)
     return [f"{name}: {mine!r} in a, {yours!r} in b" for name, mine, yours in pairs if mine != yours]
 
@@ -96,7 +97,7 @@ def _compare_tokenizers(a: CheckpointFolder, b: CheckpointFolder) -> str | None:
 
 
 def _ids(tokenizer: Path, vocab_size: int) -> dict[bytes | str, int]:
-    """The id of every token: bytes of byte pairs, texts of special and added tokens."""
+    """The id of every token: byte pairs as bytes, special and added tokens as text."""
     if tokenizer.suffix == ".json":
         vocabulary = read_tokenizer_json(tokenizer).with_unused(vocab_size)
     else:
@@ -140,7 +141,7 @@ def _compare_tensor(name: str, a: list[TensorSlice], b: list[TensorSlice]) -> Te
 
 
 def _whole_shape(parts: list[TensorSlice], dim: int) -> tuple[int, ...] | str:
-    """The shape of the parts put together, or a description of parts that cannot be."""
+    """The shape of the concatenated parts, or their shapes as text if they do not fit together."""
     shapes = [list(part.tensor.shape) for part in parts]
     around = [shape[:dim] + shape[dim + 1 :] for shape in shapes]
     if len(parts) == 1:
@@ -156,7 +157,7 @@ def _dtypes(parts: list[TensorSlice]) -> str:
 
 
 def _aligned(a: list[TensorSlice], b: list[TensorSlice], dim: int) -> Iterator[tuple[TensorSlice, TensorSlice]]:
-    """Views of the same places of both, cut wherever a part of either ends."""
+    """Views of the same ranges of both tensors, split wherever a part of either ends."""
     if len(a) == len(b) and all(mine.tensor.shape == yours.tensor.shape for mine, yours in zip(a, b, strict=True)):
         yield from zip(a, b, strict=True)
         return
@@ -174,14 +175,14 @@ def _narrow(part: TensorSlice, dim: int, start: int, length: int) -> TensorSlice
 
 
 def _same(a: TensorSlice, b: TensorSlice) -> bool:
-    """Whether two tensors of one shape hold the same values in the same dtype, a NaN being equal to a NaN."""
+    """Whether two tensors have the same shape, dtype and values, where a NaN equals a NaN."""
     if a.tensor.dtype != b.tensor.dtype or a.tensor.shape != b.tensor.shape:
         return False
     return all(_has_same_bytes(x, y) or not _unequal(x, y).any() for x, y in _blocks(a, b))
 
 
 def _has_same_bytes(x: Tensor, y: Tensor) -> bool:
-    """Whether the bytes are the same, which is found out in one thread: torch's many wait for each other on busy cores."""
+    """Compare bytes, in one thread: torch's threads wait for one another on busy cores."""
     if not (x.is_contiguous() and y.is_contiguous()):
         return False
     return ctypes.string_at(x.data_ptr(), x.nbytes) == ctypes.string_at(y.data_ptr(), y.nbytes)
@@ -213,7 +214,7 @@ def _larger(x: float, y: float) -> float:
 
 
 def _blocks(a: TensorSlice, b: TensorSlice) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of both, a million values at a time; their pages are let go before the next."""
+    """Rows of both tensors, a million values at a time; pages are released before the next rows."""
     if not a.tensor.numel():
         return
     one, other = torch.atleast_1d(a.tensor, b.tensor)
@@ -221,5 +222,5 @@ def _blocks(a: TensorSlice, b: TensorSlice) -> Iterator[tuple[Tensor, Tensor]]:
     for x, y in zip(one.split(rows), other.split(rows), strict=True):
         yield x, y
         for block, part in ((x, a), (y, b)):
-            if part.is_mapped:  # a copy's pages are the only place where it is
+            if part.is_mapped:  # a copy would be lost
                 release_rows(block)

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 from llama_ref.args import ModelArgs
 from llama_ref.errors import CheckpointError, FolderNotFound
 
-SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
-SAFETENSORS_NAME = re.compile(r"model(?:-([0-9]{5})-of-([0-9]{5}))?\.safetensors")
 if TYPE_CHECKING:
     from llama_ref.checkpoint.hf.config import HFConfig
     from llama_ref.tokenizer import Tokenizer
 
+SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
+SAFETENSORS_NAME = re.compile(r"model(?:-([0-9]{5})-of-([0-9]{5}))?\.safetensors")
 QUANTIZATION = "quantization"  # the key in params.json; Meta's own int4 releases have quantization_args
 MOST_LISTED = 8  # names in one error
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The files of one checkpoint, Meta's or Hugging Face's, or one that was quantized here (quantized_reader.py).
+    """The files of one checkpoint: Meta's, Hugging Face's or a quantized one (quantized_reader.py).
 
-    `params` is params.json or config.json; `shards` stand in the order of their numbers; `tokenizer` is tokenizer.model or
-    tokenizer.json; `checklist` is None where none was shipped.
+    `params` is params.json or config.json, `tokenizer` is tokenizer.model or tokenizer.json, and
+    `checklist` is checklist.chk. `shards` are in the order of their numbers.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class CheckpointFolder:
         return self.params.name == "params.json" and self.shards[0].suffix == ".safetensors"
 
     def read_args(self) -> ModelArgs:
-        """What params.json or config.json says. Raises CheckpointError."""
+        """Read params.json or config.json. Raises CheckpointError."""
         return _read_config(self.params).args if self.is_hugging_face else ModelArgs.from_json(self.params)
 
     def says_tied(self) -> bool:
@@ -51,8 +51,11 @@ class CheckpointFolder:
         return _read_config(self.params).tied
 
     def open_tokenizer(self, args: ModelArgs, path: str | Path | None = None) -> "Tokenizer":
-        """The folder's tokenizer, or the one at `path`. Raises CheckpointError where there is none or it is another model's."""
-        from llama_ref.tokenizer import Tokenizer  # only now: it needs tiktoken, which `list` shall not wait for
+        """The folder's tokenizer, or the one at `path`.
+
+        Raises CheckpointError if there is no tokenizer or if it belongs to another model.
+        """
+        from llama_ref.tokenizer import Tokenizer  # slow: `list` needs no tiktoken
 
         path = path or self.tokenizer
         if path is None:
@@ -67,7 +70,7 @@ class CheckpointFolder:
 
     @property
     def name(self) -> str:
-        path = self.path.absolute()  # "." has no name of its own
+        path = self.path.absolute()  # Path(".").name is empty
         return path.parent.name if path.name == "original" else path.name
 
     @property
@@ -76,18 +79,18 @@ class CheckpointFolder:
 
 
 def _read_config(path: Path) -> "HFConfig":
-    from llama_ref.checkpoint.hf.config import read_config  # only now: it needs torch, which `list` shall not wait for
+    from llama_ref.checkpoint.hf.config import read_config  # slow: `list` needs no torch
 
     return read_config(path)
 
 
 def checkpoints_root() -> Path:
-    """Where Meta's downloader puts releases: ~/.llama/checkpoints, or under LLAMA_MODELS_CONFIG_DIR where that is set."""
+    """Where Meta's downloader puts releases: in ~/.llama, or $LLAMA_MODELS_CONFIG_DIR."""
     return _expanded(os.environ.get("LLAMA_MODELS_CONFIG_DIR") or "~/.llama") / "checkpoints"
 
 
 def list_folders() -> list[Path]:
-    """The folders under `checkpoints_root()`, by name; none if there is no such root."""
+    """The folders in `checkpoints_root()`, sorted by name; empty if it does not exist."""
     root = checkpoints_root()
     try:
         return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -98,13 +101,13 @@ def list_folders() -> list[Path]:
 
 
 def find_folder(name: str | Path) -> Path:
-    """The folder that a path or a release name means.
+    """Find a folder by its path or by the name of a release.
 
-    A name is looked for under `checkpoints_root()`, with `:` written `-` as Meta's downloader does. Raises FolderNotFound
-    that lists what is there.
+    A name is looked up in `checkpoints_root()`, with `-` for `:` as Meta's downloader writes it.
+    Raises FolderNotFound, which lists the folders there.
     """
     if not str(name):
-        raise FolderNotFound(f"an empty name is no checkpoint.{_what_is_there()}")
+        raise FolderNotFound(f"the name of the checkpoint is empty.{_what_is_there()}")
     path = _expanded(name)
     candidates = [path, checkpoints_root() / str(name).replace(":", "-")]
     try:
@@ -113,13 +116,14 @@ def find_folder(name: str | Path) -> Path:
                 return candidate
         if path.is_file():
             raise FolderNotFound(f"{path} is a file; give the folder that holds it ({path.parent})")
-    except OSError as error:  # above all: a folder on the way may not be entered
+    except OSError as error:  # most often: no permission to enter a parent folder
         raise CheckpointError(f"cannot look for {error.filename}: {error.strerror}") from error
-    raise FolderNotFound(f"there is no folder {path} and no {candidates[1]}.{_what_is_there()}")
+    searched = " or ".join(dict.fromkeys(map(str, candidates)))
+    raise FolderNotFound(f"no checkpoint at {searched}.{_what_is_there()}")
 
 
 def _expanded(path: str | Path) -> Path:
-    """With the home directory in place of `~`; as it stands where nobody knows that home."""
+    """Replace `~` by the home directory, if that is known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -129,14 +133,15 @@ def _expanded(path: str | Path) -> Path:
 def _what_is_there() -> str:
     root, folders = checkpoints_root(), list_folders()
     if not folders:
-        return f" {root} holds no checkpoints; set LLAMA_MODELS_CONFIG_DIR if yours lie elsewhere"
+        return f" {root} holds no checkpoints; set LLAMA_MODELS_CONFIG_DIR if yours are elsewhere"
     return f" {root} holds: {', '.join(folder.name for folder in folders)}"
 
 
 def open_folder(name: str | Path) -> CheckpointFolder:
-    """Find a folder and its files. Raises CheckpointError when it is no checkpoint, saying what it is instead.
+    """Find a folder by path or name, and its files.
 
-    The folder of a Hugging Face repository leads to its `original/` where Meta's own files are in it.
+    A Hugging Face repository may hold Meta's files in `original/`; these are then opened. Raises
+    CheckpointError for a folder that is not a checkpoint, which says what it holds instead.
     """
     path = find_folder(name)
     try:
@@ -149,10 +154,9 @@ def open_folder(name: str | Path) -> CheckpointFolder:
     if shards and "params.json" in names:
         _check_no_gaps(path, shards)
         shards, params = sorted(shards, key=shard_number), "params.json"
-    elif safetensors and "config.json" in names:
-        shards, params = _of_one_set(path, safetensors), "config.json"
-    elif safetensors and "params.json" in names and _names_scheme(path / "params.json"):
-        shards, params = _of_one_set(path, safetensors), "params.json"
+    elif safetensors and ("config.json" in names or _has_scheme(path / "params.json")):
+        _check_one_set(path, safetensors)
+        shards, params = safetensors, "config.json" if "config.json" in names else "params.json"
     else:
         raise CheckpointError(_why_no_checkpoint(path, names, shards))
     _check_links(path, shards)
@@ -167,14 +171,17 @@ def open_folder(name: str | Path) -> CheckpointFolder:
 
 
 def native_folder(path: Path) -> Path:
-    """The folder with Meta's files: a Hugging Face repository keeps them in `original/`. Raises OSError."""
+    """The folder with Meta's files, which a Hugging Face repository has in `original/`.
+
+    Raises OSError.
+    """
     inner = path / "original"
     if (path / "params.json").exists() or not (inner / "params.json").is_file():
         return path
-    # Many fetch the safetensors and of `original/` only the small files.
-    has_weights = any(SHARD_NAME.fullmatch(entry.name) for entry in inner.iterdir())
-    has_others = any(SAFETENSORS_NAME.fullmatch(entry.name) for entry in path.iterdir())
-    return inner if has_weights or not has_others else path
+    # Many downloads have the safetensors, but only the small files of `original/`.
+    has_shards = any(SHARD_NAME.fullmatch(entry.name) for entry in inner.iterdir())
+    has_safetensors = any(SAFETENSORS_NAME.fullmatch(entry.name) for entry in path.iterdir())
+    return inner if has_shards or not has_safetensors else path
 
 
 def shard_number(name: str) -> int:
@@ -183,8 +190,8 @@ def shard_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _names_scheme(params: Path) -> bool:
-    """Whether params.json says how safetensors beside it were quantized; without, they are Hugging Face's."""
+def _has_scheme(params: Path) -> bool:
+    """Whether params.json names a quantization scheme, as in a folder quantized here."""
     try:
         return QUANTIZATION in ModelArgs.from_json(params).extra
     except CheckpointError:
@@ -195,19 +202,19 @@ def _check_no_gaps(path: Path, shards: list[str]) -> None:
     numbers = {shard_number(name) for name in shards}
     n_missing = max(numbers) + 1 - len(numbers)
     if n_missing:
-        missing = islice((number for number in count() if number not in numbers), min(n_missing, MOST_LISTED))
-        names = ", ".join(f"consolidated.{number:02d}.pth" for number in missing) + (", …" if n_missing > MOST_LISTED else "")
+        missing = islice((number for number in count() if number not in numbers), min(n_missing, MOST_LISTED + 1))
+        names = _listed([f"consolidated.{number:02d}.pth" for number in missing])
         raise CheckpointError(
             f"{path} has shards up to consolidated.{max(numbers):02d}.pth but lacks {names}; fetch what is missing"
         )
 
 
-def _of_one_set(path: Path, names: list[str]) -> list[str]:
-    """Of model.safetensors or model-00001-of-0000N.safetensors the files that are one model."""
+def _check_one_set(path: Path, names: list[str]) -> None:
+    """Raise CheckpointError unless safetensors are one model: a single file, or 1 to N of N."""
     if "model.safetensors" in names:
         if len(names) > 1:
-            raise CheckpointError(f"{path} holds model.safetensors beside {names[0]}: two models; remove one of them")
-        return names
+            raise CheckpointError(f"{path} holds model.safetensors and {names[0]}: two models; remove one of them")
+        return
     totals = {int(match[2]) for name in names if (match := SAFETENSORS_NAME.fullmatch(name))}
     if len(totals) > 1:
         raise CheckpointError(
@@ -216,13 +223,15 @@ def _of_one_set(path: Path, names: list[str]) -> list[str]:
     total = totals.pop()
     missing = sorted({f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)} - set(names))
     if missing:
-        more = ", …" if len(missing) > MOST_LISTED else ""
-        raise CheckpointError(f"{path} lacks {', '.join(missing[:MOST_LISTED])}{more}; fetch what is missing")
-    return names
+        raise CheckpointError(f"{path} lacks {_listed(missing)}; fetch what is missing")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:MOST_LISTED]) + (", …" if len(names) > MOST_LISTED else "")
 
 
 def _check_links(path: Path, names: list[str]) -> None:
-    """A Hugging Face cache is made of links, which outlive what they lead to."""
+    """Raise CheckpointError for a dangling link: Hugging Face's cache links to blobs."""
     for name in names:
         if not (path / name).exists():
             raise CheckpointError(f"{path / name} is a link to {(path / name).readlink()}, which is not there; fetch it again")
@@ -235,17 +244,16 @@ def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
     if "adapter_config.json" in names:
         return f"{path} holds an adapter (LoRA), not a model; merge it into its base model (peft's merge_and_unload) first"
     if ".safetensors" in suffixes and "config.json" not in names:
-        return f"{path} holds safetensors but lacks config.json, which says what model they are; fetch it beside them"
+        return f"{path} holds safetensors but lacks config.json, which describes the model; fetch it too"
     if "config.json" in names and ".bin" in suffixes and not shards:
-        return f"{path} holds its weights as pickles (.bin), of Hugging Face's format only safetensors are read; fetch those"
+        return f"{path} holds its weights as pickles (.bin), which are not read; fetch them as safetensors"
     if "config.json" in names and not shards:
-        return f"{path} has config.json but no model.safetensors or model-00001-of-….safetensors; fetch the weights beside it"
+        return f"{path} has config.json but no model.safetensors or model-00001-of-….safetensors; fetch the weights too"
     if ".pte" in suffixes:
-        return f"{path} holds an ExecuTorch program (.pte), not weights; fetch the release's unquantized sibling"
+        return f"{path} holds an ExecuTorch program (.pte), not weights; fetch the unquantized release"
     if ".gguf" in suffixes:
         return f"{path} holds a GGUF file for llama.cpp; fetch Meta's own files of that release"
     if shards:
         hint = " (it is named `params` here: rename it)" if "params" in names else ""
         return f"{path} lacks params.json{hint}; fetch it beside {shards[0]}"
-    found = ", ".join(names[:MOST_LISTED]) + (", …" if len(names) > MOST_LISTED else "")
-    return f"{path} holds no consolidated.NN.pth and no model.safetensors; it holds {found}"
+    return f"{path} holds no consolidated.NN.pth and no model.safetensors; it holds {_listed(names)}"

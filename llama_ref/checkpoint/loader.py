@@ -1,8 +1,9 @@
-"""Weights on disk to a Transformer in memory, tensor by tensor.
+"""Load a folder's weights into a Transformer, tensor by tensor.
 
-Files are mapped, not read: where nothing has to change (CPU, the file's own dtype, one slice) a parameter is the file's
-pages themselves; otherwise each tensor is cast and copied once, and its pages are let go before the next. To CUDA, all copies
-go through pinned buffers (to_device.py), so that the host never holds more than these and one tensor.
+Files are mapped, not read. If nothing has to change (CPU, the file's dtype, one slice), a parameter
+is the file's pages themselves. Otherwise each tensor is cast and copied once, and its pages are
+released before the next. Copies to CUDA go through pinned buffers (to_device.py), so that the host
+holds no more than these and one tensor.
 """
 
 import math
@@ -39,16 +40,17 @@ def load_model(
 ) -> Transformer:
     """Build the model of a folder, in `dtype` on `device`, frozen and in evaluation mode.
 
-    Any number of files is put together. Of several processes each holds its `share` of every matrix and its stage's layers, and
-    reads only those, and its model's `args` count its own layers and key/value heads; what lives in other stages stays on the
-    meta device. With `quantize`, each matrix is quantized from the files' own numbers as soon as it is read, so that the model
-    is never held otherwise; a folder that is quantized is loaded as it is. Raises CheckpointError as `open_stored` does,
-    RequestError for a matrix that the scheme cannot hold.
+    With several processes, each reads and holds only its `share` of every matrix and its stage's
+    layers. The model's `args` count these layers and key/value heads; tensors of other stages stay
+    on the meta device. With `quantize`, each matrix is quantized from the files' numbers as soon as
+    it is read, so that the whole model is never held unquantized; a quantized folder is loaded as
+    it is. Raises CheckpointError as `open_stored` does, RequestError for a matrix that the scheme
+    cannot hold.
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     layers = share.layers(args.n_layers)
     model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
-    shapes = {name: shape for name, shape in expected_shapes(args).items() if _lives_here(name, share, layers)}
+    shapes = {name: shape for name, shape in expected_shapes(args).items() if _is_local(name, share, layers)}
     wanted = {name: wanted_ranges(name, args, share) for name in shapes}
     stored: Stored | StoredQuantized
     if folder.is_quantized:
@@ -72,24 +74,24 @@ def load_model(
                 matrix = _quantized(scheme, name, stored, ranges, device, dtype, copier)
             else:
                 matrix = _join(stored.slices(name, ranges), split_dim(name), device, dtype, copier)
-            _set(model, _name_here(name, layers), matrix)
+            _set(model, _local_name(name, layers), matrix)
             if copier:
-                give_back_memory()  # of copies in another row order, which the C library would keep
+                give_back_memory()  # of reordered copies, which the C library would keep
             counter.advance(math.prod(parts[name]) * dtype.itemsize)
     if is_one_matrix:
         tie(model)
     return model.eval().requires_grad_(False)
 
 
-def _lives_here(name: str, share: Share, layers: range) -> bool:
-    """Whether a share's stage needs the tensor; a tied output is needed under its own name."""
+def _is_local(name: str, share: Share, layers: range) -> bool:
+    """Whether a share's stage needs the tensor; a tied output counts under its own name."""
     if name.startswith("layers."):
         return _layer(name) in layers
     return share.is_first_stage if name == EMBEDDING else share.is_last_stage
 
 
-def _name_here(name: str, layers: range) -> str:
-    """Layers count from 0 in every stage's model."""
+def _local_name(name: str, layers: range) -> str:
+    """A tensor's name in the stage's model, where layers count from 0."""
     if not name.startswith("layers."):
         return name
     layer = _layer(name)
@@ -101,7 +103,7 @@ def _layer(name: str) -> int:
 
 
 def _set(model: Transformer, name: str, matrix: Tensor | QuantizedMatrix) -> None:
-    """Put a weight into the model, or a module into the place of the one that would hold it."""
+    """Set a weight, or replace its module by a quantized one."""
     owner, _, attribute = name.rpartition(".")
     if isinstance(matrix, QuantizedMatrix):
         replace_module(model, owner, matrix)
@@ -118,7 +120,7 @@ def _quantized(
     dtype: torch.dtype,
     copier: PinnedCopier | None,
 ) -> QuantizedMatrix:
-    """A tensor from the files' own numbers, whatever dtype the model has, so that all ways to a quantized model lead to one."""
+    """Quantize a tensor from the files' dtype: the model's dtype does not change the result."""
     slices = stored.slices(name, ranges)
     weight = _join(slices, split_dim(name), device, stored.dtype(name), copier)
     out = quantized(scheme, name, weight, dtype)
@@ -135,7 +137,7 @@ def _join(
     dtype: torch.dtype,
     copier: PinnedCopier | None,
 ) -> Tensor:
-    """A tensor's slices as one, in `dtype` on `device`; the mapped pages themselves where they will do."""
+    """Join a tensor's slices, in `dtype` on `device`; no copy if the mapped pages will do."""
     first = slices[0].tensor
     if len(slices) == 1 and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
         if not slices[0].is_mapped:

@@ -1,20 +1,20 @@
-"""Map files of any size into memory, where what is changed stays in this process."""
+"""Map files into memory, even files larger than it; changes stay in this process."""
 
 import mmap
 import platform
 import sys
 from pathlib import Path
 
-# Python names it from 3.13 on; other processors have other numbers.
+# mmap has the name since Python 3.13; other processors have other numbers.
 MAP_NORESERVE = 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """A file's bytes, mapped copy-on-write; nothing is read yet.
+    """Map a file's bytes copy-on-write; nothing is read yet.
 
-    Linux refuses a mapping that may be written to and is larger than the machine's memory, unless
-    told not to reserve memory for it. torch's own mapping does not say so: with 12 GB of memory the
-    16 GB file of an 8B could not be mapped. Raises OSError, and ValueError for an empty file.
+    Linux refuses a writable mapping larger than memory, except with MAP_NORESERVE. torch's own
+    mapping lacks it, and could not map the 16 GB file of an 8B on a machine with 12 GB. Raises
+    OSError, and ValueError for an empty file.
     """
     with path.open("rb") as file:
         if sys.platform != "linux":

@@ -1,8 +1,9 @@
-"""Folders of a quantized model: params.json that names the scheme, and safetensors of whole numbers and scales.
+"""Read a quantized folder: params.json names the scheme, safetensors hold integers and scales.
 
-Tensors are named as the modules that hold them name them: of an int8 matrix `layers.0.attention.wq.q` and `….scale`, of an int4
-matrix `….packed`, `….scale` and `….zero` (quantization/linear.py); norms stay `….weight`. A tied output is left out. Files are
-mapped, and on a CPU the model's numbers are the files' own pages, except those that are not aligned (`_aligned`).
+Tensors have the names of the modules' buffers (quantization/linear.py): an int8 matrix is
+`layers.0.attention.wq.q` and `….scale`, an int4 matrix `….packed`, `….scale` and `….zero`. Norms
+stay `….weight`, and a tied output is left out. Files are mapped; on a CPU the model's buffers are
+the files' own pages, except those that are not aligned (`_aligned`).
 """
 
 from collections.abc import Mapping
@@ -22,11 +23,11 @@ from llama_ref.parallel.sharding import split_dim
 from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
 
-KERNEL_ALIGNMENT = 16  # bytes: PyTorch's int8 kernel segfaults on matrices that begin elsewhere
+KERNEL_ALIGNMENT = 16  # bytes; PyTorch's int8 kernel segfaults on others
 
 
 def scheme_of(folder: CheckpointFolder, args: ModelArgs) -> Scheme:
-    """What params.json says. Raises CheckpointError."""
+    """The scheme in a folder's params.json. Raises CheckpointError."""
     try:
         return Scheme.from_params(args.extra.get(QUANTIZATION))
     except CheckpointError as error:
@@ -34,7 +35,7 @@ def scheme_of(folder: CheckpointFolder, args: ModelArgs) -> Scheme:
 
 
 def parts_of(scheme: Scheme, name: str, shape: Shape) -> dict[str, tuple[Shape, torch.dtype | None]]:
-    """The shape and dtype, by name, of the tensors that one is stored as; dtype None: any that weights have."""
+    """The tensors that store one, by name: shape and dtype; dtype None is any weight dtype."""
     stem, bits = name.removesuffix(".weight"), scheme.bits_of(name)
     if bits is None:
         return {name: (shape, None)}
@@ -50,9 +51,10 @@ def parts_of(scheme: Scheme, name: str, shape: Shape) -> dict[str, tuple[Shape, 
 
 
 class StoredQuantized:
-    """A quantized folder's matrices. `tied`: whether the output is the embedding.
+    """A quantized folder's matrices. `tied`: the output matrix is the embedding.
 
-    Raises CheckpointError for files that are not what params.json says, RequestError where another `asked` scheme is wanted.
+    Raises CheckpointError for files that do not fit params.json, RequestError if `asked` is another
+    scheme.
     """
 
     def __init__(self, folder: CheckpointFolder, args: ModelArgs, asked: Scheme | None = None):
@@ -60,8 +62,8 @@ class StoredQuantized:
         self.scheme = scheme_of(folder, args)
         if asked not in (None, self.scheme):
             raise RequestError(
-                f"{folder.path} is quantized to {self.scheme} already, and to {asked} only its original could be: leave "
-                "quantize out, or name that"
+                f"{folder.path} is already quantized to {self.scheme}; leave quantize out, or quantize the original "
+                f"folder to {asked}"
             )
         files = [map_safetensors(path) for path in folder.shards]
         self.tensors = {name: tensor for tensors in files for name, tensor in tensors.items()}
@@ -76,13 +78,14 @@ class StoredQuantized:
         dtype: torch.dtype,
         copier: PinnedCopier | None = None,
     ) -> Tensor | QuantizedMatrix:
-        """A tensor's module, or the tensor itself in `dtype` where it is not quantized; of it what `ranges` say.
+        """The `ranges` of a matrix as a module, or of an unquantized tensor as a tensor in `dtype`.
 
-        `copier` copies to `device`, releasing the file's pages. Raises RequestError for ranges that cut through a group.
+        `copier` copies to `device` and releases the file's pages. Raises RequestError for ranges
+        that split a group.
         """
 
         def on_device(tensor: Tensor, ranges: list[range] | None = None, dim: int | None = None) -> Tensor:
-            part = _cut(tensor, ranges, dim)
+            part = _narrow(tensor, ranges, dim)
             if copier is None:
                 return _aligned(part, tensor) if torch.device(device).type == "cpu" else part.to(device)
             out = torch.empty(part.shape, dtype=part.dtype, device=device)
@@ -111,7 +114,7 @@ class StoredQuantized:
         for each in ranges:
             if each.start % group or each.stop % group:
                 raise RequestError(
-                    f"{name} of {self.folder.path} has groups of {group} weights, which so many processes would cut "
+                    f"{name} of {self.folder.path} has groups of {group} weights, which so many processes would split "
                     f"(columns {each.start:,} to {each.stop:,}): start another number, or quantize the original while loading"
                 )
 
@@ -139,8 +142,8 @@ class StoredQuantized:
         return f"{name} is {dtype_name(found.dtype)}, expected {' or '.join(possible)}"
 
 
-def _cut(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:
-    """What ranges hold of a tensor; the mapped one itself where that is all of it."""
+def _narrow(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:
+    """The ranges of a tensor along `dim`, contiguous; without ranges, the mapped tensor itself."""
     if ranges is None or dim is None:
         return tensor
     parts = [tensor.narrow(dim, each.start, len(each)) for each in ranges]
@@ -148,9 +151,9 @@ def _cut(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:
 
 
 def _aligned(part: Tensor, mapped: Tensor) -> Tensor:
-    """A contiguous part of a mapped tensor, itself or a copy, that begins at a multiple of KERNEL_ALIGNMENT.
+    """A contiguous part of a mapped tensor, copied unless it is aligned to KERNEL_ALIGNMENT.
 
-    Other programs align tensors to 8 bytes, and rows of a share begin wherever the rows before them end.
+    Other programs align tensors to 8 bytes, and the rows of a share may begin anywhere.
     """
     if part.data_ptr() % KERNEL_ALIGNMENT == 0:
         return part

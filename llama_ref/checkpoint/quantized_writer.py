@@ -1,4 +1,4 @@
-"""A checkpoint written anew in eight or four bits, in a folder that loads at once (quantized_reader.py)."""
+"""Quantize a checkpoint to int8 or int4 and save it, for quantized_reader.py."""
 
 import json
 from collections.abc import Iterator
@@ -37,32 +37,36 @@ def quantize_folder(
     verify: Verify = "auto",
     progress: Progress | None = None,
 ) -> Path:
-    """Write a folder's model in fewer bits: params.json naming the scheme, model.safetensors, tokenizer, checklist.chk.
+    """Write a quantized folder: params.json, model.safetensors, tokenizer and checklist.chk.
 
-    To four bits, the model first reads `calibrate` (True: a text of this project's choice), and is rounded by what its layers
-    are given (quantization/calibration.py), which leaves a third of the divergence or less (scripts/bench_quality.py). It holds
-    the rounded layers, and of one layer float32 weights and four squares of its widest input: of an 8B about 3.7 and 5 GB.
-    With False, and to eight bits, some rows are held at a time, and the scales; the folder then loads as, bit for bit, what
-    loading the source with `quantize` gives. `verify`: as `Llama.build` has it; `progress` counts a calibrated layer's bytes
-    twice, rounded and written.
-    Raises RequestError for a matrix that the scheme cannot hold, a source that is quantized already or has no tokenizer to
-    calibrate with, or a `target` that is taken; CheckpointError for a source that cannot be read, is damaged or changes
-    meanwhile, and for a target that cannot be written.
+    For int4, the model first reads a text, and each layer is rounded to fit its inputs
+    (quantization/calibration.py), which leaves at most a third of the divergence
+    (scripts/bench_quality.py). `calibrate` is the text; True means the one of this project. Memory
+    holds the rounded layers, and of one layer the float32 weights and four squares of its widest
+    input: about 3.7 and 5 GB for an 8B.
+
+    With `calibrate` False and for int8, memory holds some rows and the scales. The folder then
+    loads bit for bit as the source does with `quantize`. `verify` is that of `Llama.build`;
+    `progress` counts bytes, those of calibrated layers twice, when rounded and when written.
+
+    Raises RequestError for a matrix that the scheme cannot hold, a source that is already quantized
+    or has no tokenizer for calibration, or an existing `target`; CheckpointError for a source that
+    cannot be read, is damaged or changes while it is read, and for a target that cannot be written.
     """
     scheme = Scheme.parse(scheme)
     if open_folder(source).is_quantized:
-        raise RequestError(f"{source} is quantized already: quantize the folder that it was made from")
+        raise RequestError(f"{source} is already quantized: quantize the folder that it was made from")
     opened = Source.open(source)
     is_calibrated = bool(calibrate) and scheme.bits == 4
-    quantized = [_Quantized(scheme, tensor, opened.args.head_dim) for tensor in opened.outgoing(WHOLE, None)]
-    tensors = [part for each in quantized for part in each.outgoing()]
+    quantized = [_QuantizedTensor(scheme, tensor, opened.args.head_dim) for tensor in opened.tensors(WHOLE, None)]
+    tensors = [part for each in quantized for part in each.tensors()]
     in_layers = {part.name: part for part in tensors if is_calibrated and part.name.endswith(".packed")}
     n_bytes = sum(tensor.nbytes for tensor in tensors)
     written = ProgressCounter(n_bytes + sum(part.nbytes for part in in_layers.values()), progress)
     with new_folder(target, force=force, n_bytes=n_bytes) as folder, opened.unchanged(verify):
         if is_calibrated:
             text = calibrate if isinstance(calibrate, str) else calibration_text()
-            layers = _rounded(opened, scheme, text, lambda name: written.advance(in_layers[f"{name}.packed"].nbytes))
+            layers = _calibrate(opened, scheme, text, lambda name: written.advance(in_layers[f"{name}.packed"].nbytes))
             for each in quantized:
                 each.rounded = layers.pop(each.tensor.name, None)
         write_params(folder, _quantized_params(opened, scheme))
@@ -72,10 +76,15 @@ def quantize_folder(
     return Path(target)
 
 
-def _rounded(source: Source, scheme: Scheme, text: str, rounded: OnRounded) -> dict[str, Int4Linear]:
-    """The layers' matrices by the names of their tensors. Raises RequestError where the folder cannot read the text."""
+def _calibrate(source: Source, scheme: Scheme, text: str, rounded: OnRounded) -> dict[str, Int4Linear]:
+    """The layers' matrices, calibrated on a text, by tensor name.
+
+    Raises RequestError for a source without a tokenizer.
+    """
     if source.tokenizer is None:
-        raise RequestError(f"{source.folder.path} has no tokenizer to read a text with: fetch it, or leave calibration out")
+        raise RequestError(
+            f"{source.folder.path} has no tokenizer, which calibration needs: fetch it, or leave calibration out"
+        )
     tokens = source.tokenizer.encode(text, bos=True, eos=False)[:N_TOKENS]
     model = load_model(source.folder, source.folder.read_args())
     round_layers(model, scheme, tokens, rounded)
@@ -83,7 +92,7 @@ def _rounded(source: Source, scheme: Scheme, text: str, rounded: OnRounded) -> d
 
 
 def _quantized_params(source: Source, scheme: Scheme) -> dict[str, Any]:
-    """The source's params.json, unknown keys included, and how the weights are quantized."""
+    """The source's params.json, unknown keys included, with the scheme."""
     params = make_params(source.args) if source.folder.is_hugging_face else json.loads(source.folder.params.read_bytes())
     if "n_kv_heads" in params:
         params["n_kv_heads"] = source.args.n_kv_heads
@@ -91,24 +100,24 @@ def _quantized_params(source: Source, scheme: Scheme) -> dict[str, Any]:
 
 
 @dataclass
-class _Quantized:
-    """One tensor on its way into a quantized folder.
+class _QuantizedTensor:
+    """Quantizes one tensor while it is written.
 
-    The numbers depend on the scales: the source is read twice, and the scales are kept between.
+    The source is read twice: for the scales, which are kept, and for the numbers.
     """
 
     scheme: Scheme
     tensor: LazyTensor
     head_dim: int
     scales: list[Tensor] = field(default_factory=list)
-    rounded: Int4Linear | None = None  # where it is calibrated: the whole tensor, set before anything is asked for
+    rounded: Int4Linear | None = None  # the result, if calibrated; set before writing
 
     @property
     def bits(self) -> int | None:
         return self.scheme.bits_of(self.tensor.name)
 
-    def outgoing(self) -> list[LazyTensor]:
-        """The tensors that it is stored as. Raises RequestError where the scheme cannot hold it."""
+    def tensors(self) -> list[LazyTensor]:
+        """The tensors that store it. Raises RequestError if the scheme cannot hold it."""
         if self.bits is None:
             return [self.tensor]
         parts = parts_of(self.scheme, self.tensor.name, self.tensor.shape)
@@ -120,12 +129,12 @@ class _Quantized:
 
     def _scale(self, index: int) -> Iterator[Tensor]:
         if self.rounded is not None:
-            yield self._once((self.rounded.scale, self.rounded.zero)[index])
+            yield self._without_repeats((self.rounded.scale, self.rounded.zero)[index])
         else:
             yield self._scales()[index]
 
     def _scales(self) -> list[Tensor]:
-        """Of the whole tensor: scale, and zero where there is one; found when first asked for."""
+        """The whole tensor's scale, and zero for int4; computed on first use."""
         if not self.scales:
             found = [self._scales_of(rows) for rows in self.tensor.blocks()]
             self.scales = [torch.cat(blocks) for blocks in zip(*found, strict=True)]
@@ -138,7 +147,7 @@ class _Quantized:
 
     def _numbers(self) -> Iterator[Tensor]:
         if self.rounded is not None:
-            yield from row_blocks(self._once(self.rounded.packed))
+            yield from row_blocks(self._without_repeats(self.rounded.packed))
             return
         start = 0
         for rows in self.tensor.blocks():
@@ -146,7 +155,7 @@ class _Quantized:
             yield to_int8(rows, *scales) if self.bits == 8 else to_int4(rows, *scales)
             start += len(rows)
 
-    def _once(self, rows: Tensor) -> Tensor:
-        """Rows of a model that may have each key/value head several times, each once."""
+    def _without_repeats(self, rows: Tensor) -> Tensor:
+        """Drop the repeats of key/value heads that the loaded model may have."""
         repeats = len(rows) // self.tensor.shape[0]
         return rows if repeats == 1 else rows.unflatten(0, (-1, self.head_dim))[::repeats].flatten(0, 1)

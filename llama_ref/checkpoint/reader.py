@@ -1,4 +1,4 @@
-"""A folder's weights as they lie on disk, under Meta's names and in Meta's layout, whatever the files' own.
+"""Read a folder's weights from either format, under Meta's names and in Meta's layout.
 
 Files are mapped, not read. Callers get memory-mapped slices and release their pages when done.
 """
@@ -30,23 +30,23 @@ EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 COPIED_BYTES = 4 << 20  # at a time
 MOST_LISTED = 12  # wrong tensors named in one error
 
-Wanted = Mapping[str, list[range] | None]  # places along `split_dim(name)`; None: all of it
+Wanted = Mapping[str, list[range] | None]  # ranges along `split_dim(name)` by name; None: all
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A stretch of a tensor, and the whole that it is a view or a copy of, as one file holds it."""
+    """A part of a tensor, as a view or a copy of the `mapped` tensor of one file."""
 
     tensor: Tensor
     mapped: Tensor
 
     @property
     def is_mapped(self) -> bool:
-        """Whether it is the file's own bytes, not a copy of them."""
+        """Whether the slice is a view of the mapped file, not a copy."""
         return 0 <= self.tensor.data_ptr() - self.mapped.data_ptr() < max(1, self.mapped.nbytes)
 
     def copy_to(self, target: Tensor, copier: PinnedCopier | None = None) -> None:
-        """Fill `target` some rows at a time, releasing the pages of each before the next.
+        """Copy to `target` some rows at a time, and release their pages before the next rows.
 
         With a `copier`, `target` is on its device, which may still be copying on return.
         """
@@ -138,7 +138,7 @@ def _open_shards(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | Non
         files = {folder.shards[number].name: shard for number, shard in shards.items()}
         _check_tensors(folder, files, expected, n_shards)
         _check_copies(folder, shards)
-    return Stored(shards, _on_same_bytes(shards.values()))
+    return Stored(shards, _shares_embedding(shards.values()))
 
 
 def _needed_shards(wanted: Wanted, expected: Mapping[str, Shape], n_shards: int) -> set[int]:
@@ -162,12 +162,15 @@ def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) ->
     ours = {hf_name(name): name for name in expected if not (tied and name == OUTPUT)}
     if check:
         _check_unique(folder, files)
-        _check_tensors(folder, {_several(folder): tensors}, {name: expected[ours[name]] for name in ours})
+        _check_tensors(folder, {_file_names(folder): tensors}, {name: expected[ours[name]] for name in ours})
     return Stored({0: {ours.get(name, name): tensor for name, tensor in tensors.items()}}, tied, args.head_dim)
 
 
 def is_tied(folder: CheckpointFolder) -> bool:
-    """Whether a folder's output matrix is its embedding. Reads the shards' directories, no weights. Raises CheckpointError."""
+    """Whether a folder's output matrix is its embedding.
+
+    Reads no weights. Raises CheckpointError.
+    """
     if folder.is_hugging_face:
         return folder.says_tied()
     if folder.is_quantized:
@@ -175,22 +178,22 @@ def is_tied(folder: CheckpointFolder) -> bool:
     shards = {path: read_shard(path) for path in folder.shards}
     for path, shard in shards.items():
         if EMBEDDING not in shard:
-            raise CheckpointError(f"{path} holds no {EMBEDDING}; it is no shard of a Llama 3")
-    return _on_same_bytes(shards.values())
+            raise CheckpointError(f"{path} holds no {EMBEDDING}; it is not a shard of a Llama 3")
+    return _shares_embedding(shards.values())
 
 
 def has_output(names: Iterable[str]) -> bool:
-    """Whether a quantized folder's tensors hold an output, in whatever parts; it is tied where they do not."""
+    """Whether a quantized folder has an output of its own; otherwise it is tied."""
     return any(name.startswith("output.") for name in names)
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """Map a .pth file: its tensors by name, none of their bytes read. Nothing in the file is executed.
+    """Map the tensors of a .pth file, by name. Nothing in the file is executed.
 
-    Raises CheckpointError for a file that is not an archive of tensors, is cut short or contradicts itself, or whose pickle
-    asks for anything but tensors.
+    Raises CheckpointError for a file that is not an archive of tensors, is cut short or contradicts
+    itself, or whose pickle asks for anything but tensors.
     """
-    held = inspect_pth(path)  # vouches for every tensor's place
+    held = inspect_pth(path)  # checks that every tensor lies within the file
     try:
         memory = map_file(path)
     except (OSError, ValueError) as error:
@@ -207,7 +210,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 
 def _storage(memory: mmap.mmap, info: TensorInfo) -> Tensor:
-    """All elements of the storage that a tensor of a .pth is part of."""
+    """The whole storage of which a tensor in a .pth file is a part."""
     dtype = getattr(torch, info.dtype)
     n_elements = info.storage_nbytes // dtype.itemsize
     if not n_elements:
@@ -216,17 +219,19 @@ def _storage(memory: mmap.mmap, info: TensorInfo) -> Tensor:
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Let go of a mapped tensor's pages, which otherwise count as this process's memory until the file is unmapped."""
-    if not sys.platform.startswith("linux") or not tensor.is_contiguous():  # strides may make a tensor larger than its bytes
+    """Release a mapped tensor's pages, which else count as memory until the file is unmapped."""
+    # A tensor with strides may span other bytes than nbytes says.
+    if not sys.platform.startswith("linux") or not tensor.is_contiguous():
         return
+    # Only pages that hold nothing else.
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start  # only pages that hold nothing else
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def release_rows(rows: Tensor) -> None:
-    """Let go of the pages of some rows of a mapped matrix, and of what lies between them where its columns were cut."""
+    """Release the pages of some rows of a mapped matrix; of cut columns, also what lies between."""
     if rows.numel():
         span = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
         release_pages(rows.as_strided((span,), (1,)))
@@ -234,7 +239,7 @@ def release_rows(rows: Tensor) -> None:
 
 def _check_kind(folder: CheckpointFolder, args: ModelArgs) -> None:
     if folder.is_quantized:
-        raise CheckpointError(f"{folder.path} is quantized: take the folder that it was made from")
+        raise CheckpointError(f"{folder.path} is quantized: use the folder that it was made from")
     kind = other_kind(args, folder.path)
     if kind:
         raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; use the text release in bf16")
@@ -256,7 +261,7 @@ def _check_tensors(
 
 
 def check_problems(folder: CheckpointFolder, problems: list[str]) -> None:
-    """Raise CheckpointError that lists the problems, where there are any."""
+    """Raise CheckpointError with a list of the problems, if there are any."""
     if problems:
         more = f"\n  … and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:MOST_LISTED])
@@ -264,7 +269,7 @@ def check_problems(folder: CheckpointFolder, problems: list[str]) -> None:
 
 
 def _check_copies(folder: CheckpointFolder, shards: Mapping[int, Mapping[str, Tensor]]) -> None:
-    """Every shard holds the norms whole. Where two disagree, they are not of one model."""
+    """Raise CheckpointError if shards differ in the norms, which each holds whole."""
     first, *others = shards
     for name in shards[first]:
         for other in others if split_dim(name) is None else ():
@@ -272,7 +277,7 @@ def _check_copies(folder: CheckpointFolder, shards: Mapping[int, Mapping[str, Te
             if one.dtype == another.dtype and not torch.equal(one.view(torch.uint8), another.view(torch.uint8)):
                 raise CheckpointError(
                     f"{folder.path}: {folder.shards[first].name} and {folder.shards[other].name} disagree about {name}, of "
-                    "which each holds a copy: they belong to different models; fetch the folder's files from one release"
+                    "which each has a copy: they belong to different models; fetch all files from the same release"
                 )
 
 
@@ -283,7 +288,7 @@ def _check_even(folder: CheckpointFolder, expected: Mapping[str, Shape]) -> None
         if dim is not None and shape[dim] % n_shards:
             raise CheckpointError(
                 f"{folder.path}: {n_shards} shards cannot hold equal parts of {name} {shape}, as {folder.params.name} has it; "
-                "do all of them belong to this model?"
+                "do all shards belong to this model?"
             )
 
 
@@ -293,19 +298,19 @@ def _check_unique(folder: CheckpointFolder, files: Mapping[str, Collection[str]]
         for name in names:
             if name in owner:
                 raise CheckpointError(
-                    f"{folder.path}: {owner[name]} and {file} both hold {name}: files of two downloads lie here; "
-                    "remove those that do not belong"
+                    f"{folder.path}: {owner[name]} and {file} both hold {name}: the folder mixes files of two downloads; "
+                    "remove those of one"
                 )
             owner[name] = file
 
 
-def _several(folder: CheckpointFolder) -> str:
+def _file_names(folder: CheckpointFolder) -> str:
     first, *others = folder.shards
     return f"{first.name} and {len(others)} more" if others else first.name
 
 
-def _on_same_bytes(shards: Iterable[Mapping[str, Tensor]]) -> bool:
-    """Whether output and embedding are one matrix: no output in the files, or both names on the same bytes."""
+def _shares_embedding(shards: Iterable[Mapping[str, Tensor]]) -> bool:
+    """Whether the output is tied: it is missing in the files, or on the embedding's bytes."""
     return all(
         OUTPUT not in shard or (EMBEDDING in shard and shard[OUTPUT].data_ptr() == shard[EMBEDDING].data_ptr())
         for shard in shards

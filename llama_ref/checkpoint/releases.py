@@ -1,6 +1,7 @@
 """Every Llama 3 release that Meta published: name, files, shape.
 
-A folder's own params.json always comes first; this table is for listing, and for making folders that look like a release.
+The table is for listing, planning and making folders like a release. A folder's own params.json
+always takes precedence.
 """
 
 import difflib
@@ -13,9 +14,10 @@ from llama_ref.errors import RequestError
 
 @dataclass(frozen=True)
 class Release:
-    """One release: `params` is its params.json, `weights` is bf16, fp8-mixed, int4 or int8, `max_seq_len` is in tokens.
+    """One release: `params` is its params.json, `weights` is bf16, fp8-mixed, int4 or int8.
 
-    `rope_scaling_factor` is None where RoPE is not scaled; `tied` says whether output and embedding are one matrix.
+    `max_seq_len` counts tokens. `rope_scaling_factor` is None if RoPE is not scaled. `tied`: output
+    and embedding are one matrix.
     """
 
     name: str
@@ -60,7 +62,7 @@ SHAPES = {
 }
 SHARDS = {"1B": 1, "3B": 1, "8B": 1, "70B": 8, "405B": 8}
 TIED = {"1B", "3B"}
-FACTORS = {"1B": 32, "3B": 32, "8B": 8, "70B": 8, "405B": 8}  # of the RoPE scaling; no file says them
+ROPE_FACTORS = {"1B": 32, "3B": 32, "8B": 8, "70B": 8, "405B": 8}  # not in any of Meta's files
 
 INT4 = {"quantization_args": {"group_size": 256}}
 QLORA = {**INT4, "lora_args": {"rank": 16, "scale": 2.0}}
@@ -85,7 +87,7 @@ def _release(
     max_seq_len: int = 131072,
     use_scaled_rope: bool | None = True,
 ) -> Release:
-    """A release of a given size, with what its params.json adds. `use_scaled_rope` None: the file has no such key."""
+    """A release of a size; `params` adds to its shape; `use_scaled_rope` None omits that key."""
     scaling = {} if use_scaled_rope is None else {"use_scaled_rope": use_scaled_rope}
     return Release(
         name=name,
@@ -93,7 +95,7 @@ def _release(
         shards=shards or SHARDS[size],
         weights=weights,
         max_seq_len=max_seq_len,
-        rope_scaling_factor=FACTORS[size] if use_scaled_rope else None,
+        rope_scaling_factor=ROPE_FACTORS[size] if use_scaled_rope else None,
         tied=size in TIED,
         params={**SHAPES[size], **scaling, **(params or {})},
     )
@@ -108,7 +110,7 @@ def _405b(name: str) -> list[Release]:
     return [
         _release(f"{name}:bf16-mp8", "405B", repo=repo),
         _release(name, "405B", repo=f"{repo}-FP8", weights="fp8-mixed"),
-        # 16 processes need a KV head each, so each of the 8 stands twice in these files.
+        # 16 processes need a KV head each, so these files hold each of the 8 twice.
         _release(f"{name}:bf16-mp16", "405B", {"n_kv_heads": 16}, repo=repo, shards=16),
     ]
 
@@ -122,15 +124,15 @@ def _int4(name: str, size: str) -> list[Release]:
     ]
 
 
-# The shape in Meta's published list (llama_models.sku_list) is that of the 1B until pruning: it names the FFN's width and
-# RoPE's base in its own way, and none of the formula's keys.
+# A pruned 1B. Its entry in Meta's list (llama_models.sku_list) has other names for the FFN's width
+# and RoPE's base, and no keys for the FFN formula.
 PRUNED_GUARD = Release(
     name="Llama-Guard-3-1B:int4",
     huggingface_repo="meta-llama/Llama-Guard-3-1B-INT4",
     shards=1,
     weights="int4",
     max_seq_len=131072,
-    rope_scaling_factor=FACTORS["1B"],
+    rope_scaling_factor=ROPE_FACTORS["1B"],
     tied=True,
     params={
         **{key: SHAPES["1B"][key] for key in ("dim", "n_heads", "n_kv_heads", "vocab_size", "norm_eps")},
@@ -160,13 +162,13 @@ RELEASES: dict[str, Release] = {
         _release("Llama3.2-3B", "3B"),
         _release("Llama3.2-3B-Instruct", "3B"),
         *_int4("Llama3.2-3B-Instruct", "3B"),
-        _release("Llama3.2-11B-Vision", "8B", _vision(448, 8)),  # the text part of an 8B and of a 70B
+        _release("Llama3.2-11B-Vision", "8B", _vision(448, 8)),  # text part: an 8B, or a 70B
         _release("Llama3.2-11B-Vision-Instruct", "8B", _vision(560, 8)),
         _release("Llama3.2-90B-Vision", "70B", _vision(560, 20)),
         _release("Llama3.2-90B-Vision-Instruct", "70B", _vision(560, 20)),
         _release("Llama3.3-70B-Instruct", "70B"),
-        # Meta's list gives this one Llama 2's vocabulary of 32,000 and multiple_of 256, as it does every Llama 2. It is a
-        # fine-tuned Llama 3 8B with Llama 3's tokenizer: the vocabulary is 128,256, and either multiple gives 14,336.
+        # Meta's list has Llama 2's vocabulary of 32,000 and multiple_of 256 here. But this is a
+        # fine-tuned Llama 3 8B: the vocabulary is 128,256, and either multiple gives 14,336.
         _release("Llama-Guard-2-8B", "8B", max_seq_len=4096, use_scaled_rope=None),
         _release("Llama-Guard-3-1B", "1B"),
         PRUNED_GUARD,
@@ -178,11 +180,14 @@ RELEASES: dict[str, Release] = {
 
 
 def find_release(name: str) -> Release:
-    """The release of that name, written with `:` or, as its folder, with `-`. Raises RequestError with the closest names."""
+    """Find a release by its name, with `:` or with `-` as in folder names.
+
+    Raises RequestError with the closest names.
+    """
     for release in RELEASES.values():
         if name in (release.name, release.folder):
             return release
     by_lower = {candidate.lower(): candidate for candidate in RELEASES}
     close = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)]
     hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(RELEASES)}"
-    raise RequestError(f"{name!r} is no Llama 3 release; {hint}")
+    raise RequestError(f"unknown Llama 3 release {name!r}; {hint}")

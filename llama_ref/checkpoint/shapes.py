@@ -1,4 +1,4 @@
-"""What tensors the shards of a text model in bf16 hold: names, shapes, dtypes; and which releases hold others."""
+"""The names, shapes and dtypes of a text model's tensors, and which releases have others."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,15 +16,16 @@ from llama_ref.parallel.sharding import split_dim
 
 Shape = tuple[int, ...]
 
-# Older files carry RoPE's frequencies, Meta's once and Hugging Face's in every layer; they follow from params.json.
+# Older files hold RoPE's frequencies, Meta's once and Hugging Face's in every layer. params.json
+# implies them.
 IGNORED = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def other_kind(args: ModelArgs, folder: Path | None = None) -> str | None:
-    """The kind of release, and what shows it, whose tensors are not those of `expected_shapes`; None for any other.
+    """The kind of a release that is not a text model in bf16, and how that is known; else None.
 
-    Only its files tell an fp8 release, so that `folder` has to be given to find one.
+    An fp8 release is recognized only by its files, in `folder`.
     """
     if args.quantization_args is not None:
         return "an int4 release (quantization_args in params.json)"
@@ -37,8 +38,8 @@ def other_kind(args: ModelArgs, folder: Path | None = None) -> str | None:
     return None
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Leaves parameters as they are made: to draw the meta device's from a distribution imports a compiler, for 0.8 s."""
+class _Uninitialized(TorchFunctionMode):
+    """Skip torch.nn.init: on the meta device it imports a compiler, which takes 0.8 s."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -48,20 +49,20 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def model_without_memory(args: ModelArgs) -> Transformer:
-    """A model on the meta device: modules and shapes."""
-    with torch.device("meta"), _Uninitialised():
+    """A model on the meta device: modules and shapes, without weights."""
+    with torch.device("meta"), _Uninitialized():
         return Transformer(args)
 
 
 def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
-    """Whole tensors' shapes by name, in the model's order."""
-    model = model_without_memory(replace(args, n_layers=1))  # all layers are alike, and thousands of them would take a minute
+    """The shapes of a model's whole tensors by name, in the model's order."""
+    model = model_without_memory(replace(args, n_layers=1))  # fast; all layers are alike
     shapes = ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     out: dict[str, Shape] = {}
-    for is_layer, group in groupby(shapes, lambda named: named[0].startswith("layers.0.")):
-        alike = list(group)
+    for is_layer, group in groupby(shapes, lambda item: item[0].startswith("layers.0.")):
+        named = list(group)
         for layer in range(args.n_layers if is_layer else 1):
-            out |= {name.replace("layers.0.", f"layers.{layer}.", 1): shape for name, shape in alike}
+            out |= {name.replace("layers.0.", f"layers.{layer}.", 1): shape for name, shape in named}
     return out
 
 
@@ -74,9 +75,9 @@ def shard_shape(name: str, whole: Shape, n_shards: int) -> Shape:
 def misfits(
     shards: Mapping[str, Mapping[str, tuple[str, Shape]]], expected: Mapping[str, Shape], n_shards: int
 ) -> dict[str, list[str]]:
-    """For each shard, which of the `expected` tensors it lacks or has in another shape or dtype.
+    """For each shard, the `expected` tensors that are missing or have the wrong shape or dtype.
 
-    `shards` give the dtype's name and the shape of each tensor. Where none has an output, it is tied to the embedding.
+    `shards` holds each tensor's dtype name and shape. If no shard has an output, it is tied.
     """
     if not any("output.weight" in tensors for tensors in shards.values()):
         expected = {name: shape for name, shape in expected.items() if name != "output.weight"}
@@ -85,12 +86,12 @@ def misfits(
 
 
 def is_ignored(name: str) -> bool:
-    """Whether files may hold this tensor, which is not read."""
+    """Whether this tensor may be in the files although no model needs it."""
     return IGNORED.fullmatch(name) is not None
 
 
 def strangers(tensors: Iterable[str], expected: Collection[str]) -> list[str]:
-    """The names of tensors that the model has no place for."""
+    """The names of tensors that are not part of the model."""
     return [name for name in tensors if name not in expected and not is_ignored(name)]
 
 

@@ -1,8 +1,8 @@
 """Copy tensors from mapped files to a GPU through two buffers of pinned memory.
 
-The driver copies pageable memory through a small buffer of its own: the file's page faults, the
-host copy and the transfer follow one another on one thread. Here all threads fill one pinned buffer
-while the GPU fetches the other. Bytes travel in the file's dtype; casts run on the GPU.
+The driver copies pageable memory through a small buffer of its own: page faults, host copy and
+transfer take turns on one thread. Here all threads fill one pinned buffer while the GPU fetches the
+other. Bytes travel in the file's dtype; casts run on the GPU.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ N_BUFFERS = 2
 
 
 class Event(Protocol):
-    """What marks a copy in the device's queue; a torch.cuda.Event."""
+    """A mark in the device's queue after a copy; torch.cuda.Event is one."""
 
     def synchronize(self) -> None: ...
 
@@ -30,7 +30,7 @@ class PinnedCopier:
     """Copies tensors to a device through reused host buffers.
 
     `buffers` are uint8 tensors of one size. `submit(copy)` queues `copy` on the device and returns
-    an event that marks its end; copies run in the order in which they were submitted.
+    an event that marks its end; copies run in the order of submission.
     """
 
     def __init__(self, buffers: list[Tensor], submit: Submit):
@@ -46,7 +46,7 @@ class PinnedCopier:
         target: Tensor,
         release: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Fill `target`, on the device, from `source`, on the host; shapes equal, dtypes any.
+        """Copy `source`, on the host, to `target`, on the device: equal shapes, any dtypes.
 
         The device may still be copying on return, but `source` has been read completely.
         `release(part)` is called for each part of `source` as soon as it has been read.
@@ -88,15 +88,15 @@ class PinnedCopier:
 def pinned_copier(device: torch.device | str) -> Iterator[PinnedCopier | None]:
     """A copier to a CUDA device, for the duration of a load.
 
-    None for other devices and where the system gives no pinned memory: `Tensor.copy_` does it then.
-    On exit all copies are complete and the pinned memory is returned to the system.
+    None for other devices and without pinned memory: use `Tensor.copy_` then. On exit all copies
+    are complete and the pinned memory is returned to the system.
     """
-    device = torch.device(device)
-    copier = _pinned_copier(device) if device.type == "cuda" else None
+    to = torch.device(device)
+    copier = _pinned_copier(to) if to.type == "cuda" else None
     yield copier
     if copier:
         copier.close()
-        # Private, and missing in old releases: without it torch keeps the memory for later copies.
+        # Private, and missing in old releases. Without it torch keeps the memory for later copies.
         getattr(torch._C, "_host_emptyCache", lambda: None)()
 
 
@@ -105,7 +105,7 @@ def _pinned_copier(device: torch.device) -> PinnedCopier | None:
         return None
     try:
         buffers = [_pinned_buffer() for _ in range(N_BUFFERS)]
-    except RuntimeError:  # a limit on locked memory
+    except RuntimeError:  # such as a limit on locked memory
         return None
     return PinnedCopier(buffers, partial(_run, device))
 
@@ -115,8 +115,8 @@ def _pinned_buffer() -> Tensor:
 
 
 def _run(device: torch.device, copy: Callable[[], None]) -> Event:
-    # On the current stream: the caching allocator may reuse memory that this stream has freed, and
-    # the host fills the next buffer at the same time in any case.
+    # On the current stream: the caching allocator may reuse memory that this stream has freed. A
+    # second stream would gain nothing, since the host fills the next buffer in any case.
     copy()
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
@@ -124,7 +124,7 @@ def _run(device: torch.device, copy: Callable[[], None]) -> Event:
 
 
 def _parts(source: Tensor, target: Tensor, n_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split both alike into parts of at most `n_bytes` of the source, whole rows where they fit."""
+    """Split both into the same parts of at most `n_bytes` of the source, whole rows if they fit."""
     if source.nbytes <= n_bytes:
         if source.numel():
             yield source, target
@@ -139,5 +139,5 @@ def _parts(source: Tensor, target: Tensor, n_bytes: int) -> Iterator[tuple[Tenso
 
 
 def _view(buffer: Tensor, like: Tensor) -> Tensor:
-    """The start of a uint8 buffer as a contiguous tensor of another's shape and dtype."""
+    """The start of a uint8 buffer, as a contiguous tensor with the shape and dtype of `like`."""
     return buffer[: like.nbytes].view(like.dtype).view(like.shape)

@@ -364,7 +364,7 @@ def test_tensors_that_are_not_dense_are_refused(alter, tiny, make, kind):
 
 
 def test_a_shard_without_embedding_is_neither_tied_nor_not(alter):
-    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth holds no tok_embeddings\.weight; it is no shard"):
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth holds no tok_embeddings\.weight; it is not a shard"):
         is_tied(open_folder(alter(tok_embeddings__weight=None)))
 
 

@@ -301,7 +301,7 @@ def test_where_nothing_can_be_written_is_told_before_anything_is_loaded(run, tmp
         (("spectra", "{}", "--to", "int3"), "--to is 'int3', expected"),
         (("lens", "{}", "x", "--png"), "--png needs a value: --png FOLDER"),
         (("lens", "{}", "x", "--target", "--json"), "--target needs a value: --target TEXT"),
-        (("rope", "nowhere-at-all"), "there is no folder nowhere-at-all"),
+        (("rope", "nowhere-at-all"), "no checkpoint at nowhere-at-all"),
         (("lens", "{}", "x", "--compile"), "unknown flag --compile"),
         (("lens", "{}", "x", "--quantize", "int3"), "quantize is 'int3'"),
         (("lens", "{}", "x", "--device", "gpu"), "unknown device gpu"),

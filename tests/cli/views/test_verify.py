@@ -91,7 +91,7 @@ CASES = {  # (change of the folder, exit code, exit code with --quick, last line
         "4 of 5 files are sound; checklist.chk is an HTML page",
     ),
     "nothing in it": (emptied, 2, 2, "could not be checked: it holds no params.json"),
-    "gone": (shutil.rmtree, 2, 2, "llama-ref: there is no folder"),
+    "gone": (shutil.rmtree, 2, 2, "llama-ref: no checkpoint at"),
 }
 
 

@@ -1,7 +1,8 @@
-"""Weights that were never checked are not loaded: each file is compared with checklist.chk once, and that is remembered.
+"""Check files against checklist.chk when they are first loaded, and remember the result.
 
-A stamp in the user's cache directory says which sum a file with this path, size, times and inode had. As long as all of these
-stay, the next start costs nothing; a file that changed is hashed again. Hashing runs beside loading, in threads.
+A stamp in the user's cache directory holds the sum of a file with this path, size, times and inode.
+While these stay the same, the next load costs nothing; a changed file is hashed again. Hashing runs
+in threads while the weights load.
 """
 
 import contextlib
@@ -31,33 +32,34 @@ from llama_ref.vocabulary import ADDED_TOKENS
 Verify = Literal["auto", "always", "never"]
 
 LOCK_WAIT_SECONDS = 0.02  # between two tries for a lock that another process holds
-STAMP_LIMIT_BYTES = 1 << 16  # a path and a few numbers; what is longer is no stamp
-NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # a link is not followed, a pipe not waited for
+STAMP_LIMIT_BYTES = 1 << 16  # a path and a few numbers; anything longer is not a stamp
+NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # follow no link, wait for no pipe
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str | Path | None = None) -> Iterator[None]:
-    """Check the files that are about to be used while the block loads them; it ends well only if all of them are whole.
+    """Check a folder's files while the block loads them; the exit raises if one is damaged.
 
-    "auto" checks files that no stamp vouches for, where there is a checklist (else one line says that there is none); "always"
-    hashes them whatever the stamps say; "never" does nothing. `tokenizer` is checked if it lies in the folder. Raises
-    CheckpointError for a file that is not what the list says, that it does not name, or that changes meanwhile.
+    "auto" checks files without a valid stamp, or warns that there is no checklist; "always" hashes
+    all files; "never" does nothing. `tokenizer` is checked if it is in the folder. Raises
+    CheckpointError for a file that differs from the list, is not named in it, or changes while it
+    is loaded.
     """
     if verify not in ("auto", "always", "never"):
         raise RequestError(f"verify is {verify!r}, expected auto, always or never")
     if verify == "never":
         yield
         return
-    begun_ns = time.time_ns()
-    files = _wanted(folder, tokenizer, verify)
+    started_ns = time.time_ns()
+    files = _files_to_check(folder, tokenizer, verify)
     cancel = threading.Event()
     with ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify") as pool:
         try:
-            checks: list[Future[None]] = [pool.submit(file.check, verify, begun_ns, cancel) for file in files]
+            checks: list[Future[None]] = [pool.submit(file.check, verify, started_ns, cancel) for file in files]
             for params in checks[:1]:
-                params.result()  # the rest is loaded by what it says
+                params.result()  # before anything is loaded by it
             yield
             for check in as_completed(checks):
                 check.result()
@@ -68,7 +70,7 @@ def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str |
             raise
 
 
-def _wanted(folder: CheckpointFolder, tokenizer: str | Path | None, verify: Verify) -> list["_File"]:
+def _files_to_check(folder: CheckpointFolder, tokenizer: str | Path | None, verify: Verify) -> list["_File"]:
     if folder.checklist is None:
         message = f"{folder.path} has no checklist.chk, so nothing says whether its files are whole"
         if verify == "always":
@@ -80,20 +82,23 @@ def _wanted(folder: CheckpointFolder, tokenizer: str | Path | None, verify: Veri
     if tokenizer is not None and Path(tokenizer).parent.resolve() == folder.path.resolve():
         needed.append(Path(tokenizer))
         added = Path(tokenizer).with_name(ADDED_TOKENS)
-        if Path(tokenizer).suffix != ".json" and os.path.lexists(added):  # then it is read too
+        if Path(tokenizer).suffix != ".json" and os.path.lexists(added):  # it is read too
             needed.append(added)
-    foreign = [path.name for path in needed if path.name not in entries]
-    if foreign:
+    unlisted = [path.name for path in needed if path.name not in entries]
+    if unlisted:
         raise CheckpointError(
-            f"{folder.checklist} does not name {', '.join(foreign)}, so they cannot be checked; fetch the release's full list, "
-            "move what is not part of it away, or load with verify=never"
+            f"{folder.checklist} does not name {', '.join(unlisted)}, so they cannot be checked; fetch the full list, "
+            "move files that are not part of it away, or load with verify=never"
         )
     return [_File(path, entries[path.name]) for path in needed]
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it is when loading begins, and what the list says of it. Raises CheckpointError if it is no plain file."""
+    """A file at the start of a load, and its entry in the list.
+
+    Raises CheckpointError if it is not a plain file.
+    """
 
     path: Path
     entry: Entry
@@ -102,40 +107,40 @@ class _File:
     def __post_init__(self) -> None:
         object.__setattr__(self, "identity", self._identity())
 
-    def check(self, verify: Verify, begun_ns: int, cancel: threading.Event) -> None:
-        """Raise CheckpointError if the file is not what the list says; hash it unless its sum is known.
+    def check(self, verify: Verify, started_ns: int, cancel: threading.Event) -> None:
+        """Raise CheckpointError if the file differs from the list; hash it unless its sum is known.
 
-        Of several processes that want the same file, one hashes, and the others wait for what it finds.
+        Of several processes, one hashes the file and the others wait for its result.
         """
-        found = self._known_sum(verify, begun_ns)
+        found = self._known_sum(verify, started_ns)
         if found is None:
             with self._lock(cancel):
-                found = self._known_sum(verify, begun_ns) or self._hash(cancel)
+                found = self._known_sum(verify, started_ns) or self._hash(cancel)
         if found not in (None, self.entry.sum):
             raise CheckpointError(
                 f"{self.path} is not what checklist.chk says: {self.entry.algorithm} {found}, expected {self.entry.sum}. "
-                f"Nothing was loaded; `llama-ref verify {self.path.parent}` tells what is wrong with it"
+                f"Nothing was loaded; `llama-ref verify {self.path.parent}` says what is wrong with it"
             )
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if the file is no longer the one that loading began with."""
+        """Raise CheckpointError if the file has changed since loading began."""
         if self._identity() != self.identity:
-            raise CheckpointError(f"{self.path} changed while it was being checked; try again when it has come to rest")
+            raise CheckpointError(f"{self.path} changed while it was being checked; try again when nothing writes to it")
 
     def _identity(self) -> dict[str, int | str]:
         try:
             status = self.path.stat()
             if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{self.path} is not a plain file (a folder, a device or a pipe stands in its place)")
+                raise CheckpointError(f"{self.path} is not a plain file (it is a folder, a device or a pipe)")
             path = os.path.realpath(self.path)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-        # The time of the last change of the inode is the one that nobody can set back.
+        # ctime, unlike mtime, cannot be set by programs.
         times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
         return {"path": path, "size": status.st_size, **times, "inode": status.st_ino, "sum": self.entry.sum}
 
     def _hash(self, cancel: threading.Event) -> str | None:
-        """The file's sum, which is remembered; None when cancelled."""
+        """Hash the file and remember its sum; None if cancelled."""
         if cancel.is_set():
             return None
         try:
@@ -148,52 +153,52 @@ class _File:
         self._remember(found)
         return found
 
-    def _known_sum(self, verify: Verify, begun_ns: int) -> str | None:
-        """The sum this file was found to have: by anyone since `begun_ns`, or earlier, if it was right and that will do."""
+    def _known_sum(self, verify: Verify, started_ns: int) -> str | None:
+        """The sum in the stamp, if it was found since `started_ns`; with "auto", any right sum."""
         try:
             stamp = json.loads(_read_own(self._stamp_path()))
             found, hashed_ns = str(stamp["found"]), int(stamp["hashed_ns"])
             is_of_this_file = stamp["file"] == self.identity
-        except Exception:  # whatever is wrong with a stamp, it vouches for nothing
+        except Exception:  # a stamp that cannot be read proves nothing
             return None
-        is_fresh = begun_ns <= hashed_ns <= time.time_ns()
+        is_fresh = started_ns <= hashed_ns <= time.time_ns()
         is_enough = is_fresh or (verify == "auto" and found == self.entry.sum)
         return found if is_of_this_file and is_enough else None
 
     def _remember(self, found: str) -> None:
-        """Where the cache cannot be written, the file is only hashed again next time."""
+        """Write a stamp; if that fails, the file is hashed again next time."""
         stamp = {"file": self.identity, "found": found, "hashed_ns": time.time_ns()}
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             path = self._stamp_path()
-            descriptor, partial = tempfile.mkstemp(dir=path.parent)  # readable and writable for this user alone
+            descriptor, partial = tempfile.mkstemp(dir=path.parent)  # with mode 0600
             stack.callback(Path(partial).unlink, missing_ok=True)
             with open(descriptor, "w") as file:  # noqa: PTH123  a descriptor has no path
                 json.dump(stamp, file)
             Path(partial).replace(path)
 
     def _stamp_path(self) -> Path:
-        """Raises OSError where nothing can be remembered."""
+        """The file of the stamp. Raises OSError if there is no place for stamps."""
         directory = cache_directory() / "verified"
         if Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(self.path.parent)):
-            raise PermissionError(f"{directory} is in a checkpoint's folder, where nothing is written")
+            raise PermissionError(f"{directory} is in a checkpoint's folder, which stays unchanged")
         key = hashlib.sha256(os.fsencode(f"{self.identity['path']}\0{self.entry.sum}")).hexdigest()
         return directory / f"{key[:32]}.json"
 
     @contextlib.contextmanager
     def _lock(self, cancel: threading.Event) -> Iterator[None]:
-        """Alone among this machine's processes, unless cancelled while waiting or where the cache cannot be written."""
+        """Lock out other processes, if the cache can be written; stop waiting if cancelled."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
                 path = self._stamp_path().with_suffix(".lock")
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
                 stack.callback(os.close, descriptor)
-                while not _is_locked(descriptor) and not cancel.wait(LOCK_WAIT_SECONDS):
+                while not _try_lock(descriptor) and not cancel.wait(LOCK_WAIT_SECONDS):
                     pass
             yield
 
 
-def _is_locked(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -202,22 +207,22 @@ def _is_locked(descriptor: int) -> bool:
 
 
 def _read_own(path: Path) -> bytes:
-    """The bytes of a small file that nobody but this user can have written. Raises OSError for any other."""
+    """Read a small file that only this user can write. Raises OSError for any other file."""
     with open(os.open(path, os.O_RDONLY | NO_LINK), "rb") as file:  # noqa: PTH123  a descriptor has no path
         status = os.fstat(file.fileno())
         is_own = status.st_uid == os.geteuid() and not status.st_mode & 0o022
         if not is_own or not stat.S_ISREG(status.st_mode):
-            raise PermissionError(f"{path} is not this user's own")
+            raise PermissionError(f"{path} does not belong to this user alone")
         return file.read(STAMP_LIMIT_BYTES)
 
 
 def cache_directory() -> Path:
-    """Where this package may keep what it can do without: llama_ref in $XDG_CACHE_HOME, or in ~/.cache.
+    """This package's cache: llama_ref in $XDG_CACHE_HOME or ~/.cache.
 
-    Raises OSError where nobody knows the home directory.
+    Raises OSError if the home directory is unknown.
     """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if named.is_absolute():  # as the XDG specification has it: others are ignored
+    if named.is_absolute():  # the XDG specification ignores relative paths
         return named / "llama_ref"
     try:
         return Path.home() / ".cache" / "llama_ref"

@@ -1,4 +1,4 @@
-"""Is this folder whole, which file is not, why, and what to do."""
+"""Check a checkpoint folder: which files are broken, why, and what to do; write a checklist."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -33,7 +33,7 @@ from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_head, what_is
 from llama_ref.progress import FileProgress
 
-JUST_NOW_SECONDS = 10  # a broken file changed this recently may still be arriving
+JUST_NOW_SECONDS = 10  # a broken file that changed this recently may be a running download
 GROWTH_WAIT_SECONDS = 0.5
 
 NO_LIST = {
@@ -43,7 +43,7 @@ NO_LIST = {
         "the files' structure was checked"
     ),
 }
-# Faults that reading the whole file would not tell more about.
+# Faults that make hashing the file pointless.
 CONCLUSIVE = {*STATE_OF_IMPOSTOR.values(), State.CUT_SHORT, State.LONGER, State.UNREADABLE, State.REFUSED}
 
 
@@ -55,19 +55,21 @@ def verify(
     deep: bool = False,
     progress: FileProgress | None = None,
 ) -> Report:
-    """Check a checkpoint folder against its checklist and itself. Never raises for what is on disk: the Report says it.
+    """Check a checkpoint folder against its checklist and for consistency.
 
-    Every file is looked at for what it is (kind, length, tensors against params.json or config.json and against each other,
-    tokenizer against vocab_size), which is all that `quick` does. Otherwise the files are also hashed, `jobs` at a time
-    (default: one per core), and compared with checklist.chk; where there is none, Meta's weights are compared with the CRC-32
-    sums inside their own archives, and Hugging Face's, which have no such sums, with nothing. `deep` also looks for NaN and
-    infinity in every weight. `progress(path, bytes done, bytes in all)` is called from threads.
+    Faults on disk never raise; the Report has them. First the structure is checked: each file's
+    kind and length, the tensors against params.json or config.json and against one another, the
+    tokenizer against vocab_size. `quick` stops there. Otherwise the files are hashed, `jobs` at a
+    time (default: one per core), and compared with checklist.chk. Without a checklist, Meta's
+    weights are compared with the CRC-32 sums in their own archives; safetensors have no such sums.
+    `deep` also looks for NaN and infinity in every weight. `progress(path, bytes done, total
+    bytes)` is called from threads.
 
     >>> report = verify("Llama3.2-1B-Instruct")
     >>> print(report.summary())
     >>> sys.exit(report.exit_code)
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
         raise RequestError(f"jobs is {jobs!r}, expected a whole number of 1 or more")
     named = Path(folder).expanduser()
@@ -76,10 +78,10 @@ def verify(
         if not folder.is_dir():
             return Report(folder, problem="there is no such folder")
     except OSError as error:
-        return Report(named, problem=f"it cannot be looked into ({error.strerror})")
+        return Report(named, problem=f"it cannot be read ({error.strerror})")
     report = _Check(folder, jobs, quick, deep, progress).run()
-    notes = [*_what_was_not_checked(named, folder, {file.name for file in report.files}), *report.notes]
-    return replace(report, notes=notes, seconds=time.perf_counter() - begun)
+    notes = [*_unchecked_notes(named, folder, {file.name for file in report.files}), *report.notes]
+    return replace(report, notes=notes, seconds=time.perf_counter() - started)
 
 
 def write_checklist(
@@ -89,18 +91,19 @@ def write_checklist(
     jobs: int | None = None,
     progress: FileProgress | None = None,
 ) -> Path:
-    """Write checklist.chk over a folder's files in the form that `md5sum -c` (or `sha256sum -c`) reads; return its path.
+    """Write checklist.chk for a folder's files, as `md5sum -c` or `sha256sum -c` reads it.
 
-    It appears whole or not at all. Raises RequestError for another algorithm or, without `force`, where a list is there
-    already; CheckpointError where a file is broken as far as can be told, which a list would declare to be whole. Damage in
-    params.json or tokenizer.model, or from before the archive was written, cannot be told: a list says what is here now.
+    Returns its path; the file is written atomically. Raises RequestError for another algorithm or,
+    without `force`, for an existing list; CheckpointError for a file that is visibly broken. Damage
+    in params.json or tokenizer.model, or from before a .pth was written, cannot be seen: the list
+    describes the files as they are.
     """
     folder = native_folder(Path(folder).expanduser())
     target = folder / CHECKLIST_NAME
     if algorithm not in ALGORITHM_OF_DIGITS.values():
         raise RequestError(f"algorithm is {algorithm!r}, expected md5 or sha256")
     if target.exists() and not force:
-        raise RequestError(f"{target} is there already; --force replaces it")
+        raise RequestError(f"{target} exists already; --force replaces it")
     report = _Check(folder, jobs, progress=progress, use_list=False).run()  # also reads each archive's own CRC-32 sums
     names = [file.name for file in report.files]
     if report.bad or not names:
@@ -110,7 +113,7 @@ def write_checklist(
 
 @dataclass
 class _Check:
-    """One run of `verify`: what to look at, what was found, one verdict per file."""
+    """One run of `verify`: its options, and the steps that lead to one verdict per file."""
 
     folder: Path
     jobs: int | None
@@ -125,7 +128,7 @@ class _Check:
         form = format_of({*listed, *here})
         names = list(dict.fromkeys([*listed, *files_of(form, here)]))
         if not names:
-            return Report(self.folder, list_report, _why_nothing(self.folder))
+            return Report(self.folder, list_report, _why_no_files(self.folder))
         verdicts = {name: fault for name in names if (fault := cannot_be_opened(self.folder, name))}
         openable = [name for name in names if name not in verdicts]
         stamps = {name: stamp_of(self.folder / name) for name in openable}
@@ -139,10 +142,10 @@ class _Check:
         for name in names:
             if name not in verdicts:
                 verdicts[name] = self._judge(name, listed, hashed.get(name), form, structure)
-        _excuse(verdicts, structure)
+        _clear_misfits(verdicts, structure)
         if self.deep or (not self.quick and not listed and form is META):
             self._scan(verdicts, form, structure)
-        self._notice_growth(verdicts, stamps)
+        self._mark_growing(verdicts, stamps)
         files = [*list_report, *(verdicts[name] for name in names)]
         if form is HUGGING_FACE and not has_weights(form, here) and (pickles := [n for n in here if n.endswith(".bin")]):
             notes.append(f"the weights are here as pickles ({pickles[0]}), which are not read: fetch them as safetensors")
@@ -150,14 +153,14 @@ class _Check:
         return Report(self.folder, files, problem, notes + structure.notes)
 
     def _read_list(self) -> tuple[dict[str, Entry], str | None, list[FileReport], list[str]]:
-        """Entries by name, why a list that is there gave none, its own report if it is bad, and what is odd about it."""
+        """(entries by name, why the list could not be used, its own report in that case, notes)."""
         path = self.folder / CHECKLIST_NAME
         if not self.use_list or not self._is_there(path):
             return {}, None, [], []
         try:
             found = read_checklist(path)
         except CheckpointError as error:
-            kind = _impostor(path)
+            kind = _kind_of(path)
             state = STATE_OF_IMPOSTOR[kind] if kind else State.DAMAGED
             detail = kind or str(error).removeprefix(f"{path} ").removeprefix(f"{path}, ")
             report = FileReport(CHECKLIST_NAME, state, size_of(path), detail=detail)
@@ -165,7 +168,7 @@ class _Check:
         notes = []
         if found.unread_lines:
             lines = ", ".join(map(str, found.unread_lines[:5])) + (", …" if len(found.unread_lines) > 5 else "")
-            notes.append(f"{CHECKLIST_NAME} has lines that are not in md5sum's form and were passed over: {lines}")
+            notes.append(f"{CHECKLIST_NAME} has lines that are not in md5sum's format and were skipped: {lines}")
         return {entry.name: entry for entry in found.entries}, None, [], notes
 
     def _hash(self, names: Iterable[str], listed: Mapping[str, Entry]) -> dict[str, Hashed | OSError]:
@@ -179,7 +182,7 @@ class _Check:
     def _is_there(path: Path) -> bool:
         try:
             return path.exists()
-        except OSError:  # such as a link that leads back to itself
+        except OSError:  # such as a link to itself
             return True
 
     def _judge(
@@ -207,7 +210,7 @@ class _Check:
         cancel = Event()
 
         def one(name: str) -> None:
-            path, begun = self.folder / name, time.perf_counter()
+            path, started = self.folder / name, time.perf_counter()
             try:
                 options = {"progress": self.progress, "cancel": cancel}
                 if form is HUGGING_FACE:
@@ -218,7 +221,7 @@ class _Check:
                 verdicts[name] = replace(verdicts[name], state=State.UNREADABLE, detail=str(error))
                 return
             if verdicts[name].seconds is None:
-                verdicts[name] = replace(verdicts[name], seconds=time.perf_counter() - begun)
+                verdicts[name] = replace(verdicts[name], seconds=time.perf_counter() - started)
             if scan.wrong_crc:
                 detail = f"{scan.wrong_crc[0]} does not match the archive's own CRC-32"
                 verdicts[name] = replace(verdicts[name], state=State.DAMAGED, detail=detail)
@@ -229,8 +232,8 @@ class _Check:
         names = [name for name in (*structure.pth, *structure.safetensors) if verdicts[name].ok]
         run_all([partial(one, name) for name in names], self.jobs, cancel)
 
-    def _notice_growth(self, verdicts: dict[str, FileReport], stamps: Mapping[str, tuple[int, int] | None]) -> None:
-        """A file that changed during the check is not broken but unfinished; a broken one just written gets a moment."""
+    def _mark_growing(self, verdicts: dict[str, FileReport], stamps: Mapping[str, tuple[int, int] | None]) -> None:
+        """Mark files that changed during the check; wait a moment for broken ones that are new."""
         short = [name for name in stamps if not verdicts[name].ok and age_seconds(self.folder / name) < JUST_NOW_SECONDS]
         if short and all(stamps[name] == stamp_of(self.folder / name) for name in short):
             time.sleep(GROWTH_WAIT_SECONDS)
@@ -242,7 +245,7 @@ class _Check:
 
 
 def _missing(form: Format, names: list[str], structure: Structure, listed: Mapping[str, Entry]) -> list[str]:
-    """Files that must exist by the weights' numbers, shapes or index but do not; without a list also those of other kinds."""
+    """Missing files, as the weights' numbers, shapes or index show; without a list, also others."""
     missing = [name for name in structure.needed if name not in names]
     if listed:
         return missing
@@ -253,8 +256,8 @@ def _missing(form: Format, names: list[str], structure: Structure, listed: Mappi
     return missing if any(name in names for name in form.tokenizers) else [*missing, form.tokenizers[0]]
 
 
-def _why_nothing(folder: Path) -> str:
-    """Why there is nothing to check, and where there may be."""
+def _why_no_files(folder: Path) -> str:
+    """Why there is nothing to check, and which of the folders inside are checkpoints."""
     problem = "it holds no params.json, consolidated.NN.pth or tokenizer.model, and no config.json or model.safetensors"
     places = {name: (folder / name, folder / name / "original") for name in names_in(folder)}
     within = [name for name, either in places.items() if any(map(checkpoint_files, either))]
@@ -266,12 +269,12 @@ def _why_nothing(folder: Path) -> str:
     except (OSError, RuntimeError):
         is_root = False
     if is_root:
-        return f"it is where checkpoints lie: name one of {shown}, or check them all with --all"
+        return f"it is the folder of all checkpoints: name one of {shown}, or check them all with --all"
     return f"{problem}; the folders in it do: name one of {shown}"
 
 
-def _what_was_not_checked(named: Path, folder: Path, checked: set[str]) -> list[str]:
-    """Notes about the other format's files, where a repository holds both."""
+def _unchecked_notes(named: Path, folder: Path, checked: set[str]) -> list[str]:
+    """Notes about files of the other format, if a repository has both."""
     form = format_of({*checked, *names_in(folder)})
     other = HUGGING_FACE if form is META else META
     beside = [name for name in names_in(folder) if other.weights.fullmatch(name) and name not in checked]
@@ -280,12 +283,12 @@ def _what_was_not_checked(named: Path, folder: Path, checked: set[str]) -> list[
     if folder != named and has_weights(HUGGING_FACE, names_in(named)):
         return ["Meta's files in original/ were checked; the safetensors beside that folder were not"]
     if form is HUGGING_FACE and files_of(META, names_in(named / "original")):
-        return ["the safetensors were checked; what is in original/, which holds no weights, was not"]
+        return ["the safetensors were checked; original/, which holds no weights, was not"]
     return []
 
 
 def _matches(entry: Entry | None, hashed: Hashed | OSError | None) -> bool | None:
-    """Whether the sum is the listed one; None where there is nothing to compare."""
+    """Whether the sum is the listed one; None if one of the two is missing."""
     return None if entry is None or not isinstance(hashed, Hashed) else entry.sum == hashed.sum
 
 
@@ -305,16 +308,17 @@ def _why_sum_differs(report: FileReport, finding: Finding | None, form: Format, 
     return replace(report, state=State.DAMAGED, detail=finding.detail if finding else plain)
 
 
-def _excuse(verdicts: dict[str, FileReport], structure: Structure) -> None:
-    """Files whose sums are right do not misfit because of others that are broken."""
+def _clear_misfits(verdicts: dict[str, FileReport], structure: Structure) -> None:
+    """Clear files with the right sum of misfits that other, broken files explain."""
     doubtful = [name for name, finding in structure.findings.items() if finding.by_others]
     if any(not report.ok for name, report in verdicts.items() if name not in doubtful or report.state is not State.MISFIT):
         for name in doubtful:
-            if verdicts[name].state is State.MISFIT and verdicts[name].found_sum:  # a wrong sum has another state by now
+            # With a wrong sum, the state is another one.
+            if verdicts[name].state is State.MISFIT and verdicts[name].found_sum:
                 verdicts[name] = replace(verdicts[name], state=State.WHOLE, detail="")
 
 
-def _impostor(path: Path) -> str | None:
+def _kind_of(path: Path) -> str | None:
     try:
         return what_is(read_head(path))
     except CheckpointError:

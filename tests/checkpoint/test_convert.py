@@ -1,4 +1,4 @@
-"""Folders written anew in other shards and in the other format: the same model, little memory, and whole or not there."""
+"""Converted folders hold the same model, take little memory, and are complete or absent."""
 
 import hashlib
 import json
@@ -40,9 +40,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CUT_ON_1 = ("wo.weight", "w2.weight")
 WQ, W1 = "layers.0.attention.wq.weight", "layers.1.feed_forward.w1.weight"
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells how much memory is held")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads memory use from /proc")
 
-# 48 query heads, a feed-forward width of 288 and 624 tokens: 2, 3, 4, 6, 8 and 16 divide them.
+# 48 query heads, a feed-forward width of 288 and 624 tokens: divisible by 2, 3, 4, 6, 8 and 16.
 MANY_HEADS = {
     "dim": 96,
     "n_layers": 2,
@@ -55,7 +55,7 @@ MANY_HEADS = {
     "use_scaled_rope": True,
     "of a later release": {"kept": [1, None, "예"]},
 }
-# Where a shard's query heads look through parts of groups of 6, a head of theirs stands once for each part.
+# Where a shard splits groups of 6 query heads, it holds a KV head once for each part of a group.
 KV_HEADS_IN = {1: 8, 2: 8, 3: 24, 4: 8, 6: 24, 8: 8, 16: 16}
 
 
@@ -70,7 +70,7 @@ def source(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resharded(source, tmp_path_factory) -> dict[int, Path]:
-    """It in every number of shards."""
+    """The source in every number of shards."""
     root = tmp_path_factory.mktemp("resharded")
     return {shards: to_meta(source, root / str(shards), shards=shards) for shards in KV_HEADS_IN}
 
@@ -191,7 +191,7 @@ def test_parts_of_different_dtypes_lose_nothing(tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_equal_heads_are_copies_only_where_shards_need_them(tmp_path, shards):
-    """A model may be born with heads that are alike, to part later in training."""
+    """A new model may have equal heads that later training makes different."""
     folder = tiny_folder(tmp_path / "source", shards=shards)
     for number in range(shards):
         names = [f"layers.{layer}.attention.w{kind}.weight" for layer in range(2) for kind in "kv"]
@@ -201,7 +201,7 @@ def test_equal_heads_are_copies_only_where_shards_need_them(tmp_path, shards):
 
 
 def test_copied_heads_do_not_change_what_rope_is_stretched_by(tmp_path):
-    """The 3.2 1B's shape means 32, and with its 8 heads written twice it is another shape."""
+    """The 3.2 1B's shape implies a factor of 32; with repeated KV heads, the shape differs."""
     small = {"n_layers": 1, "vocab_size": 512, "multiple_of": 16, "ffn_dim_multiplier": 0.05, "use_scaled_rope": True}
     params = PARAMS | small | {"dim": 2048, "n_heads": 32, "n_kv_heads": 8}
     source = make_random_checkpoint(tmp_path / "1", params)
@@ -222,7 +222,7 @@ def test_shards_are_as_many_as_there_were_unless_said(tmp_path):
 
 
 def nearest_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The upper 16 bits of each float32, rounded to the nearest, a tie to the even one."""
+    """The upper 16 bits of each float32, rounded to nearest, ties to even."""
     bits = values.view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -230,7 +230,9 @@ def nearest_bfloat16(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("write", [to_meta, to_hugging_face])
 def test_casts_round_to_the_nearest(tmp_path, write):
     source = tiny_folder(tmp_path / "source", dtype=torch.float32)
-    ties = np.array([1.00390625, 1.01171875, 1.0009765625 + 2**-11, 65519.0, 1e-7, 2**-25], np.float32)  # halfway, or below all
+    ties = np.array(
+        [1.00390625, 1.01171875, 1.0009765625 + 2**-11, 65519.0, 1e-7, 2**-25], np.float32
+    )  # ties, and values too small
     with_weights(source, lambda weights: weights["norm.weight"][: len(ties)].copy_(torch.from_numpy(ties)))
 
     def cast(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -252,7 +254,7 @@ def test_a_number_that_would_become_infinite_is_refused(tiny, tmp_path, write):
         write(tiny, tmp_path / "target", dtype=torch.float16)
     assert not (tmp_path / "target").exists()
     with_weights(tiny, lambda weights: weights[W1][3, 5].fill_(float("-inf")))
-    write(tiny, tmp_path / "target", dtype=torch.float16)  # what is infinite already is no loss
+    write(tiny, tmp_path / "target", dtype=torch.float16)  # infinity in the source is fine
 
 
 # Hugging Face's format -------------------------------------------------------------------------------------------------------
@@ -307,11 +309,12 @@ def test_a_folder_of_that_format_keeps_its_own_words(tiny, tmp_path):
     with pytest.raises(RequestError, match="leave --chat out"):
         to_hugging_face(source, tmp_path / "chat", chat=True)
     expected = sums(target)
-    assert sums(to_hugging_face(target, target, max_shard_bytes=20_000, force=True)) == expected  # in its own place
+    in_place = to_hugging_face(target, target, max_shard_bytes=20_000, force=True)
+    assert sums(in_place) == expected
 
 
 def test_a_folder_without_a_tokenizer_stays_one_and_has_no_place_in_the_other_format(tmp_path):
-    """config.json names the tokens that begin and end a text."""
+    """config.json needs the ids of the tokens that begin and end a text."""
     source = make_random_checkpoint(tmp_path / "source", PARAMS)
     assert sums(to_meta(source, tmp_path / "same")) == sums(source)
     with pytest.raises(CheckpointError, match="has no tokenizer, but"):
@@ -349,7 +352,7 @@ def test_what_is_no_size_is_refused(text):
 
 
 def hf(folder: Path) -> Path:
-    """A folder in Hugging Face's format, in place of a native one."""
+    """Replace a folder in Meta's format by one in Hugging Face's."""
     target = to_hugging_face(folder, folder.with_name("hf"))
     shutil.rmtree(folder)
     (target / CHECKLIST_NAME).unlink()
@@ -553,8 +556,8 @@ LARGEST_BYTES = 2 * max(map(math.prod, SHAPES.values()))
 
 @pytest.fixture(scope="module")
 def wide() -> Iterator[Path]:
-    """Three matrices of 64 MB each, in one shard and in Hugging Face's format."""
-    with tempfile.TemporaryDirectory() as root:  # not pytest's, which keeps those of three runs
+    """Three matrices of 64 MB each: one shard, eight shards, Hugging Face's format."""
+    with tempfile.TemporaryDirectory() as root:  # pytest keeps the folders of three runs
         small, folder = tiny_folder(Path(root) / "tiny"), Path(root) / "wide"
         folder.mkdir()
         shutil.copy(small / "tokenizer.model", folder)
@@ -586,9 +589,9 @@ MEASURE = textwrap.dedent("""
         "hf": to_hugging_face,
         "float32": lambda s, t: to_hugging_face(s, t, dtype=torch.float32),
     }[kind]
-    write(root / small, root / f"{target} small")  # whatever of the libraries this touches for the first time
+    write(root / small, root / f"{target} small")  # the libraries' first use
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     write(root / source, root / target)
     print(status("VmHWM") - before)
 """)

@@ -1,4 +1,4 @@
-"""Two folders are the same model or not, whatever their shards; the numbers are those of a direct computation."""
+"""Compare folders in any number of shards; the numbers match a direct computation."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def copy(originals, tmp_path) -> Callable[[int], Path]:
 
 
 def edit(folder: Path, change: Callable[[Tensors], object], shard: int = 0) -> Path:
-    """Change the tensors of a shard as `change` does in place."""
+    """Apply `change` to the tensors of a shard, in place."""
     path = folder / f"consolidated.{shard:02d}.pth"
     tensors = torch.load(path, weights_only=True)
     change(tensors)
@@ -53,7 +53,7 @@ def edit(folder: Path, change: Callable[[Tensors], object], shard: int = 0) -> P
 
 
 def written(folder: Path, *shards: Tensors) -> Path:
-    """A folder of these shards, whose params.json says something else, which is not what is compared."""
+    """A folder of these shards; its params.json does not fit them, which the comparison ignores."""
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(PARAMS))
     for number, tensors in enumerate(shards):
@@ -62,10 +62,10 @@ def written(folder: Path, *shards: Tensors) -> Path:
 
 
 def strict_json(comparison: Comparison) -> dict:
-    """What a JSON reader makes of it that knows no NaN."""
+    """The comparison as read by a JSON parser that rejects NaN."""
 
     def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     return json.loads(comparison.to_json(), parse_constant=refuse)
 
@@ -125,7 +125,7 @@ def test_a_single_value_is_found_wherever_it_lies(originals, copy, name, a, b):
     def raise_last(tensors: Tensors) -> None:
         value = tensors[name].flatten()[-1].item()
         tensors[name].view(-1)[-1] = places["new"] = value + 1
-        places["new"] = tensors[name].flatten()[-1].item() - value  # as bfloat16 has it
+        places["new"] = tensors[name].flatten()[-1].item() - value  # rounded to bfloat16
 
     comparison = compare(originals[a], edit(copy(b), raise_last, shard))
     norm = torch.load(originals[1] / "consolidated.00.pth", weights_only=True)[name].double().norm().item()
@@ -154,8 +154,9 @@ def test_one_shard_of_another_dtype_is_a_difference(originals, copy):
 @pytest.mark.parametrize(
     ("a", "b", "found"),
     [
-        (torch.tensor([1 << 62]), torch.tensor([(1 << 62) + 1]), (0, 0, 1)),  # beyond what float64 can tell apart
-        (torch.tensor([(1 << 24) + 1]), torch.tensor([2.0**24]), (1, 1 / ((1 << 24) + 1), 1)),  # beyond float32
+        # Beyond the precision of float64, and of float32.
+        (torch.tensor([1 << 62]), torch.tensor([(1 << 62) + 1]), (0, 0, 1)),
+        (torch.tensor([(1 << 24) + 1]), torch.tensor([2.0**24]), (1, 1 / ((1 << 24) + 1), 1)),
         (torch.zeros(3), torch.tensor([0, 3.0, 4.0]), (4, math.inf, 2)),
         (torch.tensor([0, 3.0, 4.0]), torch.zeros(3), (4, 1, 2)),
         (torch.zeros(3), torch.zeros(3).half(), (0, 0, 0)),
@@ -277,7 +278,7 @@ def test_progress_counts_tensors(originals):
 
 
 def directly(a: np.ndarray, b: np.ndarray) -> tuple[float, float, int]:
-    """(max abs, relative norm, count) by their definitions, in float64; both NaN is no difference."""
+    """(max abs, relative norm, count) by definition, in float64; NaN equals NaN."""
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore", over="ignore"):
         distance = np.where(same, 0, np.abs(a - b))
@@ -291,7 +292,7 @@ numbers = st.sampled_from([0.0, -0.0, 1.0, math.nan, math.inf, -math.inf, 3e38, 
 
 @st.composite
 def pairs(draw) -> tuple[str, Tensor, Tensor]:
-    """A name and two tensors of one shape that differ in some places; either may be a lower precision's values."""
+    """A name and two tensors of one shape, with some different values and any dtypes."""
     shape = draw(st.sampled_from([(4, 4), (8, 4), (4, 12), (12, 8)]))
     values = draw(st.lists(numbers, min_size=math.prod(shape), max_size=math.prod(shape)))
     changes = draw(st.dictionaries(st.integers(0, len(values) - 1), numbers, max_size=6))
@@ -341,7 +342,7 @@ MEASURE = textwrap.dedent("""
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
     small, other, *folders = sys.argv[1:]
-    compare(small, other)  # whatever of the libraries this touches for the first time
+    compare(small, other)  # the libraries' first use
     before = peak()
     for a, b in zip(folders, folders[1:]):
         print(len(compare(a, b).tensors), peak() - before)
@@ -350,9 +351,9 @@ MEASURE = textwrap.dedent("""
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_little_memory_is_taken_whatever_the_size(originals):
-    """Folders of 128 MB: the same in 1 and 2 shards, with values that differ, in another dtype."""
+    """Folders of 128 MB: equal in 1 and 2 shards, with other values, in another dtype."""
     shapes = {EMBEDDING: (24_576, 2048), WO: (8192, 2048)}
-    with tempfile.TemporaryDirectory() as root:  # not pytest's, which outlives the test
+    with tempfile.TemporaryDirectory() as root:  # pytest's outlives the test
         whole = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         halves = {name: tensor.chunk(2, split_dim(name))[0].clone() for name, tensor in whole.items()}
         folders = [

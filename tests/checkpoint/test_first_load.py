@@ -1,4 +1,4 @@
-"""No model from files that were not checked; each is hashed once, and nothing but the file itself vouches for it."""
+"""Only checked files are loaded; each is hashed once, and a stamp is valid for that file only."""
 
 import contextlib
 import fcntl
@@ -48,13 +48,13 @@ def folder(original, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache directory of this test's own."""
+    """An empty cache directory for this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "llama_ref" / "verified"
 
 
 def check(folder: Path, verify: str = "auto", tokenizer: Path | None = None) -> None:
-    """What `Llama.build` does to check a folder, without a model."""
+    """Check a folder as `Llama.build` does, without building a model."""
     with verified(open_folder(folder), verify, tokenizer or folder / TOKENIZER):
         pass
 
@@ -64,14 +64,14 @@ def build(folder: Path, verify: str = "auto", **options) -> Llama:
 
 
 def newly(hashed: list[str]) -> list[str]:
-    """Names since the last look, sorted."""
+    """The files hashed since the last call, sorted."""
     names = sorted(hashed)
     hashed.clear()
     return names
 
 
 def flip(path: Path) -> None:
-    """Change one bit of a weight in place, and put the time of the last change back."""
+    """Flip one bit of a weight in place, and restore mtime."""
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(9000)
@@ -84,14 +84,14 @@ def flip(path: Path) -> None:
 
 
 def renew(path: Path) -> None:
-    """Put a copy with the same size and time in the file's place."""
+    """Replace the file by a copy with the same size and mtime."""
     copy = path.with_name("copy")
     shutil.copy2(path, copy)
     copy.replace(path)
 
 
 def list_wrongly(folder: Path, name: str) -> None:
-    """Let the list say something else of a file, which itself still loads."""
+    """Write a wrong sum for a file into the list; the file itself still loads."""
     lines = (folder / LIST).read_text().splitlines(keepends=True)
     (folder / LIST).write_text("".join("0" * 32 + line[32:] if line.endswith(f"{name}\n") else line for line in lines))
 
@@ -137,7 +137,7 @@ def test_a_folder_that_moved_is_hashed_again(folder, hashed):
 CHANGES = {
     "touched": lambda path: os.utime(path),
     "renewed": renew,
-    "written anew": lambda path: path.write_bytes(path.read_bytes()),
+    "rewritten": lambda path: path.write_bytes(path.read_bytes()),
 }
 
 
@@ -162,7 +162,7 @@ DAMAGES = {
 def test_damage_of_a_stamped_file_is_noticed_though_size_and_time_stay(folder, damage):
     build(folder)
     DAMAGES[damage](folder / SHARD1)
-    for _ in range(2):  # nor is the second try let through
+    for _ in range(2):  # the second try fails too
         with pytest.raises(CheckpointError, match=rf"{SHARD1} is not what checklist.chk says: md5 \w{{32}}, expected \w{{32}}"):
             build(folder)
     assert build(folder, "never")
@@ -339,7 +339,7 @@ def test_hashing_and_loading_overlap_and_no_model_comes_before_both_are_done(fol
 
 def test_a_load_that_fails_does_not_wait_for_sums(folder):
     with (folder / SHARD0).open("r+b") as file:
-        file.truncate(1 << 40)  # half an hour's hashing
+        file.truncate(1 << 40)  # half an hour of hashing
     begun = time.monotonic()
     with pytest.raises(CheckpointError, match=SHARD0):
         build(folder)
@@ -361,7 +361,7 @@ def test_one_bad_file_ends_the_hashing_of_the_others(folder, monkeypatch):
 
 
 def content(folder: Path) -> dict[str, tuple]:
-    """Everything in a folder and when it was written."""
+    """All paths in a folder, with mtime and content."""
     paths = [folder, *folder.rglob("*")]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in paths}
 
@@ -394,7 +394,7 @@ def test_a_user_without_a_home_can_load(folder, hashed, monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", unknown)  # as it is for a container's nameless user
+    monkeypatch.setattr(Path, "home", unknown)  # as for a container's user without a name
     for _ in range(2):
         check(folder)
         assert newly(hashed) == FILES
@@ -458,7 +458,7 @@ def test_a_broken_stamp_vouches_for_nothing_and_breaks_nothing(folder, cache, ha
         BROKEN_STAMPS[broken](path)
     check(folder)
     assert newly(hashed) == FILES
-    if broken != "a folder":  # which nothing can take the place of
+    if broken != "a folder":  # a file cannot replace a folder
         check(folder)
         assert newly(hashed) == []
     list_wrongly(folder, SHARD0)
@@ -479,7 +479,7 @@ def test_another_users_stamp_is_not_believed(folder, cache, hashed):
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_wrong_sum_is_never_remembered_as_good_nor_a_good_one_as_just_found(folder, cache, hashed, hours):
-    """Whatever time a stamp claims, `always` hashes; and a stamp of a bad file condemns no good one."""
+    """`always` hashes whatever time a stamp claims; a stamp with a wrong sum is not used either."""
     check(folder)
     for path in cache.glob("*.json"):
         edited(hashed_ns=time.time_ns() + hours * 3600 * 10**9)(path)
@@ -552,7 +552,10 @@ def test_stamps_are_for_this_user_alone(folder, cache):
 
 
 def checking_process(folder: Path, cache: Path, verify: str, log: Path, n_processes: int) -> None:
-    """Check `folder` beside others: no file is hashed before all have begun; exit with 3 for a bad folder."""
+    """Check `folder` in one of several processes; exit with 3 for a bad folder.
+
+    No file is hashed before all processes have started.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["XDG_CACHE_HOME"] = str(cache)
     read_checklist = module.read_checklist
@@ -582,8 +585,9 @@ def checking_process(folder: Path, cache: Path, verify: str, log: Path, n_proces
 
 @pytest.fixture
 def processes(tmp_path, folder):
-    """Start processes that check the folder at once; they share a log, and are ended with the test."""
-    context = multiprocessing.get_context("fork")  # nothing there needs torch, whose threads stay behind
+    """Start processes that check the folder at the same time and share a log; end them later."""
+    # torch's threads do not survive a fork, but are not needed.
+    context = multiprocessing.get_context("fork")
     log, started = tmp_path / "log", []
     log.touch()
 

@@ -1,4 +1,4 @@
-"""Finding a folder by name or path, and saying what is in it."""
+"""Find a folder by name or path, and its files."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ FILES = ("params.json", "consolidated.00.pth", "tokenizer.model", "checklist.chk
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """An empty `checkpoints` folder where releases are looked for."""
+    """An empty `checkpoints` folder, where releases are looked up."""
     monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(tmp_path / "config"))
     path = tmp_path / "config" / "checkpoints"
     path.mkdir(parents=True)
@@ -21,7 +21,7 @@ def root(tmp_path, monkeypatch):
 
 
 def fill(folder: Path, names=FILES) -> Path:
-    """Make the files of a folder; opening one reads none of them."""
+    """Create a folder with these files; opening it reads none of them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_text(name)

@@ -1,4 +1,4 @@
-"""A folder's faults are told apart: the right file, the right word, the right thing to do."""
+"""Every fault of a folder is reported with the right file, state and advice."""
 
 import base64
 import json
@@ -38,7 +38,7 @@ HTML = b"<!DOCTYPE html>\n<html><body>Sign in to continue</body></html>"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    """A whole folder of two shards, a vocabulary of single bytes and a checklist."""
+    """A sound folder: two shards, a vocabulary of single bytes, a checklist."""
     base = tmp_path_factory.mktemp("integrity")
     lines = [base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)]
     (base / "bytes.model").write_bytes(b"".join(lines))
@@ -52,7 +52,7 @@ def folder(original, tmp_path) -> Path:
 
 @pytest.fixture
 def settled(monkeypatch):
-    """No waiting for files written a moment ago to grow, where a test does not make them grow."""
+    """Do not wait for new files to grow, in tests where none grows."""
     monkeypatch.setattr("llama_ref.checkpoint.integrity.GROWTH_WAIT_SECONDS", 0)
 
 
@@ -116,7 +116,7 @@ def one_more(path: Path) -> None:
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:"
 PARAMS, TOKENIZER, SHARD2 = "params.json", "tokenizer.model", "consolidated.02.pth"
-FAULTS = {  # the file, what is done to it, what it must be called, words of the explanation
+FAULTS = {  # file, change, expected state, words of the summary
     "removed": (SHARD1, Path.unlink, State.MISSING, "is missing: fetch it"),
     "part fetched": (SHARD1, part_fetched, State.MISSING, "its download has not finished"),
     "empty": (SHARD0, written(b""), State.EMPTY, "did not start"),
@@ -161,7 +161,7 @@ QUIETLY_WRONG = {
     "params changed",
     "tokenizer changed",
     "longer tokenizer",
-}  # too small for a look without sums
+}  # found only by sums
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS.keys() - QUIETLY_WRONG))
@@ -211,7 +211,7 @@ def test_links_within_the_folder_and_into_a_hub_caches_blobs_are_followed(folder
 @pytest.mark.parametrize("quick", [True, False])
 def test_missing_shards_are_named_without_a_list_too(folder, settled, quick):
     (folder / "checklist.chk").unlink()
-    (folder / SHARD1).unlink()  # only the shapes in shard 00 tell that there were two
+    (folder / SHARD1).unlink()  # only the shapes in shard 00 imply two shards
     report = verify(folder, quick=quick)
     assert states(report) == {SHARD1: State.MISSING} and report.exit_code == 1
 
@@ -307,7 +307,7 @@ def test_json_has_all_that_a_script_needs(folder, settled):
 # --- any single fault, anywhere ---------------------------------------------------------------------------------------
 
 FILES = [PARAMS, SHARD0, SHARD1, TOKENIZER]
-NAMED_AS = {  # a fault in a text file may look like another: half a JSON object is both cut and damaged
+NAMED_AS = {  # faults in text files may look alike: half a JSON object is both cut and damaged
     "flip": {State.DAMAGED, State.UNWRITTEN},
     "cut": {State.CUT_SHORT, State.EMPTY},
     "append": {State.LONGER},
@@ -323,7 +323,7 @@ def test_any_single_fault_is_found_in_the_right_file(original, settled, tmp_path
     kind = data.draw(st.sampled_from(sorted(NAMED_AS)))
     content = (original / name).read_bytes()
     broken = data.draw(broken_by(kind, content))
-    if broken.strip() == content.strip():  # a line break more or less at the end is no fault with a name of its own
+    if broken.strip() == content.strip():  # a line break at the end has no state of its own
         return
     (original / name).write_bytes(broken)
     try:

@@ -1,4 +1,4 @@
-"""Shards on disk to a model in memory: the same numbers however they lie, little memory, and nothing run."""
+"""Load shards: the same numbers in any layout, little memory, and no code executed."""
 
 import io
 import json
@@ -46,7 +46,7 @@ TINY = {
 SPLITS = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 NORMS = ("attention_norm", "ffn_norm", "norm")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is mapped and how much memory is held")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads mappings and memory use from /proc")
 
 
 def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **options) -> Transformer:
@@ -70,7 +70,7 @@ def tiny(tmp_path) -> Path:
 
 @pytest.fixture
 def alter(tiny) -> Callable[..., Path]:
-    """Write the tiny folder's shard anew with tensors added, replaced or, where None, left out."""
+    """Rewrite the tiny folder's shard with tensors added, replaced or (None) removed."""
 
     def write(**changes) -> Path:
         weights = weights_of(tiny) | {name.replace("__", "."): value for name, value in changes.items()}
@@ -153,7 +153,7 @@ def test_a_tied_output_is_one_tensor(tmp_path, shards, form, dtype):
 
 
 def test_equal_numbers_in_two_places_are_two_tensors(alter, tiny):
-    """Who trains them further must be able to part them, as the file does."""
+    """Further training must be able to change them separately."""
     folder = alter(output__weight=weights_of(tiny)["tok_embeddings.weight"].clone())
     model = load(folder)
     assert torch.equal(model.output.weight, model.tok_embeddings.weight)
@@ -188,7 +188,7 @@ def test_strided_tensors_are_read_as_what_they_show(alter, tiny):
 
 @on_linux
 def test_letting_go_of_pages_spares_what_lies_behind_repeated_rows():
-    """Such a tensor's length, row by row, is far beyond its bytes: what it would let go of is not its own."""
+    """Row by row, such a tensor is longer than its bytes, and would release pages of others."""
     memory = torch.ones(4 << 20)
     release_pages(memory[:64].expand(65536, 64))
     assert memory.all()
@@ -238,7 +238,7 @@ def test_the_shard_at_fault_is_named(tmp_path):
 def test_a_long_list_of_misfits_is_cut(tiny):
     torch.save({f"stray.{i}": torch.zeros(1) for i in range(100)}, shard(tiny))
     lines = refusal(tiny).splitlines()
-    n_expected = len(Transformer(ModelArgs.from_dict(TINY)).state_dict()) - 1  # without an output it counts as tied
+    n_expected = len(Transformer(ModelArgs.from_dict(TINY)).state_dict()) - 1  # no output: tied
     assert len(lines) == 14
     assert lines[-1] == f"  … and {n_expected + 100 - 12} more"
 
@@ -369,7 +369,7 @@ def test_a_shard_without_embedding_is_neither_tied_nor_not(alter):
 
 
 class Payload:
-    """Unpickled by pickle's own rules, it makes a file."""
+    """Creates a file when it is unpickled without restrictions."""
 
     def __init__(self, trace: Path, call: Callable):
         self.trace, self.call = str(trace), call
@@ -392,11 +392,12 @@ def test_nothing_in_a_pickle_runs(tiny, tmp_path, monkeypatch, call, place):
         "a value": {"tok_embeddings.weight": payload},
         "a key": {payload: torch.zeros(2)},
         "the whole": payload,
-        "beside the weights": weights_of(tiny) | {"rope.freqs": payload},  # an ignored name is no way in
+        # Ignored tensors are checked too.
+        "beside the weights": weights_of(tiny) | {"rope.freqs": payload},
     }[place]
     torch.save(contents, shard(tiny))
     torch.load(shard(tiny), weights_only=False)
-    assert trace.exists()  # the payload works where pickles are trusted
+    assert trace.exists()  # the payload works without restrictions
     trace.unlink()
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -410,7 +411,7 @@ def test_nothing_in_a_pickle_runs(tiny, tmp_path, monkeypatch, call, place):
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory) -> tuple[Path, bytes, int, int]:
-    """A folder to damage, its shard's sound bytes, and where the pickle lies in them."""
+    """A folder to damage, its shard's bytes, and the pickle's offset and length in them."""
     folder = make_random_checkpoint(tmp_path_factory.mktemp("victim") / "tiny", TINY | {"n_layers": 1})
     whole = shard(folder).read_bytes()
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
@@ -418,7 +419,7 @@ def victim(tmp_path_factory) -> tuple[Path, bytes, int, int]:
     return folder, whole, whole.index(data), len(data)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, on pickles of strange protocols
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, for unusual pickle protocols
 @given(data=st.data())
 @settings(max_examples=300)
 def test_damaged_archives_raise_nothing_else(victim, data):
@@ -445,7 +446,7 @@ def test_progress_rises_to_the_whole(tmp_path):
     for shards in (1, 4):
         folder = make_random_checkpoint(tmp_path / str(shards), TINY, shards=shards, tied=True)
         calls = []
-        load(folder, progress=lambda done, total: calls.append((done, total)))  # noqa: B023, it is called at once
+        load(folder, progress=lambda done, total: calls.append((done, total)))  # noqa: B023, called at once
         done, totals = zip(*calls, strict=True)
         assert list(done) == sorted(set(done)) and set(totals) == {done[-1]}
         embedding_and_norms = 2 * (320 * 64 + shards * 5 * 64)
@@ -491,7 +492,7 @@ MEASURE = textwrap.dedent("""
         folder = open_folder(path)
         return load_model(folder, folder.read_args(), dtype=dtype, **options)
 
-    def look_at(model):  # mapped pages count from then on
+    def look_at(model):  # read mapped pages, so that they count
         for parameter in model.parameters():
             if not parameter.is_meta:
                 parameter.max()
@@ -506,10 +507,10 @@ MEASURE = textwrap.dedent("""
     cases += [(shards, "bfloat16", share) for shards in (1, 4, "hf") for share in (quarter, in_stages)]
     cases += [("hf", "bfloat16", whole)]
     for shards, dtype, share in cases:
-        if os.fork():  # a new process's peak begins at what it has
+        if os.fork():  # a new process has a new peak
             os.wait()
             continue
-        for first in (torch.float32, torch.bfloat16):  # whatever of the libraries this touches for the first time
+        for first in (torch.float32, torch.bfloat16):  # the libraries' first use
             look_at(load(root / "tiny", first))
             torch.zeros(1 << 16, dtype=first).max()  # on several threads
         before = peak()
@@ -523,11 +524,11 @@ MEASURE = textwrap.dedent("""
 
 @pytest.fixture(scope="module")
 def measured() -> dict[tuple[str, str, str], tuple[int, int]]:
-    """By shards, dtype and share: bytes that loading 85 million bfloat16 weights took at its peak, and the weights' own."""
+    """(peak bytes of loading 85 million weights, their bytes) by shards, dtype and share."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(ModelArgs.from_dict(LARGE)).named_parameters()}
-    # Where files are memory, Linux maps what is looked at and little more; of a disk's page cache it maps some 2 MB at a time,
-    # which are nobody's memory but count as everybody's. And not in pytest's folder, which keeps those of three runs.
+    # In /dev/shm, Linux maps little more than the pages that are read. From a disk's page cache it
+    # maps about 2 MB at a time, which would count as memory. pytest's folder would be kept.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         for shards in (1, 4):
             root = Path(folder) / str(shards)
@@ -572,5 +573,5 @@ def test_loading_takes_little_memory_beyond_the_weights(measured, shards, dtype)
 def test_a_process_of_several_takes_little_memory_beyond_its_share(measured, shards, share, fraction):
     taken, weights = measured[shards, "bfloat16", share]
     assert weights == pytest.approx(measured[shards, "bfloat16", "whole"][1] * fraction, rel=0.05)
-    a_few_tables = 1 << 20  # of each file mapped, however small its part is
+    a_few_tables = 1 << 20  # page tables of each mapped file
     assert 0.95 * weights < taken < 1.10 * weights + a_few_tables

@@ -1,4 +1,4 @@
-"""Mapped files: larger than memory, and never changed."""
+"""Mapped files may be larger than memory, and are never changed."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ def refuses_what_exceeds_memory() -> bool:
     return path.exists() and path.read_text().strip() == "0"
 
 
-@pytest.mark.skipif(not refuses_what_exceeds_memory(), reason="the system maps anything, or nothing")
+@pytest.mark.skipif(not refuses_what_exceeds_memory(), reason="overcommit is always allowed or never")
 def test_a_file_larger_than_memory_is_mapped(tmp_path):
     lines = Path("/proc/meminfo").read_text().splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
@@ -49,7 +49,7 @@ def test_an_empty_file_is_an_error(tmp_path):
         map_file(tmp_path / "file")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is told not to reserve memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="MAP_NORESERVE is only used on Linux")
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 def test_weights_are_mapped_without_reserving_memory(tmp_path, form):
     folder = tiny_folder(tmp_path / "tiny")
@@ -63,7 +63,7 @@ def test_weights_are_mapped_without_reserving_memory(tmp_path, form):
 
 
 def _flags(path: Path) -> list[list[str]]:
-    """The kernel's flags of every mapping of a file."""
+    """The kernel's flags for every mapping of a file."""
     found, is_wanted = [], False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()

@@ -1,4 +1,4 @@
-"""Quantized folders whose tensors begin at any address: they are loaded aligned, and compute the same."""
+"""Quantized tensors at any file offset are loaded aligned, and compute the same."""
 
 import json
 import os
@@ -27,12 +27,12 @@ SHARES = [WHOLE, Share(0, 2), Share(1, 2)]
 
 
 def move_data(path: Path, residue: int) -> None:
-    """Rewrite a safetensors file so that its tensors begin at `residue` modulo 64: its header gets spaces."""
+    """Pad a safetensors header with spaces so that the tensors begin at `residue` modulo 64."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length].rstrip(b" ")
     header += b" " * ((residue - 8 - len(header)) % 64)
-    path.unlink()  # what is mapped already keeps its bytes
+    path.unlink()  # existing mappings keep their bytes
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
@@ -73,7 +73,7 @@ def test_rows_of_a_share_that_begin_between_two_vectors_are_aligned(tmp_path):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_files_are_written_aligned(tmp_path, scheme):
-    """Every tensor begins at a cache line, but those behind others of odd sizes, which come last."""
+    """Tensors begin at cache lines, except after tensors of odd sizes, which come last."""
     params = WIDE | {"vocab_size": 515}  # its scales have 2,060 bytes
     folder = quantize_folder(make_random_checkpoint(tmp_path / "odd", params), tmp_path / "out", scheme, calibrate=False)
     held = inspect_safetensors(folder / "model.safetensors")
@@ -103,7 +103,7 @@ RUN = textwrap.dedent("""
 
 
 def run(folder: Path) -> list[list[float]]:
-    """The last token's logits after several numbers of tokens, in a process of its own: a misaligned kernel would end it."""
+    """Logits for several numbers of tokens, in a subprocess: a misaligned kernel would crash it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", RUN, folder], capture_output=True, text=True, cwd=REPOSITORY, env=environment)
     assert done.returncode == 0, (done.returncode, done.stderr)

@@ -1,4 +1,4 @@
-"""Tensors as files hold them: safetensors as the library reads them, and a bad header is nothing worse than an error."""
+"""safetensors are read as the library reads them, bad headers are errors, all formats agree."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,8 @@ def test_every_dtype_and_shape_is_read_as_the_library_reads_it(tmp_path):
 @pytest.mark.parametrize(
     ("header", "n_bytes"),
     [
-        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]} }', 8),  # of odd length: no float is where it should be
+        # Of odd length, so that floats are misaligned.
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]} }', 8),
         ({"b": F32_PAIR | {"data_offsets": [8, 16]}, "a": F32_PAIR}, 16),
         ({"a": F32_PAIR, "z": F32_PAIR | {"shape": [0], "data_offsets": [8, 8]}}, 8),
         ({}, 0),
@@ -160,7 +161,7 @@ def test_changing_a_mapped_tensor_does_not_change_the_file(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path) -> dict[str, Path]:
-    """One model in each form."""
+    """One model in every format and number of files."""
     shards = {f"{n} shards": tiny_folder(tmp_path / str(n), shards=n, dtype=torch.float32) for n in (1, 2, 4)}
     source = shards["1 shards"]
     cut = {"one file": {}, "several files": {"max_shard_bytes": 20_000}}
@@ -183,7 +184,7 @@ def test_every_form_gives_the_same_slices(folders):
             slices = stored.slices(name)
             assert torch.equal(torch.cat([each.tensor for each in slices], dim or 0), whole[name]), (form, name)
             assert stored.dtype(name) == torch.float32
-            if dim is not None:  # two stretches of whole heads, the later one first
+            if dim is not None:  # two ranges of whole heads, the later one first
                 wanted = [range(16, 32), range(8)]
                 parts = [each.tensor for each in stored.slices(name, wanted)]
                 expected = [whole[name].narrow(dim, each.start, len(each)) for each in wanted]
@@ -226,7 +227,7 @@ def test_the_order_of_rows_there_and_back(n_heads, half, width):
     rows = torch.arange(n_heads * 2 * half * width).view(-1, width)
     turned = to_hf_rope(WQ, rows, 2 * half)
     assert torch.equal(from_hf_rope(WQ, turned, 2 * half), rows)
-    for i in range(half):  # what RoPE turns together: neighbours here, halves there
+    for i in range(half):  # pairs that RoPE rotates: neighbours, or halves
         assert torch.equal(turned[i], rows[2 * i]) and torch.equal(turned[i + half], rows[2 * i + 1])
     unturned = "layers.0.attention.wv.weight"
     assert to_hf_rope(unturned, rows, 2 * half) is rows and from_hf_rope(unturned, rows, 2 * half) is rows

@@ -14,7 +14,7 @@ META = {
     for model in sku_list.all_registered_models()
     if model.model_family.value in LLAMA_3 and model.arch_args  # a Llama 4 guard has none
 }
-# Where Meta's list is wrong about its own release, and what holds instead.
+# Errors in Meta's list, corrected.
 CORRECTED = {"Llama-Guard-2-8B": {"vocab_size": 128256, "multiple_of": 1024}}
 
 

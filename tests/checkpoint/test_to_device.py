@@ -1,4 +1,4 @@
-"""Copies to a GPU through pinned buffers, on a device that copies as late as it may."""
+"""Copies to a GPU through pinned buffers, on a fake device that copies as late as allowed."""
 
 import subprocess
 import sys
@@ -29,12 +29,12 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
 SMALL = PARAMS | {"dim": 128, "multiple_of": 64}
 SCHEMES = {"int8": "int8", "int4": "int4:group=32"}
 ROOT = Path(__file__).resolve().parents[2]
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells how much memory is held")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads memory use from /proc")
 
 
 @st.composite
 def strided(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, is_target: bool) -> Tensor:
-    """A tensor of random numbers: whole, cut out of a larger one, or with its dimensions turned."""
+    """A tensor of random numbers: contiguous, part of a larger one, or with permuted dimensions."""
     larger = [n + draw(st.integers(0, 3)) for n in shape]
     order = draw(st.permutations(range(len(shape))))
     data = torch.randint(-100, 100, [larger[i] for i in order]).to(dtype)
@@ -57,7 +57,7 @@ def test_any_tensor_arrives_through_buffers_of_any_size(data):
         target = data.draw(strided(shape, wanted, is_target=True))
         expected.append(source.to(wanted, copy=True))
         targets.append(target)
-        # Parts are spoilt as soon as they are released: none may be read later.
+        # Overwrite each part as soon as it is released: it must not be read later.
         copier.copy(source, target, lambda part: part.fill_(111))
         assert (source == 111).all()
     copier.close()
@@ -79,7 +79,7 @@ def test_a_buffer_is_waited_for_and_the_other_is_filled_meanwhile():
     copier = PinnedCopier(host_buffers(16), device.submit)
     targets = [torch.zeros(8), torch.zeros(4)]
     copier.copy(torch.arange(8.0), targets[0])
-    copier.copy(torch.arange(4.0), targets[1])  # its buffer is still in use by the tensor before
+    copier.copy(torch.arange(4.0), targets[1])  # its buffer is still in use
     copier.close()
     submits = [("submit", 0), ("submit", 1), ("wait", 0), ("submit", 2)]
     assert device.log[:4] == submits
@@ -159,7 +159,7 @@ def test_without_pinned_memory_tensors_are_copied_plainly(monkeypatch):
 # ---- host memory
 
 LARGE = PARAMS | {"dim": 1024, "n_layers": 6, "n_heads": 16, "multiple_of": 256}
-# Targets on the meta device, so that what is seen is the host's share of a load onto a GPU.
+# Targets are on the meta device, to measure only the host memory of a load onto a GPU.
 MEASURE = textwrap.dedent("""
     import sys
     from pathlib import Path
@@ -181,8 +181,8 @@ MEASURE = textwrap.dedent("""
             load_model(folder, folder.read_args(), device="meta", quantize=sys.argv[3] or None)
         return device.submitted
 
-    load(sys.argv[1])  # what the libraries allocate on first use
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    load(sys.argv[1])  # the libraries' first use
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = status("VmRSS")
     print(load(sys.argv[2]), status("VmHWM") - before)
 """)
@@ -190,7 +190,7 @@ MEASURE = textwrap.dedent("""
 
 @pytest.fixture
 def in_memory() -> Iterator[Path]:
-    """A folder whose files are memory: of a disk's, a fault maps up to 2 MB around its page."""
+    """A folder in memory: for files on disk, a page fault maps up to 2 MB around the page."""
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=folder) as path:
         yield Path(path)

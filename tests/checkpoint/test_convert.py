@@ -421,7 +421,7 @@ BAD_SOURCES = {
 
 @pytest.mark.parametrize("command", [["reshard", "--shards", "2"], ["convert", "--to", "hf"], ["convert", "--to", "meta"]])
 @pytest.mark.parametrize("fault", BAD_SOURCES)
-def test_a_source_that_cannot_be_read_is_told_in_one_line_and_nothing_is_written(tiny, tmp_path, capsys, fault, command):
+def test_a_source_that_cannot_be_read_is_reported_in_one_line_and_nothing_is_written(tiny, tmp_path, capsys, fault, command):
     spoil, message = BAD_SOURCES[fault]
     spoil(tiny)
     before = sorted(tmp_path.iterdir())
@@ -459,7 +459,7 @@ MISUSES = [
 
 
 @pytest.mark.parametrize(("words", "message"), MISUSES, ids=[" ".join(words) for words, _ in MISUSES])
-def test_misuse_is_told_and_nothing_is_written(tiny, tmp_path, capsys, words, message):
+def test_misuse_is_reported_and_nothing_is_written(tiny, tmp_path, capsys, words, message):
     before = sums(tiny)
     code = main([word.replace("SRC", str(tiny)).replace("DST", str(tmp_path / "target")) for word in words])
     assert code == 2
@@ -519,7 +519,7 @@ def test_a_target_in_the_source_leaves_the_source_whole_and_around_it_is_refused
     assert sums(tiny) == before
 
 
-def test_a_folder_that_may_not_be_written_is_told(unprivileged_folder):
+def test_a_folder_that_may_not_be_written_is_reported(unprivileged_folder):
     source = tiny_folder(unprivileged_folder / "source")
     locked = unprivileged_folder / "locked"
     locked.mkdir(mode=0o555)
@@ -531,7 +531,7 @@ def test_a_folder_that_may_not_be_written_is_told(unprivileged_folder):
 
 @pytest.mark.parametrize("write", [to_meta, to_hugging_face])
 @pytest.mark.parametrize("what", ["its weights change", "its weights vanish", "its params vanish", "its tokenizer changes"])
-def test_a_source_that_changes_meanwhile_is_told(tiny, tmp_path, write, what):
+def test_a_source_that_changes_while_it_is_read_is_reported(tiny, tmp_path, write, what):
     shard = tiny / "consolidated.00.pth"
     deeds = {
         "its weights change": lambda: shard.write_bytes(shard.read_bytes()[::-1]),

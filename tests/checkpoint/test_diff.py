@@ -164,8 +164,8 @@ def test_one_shard_of_another_dtype_is_a_difference(originals, copy):
     ids=["large whole numbers", "whole and floating", "from nothing", "to nothing", "nothing"],
 )
 def test_the_numbers_hold_at_the_edges(tmp_path, a, b, found):
-    (told,) = compare(written(tmp_path / "a", {"x": a}), written(tmp_path / "b", {"x": b})).tensors
-    assert (told.max_abs, told.relative_norm, told.n_different) == pytest.approx(found)
+    (difference,) = compare(written(tmp_path / "a", {"x": a}), written(tmp_path / "b", {"x": b})).tensors
+    assert (difference.max_abs, difference.relative_norm, difference.n_different) == pytest.approx(found)
 
 
 def test_copies_of_a_norm_that_disagree_are_noticed(originals, copy):
@@ -173,10 +173,10 @@ def test_copies_of_a_norm_that_disagree_are_noticed(originals, copy):
         tensors[NORM][0] += 1
 
     changed = edit(copy(2), change, shard=1)
-    told = {}
+    found = {}
     for n in (1, 4):
-        told |= {tensor.name: tensor.what for tensor in compare(originals[n], changed).tensors}
-        assert told == {NORM: "the shards of b disagree about it"}
+        found |= {tensor.name: tensor.what for tensor in compare(originals[n], changed).tensors}
+        assert found == {NORM: "the shards of b disagree about it"}
     assert [tensor.what for tensor in compare(changed, originals[1]).tensors] == ["the shards of a disagree about it"]
     assert compare(changed, changed).identical
 
@@ -188,15 +188,15 @@ def test_a_norm_of_all_shards_is_counted_once(originals, copy):
     assert [tensor.n_different for tensor in compare(originals[2], changed).tensors] == [32]
 
 
-def test_missing_and_misshapen_tensors_are_told(originals, copy):
+def test_missing_and_misshapen_tensors_are_reported(originals, copy):
     def change(tensors: Tensors) -> None:
         del tensors[WQ]
         tensors["layers.9.surplus"] = torch.ones(3)
         tensors[WO] = tensors[WO][:, :16].clone()
 
     changed = edit(copy(), change)
-    told = {tensor.name: tensor.what for tensor in compare(originals[2], changed).tensors}
-    assert told == {WQ: "only in a", "layers.9.surplus": "only in b", WO: "shape (32, 32) in a, (32, 16) in b"}
+    found = {tensor.name: tensor.what for tensor in compare(originals[2], changed).tensors}
+    assert found == {WQ: "only in a", "layers.9.surplus": "only in b", WO: "shape (32, 32) in a, (32, 16) in b"}
     assert all(tensor.max_abs is None for tensor in compare(originals[1], changed).tensors)
 
 
@@ -230,7 +230,7 @@ def test_shapes_no_model_has_are_compared_all_the_same(tmp_path, odd, name):
         ({"unheard_of": [1, "two"]}, "extra: {} in a, {'unheard_of': [1, 'two']} in b"),
     ],
 )
-def test_other_params_are_told_and_equivalent_ones_are_not(originals, copy, change, line):
+def test_other_params_are_reported_and_equivalent_ones_are_not(originals, copy, change, line):
     other = copy()
     (other / "params.json").write_text(json.dumps(PARAMS | {"use_scaled_rope": False}, indent=3))
     assert compare(originals[1], other).identical
@@ -239,7 +239,7 @@ def test_other_params_are_told_and_equivalent_ones_are_not(originals, copy, chan
     assert line in comparison.params and not comparison.identical and not comparison.tensors
 
 
-def test_other_tokenizers_are_told(originals, copy):
+def test_other_tokenizers_are_reported(originals, copy):
     other = copy()
     lines = (other / "tokenizer.model").read_bytes().splitlines(keepends=True)
     (other / "tokenizer.model").write_bytes(

@@ -190,7 +190,7 @@ def test_a_sum_holds_only_for_the_list_that_says_it(folder, hashed):
         check(folder)
 
 
-# ---- whatever lies under a name
+# ---- links and odd files
 
 
 def test_a_stamp_vouches_for_no_other_file_behind_the_same_link(folder, tmp_path, hashed):
@@ -310,7 +310,7 @@ def test_another_word_than_the_three_is_refused(folder, verify):
         build(folder, verify)
 
 
-# ---- beside loading
+# ---- while loading
 
 
 def test_hashing_and_loading_overlap_and_no_model_comes_before_both_are_done(folder, monkeypatch):
@@ -357,7 +357,7 @@ def test_one_bad_file_ends_the_hashing_of_the_others(folder, monkeypatch):
     assert time.monotonic() - begun < PROMPTLY_SECONDS
 
 
-# ---- where stamps lie
+# ---- places for stamps
 
 
 def content(folder: Path) -> dict[str, tuple]:

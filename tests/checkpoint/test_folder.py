@@ -181,7 +181,7 @@ def test_other_spellings_of_a_number_are_no_shards(tmp_path):
         ([f"photo{i}.jpg" for i in range(9)], "holds no .* it holds photo0.jpg, .*photo7.jpg, …"),
     ],
 )
-def test_a_folder_that_is_not_native_is_told_what_it_is(tmp_path, names, says):
+def test_a_folder_that_is_not_native_is_described(tmp_path, names, says):
     path = fill(tmp_path / "folder", names)
     with pytest.raises(CheckpointError, match=says) as error:
         open_folder(path)

@@ -194,7 +194,7 @@ def test_letting_go_of_pages_spares_what_lies_behind_repeated_rows():
     assert memory.all()
 
 
-# What does not fit -----------------------------------------------------------------------------------------------------------
+# Tensors that do not fit ------------------------------------------------------------------------------------------------------
 
 
 def test_all_misfits_are_in_one_error(alter, tmp_path):
@@ -243,7 +243,7 @@ def test_a_long_list_of_misfits_is_cut(tiny):
     assert lines[-1] == f"  … and {n_expected + 100 - 12} more"
 
 
-def test_shards_of_two_models_are_told_by_their_norms(tmp_path):
+def test_shards_of_two_models_are_recognized_by_their_norms(tmp_path):
     folder, other = (make_random_checkpoint(tmp_path / str(seed), TINY, shards=2, seed=seed) for seed in (0, 1))
     shard(other, 1).rename(shard(folder, 1))
     assert "consolidated.00.pth and consolidated.01.pth disagree about " in refusal(folder)
@@ -285,7 +285,7 @@ def test_releases_of_another_kind_are_refused_by_name(tiny, params, file, kind):
     assert refusal(tiny) == f"{tiny} is {kind}, which is not read yet; use the text release in bf16"
 
 
-# What is no checkpoint -------------------------------------------------------------------------------------------------------
+# Other files ------------------------------------------------------------------------------------------------------------------
 
 
 def cut(share: float) -> Callable[[bytes], bytes]:
@@ -309,7 +309,7 @@ def cut(share: float) -> Callable[[bytes], bytes]:
         (lambda whole: whole[:4000] + whole[9000:], "zip directory does not end where"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_told_what_it_is(tiny, change, says):
+def test_a_file_that_is_no_checkpoint_is_described(tiny, change, says):
     shard(tiny).write_bytes(change(shard(tiny).read_bytes()))
     message = refusal(tiny)
     assert re.search(says, message) and message.startswith(str(shard(tiny)))

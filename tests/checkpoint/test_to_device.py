@@ -74,7 +74,7 @@ def test_what_surrounds_the_target_stays():
     assert whole.sum() == whole[2:8, 3:8].sum() == 30
 
 
-def test_a_buffer_is_waited_for_and_the_other_is_filled_meanwhile():
+def test_a_buffer_is_waited_for_and_the_other_is_filled():
     device = DelayedDevice()
     copier = PinnedCopier(host_buffers(16), device.submit)
     targets = [torch.zeros(8), torch.zeros(4)]
@@ -136,7 +136,7 @@ def test_loading_through_buffers_gives_the_same_model(tmp_path, form, quantize, 
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-# ---- where there is no pinned memory
+# ---- without pinned memory
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("meta"), "mps"])

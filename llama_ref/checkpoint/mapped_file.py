@@ -5,6 +5,8 @@ import platform
 import sys
 from pathlib import Path
 
+from llama_ref.errors import CheckpointError
+
 # mmap has the name since Python 3.13; other processors have other numbers.
 MAP_NORESERVE = 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0
 
@@ -14,10 +16,13 @@ def map_file(path: Path) -> mmap.mmap:
 
     Linux refuses a writable mapping larger than memory, except with MAP_NORESERVE. torch's own
     mapping lacks it, and could not map the 16 GB file of an 8B on a machine with 12 GB. Raises
-    OSError, and ValueError for an empty file.
+    CheckpointError.
     """
-    with path.open("rb") as file:
-        if sys.platform != "linux":
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        flags, protection = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+    try:
+        with path.open("rb") as file:
+            if sys.platform != "linux":
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            flags, protection = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+    except (OSError, ValueError) as error:  # ValueError: the file is empty
+        raise CheckpointError(f"{path} cannot be mapped ({error})") from error

@@ -15,7 +15,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
 from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, TensorSlice, check_problems, has_output
-from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes
+from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, dtypes_and_shapes, expected_shapes, misfit
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import dtype_name
@@ -126,20 +126,12 @@ class StoredQuantized:
                     expected |= parts_of(self.scheme, name, shape)
                 except RequestError as error:
                     raise CheckpointError(f"{self.folder.params}: {error}") from None
-        problems = [problem for name, (shape, dtype) in expected.items() if (problem := self._misfit(name, shape, dtype))]
+        found, problems = dtypes_and_shapes(self.tensors), []
+        for name, (shape, dtype) in expected.items():
+            problem = misfit(name, found.get(name), shape, WEIGHT_DTYPES if dtype is None else [dtype_name(dtype)])
+            problems += [problem] if problem else []
         problems += [f"{name} is unexpected" for name in sorted(self.tensors.keys() - expected.keys())]
         check_problems(self.folder, problems)
-
-    def _misfit(self, name: str, shape: Shape, dtype: torch.dtype | None) -> str | None:
-        found = self.tensors.get(name)
-        if found is None:
-            return f"{name} is missing, expected shape {shape}"
-        if tuple(found.shape) != shape:
-            return f"{name} has shape {tuple(found.shape)}, expected {shape}"
-        possible = WEIGHT_DTYPES if dtype is None else (dtype_name(dtype),)
-        if dtype_name(found.dtype) in possible:
-            return None
-        return f"{name} is {dtype_name(found.dtype)}, expected {' or '.join(possible)}"
 
 
 def _narrow(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tensor:

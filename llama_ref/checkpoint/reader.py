@@ -20,10 +20,9 @@ from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
 from llama_ref.checkpoint.mapped_file import map_file
-from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, misfits, other_kind, strangers
+from llama_ref.checkpoint.shapes import Shape, dtypes_and_shapes, expected_shapes, is_ignored, misfits, other_kind, strangers
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError
-from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import places, split_dim
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -194,10 +193,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     itself, or whose pickle asks for anything but tensors.
     """
     held = inspect_pth(path)  # checks that every tensor lies within the file
-    try:
-        memory = map_file(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be mapped ({error})") from error
+    memory = map_file(path)
     storages: dict[tuple[str, str], Tensor] = {}
     tensors = {}
     for name, info in held.items():
@@ -248,10 +244,7 @@ def _check_kind(folder: CheckpointFolder, args: ModelArgs) -> None:
 def _check_tensors(
     folder: CheckpointFolder, files: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Shape], n_shards: int = 1
 ) -> None:
-    described = {
-        file: {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-        for file, tensors in files.items()
-    }
+    described = {file: dtypes_and_shapes(tensors) for file, tensors in files.items()}
     problems = []
     for file, wrong in misfits(described, expected, n_shards).items():
         problems += [f"{file}: {problem}" for problem in wrong]

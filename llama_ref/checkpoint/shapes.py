@@ -1,20 +1,23 @@
 """The names, shapes and dtypes of a text model's tensors, and which releases have others."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from llama_ref.args import ModelArgs
+from llama_ref.formatting import dtype_name
 from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import split_dim
 
 Shape = tuple[int, ...]
+DtypeAndShape = tuple[str, Shape]
 
 # Older files hold RoPE's frequencies, Meta's once and Hugging Face's in every layer. params.json
 # implies them.
@@ -73,7 +76,7 @@ def shard_shape(name: str, whole: Shape, n_shards: int) -> Shape:
 
 
 def misfits(
-    shards: Mapping[str, Mapping[str, tuple[str, Shape]]], expected: Mapping[str, Shape], n_shards: int
+    shards: Mapping[str, Mapping[str, DtypeAndShape]], expected: Mapping[str, Shape], n_shards: int
 ) -> dict[str, list[str]]:
     """For each shard, the `expected` tensors that are missing or have the wrong shape or dtype.
 
@@ -82,7 +85,28 @@ def misfits(
     if not any("output.weight" in tensors for tensors in shards.values()):
         expected = {name: shape for name, shape in expected.items() if name != "output.weight"}
     parts = {name: shard_shape(name, whole, n_shards) for name, whole in expected.items()}
-    return {shard: _misfits(tensors, parts) for shard, tensors in shards.items()}
+    return {
+        shard: [problem for name, part in parts.items() if (problem := misfit(name, tensors.get(name), part))]
+        for shard, tensors in shards.items()
+    }
+
+
+def misfit(name: str, found: DtypeAndShape | None, shape: Shape, dtypes: Sequence[str] = WEIGHT_DTYPES) -> str | None:
+    """The problem of a tensor that is missing or has the wrong shape or dtype; else None."""
+    if found is None:
+        return f"{name} is missing, expected shape {shape}"
+    dtype, found_shape = found
+    if found_shape != shape:
+        return f"{name} has shape {found_shape}, expected {shape}"
+    if dtype not in dtypes:
+        expected = " or ".join(", ".join(dtypes).rsplit(", ", 1))
+        return f"{name} is {dtype}, expected {expected}"
+    return None
+
+
+def dtypes_and_shapes(tensors: Mapping[str, Tensor]) -> dict[str, DtypeAndShape]:
+    """The dtype names and shapes of tensors, as `misfits` takes them."""
+    return {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def is_ignored(name: str) -> bool:
@@ -93,16 +117,3 @@ def is_ignored(name: str) -> bool:
 def strangers(tensors: Iterable[str], expected: Collection[str]) -> list[str]:
     """The names of tensors that are not part of the model."""
     return [name for name in tensors if name not in expected and not is_ignored(name)]
-
-
-def _misfits(tensors: Mapping[str, tuple[str, Shape]], parts: Mapping[str, Shape]) -> list[str]:
-    problems = []
-    for name, expected in parts.items():
-        dtype, shape = tensors.get(name, (None, None))
-        if shape is None:
-            problems.append(f"{name} is missing, expected shape {expected}")
-        elif shape != expected:
-            problems.append(f"{name} has shape {shape}, expected {expected}")
-        elif dtype not in WEIGHT_DTYPES:
-            problems.append(f"{name} is {dtype}, expected {', '.join(WEIGHT_DTYPES[:-1])} or {WEIGHT_DTYPES[-1]}")
-    return problems

@@ -11,6 +11,7 @@ from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.mapped_file import map_file
+from llama_ref.errors import CheckpointError
 
 
 def refuses_what_exceeds_memory() -> bool:
@@ -45,7 +46,7 @@ def test_a_change_stays_in_this_process(tmp_path):
 
 def test_an_empty_file_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises((ValueError, OSError)):
+    with pytest.raises(CheckpointError, match="file cannot be mapped"):
         map_file(tmp_path / "file")
 
 

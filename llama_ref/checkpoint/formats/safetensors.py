@@ -98,10 +98,7 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     The library does not guarantee memory-mapping, and only mapped pages can be released again.
     """
     tensors = inspect_safetensors(path)
-    try:
-        data = torch.frombuffer(map_file(path), dtype=torch.uint8)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be mapped ({error})") from error
+    data = torch.frombuffer(map_file(path), dtype=torch.uint8)
     return {name: _map_tensor(path, name, data, held) for name, held in tensors.items() if not is_ignored(name)}
 
 

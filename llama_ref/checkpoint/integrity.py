@@ -212,11 +212,11 @@ class _Check:
         def one(name: str) -> None:
             path, started = self.folder / name, time.perf_counter()
             try:
-                options = {"progress": self.progress, "cancel": cancel}
                 if form is HUGGING_FACE:
-                    scan = scan_safetensors(path, structure.safetensors[name], **options)
+                    scan = scan_safetensors(path, structure.safetensors[name], progress=self.progress, cancel=cancel)
                 else:
-                    scan = scan_weights(path, structure.pth[name], values=self.deep, **options)
+                    tensors = structure.pth[name]
+                    scan = scan_weights(path, tensors, values=self.deep, progress=self.progress, cancel=cancel)
             except (OSError, CheckpointError) as error:
                 verdicts[name] = replace(verdicts[name], state=State.UNREADABLE, detail=str(error))
                 return

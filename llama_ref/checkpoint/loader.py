@@ -119,7 +119,7 @@ def _quantized(
     device: torch.device | str,
     dtype: torch.dtype,
     copier: PinnedCopier | None,
-) -> QuantizedMatrix:
+) -> Tensor | QuantizedMatrix:
     """Quantize a tensor from the files' dtype: the model's dtype does not change the result."""
     slices = stored.slices(name, ranges)
     weight = _join(slices, split_dim(name), device, stored.dtype(name), copier)
@@ -127,7 +127,7 @@ def _quantized(
     for each in slices:
         each.release()
     give_back_memory()
-    return out
+    return weight if out is None else out
 
 
 def _join(

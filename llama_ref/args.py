@@ -20,7 +20,7 @@ SHAPES_SCALED_BY_32 = {(2048, 32, 8), (3072, 24, 8)}  # (dim, n_heads, n_kv_head
 
 REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta")
 POSITIVE_INTEGERS = (
-    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "hidden_dim"),
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "hidden_dim", "head_dim"),
     *("vision_chunk_size", "vision_max_num_chunks", "vision_num_cross_attention_layers"),
 )
 POSITIVE_NUMBERS = ("ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scaling_factor")
@@ -46,6 +46,7 @@ class ModelArgs:
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
     hidden_dim: int | None = None  # FFN width; only pruned models need it
+    head_dim: int = 0  # dim / n_heads unless given, which only models other than Meta's do
     use_scaled_rope: bool = False
     rope_scaling_factor: float = 1.0
     vision_chunk_size: int | None = None
@@ -55,9 +56,9 @@ class ModelArgs:
     lora_args: Mapping[str, Any] | None = field(default=None, hash=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
 
     @property
     def ffn_dim(self) -> int:
@@ -150,11 +151,14 @@ def _check_types(params: dict[str, Any], names: Mapping[str, str]) -> None:
 
 def _check_agreement(params: Mapping[str, Any], names: Mapping[str, str]) -> None:
     dim, n_heads, n_kv_heads = params["dim"], params["n_heads"], params["n_kv_heads"]
-    if dim % n_heads:
+    if "head_dim" not in params and dim % n_heads:
         raise BadValue(f'"{names["dim"]}" {dim} is not a multiple of "{names["n_heads"]}" {n_heads}')
-    if (dim // n_heads) % 2:
-        quotient = f'"{names["dim"]}" {dim} / "{names["n_heads"]}" {n_heads}'
-        raise BadValue(f"{quotient} gives a head of odd width {dim // n_heads}, which RoPE cannot rotate")
+    head_dim = params.get("head_dim", dim // n_heads)
+    if head_dim % 2:
+        given = f'"{names["head_dim"]}"' if "head_dim" in params else f'"{names["dim"]}" {dim} / "{names["n_heads"]}" {n_heads}'
+        raise BadValue(f"{given} gives a head of odd width {head_dim}, which RoPE cannot rotate")
+    if n_heads * head_dim > WIDEST:
+        raise BadValue(f'"{names["n_heads"]}" {n_heads} and "{names["head_dim"]}" {head_dim} give heads wider than {WIDEST:,}')
     if n_heads % n_kv_heads:
         raise BadValue(f'"{names["n_heads"]}" {n_heads} is not a multiple of "{names["n_kv_heads"]}" {n_kv_heads}')
     if params.get("rope_scaling_factor", 1.0) < 1:

@@ -204,7 +204,7 @@ class Llama:
         prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         texts = self._run(prompt_tokens, params, max_gen_len, stop, logprobs and echo)
         before = [self.tokenizer.decode(text.row.prompt) if echo else "" for text in texts]
-        predictions = [CompletionPrediction(generation=a + b.text) for a, b in zip(before, texts, strict=True)]
+        predictions = [CompletionPrediction(generation=a + b.whole()) for a, b in zip(before, texts, strict=True)]
         if logprobs:
             for prediction, tokens, own in zip(predictions, _tokens(texts, echo), _logprobs(texts, echo), strict=True):
                 prediction["tokens"] = [self.tokenizer.decode([token]) for token in tokens]
@@ -226,7 +226,7 @@ class Llama:
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         texts = self._run(prompt_tokens, params, max_gen_len, stop)
-        answers = [Message(role="assistant", content=text.text) for text in texts]
+        answers = [Message(role="assistant", content=text.whole()) for text in texts]
         predictions = [ChatPrediction(generation=answer) for answer in answers]
         if logprobs:
             for prediction, tokens, own in zip(predictions, _tokens(texts), _logprobs(texts), strict=True):
@@ -291,8 +291,6 @@ class Llama:
             if stop:
                 for text in texts:
                     text.read()
-        for text in texts:
-            text.read()
         return texts
 
     def _start(self, prompts: list[list[int]], max_gen_len: int | None) -> list[Row]:

@@ -34,6 +34,11 @@ class RowText:
         self.text += piece
         return piece
 
+    def whole(self) -> str:
+        """The text of a row that has finished."""
+        self.read()
+        return self.text
+
     @property
     def tokens(self) -> list[int]:
         """The ids that `text` is made of: without those of a stop string, or of an incomplete character."""

@@ -16,7 +16,7 @@ from llama_ref.quantization.apply import quantize_model
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
 
 NEAR_TIE = 0.25  # two steps of bfloat16, where logits are around 20
-ARGS = {"dim": 192, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 320, "multiple_of": 64}
+ARGS = {"dim": 192, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 64, "vocab_size": 320, "multiple_of": 64}
 ARGS |= {"norm_eps": 1e-5, "rope_theta": 500000.0, "ffn_dim_multiplier": 9.0, "use_scaled_rope": True}  # w2's rows are long
 
 

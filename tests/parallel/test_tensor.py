@@ -27,7 +27,7 @@ TOKENS = [[5, 9, 2, 7, 1, 3], [4, 4, 8, 0, 6, 2]]
 SHAPE = {"dim": 48, "n_layers": 3, "vocab_size": 600, "multiple_of": 24, "norm_eps": 1e-5, "rope_theta": 500000.0}
 SHAPES = {
     "groups of 4": SHAPE | {"n_heads": 8, "n_kv_heads": 2},  # more processes than key heads, from 4 on
-    "groups of 3": SHAPE | {"n_heads": 12, "n_kv_heads": 4, "use_scaled_rope": True},
+    "groups of 3": SHAPE | {"n_heads": 12, "n_kv_heads": 4, "use_scaled_rope": True, "head_dim": 12},
     "no groups": SHAPE | {"n_heads": 24, "n_kv_heads": 24},
 }
 # 256 bytes, 88 pairs and the 256 special tokens make 600, which 2, 3, 4 and 8 divide.

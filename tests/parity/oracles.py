@@ -62,6 +62,7 @@ def hugging_faces_config(args: ModelArgs, *, tied: bool = False) -> LlamaConfig:
         num_hidden_layers=args.n_layers,
         num_attention_heads=args.n_heads,
         num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
         intermediate_size=args.ffn_dim,
         vocab_size=args.vocab_size,
         rms_norm_eps=args.norm_eps,

@@ -37,6 +37,7 @@ def shapes(draw, vocab_size: int) -> dict:
         "n_layers": draw(st.integers(1, 3)),
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
+        **draw(st.sampled_from([{}, {}, {"head_dim": 10}])),
         "vocab_size": vocab_size,
         "ffn_dim_multiplier": draw(st.sampled_from([1.0, 1.3])),
         "multiple_of": draw(st.sampled_from([2, 16, 64])),

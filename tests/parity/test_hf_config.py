@@ -29,6 +29,7 @@ def configs(draw) -> LlamaConfig:
     new = {"rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})}}
     return LlamaConfig(
         hidden_size=n_heads * head_dim,
+        head_dim=draw(st.sampled_from([None, head_dim, 10])),
         intermediate_size=draw(st.integers(1, 20_000)),
         num_hidden_layers=draw(st.integers(1, 100)),
         num_attention_heads=n_heads,

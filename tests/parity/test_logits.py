@@ -18,8 +18,11 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
 @st.composite
-def shapes(draw, factors=(None, 8.0, 32.0)) -> ModelArgs:
-    """A small Llama 3: groups of 1, 3, 4 or 8 query heads per key head, scaled RoPE or not, odd sizes allowed."""
+def shapes(draw, factors=(None, 8.0, 32.0), head_dims=(None,)) -> ModelArgs:
+    """A small Llama 3: groups of 1, 3, 4 or 8 query heads per key head, scaled RoPE or not, odd sizes allowed.
+
+    `head_dims`: widths of a head, where None is dim / n_heads.
+    """
     n_kv_heads = draw(st.integers(1, 3))
     n_heads = n_kv_heads * draw(st.sampled_from([1, 3, 4, 8]))
     factor = draw(st.sampled_from(factors))
@@ -29,6 +32,7 @@ def shapes(draw, factors=(None, 8.0, 32.0)) -> ModelArgs:
             "n_layers": draw(st.integers(1, 3)),
             "n_heads": n_heads,
             "n_kv_heads": n_kv_heads,
+            "head_dim": draw(st.sampled_from(head_dims)),
             "vocab_size": draw(st.integers(20, 300)),
             "ffn_dim_multiplier": draw(st.sampled_from([None, 1.0, 1.3, 1.5])),
             "multiple_of": draw(st.sampled_from([1, 16, 256])),
@@ -60,7 +64,7 @@ def test_all_at_once_and_step_by_step_equal_metas_reference(args, tied, seed):
 
 @torch.inference_mode()
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(shapes(), st.booleans(), st.integers(0, 1000))
+@given(shapes(head_dims=(None, 6, 32)), st.booleans(), st.integers(0, 1000))
 def test_logits_equal_hugging_faces(args, tied, seed):
     model = random_model(args, seed, tied=tied)
     tokens = random_tokens(args, batch=2, length=23, seed=seed)

@@ -24,8 +24,10 @@ NAMES = {  # ModelArgs' name: Hugging Face's
     "hidden_dim": "intermediate_size",
     "vocab_size": "vocab_size",
     "norm_eps": "rms_norm_eps",
+    "head_dim": "head_dim",
 }
-REQUIRED = (*(key for key in NAMES.values() if key != "num_key_value_heads"), "model_type")
+OPTIONAL = ("num_key_value_heads", "head_dim")
+REQUIRED = (*(key for key in NAMES.values() if key not in OPTIONAL), "model_type")
 
 # Up to version 4, transformers wrote rope_theta and, for scaled RoPE, a section rope_scaling (with
 # rope_type, formerly type). Since version 5 it writes one section with everything.
@@ -81,7 +83,6 @@ def read_config(path: str | Path) -> HFConfig:
             | {"rope_theta": theta, "use_scaled_rope": factor is not None, "rope_scaling_factor": factor},
             names=NAMES | {"rope_scaling_factor": "factor"},
         )
-        _expect(config, "head_dim", (args.head_dim,), "hidden_size / num_attention_heads, as Llama 3's heads fill its width")
         return HFConfig(args, tied=config.get("tie_word_embeddings") is True)
 
 
@@ -194,6 +195,8 @@ def make_params(args: ModelArgs) -> dict[str, Any]:
     }
     if multiplier is None:
         del params["ffn_dim_multiplier"]
+    if args.head_dim != args.dim // args.n_heads:
+        params["head_dim"] = args.head_dim  # Meta's code knows no such key, and cannot run such a model
     if args.use_scaled_rope:
         params["use_scaled_rope"] = True
         if args.rope_scaling_factor != usual_rope_factor(args.dim, args.n_heads, args.n_kv_heads):

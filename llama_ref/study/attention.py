@@ -100,9 +100,10 @@ def repeated_tokens(
     """
     if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 2:
         raise RequestError(f"n_tokens is {n_tokens!r:.40}, expected a whole number of 2 or more")
-    pool = torch.arange(model.args.vocab_size) if ids is None else _pool(ids)
-    drawn = pool[torch.randint(len(pool), (n_tokens,), generator=torch.Generator().manual_seed(seed))]
-    before = torch.tensor([] if bos is None else [check_token(model, bos)], dtype=drawn.dtype)
+    pool = torch.arange(model.args.vocab_size, device="cpu") if ids is None else _pool(ids)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = pool[torch.randint(len(pool), (n_tokens,), generator=generator, device="cpu")]
+    before = torch.tensor([] if bos is None else [check_token(model, bos)], dtype=drawn.dtype, device="cpu")
     return one_row(model, torch.cat((before, drawn, drawn)))
 
 
@@ -110,7 +111,7 @@ def _pool(ids: Sequence[int]) -> Tensor:
     if not len(ids):
         raise RequestError("ids is empty, expected the ids to draw random tokens from")
     try:
-        return torch.tensor([operator.index(token) for token in ids])
+        return torch.tensor([operator.index(token) for token in ids], device="cpu")
     except TypeError:
         raise RequestError(f"ids is {ids!r:.60}, expected a list of the ids to draw random tokens from") from None
 

@@ -254,7 +254,7 @@ def _index_mask(axis: str, indices: tuple[int, ...], value: Tensor, name: str) -
     for i in indices:
         if not -count <= i < count:
             raise RequestError(f"cannot edit {name} at {what} {i}: it has {what}s 0 to {count - 1}")
-    out = torch.zeros(count, dtype=torch.bool)
+    out = torch.zeros(count, dtype=torch.bool, device="cpu")
     out[list(indices)] = True
     return out
 

@@ -97,12 +97,12 @@ def patch_grid(
         baselines = [_measure(model, ids, metric).item() for ids in (clean_ids, corrupted_ids)]
         dim = LAYER_AXES[name].index(axis)
         n_cells = source[f"layers.0.{name}"].shape[dim]
-        values = torch.empty(model.args.n_layers, n_cells)
+        values = torch.empty(model.args.n_layers, n_cells, device="cpu")
         per_pass = max(1, PASS_TOKENS // corrupted_ids.shape[1])
         counter = ProgressCounter(values.numel(), progress)
         for layer, row in enumerate(values):
             key = f"layers.{layer}.{name}"
-            for cells in torch.arange(n_cells).split(per_pass):
+            for cells in torch.arange(n_cells, device="cpu").split(per_pass):
                 with patch(model, {key: _copy_cells(source[key], dim, cells)}):
                     row[cells] = _measure(model, corrupted_ids.expand(len(cells), -1), metric).cpu()
                 counter.advance(len(cells))

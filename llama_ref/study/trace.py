@@ -255,7 +255,7 @@ def as_tokens(model: Transformer, tokens: Tensor | Sequence[int] | Sequence[Sequ
         if not all(isinstance(id, Integral) and not isinstance(id, bool) for id in flat):
             raise RequestError(f"tokens is {tokens!r:.60}, {expected}")
         try:
-            tokens = torch.tensor(tokens, dtype=torch.long)
+            tokens = torch.tensor(tokens, dtype=torch.long, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise RequestError(f"tokens is {tokens!r:.60}, {expected}") from None
     tokens = tokens[None] if tokens.dim() == 1 else tokens

@@ -124,6 +124,6 @@ def _singular_values(weight: Tensor) -> Tensor:
     weight = weight.cpu() if weight.device.type == "mps" else weight  # MPS has no float64
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
     if not weight.isfinite().all():
-        return torch.full((tall.shape[1],), torch.nan, dtype=torch.float64)
+        return torch.full((tall.shape[1],), torch.nan, dtype=torch.float64, device="cpu")
     gram = sum(rows.double().T @ rows.double() for rows in tall.split(ROWS_AT_A_TIME))  # (min, min)
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0).cpu()

@@ -107,7 +107,7 @@ def _map_tensor(path: Path, name: str, data: Tensor, held: HeldTensor) -> Tensor
     if dtype is None or math.prod(held.shape) * dtype.itemsize != held.nbytes:  # packed dtypes
         raise CheckpointError(f"{path}: {name} is {held.dtype}, which is not supported; fetch weights in bfloat16")
     if not held.nbytes:
-        return torch.empty(held.shape, dtype=dtype)
+        return torch.empty(held.shape, dtype=dtype, device="cpu")
     flat = data[held.file_offset : held.file_offset + held.nbytes]
     if flat.data_ptr() % dtype.itemsize:
         flat = flat.clone()  # misaligned by a header of odd length, which no current writer makes

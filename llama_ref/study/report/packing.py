@@ -34,7 +34,9 @@ class PackedPatterns:
         raw = np.frombuffer(zlib.decompress(self.heads[layer][head]), "u1").reshape(2, 2, -1)  # matrix, byte, T * kept
         gaps, shares = np.ascontiguousarray(raw.swapaxes(1, 2)).view("<u2").reshape(2, self.n_tokens, self.kept)
         keys = torch.from_numpy(gaps.astype("i8")).cumsum(-1)
-        return torch.zeros(self.n_tokens, self.n_tokens).scatter_(-1, keys, torch.from_numpy(shares.view("<f2").astype("f4")))
+        return torch.zeros(self.n_tokens, self.n_tokens, device="cpu").scatter_(
+            -1, keys, torch.from_numpy(shares.view("<f2").astype("f4"))
+        )
 
 
 def how_many_kept(n_tokens: int) -> int:

@@ -43,7 +43,7 @@ mypy
 if [ "$kind" = dev ]; then browser; fi
 if [ ! -e "$demo/params.json" ]; then
     say "building $demo"
-    python scripts/make_demo_checkpoint.py >/dev/null
+    python -m llama_ref demo --out "$demo" >/dev/null
 fi
 say "pytest $*"
 python -m pytest -n auto --dist loadfile ${tests[@]+"${tests[@]}"} "$@" # a file's tests share what takes long to make

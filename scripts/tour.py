@@ -256,7 +256,7 @@ def _demo() -> Path:
     if not (DEMO / "params.json").exists():
         raise FolderNotFound(
             f"the demo is missing ({DEMO}): make it with `bash scripts/demo.sh`, or, if its packages are installed, with "
-            "`python scripts/make_demo_checkpoint.py`; or name another folder"
+            "`llama-ref demo --out checkpoints/SmolLM2-135M-Instruct`; or name another folder"
         )
     return DEMO
 

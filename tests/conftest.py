@@ -55,9 +55,9 @@ def own_cache(tmp_path_factory) -> None:
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The real small model in Meta's layout; built on first use, which takes some ten seconds."""
-    from make_demo_checkpoint import make_demo_checkpoint
+    from llama_ref.demo import NAME, make_demo_checkpoint
 
-    return make_demo_checkpoint()
+    return make_demo_checkpoint(REPOSITORY / "checkpoints" / NAME)
 
 
 @pytest.fixture(scope="session")

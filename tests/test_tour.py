@@ -14,7 +14,7 @@ import tour
 from conftest import REPOSITORY, exit_code
 from folders import tiny_folder
 from llama_ref.checkpoint.quantized_writer import quantize_folder
-from make_demo_checkpoint import DEFAULT_OUT
+from llama_ref.demo import NAME
 
 DOCUMENT = tour.parse(tour.SOURCE.read_text(encoding="utf-8"))
 PROSE = "".join(part.text for part in DOCUMENT if not part.is_code)
@@ -90,8 +90,8 @@ def test_the_commands_find_what_the_document_says(demo_folder, capsys):
 
 
 def test_the_demo_of_the_document_is_the_demo():
-    assert tour.DEMO == DEFAULT_OUT
-    assert f'folder = "{DEFAULT_OUT.relative_to(REPOSITORY)}"' in DOCUMENT[1].text
+    assert tour.DEMO == REPOSITORY / "checkpoints" / NAME
+    assert f'folder = "checkpoints/{NAME}"' in DOCUMENT[1].text
 
 
 # ---- the notebook
@@ -181,7 +181,7 @@ def test_without_the_demo_it_says_how_to_make_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tour, "DEMO", tmp_path / "demo")
     assert tour.main([]) == tour.main(["--write"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("scripts/demo.sh") == err.count("scripts/make_demo_checkpoint.py") == err.count("\n") == 2
+    assert out == "" and err.count("scripts/demo.sh") == err.count("llama-ref demo") == err.count("\n") == 2
 
 
 def test_without_nbformat_nothing_is_written(capsys, monkeypatch):

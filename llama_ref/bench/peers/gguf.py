@@ -7,8 +7,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import Tensor
 
-from llama_ref.bench.peers.gguf_names import WITHIN_LAYER
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.formats.gguf_names import WITHIN_LAYER
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.model import Transformer, rope_frequencies
 

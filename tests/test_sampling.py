@@ -284,7 +284,7 @@ NUMBERS = {
     "min_p": [-0.01, 1.01, INF],
     "repetition_penalty": [0, -1.0, INF, 1e-31, 1e31],
     "top_k": [0, -1, 2.0, 0.5, INF],
-    "seed": [-1, 1.0, 1 << 63, INF],
+    "seed": [-1, 1.0, 1 << 64, INF],
 }
 
 

@@ -5,6 +5,7 @@ it run with the import changed; `stream` and the options beyond temperature and 
 """
 
 import difflib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from numbers import Integral
@@ -40,6 +41,9 @@ from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.tokenizer import Tokenizer
 
 Speculate = Literal["ngram"]
+MOST_SHOWN = 4  # special tokens in one warning
+
+logger = logging.getLogger(__name__)
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -197,13 +201,17 @@ class Llama:
         echo: bool = False,
         *,
         stop: str | Sequence[str] = (),
+        special_tokens: bool = False,
         **sampling: Any,
     ) -> list[CompletionPrediction]:
-        """Continue each text; with `logprobs`, also the text and log-probability of every token. See `generate`."""
+        """Continue each text; with `logprobs`, also the text and log-probability of every token.
+
+        `special_tokens`: see `encode`. The rest: see `generate`.
+        """
         if isinstance(prompts, str):  # would count as a list of letters
             raise RequestError(f"prompts is the text {prompts!r:.60}, expected a list of texts")
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
-        prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        prompt_tokens = [self._encode_text(prompt, special_tokens) for prompt in prompts]
         texts = self._run(prompt_tokens, params, max_gen_len, stop, logprobs and echo)
         before = [self.tokenizer.decode(text.row.prompt) if echo else "" for text in texts]
         predictions = [CompletionPrediction(generation=a + b.whole()) for a, b in zip(before, texts, strict=True)]
@@ -247,6 +255,7 @@ class Llama:
         stop: str | Sequence[str] = (),
         *,
         logprobs: bool = False,
+        special_tokens: bool = False,
         cache: KVCache | None = None,
         **sampling: Any,
     ) -> Stream:
@@ -259,7 +268,7 @@ class Llama:
         the prompt saves computing it again; afterwards it holds the prompt and a prefix of the answer.
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
-        rows = self._start([self.encode(prompt)], max_gen_len)
+        rows = self._start([self.encode(prompt, special_tokens=special_tokens)], max_gen_len)
         if cache is not None and (len(cache.lengths) != 1 or cache.max_seq_len < rows[0].total_len):
             raise RequestError(
                 f"the cache has {len(cache.lengths)} rows of {cache.max_seq_len:,} tokens, but prompt and answer need one "
@@ -268,14 +277,34 @@ class Llama:
         text = RowText(rows[0], self.tokenizer, stop)
         return Stream(text, self._steps(rows, params, cache=cache), logprobs)
 
-    def encode(self, prompt: str | list[int] | Dialog) -> list[int]:
-        """Token ids of a text (after begin-of-text), of a dialog to answer, or as given."""
+    def encode(self, prompt: str | list[int] | Dialog, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a text (after begin-of-text), of a dialog to answer, or as given.
+
+        `special_tokens`: `<|eot_id|>` and the like in a text are special tokens, and a text that begins
+        with begin-of-text gets no second one. Otherwise they are encoded as plain text, with a warning.
+        """
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=True, eos=False)
+            return self._encode_text(prompt, special_tokens)
         plain = plain_list(prompt)
         if plain and isinstance(plain[0], int):
             return cast(list[int], list(plain))
         return self.formatter.encode_dialog_prompt(cast(Dialog, plain))
+
+    def _encode_text(self, text: str, special_tokens: bool) -> list[int]:
+        """Token ids of a text, after one begin-of-text."""
+        bos = self.tokenizer.bos_id
+        if special_tokens:
+            ids = self.tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
+            return ids if ids[:1] == [bos] else [bos, *ids]
+        ids = self.tokenizer.encode(text, bos=True, eos=False)
+        if spelled := self.tokenizer.special_in(text):
+            logger.warning(
+                "the text spells %s, encoded as plain text (%d tokens in total); to get special tokens, give "
+                "special_tokens=True (llama-ref complete --special_tokens), or use chat_completion (llama-ref chat)",
+                ", ".join(spelled[:MOST_SHOWN]) + (", …" if len(spelled) > MOST_SHOWN else ""),
+                len(ids),
+            )
+        return ids
 
     # ---- what they share
 

@@ -63,6 +63,7 @@ class Tokenizer:
             path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=self.vocabulary.ranks, special_tokens=self.special_tokens
         )
         self._added = TextFinder(self.vocabulary.added)
+        self._special = TextFinder(self.special_tokens)
         self._bytes_of = _bytes_of(self.vocabulary)  # id -> bytes
 
         self.n_words = self.vocabulary.n_words
@@ -111,6 +112,12 @@ class Tokenizer:
         if eos:
             ids.append(self.eos_id)
         return ids
+
+    def special_in(self, text: str) -> list[str]:
+        """The special tokens that `text` spells, each once, in order."""
+        names = {token_id: name for name, token_id in self.special_tokens.items()}
+        found = (token_id for _, token_id in self._special.split(text))
+        return list(dict.fromkeys(names[token_id] for token_id in found if token_id is not None))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, including special tokens; invalid UTF-8 becomes U+FFFD."""

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from llama_ref import Dialog, Llama
 from llama_ref.cli.flags import Flag
-from llama_ref.cli.options import Building, MaxSeqLen, Name, TokenizerPath
+from llama_ref.cli.options import Building, MaxSeqLen, Name, Seed, TokenizerPath
 from llama_ref.cli.parser import command, run
 
 DIALOGS: list[Dialog] = [
@@ -42,7 +42,7 @@ def main(
     max_seq_len: MaxSeqLen = 512,
     max_gen_len: Annotated[int | None, Flag("generate at most this many tokens", unset="as many as fit")] = None,
     max_batch_size: Annotated[int, Flag("number of sequences at a time")] = 4,
-    seed: Annotated[int, Flag("random seed for sampling")] = 1,
+    seed: Seed = 1,
     building: Building,
 ) -> None:
     """Load a checkpoint and print each dialog with its answer."""

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from llama_ref import Llama
 from llama_ref.cli.flags import Flag
-from llama_ref.cli.options import Building, MaxSeqLen, Name, TokenizerPath
+from llama_ref.cli.options import Building, MaxSeqLen, Name, Seed, TokenizerPath
 from llama_ref.cli.parser import command, run
 
 PROMPTS = [
@@ -32,7 +32,7 @@ def main(
     max_seq_len: MaxSeqLen = 128,
     max_gen_len: Annotated[int | None, Flag("generate at most this many tokens")] = 64,
     max_batch_size: Annotated[int, Flag("number of sequences at a time")] = 4,
-    seed: Annotated[int, Flag("random seed for sampling")] = 1,
+    seed: Seed = 1,
     building: Building,
 ) -> None:
     """Load a checkpoint and print each prompt with its continuation."""

@@ -7,6 +7,7 @@ from functools import partial
 
 from llama_ref.cli.flags import did_you_mean
 from llama_ref.cli.terminal import note
+from llama_ref.cli.text_input import checked, readable
 from llama_ref.cli.timing import Timing
 from llama_ref.errors import RequestError
 from llama_ref.parallel.job import Job, from_first
@@ -49,13 +50,13 @@ def chat(session: Session, options: dict) -> None:
 def _lines(prompt: str, job: Job) -> Iterator[str]:
     """Yield lines of input; a backslash at the end joins the next one.
 
-    Ctrl-C at the prompt discards the line. Without a prompt nobody is typing, and Ctrl-C ends the
-    program as usual.
+    Ctrl-C at the prompt discards the line, and so does a line that is not text. Without a prompt
+    nobody is typing, and both end the program.
     """
     typed = ""
     while True:
         try:
-            line = from_first(job, partial(input, "… " if typed and prompt else prompt))
+            line = from_first(job, partial(_line, "… " if typed and prompt else prompt))
         except EOFError:
             if prompt:
                 note("")
@@ -68,12 +69,24 @@ def _lines(prompt: str, job: Job) -> Iterator[str]:
             note("\n(/exit or Ctrl-D leaves)")
             typed = ""
             continue
+        except RequestError as error:  # the line is not text
+            if not prompt:
+                raise
+            note(str(error))
+            typed = ""
+            continue
         typed += line
         if typed.endswith("\\"):
             typed = typed[:-1] + "\n"
             continue
         yield typed
         typed = ""
+
+
+def _line(prompt: str) -> str:
+    """One line of input. Raises EOFError, or RequestError for a line that is not text."""
+    with readable():
+        return checked(input(prompt)).removesuffix("\r")  # Windows ends lines with \r\n
 
 
 def _answer(session: Session, text: str, options: dict, interactive: bool) -> None:

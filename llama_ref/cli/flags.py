@@ -28,6 +28,7 @@ from llama_ref.errors import RequestError
 
 REQUIRED = inspect.Parameter.empty
 SWITCH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+NO_VALUE = ("none", "null")
 TYPE_NAMES = {str: "TEXT", int: "INT", float: "NUMBER"}
 EXPECTED = {int: "a whole number", float: "a number"}
 
@@ -116,13 +117,14 @@ class Parameter:
     def _read_number(self, word: str) -> int | float | None:
         from fire.parser import DefaultParseValue  # Python's literals: 8, 1e-3, 1_000
 
-        value = DefaultParseValue(word)
-        if value is None and self.optional:
+        if self.optional and word.lower() in NO_VALUE:
             return None
+        value = DefaultParseValue(word)
         if type(value) is int or (type(value) is float and self.kind is float):
             with contextlib.suppress(OverflowError):  # an integer beyond all floats
                 return self.kind(value)
-        raise RequestError(f"{self.label} is {word!r:.60}, expected {EXPECTED[self.kind]}")
+        or_none = " or none" if self.optional else ""
+        raise RequestError(f"{self.label} is {word!r:.60}, expected {EXPECTED[self.kind]}{or_none}")
 
 
 @dataclass(frozen=True)

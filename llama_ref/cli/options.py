@@ -42,6 +42,7 @@ Verify = Annotated[
     Flag("compare files with checklist.chk: each file once, at every load, or not at all"),
 ]
 Compile = Annotated[bool, Flag("compile the decode step: faster decoding after some seconds of compiling")]
+Seed = Annotated[int | None, Flag("random seed for sampling, or none for a fresh one each time")]
 MaxSeqLen = Annotated[int, Flag("longest prompt and answer together, in tokens")]
 TokenizerPath = Annotated[
     str | None,
@@ -101,7 +102,7 @@ class Loading(Building):
 
     max_seq_len: MaxSeqLen = 8192
     tokenizer_path: TokenizerPath = None
-    seed: Annotated[int, Flag("random seed for sampling")] = 1
+    seed: Seed = 1
 
 
 def text_or_list(word: str) -> str | list[str]:

@@ -143,6 +143,7 @@ def _assign_texts(chosen: Command, texts: list[str], found: dict[str, str], prog
     free = [each for each in arguments if each.name not in found]
     if len(texts) > len(free):
         hint = "; a text of several words goes into quotes" if arguments else ""
+        hint = "; flags go before --" if _is_flag(texts[len(free)], chosen) else hint
         raise RequestError(f"unexpected argument {texts[len(free)]!r:.60}{hint}{_see(program)}")
     found |= {each.name: text for each, text in zip(free, texts, strict=False)}
     for each in chosen.parameters.values():
@@ -174,6 +175,8 @@ def _find(chosen: Command, flag: str, program: str) -> tuple[Parameter, str | No
         if denied is not None and denied.is_switch:
             return denied, "False"
     guess = did_you_mean(name, chosen.parameters, "--")
+    if not guess and any(each.positional for each in chosen.parameters.values()):
+        guess = "; a text that begins with a dash goes last, after --"
     raise RequestError(f"unknown flag {flag}{guess}{_see(program)}")
 
 

@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from llama_ref.cli.flags import Flag
 from llama_ref.cli.options import WholeModel, load
+from llama_ref.cli.text_input import text_word
 
 if TYPE_CHECKING:
     from llama_ref.generation import Llama
 
-Prompt = Annotated[str, Flag("text for the model to read")]
+Prompt = Annotated[str, Flag("text for the model to read", read=text_word)]
 TARGET_HELP = 'token with its leading space, such as " Paris"'
 
 

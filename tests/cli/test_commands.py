@@ -144,6 +144,25 @@ def test_without_a_prompt_standard_input_is_the_prompt(run, name):
     assert run("complete", name, "--temperature", "0", "--max_gen_len", "1", stdin=CAPITAL)[:2] == (0, " Paris\n")
 
 
+def test_special_tokens_in_a_text_are_noticed_and_read_on_request(run, name, caplog):
+    turn = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nName three colors.<|eot_id|>"
+    turn += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    words = ("complete", name, turn, "--max_gen_len", "12", "--temperature", "0")
+    code, _, err = run(*words)
+    assert code == 0 and err.startswith(
+        "the text spells <|begin_of_text|>, <|start_header_id|>, <|end_header_id|>, <|eot_id|>, "
+    )
+    assert "--special_tokens" in err
+    code, out, err = run(*words, "--special_tokens")
+    assert (code, out) == (0, "1. Red\n2. Blue\n3. Green\n")  # as `chat` answers
+    assert re.fullmatch(PACE, err) and err.startswith("[15 tokens in, ")
+
+
+def test_seed_none_is_another_seed_each_time(run, name):
+    words = ("complete", name, CAPITAL, "--max_gen_len", "8", "--temperature", "9", "--top_p", "1", "--seed", "none")
+    assert run(*words)[1] != run(*words)[1]
+
+
 def test_options_reach_the_generation(run, name):
     def text(*options: str) -> str:
         code, out, _ = run("complete", name, CAPITAL, "--max_gen_len", "6", *options)
@@ -342,11 +361,11 @@ def test_a_full_disk_is_1(name):
     assert process.returncode == 1 and err.startswith("llama-ref: cannot write the output: No space left on device; ")
 
 
-def test_bytes_that_are_no_utf_8_and_letters_that_cannot_be_shown_end_nothing(name):
+def test_letters_that_cannot_be_shown_end_nothing(name):
     words = ("complete", name, "--max_gen_len", "1", "--temperature", "0", "--echo")
     done = subprocess.run(
         [sys.executable, "-m", "llama_ref.cli", *words],
-        input=b"caf\xe9 \xed\x95\x9c",
+        input="caf\xe9 한".encode(),
         env=os.environ | {"PYTHONIOENCODING": "ascii:strict"},
         capture_output=True,
         check=False,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Loading, Name, Sampling, build
+from llama_ref.cli.text_input import Encoding, read_stdin, text_word
 from llama_ref.errors import RequestError
 
 EXAMPLE = 'llama-ref complete NAME "Once upon a time"'
@@ -14,9 +15,14 @@ EXAMPLE = 'llama-ref complete NAME "Once upon a time"'
 @command(Section.RUN)
 def complete(
     name: Name,
-    prompt: Annotated[str | None, Flag("text to continue", unset="standard input")] = None,
+    prompt: Annotated[str | None, Flag("text to continue", unset="standard input", read=text_word)] = None,
     *,
     echo: Annotated[bool, Flag("print the prompt first", short="e")] = False,
+    special_tokens: Annotated[
+        bool,
+        Flag("read <|begin_of_text|>, <|eot_id|> and the like in the text as special tokens"),
+    ] = False,
+    encoding: Encoding = None,
     sampling: Sampling,
     loading: Loading,
 ) -> None:
@@ -32,10 +38,10 @@ def complete(
     from llama_ref.parallel.job import from_first
 
     if prompt is None and is_first_process():  # torchrun's processes have one standard input
-        prompt = _read_prompt()
+        prompt = _read_prompt(encoding)
     llama = build(name, sampling, loading)
     text = from_first(llama.job, lambda: prompt or "")
-    timing = Timing(llama.stream(text, **asdict(sampling)))
+    timing = Timing(llama.stream(text, special_tokens=special_tokens, **asdict(sampling)))
     if echo:
         print(text, end="", flush=True)
     for piece in timing:
@@ -44,10 +50,10 @@ def complete(
     note(str(timing))
 
 
-def _read_prompt() -> str:
+def _read_prompt(encoding: str | None) -> str:
     if sys.stdin.isatty():
         raise RequestError(f"missing PROMPT: {EXAMPLE}")
-    prompt = sys.stdin.read().removesuffix("\n")  # the one that `echo` adds
+    prompt = read_stdin(encoding).removesuffix("\n").removesuffix("\r")  # the newline that `echo` adds
     if not prompt:
         raise RequestError(f"missing PROMPT, and standard input is empty: {EXAMPLE}")
     return prompt

@@ -8,12 +8,12 @@ import bisect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.releases import RELEASES, Release, find_release
+from llama_ref.checkpoint.spelling import META, name_key
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 from llama_ref.parallel.sharding import WHOLE, Share
 from llama_ref.quantization.scheme import SCALE_BITS, Scheme
@@ -378,7 +378,8 @@ def _find_model(name: str) -> Model:
     try:
         return _of_folder(name, open_folder(name))
     except FolderNotFound:
-        if any(sign in name for sign in ("/", "\\", "~")) or name in ("", ".", ".."):  # a path, not a release
+        is_path = any(sign in name.removeprefix(META) for sign in ("/", "\\", "~")) or name in ("", ".", "..")
+        if is_path:
             raise
         return _of_release(_find_release(name))
     except CheckpointError:
@@ -417,7 +418,8 @@ def _find_release(name: str) -> Release:
 
 
 def _release_named(name: str) -> Release | None:
-    return next((release for release in RELEASES.values() if Path(name).name in (release.name, release.folder)), None)
+    key = name_key(name)
+    return next((each for each in RELEASES.values() if key in (name_key(each.name), name_key(each.folder))), None)
 
 
 def _of_release(release: Release) -> Model:

@@ -394,7 +394,7 @@ def test_a_download_is_planned_as_its_own_files_say(root):
     ("name", "error", "message"),
     [
         ("nonsense", RequestError, "no checkpoint at nonsense, and unknown Llama 3 release 'nonsense'"),
-        ("Llama3.1-8b", RequestError, r"did you mean Llama3\.1-8B"),
+        ("Llama3.1-8c", RequestError, r"did you mean Llama3\.1-8B"),
         ("./nonsense", CheckpointError, "no checkpoint at nonsense"),
         ("", CheckpointError, "is empty"),
     ],

@@ -2,12 +2,14 @@
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.spelling import META, as_on_disk, in_hub_cache, model_name, name_key, nearest, snapshots
 from llama_ref.errors import CheckpointError, FolderNotFound
 
 if TYPE_CHECKING:
@@ -70,8 +72,7 @@ class CheckpointFolder:
 
     @property
     def name(self) -> str:
-        path = self.path.absolute()  # Path(".").name is empty
-        return path.parent.name if path.name == "original" else path.name
+        return model_name(self.path)
 
     @property
     def shard_bytes(self) -> int:
@@ -101,25 +102,61 @@ def list_folders() -> list[Path]:
 
 
 def find_folder(name: str | Path) -> Path:
-    """Find a folder by its path or by the name of a release.
+    """Find a folder by its path or by the name of a release, in any of its spellings.
 
-    A name is looked up in `checkpoints_root()`, with `-` for `:` as Meta's downloader writes it.
-    Raises FolderNotFound, which lists the folders there.
+    A name is looked up in `checkpoints_root()`, with `-` for `:` as Meta's downloader writes it,
+    then there in other spellings ("meta-llama/Llama-3.2-1B", "llama3.2-1b"), and "owner/name" in
+    Hugging Face's cache, of whose repositories the snapshot is taken. Raises FolderNotFound, which
+    names what is like it and lists the folders in the root.
     """
     if not str(name):
         raise FolderNotFound(f"the name of the checkpoint is empty.{_what_is_there()}")
     path = _expanded(name)
-    candidates = [path, checkpoints_root() / str(name).replace(":", "-")]
     try:
-        for candidate in candidates:
+        for candidate in _candidates(str(name), path):
             if candidate.is_dir():
-                return candidate
+                return _snapshot(candidate)
         if path.is_file():
             raise FolderNotFound(f"{path} is a file; give the folder that holds it ({path.parent})")
+        raise FolderNotFound(f"no checkpoint at {_searched(str(name), path)}{_guess(str(name), path)}{_what_is_there()}")
     except OSError as error:  # most often: no permission to enter a parent folder
         raise CheckpointError(f"cannot look for {error.filename}: {error.strerror}") from error
-    searched = " or ".join(dict.fromkeys(map(str, candidates)))
-    raise FolderNotFound(f"no checkpoint at {searched}.{_what_is_there()}")
+
+
+def _candidates(name: str, path: Path) -> Iterator[Path]:
+    """Where the folder may be, best first."""
+    yield path
+    yield as_on_disk(path)
+    if path.is_absolute():
+        return
+    yield checkpoints_root() / name.replace(":", "-")
+    if "/" not in name.removeprefix(META):
+        alike = [folder for folder in list_folders() if name_key(folder.name) == name_key(name)]
+        yield from alike[:1] if len(alike) == 1 else []
+    if name.count("/") == 1:
+        yield _expanded(in_hub_cache(name))
+
+
+def _searched(name: str, path: Path) -> str:
+    return str(path) if path.is_absolute() else f"{path} or {checkpoints_root() / name.replace(':', '-')}"
+
+
+def _snapshot(path: Path) -> Path:
+    """The snapshot in a repository of Hugging Face's cache; any other folder itself."""
+    found = snapshots(path)
+    if len(found) > 1:
+        raise FolderNotFound(f"{path} has {len(found)} snapshots: give the path of one, such as {found[0]}")
+    return found[0] if found else path
+
+
+def _guess(name: str, path: Path) -> str:
+    """Folders with similar names: beside a path, in the root for a name."""
+    beside = path.parent
+    if "/" in name.removeprefix(META) and beside.is_dir():
+        near = [str(beside / each) for each in nearest(path.name, [each.name for each in beside.iterdir() if each.is_dir()])]
+    else:
+        near = nearest(name, [folder.name for folder in list_folders()])
+    return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
 def _expanded(path: str | Path) -> Path:
@@ -173,11 +210,12 @@ def open_folder(name: str | Path) -> CheckpointFolder:
 def native_folder(path: Path) -> Path:
     """The folder with Meta's files, which a Hugging Face repository has in `original/`.
 
-    Raises OSError.
+    Llama 3.1 405B's repository has them in `original/mp8` or `original/mp16`. Raises OSError.
     """
-    inner = path / "original"
-    if (path / "params.json").exists() or not (inner / "params.json").is_file():
+    within = [each.parent for pattern in ("original", "original/*") for each in path.glob(f"{pattern}/params.json")]
+    if (path / "params.json").exists() or len(within) != 1:
         return path
+    [inner] = within
     # Many downloads have the safetensors, but only the small files of `original/`.
     has_shards = any(SHARD_NAME.fullmatch(entry.name) for entry in inner.iterdir())
     has_safetensors = any(SAFETENSORS_NAME.fullmatch(entry.name) for entry in path.iterdir())
@@ -256,4 +294,7 @@ def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
     if shards:
         hint = " (it is named `params` here: rename it)" if "params" in names else ""
         return f"{path} lacks params.json{hint}; fetch it beside {shards[0]}"
+    within = [str(each.parent) for pattern in ("*", "original/*") for each in sorted(path.glob(f"{pattern}/params.json"))]
+    if within:
+        return f"{path} holds no checkpoint itself, but folders that may be: name one of {_listed(within)}"
     return f"{path} holds no consolidated.NN.pth and no model.safetensors; it holds {_listed(names)}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llama_ref.checkpoint.spelling import META, name_key
 from llama_ref.errors import RequestError
 
 
@@ -180,12 +181,14 @@ RELEASES: dict[str, Release] = {
 
 
 def find_release(name: str) -> Release:
-    """Find a release by its name, with `:` or with `-` as in folder names.
+    """Find a release by its name in any spelling, with `:` or with `-` as in folder names.
 
-    Raises RequestError with the closest names.
+    "meta-llama/Llama-3.1-405B" is the first release in that repository. Raises RequestError with
+    the closest names.
     """
     for release in RELEASES.values():
-        if name in (release.name, release.folder):
+        official = (release.huggingface_repo,) if name.startswith(META) else (release.name, release.folder)
+        if name_key(name) in map(name_key, official):
             return release
     by_lower = {candidate.lower(): candidate for candidate in RELEASES}
     close = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)]

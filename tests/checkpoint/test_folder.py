@@ -1,6 +1,7 @@
 """Find a folder by name or path, and its files."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,73 @@ def test_a_wrong_name_lists_what_is_there(root):
     fill(root / ".Llama3.1-70B.partial")
     (root / "notes.txt").write_text("")
     assert list_folders() == [root / "Llama3.1-8B", root / "Llama3.2-1B"]
-    for wrong in ("Llama3.2-1b", "", "a\0b", "~nobody-of-that-name/x"):
+    for wrong in ("Llama3.2-1c", "", "a\0b", "~nobody-of-that-name/x"):
         with pytest.raises(FolderNotFound) as error:
             find_folder(wrong)
         assert str(error.value).endswith(f"{root} holds: Llama3.1-8B, Llama3.2-1B")
+
+
+OTHER_SPELLINGS = {
+    "meta-llama/Llama-3.2-1B-Instruct": "Llama3.2-1B-Instruct",
+    "Llama-3.2-1B-Instruct": "Llama3.2-1B-Instruct",
+    "llama3.2-1b-instruct": "Llama3.2-1B-Instruct",
+    "meta-llama/Meta-Llama-3.1-8B": "Llama3.1-8B",
+    unicodedata.normalize("NFC", "한국어 모델"): unicodedata.normalize("NFD", "한국어 모델"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SPELLINGS)
+def test_a_release_is_found_by_other_spellings(root, name):
+    for folder in OTHER_SPELLINGS.values():
+        fill(root / folder)
+    assert open_folder(name).path == root / OTHER_SPELLINGS[name]
+
+
+@pytest.mark.parametrize(("typed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_path_is_found_in_either_unicode_form(tmp_path, typed, stored):
+    path = fill(tmp_path / unicodedata.normalize(stored, "모델") / unicodedata.normalize(stored, "한국어"))
+    assert find_folder(tmp_path / unicodedata.normalize(typed, "모델") / unicodedata.normalize(typed, "한국어")) == path
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Llama3.2-1B-Instrct", "did you mean Llama3.2-1B-Instruct"),
+        ("models/llama3.2-1b", "did you mean models/Llama3.2-1B?"),
+        ("/nowhere/x:1", "no checkpoint at /nowhere/x:1. "),
+        ("models", "name one of models/Llama3.2-1B"),
+        ("405B", "name one of 405B/original/mp16, 405B/original/mp8"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_answered_with_one_that_does(root, tmp_path, monkeypatch, name, says):
+    monkeypatch.chdir(tmp_path)
+    fill(root / "Llama3.2-1B-Instruct")
+    fill(tmp_path / "models" / "Llama3.2-1B")
+    fill(tmp_path / "405B" / "original" / "mp8")
+    fill(tmp_path / "405B" / "original" / "mp16")
+    with pytest.raises(CheckpointError) as error:
+        open_folder(name)
+    assert says in str(error.value)
+
+
+def test_the_only_copy_in_original_is_opened_and_has_the_repositorys_name(tmp_path):
+    inner = fill(tmp_path / "Llama-3.1-405B" / "original" / "mp16")
+    for path in (tmp_path / "Llama-3.1-405B", inner):
+        assert open_folder(path).path == inner and open_folder(path).name == "Llama-3.1-405B"
+
+
+def test_a_repository_in_hugging_faces_cache_is_its_snapshot(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--meta-llama--Llama-3.2-1B"
+    old, new = (fill(cached / "snapshots" / revision) for revision in ("0a", "1b"))
+    for name in (cached, "meta-llama/Llama-3.2-1B"):
+        with pytest.raises(FolderNotFound, match="has 2 snapshots: give the path of one, such as .*0a"):
+            find_folder(name)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1b")
+    for name in (cached, "meta-llama/Llama-3.2-1B", new):
+        assert open_folder(name).path == new and open_folder(name).name == "Llama-3.2-1B"
+    assert find_folder(old) == old
 
 
 @pytest.mark.parametrize("config", ["missing", "~nobody-of-that-name", "a file"])

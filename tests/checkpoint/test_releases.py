@@ -4,6 +4,7 @@ import pytest
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.releases import RELEASES, find_release
+from llama_ref.checkpoint.spelling import name_key
 from llama_ref.errors import RequestError
 
 sku_list = pytest.importorskip("llama_models.sku_list")
@@ -51,7 +52,7 @@ def test_folder_is_the_one_metas_downloader_makes(name):
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("Llama3.2-1B-instruct", "Llama3.2-1B-Instruct"), ("llama3.1-8b", "Llama3.1-8B"), ("Llama-3.1-70B", "Llama3.1-70B")],
+    [("Llama3.2-1B-instrct", "Llama3.2-1B-Instruct"), ("llama3.1-8", "Llama3.1-8B"), ("Llama-3.1-70", "Llama3.1-70B")],
 )
 def test_a_wrong_name_leads_to_the_closest(wrong, right):
     with pytest.raises(RequestError, match=f"{wrong}.*did you mean .*{right}"):
@@ -61,3 +62,25 @@ def test_a_wrong_name_leads_to_the_closest(wrong, right):
 def test_a_name_like_none_lists_all():
     with pytest.raises(RequestError, match=r"Llama3\.3-70B-Instruct"):
         find_release("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "release"),
+    [
+        ("Llama-3.1-8B", "Llama3.1-8B"),
+        ("llama3.2-1b-instruct", "Llama3.2-1B-Instruct"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "Llama3.2-1B-Instruct"),
+        ("meta-llama/Meta-Llama-3-8B", "Llama-3-8B"),
+        ("meta-llama/Meta-Llama-3.1-70B-Instruct", "Llama3.1-70B-Instruct"),
+        ("meta-llama/Llama-3.1-405B", "Llama3.1-405B:bf16-mp8"),
+        ("meta-llama/Llama-3.1-405B-FP8", "Llama3.1-405B"),
+        ("Llama3.1-405B", "Llama3.1-405B"),
+        ("Llama3.1-405B:bf16-mp16", "Llama3.1-405B:bf16-mp16"),
+    ],
+)
+def test_a_release_is_known_by_every_spelling(name, release):
+    assert find_release(name).name == release
+
+
+def test_no_two_releases_have_one_spelling():
+    assert len({name_key(name) for name in RELEASES}) == len(RELEASES)

@@ -64,6 +64,7 @@ def _write_overview(
     png: str | None,
 ) -> None:
     from llama_ref.checkpoint.folder import find_folder
+    from llama_ref.checkpoint.spelling import model_name
     from llama_ref.cli.terminal import note, progress_bar
     from llama_ref.study.figures import draw_overview
     from llama_ref.study.overview import overview
@@ -80,8 +81,7 @@ def _write_overview(
             progress=progress,
         )
     if out is not None:
-        model_name = find_folder(name).resolve().name
-        write_report(found, llama.tokenizer, out, model_name=model_name)
+        write_report(found, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
         note(f"wrote {out}: open it in a browser")
     if png is not None:
         draw_overview(found, llama.tokenizer, png)

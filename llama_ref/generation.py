@@ -81,6 +81,19 @@ class Llama:
         self.job = job
         self.speculation = speculation
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The generator as bytes: a tensor made only while pickling is gone before a worker gets it.
+
+        `multiprocessing` passes tensors to a spawned worker as file descriptors, which live as long
+        as the tensors. torch's own pickle of a generator has such a tensor.
+        """
+        return self.__dict__ | {"generator": self.generator.get_state().numpy().tobytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        generator_state = torch.frombuffer(bytearray(state["generator"]), dtype=torch.uint8)
+        self.generator = torch.Generator("cpu").set_state(generator_state)
+
     @classmethod
     def build(
         cls,

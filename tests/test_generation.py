@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -493,6 +494,33 @@ def test_a_copy_generates_as_the_original(peaked, copied):
     assert twin.generate(prompts, 8, seed=3) == original.generate(prompts, 8, seed=3)
     session = Session(twin)
     assert "".join(session.say("a", max_gen_len=4, seed=1)) == "".join(Session(original).say("a", max_gen_len=4, seed=1))
+
+
+def test_a_copy_continues_the_originals_random_numbers(peaked):
+    original = Llama(peaked.model, peaked.tokenizer, max_seq_len=64)
+    options = {"temperature": 3.0, "top_p": 1.0}
+    first = original.generate([[1, 2, 3]], 8, **options)
+    twin = pickle.loads(pickle.dumps(original))
+    second = original.generate([[1, 2, 3]], 8, **options)
+    assert twin.generate([[1, 2, 3]], 8, **options) == second != first
+
+
+def test_spawned_workers_are_given_models_mapped_from_either_format(tmp_path):
+    """`spawn` sends file descriptors at the start, of tensors that must live until then."""
+    native = tiny_folder(tmp_path / "tiny")
+    folders = [native, to_hugging_face(native, tmp_path / "hf")]
+    llamas = [Llama.build(folder, device="cpu", dtype="float32", max_seq_len=64) for folder in folders]
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=_send_completions, args=(llamas, sender))
+    worker.start()
+    sender.close()
+    assert receiver.recv() == [llama.generate([[1, 2, 3]], 4) for llama in llamas]
+    worker.join()
+
+
+def _send_completions(llamas, sender) -> None:
+    sender.send([llama.generate([[1, 2, 3]], 4) for llama in llamas])
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4:group=32"])

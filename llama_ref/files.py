@@ -1,8 +1,9 @@
 """Read untrusted files: recognise kinds by their first bytes, limit sizes, check JSON."""
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from llama_ref.errors import CheckpointError
 from llama_ref.formatting import short
 
 SNIFF_BYTES = 512  # enough to recognise all kinds below
+UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF_32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
 def what_is(head: bytes) -> str | None:
@@ -65,7 +68,10 @@ def check_head(path: Path, expected: str) -> bytes:
 
 
 def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
-    """The content of a small file. Raises CheckpointError if it exceeds `limit_bytes`."""
+    """The content of a small text file as UTF-8 without a byte-order mark.
+
+    Raises CheckpointError if it exceeds `limit_bytes`.
+    """
     check_head(path, expected)
     with path.open("rb") as file:
         data = file.read(min(limit_bytes, path.stat().st_size) + 1)  # read(n) allocates n bytes
@@ -73,6 +79,20 @@ def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
         raise CheckpointError(
             f"{path} is larger than {limit_bytes:,} bytes, far more than {expected} ever is; is it another file?"
         )
+    return as_utf8(data)
+
+
+def as_utf8(data: bytes) -> bytes:
+    """Text without its byte-order mark, in UTF-8; unmarked and invalid text as it is.
+
+    Windows editors write a mark, and PowerShell's `>` writes UTF-16.
+    """
+    if data.startswith(codecs.BOM_UTF8):
+        return data.removeprefix(codecs.BOM_UTF8)
+    for encoding, marks in (("utf-32", UTF_32_MARKS), ("utf-16", UTF_16_MARKS)):
+        if data.startswith(marks):  # UTF-32's mark begins with that of UTF-16
+            with suppress(UnicodeDecodeError):
+                return data.decode(encoding).encode("utf-8", "surrogatepass")
     return data
 
 

@@ -1,13 +1,19 @@
 """Files are recognised and limited before they are read."""
 
+import json
 import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from folders import tiny_folder
+from llama_ref import Llama
+from llama_ref.checkpoint.convert import to_hugging_face
+from llama_ref.checkpoint.integrity import verify, write_checklist
 from llama_ref.errors import CheckpointError
-from llama_ref.files import ADVICE, SNIFF_BYTES, check_head, read_head, read_small, what_is
+from llama_ref.files import ADVICE, SNIFF_BYTES, as_utf8, check_head, read_head, read_small, what_is
+from llama_ref.session import Session
 
 IMPOSTORS = {
     "an empty file": [b""],
@@ -93,3 +99,39 @@ def test_a_file_without_permission_is_refused_with_the_reason(unprivileged_folde
     path.chmod(0)
     with pytest.raises(CheckpointError, match=r"cannot read .*params\.json: Permission denied"):
         read_head(path)
+
+
+TEXT_FILES = ("*.json", "*.model", "checklist.chk")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("form", ["native", "hugging_face"])
+def test_byte_order_marks_change_nothing_in_any_file_of_a_checkpoint(tmp_path, form, encoding):
+    folder = tiny_folder(tmp_path / "tiny")
+    if form == "hugging_face":
+        folder = to_hugging_face(folder, tmp_path / "hf", max_shard_bytes=20_000)  # then it has an index
+    expected = Llama.build(folder, device="cpu", max_seq_len=32).generate([[1, 2]], 4)
+    for pattern in TEXT_FILES:
+        for path in folder.glob(pattern):
+            path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+        write_checklist(folder, force=True)
+    list_path = folder / "checklist.chk"
+    list_path.write_bytes(list_path.read_bytes().decode().encode(encoding))
+    report = verify(folder)
+    assert (report.exit_code, report.notes) == (0, [])
+    llama = Llama.build(folder, device="cpu", max_seq_len=32, verify="always")
+    assert llama.generate([[1, 2]], 4) == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_saved_conversation_may_have_a_byte_order_mark(tmp_path, encoding):
+    dialog = [{"role": "user", "content": "Qu'est-ce que 한국어?"}]
+    (tmp_path / "talk.json").write_bytes(json.dumps(dialog, ensure_ascii=False).encode(encoding))
+    session = Session(Llama.build(tiny_folder(tmp_path / "tiny"), device="cpu", max_seq_len=512))
+    session.load(tmp_path / "talk.json")
+    assert session.dialog == dialog
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"\xfe\xff\xd8", b"plain", b"", b"\xef\xbb"])
+def test_what_has_no_mark_or_is_no_text_is_left_alone(data):
+    assert as_utf8(data) == data

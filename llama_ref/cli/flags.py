@@ -15,8 +15,11 @@ Type and default are Python's own, a `Literal` lists choices. A parameter annota
 (help.py) and shell completion (completion.py) read all of this here.
 """
 
+import ast
 import contextlib
 import inspect
+import sys
+import textwrap
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -146,7 +149,7 @@ class Command:
 
     @property
     def _paragraphs(self) -> list[str]:
-        return (inspect.getdoc(self.function) or "").split("\n\n")
+        return _docstring(self.function).split("\n\n")
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -205,10 +208,21 @@ def did_you_mean(word: str, known: Mapping[str, Any] | tuple[str, ...], prefix: 
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
+def _docstring(documented: Any) -> str:
+    """The docstring of a function or class; from its source under `python -OO`, which drops it."""
+    if sys.flags.optimize < 2:
+        return inspect.getdoc(documented) or ""
+    try:
+        source = ast.parse(textwrap.dedent(inspect.getsource(documented)))
+    except OSError:  # no source, as in a frozen program
+        return ""
+    return ast.get_docstring(source.body[0]) or ""
+
+
 def _read_group(group: Any) -> list[Parameter]:
     """Flags of a dataclass, under its docstring's first line as their heading."""
     hints = get_type_hints(group, include_extras=True)
-    title = (inspect.getdoc(group) or group.__name__).split("\n")[0].removesuffix(".")
+    title = (_docstring(group) or group.__name__).split("\n")[0].removesuffix(".")
     return [
         _parameter(
             each.name,

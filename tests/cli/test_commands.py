@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import exit_code
+from folders import tiny_folder
 from llama_ref.formatting import human_bytes
 from llama_ref.generation import Llama
 
@@ -380,3 +381,15 @@ def test_streams_that_the_shell_closed_end_nothing(closed):
     command = f'exec "$0" -m llama_ref.cli list --json {closed}'
     done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- python -OO
+
+
+@pytest.mark.parametrize("words", ["--help", "complete --help", "list", "info tiny"])
+def test_without_docstrings_and_asserts_everything_is_said_all_the_same(root, words):
+    tiny_folder(root / "tiny")
+    command = ["-m", "llama_ref", *words.split()]
+    said = [subprocess.run([sys.executable, *how, *command], capture_output=True, check=False) for how in ([], ["-OO"])]
+    assert [each.returncode for each in said] == [0, 0]
+    assert said[0].stdout == said[1].stdout and said[1].stderr == b""

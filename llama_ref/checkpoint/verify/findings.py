@@ -59,7 +59,7 @@ def impostor_finding(path: Path) -> Finding | None:
 def without_path(error: CheckpointError, path: Path) -> str:
     """An error's text without the path, for a report that already names the file."""
     text = str(error)
-    for lead in (f"{path}: ", f"{path} cannot be used: ", f"{path} is ", f"{path} "):
+    for lead in (f"{path}: ", f"{path} cannot be used: ", f"{path} is ", f"{path} ", f"{path}, "):
         text = text.removeprefix(lead)
     return text
 
@@ -70,7 +70,7 @@ def how_json_broke(path: Path, limit_bytes: int = PARAMS_LIMIT_BYTES) -> State |
     None if it is valid JSON, so that only the content can be wrong.
     """
     try:
-        text = read_small(path, limit_bytes, "JSON").decode("utf-8-sig", "replace")
+        text = read_small(path, limit_bytes, "JSON").decode("utf-8", "replace")
         json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":

@@ -18,6 +18,11 @@ WIDEST = 1 << 28  # of any dimension; the size of a WIDEST x WIDEST matrix still
 # so (llama-models issues 166 and 241). Depth is left out, because a pruned 1B is still a 1B.
 SHAPES_SCALED_BY_32 = {(2048, 32, 8), (3072, 24, 8)}  # (dim, n_heads, n_kv_heads)
 
+# RoPE scaling, as in `apply_scaling` of Meta's llama-models: waves longer than the original training
+# context are slowed by the factor, waves shorter than a quarter of it are kept, those between blended.
+ORIGINAL_CONTEXT = 8192  # tokens
+LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1, 4
+
 REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta")
 POSITIVE_INTEGERS = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "hidden_dim", "head_dim"),

@@ -16,11 +16,6 @@ AMPERE = (8, 0)  # the first NVIDIA GPUs with bfloat16
 HOPPER = (9, 0)
 
 
-def cpu_count() -> int:
-    """The number of CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The requested device; by default CUDA (under torchrun this process's card), else MPS, else the CPU.
 

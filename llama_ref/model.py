@@ -23,12 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ref.args import ModelArgs
-
-# RoPE scaling, as in `apply_scaling` of Meta's llama-models: waves longer than the original training
-# context are slowed by the factor, waves shorter than a quarter of it are kept, those between blended.
-ORIGINAL_CONTEXT = 8192  # tokens
-LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1, 4
+from llama_ref.args import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 
 
 class RMSNorm(nn.Module):

@@ -31,7 +31,7 @@ from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.hf.config import make_params
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_writer import quantize_folder
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT
+from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import WHOLE

@@ -28,8 +28,8 @@ from llama_ref.checkpoint.hf.config import make_config, make_generation_config, 
 from llama_ref.checkpoint.hf.names import hf_name, is_rotated, to_hf_rope
 from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Stored, open_stored
-from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.checkpoint.reader import Stored, open_stored
+from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
 from llama_ref.checkpoint.verify.presence import HUGGING_FACE, INDEX_NAME, ONE_FILE, checkpoint_files, names_in, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import dtype_name

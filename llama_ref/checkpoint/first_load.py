@@ -24,7 +24,7 @@ from typing import Literal
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.verify.checklist import Entry, read_checklist
 from llama_ref.checkpoint.verify.hashing import Cancelled, hash_file
-from llama_ref.device import cpu_count
+from llama_ref.cores import cpu_count
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import printable
 from llama_ref.vocabulary import ADDED_TOKENS

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.quantized_reader import StoredQuantized
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, Stored, TensorSlice, open_stored
-from llama_ref.checkpoint.shapes import expected_shapes, model_without_memory
+from llama_ref.checkpoint.reader import Stored, TensorSlice, open_stored
+from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
 from llama_ref.checkpoint.to_device import PinnedCopier, pinned_copier
 from llama_ref.memory import give_back_memory
 from llama_ref.model import Transformer

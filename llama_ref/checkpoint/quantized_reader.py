@@ -14,8 +14,16 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
-from llama_ref.checkpoint.reader import EMBEDDING, OUTPUT, TensorSlice, check_problems, has_output
-from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, dtypes_and_shapes, expected_shapes, misfit
+from llama_ref.checkpoint.reader import TensorSlice, check_problems, has_output
+from llama_ref.checkpoint.shapes import (
+    EMBEDDING,
+    OUTPUT,
+    WEIGHT_DTYPES,
+    Shape,
+    dtypes_and_shapes,
+    expected_shapes,
+    misfit,
+)
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import dtype_name

@@ -20,12 +20,21 @@ from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
 from llama_ref.checkpoint.mapped_file import map_file
-from llama_ref.checkpoint.shapes import Shape, dtypes_and_shapes, expected_shapes, is_ignored, misfits, other_kind, strangers
+from llama_ref.checkpoint.shapes import (
+    EMBEDDING,
+    OUTPUT,
+    Shape,
+    dtypes_and_shapes,
+    expected_shapes,
+    is_ignored,
+    misfits,
+    other_kind,
+    strangers,
+)
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import places, split_dim
 
-EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 COPIED_BYTES = 4 << 20  # at a time
 MOST_LISTED = 12  # wrong tensors named in one error
 

@@ -1,23 +1,21 @@
 """The names, shapes and dtypes of a text model's tensors, and which releases have others."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import groupby
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
 from llama_ref.formatting import dtype_name
-from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import split_dim
+
+if TYPE_CHECKING:
+    from torch import Tensor  # only as a type: `verify` does not wait for torch
 
 Shape = tuple[int, ...]
 DtypeAndShape = tuple[str, Shape]
+
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 # Older files hold RoPE's frequencies, Meta's once and Hugging Face's in every layer. params.json
 # implies them.
@@ -41,32 +39,29 @@ def other_kind(args: ModelArgs, folder: Path | None = None) -> str | None:
     return None
 
 
-class _Uninitialized(TorchFunctionMode):
-    """Skip torch.nn.init: on the meta device it imports a compiler, which takes 0.8 s."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def model_without_memory(args: ModelArgs) -> Transformer:
-    """A model on the meta device: modules and shapes, without weights."""
-    with torch.device("meta"), _Uninitialized():
-        return Transformer(args)
-
-
 def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
-    """The shapes of a model's whole tensors by name, in the model's order."""
-    model = model_without_memory(replace(args, n_layers=1))  # fast; all layers are alike
-    shapes = ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
-    out: dict[str, Shape] = {}
-    for is_layer, group in groupby(shapes, lambda item: item[0].startswith("layers.0.")):
-        named = list(group)
-        for layer in range(args.n_layers if is_layer else 1):
-            out |= {name.replace("layers.0.", f"layers.{layer}.", 1): shape for name, shape in named}
-    return out
+    """The shapes of a model's whole tensors by name, in the model's order.
+
+    Written down instead of taken from the model, because torch takes a second to import.
+    """
+    dim, q_dim, kv_dim = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    layer = {
+        "attention.wq": (q_dim, dim),
+        "attention.wk": (kv_dim, dim),
+        "attention.wv": (kv_dim, dim),
+        "attention.wo": (dim, q_dim),
+        "feed_forward.w1": (args.ffn_dim, dim),
+        "feed_forward.w2": (dim, args.ffn_dim),
+        "feed_forward.w3": (args.ffn_dim, dim),
+        "attention_norm": (dim,),
+        "ffn_norm": (dim,),
+    }
+    return {
+        EMBEDDING: (args.vocab_size, dim),
+        **{f"layers.{n}.{name}.weight": shape for n in range(args.n_layers) for name, shape in layer.items()},
+        "norm.weight": (dim,),
+        OUTPUT: (args.vocab_size, dim),
+    }
 
 
 def shard_shape(name: str, whole: Shape, n_shards: int) -> Shape:
@@ -104,7 +99,7 @@ def misfit(name: str, found: DtypeAndShape | None, shape: Shape, dtypes: Sequenc
     return None
 
 
-def dtypes_and_shapes(tensors: Mapping[str, Tensor]) -> dict[str, DtypeAndShape]:
+def dtypes_and_shapes(tensors: Mapping[str, "Tensor"]) -> dict[str, DtypeAndShape]:
     """The dtype names and shapes of tensors, as `misfits` takes them."""
     return {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
 

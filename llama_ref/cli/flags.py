@@ -213,10 +213,10 @@ def _docstring(documented: Any) -> str:
     if sys.flags.optimize < 2:
         return inspect.getdoc(documented) or ""
     try:
-        source = ast.parse(textwrap.dedent(inspect.getsource(documented)))
+        [node] = ast.parse(textwrap.dedent(inspect.getsource(documented))).body
     except OSError:  # no source, as in a frozen program
         return ""
-    return ast.get_docstring(source.body[0]) or ""
+    return ast.get_docstring(node) or "" if isinstance(node, ast.FunctionDef | ast.ClassDef) else ""
 
 
 def _read_group(group: Any) -> list[Parameter]:

@@ -17,8 +17,8 @@ from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name, to_hf_rope
-from llama_ref.checkpoint.reader import OUTPUT, Stored, open_stored
-from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.checkpoint.reader import Stored, open_stored
+from llama_ref.checkpoint.shapes import OUTPUT, expected_shapes
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import split_dim
 

@@ -10,6 +10,8 @@ import pytest
 import bench_cuda
 import text_completion
 from conftest import exit_code
+from folders import tiny_folder
+from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.cli import commands
 from llama_ref.cli.parser import run
 
@@ -129,10 +131,21 @@ def test_help_and_misuse_import_nothing_heavy(words):
     assert done.returncode == (2 if words == ["bogus"] else 0)
 
 
-def test_a_list_waits_for_no_torch(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(tmp_path))
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """What LLAMA_MODELS_CONFIG_DIR names, with a checkpoint in each format."""
+    root = tmp_path_factory.mktemp("llama")
+    (root / "checkpoints").mkdir()
+    native = tiny_folder(root / "checkpoints" / "native")
+    to_hugging_face(native, root / "checkpoints" / "hf")
+    return root
+
+
+@pytest.mark.parametrize("words", ["list", "verify native", "verify -q native", "verify hf", "checksum -f native"])
+def test_what_only_looks_at_files_waits_for_no_torch(folders, monkeypatch, words):
+    monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(folders))
     script = IMPORTS.replace('"rich", "fire", ', "")
-    command = [sys.executable, "-c", script, "list"]
+    command = [sys.executable, "-c", script, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

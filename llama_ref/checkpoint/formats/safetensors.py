@@ -9,15 +9,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.errors import CheckpointError
 from llama_ref.files import check_head, unique_keys
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LENGTH_BYTES = 8  # size of the length field before the header
 HEADER_LIMIT_BYTES = 10 << 20  # the largest Llama 3 has about 100 kB
@@ -92,17 +92,21 @@ def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
     return tensors
 
 
-def map_safetensors(path: Path) -> dict[str, Tensor]:
+def map_safetensors(path: Path) -> "dict[str, Tensor]":
     """The file's tensors by name, memory-mapped. Raises the errors of `inspect_safetensors`.
 
     The library does not guarantee memory-mapping, and only mapped pages can be released again.
     """
+    import torch  # only now: `verify` reads headers without waiting for it
+
     tensors = inspect_safetensors(path)
     data = torch.frombuffer(map_file(path), dtype=torch.uint8)
     return {name: _map_tensor(path, name, data, held) for name, held in tensors.items() if not is_ignored(name)}
 
 
-def _map_tensor(path: Path, name: str, data: Tensor, held: HeldTensor) -> Tensor:
+def _map_tensor(path: Path, name: str, data: "Tensor", held: HeldTensor) -> "Tensor":
+    import torch
+
     dtype = getattr(torch, held.dtype, None)  # older torch versions lack the newest dtypes
     if dtype is None or math.prod(held.shape) * dtype.itemsize != held.nbytes:  # packed dtypes
         raise CheckpointError(f"{path}: {name} is {held.dtype}, which is not supported; fetch weights in bfloat16")

@@ -6,15 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from llama_ref.args import PARAMS_LIMIT_BYTES, ModelArgs, ffn_dim, usual_rope_factor
+from llama_ref.args import (
+    HIGH_FREQ_FACTOR,
+    LOW_FREQ_FACTOR,
+    ORIGINAL_CONTEXT,
+    PARAMS_LIMIT_BYTES,
+    ModelArgs,
+    ffn_dim,
+    usual_rope_factor,
+)
 from llama_ref.checkpoint.releases import SHAPES
 from llama_ref.files import BadValue, json_object, renamed_keys, require_keys
 from llama_ref.formatting import dtype_name, short
-from llama_ref.model import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES = {  # ModelArgs' name: Hugging Face's
     "dim": "hidden_size",
@@ -125,7 +133,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
     return rope["rope_theta"], rope["factor"]
 
 
-def make_config(args: ModelArgs, *, tied: bool, dtype: torch.dtype, bos: int, eos: Sequence[int]) -> dict[str, Any]:
+def make_config(args: ModelArgs, *, tied: bool, dtype: "torch.dtype", bos: int, eos: Sequence[int]) -> dict[str, Any]:
     """The config.json of a text model, in transformers 4's keys, which 5 and vLLM also read.
 
     `bos` is the id of the first token of a text. `eos` are the ids that end one: one for a base

@@ -1,8 +1,10 @@
 """Convert Meta's tensor names and RoPE row order to Hugging Face's and back."""
 
 import re
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYER = re.compile(r"layers\.(\d+)\.(.+)\.weight")
 WITHIN_LAYER = {
@@ -34,7 +36,7 @@ def is_rotated(name: str) -> bool:
     return name.endswith((".wq.weight", ".wk.weight"))
 
 
-def from_hf_rope(name: str, rows: Tensor, head_dim: int) -> Tensor:
+def from_hf_rope(name: str, rows: "Tensor", head_dim: int) -> "Tensor":
     """Reorder rows (n·hd, D) of whole heads from Hugging Face's RoPE order to Meta's.
 
     Hugging Face pairs x[i] with x[i + hd/2], Meta x[2i] with x[2i + 1]. Returns a copy for matrices
@@ -43,6 +45,6 @@ def from_hf_rope(name: str, rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2) if is_rotated(name) else rows
 
 
-def to_hf_rope(name: str, rows: Tensor, head_dim: int) -> Tensor:
+def to_hf_rope(name: str, rows: "Tensor", head_dim: int) -> "Tensor":
     """The inverse of `from_hf_rope`."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2) if is_rotated(name) else rows

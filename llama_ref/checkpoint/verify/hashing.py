@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from llama_ref.checkpoint.verify.presence import size_of
-from llama_ref.device import cpu_count
+from llama_ref.cores import cpu_count
 from llama_ref.progress import FileProgress
 
 READ_BYTES = 1 << 20  # large enough to hide the cost of a call, small enough for the cache

@@ -11,8 +11,7 @@ from llama_ref.checkpoint.folder import SAFETENSORS_NAME
 from llama_ref.checkpoint.formats.safetensors import REFETCH, HeldTensor, WrongLength, inspect_safetensors
 from llama_ref.checkpoint.hf.config import NAMES, HFConfig
 from llama_ref.checkpoint.hf.names import hf_name
-from llama_ref.checkpoint.reader import OUTPUT
-from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes, is_ignored, misfits
+from llama_ref.checkpoint.shapes import OUTPUT, WEIGHT_DTYPES, Shape, expected_shapes, is_ignored, misfits
 from llama_ref.checkpoint.verify.findings import (
     Finding,
     Structure,

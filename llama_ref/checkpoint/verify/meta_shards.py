@@ -7,13 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import SHARD_NAME, shard_number
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
-from llama_ref.checkpoint.formats.pth_pickle import RefusedPickle
+from llama_ref.checkpoint.formats.pth_pickle import ITEM_BYTES, RefusedPickle
 from llama_ref.checkpoint.hf.config import read_config
 from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as MAX_TOKENIZER_JSON_BYTES
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
@@ -304,7 +302,7 @@ def _measure_broken(
 
 
 def _least_bytes(expected: Mapping[str, Shape], n_shards: int) -> int:
-    return sum(math.prod(shard_shape(name, shape, n_shards)) for name, shape in expected.items()) * torch.bfloat16.itemsize
+    return sum(math.prod(shard_shape(name, shape, n_shards)) for name, shape in expected.items()) * ITEM_BYTES["bfloat16"]
 
 
 def _starts_as_archive(path: Path) -> bool:

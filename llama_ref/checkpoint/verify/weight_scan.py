@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
-import torch
-
 from llama_ref.checkpoint.formats.pth import TensorInfo, archive_records
 from llama_ref.checkpoint.formats.pth_zip import Record
 from llama_ref.checkpoint.formats.safetensors import HeldTensor
@@ -126,6 +124,8 @@ def _fill(file: FileIO, view: memoryview) -> int:
 
 
 def _not_finite(data: memoryview, dtype: str) -> Counter[str]:
+    import torch  # only now: checksums do not wait for it
+
     torch_dtype = getattr(torch, dtype, torch.uint8)  # older torch versions lack the newest dtypes
     if not torch_dtype.is_floating_point or dtype in WITHOUT_SPECIALS:
         return Counter()

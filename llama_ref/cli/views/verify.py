@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -13,10 +13,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
-from llama_ref.checkpoint.diff import Comparison
 from llama_ref.checkpoint.verify.report import FileReport, Report, State
 from llama_ref.cli.terminal import print_rich
 from llama_ref.formatting import human_bytes, printable
+
+if TYPE_CHECKING:
+    from llama_ref.checkpoint.diff import Comparison  # only as a type: verify does not wait for torch
 
 MOST_TENSORS = 12  # differing tensors shown
 SUM_SHOWN = 8  # leading hex digits: enough to see that two differ
@@ -134,7 +136,7 @@ def hashing_bars() -> Iterator[Callable[[Path, int, int], None]]:
         yield progress
 
 
-def print_comparison(comparison: Comparison, *, as_json: bool) -> None:
+def print_comparison(comparison: "Comparison", *, as_json: bool) -> None:
     """Print "identical", or what differs: params, tokenizer, and the first tensors."""
     if as_json:
         print(comparison.to_json())
@@ -151,7 +153,7 @@ def print_comparison(comparison: Comparison, *, as_json: bool) -> None:
         print_rich(_differences(comparison))
 
 
-def _differences(comparison: Comparison) -> Table:
+def _differences(comparison: "Comparison") -> Table:
     n, shown = len(comparison.tensors), comparison.tensors[:MOST_TENSORS]
     caption = f"and {n - len(shown)} more" if n > len(shown) else None
     table = Table(

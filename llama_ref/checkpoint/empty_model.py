@@ -1,0 +1,26 @@
+"""A model without memory for its weights, which are set later."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from llama_ref.args import ModelArgs
+from llama_ref.model import Transformer
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leaves parameters as they are made: `nn.init` on the meta device imports a compiler (0.8 s)."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def model_without_memory(args: ModelArgs) -> Transformer:
+    """A model on the meta device: modules and shapes."""
+    with torch.device("meta"), _Uninitialized():
+        return Transformer(args)

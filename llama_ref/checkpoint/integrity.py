@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -28,6 +28,7 @@ from llama_ref.checkpoint.verify.presence import (
     stamp_of,
 )
 from llama_ref.checkpoint.verify.report import STATE_OF_IMPOSTOR, FileReport, Report, State
+from llama_ref.checkpoint.verify.unwritten import zero_block
 from llama_ref.checkpoint.verify.weight_scan import scan_safetensors, scan_weights
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_head, what_is
@@ -35,6 +36,8 @@ from llama_ref.progress import FileProgress
 
 JUST_NOW_SECONDS = 10  # a broken file that changed this recently may be a running download
 GROWTH_WAIT_SECONDS = 0.5
+MOST_SHOWN = 40  # characters of a line
+MOST_NAMED = 4  # files in one sentence
 
 NO_LIST = {
     META: f"there is no {CHECKLIST_NAME}, so no sums to compare with; the files' structure was checked",
@@ -123,7 +126,8 @@ class _Check:
     use_list: bool = True
 
     def run(self) -> Report:
-        listed, list_problem, list_report, notes = self._read_list()
+        the_list = self._read_list()
+        listed, list_report, notes = the_list.entries, the_list.reports, the_list.notes
         here = names_in(self.folder)
         form = format_of({*listed, *here})
         names = list(dict.fromkeys([*listed, *files_of(form, here)]))
@@ -138,25 +142,25 @@ class _Check:
         structure = examine(self.folder, names, form, not_to_open=verdicts.keys(), params_are_right=right)
         to_hash = [name for name in openable if name not in hashed and not _is_conclusive(structure.findings.get(name))]
         hashed |= self._hash(to_hash, listed)
-        names += _missing(form, names, structure, listed)
+        names += _missing(form, names, structure)
         for name in names:
             if name not in verdicts:
-                verdicts[name] = self._judge(name, listed, hashed.get(name), form, structure)
+                verdicts[name] = self._judge(name, the_list, hashed, form, structure)
         _clear_misfits(verdicts, structure)
         if self.deep or (not self.quick and not listed and form is META):
             self._scan(verdicts, form, structure)
+        self._mark_unwritten(verdicts)
         self._mark_growing(verdicts, stamps)
         files = [*list_report, *(verdicts[name] for name in names)]
         if form is HUGGING_FACE and not has_weights(form, here) and (pickles := [n for n in here if n.endswith(".bin")]):
             notes.append(f"the weights are here as pickles ({pickles[0]}), which are not read: fetch them as safetensors")
-        problem = None if self.quick and not list_report else list_problem if listed or list_report else NO_LIST[form]
+        problem = the_list.problem or _not_compared(the_list, form, files)
         return Report(self.folder, files, problem, notes + structure.notes)
 
-    def _read_list(self) -> tuple[dict[str, Entry], str | None, list[FileReport], list[str]]:
-        """(entries by name, why the list could not be used, its own report in that case, notes)."""
+    def _read_list(self) -> "_List":
         path = self.folder / CHECKLIST_NAME
         if not self.use_list or not self._is_there(path):
-            return {}, None, [], []
+            return _List()
         try:
             found = read_checklist(path)
         except CheckpointError as error:
@@ -164,12 +168,16 @@ class _Check:
             state = STATE_OF_IMPOSTOR[kind] if kind else State.DAMAGED
             detail = kind or str(error).removeprefix(f"{path} ").removeprefix(f"{path}, ")
             report = FileReport(CHECKLIST_NAME, state, size_of(path), detail=detail)
-            return {}, f"{CHECKLIST_NAME} could not be used", [report], []
+            return _List(problem=f"{CHECKLIST_NAME} could not be used", reports=[report])
         notes = []
         if found.unread_lines:
             lines = ", ".join(map(str, found.unread_lines[:5])) + (", …" if len(found.unread_lines) > 5 else "")
             notes.append(f"{CHECKLIST_NAME} has lines that are not in md5sum's format and were skipped: {lines}")
-        return {entry.name: entry for entry in found.entries}, None, [], notes
+        reports = []
+        if found.broken_off:
+            detail = f"it breaks off at {found.broken_off[-MOST_SHOWN:]!r}"
+            reports = [FileReport(CHECKLIST_NAME, State.CUT_SHORT, size_of(path), detail=detail)]
+        return _List({entry.name: entry for entry in found.entries}, reports=reports, notes=notes)
 
     def _hash(self, names: Iterable[str], listed: Mapping[str, Entry]) -> dict[str, Hashed | OSError]:
         if self.quick:
@@ -186,12 +194,19 @@ class _Check:
             return True
 
     def _judge(
-        self, name: str, listed: Mapping[str, Entry], hashed: Hashed | OSError | None, form: Format, structure: Structure
+        self,
+        name: str,
+        the_list: "_List",
+        all_hashed: Mapping[str, Hashed | OSError],
+        form: Format,
+        structure: Structure,
     ) -> FileReport:
+        listed, hashed = the_list.entries, all_hashed.get(name)
         path, entry, finding = self.folder / name, listed.get(name), structure.findings.get(name)
         report = FileReport(name, State.SOUND, size_of(path), expected_sum=entry.sum if entry else None)
         if report.size is None:
-            return replace(report, state=State.MISSING, detail=partial_download(path))
+            unnamed = f"{CHECKLIST_NAME} does not name it either" if listed and not entry else ""
+            return replace(report, state=State.MISSING, detail=partial_download(path) or unnamed)
         if isinstance(hashed, OSError):
             return replace(report, state=State.UNREADABLE, detail=hashed.strerror or str(hashed))
         if hashed:
@@ -199,9 +214,11 @@ class _Check:
         if finding:
             report = replace(report, state=finding.state, detail=finding.detail, expected_size=finding.expected_size)
         if _matches(entry, hashed) is False:
-            return _why_sum_differs(report, finding, form, listed)
-        foreign = listed and not entry and form.weights.fullmatch(name)
-        if not finding and (foreign or name in structure.surplus):
+            return _why_sum_differs(report, finding, form, listed, all_hashed)
+        is_needed = structure.is_counted and name in structure.needed and name not in structure.surplus
+        foreign = the_list.is_whole and not entry and form.weights.fullmatch(name) and not is_needed
+        is_odd = finding and finding.state is not State.COPY
+        if not is_odd and (foreign or name in structure.surplus):
             detail = "the checklist does not name it" if foreign else structure.surplus[name]
             return replace(report, state=State.EXTRA, detail=detail)
         return report
@@ -232,6 +249,13 @@ class _Check:
         names = [name for name in (*structure.pth, *structure.safetensors) if verdicts[name].ok]
         run_all([partial(one, name) for name in names], self.jobs, cancel)
 
+    def _mark_unwritten(self, verdicts: dict[str, FileReport]) -> None:
+        """A damaged file with a block of zeros was reserved and only partly written."""
+        for name, report in verdicts.items():
+            if report.state is State.DAMAGED and (offset := zero_block(self.folder / name)) is not None:
+                detail = f"{report.detail}; zero bytes at {offset:,}"
+                verdicts[name] = replace(report, state=State.UNWRITTEN, detail=detail)
+
     def _mark_growing(self, verdicts: dict[str, FileReport], stamps: Mapping[str, tuple[int, int] | None]) -> None:
         """Mark files that changed during the check; wait a moment for broken ones that are new."""
         short = [name for name in stamps if not verdicts[name].ok and age_seconds(self.folder / name) < JUST_NOW_SECONDS]
@@ -244,11 +268,34 @@ class _Check:
                 verdicts[name] = replace(verdicts[name], state=State.GROWING, size=size, detail="it changed during the check")
 
 
-def _missing(form: Format, names: list[str], structure: Structure, listed: Mapping[str, Entry]) -> list[str]:
-    """Missing files, as the weights' numbers, shapes or index show; without a list, also others."""
+@dataclass(frozen=True)
+class _List:
+    """What checklist.chk gives: entries by name, why it gives none, its report if it is bad, notes."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    problem: str | None = None
+    reports: list[FileReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.entries) and not self.reports
+
+
+def _not_compared(the_list: _List, form: Format, files: Iterable[FileReport]) -> str | None:
+    """Why some good files have no checksum to be compared with; None if all have one."""
+    if not the_list.entries and not the_list.reports:
+        return NO_LIST[form]
+    names = [file.name for file in files if file.ok and file.name not in the_list.entries]
+    if not names:
+        return None
+    shown = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
+    return f"{CHECKLIST_NAME} does not name {shown}, so nothing says whether the bytes are right"
+
+
+def _missing(form: Format, names: list[str], structure: Structure) -> list[str]:
+    """Missing files, as the weights' numbers, shapes or index show, and those of any model."""
     missing = [name for name in structure.needed if name not in names]
-    if listed:
-        return missing
     if not missing and not has_weights(form, names):
         missing = [form.first_weights]
     if form.params not in names:
@@ -296,9 +343,18 @@ def _is_conclusive(finding: Finding | None) -> bool:
     return finding is not None and finding.state in CONCLUSIVE
 
 
-def _why_sum_differs(report: FileReport, finding: Finding | None, form: Format, listed: Mapping[str, Entry]) -> FileReport:
-    owner = next((name for name, entry in listed.items() if entry.sum == report.found_sum and name != report.name), None)
-    if owner:
+def _why_sum_differs(
+    report: FileReport,
+    finding: Finding | None,
+    form: Format,
+    listed: Mapping[str, Entry],
+    hashed: Mapping[str, Hashed | OSError],
+) -> FileReport:
+    owners = [name for name, entry in listed.items() if entry.sum == report.found_sum and name != report.name]
+    there = [name for name in owners if _matches(listed[name], hashed.get(name))]
+    if there:
+        return replace(report, state=State.COPY, detail=f"of {there[0]}, which is here too")
+    for owner in owners:
         return replace(report, state=State.MISNAMED, detail=f"its content is that of {owner}")
     if finding and finding.if_altered:
         return replace(report, state=finding.if_altered)
@@ -308,13 +364,17 @@ def _why_sum_differs(report: FileReport, finding: Finding | None, form: Format, 
     return replace(report, state=State.DAMAGED, detail=finding.detail if finding else plain)
 
 
+def _is_right(report: FileReport) -> bool:
+    """Whether the checksum is the listed one."""
+    return report.found_sum is not None and report.found_sum == report.expected_sum
+
+
 def _clear_misfits(verdicts: dict[str, FileReport], structure: Structure) -> None:
     """Clear files with the right sum of misfits that other, broken files explain."""
     doubtful = [name for name, finding in structure.findings.items() if finding.by_others]
-    if any(not report.ok for name, report in verdicts.items() if name not in doubtful or report.state is not State.MISFIT):
+    if any(not report.ok for name, report in verdicts.items() if name not in doubtful or not _is_right(report)):
         for name in doubtful:
-            # With a wrong sum, the state is another one.
-            if verdicts[name].state is State.MISFIT and verdicts[name].found_sum:
+            if not verdicts[name].ok and _is_right(verdicts[name]):
                 verdicts[name] = replace(verdicts[name], state=State.WHOLE, detail="")
 
 

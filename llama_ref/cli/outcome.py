@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
 
-EXIT_BAD, EXIT_MISUSE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141
+EXIT_BAD, EXIT_MISUSE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141  # verify also has 3
 
 
 def guarded(action: Callable[[], int | None]) -> int:

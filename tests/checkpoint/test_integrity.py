@@ -173,11 +173,10 @@ def test_quick_finds_all_but_silent_damage(folder, settled, fault):
     assert all(file.found_sum is None for file in report.files)
 
 
-def test_quick_on_a_sound_folder_hashes_nothing_and_needs_no_list(folder):
-    (folder / "checklist.chk").unlink()
+def test_quick_on_a_sound_folder_hashes_nothing(folder):
     report = verify(folder, quick=True)
     assert report.exit_code == 0 and {file.state for file in report.files} == {State.SOUND}
-    assert "sound as far as could be checked" in report.summary()
+    assert report.summary() == "all 4 files are sound as far as could be checked"
 
 
 def test_swapped_files_are_named_by_what_they_hold(folder, settled):
@@ -187,6 +186,84 @@ def test_swapped_files_are_named_by_what_they_hold(folder, settled):
     report = verify(folder)
     assert states(report) == {SHARD0: State.MISNAMED, SHARD1: State.MISNAMED}
     assert f"its content is that of {SHARD1}" in report.summary()
+    assert "if another file has that name, move that one away first" in report.summary()
+
+
+@pytest.mark.parametrize(("source", "target"), [(SHARD0, SHARD1), (SHARD1, SHARD0), ("params.json", "tokenizer.model")])
+def test_a_file_copied_over_another_is_a_copy_that_no_renaming_mends(folder, settled, source, target):
+    shutil.copy(folder / source, folder / target)
+    report = verify(folder)
+    assert states(report) == {target: State.COPY}
+    assert f"{target} is a copy (of {source}, which is here too): its own content is missing" in report.summary()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_copied_shard_is_found_without_a_list_too(folder, settled, quick):
+    (folder / "checklist.chk").unlink()
+    shutil.copy(folder / SHARD0, folder / SHARD1)
+    report = verify(folder, quick=quick)
+    assert states(report) == {SHARD1: State.COPY} and report.exit_code == 1
+    with pytest.raises(CheckpointError, match="no list was written"):
+        write_checklist(folder)
+
+
+def reserved(path: Path) -> None:
+    """The last half of the file was reserved but never written."""
+    size = path.stat().st_size
+    os.truncate(path, size // 2)
+    os.truncate(path, size)
+
+
+def with_a_hole(path: Path) -> None:
+    """A downloader of several connections was interrupted: both ends are there."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 4)
+        file.write(bytes(size // 2))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("fill", [reserved, with_a_hole])
+def test_a_partly_filled_file_is_unwritten(folder, settled, fill, listed):
+    if not listed:
+        (folder / "checklist.chk").unlink()
+    fill(folder / SHARD1)
+    report = verify(folder)
+    assert states(report) == {SHARD1: State.UNWRITTEN} and report.exit_code == 1
+    assert "zero bytes at" in report.summary() and "never written, fetch that file again" in report.summary()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("name", [SHARD1, "params.json", "tokenizer.model"])
+def test_what_neither_folder_nor_list_has_is_missing(folder, settled, name, quick):
+    (folder / name).unlink()
+    path = folder / "checklist.chk"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if name not in line))
+    report = verify(folder, quick=quick)
+    assert states(report) == {name: State.MISSING} and report.exit_code == 1
+    assert f"{name} is missing (checklist.chk does not name it either): fetch it" in report.summary()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_file_that_the_list_does_not_name_has_nothing_to_be_compared_with(folder, quick):
+    path = folder / "checklist.chk"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if SHARD1 not in line))
+    report = verify(folder, quick=quick)
+    assert not report.bad and report.exit_code == 3
+    assert report.summary().endswith(f"checklist.chk does not name {SHARD1}, so nothing says whether the bytes are right")
+
+
+def test_wherever_a_list_breaks_off_only_the_list_is_to_blame(folder, settled):
+    path = folder / "checklist.chk"
+    whole = path.read_bytes()
+    for length in range(1, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        report = verify(folder, quick=length % 10 != 0)
+        ends_a_line = whole[length : length + 1] == b"\n" or whole[length - 1 : length] == b"\n"
+        assert states(report) == ({} if ends_a_line else {"checklist.chk": State.CUT_SHORT}), whole[:length]
+        assert report.exit_code == 3 and not report.notes
+    path.write_bytes(whole[:-1])
+    assert verify(folder).exit_code == 0
 
 
 def test_links_within_the_folder_and_into_a_hub_caches_blobs_are_followed(folder, tmp_path):
@@ -226,9 +303,10 @@ def test_a_shard_of_another_split_is_extra(folder):
 
 def test_no_list_is_said_in_one_line_and_the_archives_own_sums_are_used(folder, settled):
     (folder / "checklist.chk").unlink()
-    report = verify(folder)
-    assert report.exit_code == 2 and not report.bad
-    assert "there is no checklist.chk" in report.summary() and "\n" not in report.summary()
+    for quick in (True, False):
+        report = verify(folder, quick=quick)
+        assert report.exit_code == 3 and not report.bad
+        assert "there is no checklist.chk" in report.summary() and "\n" not in report.summary()
     change(folder / SHARD1, 9000)  # a weight
     report = verify(folder)
     assert report.exit_code == 1 and states(report) == {SHARD1: State.DAMAGED} and "CRC-32" in report.summary()
@@ -246,7 +324,7 @@ def test_no_list_is_said_in_one_line_and_the_archives_own_sums_are_used(folder, 
 def test_a_bad_list_is_reported_and_the_rest_still_looked_at(folder, settled, content, state, words):
     (folder / "checklist.chk").write_bytes(content)
     report = verify(folder)
-    assert states(report) == {"checklist.chk": state} and report.exit_code == 2
+    assert states(report) == {"checklist.chk": state} and report.exit_code == 3
     assert "checklist.chk could not be used" in report.summary() and words in report.summary()
     cut(folder / SHARD0, 1)
     assert verify(folder).exit_code == 1

@@ -17,6 +17,13 @@ _PLAIN = re.compile(rb"[ \t]*(?P<escaped>\\?)" + _SUM + rb"[ \t](?P<rest>.+)", r
 _TAGGED = re.compile(
     rb"[ \t]*(?P<escaped>\\?)(?P<tag>MD5|SHA256) ?\((?P<name>.*)\)[ \t]*=[ \t]*" + _SUM, re.DOTALL
 )  # BSD's format; the last bracket ends the name
+_BEGINNING = re.compile(rb"[ \t]*(\\?[0-9a-fA-F]{1,64}[ \t]*\*?|\\?(MD5|SHA256) ?\([^)]*\)?[ \t]*=?[ \t]*[0-9a-fA-F]*)")
+_USUAL_NAMES = (  # with zeros for all digits
+    *("params.json", "tokenizer.model", "consolidated.00.pth", "added_tokens.json", "fp8_scales_0.pt"),
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
+    *("model-00000-of-00000.safetensors", "model.safetensors.index.json"),
+)
 _ESCAPE = re.compile(rb"\\[\\nr]")
 _ESCAPES = {rb"\\": b"\\", rb"\n": b"\n", rb"\r": b"\r"}
 
@@ -36,18 +43,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checklist:
-    """A parsed list: one entry per file, in order, and the numbers of invalid lines."""
+    """A parsed list: one entry per file, in order, and the numbers of invalid lines.
+
+    `broken_off` is the incomplete last line of a list that is cut short.
+    """
 
     path: Path
     entries: list[Entry]
     unread_lines: list[int]
+    broken_off: str | None = None
 
 
 def read_checklist(path: str | Path) -> Checklist:
     """Read MD5 or SHA-256 checksums in any format of `md5sum -c`, with GNU escapes and BSD tags.
 
     `unread_lines` are the numbers of the lines that md5sum would skip with a warning. If a file has
-    both an MD5 and a SHA-256 checksum, the SHA-256 is used. Raises CheckpointError if no line is
+    both an MD5 and a SHA-256 checksum, the SHA-256 is used. A last line without a line break that
+    is only the beginning of an entry becomes `broken_off`. Raises CheckpointError if no line is
     valid, an entry points outside the folder, two entries disagree, or the file is something else,
     such as a web page.
     """
@@ -56,7 +68,9 @@ def read_checklist(path: str | Path) -> Checklist:
     parse = _LineParser()
     entries: dict[str, Entry] = {}
     unread = []
-    for number, line in enumerate(data.split(b"\n"), 1):
+    *lines, rest = data.split(b"\n")
+    broken_off = _broken_off(rest, path.parent)
+    for number, line in enumerate([*lines, b"" if broken_off else rest], 1):
         line = line.removesuffix(b"\r")
         if not line or line.startswith(b"#"):
             continue
@@ -66,12 +80,12 @@ def read_checklist(path: str | Path) -> Checklist:
             continue
         entry = Entry(_relative_name(found[0], path, number), found[1], number)
         entries[entry.name] = _merge_duplicate(entries.get(entry.name), entry, path)
-    if not entries:
+    if not entries and not broken_off:
         raise CheckpointError(
             f"{path} has no line of the form `<32 or 64 hex digits>  <file name>`; it is not a checklist: fetch it again, "
             "or remove it and write one from files you trust"
         )
-    return Checklist(path, list(entries.values()), unread)
+    return Checklist(path, list(entries.values()), unread, broken_off)
 
 
 def format_entry(name: str, hex_sum: str) -> bytes:
@@ -116,6 +130,26 @@ class _LineParser:
             return rest
         self.reversed = False
         return rest[1:]
+
+
+def _broken_off(rest: bytes, folder: Path) -> str | None:
+    """What follows the last line break, if it is only the beginning of an entry.
+
+    A list may lack the last line break. A name is incomplete if there is no such file, and it is
+    the beginning of the name of another file or of a file that checkpoints usually have.
+    """
+    found = _LineParser()(rest)
+    if found is None:
+        return os.fsdecode(rest) if _BEGINNING.fullmatch(rest) else None
+    name = os.fsdecode(found[0]).removeprefix("./")
+    if not name.strip(" *."):
+        return os.fsdecode(rest)
+    zeroed = re.sub(r"\d", "0", name)
+    if os.path.lexists(folder / name) or zeroed in _USUAL_NAMES or zeroed == "model.safetensors":
+        return None
+    begun = [usual for usual in _USUAL_NAMES if usual.startswith(zeroed)]
+    begun += [path.name for path in folder.iterdir() if path.name.startswith(name)]
+    return os.fsdecode(rest) if begun else None
 
 
 def _unescaped(name: bytes) -> bytes | None:

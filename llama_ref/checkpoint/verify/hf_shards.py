@@ -55,6 +55,7 @@ def examine_safetensors(
         found.findings[INDEX_NAME] = Finding(State.MISFIT, f"it names {first}, but the weights are in {ONE_FILE}")
         index = None
     found.needed, found.surplus = _which_belong(files, index)
+    found.is_counted = True
     weights = _Weights(
         {name: tensors for name, tensors in found.safetensors.items() if name in found.needed}, found.needed, index
     )

@@ -9,13 +9,23 @@ from typing import TypeVar
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import SHARD_NAME, shard_number
-from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
+from llama_ref.checkpoint.formats.pth import TensorInfo, archive_records, inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
 from llama_ref.checkpoint.formats.pth_pickle import ITEM_BYTES, RefusedPickle
+from llama_ref.checkpoint.formats.pth_zip import BadArchive, read_at
 from llama_ref.checkpoint.hf.config import read_config
 from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as MAX_TOKENIZER_JSON_BYTES
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
-from llama_ref.checkpoint.shapes import WEIGHT_DTYPES, Shape, expected_shapes, misfits, other_kind, shard_shape, strangers
+from llama_ref.checkpoint.shapes import (
+    EMBEDDING,
+    WEIGHT_DTYPES,
+    Shape,
+    expected_shapes,
+    misfits,
+    other_kind,
+    shard_shape,
+    strangers,
+)
 from llama_ref.checkpoint.verify.findings import (
     MOST_SHARDS,
     Finding,
@@ -35,6 +45,8 @@ from llama_ref.files import read_head, read_json, read_small
 from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, read_ranks, read_tokenizer_model
 
 __all__ = ["Finding", "Structure", "examine"]
+
+SAMPLE_BYTES = 4096
 
 T = TypeVar("T")
 
@@ -208,6 +220,9 @@ def _examine_shards(
             found.pth[name] = inspect_pth(folder / name)
         except CheckpointError as error:
             found.findings[name] = _why_broken(folder / name, error)
+    for name, original in _copies(folder, found.pth).items():
+        detail = f"of {original}, or the other way round"
+        found.findings[name] = Finding(State.COPY, detail, by_others=True)
     expected = _expected_shapes(folder, args, found) if args and shards else None
     implied, n_shards = None, None
     if args and expected:
@@ -222,10 +237,31 @@ def _examine_shards(
     return implied, n_shards
 
 
+def _copies(folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, str]:
+    """Shards with the same content as an earlier one, as far as checksums show: copy -> original."""
+    originals: dict[object, str] = {}
+    copies = {}
+    for name, tensors in shards.items():
+        with suppress(OSError, BadArchive):
+            records = [each for each in archive_records(folder / name) if each.size and "/data/" in each.name]
+            # Writers may leave checksums out, so some of the data is compared as well.
+            content = tuple((each.size, each.crc) for each in records), _head_of_embedding(folder / name, tensors)
+            if all(each.crc for each in records) and originals.setdefault(content, name) != name:
+                copies[name] = originals[content]
+    return copies
+
+
+def _head_of_embedding(path: Path, tensors: Mapping[str, TensorInfo]) -> bytes:
+    embedding = tensors.get(EMBEDDING)
+    with path.open("rb") as file:
+        return read_at(file, embedding.file_offset, min(embedding.nbytes, SAMPLE_BYTES)) if embedding else b""
+
+
 def _count_shards(names: list[str], found: Structure, n_shards: int | None) -> None:
     """Set which shards must exist and which belong to another checkpoint."""
     numbers = [number for name in names if 0 <= (number := shard_number(name)) < MOST_SHARDS]
     found.needed = [f"consolidated.{n:02d}.pth" for n in range(max(max(numbers, default=-1) + 1, n_shards or 0))]
+    found.is_counted = n_shards is not None
     if n_shards is not None:
         why = f"the tensors are those of {n_shards} shards"
         found.surplus = {name: why for name in names if shard_number(name) >= n_shards}

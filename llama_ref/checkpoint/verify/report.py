@@ -21,6 +21,7 @@ class State(str, Enum):
     LONGER = "longer"
     DAMAGED = "damaged"
     MISNAMED = "misnamed"
+    COPY = "a copy"
     WEB_PAGE = "web page"
     ERROR_BODY = "error body"
     POINTER = "Git LFS pointer"
@@ -51,7 +52,8 @@ ADVICE = {state: ADVICE_ON_IMPOSTOR[kind] for kind, state in STATE_OF_IMPOSTOR.i
     State.CUT_SHORT: "the download broke off, fetch that file again",
     State.LONGER: "something was written after or into it, delete it and fetch it again",
     State.DAMAGED: "its content is not what was published, fetch that file again",
-    State.MISNAMED: "rename it",
+    State.MISNAMED: "rename it, and if another file has that name, move that one away first",
+    State.COPY: "its own content is missing, fetch it again",
     State.GROWING: "a download is still writing it, check again when it has finished",
     State.UNREADABLE: "make it readable, or fetch it again",
     State.REFUSED: "do not load it, fetch it again from its publisher",
@@ -97,7 +99,7 @@ class FileReport:
             return f"{printable(self.name)} is {human_bytes(difference)} short: {self.advice}"
         if self.state is State.LONGER and self.expected_size is not None and difference < 0:
             return f"{printable(self.name)} is {human_bytes(-difference)} too long: {self.advice}"
-        if self.state in STATE_OF_IMPOSTOR.values() and self.detail:
+        if self.detail in STATE_OF_IMPOSTOR:
             return f"{printable(self.name)} is {self.detail}: {self.advice}"
         verb = "" if self.state is State.MISFIT else "is "
         return f"{printable(self.name)} {verb}{self.state}{detail}: {self.advice}"
@@ -127,10 +129,16 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0: whole; 1: a file is not whole; 2: could not be checked."""
+        """0: whole; 1: a file is not whole; 2: no files to check; 3: nothing to check against.
+
+        With 3, nothing is wrong with any file as far as can be told, but not all have a checksum to
+        be compared with.
+        """
         if any(file.name != CHECKLIST_NAME for file in self.bad):
             return 1
-        return 0 if self.problem is None else 2
+        if all(file.name == CHECKLIST_NAME for file in self.files):
+            return 2
+        return 0 if self.ok else 3
 
     def summary(self) -> str:
         """The result in one line."""

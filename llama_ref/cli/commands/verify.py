@@ -4,7 +4,7 @@ from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Jobs, Json
-from llama_ref.cli.outcome import EXIT_BAD, EXIT_MISUSE, report_error
+from llama_ref.cli.outcome import EXIT_MISUSE, report_error
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 
 
@@ -27,7 +27,7 @@ def verify(
     """Check that a checkpoint is complete and undamaged.
 
     Names each damaged or missing file, the reason, and what to do. Exit code 0: complete, 1: not,
-    2: could not be checked.
+    2: no files to check, 3: nothing is wrong, but there is no checksum to compare some file with.
     """
     from llama_ref.checkpoint import integrity
     from llama_ref.checkpoint.folder import checkpoints_root, find_folder, list_folders
@@ -46,5 +46,4 @@ def verify(
     with hashing_bars() as progress:
         reports = [integrity.verify(each, jobs=jobs, quick=quick, deep=deep, progress=progress) for each in folders]
     print_reports(reports, as_json=json, as_list=all)
-    codes = {report.exit_code for report in reports}
-    return EXIT_BAD if EXIT_BAD in codes else max(codes)
+    return min((report.exit_code for report in reports if not report.ok), default=0)  # 1 before 2 and 3

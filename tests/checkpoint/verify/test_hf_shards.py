@@ -143,10 +143,24 @@ def test_a_converted_folder_is_whole(folder):
 def test_without_a_list_nothing_says_whether_the_bytes_are_right(unlisted):
     for deep in (False, True):
         report = verify(unlisted, deep=deep)
-        assert report.exit_code == 2 and not report.bad
+        assert report.exit_code == 3 and not report.bad
         assert "safetensors hold no sums, so nothing says whether the bytes are right" in report.summary()
     assert {file.state for file in report.files} == {State.SOUND}
-    assert verify(unlisted, quick=True).exit_code == 0
+    assert verify(unlisted, quick=True).exit_code == 3
+
+
+def test_a_half_filled_file_is_unwritten_where_a_sum_shows_that_it_is_wrong(folder):
+    size = (folder / FILE2).stat().st_size
+    os.truncate(folder / FILE2, size // 2)
+    os.truncate(folder / FILE2, size)
+    report = verify(folder)
+    assert states(report) == {FILE2: State.UNWRITTEN} and "never written" in report.summary()
+
+
+def test_a_file_copied_over_another_is_a_copy(folder):
+    shutil.copy(folder / FILE1, folder / FILE2)
+    report = verify(folder)
+    assert states(report)[FILE2] is State.COPY and FILE1 not in states(report)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -156,7 +170,7 @@ def test_what_transformers_saves_is_sound(original, tmp_path, tied, max_shard_si
     LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size=max_shard_size)
     shutil.copy(original / TOKENIZER, tmp_path)
     report = verify(tmp_path)
-    assert not report.bad and report.exit_code == 2
+    assert not report.bad and report.exit_code == 3
     assert {ONE, INDEX} & {file.name for file in report.files}
 
 

@@ -82,12 +82,12 @@ CASES = {  # (change of the folder, exit code, exit code with --quick, last line
         1,
         f"3 of 4 files are whole; {SHARD1} is 1.5 kB short: the download broke off, fetch that file again",
     ),
-    "no list": (unlisted, 2, 0, "all 4 files are sound as far as could be checked; there is no checklist.chk"),
+    "no list": (unlisted, 3, 3, "all 4 files are sound as far as could be checked; there is no checklist.chk"),
     "no list, and cut": (lambda folder: (unlisted(folder), cut(folder)), 1, 1, "3 of 4 files are sound"),
     "a web page for a list": (
         lambda folder: (folder / "checklist.chk").write_bytes(b"<html>"),
-        2,
-        2,
+        3,
+        3,
         "4 of 5 files are sound; checklist.chk is an HTML page",
     ),
     "nothing in it": (emptied, 2, 2, "could not be checked: it holds no params.json"),
@@ -137,7 +137,7 @@ def test_all_checks_every_folder_and_the_worst_decides(run, root, original):
     assert code == 1 and [(Path(entry["folder"]).name, entry["exit_code"]) for entry in json.loads(out)] == [
         ("A", 0),
         ("B", 1),
-        ("C", 2),
+        ("C", 3),
         ("D", 2),
     ]
     shutil.rmtree(root / "B")

@@ -17,7 +17,7 @@ def main(folder: str, *flags: str) -> int:
     for file in report.bad:
         print(f"{file.name}: {file.detail or file.state}. {file.advice}", file=sys.stderr)
     print(report.summary())
-    return report.exit_code  # 2 where the folder could not be checked at all
+    return report.exit_code  # 2: no checkpoint there; 3: no checksums to compare with
 
 
 if __name__ == "__main__":

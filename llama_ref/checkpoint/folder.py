@@ -191,7 +191,7 @@ def open_folder(name: str | Path) -> CheckpointFolder:
     if shards and "params.json" in names:
         _check_no_gaps(path, shards)
         shards, params = sorted(shards, key=shard_number), "params.json"
-    elif safetensors and ("config.json" in names or _has_scheme(path / "params.json")):
+    elif safetensors and ("config.json" in names or says_quantized(path / "params.json")):
         _check_one_set(path, safetensors)
         shards, params = safetensors, "config.json" if "config.json" in names else "params.json"
     else:
@@ -228,7 +228,7 @@ def shard_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _has_scheme(params: Path) -> bool:
+def says_quantized(params: Path) -> bool:
     """Whether params.json names a quantization scheme, as in a folder quantized here."""
     try:
         return QUANTIZATION in ModelArgs.from_json(params).extra

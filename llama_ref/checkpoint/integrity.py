@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-from llama_ref.checkpoint.folder import checkpoints_root, native_folder
+from llama_ref.checkpoint.folder import checkpoints_root, native_folder, says_quantized
 from llama_ref.checkpoint.formats.atomic import write_sums
 from llama_ref.checkpoint.verify.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
 from llama_ref.checkpoint.verify.hashing import Hashed, hash_files, run_all
@@ -130,7 +130,7 @@ class _Check:
         listed, list_report, notes = the_list.entries, the_list.reports, the_list.notes
         here = names_in(self.folder)
         form = format_of({*listed, *here})
-        names = list(dict.fromkeys([*listed, *files_of(form, here)]))
+        names = list(dict.fromkeys([*listed, *files_of(form, here), *self._quantized_files(form, here)]))
         if not names:
             return Report(self.folder, list_report, _why_no_files(self.folder))
         verdicts = {name: fault for name in names if (fault := cannot_be_opened(self.folder, name))}
@@ -156,6 +156,11 @@ class _Check:
             notes.append(f"the weights are here as pickles ({pickles[0]}), which are not read: fetch them as safetensors")
         problem = the_list.problem or _not_compared(the_list, form, files)
         return Report(self.folder, files, problem, notes + structure.notes)
+
+    def _quantized_files(self, form: Format, names: list[str]) -> list[str]:
+        """Safetensors that were quantized here, which lie beside a params.json."""
+        quantized = form is META and not has_weights(META, names) and says_quantized(self.folder / META.params)
+        return [name for name in names if HUGGING_FACE.weights.fullmatch(name)] if quantized else []
 
     def _read_list(self) -> "_List":
         path = self.folder / CHECKLIST_NAME
@@ -296,7 +301,7 @@ def _not_compared(the_list: _List, form: Format, files: Iterable[FileReport]) ->
 def _missing(form: Format, names: list[str], structure: Structure) -> list[str]:
     """Missing files, as the weights' numbers, shapes or index show, and those of any model."""
     missing = [name for name in structure.needed if name not in names]
-    if not missing and not has_weights(form, names):
+    if not missing and not any(has_weights(each, names) for each in (META, HUGGING_FACE)):
         missing = [form.first_weights]
     if form.params not in names:
         missing.append(form.params)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from folders import growing
 from llama_ref.checkpoint.integrity import verify, write_checklist
+from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.verify.checklist import read_checklist
 from llama_ref.checkpoint.verify.hashing import hash_file
 from llama_ref.checkpoint.verify.report import State
@@ -291,6 +292,22 @@ def test_missing_shards_are_named_without_a_list_too(folder, settled, quick):
     (folder / SHARD1).unlink()  # only the shapes in shard 00 imply two shards
     report = verify(folder, quick=quick)
     assert states(report) == {SHARD1: State.MISSING} and report.exit_code == 1
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_quantized_folder_is_checked_too(folder, settled, tmp_path, listed, quick):
+    quantized = quantize_folder(folder, tmp_path / "int8", "int8")
+    if not listed:
+        (quantized / "checklist.chk").unlink()
+    report = verify(quantized, quick=quick)
+    assert not report.bad and report.exit_code == (0 if listed else 3)
+    [weights] = quantized.glob("*.safetensors")
+    cut(weights, 100)
+    assert states(verify(quantized, quick=quick)) == {weights.name: State.CUT_SHORT}
+    weights.unlink()
+    missing = weights.name if listed else "consolidated.00.pth"
+    assert states(verify(quantized, quick=quick)) == {missing: State.MISSING}
 
 
 def test_a_shard_of_another_split_is_extra(folder):

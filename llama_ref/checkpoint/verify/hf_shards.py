@@ -48,7 +48,7 @@ def examine_safetensors(
                 tensors = inspect_safetensors(folder / name)
                 found.safetensors[name] = {tensor: held for tensor, held in tensors.items() if not is_ignored(tensor)}
             except CheckpointError as error:
-                found.findings[name] = _why_broken(folder / name, error)
+                found.findings[name] = why_broken(folder / name, error)
     index = _read_index(folder, openable, found)
     if index is not None and ONE_FILE in files and not index.files & set(files):
         first = min(index.files, default="no file")
@@ -64,7 +64,8 @@ def examine_safetensors(
     return weights.judge(found, config, may_blame) if weights.files else None
 
 
-def _why_broken(path: Path, error: CheckpointError) -> Finding:
+def why_broken(path: Path, error: CheckpointError) -> Finding:
+    """The finding for an error of `inspect_safetensors`."""
     detail = without_path(error, path).removesuffix(REFETCH)  # the report adds its own advice
     if not isinstance(error, WrongLength):
         return Finding(State.DAMAGED, detail)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.folder import SHARD_NAME, shard_number
+from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME, shard_number
 from llama_ref.checkpoint.formats.pth import TensorInfo, archive_records, inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
 from llama_ref.checkpoint.formats.pth_pickle import ITEM_BYTES, RefusedPickle
 from llama_ref.checkpoint.formats.pth_zip import BadArchive, read_at
+from llama_ref.checkpoint.formats.safetensors import inspect_safetensors
 from llama_ref.checkpoint.hf.config import read_config
 from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as MAX_TOKENIZER_JSON_BYTES
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
@@ -38,6 +39,7 @@ from llama_ref.checkpoint.verify.findings import (
     without_path,
 )
 from llama_ref.checkpoint.verify.hf_shards import examine_safetensors
+from llama_ref.checkpoint.verify.hf_shards import why_broken as why_broken_safetensors
 from llama_ref.checkpoint.verify.presence import HUGGING_FACE, Format, size_of
 from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError
@@ -83,6 +85,7 @@ def examine(
         implied, n_shards = _examine_shards(folder, names, found, args, may_blame_params)
         args = implied or args
         _count_shards(all_names, found, n_shards)
+        _examine_quantized(folder, names, found)
     _examine_tokenizer(folder, names, form, found, args)
     return found
 
@@ -235,6 +238,16 @@ def _examine_shards(
             found.findings |= {name: Finding(State.MISFIT, listed(wrong)) for name, wrong in problems.items()}
     _measure_broken(folder, shards, found, expected, n_shards or len(shards))
     return implied, n_shards
+
+
+def _examine_quantized(folder: Path, names: list[str], found: Structure) -> None:
+    """Check the safetensors of a folder that was quantized here; its tensors are not Meta's."""
+    for name in names:
+        if SAFETENSORS_NAME.fullmatch(name) and name not in found.findings:
+            try:
+                inspect_safetensors(folder / name)
+            except CheckpointError as error:
+                found.findings[name] = why_broken_safetensors(folder / name, error)
 
 
 def _copies(folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from llama_ref.plan import Workload, find_model, plan
 EXAMPLES = REPOSITORY / "examples"
 NOTEBOOK = EXAMPLES / "colab.ipynb"
 LONGEST = 45  # lines of an example: one screen
-COUNTRIES = ("France", "Italy", "Spain", "Germany", "Poland", "Japan")
+COUNTRIES = ("France", "Italy", "Spain")
 
 T4_GB = 15  # of a T4's 16, as CUDA reports them
 COLAB = {"max_seq_len": 2048, "max_batch_size": 1}  # as the notebook loads the model

@@ -218,21 +218,21 @@ class TestProcesses:
 
     def test_ctrl_c_ends_all_and_leaves_nothing(self, tiny, tmp_path):
         job = self.started(tiny, tmp_path, "--rounds", "1000", "--prompt_len", "512")
-        parent, children, deadline = psutil.Process(job.pid), [], time.monotonic() + 60
+        parent, children, deadline = psutil.Process(job.pid), [], time.monotonic() + 300
         while len(children) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
             children = parent.children(recursive=True)
         job.send_signal(signal.SIGINT)
-        _, err = job.communicate(timeout=60)
+        _, err = job.communicate(timeout=300)
         assert job.returncode == 130, err
         assert len(children) == 2
-        assert psutil.wait_procs(children, timeout=10)[1] == []
+        assert psutil.wait_procs(children, timeout=300)[1] == []
         assert list(tmp_path.glob("llama-ref-bench-*")) == []
 
     def test_a_reader_that_goes_away_is_no_error(self, tiny, tmp_path):
         job = self.started(tiny, tmp_path)
         job.stdout.close()
-        assert (job.wait(timeout=60), job.stderr.read()) == (141, b"")
+        assert (job.wait(timeout=300), job.stderr.read()) == (141, b"")
 
 
 class TestShowing:

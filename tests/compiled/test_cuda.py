@@ -122,9 +122,15 @@ def pair(kind) -> Iterator[tuple[Transformer, Transformer]]:
 
 @pytest.mark.parametrize("prompts", ROWS, ids=["one", "one_token", "ragged"])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.13), (torch.float16, 1e-2)], ids=["fp32", "bf16", "fp16"]
+    ("scheme", "dtype", "tolerance"),
+    [
+        (None, torch.float32, 1e-5),
+        (None, torch.bfloat16, 0.13),
+        (None, torch.float16, 1e-2),
+        ("int8", torch.float32, 1e-5),
+        ("int4:group=32", torch.float32, 1e-5),
+    ],
 )
-@pytest.mark.parametrize("scheme", [None, "int8", "int4:group=32"])
 @torch.inference_mode()
 def test_passes_give_the_plain_ones_logits(kind, prompts, dtype, tolerance, scheme):
     """Prompts and 20 steps, of one token and of several, over caches that end within a width and on its edge."""
@@ -440,9 +446,15 @@ def test_a_step_brings_one_tensor_to_the_host(pair):
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
-@pytest.mark.parametrize("cache_kind", [KVCache, FlashKVCache])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("scheme", "cache_kind", "dtype"),
+    [
+        (None, FlashKVCache, torch.bfloat16),
+        (None, KVCache, torch.float16),
+        ("int8", FlashKVCache, torch.float16),
+        ("int4", KVCache, torch.bfloat16),
+    ],
+)
 def test_on_cuda_everything_stays_on_the_device(monkeypatch, scheme, n_rows, cache_kind, dtype):
     monkeypatch.setattr(caches, "kv_cache_class", lambda *_: cache_kind)
     with fake_cuda():

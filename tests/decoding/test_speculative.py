@@ -101,8 +101,7 @@ def with_speculation(llama: Llama, speculation: Speculation | None, **limits: in
 
 @pytest.mark.parametrize("name", SPECULATIONS)
 @pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.3, "logit_bias": {2: -INF, 4: 0.5}}], ids=["plain", "biased"])
-@pytest.mark.parametrize("stop_tokens", [(), (3,), (0, 5)])
-@pytest.mark.parametrize("max_gen_len", [1, 2, 30])
+@pytest.mark.parametrize(("stop_tokens", "max_gen_len"), [((), 1), ((0, 5), 2), ((), 30), ((3,), 30)])
 def test_greedy_text_is_the_same_in_every_row_of_a_batch(name, params, stop_tokens, max_gen_len):
     params = plain(temperature=0, **params)
     expected, plain_rows = ordinary(PROMPTS, max_gen_len, params, stop_tokens=stop_tokens)

@@ -153,7 +153,7 @@ def normal(name: str) -> str:
     return str(PurePosixPath(name))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(batch=st.lists(lists, min_size=50, max_size=60))
 def test_thousands_of_lists_are_read_like_md5sum_reads_them(folder, batch):
     for text, (theirs, skipped) in zip(batch, md5sum_finds(folder, batch), strict=True):

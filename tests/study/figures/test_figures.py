@@ -166,7 +166,7 @@ def names(axes, axis: str) -> list[str]:
 # ---- the files
 
 
-@pytest.mark.parametrize("n", [1, 6, 500])
+@pytest.mark.parametrize("n", [1, 500])
 def test_every_picture_is_a_png_that_a_screen_can_show(tmp_path, tokenizer, n):
     text = "\n".join([*PROSE.values(), *CODE.values()])
     for path in draw_all(tmp_path / "made" / "here", tokenizer.encode(text, bos=True, eos=False)[:n], tokenizer):

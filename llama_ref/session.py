@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.chat import Dialog, Message
+from llama_ref.checkpoint.formats.atomic import atomic_file
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.stream import Stream
-from llama_ref.errors import RequestError
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.files import read_json
 from llama_ref.generation import Llama
 from llama_ref.parallel.job import from_first
 
+DIALOG_LIMIT_BYTES = 64 << 20
 NOT_A_FILE = (OSError, ValueError, RuntimeError)  # the last two: an invalid path, an unknown home directory
 
 
@@ -118,22 +121,26 @@ class Session:
 
 
 def _write_dialog(path: str | Path, dialog: Dialog) -> None:
+    """Replace the file when the new one is complete: a full disk must not lose the conversation."""
+    text = json.dumps(dialog, ensure_ascii=False, indent=2) + "\n"
     try:
-        text = json.dumps(dialog, ensure_ascii=False, indent=2) + "\n"
-        Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own \udc80
+        target = Path(path).expanduser().resolve()
+        if target.exists() and not target.is_file():
+            raise RequestError(f"cannot write {path}: it is not a plain file")
+        with atomic_file(target) as file:
+            file.write(text.encode(errors="backslashreplace"))  # JSON's own \udc80
     except NOT_A_FILE as error:
+        if isinstance(error, RequestError):
+            raise
         raise RequestError(f"cannot write {path}: {_reason(error)}") from error
 
 
 def _read_dialog(path: str | Path) -> Dialog:
     try:
-        text = Path(path).expanduser().read_bytes()
-    except NOT_A_FILE as error:
-        raise RequestError(f"cannot read {path}: {_reason(error)}") from error
-    try:
-        dialog = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is not a saved conversation ({error})") from error
+        dialog = read_json(Path(path).expanduser(), DIALOG_LIMIT_BYTES, "a saved conversation")
+    except (CheckpointError, *NOT_A_FILE) as error:
+        said = _reason(error)
+        raise RequestError(said if str(path) in said else f"cannot read {path}: {said}") from error
     if not isinstance(dialog, list):
         raise RequestError(f"{path} is not a saved conversation: expected a list of messages with role and content")
     return dialog

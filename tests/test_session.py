@@ -1,6 +1,8 @@
 """A conversation that keeps its cache: what a turn costs, that it changes nothing, and what stays after a break."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 
 import pytest
@@ -327,6 +329,28 @@ def test_a_file_that_is_no_conversation_leaves_the_session_as_it_was(small, tmp_
     with pytest.raises(RequestError):
         session.load(tmp_path / "talk.json")
     assert session.dialog == [{"role": "system", "content": "Be brief."}]
+
+
+@pytest.mark.parametrize("method", [Session.load, Session.save])
+def test_a_pipe_or_a_device_is_refused_at_once(small, tmp_path, method):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(RequestError, match="plain file"):
+            method(Session(small), path)
+
+
+def test_a_full_disk_leaves_the_saved_conversation(small, tmp_path, monkeypatch):
+    path = tmp_path / "talk.json"
+    Session(small, "Be brief.").save(path)
+    before = path.read_bytes()
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RequestError, match=r"cannot write .*talk.json: No space left on device"):
+        Session(small, "Be long.").save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("path", ["{tmp}", "{tmp}/none/talk.json", "a\0b", "~nobody-of-this-name/talk.json"])

@@ -133,7 +133,7 @@ def test_a_repository_in_hugging_faces_cache_is_its_snapshot(root, tmp_path, mon
     cached = tmp_path / "hub" / "models--meta-llama--Llama-3.2-1B"
     old, new = (fill(cached / "snapshots" / revision) for revision in ("0a", "1b"))
     for name in (cached, "meta-llama/Llama-3.2-1B"):
-        with pytest.raises(FolderNotFound, match="has 2 snapshots: give the path of one, such as .*0a"):
+        with pytest.raises(FolderNotFound, match=r"has 2 snapshots: give the path of one, such as .*0a"):
             find_folder(name)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("1b")

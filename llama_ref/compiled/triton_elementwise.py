@@ -1,4 +1,4 @@
-"""Triton kernels for what a layer does between its products, each in one launch, and for looking over a row of logits.
+"""Triton kernels for the operations between a layer's products, and for reductions over logits.
 
 They round where model.py's lines round. Integers that change from call to call are not specialized, so that a kernel is
 compiled once for each dtype and model.

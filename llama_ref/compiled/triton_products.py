@@ -1,8 +1,8 @@
 """Triton kernels for decoding: weights are read once, in the format in which they are stored.
 
-`matvec` is one row times a matrix (N, K) in bfloat16/float16, int8 or int4, with what stands around it in a decoder
-layer fused in: RMSNorm before; residual, silu(gate) * up, or RoPE and the cache write after. `matmul` takes 2 to 64 rows
-and dequantizes in registers. Both accumulate in float32.
+`matvec` is one row times a matrix (N, K) in bfloat16/float16, int8 or int4, fused with its neighbours in
+a layer: RMSNorm before; residual, silu(gate) * up, or RoPE and the cache write after. `matmul` takes 2
+to 64 rows and dequantizes in registers. Both accumulate in float32.
 """
 
 from functools import cache
@@ -16,9 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama_ref.device import AMPERE, HOPPER
 
-MOST_ROWS = 64  # that `matmul` takes
-BLOCK_WEIGHTS = 1 << 26  # turned into the inputs' dtype at a time for more
-LARGE = 1 << 25  # weights of a matrix that keeps a whole card busy for several rounds
+MOST_ROWS = 64  # of `matmul`
+BLOCK_WEIGHTS = 1 << 26  # dequantized at a time for more rows
+LARGE = 1 << 25  # weights of a matrix with several rounds of programs for a whole card
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def _matmul(
 
 
 def _matvec_config(bits: int, N: int, K: int) -> tuple[int, int, int]:
-    """Rows a program, columns at a time (words of eight for four bits) and warps: the fastest on an H200, by shape."""
+    """Rows per program, columns at a time (words of eight for int4) and warps: the fastest on an H200."""
     if bits == 4:
         words = K // 8
         if words % 512 == 0 and not (words == 512 and N * K > LARGE):
@@ -196,7 +196,7 @@ def _matvec_config(bits: int, N: int, K: int) -> tuple[int, int, int]:
 
 
 def _matmul_config(bits: int, M: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Rows a program, columns at a time, warps, programs that share a row, tiles under way; likewise."""
+    """Rows per program, columns at a time, warps, programs per row, pipeline stages: the fastest on an H200."""
     if itemsize == 4:
         return 32, 64, 4, 1, 2
     if bits == 4:
@@ -206,13 +206,13 @@ def _matmul_config(bits: int, M: int, itemsize: int) -> tuple[int, int, int, int
 
 @cache
 def has_tensor_cores(device: torch.device) -> bool:
-    """Whether `matmul` pays: without Ampere's matrix instructions it spills, and the matrix is dequantized instead."""
+    """Whether to use `matmul`: without Ampere's matrix instructions it spills registers."""
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= AMPERE
 
 
 @cache
 def has_pdl(device: torch.device) -> bool:
-    """Whether a kernel may begin to load its weights before the kernel ahead has finished: from Hopper on."""
+    """Programmatic dependent launch: a kernel loads weights before the previous one has finished (Hopper)."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= HOPPER
 
 
@@ -222,7 +222,7 @@ def matvec(
     rope: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
     config: tuple[int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x (K,) times weight (N, K): (N,), or (N/2,) where gated.
+    """x (K,) times weight (N, K): (N,), or (N/2,) if gated.
 
     weight: x's dtype; int8 with scale (N,); or uint8 (N, K/2) with scale and zero (N, K/G), as `pack` makes them.
     gain: x is first normed (RMSNorm) with this weight (K,). residual (N,) is added. gated: weight is w1 over w3, and the
@@ -259,7 +259,7 @@ def matmul(
     (M, K), N = x.shape, weight.shape[0]
     group = 0 if zero is None else K // zero.shape[1]
     rows, block, warps, split, stages = config or _matmul_config(4 if group else 8, M, x.element_size())
-    if group // 2 > block:  # whole groups at a time, fewer of them under way
+    if group // 2 > block:  # whole groups at a time, in fewer stages
         block, stages = group // 2, 2
     dtype = x.dtype if split == 1 else torch.float32
     out = torch.empty(split, M, N, dtype=dtype, device=x.device)
@@ -292,7 +292,7 @@ def _dequantize(out, w, scale, zero, K: tl.constexpr, GROUP: tl.constexpr, BLOCK
 
 
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """An int8 or four-bit matrix as in `matvec`: (N, K) in `dtype`."""
+    """An int8 or int4 matrix as in `matvec`: (N, K) in `dtype`."""
     N = len(weight)
     K = weight.shape[1] * (1 if zero is None else 2)
     out = torch.empty(N, K, dtype=dtype, device=weight.device)

@@ -94,8 +94,9 @@ class ModelArgs:
 
         `names` maps keys to the names that errors should use, for values from another kind of file.
         """
+        given = params
         params, names = renamed_keys(params.items(), OTHER_NAMES), _Names(names or {})
-        _require_params(params)
+        _require_params(params, given)
         params.setdefault("n_kv_heads", params["n_heads"])
         params.setdefault("use_scaled_rope", False)
         if rope_scaling_factor is not None:
@@ -130,8 +131,8 @@ class _Names(dict):
         return key
 
 
-def _require_params(params: Mapping[str, Any]) -> None:
-    require_keys(params, REQUIRED if "hidden_dim" in params else (*REQUIRED, "multiple_of"))
+def _require_params(params: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    require_keys(params, REQUIRED if "hidden_dim" in params else (*REQUIRED, "multiple_of"), given)
 
 
 def _check_types(params: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -156,12 +156,16 @@ def renamed_keys(pairs: Iterable[tuple[str, Any]], names: Mapping[str, str]) -> 
     return unique_keys((names.get(key, key), value) for key, value in pairs if value is not None)
 
 
-def require_keys(found: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise BadValue, naming missing and existing keys, if any of `keys` is absent or null."""
+def require_keys(found: Mapping[str, Any], keys: Iterable[str], has: Mapping[str, Any] | None = None) -> None:
+    """Raise BadValue, naming missing and existing keys, if any of `keys` is absent or null.
+
+    `has` is the whole file, if `found` is only a part of it.
+    """
+    has = found if has is None else has
     missing = [key for key in keys if found.get(key) is None]
     if missing:
         hint = " (a Llama 2 has no rope_theta; only Llama 3 is supported)" if missing == ["rope_theta"] else ""
-        raise BadValue(f"lacks {', '.join(missing)}{hint}; it has {short(sorted(found)) if found else 'no keys at all'}")
+        raise BadValue(f"lacks {', '.join(missing)}{hint}; it has {short(sorted(has)) if has else 'no keys at all'}")
 
 
 def _json_type(value: Any) -> str:

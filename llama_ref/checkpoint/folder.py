@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.spelling import META, as_on_disk, in_hub_cache, model_name, name_key, nearest, snapshots
+from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.errors import CheckpointError, FolderNotFound
+from llama_ref.files import read_json
 
 if TYPE_CHECKING:
     from llama_ref.checkpoint.hf.config import HFConfig
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
 SAFETENSORS_NAME = re.compile(r"model(?:-([0-9]{5})-of-([0-9]{5}))?\.safetensors")
 QUANTIZATION = "quantization"  # the key in params.json; Meta's own int4 releases have quantization_args
+INDEX_NAME = "model.safetensors.index.json"
+INDEX_LIMIT_BYTES = 64 << 20
 MOST_LISTED = 8  # names in one error
 
 
@@ -251,17 +255,30 @@ def _check_one_set(path: Path, names: list[str]) -> None:
     """Raise CheckpointError unless safetensors are one model: a single file, or 1 to N of N."""
     if "model.safetensors" in names:
         if len(names) > 1:
-            raise CheckpointError(f"{path} holds model.safetensors and {names[0]}: two models; remove one of them")
+            raise CheckpointError(f"{path} holds model.safetensors and {names[0]}: two models; {_which_to_remove(path, names)}")
         return
     totals = {int(match[2]) for name in names if (match := SAFETENSORS_NAME.fullmatch(name))}
     if len(totals) > 1:
         raise CheckpointError(
-            f"{path} holds files of {' and of '.join(map(str, sorted(totals)))}: two models; remove one of them"
+            f"{path} holds files of {' and of '.join(map(str, sorted(totals)))}: two models; {_which_to_remove(path, names)}"
         )
     total = totals.pop()
     missing = sorted({f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)} - set(names))
     if missing:
         raise CheckpointError(f"{path} lacks {_listed(missing)}; fetch what is missing")
+
+
+def _which_to_remove(path: Path, names: list[str]) -> str:
+    """Which files of two models the index does not name."""
+    try:
+        index = read_json(path / INDEX_NAME, INDEX_LIMIT_BYTES, "an index of safetensors")
+        named = set(index["weight_map"].values())
+        others = [name for name in names if name not in named]
+    except (CheckpointError, AttributeError, KeyError, TypeError):
+        return "remove one of them"
+    if len(others) == len(names) or not others:
+        return "remove one of them"
+    return f"{INDEX_NAME} names {_listed(sorted(named))}, so remove {_listed(others)} if the index is right"
 
 
 def _listed(names: list[str]) -> str:
@@ -281,6 +298,8 @@ def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
     suffixes = {Path(name).suffix for name in names}
     if "adapter_config.json" in names:
         return f"{path} holds an adapter (LoRA), not a model; merge it into its base model (peft's merge_and_unload) first"
+    if not shards and not any(map(SAFETENSORS_NAME.fullmatch, names)) and (advice := how_to_rename(path, names)):
+        return advice
     if ".safetensors" in suffixes and "config.json" not in names:
         return f"{path} holds safetensors but lacks config.json, which describes the model; fetch it too"
     if "config.json" in names and ".bin" in suffixes and not shards:

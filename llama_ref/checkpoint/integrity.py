@@ -9,6 +9,7 @@ from threading import Event
 
 from llama_ref.checkpoint.folder import checkpoints_root, native_folder, says_quantized
 from llama_ref.checkpoint.formats.atomic import write_sums
+from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.checkpoint.verify.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
 from llama_ref.checkpoint.verify.hashing import Hashed, hash_files, run_all
 from llama_ref.checkpoint.verify.meta_shards import Finding, Structure, examine
@@ -154,6 +155,8 @@ class _Check:
         files = [*list_report, *(verdicts[name] for name in names)]
         if form is HUGGING_FACE and not has_weights(form, here) and (pickles := [n for n in here if n.endswith(".bin")]):
             notes.append(f"the weights are here as pickles ({pickles[0]}), which are not read: fetch them as safetensors")
+        if not has_weights(form, here) and (advice := how_to_rename(self.folder, here)):
+            notes.append(advice)
         problem = the_list.problem or _not_compared(the_list, form, files)
         return Report(self.folder, files, problem, notes + structure.notes)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.foreign_names import foreign_names
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
@@ -186,7 +187,8 @@ def is_tied(folder: CheckpointFolder) -> bool:
     shards = {path: read_shard(path) for path in folder.shards}
     for path, shard in shards.items():
         if EMBEDDING not in shard:
-            raise CheckpointError(f"{path} holds no {EMBEDDING}; it is not a shard of a Llama 3")
+            other = foreign_names(shard, expected_shapes(folder.read_args()))
+            raise CheckpointError(f"{path} holds no {EMBEDDING}; {other or 'it is not a shard of a Llama 3'}")
     return _shares_embedding(shards.values())
 
 
@@ -254,6 +256,9 @@ def _check_tensors(
     folder: CheckpointFolder, files: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Shape], n_shards: int = 1
 ) -> None:
     described = {file: dtypes_and_shapes(tensors) for file, tensors in files.items()}
+    for file, tensors in files.items():
+        if other := foreign_names(tensors, expected):
+            raise CheckpointError(f"{folder.path}: the weights do not fit {folder.params.name}: {file}: {other}")
     problems = []
     for file, wrong in misfits(described, expected, n_shards).items():
         problems += [f"{file}: {problem}" for problem in wrong]

@@ -122,12 +122,12 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
             raise BadValue(f'"{name}" is {short(section)}, expected an object or null')
         pairs += section.items()
     rope = renamed_keys(pairs, OLD_ROPE_KEYS)
-    require_keys(rope, ["rope_theta", *(["rope_type"] if "factor" in rope else [])])
+    require_keys(rope, ["rope_theta", *(["rope_type"] if "factor" in rope else [])], config)
     _expect(rope, "partial_rotary_factor", (1.0,), "Llama 3's RoPE rotates whole heads")
     _expect(rope, "rope_type", ("default", "llama3"), "Llama 3 uses no other RoPE scaling")
     if rope.get("rope_type", "default") == "default":
         return rope["rope_theta"], None
-    require_keys(rope, ["factor", *LLAMA_3_ROPE])
+    require_keys(rope, ["factor", *LLAMA_3_ROPE], config)
     for key, usual in LLAMA_3_ROPE.items():
         _expect(rope, key, (usual,), "every Llama 3.1 and later has this value")
     return rope["rope_theta"], rope["factor"]

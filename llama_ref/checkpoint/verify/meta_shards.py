@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME, shard_number
+from llama_ref.checkpoint.foreign_names import foreign_names
 from llama_ref.checkpoint.formats.pth import TensorInfo, archive_records, inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
 from llama_ref.checkpoint.formats.pth_pickle import ITEM_BYTES, RefusedPickle
@@ -316,6 +317,9 @@ def _problems(
         file: wrong + [f"{stranger} is unexpected" for stranger in strangers(files[file], expected)]
         for file, wrong in misfits(described, expected, n_shards).items()
     }
+    for file in problems:
+        if other := foreign_names(files[file], expected):
+            problems[file] = [other]
     return {file: wrong for file, wrong in problems.items() if wrong}
 
 

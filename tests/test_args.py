@@ -104,6 +104,8 @@ def test_all_missing_keys_are_named_at_once(params_file):
         ModelArgs.from_json(params_file({"dim": 64, "vocab_size": 320}))
     with pytest.raises(CheckpointError, match=r"lacks dim, .* it has no keys at all"):
         ModelArgs.from_json(params_file({}))
+    with pytest.raises(CheckpointError, match=r"lacks dim, .* it has \['dim', 'model'\]"):
+        ModelArgs.from_json(params_file({"model": None, "dim": None}))
 
 
 MISTYPED = {

@@ -65,7 +65,7 @@ class CheckpointFolder:
 
         path = path or self.tokenizer
         if path is None:
-            raise CheckpointError(f"{self.path} lacks tokenizer.model; fetch it, or name one with tokenizer_path")
+            raise CheckpointError(self._lacks_tokenizer())
         tokenizer = Tokenizer(path, args.vocab_size)
         if tokenizer.n_words != args.vocab_size:
             raise CheckpointError(
@@ -73,6 +73,15 @@ class CheckpointFolder:
                 f"{args.vocab_size:,}: they belong to different models"
             )
         return tokenizer
+
+    def _lacks_tokenizer(self) -> str:
+        usual = "tokenizer.json" if self.is_hugging_face else "tokenizer.model"
+        near = (self.path / "original", self.path.parent, self.path / "tokenizer")
+        places = [place / name for place in near for name in ("tokenizer.model", "tokenizer.json")]
+        found = next((place for place in places if place.is_file()), None)
+        if found:
+            return f"{self.path} lacks {usual}, but there is {found}: copy it into the folder, or give it as tokenizer_path"
+        return f"{self.path} lacks {usual}; fetch it, or name one with tokenizer_path"
 
     @property
     def name(self) -> str:

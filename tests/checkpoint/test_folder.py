@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import checkpoints_root, find_folder, list_folders, open_folder
 from llama_ref.errors import CheckpointError, FolderNotFound
 
@@ -284,6 +285,28 @@ def test_folders_that_permissions_close_are_named_with_the_reason(unprivileged_f
             use()
     root.chmod(0o700)
     assert open_folder("Llama3.2-1B").path == inner
+
+
+@pytest.mark.parametrize(
+    ("names", "elsewhere", "says"),
+    [
+        (("params.json", "consolidated.00.pth"), None, r"lacks tokenizer\.model; fetch it, or name one with tokenizer_path"),
+        (("config.json", "model.safetensors"), None, r"lacks tokenizer\.json; fetch it"),
+        (
+            ("config.json", "model.safetensors"),
+            "original",
+            r"lacks tokenizer\.json, but there is .*original/tokenizer\.model: copy",
+        ),
+        (("params.json", "consolidated.00.pth"), "..", r"lacks tokenizer\.model, but there is .*/tokenizer\.model: copy"),
+    ],
+)
+def test_a_missing_tokenizer_is_named_with_where_one_is(tmp_path, names, elsewhere, says):
+    path = fill(tmp_path / "Llama", names)
+    if elsewhere:
+        fill(path / elsewhere, ["tokenizer.model"])
+    args = ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=512, norm_eps=1e-5, rope_theta=1e4, n_kv_heads=4)
+    with pytest.raises(CheckpointError, match=says):
+        open_folder(path).open_tokenizer(args)
 
 
 def test_opening_reads_no_file(tmp_path):

@@ -127,7 +127,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
     _expect(rope, "rope_type", ("default", "llama3"), "Llama 3 uses no other RoPE scaling")
     if rope.get("rope_type", "default") == "default":
         return rope["rope_theta"], None
-    require_keys(rope, ["factor", *LLAMA_3_ROPE], config)
+    require_keys(rope, ["factor", *LLAMA_3_ROPE])
     for key, usual in LLAMA_3_ROPE.items():
         _expect(rope, key, (usual,), "every Llama 3.1 and later has this value")
     return rope["rope_theta"], rope["factor"]

@@ -42,6 +42,7 @@ LLAMA_3_2_1B = {  # as Meta's release on Hugging Face has it
     "vocab_size": 128256,
 }
 LLAMA_3 = LLAMA_3_2_1B | {"rope_scaling": None}
+WITHOUT_THETA = {key: value for key, value in LLAMA_3.items() if key != "rope_theta"}
 CHAT = {"bos": 128000, "eos": [128001, 128008, 128009]}
 SCALING = LLAMA_3_2_1B["rope_scaling"]
 TEXT_RELEASES = [
@@ -241,6 +242,7 @@ def test_a_mistyped_value_is_shown_with_its_key(config_file, key, value):
         (b'{"model_type": "llama"', "is not valid JSON"),
         (b"[1]", "holds a list, expected an object with model_type"),
         (b"{}", "lacks hidden_size, .*model_type; it has no keys at all"),
+        (json.dumps(WITHOUT_THETA).encode(), r"lacks rope_theta \(.*; it has \['architectures', .*'mlp_bias', "),
         (b'{"a": ' * 140_000, "nested far deeper than the model's config.json"),
         (b" " * (PARAMS_LIMIT_BYTES + 1), "larger than"),
         (b'{"model_type": "llama", "model_type": "qwen2"}', "duplicate key"),

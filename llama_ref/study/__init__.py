@@ -1,11 +1,12 @@
 """Study a model: record its activations, change them, and measure what its parts do.
 
-Every activation has a name (names.py). `trace(model, tokens, names)` runs a text and keeps the
-activations that the names match; `recording(model, names)` keeps those of whatever runs in its
+Every activation has a name (names.py). `trace(model, tokens, names)` runs a text, or several of any
+lengths, and keeps the activations that the names match; `recording(model, names)` keeps those of whatever runs in its
 block, generation included. `patch(model, {name: edit})` changes activations in its block: `zero()`,
 `mean()`, `scale(2)`, `set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…,
 rows=…)`, or any function of a tensor. `patch_grid(model, clean, corrupted, metric, over=…)` finds
-where in the model two texts are told apart.
+where in the model two texts are told apart. A Trace becomes arrays (`numpy()`) or a safetensors
+file (`save`, `Trace.load`). `logit_lenses` and `patch_grids` take several texts at once.
 
 `logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`,
 `spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
@@ -17,11 +18,11 @@ change a bit of the logits.
 
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
-from llama_ref.study.logit_lens import logit_lens, predict
+from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
 from llama_ref.study.names import all_names, axes
 from llama_ref.study.overview import Overview, overview
 from llama_ref.study.patch import Edit, edit, mean, patch, scale, set_to, swap_from, zero
-from llama_ref.study.patching_grid import Grid, logit_difference, patch_grid, probability
+from llama_ref.study.patching_grid import Grid, logit_difference, patch_grid, patch_grids, probability
 from llama_ref.study.report.writer import write_report
 from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
@@ -41,10 +42,12 @@ __all__ = [
     "edit",
     "logit_difference",
     "logit_lens",
+    "logit_lenses",
     "mean",
     "overview",
     "patch",
     "patch_grid",
+    "patch_grids",
     "predict",
     "probability",
     "quantization_errors",

@@ -25,7 +25,10 @@ from llama_ref.quantization.linear import QuantizedMatrix
 
 
 class Pass:
-    """One forward pass: ids (B, T), their positions (B, T) or (1, T), and the cache, if any."""
+    """One forward pass: ids (B, T), their positions (B, T) or (1, T), and the cache, if any.
+
+    `padding`, bool (B, T), is set for texts of different lengths; ids and positions there are -1.
+    """
 
     def __init__(self, tokens: Tensor, context: Context):
         self.tokens = tokens
@@ -34,6 +37,13 @@ class Pass:
         self.cache = context.cache
         self.complete = False  # until the last norm has run
         self.first = self.cache is None or self.cache.longest == 0  # of its text
+        self.padding: Tensor | None = None
+
+    def mark_padding(self, padding: Tensor) -> None:
+        """Say which places are padding, before any value is visited."""
+        self.padding = padding
+        self.tokens = self.tokens.masked_fill(padding, -1)
+        self.positions = self.positions.expand(padding.shape).masked_fill(padding, -1)
 
 
 class Visitor(Protocol):

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from numbers import Integral
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -11,19 +12,24 @@ from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
 from llama_ref.study.hooks import check_model
-from llama_ref.study.trace import as_tokens
+from llama_ref.study.texts import Text, as_texts
 from llama_ref.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 MOST_SHOWN = 8  # tokens of a text in a message
 
 
-def one_row(model: Transformer, tokens: Sequence[int] | Tensor) -> Tensor:
+def one_row(model: Transformer, tokens: Text) -> Tensor:
     """One sequence of ids, (T,) or (1, T), as (1, T) on the model's device. Raises RequestError."""
     check_model(model)
-    rows = as_tokens(model, tokens)
-    if len(rows) != 1:
-        raise RequestError(f"tokens are {len(rows)} sequences, expected one: study them one by one")
-    return rows
+    texts = as_texts(model, tokens)
+    if len(texts) != 1:
+        raise RequestError(
+            f"tokens are {len(texts)} sequences, expected one: study them one by one (trace, logit_lenses and patch_grids take"
+            " several)"
+        )
+    return texts[0][None].to(model.device)
 
 
 def check_token(model: Transformer, token: int) -> int:
@@ -39,6 +45,15 @@ def check_index(what: str, index: int, count: int) -> int:
         expected = f"a whole number from 0 to {count - 1}" if count > 1 else "0"
         raise RequestError(f"{what} is {index!r:.40}, expected {expected}")
     return int(index) % count
+
+
+def one_each(what: str, given: T | Sequence[T], n: int) -> list[T]:
+    """One value for each of n texts: as given, or the same for all. Raises RequestError."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        return [given] * n
+    if len(given) != n:
+        raise RequestError(f"{what} has {len(given)} values, expected one for each of the {n} texts, or one for all")
+    return list(given)
 
 
 def check_not_empty(**texts: str | None) -> None:

@@ -15,8 +15,10 @@ from torch.linalg import vecdot
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.inputs import check_index, check_token, one_row
-from llama_ref.study.trace import trace
+from llama_ref.study.hooks import check_model
+from llama_ref.study.inputs import check_index, check_token, one_each, one_row
+from llama_ref.study.texts import Text, Texts, as_texts
+from llama_ref.study.trace import Trace, trace, trace_each
 
 LOGITS_AT_A_TIME = 1 << 22  # float32: 16 MB; a handful of such tensors exist at once
 
@@ -79,7 +81,7 @@ def block_ends(points: Sequence[str]) -> list[int]:
 @torch.no_grad()
 def logit_lens(
     model: Transformer,
-    tokens: Sequence[int] | Tensor,
+    tokens: Text,
     *,
     target: int | None = None,
     top: int = 5,
@@ -94,23 +96,56 @@ def logit_lens(
     RequestError.
     """
     row = one_row(model, tokens)
-    T = row.shape[1]
-    if positions is not None and not isinstance(positions, Sequence):
-        raise RequestError(f"positions is {positions!r:.60}, expected a list of them ([-1], say), or None for all")
-    at = list(range(T)) if positions is None else [check_index("position", position, T) for position in positions]
-    if not at:
-        raise RequestError("positions is empty, expected a list of them, or None for all")
+    return logit_lenses(model, row, targets=target, top=top, positions=positions, points=points)[0]
+
+
+@torch.no_grad()
+def logit_lenses(
+    model: Transformer,
+    texts: Texts,
+    *,
+    targets: int | Sequence[int | None] | None = None,
+    top: int = 5,
+    positions: Sequence[int] | None = None,
+    points: Sequence[str] | None = None,
+) -> list[LogitLens]:
+    """Do `logit_lens` for several sequences, whose lengths may differ, many in one pass.
+
+    `targets` is a token for each, or one for all. `positions` count in each sequence for itself, so
+    that [-1] is the last token of each. Raises RequestError.
+    """
+    check_model(model)
+    rows = as_texts(model, texts)
+    at = [_check_positions(positions, len(row)) for row in rows]
     check_top(model, top)
-    target = None if target is None else check_token(model, target)
+    wanted = [None if target is None else check_token(model, target) for target in one_each("targets", targets, len(rows))]
     every = residual_points(model.args.n_layers)
     points = every if points is None else _check_points(every, points)
-    traced = trace(model, row, [*points, every[-1]])
-    residuals = [traced[point][0, at] for point in points]  # P × (T, D)
-    last = traced[every[-1]][0, at]
-    chunks = [_read(model, [x[some] for x in residuals], last[some], target, top) for some in position_chunks(model, len(at))]
+    traces = trace_each(model, rows, [*points, every[-1]])
+    each = zip(traces, at, wanted, strict=True)
+    return [_lens(model, traced, points, own_positions, target, top) for traced, own_positions, target in each]
+
+
+def _lens(
+    model: Transformer, traced: Trace, points: list[str], positions: list[int], target: int | None, top: int
+) -> LogitLens:
+    """Read one sequence's trace."""
+    residuals = [traced[point][0, positions] for point in points]  # P × (T, D)
+    last = traced[f"layers.{model.args.n_layers - 1}.residual_post"][0, positions]
+    chunks = [_read(model, [x[some] for x in residuals], last[some], target, top) for some in position_chunks(model, len(last))]
     probability, rank, ids, probabilities, entropy, kl = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
-    found = LogitLens(row[0].tolist(), at, points, ids, probabilities, entropy, kl)
+    found = LogitLens(traced.tokens[0].tolist(), positions, points, ids, probabilities, entropy, kl)
     return found if target is None else replace(found, target=target, target_probability=probability, target_rank=rank)
+
+
+def _check_positions(positions: Sequence[int] | None, n_tokens: int) -> list[int]:
+    if positions is None:
+        return list(range(n_tokens))
+    if not isinstance(positions, Sequence):
+        raise RequestError(f"positions is {positions!r:.60}, expected a list of them ([-1], say), or None for all")
+    if not positions:
+        raise RequestError("positions is empty, expected a list of them, or None for all")
+    return [check_index("position", position, n_tokens) for position in positions]
 
 
 def _check_points(every: list[str], points: Sequence[str]) -> list[str]:

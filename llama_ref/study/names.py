@@ -35,6 +35,8 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from torch import Tensor
+
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 
@@ -76,6 +78,12 @@ def all_names(args: ModelArgs) -> list[str]:
 def axes(name: str) -> tuple[str, ...]:
     """Names of an activation's dimensions, such as ("batch", "position", "head", "head_dim")."""
     return OTHER_AXES.get(name) or LAYER_AXES[name.split(".", 2)[2]]
+
+
+def broadcastable(tensor: Tensor, name: str, *own_axes: str) -> Tensor:
+    """Reshape a tensor with some of an activation's axes so that it broadcasts to it."""
+    sizes = dict(zip(own_axes, tensor.shape, strict=True))
+    return tensor.reshape([sizes.get(axis, 1) for axis in axes(name)])
 
 
 def matching(args: ModelArgs, globs: str | Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.hooks import Pass, attached, check_model
-from llama_ref.study.names import SCORES, axes, matching
+from llama_ref.study.names import SCORES, axes, broadcastable, matching
 from llama_ref.study.trace import Trace
 
 Indices = int | Sequence[int]
@@ -35,8 +35,8 @@ class Edit:
         """The same edit, limited to these heads, positions and rows.
 
         `heads` are query heads, or key/value heads for k and v. `positions` count from the
-        beginning of the text, with a cache too; -1 is the last token of a pass. `rows` are
-        sequences of the batch.
+        beginning of the text, with a cache too; -1 is the last token of a pass, in each text of a
+        batch its own. `rows` are sequences of the batch.
         """
         return replace(
             self,
@@ -64,12 +64,15 @@ class Edit:
         out = None
         for axis, indices in (("head", self.heads), ("batch", self.rows)):
             if indices is not None:
-                there = _broadcastable(_index_mask(axis, indices, value, name), name, axis)
+                there = broadcastable(_index_mask(axis, indices, value, name), name, axis)
                 out = there if out is None else out & there
         if self.positions is not None:
-            there = _broadcastable(self._position_mask(value, name, run, self.positions), name, "batch", "position")
+            there = broadcastable(self._position_mask(value, name, run, self.positions), name, "batch", "position")
             out = there if out is None else out & there
-        return None if out is None else out.to(value.device)
+        kept = _not_padding(value, name, run)
+        if out is None or kept is None:
+            return kept if out is None else out.to(value.device)
+        return out.to(value.device) & kept
 
     def _position_mask(self, value: Tensor, name: str, run: Pass, wanted: tuple[int, ...]) -> Tensor:
         """Which tokens of the pass are at the wanted positions: bool (B, T) or (1, T)."""
@@ -82,7 +85,7 @@ class Edit:
                 if not -T <= position < T:
                     raise RequestError(f"cannot edit {name} at position {position}: the text has 0 to {T - 1}")
         chosen = torch.tensor(wanted, device=positions.device)
-        chosen = torch.where(chosen < 0, positions[:, -1:] + 1 + chosen, chosen)  # (B or 1, n)
+        chosen = torch.where(chosen < 0, positions.amax(1, keepdim=True) + 1 + chosen, chosen)  # (B or 1, n)
         return (positions[:, :, None] == chosen[:, None]).any(-1)
 
 
@@ -96,19 +99,42 @@ class _Swap(Edit):
         here = here if value.shape[dim] == here.shape[1] else here[:, -1:]  # logits, computed for the last token alone
         match = here[:, :, None] == there[:, None].to(here.device)  # (B or 1, T, T of the trace)
         found, columns = match.any(-1), match.int().argmax(-1)
-        found_or_kept = found
+        found_or_kept = found | (here < 0)  # padding
         if self.positions is not None:
-            found_or_kept = found | ~self._position_mask(value, name, run, self.positions)
+            found_or_kept = found_or_kept | ~self._position_mask(value, name, run, self.positions)
         if run.cache is None and not found_or_kept.all():
+            row = int((~found_or_kept).any(-1).int().argmax())
+            n_there, n_here = (int((each[row if len(each) > 1 else 0] >= 0).sum()) for each in (there, here))
             raise RequestError(
-                f"cannot swap {name} from a trace of {there.shape[1]} tokens into a text of {here.shape[1]}: trace a text of "
+                f"cannot swap {name} from a trace of {n_there} tokens into a text of {n_here}: trace a text of "
                 "the same length, or choose positions with .at(positions=…)"
             )
         source = _match_keys(name, source.to(value.device), value)
-        index = _broadcastable(columns, name, "batch", "position")
+        index = broadcastable(columns, name, "batch", "position")
         index = index.expand(len(value), *value.shape[1:dim], -1, *source.shape[dim + 1 :])
         swapped = source.expand(len(value), *source.shape[1:]).gather(dim, index)
-        return torch.where(_broadcastable(found, name, "batch", "position"), swapped.to(value), value)
+        return torch.where(broadcastable(found, name, "batch", "position"), swapped.to(value), value)
+
+
+@dataclass(frozen=True)
+class _Mean(Edit):
+    def changed(self, value: Tensor, name: str, run: Pass) -> Tensor:
+        if name.endswith(".scores"):
+            raise RequestError(f"{name} has no mean: it is -inf where masked; take the pattern's, or scale(0)")
+        dims = [axes(name).index(axis) for axis in ("batch", "position")]
+        kept = _not_padding(value, name, run)
+        if kept is None:
+            out = value.float().mean(dims, keepdim=True)
+        else:
+            out = torch.where(kept, value.float(), 0).sum(dims, keepdim=True) / kept.sum()
+        return out.expand_as(value).to(value)
+
+
+def _not_padding(value: Tensor, name: str, run: Pass) -> Tensor | None:
+    """Which places hold a text's tokens, as booleans that broadcast to the value; None: all."""
+    if run.padding is None or value.shape[axes(name).index("position")] != run.padding.shape[1]:
+        return None
+    return broadcastable(~run.padding, name, "batch", "position").to(value.device)
 
 
 def _match_keys(name: str, source: Tensor, value: Tensor) -> Tensor:
@@ -150,14 +176,7 @@ def scale(factor: float) -> Edit:
 
 def mean() -> Edit:
     """Replace the value by its mean over the batch and positions of a pass: mean ablation."""
-    return Edit(_mean)
-
-
-def _mean(value: Tensor, name: str) -> Tensor:
-    if name.endswith(".scores"):
-        raise RequestError(f"{name} has no mean: it is -inf where masked; take the pattern's, or scale(0)")
-    dims = [axes(name).index(axis) for axis in ("batch", "position")]
-    return value.float().mean(dims, keepdim=True).expand_as(value)
+    return _Mean(lambda value, name: value)
 
 
 def set_to(tensor: Tensor | float) -> Edit:
@@ -257,9 +276,3 @@ def _index_mask(axis: str, indices: tuple[int, ...], value: Tensor, name: str) -
     out = torch.zeros(count, dtype=torch.bool, device="cpu")
     out[list(indices)] = True
     return out
-
-
-def _broadcastable(tensor: Tensor, name: str, *own_axes: str) -> Tensor:
-    """Reshape a tensor with some of an activation's axes so that it broadcasts to it."""
-    sizes = dict(zip(own_axes, tensor.shape, strict=True))
-    return tensor.reshape([sizes.get(axis, 1) for axis in axes(name)])

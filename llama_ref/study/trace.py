@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Integral
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,10 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.hooks import Pass, attached, check_model
-from llama_ref.study.names import SCORES, all_names, axes, matching
+from llama_ref.study.inputs import check_index
+from llama_ref.study.names import SCORES, all_names, axes, broadcastable, matching
+from llama_ref.study.texts import Batch, Texts, as_texts, split_passes
+from llama_ref.study.trace_file import read_trace, write_trace
 
 
 class NotTraced(RequestError, KeyError):
@@ -26,8 +30,9 @@ class NotTraced(RequestError, KeyError):
 class Trace(Mapping[str, Tensor]):
     """Activations by name, in the model's order; names.py has the names and shapes.
 
-    `tokens` (B, T) are the ids, `positions` (B, T) their positions in the text. In a recorded batch
-    shorter rows are padded: with -1 in both, with -inf in scores and 0 in other activations.
+    `tokens` (B, T) are the ids, `positions` (B, T) their positions in the text. Shorter texts of a
+    batch are padded: with -1 in both, with -inf in scores and 0 in other activations. `row(i)` has
+    one text without its padding.
     """
 
     def __init__(self, values: Mapping[str, Tensor], tokens: Tensor, positions: Tensor, model_args: ModelArgs):
@@ -56,10 +61,40 @@ class Trace(Mapping[str, Tensor]):
         B, T = self.tokens.shape
         return f"Trace({len(self)} activations of {B} × {T} tokens)"
 
+    def row(self, index: int) -> "Trace":
+        """One text's trace, without padding: a batch of one. Its values are views."""
+        row = check_index("row", index, len(self.tokens))
+        here = slice(row, row + 1)
+        n_tokens = int((self.positions[row] >= 0).sum())
+        n_keys = 1 + int(self.positions[row, n_tokens - 1])
+        values = {
+            name: value[here, :, :n_tokens, :n_keys] if axes(name) == SCORES else value[here, :n_tokens]
+            for name, value in self.items()
+        }
+        return Trace(values, self.tokens[here, :n_tokens], self.positions[here, :n_tokens], self.model_args)
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """All values as NumPy arrays; bfloat16, which NumPy lacks, becomes float32, exactly."""
+        values = {name: value.detach().cpu() for name, value in self.items()}
+        return {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in values.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write or replace a safetensors file: every value by its name, `tokens` and `positions`.
+
+        The file's metadata have the `model_args`, as JSON. Raises RequestError if it cannot be
+        written.
+        """
+        write_trace(path, self._values, self.tokens, self.positions, self.model_args)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trace":
+        """Read what `save` wrote: memory-mapped, on the CPU. Raises CheckpointError."""
+        return cls(*read_trace(path))
+
 
 def trace(
     model: Transformer,
-    tokens: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    tokens: Texts,
     names: str | Sequence[str] = "*",
     *,
     cache: KVCache | None = None,
@@ -67,23 +102,36 @@ def trace(
 ) -> Trace:
     """Run ids (B, T), or a list of them, and keep the activations that the names match.
 
-    Names may be globs. Logits are computed only if asked for. With a `cache` the tokens continue
-    its text, and it grows. `requires_grad` keeps the graph: `torch.autograd.grad` of a value made
-    from the trace reaches every activation before it. With frozen weights the graph starts at the
-    first of the names. Raises RequestError for names that match nothing, ids outside the
-    vocabulary, a cache that is too small, or gradients of a quantized model.
+    Names may be globs. A list of lists may have texts of different lengths, which do not see their
+    padding. Logits are computed only if asked for. With a `cache` the tokens continue its text, and
+    it grows. `requires_grad` keeps the graph: `torch.autograd.grad` of a value made from the trace
+    reaches every activation before it; values at padding then stay as they were computed. With
+    frozen weights the graph starts at the first of the names. Raises RequestError for names that
+    match nothing, ids outside the vocabulary, a cache that is too small, or gradients of a quantized
+    model.
     """
     check_model(model)
     recording = Recording(names, requires_grad=requires_grad)
-    ids = as_tokens(model, tokens)
-    _check_cache(cache, ids)
+    texts = as_texts(model, tokens)
+    _check_cache(cache, texts)
     if requires_grad and cache is not None:
         raise RequestError("requires_grad and a cache were given: a cache is for inference; run the whole text without one")
     if requires_grad and is_quantized(model):
         raise RequestError("gradients do not go through quantized matrices: load the model without quantize")
     with _gradients(requires_grad), recording.of(model):
-        model.hidden(ids.clone(), cache)  # autograd cannot save tensors made in inference mode
+        batch = Batch.of(model, texts)  # here: autograd cannot save tensors made in inference mode
+        before = [] if cache is None else cache.lengths.tolist()
+        batch.hidden(model, cache)
+        if cache is not None and batch.padding is not None:
+            cache.truncate([old + new for old, new in zip(before, batch.lengths, strict=True)])
         return recording.single(model.args)
+
+
+def trace_each(model: Transformer, texts: Sequence[Tensor], names: str | Sequence[str]) -> Iterator[Trace]:
+    """Trace texts (T,), many in one pass, and yield each one's trace, without padding."""
+    for some in split_passes(list(map(len, texts))):
+        traced = trace(model, texts[some.start : some.stop], names)
+        yield from map(traced.row, range(len(some)))
 
 
 @contextmanager
@@ -157,9 +205,7 @@ class Recording:
     def single(self, args: ModelArgs) -> Trace:
         """Hand over the trace of the one pass that was run; it is not kept here."""
         (text,), self._texts = self._texts, []
-        (run,) = text.passes
-        positions = run.positions.expand(run.tokens.shape)
-        return Trace(text.values[0], run.tokens, positions, args)
+        return _one_pass(text, args)
 
     # ---- the visitor's methods, called by hooks.py
 
@@ -173,7 +219,7 @@ class Recording:
         if last is None or run.cache is None or run.cache is not last.cache:
             self._texts.append(_Text())
         elif run.first:  # the cache was emptied for another text
-            self._texts[-1].lengths = last.positions[:, -1] + 1
+            self._texts[-1].lengths = last.positions.amax(1) + 1
             self._texts.append(_Text())
         self._texts[-1].values.append({})
         self._texts[-1].passes.append(run)
@@ -185,16 +231,35 @@ class Recording:
         return value
 
 
+def _one_pass(text: _Text, args: ModelArgs) -> Trace:
+    """The trace of a text's first pass, with its padding cleared."""
+    run, values = text.passes[0], text.values[0]
+    if run.padding is not None:
+        values = {name: _cleared(name, values.pop(name), run.padding) for name in list(values)}
+    return Trace(values, run.tokens, run.positions.expand(run.tokens.shape), args)
+
+
+def _cleared(name: str, value: Tensor, padding: Tensor) -> Tensor:
+    """Fill the places of padding, unless the value is part of a graph."""
+    return (
+        value if value.requires_grad else value.masked_fill(broadcastable(padding, name, "batch", "position"), _nothing(name))
+    )
+
+
+def _nothing(name: str) -> float:
+    """The value of an activation where there is no token."""
+    return -torch.inf if name.endswith(".scores") else 0
+
+
 def _merge_passes(text: _Text, args: ModelArgs) -> Trace:
     """Merge a text's passes into one trace, from the first position that was run to the last."""
     cache = text.passes[0].cache
     if cache is None:
-        run = text.passes[0]
-        return Trace(text.values[0], run.tokens, run.positions.expand(run.tokens.shape), args)
+        return _one_pass(text, args)
     lengths = (cache.lengths if text.lengths is None else text.lengths)[:, None]  # (B, 1)
-    start = int(min(run.positions.min() for run in text.passes))
+    start = int(min(run.positions[:, 0].min() for run in text.passes))
     end = max(start, int(lengths.max()))
-    targets = [_Target(run.positions, run.positions < lengths, start) for run in text.passes]
+    targets = [_Target(run.positions, (run.positions >= 0) & (run.positions < lengths), start) for run in text.passes]
     tokens = torch.full((len(lengths), end - start), -1, dtype=torch.long, device=lengths.device)
     positions = tokens.clone()
     for run, target in zip(text.passes, targets, strict=True):
@@ -222,7 +287,7 @@ def _merge_values(name: str, values: list[dict[str, Tensor]], targets: list[_Tar
     first = values[0][name]
     B, H, *rest = first.shape
     shape = (B, H, n_positions, n_keys) if has_keys else (B, n_positions, *rest)
-    whole = first.new_full(shape, -torch.inf if name.endswith(".scores") else 0)
+    whole = first.new_full(shape, _nothing(name))
     for target, own_values in zip(targets, values, strict=True):
         part = own_values.pop(name)
         if has_keys:
@@ -243,35 +308,9 @@ def _gradients(wanted: bool) -> Iterator[None]:
         yield
 
 
-# ---- checks
-
-
-def as_tokens(model: Transformer, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-    """Ids as (B, T) on the model's device. Raises RequestError for ids out of the vocabulary."""
-    expected = "expected token ids: a list, a list of equally long lists, or a LongTensor (B, T)"
-    if not isinstance(tokens, Tensor):
-        rows = tokens if isinstance(tokens, Sequence) and not isinstance(tokens, str) else [None]
-        flat = [id for row in rows for id in (row if isinstance(row, Sequence) else [row])]
-        if not all(isinstance(id, Integral) and not isinstance(id, bool) for id in flat):
-            raise RequestError(f"tokens is {tokens!r:.60}, {expected}")
-        try:
-            tokens = torch.tensor(tokens, dtype=torch.long, device="cpu")
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise RequestError(f"tokens is {tokens!r:.60}, {expected}") from None
-    tokens = tokens[None] if tokens.dim() == 1 else tokens
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise RequestError(f"tokens is a tensor {tuple(tokens.shape)} of {tokens.dtype}, {expected}")
-    if tokens.numel() == 0:
-        raise RequestError("tokens is empty; a pass needs at least one token, such as begin-of-text")
-    unknown = [id for id in (int(tokens.min()), int(tokens.max())) if not 0 <= id < model.args.vocab_size]
-    if unknown:
-        raise RequestError(f"tokens contains {unknown[0]}; the vocabulary has 0 to {model.args.vocab_size - 1}")
-    return tokens.to(device=model.norm.weight.device, dtype=torch.long)
-
-
-def _check_cache(cache: KVCache | None, tokens: Tensor) -> None:
+def _check_cache(cache: KVCache | None, texts: Sequence[Tensor]) -> None:
     if cache is None:
         return
-    (B, T), rows, room = tokens.shape, len(cache.lengths), cache.max_seq_len - cache.longest
+    B, T, rows, room = len(texts), max(map(len, texts)), len(cache.lengths), cache.max_seq_len - cache.longest
     if rows != B or room < T:
         raise RequestError(f"the cache has {rows} rows with room for {room:,} more tokens, but tokens is {B} rows of {T:,}")

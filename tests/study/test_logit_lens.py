@@ -19,7 +19,7 @@ from llama_ref.study import attention, weights
 from llama_ref.study.attention import attention_pattern, induction_score, repeated_tokens, summarize_attention
 from llama_ref.study.attribution import attribute
 from llama_ref.study.inputs import readable
-from llama_ref.study.logit_lens import logit_lens, residual_points
+from llama_ref.study.logit_lens import logit_lens, logit_lenses, residual_points
 from llama_ref.study.patching_grid import patch_grid
 from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
@@ -102,6 +102,19 @@ def test_only_the_points_asked_for_are_read(model):
     assert some.points == ["embedding", "layers.1.residual_mid"]
     for name in ("top_ids", "top_probabilities", "entropy", "kl", "target_probability", "target_rank"):
         assert torch.equal(getattr(some, name), getattr(every, name)[[0, 3]])
+
+
+@pytest.mark.parametrize("pass_tokens", [1024, 12])
+def test_lenses_of_texts_of_different_lengths_are_each_texts_own(model, monkeypatch, pass_tokens):
+    monkeypatch.setattr("llama_ref.study.texts.PASS_TOKENS", pass_tokens)
+    texts, targets = [TOKENS, TOKENS[:3], TOKENS[:6]], [TARGET, None, OTHER]
+    for found, text, target in zip(logit_lenses(model, texts, targets=targets, positions=[-1, 0]), texts, targets, strict=True):
+        alone = logit_lens(model, text, target=target, positions=[-1, 0])
+        assert (found.tokens, found.positions, found.target) == (text, [len(text) - 1, 0], target)
+        assert torch.equal(found.top_ids, alone.top_ids)
+        for name in ("top_probabilities", "entropy", "kl", *(() if target is None else ("target_probability",))):
+            torch.testing.assert_close(getattr(found, name), getattr(alone, name), rtol=1e-3, atol=1e-5)
+    assert [lens.target for lens in logit_lenses(model, texts, targets=TARGET, top=1)] == [TARGET] * 3
 
 
 def test_the_last_point_is_the_model_itself(model):
@@ -342,7 +355,7 @@ def test_a_token_is_shown_on_one_line_and_harmless(text, shown):
     [
         (lambda model: logit_lens(model, []), "tokens is empty"),
         (lambda model: logit_lens(model, "abc"), "tokens is 'abc', expected token ids"),
-        (lambda model: logit_lens(model, [[1], [2]]), "tokens are 2 sequences, expected one"),
+        (lambda model: logit_lens(model, [[1], [2]]), "tokens are 2 sequences, expected one.*logit_lenses"),
         (lambda model: attribute(model, [512], 1), "tokens contains 512; the vocabulary has 0 to 511"),
         (lambda model: residual_stream(model, [1.5]), r"tokens is \[1.5\], expected token ids"),
         (lambda model: logit_lens(model.args, [1]), "model is of type ModelArgs, expected a llama_ref Transformer"),
@@ -351,6 +364,8 @@ def test_a_token_is_shown_on_one_line_and_harmless(text, shown):
         (lambda model: logit_lens(model, [1], positions=[1]), "position is 1, expected 0"),
         (lambda model: logit_lens(model, [1], positions=[]), "positions is empty"),
         (lambda model: logit_lens(model, [1], positions=3), "positions is 3, expected a list of them"),
+        (lambda model: logit_lenses(model, [[1], [2, 3]], positions=[1]), "position is 1, expected 0"),
+        (lambda model: logit_lenses(model, [[1], [2, 3]], targets=[1]), "targets has 1 values, expected one for each of the 2"),
         (lambda model: list(spectra(model, 5)), "names is 5, expected a matrix's name or a glob"),
         (lambda model: patch_grid(model, [1], [2], "x"), "metric is 'x', expected probability"),
         (

@@ -270,6 +270,48 @@ def test_a_trace_that_does_not_fit_is_refused(model):
     assert torch.equal(found[:, [0, 2]], short["norm"][:, [0, 2]].expand(2, -1, -1))
 
 
+RAGGED = [[5, 6, 7, 8, 9], [1, 2], [11, 12, 13]]
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"layers.0.residual_mid": study.zero().at(positions=-1)},
+        {"layers.1.attention.k": study.scale(3).at(positions=[0, -2])},
+        {"layers.*.attention.scores": study.set_to(0)},
+        {"layers.1.ffn.output": study.zero().at(positions=1), "norm": torch.neg},
+    ],
+)
+def test_edits_of_texts_of_different_lengths_are_as_of_each_alone(model, edits):
+    with study.patch(model, edits):
+        together = study.trace(model, RAGGED)
+        for i, text in enumerate(RAGGED):
+            for name, value in study.trace(model, text).items():
+                torch.testing.assert_close(together.row(i)[name], value, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_a_mean_leaves_padding_out(model):
+    name = "layers.1.attention.head_output"
+    values = [study.trace(model, text, name)[name][0] for text in RAGGED]
+    with study.patch(model, {name: study.mean()}):
+        found = study.trace(model, RAGGED, name)
+    expected = torch.cat(values).mean(0)
+    torch.testing.assert_close(found[name][found.positions >= 0], expected.expand(10, 8, 8), atol=1e-5, rtol=1e-4)
+
+
+def test_texts_of_different_lengths_are_swapped_row_by_row(model):
+    source = study.trace(model, [[9 + id for id in text] for text in RAGGED])
+    with study.patch(model, {"layers.0.*": study.swap_from(source)}):
+        found = study.trace(model, RAGGED, ["layers.0.*", "logits"])
+    assert all(torch.equal(found[name], source[name]) for name in found if name != "logits")
+    torch.testing.assert_close(found["logits"], source["logits"], atol=1e-4, rtol=1e-4)
+    with (
+        pytest.raises(RequestError, match="from a trace of 2 tokens into a text of 3"),
+        study.patch(model, {"norm": study.swap_from(source)}),
+    ):
+        study.trace(model, [RAGGED[0], [1, 2, 3], RAGGED[2]])
+
+
 # ---- grids
 
 
@@ -309,7 +351,7 @@ def test_the_last_position_of_the_last_layer_is_the_whole_answer(model):
 
 def test_a_grid_of_many_cells_takes_several_passes(model, monkeypatch):
     whole = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), study.probability(7))
-    monkeypatch.setattr("llama_ref.study.patching_grid.PASS_TOKENS", 15)
+    monkeypatch.setattr("llama_ref.study.texts.PASS_TOKENS", 15)
     calls = []
     parts = study.patch_grid(
         model, ids(1, 6), ids(1, 6, seed=1), study.probability(7), progress=lambda *call: calls.append(call)
@@ -318,11 +360,46 @@ def test_a_grid_of_many_cells_takes_several_passes(model, monkeypatch):
     assert parts.values == pytest.approx(whole.values, rel=1e-4)
 
 
+@pytest.mark.parametrize("pass_tokens", [1024, 9])
+@pytest.mark.parametrize(
+    ("over", "name"), [("layer×position", None), ("layer×head", None), ("layer×position", "attention.pattern")]
+)
+def test_grids_of_pairs_of_different_lengths_are_each_pairs_own(model, monkeypatch, over, name, pass_tokens):
+    monkeypatch.setattr("llama_ref.study.texts.PASS_TOKENS", pass_tokens)
+    corrupted = [[50 - id for id in text] for text in RAGGED]
+    metrics = [study.probability(7), study.probability(8), study.logit_difference(1, 2)]
+    calls = []
+    grids = study.patch_grids(model, RAGGED, corrupted, metrics, over, name, progress=lambda *call: calls.append(call))
+    assert calls[-1][0] == calls[-1][1] == sum(grid.values.size for grid in grids)
+    for grid, *pair in zip(grids, RAGGED, corrupted, metrics, strict=True):
+        alone = study.patch_grid(model, *pair, over, name)
+        assert grid.values == pytest.approx(alone.values, abs=1e-5)
+        assert (grid.clean, grid.corrupted) == pytest.approx((alone.clean, alone.corrupted), abs=1e-5)
+        assert (grid.axes, grid.labels, grid.name) == (alone.axes, alone.labels, alone.name)
+
+
+@pytest.mark.parametrize(
+    ("corrupted", "metrics", "message"),
+    [
+        ([[1, 2]], study.probability(1), "there are 2 clean and 1 corrupted texts"),
+        ([[1, 2], [3]], study.probability(1), "in pair 1, the clean text has 3 tokens and the corrupted text 1"),
+        ([[1, 2], [3, 4, 5]], [study.probability(1)], "metrics has 1 values, expected one for each of the 2 texts"),
+        ([[1, 2], [3, 4, 5]], [study.probability(1), 3], "in pair 1, metric is 3, expected"),
+    ],
+)
+def test_pairs_that_do_not_match_are_refused(model, corrupted, metrics, message):
+    with pytest.raises(RequestError, match=message):
+        study.patch_grids(model, [[1, 2], [1, 2, 3]], corrupted, metrics)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"corrupted": [1, 2, 3]}, "of the same length"),
-        ({"clean": [[1, 2], [1, 2]], "corrupted": [[1, 2], [1, 2]]}, "one row each"),
+        (
+            {"clean": [[1, 2], [1, 2]], "corrupted": [[1, 2], [1, 2]]},
+            "tokens are 2 sequences, expected one.*patch_grids take several",
+        ),
         ({"over": "position"}, 'expected "layer×position" or'),
         ({"over": "layer×head", "name": "ffn.output"}, "has no head axis; take one of attention.q_unrotated"),
         ({"name": "residual"}, "no activation is called"),

@@ -1,6 +1,7 @@
 """Traces: values equal other implementations' and hand-computed ones; models stay unchanged."""
 
 import gc
+import json
 import re
 import threading
 from dataclasses import replace
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from folders import tiny_folder
@@ -20,7 +23,7 @@ from llama_ref.compiled.cpu import compile_decode
 from llama_ref.compiled.cuda import FastForward, FastHidden, FastPasses
 from llama_ref.decoding.drafting import PassTime
 from llama_ref.decoding.prompt_lookup import PromptLookup
-from llama_ref.errors import RequestError
+from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer, rope_frequencies, rope_rotations, rotate
 from llama_ref.parallel.tensor import RowParallelLinear
@@ -126,7 +129,8 @@ def test_a_trace_says_what_it_was_not_asked_for(model):
     [
         ("text", "expected token ids"),
         ([], "tokens is empty"),
-        ([[1, 2], [3]], "expected token ids"),
+        ([[1, 2], []], "text 1 of tokens is empty"),
+        ([[1, 2], 3], "expected token ids"),
         ([1, 512], "contains 512; the vocabulary has 0 to 511"),
         ([-1], "contains -1"),
         ([10**30], "expected token ids"),
@@ -321,6 +325,146 @@ def test_other_names_are_gone_before_the_pass_ends(name):
         model.hidden(tokens)
     traced = study.trace(model, tokens, name)
     assert traced[name].nbytes <= counted[1] - counted[0] <= traced[name].nbytes + 1024  # ids and positions
+
+
+# ---- texts of different lengths
+
+RAGGED = [[5, 6, 7, 8, 9], [1], [11, 12, 13]]
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_texts_of_different_lengths_are_as_each_alone(dtype, scheme):
+    model = random_model(ARGS, seed=1).to(dtype)
+    model.tok_embeddings.weight[[0, 500]] = torch.nan  # of no text
+    if scheme:
+        quantize_model(model, scheme)
+    together = study.trace(model, RAGGED)
+    assert together.tokens.tolist() == [RAGGED[0], [1, -1, -1, -1, -1], [11, 12, 13, -1, -1]]
+    assert together.positions.tolist() == [[0, 1, 2, 3, 4], [0, -1, -1, -1, -1], [0, 1, 2, -1, -1]]
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for i, text in enumerate(RAGGED):
+        own, alone = together.row(i), study.trace(model, torch.tensor(text))
+        assert own.tokens.equal(alone.tokens) and own.positions.equal(alone.positions) and list(own) == list(alone)
+        for name, value in alone.items():
+            torch.testing.assert_close(own[name], value, atol=tolerance, rtol=tolerance, msg=name)
+    for name, value in together.items():
+        by_position = value.transpose(1, 2) if axes(name) == names.SCORES else value
+        padding = by_position[together.positions < 0]
+        assert (padding == (-torch.inf if name.endswith(".scores") else 0)).all(), name
+    assert repr(together.row(-1)) == repr(alone) == f"Trace({len(alone)} activations of 1 × 3 tokens)"
+    with pytest.raises(RequestError, match="row is 3, expected a whole number from 0 to 2"):
+        together.row(3)
+
+
+def test_texts_of_different_lengths_go_on_from_a_cache(model):
+    """Two pieces of each text, recorded outside too, are the whole text."""
+    cache, pieces = new_cache(model, 3, 12), [[20, 21], [22, 23, 24], [25]]
+    with study.recording(model, ["*.scores", "norm"]) as recorded:
+        study.trace(model, RAGGED, "norm", cache=cache)
+        second = study.trace(model, pieces, "norm", cache=cache)
+    assert cache.lengths.tolist() == [7, 4, 4] and second.positions.tolist() == [[5, 6, -1], [1, 2, 3], [3, -1, -1]]
+    for i, (begin, end) in enumerate(zip(RAGGED, pieces, strict=True)):
+        alone = study.trace(model, begin + end, ["*.scores", "norm"])
+        whole = recorded.trace.row(i)
+        assert whole.tokens.equal(alone.tokens)
+        for name, value in alone.items():
+            torch.testing.assert_close(whole[name], value, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(second.row(i)["norm"], alone["norm"][:, len(begin) :], atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_texts_of_different_lengths_are_those_of_each_alone(model):
+    def gradients(tokens: list, row: int, last: int) -> list[Tensor]:
+        traced = study.trace(model, tokens, requires_grad=True)
+        return torch.autograd.grad(traced["logits"][row, last, 7], [traced["embedding"], traced["layers.1.attention.pattern"]])
+
+    embedding, pattern = gradients(RAGGED, 2, 2)
+    alone, pattern_alone = gradients([RAGGED[2]], 0, 2)
+    torch.testing.assert_close(embedding[2, :3], alone[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pattern[2, :, :3, :3], pattern_alone[0], atol=1e-5, rtol=1e-4)
+    assert not embedding[:2].any() and not embedding[2, 3:].any()
+
+
+# ---- arrays and files
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_become_arrays_exactly(dtype):
+    traced = study.trace(random_model(ARGS, seed=1).to(dtype), ids(2, 4), ["*.ffn.up", "logits"], requires_grad=True)
+    arrays = traced.numpy()
+    assert list(arrays) == list(traced) and {array.dtype.name for array in arrays.values()} == {"float32"}
+    assert all(torch.equal(torch.from_numpy(array).to(traced[name]), traced[name]) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_saved_trace_comes_back_and_others_can_open_it(dtype, tmp_path):
+    path = tmp_path / "new" / "trace.safetensors"
+    traced = study.trace(random_model(ARGS, seed=1).to(dtype), RAGGED)
+    traced.save(path)
+    traced.save(str(path))  # again: it is replaced
+    found = study.Trace.load(path)
+    assert found.model_args == ARGS and list(found) == list(traced)
+    assert found.tokens.equal(traced.tokens) and found.positions.equal(traced.positions)
+    assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in traced.items())
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == {*traced, "tokens", "positions"} and torch.equal(file.get_tensor("norm"), traced["norm"])
+        assert json.loads(file.metadata()["model_args"])["n_kv_heads"] == 2
+    assert len(list(path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"hidden_dim": 96},
+        {"head_dim": 16, "use_scaled_rope": False, "ffn_dim_multiplier": 1.3},
+        {"rope_scaling_factor": 4.0, "quantization_args": {"scheme": "int8"}, "of_another": [1, 2]},
+    ],
+)
+def test_a_saved_traces_model_args_are_what_they_were(given, tmp_path):
+    params = {
+        "dim": 32,
+        "n_layers": 1,
+        "n_heads": 4,
+        "vocab_size": 9,
+        "norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "use_scaled_rope": True,
+    }
+    args = ModelArgs.from_dict(params | ({} if "hidden_dim" in given else {"multiple_of": 8}) | given)
+    tokens = torch.tensor([[1, 2]])
+    study.Trace({"norm": torch.ones(1, 2, 32)}, tokens, tokens, args).save(tmp_path / "a")
+    assert study.Trace.load(tmp_path / "a").model_args == args
+
+
+def test_files_that_hold_no_trace_are_refused(model, tmp_path):
+    path, tokens = tmp_path / "a.safetensors", torch.tensor([[1, 2]])
+
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message) as caught:
+            study.Trace.load(path)
+        assert "fetch it again" not in str(caught.value)
+
+    refused("cannot read .*a.safetensors: No such file")
+    save_file({"norm": torch.ones(1, 2, 64)}, path)
+    refused("holds no trace, expected a file that Trace.save wrote")
+    save_file({"tokens": tokens, "positions": tokens.clone()}, path, {"model_args": "[]"})
+    refused("its model_args are damaged")
+    study.Trace({"norm": torch.ones(1, 2)}, tokens, tokens, ARGS).save(path)
+    refused(r"norm \(1, 2\), which is no activation of its model")
+    study.Trace({"norm": torch.ones(1, 2, 64)}, tokens, tokens[0], ARGS).save(path)
+    refused(r"positions \(2,\), expected two")
+    path.write_bytes(path.read_bytes()[:-1])
+    refused("bytes, but its header describes")
+
+
+@pytest.mark.parametrize("path", [None, 3, "a\0b", "~nobody-of-this-name/x"])
+def test_a_path_that_cannot_be_is_refused(model, path):
+    traced = study.trace(model, [1], "norm")
+    for use in (traced.save, study.Trace.load):
+        with pytest.raises(RequestError, match=r"path is .*expected a file such as 'trace.safetensors'"):
+            use(path)
+    with pytest.raises(RequestError, match="cannot write /proc/x"):
+        traced.save("/proc/x")
 
 
 # ---- gradients

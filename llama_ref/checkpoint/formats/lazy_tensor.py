@@ -49,7 +49,7 @@ class LazyTensor:
         for block in self.blocks():
             self._check(block, n_rows)
             n_rows += len(block)
-            sink.write(_bytes_of(block))
+            sink.write(bytes_of(block))
             if progress:
                 progress(block.nbytes)
             del block  # free it before the next one is produced
@@ -83,6 +83,7 @@ def check_writable(tensors: Sequence[LazyTensor]) -> None:
         seen.add(tensor.name)
 
 
-def _bytes_of(block: Tensor) -> memoryview:
+def bytes_of(block: Tensor) -> memoryview:
+    """A tensor's bytes, row by row."""
     row_by_row = block.detach().cpu().contiguous()  # copies only if necessary
     return row_by_row.view(-1).view(torch.uint8).numpy().data

@@ -75,6 +75,15 @@ def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
     At least as strict as the safetensors library: files accepted here open there. Raises
     WrongLength for a truncated or overlong file, CheckpointError for any other damage.
     """
+    return _inspect(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The file's metadata, {} if it has none. Raises the errors of `inspect_safetensors`."""
+    return _inspect(path)[1]
+
+
+def _inspect(path: Path) -> tuple[dict[str, HeldTensor], dict[str, str]]:
     check_head(path, "a safetensors file")
     try:
         size = path.stat().st_size
@@ -84,12 +93,12 @@ def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     _check_length(path, size, length, data)
-    header = _parse(path, data)
+    header, metadata = _parse(path, data)
     tensors = _tensors(path, header, LENGTH_BYTES + length)
     expected = max((held.file_offset + held.nbytes for held in tensors.values()), default=LENGTH_BYTES + length)
     if expected != size:
         raise WrongLength(f"{path} has {size:,} bytes, but its header describes {expected:,}", expected)
-    return tensors
+    return tensors, metadata
 
 
 def map_safetensors(path: Path) -> "dict[str, Tensor]":
@@ -128,7 +137,8 @@ def _check_length(path: Path, size: int, length: int, data: bytes) -> None:
         raise WrongLength(f"{path} ends within its header, which has {length:,} bytes")
 
 
-def _parse(path: Path, data: bytes) -> dict[str, Any]:
+def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The header's entries, and its metadata."""
     try:
         header = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique_utf8_keys, parse_int=_short_int, parse_constant=_reject_constant
@@ -138,7 +148,7 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, f"its {METADATA} is not an object of strings")
-    return header
+    return header, metadata
 
 
 def _tensors(path: Path, header: dict[str, Any], data_begins: int) -> dict[str, HeldTensor]:

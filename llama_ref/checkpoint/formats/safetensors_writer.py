@@ -5,13 +5,14 @@ they are written, so converting or quantizing a model needs memory for only some
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llama_ref.checkpoint.formats.atomic import new_file
-from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, check_writable
+from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, bytes_of, check_writable
 
 LENGTH_BYTES = 8  # size of the length field before the header
 ALIGNMENT_BYTES = 64  # of the first tensor: a cache line, for kernels on memory-mapped tensors
@@ -37,9 +38,7 @@ def write_safetensors(path: str | Path, tensors: Sequence[LazyTensor], progress:
     Raises CheckpointError if it cannot be written, ValueError if blocks do not match their tensor.
     """
     check_writable(tensors)
-    # A stable sort. Wider dtypes before narrower ones keeps each tensor aligned to its element
-    # size.
-    in_order = sorted(tensors, key=lambda tensor: (tensor.nbytes % ALIGNMENT_BYTES > 0, -tensor.dtype.itemsize))
+    in_order = _aligned(tensors)
     header = _header(in_order)
     with new_file(Path(path), len(header) + sum(tensor.nbytes for tensor in tensors)) as file:
         file.write(header)
@@ -47,8 +46,22 @@ def write_safetensors(path: str | Path, tensors: Sequence[LazyTensor], progress:
             tensor.write_to(file, progress)
 
 
-def _header(tensors: Sequence[LazyTensor]) -> bytes:
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # required by transformers
+def safetensors_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file with tensors that are in memory, for whoever writes it."""
+    in_order = _aligned([LazyTensor.from_tensor(name, tensor) for name, tensor in tensors.items()])
+    check_writable(in_order)
+    yield _header(in_order, metadata)
+    for tensor in in_order:
+        yield from map(bytes_of, tensor.blocks())
+
+
+def _aligned(tensors: Sequence[LazyTensor]) -> list[LazyTensor]:
+    """The tensors in an order that aligns each to its element size: wider dtypes first."""
+    return sorted(tensors, key=lambda tensor: (tensor.nbytes % ALIGNMENT_BYTES > 0, -tensor.dtype.itemsize))  # stable
+
+
+def _header(tensors: Sequence[LazyTensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}  # transformers requires the format
     at = 0
     for tensor in tensors:
         if tensor.dtype not in DTYPE_NAMES or tensor.name in entries:

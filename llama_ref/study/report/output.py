@@ -8,7 +8,7 @@ from llama_ref.checkpoint.formats.atomic import ADVICE_WHEN_FULL, atomic_file
 from llama_ref.errors import RequestError
 
 
-def write_output(path: Path, pieces: Iterable[bytes]) -> None:
+def write_output(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Write or replace one file, creating its folder; follows links.
 
     Raises RequestError if it cannot be written.

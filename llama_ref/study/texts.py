@@ -1,0 +1,131 @@
+"""Token ids of texts: checked, and padded so that texts of different lengths run in one pass.
+
+Padding is on the right, where attention, being causal, never looks. It repeats a text's last id, so
+that its values are as finite as the text's own: a masked NaN still spreads.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from llama_ref.errors import RequestError
+from llama_ref.model import Cache, Transformer
+from llama_ref.study.hooks import Pass, attached
+
+Text = Sequence[int] | Tensor
+Texts = Text | Sequence[Text]
+
+PASS_TOKENS = 1024  # padding included, of several texts in one pass: bounds the memory for activations
+EXPECTED = "expected token ids: a list, a list of lists, or a LongTensor (T,) or (B, T)"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts as ids (B, T) on the model's device, with the length of each."""
+
+    ids: Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, model: Transformer, texts: Sequence[Tensor]) -> "Batch":
+        """Pad texts, such as `as_texts` returns."""
+        lengths = [len(text) for text in texts]
+        places = torch.arange(max(lengths), device="cpu")
+        padded = torch.stack([text[places.clamp(max=len(text) - 1)] for text in texts])
+        return cls(padded.to(model.device), lengths)
+
+    @property
+    def padding(self) -> Tensor | None:
+        """Which places are padding: bool (B, T), or None if none are."""
+        T = self.ids.shape[1]
+        if min(self.lengths) == T:
+            return None
+        lengths = torch.tensor(self.lengths, device="cpu").to(self.ids.device)
+        return torch.arange(T, device=self.ids.device) >= lengths[:, None]
+
+    def hidden(self, model: Transformer, cache: Cache | None = None) -> Tensor:
+        """Run all texts: the last norm (B, T, D), whose values at padding mean nothing."""
+        padding = self.padding
+        if padding is None:
+            return model.hidden(self.ids, cache)
+        with attached(model, _PaddingMarker(padding)):
+            return model.hidden(self.ids, cache)
+
+    def last(self, values: Tensor) -> Tensor:
+        """The values of each text's last token: (B, T, …) -> (B, …)."""
+        rows = torch.arange(len(self.lengths), device=values.device)
+        return values[rows, torch.tensor(self.lengths, device="cpu").to(values.device) - 1]
+
+
+class _PaddingMarker:
+    """A visitor that tells the others which places of a pass are padding."""
+
+    edits, in_path = False, False
+
+    def __init__(self, padding: Tensor):
+        self.padding = padding
+
+    def wants(self, name: str) -> bool:
+        return False
+
+    def begin(self, run: Pass) -> None:
+        run.mark_padding(self.padding)
+
+    def visit(self, name: str, value: Tensor, run: Pass) -> Tensor:
+        return value
+
+
+def split_passes(lengths: Sequence[int]) -> Iterator[range]:
+    """Split texts of these lengths, in their order, into passes of at most PASS_TOKENS."""
+    start, longest = 0, 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if i > start and (i + 1 - start) * longest > PASS_TOKENS:
+            yield range(start, i)
+            start, longest = i, length
+    yield range(start, len(lengths))
+
+
+# ---- checks
+
+
+def as_texts(model: Transformer, tokens: Texts) -> list[Tensor]:
+    """Each text's ids (T,), on the CPU. Raises RequestError for ids out of the vocabulary."""
+    texts = [_ids(text, tokens) for text in _separate(tokens)]
+    for i, text in enumerate(texts):
+        if not len(text):
+            what = "tokens is" if len(texts) == 1 else f"text {i} of tokens is"
+            raise RequestError(f"{what} empty; a pass needs at least one token, such as begin-of-text")
+        unknown = [id for id in (int(text.min()), int(text.max())) if not 0 <= id < model.args.vocab_size]
+        if unknown:
+            raise RequestError(f"tokens contains {unknown[0]}; the vocabulary has 0 to {model.args.vocab_size - 1}")
+    return texts
+
+
+def _separate(tokens: Texts) -> Sequence[Text]:
+    """The texts of what may be one or several."""
+    if isinstance(tokens, Tensor):
+        tokens = tokens.cpu()
+        return [tokens] if tokens.dim() != 2 else list(tokens) or [tokens.flatten()]
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str):
+        raise RequestError(f"tokens is {tokens!r:.60}, {EXPECTED}")
+    are_texts = any(isinstance(part, Sequence | Tensor) for part in tokens)
+    return tokens if are_texts else [tokens]  # type: ignore[return-value, list-item]
+
+
+def _ids(text: Text, tokens: Texts) -> Tensor:
+    """One text as a LongTensor (T,) on the CPU."""
+    if isinstance(text, Tensor):
+        is_whole = not (text.is_floating_point() or text.is_complex() or text.dtype == torch.bool)
+        if text.dim() != 1 or not is_whole:
+            raise RequestError(f"tokens is a tensor {tuple(text.shape)} of {text.dtype}, {EXPECTED}")
+        return text.to("cpu", torch.long)
+    is_list = isinstance(text, Sequence) and not isinstance(text, str)
+    if is_list and all(isinstance(id, Integral) and not isinstance(id, bool) for id in text):
+        with suppress(OverflowError, RuntimeError, ValueError):  # an integer of more than 64 bits
+            return torch.tensor(text, dtype=torch.long, device="cpu")
+    raise RequestError(f"tokens is {tokens!r:.60}, {EXPECTED}")

@@ -16,6 +16,12 @@ AMPERE = (8, 0)  # the first NVIDIA GPUs with bfloat16
 HOPPER = (9, 0)
 
 
+def use_threads(n: int | None) -> None:
+    """Let PyTorch compute with this many CPU threads in this process; None: as it chooses."""
+    if n is not None:
+        torch.set_num_threads(n)
+
+
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The requested device; by default CUDA (under torchrun this process's card), else MPS, else the CPU.
 

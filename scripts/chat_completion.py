@@ -6,12 +6,11 @@ It also runs with plain `python`. The flags are those of Meta's example script a
 """
 
 import sys
-from dataclasses import asdict
 from typing import Annotated
 
 from llama_ref import Dialog, Llama
 from llama_ref.cli.flags import Flag
-from llama_ref.cli.options import Building, MaxSeqLen, Name, Seed, TokenizerPath
+from llama_ref.cli.options import Building, MaxSeqLen, Name, Seed, TokenizerPath, build_arguments
 from llama_ref.cli.parser import command, run
 
 DIALOGS: list[Dialog] = [
@@ -46,7 +45,7 @@ def main(
     building: Building,
 ) -> None:
     """Load a checkpoint and print each dialog with its answer."""
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **asdict(building))
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build_arguments(building))
     results = llama.chat_completion(DIALOGS, temperature, top_p, max_gen_len)
     for dialog, result in zip(DIALOGS, results, strict=True):
         for message in [*dialog, result["generation"]]:

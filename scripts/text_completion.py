@@ -6,12 +6,11 @@ It also runs with plain `python`. The flags are those of Meta's example script a
 """
 
 import sys
-from dataclasses import asdict
 from typing import Annotated
 
 from llama_ref import Llama
 from llama_ref.cli.flags import Flag
-from llama_ref.cli.options import Building, MaxSeqLen, Name, Seed, TokenizerPath
+from llama_ref.cli.options import Building, MaxSeqLen, Name, Seed, TokenizerPath, build_arguments
 from llama_ref.cli.parser import command, run
 
 PROMPTS = [
@@ -36,7 +35,7 @@ def main(
     building: Building,
 ) -> None:
     """Load a checkpoint and print each prompt with its continuation."""
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **asdict(building))
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **build_arguments(building))
     results = llama.text_completion(PROMPTS, temperature, top_p, max_gen_len)
     for prompt, result in zip(PROMPTS, results, strict=True):
         print(prompt)

@@ -33,6 +33,7 @@ def chat(session: Session, options: dict) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing and history for input()
         note("Type a message, or /help.")
+    hinted = False
     for line in _lines("> " if interactive else "", session.llama.job):
         if not line.strip():
             continue
@@ -42,7 +43,10 @@ def chat(session: Session, options: dict) -> None:
                     return
                 note(_command(session, line))
             else:
-                _answer(session, line, options, interactive)
+                hint = _answer(session, line, options, interactive)
+                if hint and not hinted:
+                    note(hint)
+                hinted = hinted or bool(hint)
         except RequestError as error:
             note(str(error))
 
@@ -89,7 +93,8 @@ def _line(prompt: str) -> str:
         return checked(input(prompt)).removesuffix("\r")  # Windows ends lines with \r\n
 
 
-def _answer(session: Session, text: str, options: dict, interactive: bool) -> None:
+def _answer(session: Session, text: str, options: dict, interactive: bool) -> str | None:
+    """Print an answer and its speed; return a hint if other programs slowed it down."""
     timing = Timing(session.say(text, **options))
     try:
         for piece in timing:
@@ -100,6 +105,7 @@ def _answer(session: Session, text: str, options: dict, interactive: bool) -> No
             raise
     print(flush=True)
     note(str(timing))
+    return timing.hint(session.llama.device)
 
 
 def _command(session: Session, line: str) -> str:

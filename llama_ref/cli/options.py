@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from llama_ref.cli.flags import Flag
+from llama_ref.cli.flags import NO_VALUE, Flag
+from llama_ref.errors import RequestError
 
 if TYPE_CHECKING:
     from llama_ref.generation import Llama
@@ -49,6 +50,28 @@ TokenizerPath = Annotated[
     Flag("another tokenizer.model", metavar="FILE", unset="the folder's own"),
 ]
 
+MOST_THREADS = 1024
+
+
+def thread_count(word: str) -> int | None:
+    """Read a number of threads. Raises RequestError."""
+    if word.lower() in NO_VALUE:
+        return None
+    if not (word.isascii() and word.isdigit() and 1 <= int(word[:9]) <= MOST_THREADS):
+        raise RequestError(f"--threads is {word!r:.60}, expected a whole number from 1 to {MOST_THREADS:,}")
+    return int(word)
+
+
+Threads = Annotated[
+    int | None,
+    Flag(
+        "CPU threads to compute with; fewer than cores are faster beside other busy programs",
+        metavar="INT",
+        unset="as PyTorch chooses",
+        read=thread_count,
+    ),
+]
+
 # ---- groups
 
 
@@ -70,6 +93,7 @@ class Weights:
         Flag("cuda, mps or cpu", metavar="DEVICE", unset="the first of these that is available"),
     ] = None
     verify: Verify = "auto"
+    threads: Threads = None
 
 
 @dataclass(frozen=True)
@@ -155,4 +179,13 @@ def load(name: str, options: Loading | WholeModel) -> "Llama":
     from llama_ref.generation import Llama
 
     with byte_bar("loading") as progress:
-        return Llama.build(name, progress=progress, **asdict(options))
+        return Llama.build(name, progress=progress, **build_arguments(options))
+
+
+def build_arguments(options: Weights) -> dict[str, Any]:
+    """Use the threads of these options, and return the others, which are arguments of `Llama.build`."""
+    from llama_ref.device import use_threads
+
+    arguments = asdict(options)
+    use_threads(arguments.pop("threads"))
+    return arguments

@@ -1,8 +1,13 @@
 """How fast a text is generated."""
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 
+import torch
+
+from llama_ref.cli.busy import OtherPrograms
 from llama_ref.decoding.stream import Stream
 
 
@@ -13,6 +18,7 @@ class Timing:
         self.stream = stream
         self.begin = self.end = time.perf_counter()
         self.first: float | None = None
+        self._others = OtherPrograms()
 
     def __iter__(self) -> Iterator[str]:
         for piece in self.stream:
@@ -20,6 +26,13 @@ class Timing:
             self.first = self.first or self.end
             yield piece
         self.end = time.perf_counter()
+
+    def hint(self, device: torch.device) -> str | None:
+        """For a person at a terminal: what to do if other programs slowed this text; else None."""
+        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if device.type != "cpu" or not is_alone or not sys.stderr.isatty():
+            return None
+        return self._others.hint(torch.get_num_threads())
 
     def __str__(self) -> str:
         """The time to the first token is the prompt's; the rate counts the tokens after it."""

@@ -141,6 +141,9 @@ def take_interrupts() -> None:
 # ---- at a terminal
 
 
+HINT = r"(\s+\(other programs used [^)]*\))?"  # on a busy machine
+
+
 class Terminal:
     """`llama-ref chat` on a pseudo-terminal, which shows stderr too."""
 
@@ -210,14 +213,14 @@ def test_at_a_terminal_ctrl_c_breaks_off_and_ctrl_d_leaves(demo_folder):
 
         terminal.type("Write a long story about a whale.\n")
         terminal.wait_for(r"whale\.\s[^>]*\w+ \w+ \w+ \w+")  # a few words of the answer
-        terminal.wait_for(r"; interrupted\]\s+> ", pressing="\x03")
+        terminal.wait_for(rf"; interrupted\]{HINT}\s+> ", pressing="\x03")
 
         terminal.type("/reset\n")
         terminal.wait_for(r"conversation reset\s+> ")
         terminal.type("What is \\\n")
         terminal.wait_for("… ")
         terminal.type("2+2?\n")
-        terminal.wait_for(r"4\s+\[[^\]]* out, [^\]]*; stop\]\s+> ")
+        terminal.wait_for(r"4\s+\[[^\]]* out, [^\]]*; stop\]" + HINT + r"\s+> ")
 
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0

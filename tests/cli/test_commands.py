@@ -164,6 +164,16 @@ def test_seed_none_is_another_seed_each_time(run, name):
     assert run(*words)[1] != run(*words)[1]
 
 
+def test_threads_are_those_that_were_asked_for(run, name):
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 1):
+            assert run("complete", name, "x", "--max_gen_len", "1", "--threads", str(threads))[0] == 0
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_options_reach_the_generation(run, name):
     def text(*options: str) -> str:
         code, out, _ = run("complete", name, CAPITAL, "--max_gen_len", "6", *options)
@@ -197,10 +207,10 @@ def test_chat_through_a_pipe_answers_each_line(run, name):
 @pytest.mark.parametrize("command", ["info", "complete", "chat"])
 def test_a_wrong_name_is_misuse_and_tells_the_right_ones(run, root, command):
     (root / "Llama3.2-1B-Instruct").mkdir()
-    code, out, err = run(command, "Llama3.2-1B-instruct", *(["x"] if command == "complete" else []))
+    code, out, err = run(command, "Llama3.2-1B-instruc", *(["x"] if command == "complete" else []))
     assert (code, out) == (2, "")
     assert err.startswith("llama-ref: ") and err.count("\n") == 1
-    assert f"{root} holds: Llama3.2-1B-Instruct" in err
+    assert f"did you mean Llama3.2-1B-Instruct? {root} holds: Llama3.2-1B-Instruct" in err
 
 
 @pytest.mark.parametrize(

@@ -248,3 +248,14 @@ def test_a_reader_of_its_own_may_refuse():
     assert parse(own, ["--words", "a,b"], "own") == {"words": ["a", "b"]}
     with pytest.raises(RequestError, match="--words is empty"):
         parse(own, ["--words="], "own")
+
+
+@pytest.mark.parametrize(
+    "name", ["complete", "chat", "bench", "lens", "attention", "attribute", "patch", "norms", "spectra", "quantize"]
+)
+def test_every_command_that_computes_takes_threads(name):
+    parameter = commands.load(name).parameters["threads"]
+    assert parameter.read("3") == 3 and parameter.read("none") is None
+    for bad in ("0", "-1", "1.5", "many", "1025", "9" * 30):
+        with pytest.raises(RequestError, match=r"--threads is .*, expected a whole number from 1 to 1,024"):
+            parameter.read(bad)

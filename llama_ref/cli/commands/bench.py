@@ -37,7 +37,6 @@ def bench(
         ),
     ] = None,
     rounds: Annotated[int, Flag("number of measurements; medians are shown")] = 5,
-    threads: Annotated[int | None, Flag("CPU threads", unset="as PyTorch chooses")] = None,
     png: Annotated[str | None, Flag("file to draw the roofline into (needs matplotlib)", metavar="FILE")] = None,
     json: Json = False,
     loading: Measured,
@@ -62,7 +61,6 @@ def bench(
         context=context,
         against=against,
         rounds=rounds,
-        threads=threads,
         **asdict(loading),
     )
     report = compare(settings, note if sys.stderr.isatty() else lambda text: None)

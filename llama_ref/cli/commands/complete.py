@@ -48,6 +48,8 @@ def complete(
         print(piece, end="", flush=True)
     print(flush=True)
     note(str(timing))
+    if hint := timing.hint(llama.device):
+        note(hint)
 
 
 def _read_prompt(encoding: str | None) -> str:

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Force, Source, Target, Verify
+from llama_ref.cli.options import Force, Source, Target, Threads, Verify
 
 
 @command(Section.REWRITE)
@@ -24,6 +24,7 @@ def quantize(
     ] = True,
     force: Force = False,
     verify: Verify = "auto",
+    threads: Threads = None,
 ) -> None:
     """Quantize a checkpoint to int8 or int4 and save it.
 
@@ -31,10 +32,12 @@ def quantize(
     """
     from llama_ref.checkpoint.quantized_writer import quantize_folder
     from llama_ref.cli.terminal import byte_bar
+    from llama_ref.device import use_threads
     from llama_ref.formatting import printable
     from llama_ref.quantization.scheme import Scheme
 
     scheme = Scheme.parse(to, "--to")
+    use_threads(threads)
     with byte_bar("writing") as progress:
         path = quantize_folder(
             src,

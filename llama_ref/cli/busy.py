@@ -1,0 +1,58 @@
+"""Notice that other programs keep the processor busy, which slows several threads more than one."""
+
+import os
+import time
+from pathlib import Path
+
+from llama_ref.cores import cpu_count
+
+STAT = Path("/proc/stat")
+NICE, IDLE, IOWAIT, STEAL = 1, 3, 4, 7  # columns of its cpuN lines
+SHORTEST = 0.5  # seconds: the kernel counts hundredths
+NOTICEABLE = 0.4  # cores
+
+
+class OtherPrograms:
+    """Measures from its making on how much of this process's cores other programs use. Linux only."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds by the clock, of this process, of all programs on this process's cores."""
+        return time.perf_counter(), time.process_time(), busy_seconds()
+
+    def cores(self) -> float:
+        """Cores that others have used on average; 0 if that is unknown or the time was too short."""
+        passed, own, all_programs = (now - began for now, began in zip(self._now(), self._began, strict=True))
+        return max(0.0, all_programs - own) / passed if passed >= SHORTEST else 0.0
+
+    def hint(self, threads: int) -> str | None:
+        """What to do if they slow this many threads down; None if they do not."""
+        return hint(self.cores(), cpu_count(), threads)
+
+
+def hint(others: float, n_cores: int, threads: int) -> str | None:
+    """What to do where other programs use `others` of `n_cores`; None if `threads` have room."""
+    fitting = max(1, int(n_cores - others + 0.5))
+    if others < NOTICEABLE or threads <= n_cores - others or threads == 1:
+        return None
+    better = min(fitting, threads - 1)
+    return f"(other programs used {others:.1f} of {n_cores} cores meanwhile: try --threads {better})"
+
+
+def busy_seconds() -> float:
+    """Seconds that this process's cores have worked since the machine started; 0 if unknown.
+
+    Work at low priority (nice) counts only if this process has a low priority too.
+    """
+    own = {f"cpu{core}" for core in os.sched_getaffinity(0)} if hasattr(os, "sched_getaffinity") else set()
+    try:
+        lines = [line.split() for line in STAT.read_text().splitlines()]
+        counts = [list(map(int, fields)) for name, *fields in lines if name in own]
+    except (OSError, ValueError):
+        return 0.0
+    unseen = {IDLE, IOWAIT} | ({NICE} if os.nice(0) <= 0 else set())
+    ticks = sum(n for fields in counts for column, n in enumerate(fields[: STEAL + 1]) if column not in unseen)
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -158,8 +158,8 @@ def test_notes(run, words, note):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nonsense",), "no folder nonsense"),
-        (("Llama3.1-8b",), r"did you mean Llama3\.1-8B"),
+        (("nonsense",), "no checkpoint at nonsense"),
+        (("Llama3.1-8c",), r"did you mean Llama3\.1-8B"),
         (("Llama3.2-11B-Vision",), "is a vision release"),
         (("Llama3.1-8B", "--gpu_memory", "0"), "gpu_memory is 0"),
         (("Llama3.1-8B", "--gpu_memory", "80GB"), "gpu_memory is '80GB'"),

@@ -1,5 +1,6 @@
 """Shared by the study commands: loading, checks, tokens."""
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 from llama_ref.cli.flags import Flag
@@ -26,24 +27,42 @@ def open_to_study(name: str, options: WholeModel, **texts: str | None) -> "Llama
 
 
 def check_outputs(out: str | None = None, png: str | None = None) -> None:
-    """Raise RequestError if a report or pictures cannot be written: before a long load."""
-    from llama_ref.study.figures import check_pictures
+    """Raise RequestError if a report or pictures cannot be written: before a long load.
+
+    A report needs no matplotlib: with one, whoever draws the pictures finds it missing.
+    """
+    from llama_ref.study.figures import check_folder, check_pictures
     from llama_ref.study.report.writer import check_report
 
     if out is not None:
         check_report(out)
-    if png is not None:
+    if png is not None and out is not None:
+        check_folder(png)
+    elif png is not None:
         check_pictures(png)
 
 
-def first_token(llama: "Llama", name: str, text: str) -> int:
-    """Return the id of a text's first token; say so if there are more."""
+def first_token(llama: "Llama", name: str, text: str, prompt: list[int]) -> int:
+    """Return the id of a text's first token, which may follow the prompt.
+
+    Says so if there are more tokens, or if the model expects the text with a leading space, or
+    without it.
+    """
     from llama_ref.cli.terminal import note
+    from llama_ref.cli.views.study.shared import percent
     from llama_ref.study import inputs
+    from llama_ref.study.spelling import likelier_spelling
 
     token, remark = inputs.first_token(llama.tokenizer, text, f"--{name}")
     if remark:
         note(remark)
+    other = likelier_spelling(llama.model, llama.tokenizer, prompt, text)
+    if other:
+        given, meant = (json.dumps(each, ensure_ascii=False) for each in (text, other.text))
+        note(
+            f"--{name} is {given}, whose first token has {percent(other.given_probability)}; that of"
+            f" {meant} has {percent(other.probability)}: did you mean --{name} {meant}?"
+        )
     return token
 
 

@@ -102,7 +102,10 @@ def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
         found = [(name, module) for name, module in found if name != "output.weight"]
     chosen = [(name, module) for name, module in found if fnmatchcase(name, names)]
     if not chosen:
-        raise RequestError(f"no matrix is called {names!r:.80}; the names are {found[0][0]}, {found[1][0]}, …")
+        raise RequestError(
+            f"no matrix is called {names!r:.80}; the names are {found[0][0]}, {found[1][0]}, …, and the model has layers 0 to"
+            f" {model.args.n_layers - 1}"
+        )
     return chosen
 
 

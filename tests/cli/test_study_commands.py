@@ -1,6 +1,7 @@
 """The study commands, `llama-ref lens` and the others: tables, JSON, files, misuse."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import pty
@@ -232,6 +233,24 @@ def test_of_a_target_of_several_tokens_the_first_is_taken(run, tiny):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("lens", "The opposite of hot is", "--target", "cold"), {"target": (" cold", "cold")}),
+        (("attribute", CAPITAL, "--target", "Paris", "--other", " Rome"), {"target": (" Paris", "Paris")}),
+        (("patch", CAPITAL, ITALY, "--target", PARIS, "--other", "Rome"), {"other": (" Rome", "Rome")}),
+        (("lens", "The opposite of hot is", "--target", ","), {}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_missing_space_is_told(run, demo_folder, words, said):
+    command, *rest = words
+    code, _, err = run(command, str(demo_folder), *rest)
+    line = r'--{0} is "{2}", whose first token has \S+; that of "{1}" has [678]\d%: did you mean --{0} "{1}"\?\n'
+    lines = [line.format(name, *spellings) for name, spellings in said.items()]
+    assert code == 0 and re.fullmatch("".join(lines), err)
+
+
 # ---- files
 
 
@@ -246,6 +265,17 @@ def test_a_report_and_pictures_are_written_and_the_table_is_shown_all_the_same(r
     pictures = {path.name: path.read_bytes()[:4] for path in folder.iterdir()}
     names = ("attention", "attribution", "lens", "norms", "pattern", "target")
     assert pictures == {f"{name}.png": b"\x89PNG" for name in names}
+
+
+def test_without_matplotlib_the_report_and_the_table_come_before_the_error(run, tiny, tmp_path, monkeypatch):
+    words, page = ("lens", tiny, "x", "--target", "z"), tmp_path / "a.html"
+    shown = run(*words)[1]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, out, err = run(*words, "--out", str(page), "--png", str(tmp_path / "png"))
+    assert (code, out) == (2, shown) and page.exists()
+    assert re.fullmatch("wrote .*a.html: .*\nllama-ref: --png needs matplotlib, which is not installed: .*\n", err)
+    code, out, err = run(*words, "--png", str(tmp_path / "png"))
+    assert (code, out) == (2, "") and err.startswith("llama-ref: --png needs matplotlib")
 
 
 @pytest.mark.parametrize(
@@ -291,6 +321,7 @@ def test_where_nothing_can_be_written_is_told_before_anything_is_loaded(run, tmp
         (("lens", "{}", "x", "--top", "0"), "top is 0, expected a whole number from 1 to 512"),
         (("lens", "{}", "x", "--top", "many"), "top is 'many', expected"),
         (("attention", "{}", "x", "--layer", "2"), "--layer is 2, expected a whole number from 0 to 1"),
+        (("spectra", "{}", "--matrices", "layers.40.*"), "no matrix is called .*, and the model has layers 0 to 1"),
         (("attention", "{}", "x", "--layer", "1.5"), "--layer is '1.5', expected a whole number"),
         (("attention", "{}", "x", "--layer", "0", "--head", "4"), "--head is 4, expected a whole number from 0 to 3"),
         (("attention", "{}", "x", "--head", "1"), "--head 1 needs --layer"),
@@ -313,6 +344,17 @@ def test_what_makes_no_sense_is_a_line_and_2(run, tiny, words, message):
     code, out, err = run(*(word.format(tiny) for word in words))
     assert (code, out) == (2, "")
     assert re.match(f"llama-ref: .*{message}", err) and err.count("\n") == 1
+
+
+def test_a_layer_that_is_not_there_is_told_before_the_weights_are_read(run, tmp_path, tiny):
+    (tmp_path / "params.json").write_bytes((Path(tiny) / "params.json").read_bytes())
+    (tmp_path / "consolidated.00.pth").write_bytes(b"no weights at all")
+    for words, message in (
+        (("--layer", "40"), "--layer is 40, expected .* 0 to 1"),
+        (("--layer", "1", "--head=9"), "--head is 9, expected .* 0 to 3"),
+    ):
+        code, out, err = run("attention", str(tmp_path), "x", *words)
+        assert (code, out) == (2, "") and re.search(message, err)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def attention(
     For every head: how much it looks at the first token (sink), at the previous token, and at the
     token that followed the same token earlier (induction). With --head, one head token by token.
     """
+    from llama_ref.checkpoint.folder import open_folder
     from llama_ref.cli.views.study.attention import print_attention, print_pattern
     from llama_ref.study import figures
     from llama_ref.study.attention import attention_pattern, summarize_attention
@@ -33,17 +34,17 @@ def attention(
     if head is not None and layer is None:
         raise RequestError(f"--head {head} needs --layer: heads are counted in a layer")
     check_outputs(png=png)
+    args = open_folder(name).read_args()
+    layer = None if layer is None else check_index("--layer", layer, args.n_layers)
+    head = None if head is None else check_index("--head", head, args.n_heads)
     llama = open_to_study(name, loading, prompt=prompt)
-    tokens, tokenizer, args = prompt_tokens(llama, prompt), llama.tokenizer, llama.model.args
-    if layer is not None:
-        layer = check_index("--layer", layer, args.n_layers)
+    tokens, tokenizer = prompt_tokens(llama, prompt), llama.tokenizer
     if layer is None or head is None:
         summary = summarize_attention(llama.model, tokens, bos=tokenizer.bos_id, ids=text_ids(llama))
         if png is not None:
             figures.draw_attention(summary, tokenizer, Path(png) / "attention.png", layer)
         print_attention(summary, tokenizer, layer, as_json=json)
         return
-    head = check_index("--head", head, args.n_heads)
     pattern = attention_pattern(llama.model, tokens, layer, head)
     if png is not None:
         figures.draw_pattern(pattern, tokens, tokenizer, layer, head, Path(png) / "pattern.png")

@@ -31,9 +31,10 @@ def attribute(
 
     check_outputs(png=png)
     llama = open_to_study(name, loading, prompt=prompt, target=target, other=other)
-    wanted = first_token(llama, "target", target)
-    against = None if other is None else first_token(llama, "other", other)
-    found = attribution.attribute(llama.model, prompt_tokens(llama, prompt), wanted, against)
+    tokens = prompt_tokens(llama, prompt)
+    wanted = first_token(llama, "target", target, tokens)
+    against = None if other is None else first_token(llama, "other", other, tokens)
+    found = attribution.attribute(llama.model, tokens, wanted, against)
     if png is not None:
         figures.draw_attribution(found, llama.tokenizer, Path(png) / "attribution.png")
     print_attribution(found, llama.tokenizer, as_json=json)

@@ -15,6 +15,7 @@ from llama_ref.cli.studying import (
 
 if TYPE_CHECKING:
     from llama_ref.generation import Llama
+    from llama_ref.study.overview import Overview
 
 
 @command(Section.STUDY)
@@ -39,39 +40,38 @@ def lens(
 
       llama-ref lens Llama3.2-1B "The capital of France is" --target " Paris"
     """
+    from llama_ref.checkpoint.folder import find_folder
+    from llama_ref.checkpoint.spelling import model_name
+    from llama_ref.cli.terminal import note
     from llama_ref.cli.views.study.lens import print_lens
+    from llama_ref.study import figures
     from llama_ref.study.inputs import prompt_tokens
     from llama_ref.study.logit_lens import logit_lens
+    from llama_ref.study.report.writer import write_report
 
     check_outputs(out, png)
     llama = open_to_study(name, loading, prompt=prompt, target=target)
-    wanted = None if target is None else first_token(llama, "target", target)
     tokens = prompt_tokens(llama, prompt)
-    if out is not None or png is not None:
-        _write_overview(llama, name, tokens, wanted, top, out, png)
+    wanted = None if target is None else first_token(llama, "target", target, tokens)
+    seen = None if out is None and png is None else _overview(llama, tokens, wanted, top)
+    if seen is not None and out is not None:
+        write_report(seen, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
+        note(f"wrote {out}: open it in a browser")
     positions = None if json else [-1]
     found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions)
     print_lens(found, llama.tokenizer, as_json=json)
+    if seen is not None and png is not None:  # last: without matplotlib all else is done
+        figures.check_pictures(png)
+        figures.draw_overview(seen, llama.tokenizer, png)
+        note(f"wrote pictures into {png}")
 
 
-def _write_overview(
-    llama: "Llama",
-    name: str,
-    tokens: list[int],
-    target: int | None,
-    top: int,
-    out: str | None,
-    png: str | None,
-) -> None:
-    from llama_ref.checkpoint.folder import find_folder
-    from llama_ref.checkpoint.spelling import model_name
-    from llama_ref.cli.terminal import note, progress_bar
-    from llama_ref.study.figures import draw_overview
+def _overview(llama: "Llama", tokens: list[int], target: int | None, top: int) -> "Overview":
+    from llama_ref.cli.terminal import progress_bar
     from llama_ref.study.overview import overview
-    from llama_ref.study.report.writer import write_report
 
     with progress_bar("studying") as progress:
-        found = overview(
+        return overview(
             llama.model,
             tokens,
             target=target,
@@ -80,9 +80,3 @@ def _write_overview(
             ids=text_ids(llama),
             progress=progress,
         )
-    if out is not None:
-        write_report(found, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
-        note(f"wrote {out}: open it in a browser")
-    if png is not None:
-        draw_overview(found, llama.tokenizer, png)
-        note(f"wrote pictures into {png}")

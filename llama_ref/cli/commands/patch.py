@@ -43,13 +43,13 @@ def patch(
     check_outputs(png=png)
     llama = open_to_study(name, loading, clean=clean, corrupted=corrupted, target=target, other=other)
     tokenizer = llama.tokenizer
-    wanted = first_token(llama, "target", target)
-    against = None if other is None else first_token(llama, "other", other)
     texts = (
         prompt_tokens(llama, clean, "clean"),
         prompt_tokens(llama, corrupted, "corrupted"),
     )
     check_same_length(tokenizer, *texts)
+    wanted = first_token(llama, "target", target, texts[0])
+    against = None if other is None else first_token(llama, "other", other, texts[1])
     if against is None:
         metric = patching_grid.probability(wanted)
     else:

@@ -10,9 +10,10 @@ from llama_ref.study.figures.grid import draw_grid
 from llama_ref.study.figures.lens import draw_lens, draw_target
 from llama_ref.study.figures.overview import draw_overview
 from llama_ref.study.figures.residual import draw_norms
-from llama_ref.study.figures.saving import check_pictures
+from llama_ref.study.figures.saving import check_folder, check_pictures
 
 __all__ = [
+    "check_folder",
     "check_pictures",
     "draw_attention",
     "draw_attribution",

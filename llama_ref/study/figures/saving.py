@@ -20,12 +20,17 @@ LONGEST_NAME = 64  # characters of a picture's temporary name
 
 
 def check_pictures(folder: str | Path) -> None:
-    """Raise RequestError if pictures cannot be written into a folder, which need not exist yet."""
+    """Raise RequestError if pictures cannot be drawn or written into a folder."""
+    check_folder(folder)
+    check_matplotlib()
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise RequestError if nothing can be written into a folder, which need not exist yet."""
     if not isinstance(folder, str | os.PathLike) or not str(folder):
         raise RequestError(f"png is {folder!r:.60}, expected a folder for pictures")
     if Path(folder).suffix.lower() == ".png":
         raise RequestError(f"png is {str(folder)!r}, expected a folder: there are several pictures, which have their own names")
-    check_matplotlib()
     try:
         problem = _problem(Path(os.path.realpath(Path(folder).expanduser())))
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL byte; RuntimeError: an unknown home directory

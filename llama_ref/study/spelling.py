@@ -1,0 +1,38 @@
+"""A token with a leading space and without it: two tokens, of which a text expects one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llama_ref.model import Transformer
+from llama_ref.study.inputs import one_row
+from llama_ref.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class OtherSpelling:
+    """The other spelling of a text, and how likely the first token of each is."""
+
+    text: str
+    probability: float
+    given_probability: float
+
+
+@torch.no_grad()
+def likelier_spelling(model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], text: str) -> OtherSpelling | None:
+    """The other spelling of what is to follow a prompt, if the model finds it likelier.
+
+    Between a prompt and a word there is one space. Where the two have none or both have one, this
+    runs the prompt; else there is nothing to ask.
+    """
+    has_space = text.startswith(" ")
+    other = text[1:] if has_space else f" {text}"
+    if not other or has_space != tokenizer.token_bytes(prompt[-1]).endswith(b" "):
+        return None
+    ids = [tokenizer.encode(spelled, bos=False, eos=False)[0] for spelled in (text, other)]
+    if tokenizer.token_bytes(ids[1]) == b" ":  # not a spelling of the word
+        return None
+    hidden = model.hidden(one_row(model, prompt))[:, -1]
+    given_probability, probability = model.logits(hidden)[0].softmax(-1)[ids].tolist()
+    return OtherSpelling(other, probability, given_probability) if probability > given_probability else None

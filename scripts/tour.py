@@ -6,6 +6,10 @@
 docs/tour.md is the only source: prose, blocks of Python, and after each its output for the demo.
 Through a pipe this prints the document with the outputs for the given folder. `--write` updates the
 outputs in docs/tour.md and makes docs/tour.ipynb from it (with nbformat, from the extra `dev`).
+
+Prose that holds only for the demo and its prompt is marked, with what other tours say in its place:
+`<!--demo-->It says Paris.<!--else It says something.-->`. Markdown wants such comments within a line
+or on lines of their own.
 """
 
 import argparse
@@ -42,7 +46,8 @@ MOST_TOKENS = 64  # of a prompt: every activation is kept, and tables have a col
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]+)\]\(([^)]+)\)")
 SETTING = re.compile(r'^(folder|prompt|other) = "([^"\n]*)"', re.MULTILINE)
-NOTE = "> *The outputs here are of {folder}. Words and numbers in the text are those of the demo.*\n\n"
+DEMO_ONLY = re.compile(r"<!--demo-->(.*?)<!--else(.*?)-->", re.DOTALL)
+NOTE = "> *The outputs here are of {folder}. What holds only for the demo and its prompt is left out of the text.*\n\n"
 FROM_THE_ROOT = """import os
 from pathlib import Path
 
@@ -87,6 +92,13 @@ def with_settings(parts: Sequence[Part], settings: dict[str, str]) -> list[Part]
 def _literal(text: str) -> str:
     """A text as a Python literal, lone surrogates (bytes of a file's name) escaped."""
     return json.dumps(text, ensure_ascii=any("\ud800" <= char <= "\udfff" for char in text))
+
+
+def with_prose(parts: Sequence[Part], is_demo: bool) -> list[Part]:
+    """The parts with the prose for the demo and its prompt, or that for others."""
+    texts = (DEMO_ONLY.sub(r"\1" if is_demo else r"\2", part.text) for part in parts)
+    one_blank_line = (re.sub(r"(\A|\n)\n{2,}", r"\1\n", text) for text in texts)
+    return [part if part.is_code else replace(part, text=text) for part, text in zip(parts, one_blank_line, strict=True)]
 
 
 class Interpreter:
@@ -200,7 +212,7 @@ def notebook(parts: Sequence[Part]) -> str:
     """The document as a notebook with outputs, reproducible. Raises RequestError."""
     nb = _nbformat()
     cells = [nb.new_code_cell(FROM_THE_ROOT.rstrip(), execution_count=1)]
-    for part in parts:
+    for part in with_prose(parts, is_demo=True):
         if part.is_code:
             printed = [nb.new_output("stream", name="stdout", text=part.output)] if part.output else []
             count = 1 + sum(cell.cell_type == "code" for cell in cells)
@@ -299,9 +311,10 @@ def tour(words: argparse.Namespace) -> None:
     document = parse(SOURCE.read_text(encoding="utf-8"))
     settings = settings_of(document, words.folder, words.prompt, words.other)
     where = InTerminal(words.pause) if sys.stdout.isatty() else InPipe()
-    if words.folder or words.prompt:
+    is_demo = not words.folder and not words.prompt
+    if not is_demo:
         where.prose(NOTE.format(folder=settings["folder"]))
-    show(with_settings(document, settings), where)
+    show(with_prose(with_settings(document, settings), is_demo), where)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -94,6 +94,16 @@ def test_the_demo_of_the_document_is_the_demo():
     assert f'folder = "checkpoints/{NAME}"' in DOCUMENT[1].text
 
 
+def test_prose_for_the_demo_alone_is_marked_and_has_another_for_others():
+    marked = tour.DEMO_ONLY.findall(PROSE)
+    assert len(marked) == PROSE.count("<!--demo") == PROSE.count("<!--else") > 10
+    assert re.findall(r"^<!--demo-->.|^<!--else(?!-->$).", PROSE, re.MULTILINE) == []  # Markdown would take the line as HTML
+    for is_demo in (True, False):
+        prose = "---".join(part.text for part in tour.with_prose(DOCUMENT, is_demo) if not part.is_code)
+        found = re.findall(r"country|capital|France|Paris|Ital|Rome|cold|\b[1-9]\d?%", prose)
+        assert "<!--" not in prose and "\n\n\n" not in prose and bool(found) == is_demo, found
+
+
 # ---- the notebook
 
 
@@ -127,6 +137,7 @@ def test_another_checkpoint_is_toured_through_a_pipe(tiny, capsys):
     assert err == "" and out.startswith(f"> *The outputs here are of {tiny}.")
     parts = tour.parse(out)
     assert [part.is_code for part in parts] == [part.is_code for part in DOCUMENT]
+    assert not re.search("country|capital|France|Paris|Rome|<!--", "".join(part.text for part in parts if not part.is_code))
     assert 'prompt = "ein Baum"\nother = "ein \\"aum"' in parts[1].text
     outputs = "".join(part.output for part in parts)
     assert outputs.count("the same\n") == 17 and "DIFFERENT" not in outputs

@@ -308,14 +308,18 @@ def _is_chat_model(name: str) -> bool:
 
 
 def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> None:
-    """Copy the source's config and tokenizer files; config.json with the new `dtype`, if any."""
+    """Copy the source's config and tokenizer files; config.json with what the weights now are."""
     names = {HUGGING_FACE.params, *HUGGING_FACE.tokenizers, *HUGGING_FACE.others} - {INDEX_NAME}
     for name in names.intersection(names_in(source.folder.path)):
         shutil.copyfile(source.folder.path / name, folder / name)
+    config = json.loads(source.folder.params.read_text(encoding="utf-8-sig"))
+    changed: dict[str, Any] = {}
     if dtype is not None:
-        config = json.loads(source.folder.params.read_bytes())
-        key = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5, and 4
-        _write_json(folder / "config.json", config | {key: dtype_name(dtype)})
+        changed["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)  # transformers 5, and 4
+    if bool(config.get("tie_word_embeddings")) != source.stored.tied:
+        changed["tie_word_embeddings"] = source.stored.tied
+    if changed:
+        _write_json(folder / "config.json", config | changed)
 
 
 def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool) -> None:

@@ -4,6 +4,7 @@ Files are mapped, not read. Callers get memory-mapped slices and release their p
 """
 
 import ctypes
+import logging
 import mmap
 import sys
 from collections.abc import Collection, Iterable, Mapping
@@ -34,7 +35,10 @@ from llama_ref.checkpoint.shapes import (
 )
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError
+from llama_ref.formatting import printable
 from llama_ref.parallel.sharding import places, split_dim
+
+logger = logging.getLogger(__name__)
 
 COPIED_BYTES = 4 << 20  # at a time
 MOST_LISTED = 12  # wrong tensors named in one error
@@ -163,8 +167,8 @@ def _needed_shards(wanted: Wanted, expected: Mapping[str, Shape], n_shards: int)
 
 def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) -> Stored:
     files = {path.name: map_safetensors(path) for path in folder.shards}
-    tensors = {name: tensor for held in files.values() for name, tensor in held.items()}
-    tied = folder.says_tied()
+    tensors = _all_tensors(files.values())
+    tied = folder.says_tied() and not _holds_output(folder, tensors)
     if tied:
         tensors.pop(hf_name(OUTPUT), None)  # files may hold a copy
     expected = expected_shapes(args)
@@ -178,10 +182,11 @@ def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) ->
 def is_tied(folder: CheckpointFolder) -> bool:
     """Whether a folder's output matrix is its embedding.
 
-    Reads no weights. Raises CheckpointError.
+    Reads no weights, unless config.json ties an output that the files hold too. Raises
+    CheckpointError.
     """
     if folder.is_hugging_face:
-        return folder.says_tied()
+        return folder.says_tied() and not _holds_output(folder, _all_tensors(map(map_safetensors, folder.shards)))
     if folder.is_quantized:
         return not has_output(name for path in folder.shards for name in inspect_safetensors(path))
     shards = {path: read_shard(path) for path in folder.shards}
@@ -190,6 +195,39 @@ def is_tied(folder: CheckpointFolder) -> bool:
             other = foreign_names(shard, expected_shapes(folder.read_args()))
             raise CheckpointError(f"{path} holds no {EMBEDDING}; {other or 'it is not a shard of a Llama 3'}")
     return _shares_embedding(shards.values())
+
+
+def _all_tensors(files: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor for held in files for name, tensor in held.items()}
+
+
+def _holds_output(folder: CheckpointFolder, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether safetensors hold an output of their own although config.json ties it.
+
+    It is then used, as transformers does from version 5 on; a copy of the embedding is not.
+    """
+    output, embedding = tensors.get(hf_name(OUTPUT)), tensors.get(hf_name(EMBEDDING))
+    if output is None or (embedding is not None and _same_bytes(output, embedding)):
+        return False
+    logger.warning(
+        "%s says tie_word_embeddings, but the files hold another %s, which is used; set tie_word_embeddings to false "
+        "for programs that would discard it",
+        printable(str(folder.params)),
+        hf_name(OUTPUT),
+    )
+    return True
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two mapped tensors have the same dtype, shape and bytes; stops at the first difference."""
+    if a.dtype != b.dtype or a.shape != b.shape or not a.numel():
+        return False
+    n_rows = max(1, COPIED_BYTES // max(1, a[0].nbytes))
+    blocks = zip(a.split(n_rows), b.split(n_rows), strict=True)
+    same = all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in blocks)
+    release_pages(a)
+    release_pages(b)
+    return same
 
 
 def has_output(names: Iterable[str]) -> bool:

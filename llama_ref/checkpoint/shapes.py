@@ -21,6 +21,7 @@ EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 # implies them.
 IGNORED = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+WHY_MISSING = {"lm_head.weight": '; if the output is the embedding, set "tie_word_embeddings" to true in config.json'}
 
 
 def other_kind(args: ModelArgs, folder: Path | None = None) -> str | None:
@@ -89,7 +90,7 @@ def misfits(
 def misfit(name: str, found: DtypeAndShape | None, shape: Shape, dtypes: Sequence[str] = WEIGHT_DTYPES) -> str | None:
     """The problem of a tensor that is missing or has the wrong shape or dtype; else None."""
     if found is None:
-        return f"{name} is missing, expected shape {shape}"
+        return f"{name} is missing, expected shape {shape}{WHY_MISSING.get(name, '')}"
     dtype, found_shape = found
     if found_shape != shape:
         return f"{name} has shape {found_shape}, expected {shape}"

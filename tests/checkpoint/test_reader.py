@@ -1,6 +1,9 @@
 """safetensors are read as the library reads them, bad headers are errors, all formats agree."""
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +16,19 @@ from torch import Tensor
 
 from bounds import little_memory_and_time
 from folders import tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face
+from llama_ref.checkpoint.convert import to_hugging_face, to_meta
+from llama_ref.checkpoint.describe import describe
+from llama_ref.checkpoint.diff import compare
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name, to_hf_rope
-from llama_ref.checkpoint.reader import Stored, open_stored
+from llama_ref.checkpoint.integrity import verify
+from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.reader import Stored, is_tied, open_stored
 from llama_ref.checkpoint.shapes import OUTPUT, expected_shapes
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import split_dim
+from llama_ref.plan import find_model
 
 WQ = "layers.0.attention.wq.weight"
 F32_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -194,15 +202,49 @@ def test_every_form_gives_the_same_slices(folders):
             assert torch.equal(torch.cat([each.tensor for each in stored.slices(name)], dim or 0), whole[name])
 
 
-def test_a_tied_output_is_the_embedding_even_where_the_file_has_another(tmp_path):
+def tied_folder_with(tmp_path: Path, output: Callable[[Tensor], Tensor]) -> Path:
+    """A folder whose config.json ties the output, with `output(embedding)` as lm_head.weight."""
     folder = to_hugging_face(tiny_folder(tmp_path / "tied", tied=True), tmp_path / "hf")
     path = folder / "model.safetensors"
     tensors = load_file(path)
     assert hf_name(OUTPUT) not in tensors
-    save_file(tensors | {hf_name(OUTPUT): torch.zeros(512, 32)}, path, {"format": "pt"})
-    stored = stored_in(folder)
-    assert stored.tied
-    assert torch.equal(stored.slices(OUTPUT)[0].tensor, tensors["model.embed_tokens.weight"])
+    save_file(tensors | {hf_name(OUTPUT): output(tensors["model.embed_tokens.weight"])}, path, {"format": "pt"})
+    (folder / "checklist.chk").unlink()
+    return folder
+
+
+def test_a_copy_of_the_embedding_is_a_tied_output(tmp_path, caplog):
+    folder = tied_folder_with(tmp_path, Tensor.clone)
+    assert stored_in(folder).tied and is_tied(open_folder(folder))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("change", [lambda x: -x, lambda x: x.float() + 1], ids=["other values", "other dtype"])
+def test_a_tied_model_with_an_output_of_its_own_uses_it_in_every_command(tmp_path, caplog, change):
+    folder = tied_folder_with(tmp_path, change)
+    own = load_file(folder / "model.safetensors")[hf_name(OUTPUT)]
+    untied = tmp_path / "untied"
+    shutil.copytree(folder, untied)
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+    assert torch.equal(load_model(open_folder(folder), open_folder(folder).read_args()).output.weight, own.bfloat16())
+    assert "tie_word_embeddings, but the files hold another lm_head.weight, which is used" in caplog.text
+    assert not describe(open_folder(folder)).tied_output and not find_model(str(folder)).tied
+    assert compare(folder, untied).identical
+    assert verify(folder, quick=True).ok
+    native = to_meta(folder, tmp_path / "native")
+    assert not is_tied(open_folder(native)) and compare(native, untied).identical
+    again = to_hugging_face(folder, tmp_path / "again")
+    assert json.loads((again / "config.json").read_text()) == config | {"tie_word_embeddings": False}
+
+
+def test_an_output_of_a_tied_model_that_does_not_fit_is_an_error(tmp_path):
+    folder = tied_folder_with(tmp_path, lambda x: x[:-1].clone())
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \(511, 32\), expected \(512, 32\)"):
+        stored_in(folder)
+    (bad,) = verify(folder, quick=True).bad
+    assert "lm_head.weight has shape (511, 32)" in bad.detail
 
 
 def test_an_output_that_is_not_tied_has_to_be_there(folders):
@@ -210,8 +252,10 @@ def test_an_output_that_is_not_tied_has_to_be_there(folders):
     tensors = load_file(path)
     del tensors[hf_name(OUTPUT)]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing, expected shape \(512, 32\)"):
+    says = r'lm_head\.weight is missing, expected shape \(512, 32\); if the output is the embedding, set "tie_word_embeddings"'
+    with pytest.raises(CheckpointError, match=says):
         stored_in(folders["one file"])
+    assert re.search(says, verify(folders["one file"], quick=True).summary())
 
 
 def test_a_tensor_in_two_files_is_an_error_that_names_both(folders):

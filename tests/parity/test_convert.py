@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
@@ -159,3 +159,14 @@ def test_half_precision_folders_have_the_same_bits_here_and_there(tmp_path, dtyp
     native = Llama.build(to_meta(folder, tmp_path / "meta"), max_seq_len=64, device="cpu", dtype=dtype).model
     assert torch.equal(model.lm_head.weight, native.output.weight)
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, native.layers[0].feed_forward.w2.weight)
+
+
+def test_a_tied_models_own_output_is_used_as_transformers_uses_it(tmp_path):
+    params = {"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 512, "multiple_of": 8, "norm_eps": 1e-5, "rope_theta": 5e5}
+    folder = saved_by_transformers(tmp_path / "hf", params, tied=True, seed=0)
+    tensors = load_file(folder / "model.safetensors")
+    output = torch.randn(512, 32)
+    save_file(tensors | {"lm_head.weight": output}, folder / "model.safetensors", {"format": "pt"})
+    write_tokenizer_json(folder / "tokenizer.json", VOCABULARIES["bytes alone"])
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).lm_head.weight, output)
+    torch.testing.assert_close(ours(folder), hugging_faces(folder), **CLOSE)

@@ -11,7 +11,7 @@ from llama_ref.checkpoint.folder import SAFETENSORS_NAME
 from llama_ref.checkpoint.formats.safetensors import REFETCH, HeldTensor, WrongLength, inspect_safetensors
 from llama_ref.checkpoint.hf.config import NAMES, HFConfig
 from llama_ref.checkpoint.hf.names import hf_name
-from llama_ref.checkpoint.shapes import OUTPUT, WEIGHT_DTYPES, Shape, expected_shapes, is_ignored, misfits
+from llama_ref.checkpoint.shapes import OUTPUT, WEIGHT_DTYPES, Shape, expected_shapes, is_ignored, misfit, misfits
 from llama_ref.checkpoint.verify.findings import (
     Finding,
     Structure,
@@ -191,11 +191,11 @@ class _Weights:
     def _problems(self, config: HFConfig) -> dict[str, list[str]]:
         """By file, what does not match config.json."""
         expected = {hf_name(name): shape for name, shape in expected_shapes(config.args).items()}
-        may_lack = {hf_name(OUTPUT)} if config.tied else set()  # a tied output is not checked
+        may_lack = {hf_name(OUTPUT)} if config.tied else set()
         problems: dict[str, list[str]] = {}
         for file, tensors in self.files.items():
             described = {name: (held.dtype, held.shape) for name, held in tensors.items()}
-            own = {name: shape for name, shape in expected.items() if name in tensors and name not in may_lack}
+            own = {name: shape for name, shape in expected.items() if name in tensors}
             wrong = misfits({file: described}, own, 1)[file]
             wrong += [f"{name} is unexpected" for name in tensors if name not in expected]
             if wrong:
@@ -211,7 +211,7 @@ class _Weights:
             file = owners.get(name, [file])[0]
             if name not in owners:
                 place = self.index.place.get(name, file) if self.index else file
-                problems.setdefault(place, []).append(f"{name} is missing, expected shape {shape}")
+                problems.setdefault(place, []).append(misfit(name, None, shape) or "")
 
     def _implied(self, config: HFConfig) -> ModelArgs | None:
         """The model that all tensors together imply."""

@@ -9,6 +9,10 @@ class CheckpointError(LlamaRefError):
     """Something on disk is not what it should be: a folder, a shard, params.json, tokenizer.model, checklist.chk."""
 
 
+class UnsupportedModel(CheckpointError):
+    """A model that is not a Llama 3, or is stored in a way that is not read; its files may be whole."""
+
+
 class FolderNotFound(CheckpointError):
     """No checkpoint folder for a name or path."""
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llama_ref.errors import CheckpointError
+from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.formatting import short
 
 SNIFF_BYTES = 512  # enough to recognise all kinds below
@@ -122,16 +122,18 @@ def read_json(path: Path, limit_bytes: int, expected: str) -> Any:
 
 @contextmanager
 def json_object(path: str | Path, expected: str, keys: str, limit_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the object in a JSON file; a BadValue raised in the block gets the path as a prefix.
+    """Yield the object in a JSON file; errors raised in the block get the path as a prefix.
 
-    `expected` says what the file should be and `keys` names some of its keys, for error messages.
-    Raises CheckpointError.
+    These are BadValue, which becomes a CheckpointError, and UnsupportedModel. `expected` says what
+    the file should be and `keys` names some of its keys, for error messages.
     """
     content = read_json(Path(path), limit_bytes, expected)
     try:
         if not isinstance(content, dict):
             raise BadValue(f"holds {_json_type(content)}, expected an object with {keys}")
         yield content
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{path}: {error}") from None
     except BadValue as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -163,9 +165,11 @@ def require_keys(found: Mapping[str, Any], keys: Iterable[str], has: Mapping[str
     """
     has = found if has is None else has
     missing = [key for key in keys if found.get(key) is None]
+    shown = f"it has {short(sorted(has)) if has else 'no keys at all'}"
+    if missing == ["rope_theta"]:
+        raise UnsupportedModel(f"lacks rope_theta (a Llama 2 has no rope_theta; only Llama 3 is supported); {shown}")
     if missing:
-        hint = " (a Llama 2 has no rope_theta; only Llama 3 is supported)" if missing == ["rope_theta"] else ""
-        raise BadValue(f"lacks {', '.join(missing)}{hint}; it has {short(sorted(has)) if has else 'no keys at all'}")
+        raise BadValue(f"lacks {', '.join(missing)}; {shown}")
 
 
 def _json_type(value: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from llama_ref.errors import CheckpointError
+from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.files import read_json, read_small
 
 MAX_FILE_BYTES = 64 << 20  # Llama 3's file is 2 MB
@@ -153,7 +153,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank, from a tiktoken file. Raises CheckpointError with the damaged line."""
     data = read_small(path, MAX_FILE_BYTES, EXPECTED)
     if data.startswith(b"\n") and b"\0" in data[:512]:
-        raise CheckpointError(
+        raise UnsupportedModel(
             f"{path} is a SentencePiece model, as Llama 2 and older models use, not {EXPECTED}, which is text with "
             "`base64-token rank` lines: take the tokenizer.model that was released with the Llama 3 checkpoint"
         )
@@ -227,13 +227,13 @@ def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
         raise CheckpointError(f"{path} has {min(both)!r} both as a special and as an ordinary token. {REFETCH}")
 
     if missing := [text for text in NEEDED if text not in vocabulary.special]:
-        raise CheckpointError(
+        raise UnsupportedModel(
             f"{path} has no special token {', '.join(missing)}, which Llama 3's texts and dialogs need: it is not Llama 3's "
             "tokenizer, or these tokens were renamed"
         )
     special_ids = set(vocabulary.special.values())
     if missing := [text for text in RESERVED_ONCE if vocabulary.special_id(text) not in special_ids]:
-        raise CheckpointError(
+        raise UnsupportedModel(
             f"{path} has no special token {missing[0]} and no other one with its id "
             f"{vocabulary.special_id(missing[0])}: it is not Llama 3's tokenizer"
         )

@@ -158,6 +158,8 @@ class _Check:
         if not has_weights(form, here) and (advice := how_to_rename(self.folder, here)):
             notes.append(advice)
         problem = the_list.problem or _not_compared(the_list, form, files)
+        if other := next((file for file in files if file.state is State.UNSUPPORTED), None):
+            problem = other.sentence()
         return Report(self.folder, files, problem, notes + structure.notes)
 
     def _quantized_files(self, form: Format, names: list[str]) -> list[str]:
@@ -366,7 +368,7 @@ def _why_sum_differs(
         return replace(report, state=State.MISNAMED, detail=f"its content is that of {owner}")
     if finding and finding.if_altered:
         return replace(report, state=finding.if_altered)
-    if finding and finding.state is not State.MISFIT:
+    if finding and finding.state not in (State.MISFIT, State.UNSUPPORTED):
         return report
     plain = "right length, wrong sum" if form.weights.fullmatch(report.name) else "wrong sum"
     return replace(report, state=State.DAMAGED, detail=finding.detail if finding else plain)

@@ -18,6 +18,7 @@ from llama_ref.args import (
     usual_rope_factor,
 )
 from llama_ref.checkpoint.releases import SHAPES
+from llama_ref.errors import UnsupportedModel
 from llama_ref.files import BadValue, json_object, renamed_keys, require_keys
 from llama_ref.formatting import dtype_name, short
 
@@ -80,7 +81,7 @@ def read_config(path: str | Path) -> HFConfig:
 
     `args.hidden_dim` is always set, because config.json gives the FFN's width directly;
     `make_params` finds the formula. Raises CheckpointError if the file cannot be read or describes
-    another architecture, naming the key that shows it.
+    another architecture (UnsupportedModel), naming the key that shows it.
     """
     with json_object(path, "the model's config.json", "model_type, hidden_size, …", PARAMS_LIMIT_BYTES) as config:
         _check_model(config)
@@ -96,21 +97,23 @@ def read_config(path: str | Path) -> HFConfig:
 
 def _check_model(config: Mapping[str, Any]) -> None:
     if config.get("model_type") in VISION_MODELS:
-        raise BadValue(f'"model_type" is {short(config["model_type"])}, a vision model; only text models are supported so far')
+        raise UnsupportedModel(
+            f'"model_type" is {short(config["model_type"])}, a vision model; only text models are supported so far'
+        )
     _expect(config, "model_type", ("llama",), "only Llama 3 models are supported")
     for key, allowed, why in ALLOWED:
         _expect(config, key, allowed, why)
     for key, why in UNSUPPORTED.items():
         if config.get(key) is not None:
-            raise BadValue(f'"{key}" is {short(config[key])}, expected none: {why}')
+            raise UnsupportedModel(f'"{key}" is {short(config[key])}, expected none: {why}')
 
 
 def _expect(found: Mapping[str, Any], key: str, allowed: Sequence[Any], why: str) -> None:
-    """Raise BadValue unless the key is absent, null or an allowed value; 1 is not true."""
+    """Raise UnsupportedModel unless the key is absent, null or an allowed value; 1 is not true."""
     value = found.get(key)
     if value is None or any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed):
         return
-    raise BadValue(f'"{key}" is {short(value)}, expected {" or ".join(map(json.dumps, allowed))}: {why}')
+    raise UnsupportedModel(f'"{key}" is {short(value)}, expected {" or ".join(map(json.dumps, allowed))}: {why}')
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:

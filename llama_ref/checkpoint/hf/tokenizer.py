@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from llama_ref.errors import CheckpointError
+from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.files import read_json
 from llama_ref.vocabulary import SPLIT_PATTERN, Vocabulary, check_ranks, check_vocabulary, unused_text
 
@@ -70,24 +70,24 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
 
 
 def _check_pipeline(path: Path, document: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the pipeline is Llama 3's: its split, then byte-level BPE."""
+    """Raise UnsupportedModel unless the pipeline is Llama 3's: its split, then byte-level BPE."""
     if model.get("type", "BPE") != "BPE":
-        raise _refused(path, f"is a {model['type']!r:.80} model, not byte-pair encoding (BPE)")
+        raise _unsupported(path, f"is a {model['type']!r:.80} model, not byte-pair encoding (BPE)")
     if model.get("byte_fallback"):
-        raise _refused(path, "is a SentencePiece-style vocabulary (byte_fallback), as Llama 2 and Mistral have")
+        raise _unsupported(path, "is a SentencePiece-style vocabulary (byte_fallback), as Llama 2 and Mistral have")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise _refused(path, f"has {name} = {model[name]!r:.80}")
+            raise _unsupported(path, f"has {name} = {model[name]!r:.80}")
     if document.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
-        raise _refused(path, f"changes the text before encoding it (normalizer {_shown(document['normalizer'])})")
+        raise _unsupported(path, f"changes the text before encoding it (normalizer {_shown(document['normalizer'])})")
 
     step = document.get("pre_tokenizer")
     steps = step.get("pretokenizers") if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
     if not isinstance(steps, list) or not steps or not isinstance(steps[-1], dict) or steps[-1].get("type") != "ByteLevel":
-        raise _refused(path, f"has no byte-level pre-tokenizer at its end (pre_tokenizer {_shown(step)})")
+        raise _unsupported(path, f"has no byte-level pre-tokenizer at its end (pre_tokenizer {_shown(step)})")
     *splits, byte_level = steps
     if splits != [SPLIT_STEP] or byte_level.get("add_prefix_space", True) or byte_level.get("use_regex", True):
-        raise _refused(path, f"splits text by another pattern (pre_tokenizer {_shown(step)})")
+        raise _unsupported(path, f"splits text by another pattern (pre_tokenizer {_shown(step)})")
 
 
 def _vocab_and_merges(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, int], list[Merge]]:
@@ -198,8 +198,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else text[:200] + "…"
 
 
-def _refused(path: Path, fault: str) -> CheckpointError:
-    return CheckpointError(f"{path} {fault}, so it is not {EXPECTED}: only Llama 3's byte-level tokenizers are supported")
+def _refused(path: Path, fault: str, kind: type[CheckpointError] = CheckpointError) -> CheckpointError:
+    return kind(f"{path} {fault}, so it is not {EXPECTED}: only Llama 3's byte-level tokenizers are supported")
+
+
+def _unsupported(path: Path, fault: str) -> CheckpointError:
+    """An error for a file that is another kind of tokenizer, and probably intact."""
+    return _refused(path, fault, UnsupportedModel)
 
 
 # Writing

@@ -91,12 +91,13 @@ def listed(problems: Sequence[str]) -> str:
     return "; ".join(problems[:MOST_LISTED]) + more
 
 
-def implied_model(parts: Mapping[str, Shape]) -> tuple[ModelArgs, int] | None:
+def implied_model(parts: Mapping[str, Shape], n_shards: int | None = None) -> tuple[ModelArgs, int] | None:
     """The Llama, and its number of shards, that one shard's tensor shapes imply; None if no Llama.
 
     Names are Meta's. Tells a wrong params.json from wrong weights: if the weights fit each other,
     they are some model's. Shapes do not show how the width is divided into heads, so `n_heads` and
-    `n_kv_heads` are any that give these shapes.
+    `n_kv_heads` are any that give these shapes. An unknown `n_shards` is that of heads which are
+    together as wide as the model, or 1 if no number of shards gives that.
     """
     layers = [int(match[1]) for name in parts if (match := LAYER.fullmatch(name)) and len(match[1]) < 9]
     try:
@@ -105,16 +106,18 @@ def implied_model(parts: Mapping[str, Shape]) -> tuple[ModelArgs, int] | None:
         width, _ = parts["layers.0.feed_forward.w1.weight"]
     except (KeyError, ValueError):
         return None
-    if not all((dim, words, rows, kv_rows, width)) or dim % rows or rows % kv_rows or max(layers) >= MOST_LAYERS:
+    if not all((dim, words, rows, kv_rows, width)) or rows % kv_rows or max(layers) >= MOST_LAYERS:
         return None
-    n_shards, n_layers = dim // rows, max(layers) + 1
-    if n_shards > MOST_SHARDS or max(dim, words, width) * n_shards > WIDEST or len(parts) < n_layers:
+    n_shards = n_shards or (1 if dim % rows else dim // rows)
+    n_layers = max(layers) + 1
+    if n_shards > MOST_SHARDS or max(dim, words, width, rows) * n_shards > WIDEST or len(parts) < n_layers:
         return None
     args = ModelArgs(  # one key/value head of the full width
         dim=dim,
         n_layers=n_layers,
         n_heads=rows // kv_rows,
         n_kv_heads=1,
+        head_dim=kv_rows * n_shards,
         vocab_size=words * n_shards,
         hidden_dim=width * n_shards,
         norm_eps=1e-5,
@@ -136,6 +139,7 @@ def contradiction(weights: list[str], args: ModelArgs, implied: ModelArgs, names
         names.get("n_layers", "n_layers"): (args.n_layers, implied.n_layers),
         names.get("vocab_size", "vocab_size"): (args.vocab_size, implied.vocab_size),
         names.get("hidden_dim", "the feed-forward width"): (args.ffn_dim, implied.ffn_dim),
+        "the width of all query heads": (args.n_heads * args.head_dim, implied.n_heads * implied.head_dim),
         "the width of all key heads": (args.n_kv_heads * args.head_dim, implied.n_kv_heads * implied.head_dim),
     }
     differing = [f"{name} is {said:,}, in the weights {held:,}" for name, (said, held) in numbers.items() if said != held]

@@ -220,9 +220,9 @@ class _Weights:
         if any(tensor.dtype not in WEIGHT_DTYPES for tensor in held.values()) or not layers or len(held) <= max(layers):
             return None
         ours = {hf_name(name): name for name in _names_of_layers(max(layers) + 1)}
-        model = implied_model({ours.get(name, name): tensor.shape for name, tensor in held.items()})
+        model = implied_model({ours.get(name, name): tensor.shape for name, tensor in held.items()}, n_shards=1)
         has_output = hf_name(OUTPUT) in held
-        return model[0] if model and model[1] == 1 and (has_output or config.tied) else None
+        return model[0] if model and (has_output or config.tied) else None
 
 
 def _names_of_layers(n_layers: int) -> list[str]:

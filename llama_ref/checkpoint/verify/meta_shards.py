@@ -43,7 +43,7 @@ from llama_ref.checkpoint.verify.hf_shards import examine_safetensors
 from llama_ref.checkpoint.verify.hf_shards import why_broken as why_broken_safetensors
 from llama_ref.checkpoint.verify.presence import HUGGING_FACE, Format, size_of
 from llama_ref.checkpoint.verify.report import State
-from llama_ref.errors import CheckpointError
+from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.files import read_head, read_json, read_small
 from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, read_ranks, read_tokenizer_model
 
@@ -100,8 +100,10 @@ def _read_params(read: Callable[[Path], T], folder: Path, names: list[str], form
         return None
     try:
         return read(path)
+    except UnsupportedModel as error:
+        found.findings[form.params] = Finding(State.UNSUPPORTED, without_path(error, path))
+        return None
     except CheckpointError as error:
-        # An intact config.json that is rejected usually belongs to a model that is not a Llama 3.
         state = how_json_broke(path) or (State.MISFIT if form is HUGGING_FACE else State.DAMAGED)
         found.findings[form.params] = Finding(state, without_path(error, path))
         return None
@@ -129,7 +131,10 @@ def _examine_tokenizer(folder: Path, names: list[str], form: Format, found: Stru
     name = next((name for name in form.tokenizers if name in names), None)
     if name is None or name in found.findings:
         return
-    if name.endswith(".json"):
+    params = found.findings.get(form.params)
+    if params and params.state is State.UNSUPPORTED:
+        _examine_unknown_tokenizer(folder, name, found)
+    elif name.endswith(".json"):
         _examine_tokenizer_json(folder, name, form, found, args)
     elif ADDED_TOKENS in names and ADDED_TOKENS not in found.findings:
         _examine_with_added(folder, name, form, found, args)
@@ -137,10 +142,24 @@ def _examine_tokenizer(folder: Path, names: list[str], form: Format, found: Stru
         _examine_ranks(folder, name, form, found, args)
 
 
+def _examine_unknown_tokenizer(folder: Path, name: str, found: Structure) -> None:
+    """Check the tokenizer of a model that is not supported, of which only the JSON can be judged."""
+    if name.endswith(".json") and (state := how_json_broke(folder / name, MAX_TOKENIZER_JSON_BYTES)):
+        found.findings[name] = Finding(state, "it is not valid JSON")
+
+
+def _state_of_other(form: Format) -> State:
+    """The state of another model's tokenizer: Meta's params.json belongs to a Llama 3, config.json need not."""
+    return State.UNSUPPORTED if form is HUGGING_FACE else State.MISFIT
+
+
 def _examine_tokenizer_json(folder: Path, name: str, form: Format, found: Structure, args: ModelArgs | None) -> None:
     path = folder / name
     try:
         n_words = read_tokenizer_json(path).n_words
+    except UnsupportedModel as error:
+        found.findings[name] = Finding(_state_of_other(form), without_path(error, path))
+        return
     except CheckpointError as error:
         state = how_json_broke(path, MAX_TOKENIZER_JSON_BYTES) or State.MISFIT
         found.findings[name] = Finding(state, without_path(error, path))
@@ -171,6 +190,9 @@ def _examine_ranks(folder: Path, name: str, form: Format, found: Structure, args
     n_expected = args.vocab_size - N_SPECIAL if args else None
     try:
         n_ranks = len(read_ranks(path))
+    except UnsupportedModel as error:
+        found.findings[name] = Finding(_state_of_other(form), without_path(error, path))
+        return
     except CheckpointError as error:
         broken = _how_ranks_broke(path, n_expected)
         found.findings[name] = Finding(broken, without_path(error, path), if_altered=broken)

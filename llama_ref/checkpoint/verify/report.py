@@ -32,6 +32,7 @@ class State(str, Enum):
     MISFIT = "does not fit"
     EXTRA = "extra"
     NOT_FINITE = "not finite"
+    UNSUPPORTED = "not supported"  # probably whole, but of a model that cannot be loaded
 
     def __str__(self) -> str:
         return self.value
@@ -60,6 +61,7 @@ ADVICE = {state: ADVICE_ON_IMPOSTOR[kind] for kind, state in STATE_OF_IMPOSTOR.i
     State.MISFIT: "it belongs to another model or was written wrongly, fetch the folder's files from one release",
     State.EXTRA: "move it out of the folder if it is not part of the release, or fetch the release's full checklist",
     State.NOT_FINITE: "the model cannot give sensible output, fetch it again, or look into the training that wrote it",
+    State.UNSUPPORTED: "the download may be whole, but only unquantized text models of Llama 3 can be loaded",
 }
 
 
@@ -120,7 +122,8 @@ class Report:
 
     @property
     def bad(self) -> list[FileReport]:
-        return [file for file in self.files if not file.ok]
+        """The files that are broken; one that is only not supported may be whole."""
+        return [file for file in self.files if not file.ok and file.state is not State.UNSUPPORTED]
 
     @property
     def ok(self) -> bool:
@@ -129,7 +132,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0: whole; 1: a file is not whole; 2: no files to check; 3: nothing to check against.
+        """0: whole; 1: a file is not whole; 2: no files, or not supported; 3: nothing to check against.
 
         With 3, nothing is wrong with any file as far as can be told, but not all have a checksum to
         be compared with.
@@ -137,6 +140,8 @@ class Report:
         if any(file.name != CHECKLIST_NAME for file in self.bad):
             return 1
         if all(file.name == CHECKLIST_NAME for file in self.files):
+            return 2
+        if any(file.state is State.UNSUPPORTED for file in self.files):
             return 2
         return 0 if self.ok else 3
 

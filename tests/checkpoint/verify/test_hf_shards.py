@@ -17,13 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from folders import growing, tiny_folder
+from conftest import exit_code
+from folders import PARAMS, byte_tokenizer, growing, tiny_folder
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
+from llama_ref.checkpoint.describe import describe
 from llama_ref.checkpoint.diff import compare
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.pth import inspect_pth
 from llama_ref.checkpoint.formats.safetensors import DTYPES, inspect_safetensors
 from llama_ref.checkpoint.integrity import verify, write_checklist
+from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.reader import open_stored
 from llama_ref.checkpoint.verify.checklist import read_checklist
 from llama_ref.checkpoint.verify.findings import implied_model
@@ -31,7 +34,9 @@ from llama_ref.checkpoint.verify.report import State
 from llama_ref.cli.views.verify import print_reports
 from llama_ref.errors import CheckpointError
 from llama_ref.generation import Llama
+from llama_ref.plan import count_parameters, find_model
 from llama_ref.vocabulary import ADDED_TOKENS
+from make_random_checkpoint import make_random_checkpoint
 
 FILE1, FILE2, FILE3 = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
 ONE, INDEX, CONFIG, TOKENIZER, LIST = (
@@ -257,7 +262,6 @@ def with_tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor]):
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:"
-QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 FAULTS = {  # file, change, expected state, pattern in the summary
     "a file is missing": (FILE2, Path.unlink, State.MISSING, "fetch it"),
     "part fetched": (FILE3, in_part, State.MISSING, "its download has not finished"),
@@ -331,7 +335,6 @@ FAULTS = {  # file, change, expected state, pattern in the summary
     "an index cut": (INDEX, lambda path: cut(path, 30), State.CUT_SHORT, "broke off"),
     "a config cut": (CONFIG, lambda path: cut(path, 5), State.CUT_SHORT, "broke off"),
     "two configs": (CONFIG, lambda path: append(path, b"{}"), State.LONGER, "delete it"),
-    "a config of another model": (CONFIG, content(lambda c: c.update(QWEN)), State.MISFIT, "qwen2.*expected"),
     "a config of other numbers": (
         CONFIG,
         content(lambda c: c.update(vocab_size=1024)),
@@ -372,6 +375,63 @@ def test_each_fault_is_found_in_its_file_with_a_list(folder, fault):
     assert f"{len(report.files) - 1} of {len(report.files)} files are whole" in report.summary()
 
 
+QUANTIZED = {  # how the weights of one matrix are stored, by the method in quantization_config
+    "bitsandbytes": {"weight": torch.zeros(512, 1, dtype=torch.uint8), "weight.absmax": torch.ones(16)},
+    "gptq": {"qweight": torch.zeros(4, 32, dtype=torch.int32), "g_idx": torch.zeros(32, dtype=torch.int32)},
+    "compressed-tensors": {"weight": torch.zeros(32, 32, dtype=torch.float8_e4m3fn), "weight_scale": torch.ones(32, 1)},
+}
+SENTENCEPIECE = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []}}
+OTHER_MODELS = {  # changes of config.json, the tokenizer if it is another, and what verify says
+    **{method: ({"quantization_config": {"quant_method": method}}, None, method) for method in QUANTIZED},
+    "mistral": ({"model_type": "mistral", "sliding_window": 4096}, SENTENCEPIECE, "'mistral', expected \"llama\""),
+    "qwen2": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, None, "'qwen2', expected \"llama\""),
+    "mllama": ({"model_type": "mllama", "hidden_size": None, "text_config": {"dim": 8}}, None, "a vision model"),
+    "linear RoPE": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None, "uses no other RoPE scaling"),
+    "Llama 2": ({"rope_theta": None}, SENTENCEPIECE, "a Llama 2 has no rope_theta"),
+    "Llama's shape with Llama 2's tokens": ({}, SENTENCEPIECE, "SentencePiece-style vocabulary"),
+}
+
+
+def as_other_model(folder: Path, name: str) -> str:
+    """Make the folder one of an unsupported model, and return the reason that should be given."""
+    changes, tokenizer, says = OTHER_MODELS[name]
+    edit_json(folder / CONFIG, lambda config: config.update(changes))
+    if tokenizer:
+        (folder / TOKENIZER).write_text(json.dumps(tokenizer))
+    if name in QUANTIZED:
+        stem = WQ.removesuffix("weight")
+        resave(folder / ONE, lambda t: [t.pop(WQ), t.update({stem + end: held for end, held in QUANTIZED[name].items()})])
+    return says
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_a_whole_folder_of_an_unsupported_model_is_not_called_damaged(single, name, listed):
+    says = as_other_model(single, name)
+    if listed:
+        write_checklist(single)
+    report, quick = verify(single), verify(single, quick=True)
+    for found in (report, quick):
+        assert (found.exit_code, found.ok, found.bad) == (2, False, []), found.summary()
+        assert says in found.summary() and "is not supported (" in found.summary()
+        assert "only unquantized text models of Llama 3 can be loaded" in found.summary()
+        assert [file.state for file in found.files].count(State.UNSUPPORTED) == 1
+    assert exit_code(["verify", str(single)]) == 2
+
+
+def test_a_broken_file_of_an_unsupported_model_is_named(single):
+    as_other_model(single, "mistral")
+    cut(single / ONE, 100)
+    report = verify(single)
+    assert report.exit_code == 1 and states(report) == {ONE: State.CUT_SHORT}
+    assert "model.safetensors is 100 bytes short" in report.summary() and "'mistral'" in report.summary()
+
+
+def test_a_config_that_was_changed_into_another_models_is_damaged(folder):
+    as_other_model(folder, "qwen2")
+    assert states(verify(folder)) == {CONFIG: State.DAMAGED}
+
+
 def as_one(change: Callable[[Path], object]):
     return lambda folder: change(folder / ONE)
 
@@ -406,6 +466,44 @@ def test_a_folder_of_one_file(single, case):
     change(single)
     report = verify(single)
     assert states(report) == expected, report.summary()
+
+
+@pytest.fixture
+def narrow(tmp_path) -> Path:
+    """A folder of a model that is narrower than its heads together, as kanana-1.5-2.1b is."""
+    shape = PARAMS | {"dim": 28, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8}
+    source = make_random_checkpoint(tmp_path / "source", shape, tokenizer=byte_tokenizer(tmp_path / "t.model"))
+    return to_hugging_face(source, tmp_path / "narrow")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, in the weights 2"),
+        ({"head_dim": 10}, "the width of all query heads is 60, in the weights 48; the width of all key heads is 20"),
+        ({"num_attention_heads": 4}, "the width of all query heads is 32, in the weights 48"),
+        ({"hidden_size": 24, "head_dim": None}, "hidden_size is 24, in the weights 28"),
+    ],
+)
+def test_heads_of_any_width_imply_their_model(narrow, change, says):
+    assert verify(narrow).ok and verify(narrow, deep=True).ok
+    (narrow / LIST).unlink()
+    in_config(**change)(narrow)
+    report = verify(narrow, quick=True)
+    assert states(report) == {CONFIG: State.MISFIT} and says in report.summary()
+
+
+def test_a_model_narrower_than_its_heads_is_known_to_every_command(narrow, tmp_path):
+    info, model = describe(open_folder(narrow)), find_model(str(narrow))
+    assert (info.dim, info.n_heads, info.head_dim, info.parameters) == (28, 6, 8, 52108)
+    assert count_parameters(model.args, model.tied) == 52108
+    shards = to_meta(narrow, tmp_path / "shards", shards=2)
+    assert verify(shards).ok and compare(narrow, shards).identical
+    greedy = {"max_gen_len": 6, "temperature": 0}
+    built = {"max_seq_len": 32, "device": "cpu", "dtype": "float32"}
+    quantized = quantize_folder(narrow, tmp_path / "int8", "int8")
+    as_stored = Llama.build(quantized, **built).generate([[5, 6, 7]], **greedy)
+    assert as_stored == Llama.build(narrow, quantize="int8", **built).generate([[5, 6, 7]], **greedy)
 
 
 def test_of_several_numberings_the_fullest_is_the_model(unlisted):

@@ -57,11 +57,11 @@ class ChatFormat:
         role = message if isinstance(message, str) else _get(message, "role")
         if role not in WRITTEN_ROLE:
             raise RequestError(f"unknown role {role!r}: a message's role is one of {', '.join(WRITTEN_ROLE)}")
-        special = self.tokenizer.special_tokens
+        vocabulary = self.tokenizer.vocabulary
         return [
-            special["<|start_header_id|>"],
+            vocabulary.special_id("<|start_header_id|>"),
             *self._encode_text(WRITTEN_ROLE[role]),
-            special["<|end_header_id|>"],
+            vocabulary.special_id("<|end_header_id|>"),
             *self._encode_text("\n\n"),
         ]
 

@@ -1,6 +1,7 @@
 """Llama 3's tokenizer: byte-level BPE that gives the ids of Meta's tokenizer on any input."""
 
 import codecs
+import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import tiktoken
 
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import printable
 from llama_ref.vocabulary import (
     MAX_FILE_BYTES,
     MAX_ID,
@@ -17,6 +19,7 @@ from llama_ref.vocabulary import (
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
     Vocabulary,
+    dropped_tokens,
     read_ranks,
     read_tokenizer_model,
     write_tokenizer_model,
@@ -39,6 +42,8 @@ __all__ = [  # re-exports the public names of llama_ref.vocabulary
 # split can change the ids around it, so the lengths must be the same.
 MAX_PIECE = 400_000
 MAX_RUN = 25_000
+logger = logging.getLogger(__name__)
+
 RUN = re.compile(r"\s+|\S+")
 
 
@@ -48,8 +53,9 @@ class Tokenizer:
     special_tokens maps each special token's text to its id. n_words is the number of ids (128,256
     in Meta's file). stop_tokens are the ids that end a generation. The argument `n_words` is the
     model's number of embedding rows and only used for a tokenizer.json: fine-tunes pad the
-    embedding, so ids without a token become special tokens `<|unused_{id}|>`. Raises
-    CheckpointError if the file is something else or has more ids than `n_words`.
+    embedding, so ids without a token become special tokens `<|unused_{id}|>`. Added special tokens
+    with ids beyond `n_words`, such as a padding token, are dropped with a warning. Raises
+    CheckpointError if the file is something else or has other ids beyond `n_words`.
     """
 
     def __init__(self, path: str | Path, n_words: int | None = None) -> None:
@@ -234,6 +240,9 @@ def _run_end(text: str, start: int = 0) -> int:
 
 def _padded(path: Path, vocabulary: Vocabulary, n_words: int | None) -> Vocabulary:
     """The vocabulary with `n_words` ids; ids without a token become placeholders."""
+    if n_words is not None and (beyond := vocabulary.beyond(n_words)):
+        vocabulary = vocabulary.without_beyond(n_words)
+        logger.warning("%s", printable(f"{path}: {dropped_tokens(beyond, n_words)}"))
     if n_words is not None and not vocabulary.n_words <= n_words <= MAX_ID:
         last = next(text for text, i in _texts(vocabulary) if i == vocabulary.n_words - 1)
         raise CheckpointError(

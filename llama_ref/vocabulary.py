@@ -4,6 +4,7 @@ import json
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -67,13 +68,30 @@ class Vocabulary:
         return 1 + max(max(ids.values(), default=-1) for ids in (self.ranks, self.special, self.added))
 
     def special_id(self, text: str) -> int:
-        """Id of one of Llama 3's special tokens, by text or else by offset from begin_of_text."""
-        return self.special.get(text, self.special["<|begin_of_text|>"] + SPECIAL_TOKENS.index(text))
+        """Id of one of Llama 3's special tokens: by text, or else, if renamed, by its usual place."""
+        return self.special.get(text, self._special_start + SPECIAL_TOKENS.index(text))
 
     def special_text(self, text: str) -> str:
         """The text of one of Llama 3's special tokens in this vocabulary."""
         token_id = self.special_id(text)
         return next(name for name, i in self.special.items() if i == token_id)
+
+    @cached_property
+    def _special_start(self) -> int:
+        return self.special.get("<|begin_of_text|>", special_start(self.ranks))
+
+    def beyond(self, n_words: int) -> dict[str, int]:
+        """Special tokens added after Llama 3's own whose ids a model of `n_words` cannot make.
+
+        Fine-tunes have such a padding token, which the model never sees.
+        """
+        first_added = special_start(self.ranks) + N_SPECIAL
+        return {text: i for text, i in self.special.items() if i >= max(n_words, first_added)}
+
+    def without_beyond(self, n_words: int) -> "Vocabulary":
+        """A copy without the tokens of `beyond`."""
+        beyond = self.beyond(n_words)
+        return replace(self, special={text: i for text, i in self.special.items() if text not in beyond}) if beyond else self
 
     def with_unused(self, n_words: int | None = None) -> "Vocabulary":
         """A copy with a special token `<|unused_{id}|>` for each unused id below `n_words`."""
@@ -81,6 +99,12 @@ class Vocabulary:
         n_words = self.n_words if n_words is None else n_words
         unused = {unused_text(i): i for i in range(n_words) if i not in taken}
         return replace(self, special=_by_id(self.special | unused)) if unused else self
+
+
+def dropped_tokens(beyond: Mapping[str, int], n_words: int) -> str:
+    """A sentence about tokens that are left out because the model has no embedding for them."""
+    shown = ", ".join(f"{text!r:.40} ({i})" for text, i in list(beyond.items())[:4]) + (", …" if len(beyond) > 4 else "")
+    return f"special token {shown} is beyond the model's {n_words:,} embeddings, and is left out: the model cannot make it"
 
 
 def unused_text(token_id: int) -> str:
@@ -226,10 +250,10 @@ def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     if both := vocabulary.special.keys() & vocabulary.added.keys():
         raise CheckpointError(f"{path} has {min(both)!r} both as a special and as an ordinary token. {REFETCH}")
 
-    if missing := [text for text in NEEDED if text not in vocabulary.special]:
+    if missing := _missing(vocabulary):
         raise UnsupportedModel(
             f"{path} has no special token {', '.join(missing)}, which Llama 3's texts and dialogs need: it is not Llama 3's "
-            "tokenizer, or these tokens were renamed"
+            "tokenizer, or these tokens were renamed and moved"
         )
     special_ids = set(vocabulary.special.values())
     if missing := [text for text in RESERVED_ONCE if vocabulary.special_id(text) not in special_ids]:
@@ -237,6 +261,19 @@ def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
             f"{path} has no special token {missing[0]} and no other one with its id "
             f"{vocabulary.special_id(missing[0])}: it is not Llama 3's tokenizer"
         )
+
+
+def _missing(vocabulary: Vocabulary) -> list[str]:
+    """Needed special tokens that are absent.
+
+    A renamed one counts as present if its usual id is a special token and another needed token is
+    at its usual id by name, as in distilled models. Other tokenizers have other tokens there.
+    """
+    special, start = vocabulary.special, special_start(vocabulary.ranks)
+    usual = {text: start + SPECIAL_TOKENS.index(text) for text in NEEDED}
+    is_llama_3 = any(special.get(text) == i for text, i in usual.items())
+    ids = set(special.values()) if is_llama_3 else set()
+    return [text for text in NEEDED if text not in special and usual[text] not in ids]
 
 
 def _check_no_gap(path: Path, vocabulary: Vocabulary) -> None:

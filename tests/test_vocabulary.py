@@ -144,7 +144,7 @@ ORDINARY, SPECIAL = {"ordinary": {"말": 512}}, {"special": {"<|new|>": 512}}
         ({"special": {"<|new|>": 97}}, "'<|new|>' the id 97, which is a byte-pair token's"),
         ({"ordinary": {"말": 513}}, "no token of id 512, though others go up to 513"),
         ({"special": {"<|eot_id|>": 512}}, "'<|eot_id|>' the id 512, but it is token 265 of tokenizer.model"),
-        ({"special": {"<|my_turn|>": 265}}, "no special token <|eot_id|>, which Llama 3's texts"),
+        ({"ordinary": {"<|my_turn|>": 265}}, "no special token <|eot_id|>, which Llama 3's texts"),
         ({"ordinary": {"말": 264}}, "no special token <|eom_id|> and no other one with its id 264"),
     ],
     ids=str,

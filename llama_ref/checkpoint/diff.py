@@ -99,7 +99,7 @@ def _compare_tokenizers(a: CheckpointFolder, b: CheckpointFolder) -> str | None:
 def _ids(tokenizer: Path, vocab_size: int) -> dict[bytes | str, int]:
     """The id of every token: byte pairs as bytes, special and added tokens as text."""
     if tokenizer.suffix == ".json":
-        vocabulary = read_tokenizer_json(tokenizer).with_unused(vocab_size)
+        vocabulary = read_tokenizer_json(tokenizer).without_beyond(vocab_size).with_unused(vocab_size)
     else:
         vocabulary = read_tokenizer_model(tokenizer)
     return vocabulary.ranks | vocabulary.special | vocabulary.added

@@ -45,7 +45,7 @@ from llama_ref.checkpoint.verify.presence import HUGGING_FACE, Format, size_of
 from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.files import read_head, read_json, read_small
-from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, read_ranks, read_tokenizer_model
+from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, dropped_tokens, read_ranks, read_tokenizer_model
 
 __all__ = ["Finding", "Structure", "examine"]
 
@@ -156,7 +156,7 @@ def _state_of_other(form: Format) -> State:
 def _examine_tokenizer_json(folder: Path, name: str, form: Format, found: Structure, args: ModelArgs | None) -> None:
     path = folder / name
     try:
-        n_words = read_tokenizer_json(path).n_words
+        vocabulary = read_tokenizer_json(path)
     except UnsupportedModel as error:
         found.findings[name] = Finding(_state_of_other(form), without_path(error, path))
         return
@@ -164,7 +164,12 @@ def _examine_tokenizer_json(folder: Path, name: str, form: Format, found: Struct
         state = how_json_broke(path, MAX_TOKENIZER_JSON_BYTES) or State.MISFIT
         found.findings[name] = Finding(state, without_path(error, path))
         return
-    if args and n_words > args.vocab_size:  # fewer are common: fine-tunes pad the embedding
+    if args is None:
+        return
+    if beyond := vocabulary.beyond(args.vocab_size):
+        found.notes.append(f"{name}: {dropped_tokens(beyond, args.vocab_size)}")
+    n_words = vocabulary.without_beyond(args.vocab_size).n_words
+    if n_words > args.vocab_size:  # fewer are common: fine-tunes pad the embedding
         found.findings[name] = Finding(State.MISFIT, _wrong_count(n_words, form, args))
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from llama_ref.chat import ChatFormat
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json, write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.errors import CheckpointError
 from llama_ref.tokenizer import Tokenizer
-from llama_ref.vocabulary import SPECIAL_TOKENS, write_tokenizer_model
+from llama_ref.vocabulary import NEEDED, SPECIAL_TOKENS, write_tokenizer_model
 from vocabularies import KOREAN, LATER, VOCABULARIES, vocabulary
 
 
@@ -30,6 +31,43 @@ def save(tmp_path, content):
 
 
 # There and back
+
+
+DISTILLED_NAMES = {0: "<｜begin▁of▁sentence｜>", 1: "<｜end▁of▁sentence｜>", 11: "<｜User｜>", 12: "<｜Assistant｜>"}
+
+
+@pytest.mark.parametrize("later", [[], LATER])
+@pytest.mark.parametrize("names", [{}, {9: "<|im_end|>"}, {6: "<a>", 7: "<b>"}], ids=str)
+def test_renamed_special_tokens_are_known_by_their_usual_ids(tmp_path, later, names):
+    """As DeepSeek-R1-Distill-Llama renames them."""
+    path = tmp_path / "tokenizer.json"
+    distilled = vocabulary(later=later, names=DISTILLED_NAMES | names)
+    write_tokenizer_json(path, distilled)
+    write_tokenizer_model(tmp_path, distilled)
+    write_tokenizer_json(tmp_path / "usual.json", vocabulary(later=later))
+    usual = Tokenizer(tmp_path / "usual.json")
+    ids = ("bos_id", "eos_id", "eot_id", "eom_id", "pad_id", "python_tag_id", "stop_tokens")
+    dialog = [{"role": "user", "content": "the things"}, {"role": "assistant", "content": "in"}]
+    for opened in (Tokenizer(path), Tokenizer(tmp_path / "tokenizer.model")):
+        assert opened.vocabulary == distilled
+        assert [getattr(opened, name) for name in ids] == [getattr(usual, name) for name in ids]
+        assert ChatFormat(opened).encode_dialog_prompt(dialog) == ChatFormat(usual).encode_dialog_prompt(dialog)
+        assert opened.decode([opened.bos_id]) == "<｜begin▁of▁sentence｜>"
+
+
+def test_special_tokens_beyond_the_embedding_are_left_out(tmp_path, caplog):
+    path = tmp_path / "tokenizer.json"
+    usual = VOCABULARIES["byte pairs"]
+    n_words = usual.n_words
+    write_tokenizer_json(path, replace(usual, special=usual.special | {"[PAD]": n_words}))
+    opened = Tokenizer(path, n_words)
+    assert opened.vocabulary == usual
+    assert f"special token '[PAD]' ({n_words}) is beyond the model's {n_words} embeddings" in caplog.text
+    assert opened.decode(opened.encode("a[PAD]", bos=False, eos=False, allowed_special="all")) == "a[PAD]"
+    assert Tokenizer(path, n_words + 1).special_tokens["[PAD]"] == n_words  # an embedding that was enlarged
+    write_tokenizer_json(path, replace(usual, added={"말": n_words}))
+    with pytest.raises(CheckpointError, match="new tokens for which the model's embedding was not enlarged"):
+        Tokenizer(path, n_words)
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
@@ -131,6 +169,12 @@ def renamed(old: str, new: str):
     return change
 
 
+def of_another_family(content: dict) -> None:
+    """Byte-level, with Llama 3's split, as GPT-4's tokenizer and others that have other special tokens."""
+    for i, name in enumerate(NEEDED):
+        renamed(name, f"<|other_{i}|>")(content)
+
+
 def without_byte(content: dict) -> None:
     content["model"]["vocab"]["ĠĠĠ"] = content["model"]["vocab"].pop("Ċ")
     content["model"]["merges"].remove("Ċ Ċ")
@@ -181,7 +225,7 @@ def llama_2(content: dict) -> None:
         (put("added_tokens", -1, "lstrip", value=True), "with lstrip, which depends on the surrounding text"),
         (put("added_tokens", -1, "single_word", value=True), "with single_word, which"),
         (put("added_tokens", -1, "id", value=9999), "as added token 9999, but also as token"),
-        (renamed("<|eot_id|>", "<|im_end|>"), "no special token <|eot_id|>, which Llama 3's texts and dialogs need"),
+        (of_another_family, "no special token <|begin_of_text|>, <|end_of_text|>, <|start_header_id|>"),
         (put("added_tokens", value=[]), "not written in the byte-level alphabet"),
     ],
     ids=lambda value: re.sub(r"\W+", "_", value) if isinstance(value, str) else "file",

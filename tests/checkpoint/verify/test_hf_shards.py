@@ -345,7 +345,7 @@ FAULTS = {  # file, change, expected state, pattern in the summary
     "not a tokenizer": (TOKENIZER, lambda path: path.write_text("{}"), State.MISFIT, 'has no section "model"'),
     "a tokenizer of more": (
         TOKENIZER,
-        content(lambda t: t["added_tokens"].append(t["added_tokens"][-1] | {"id": 512, "content": "xx"})),
+        content(lambda t: t["added_tokens"].append(t["added_tokens"][-1] | {"id": 512, "content": "xx", "special": False})),
         State.MISFIT,
         "513 tokens, but config.json has vocab_size 512",
     ),
@@ -504,6 +504,16 @@ def test_a_model_narrower_than_its_heads_is_known_to_every_command(narrow, tmp_p
     quantized = quantize_folder(narrow, tmp_path / "int8", "int8")
     as_stored = Llama.build(quantized, **built).generate([[5, 6, 7]], **greedy)
     assert as_stored == Llama.build(narrow, quantize="int8", **built).generate([[5, 6, 7]], **greedy)
+
+
+def test_a_padding_token_beyond_the_embedding_is_only_noted(single):
+    pad = {"id": 512, "content": "[PAD]", "special": True}
+    edit_json(single / TOKENIZER, lambda t: t["added_tokens"].append(t["added_tokens"][-1] | pad))
+    report = verify(single, quick=True)
+    assert report.ok and "'[PAD]' (512) is beyond the model's 512 embeddings" in report.notes[0]
+    assert Llama.build(single, max_seq_len=8, device="cpu").tokenizer.n_words == 512
+    native = to_meta(single, single.with_name("native"))
+    assert verify(native).ok and compare(single, native).identical
 
 
 def test_of_several_numberings_the_fullest_is_the_model(unlisted):

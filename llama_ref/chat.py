@@ -1,12 +1,15 @@
 """Llama 3's chat format: each message has a header, text, tool calls and an end token."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from llama_ref.errors import RequestError
 from llama_ref.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["system", "user", "assistant", "tool", "ipython"]
 StopReason = Literal["end_of_turn", "end_of_message", "out_of_tokens"]
@@ -46,11 +49,19 @@ class ChatFormat:
     """Encodes dialogs as token ids and decodes generated ids into messages.
 
     Text never becomes a special token, and nothing is stripped. Malformed dialogs (empty, an
-    unknown role, content that is missing or not a string) raise RequestError.
+    unknown role, content that is missing or not a string) raise RequestError. `warning`, of a model
+    that has another format, is logged when the format is first used.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, warning: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self._warning = warning
+
+    def warn_once(self) -> None:
+        """Log the warning, if there is one and it was not logged before."""
+        if self._warning:
+            logger.warning("%s", self._warning)
+            self._warning = None
 
     def encode_header(self, message: Message | str) -> list[int]:
         """`<|start_header_id|>role<|end_header_id|>\\n\\n` for a message or a role name."""
@@ -81,6 +92,7 @@ class ChatFormat:
         """begin_of_text, the messages, and an assistant header for the model to continue."""
         if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence) or not dialog:
             raise RequestError(f"a dialog is a list of at least one message, got {_shown(dialog)}")
+        self.warn_once()
         ids = [self.tokenizer.bos_id]
         for i, message in enumerate(dialog):
             try:
@@ -98,11 +110,8 @@ class ChatFormat:
         `stop_reason` does.
         """
         ids = list(ids)
-        ends: dict[int, StopReason] = {
-            self.tokenizer.eot_id: "end_of_turn",
-            self.tokenizer.eos_id: "end_of_turn",
-            self.tokenizer.eom_id: "end_of_message",
-        }
+        ends: dict[int, StopReason] = dict.fromkeys(self.tokenizer.stop_tokens, "end_of_turn")
+        ends[self.tokenizer.eom_id] = "end_of_message"
         if ids and ids[-1] in ends:
             stop_reason = ends[ids.pop()]
         after_python_tag = ids[:1] == [self.tokenizer.python_tag_id]

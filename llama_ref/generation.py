@@ -18,6 +18,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.hf.conventions import foreign_template
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.decoding.draft_model import DraftModel
@@ -71,10 +72,11 @@ class Llama:
         seed: int | None = 1,
         job: Job = ALONE,
         speculation: Speculation | None = None,
+        chat_warning: str | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = ChatFormat(tokenizer)
+        self.formatter = ChatFormat(tokenizer, chat_warning)
         self.max_seq_len = _positive("max_seq_len", max_seq_len)
         self.max_batch_size = _positive("max_batch_size", max_batch_size)
         self.generator = _generator(SamplingParams(seed=seed).seed)
@@ -167,6 +169,7 @@ class Llama:
             seed=seed,
             job=job,
             speculation=speculation,
+            chat_warning=foreign_template(folder.path),
         )
 
     @property

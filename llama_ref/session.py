@@ -27,6 +27,7 @@ class Session:
 
     def __init__(self, llama: Llama, system: str | None = None):
         self.llama = llama
+        llama.formatter.warn_once()
         self._cache = new_cache(llama.model, 1, llama.max_seq_len)
         self._turn: tuple[Message, Stream] | None = None  # the last one, until its answer is settled
         self.reset(system)

@@ -79,6 +79,7 @@ class Tokenizer:
         self.eom_id = self.vocabulary.special_id("<|eom_id|>")
         self.pad_id = self.vocabulary.special_id("<|finetune_right_pad_id|>")
         self.python_tag_id = self.vocabulary.special_id("<|python_tag|>")
+        # A folder may name more (CheckpointFolder.open_tokenizer).
         self.stop_tokens = [self.eos_id, self.eom_id, self.eot_id]
 
     def encode(

@@ -5,6 +5,7 @@ stay bit for bit the same, unless another dtype is requested.
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,7 +25,16 @@ from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_
 from llama_ref.checkpoint.formats.lazy_tensor import BLOCK_BYTES, LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
-from llama_ref.checkpoint.hf.config import make_config, make_generation_config, make_params
+from llama_ref.checkpoint.hf.chat_template import chat_template
+from llama_ref.checkpoint.hf.config import make_config, make_generation_config, make_params, one_or_several
+from llama_ref.checkpoint.hf.conventions import (
+    GENERATION_CONFIG,
+    TEMPLATE_FILE,
+    chat_template_of,
+    end_ids,
+    foreign_template,
+    read_settings,
+)
 from llama_ref.checkpoint.hf.names import hf_name, is_rotated, to_hf_rope
 from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
@@ -37,6 +47,8 @@ from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, spli
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.vocabulary import ADDED_TOKENS, write_tokenizer_model
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5 * 10**9  # the usual size of Hugging Face's files
 BASE_MODEL = re.compile(r"(Meta-)?Llama-?3(\.[0-9])?-[0-9]+B(-bf16-mp[0-9]+)?")
@@ -54,6 +66,8 @@ def to_meta(
 ) -> Path:
     """Write a folder in Meta's format: params.json, .pth shards, tokenizer.model, checklist.chk.
 
+    Ends of text and a chat template that are not Llama 3's are kept in generation_config.json and
+    chat_template.jinja, from which every command and `to_hugging_face` read them.
     `shards` must divide every matrix evenly (default: the source's number; 1 for Hugging Face's
     format). With more shards than key/value heads, the heads are repeated and counted so in
     params.json, as in Meta's files for 16 processes; with fewer, the repeats are removed. `dtype`
@@ -72,6 +86,7 @@ def to_meta(
     with new_folder(target, force=force, n_bytes=written.total) as folder, opened.unchanged(verify):
         _write_params(folder, opened, args)
         write_native_tokenizer(folder, opened)
+        write_conventions(folder, opened)
         for n, tensors in enumerate(parts):
             aliases = {OUTPUT: EMBEDDING} if opened.stored.tied else {}
             write_pth(folder / f"consolidated.{n:02d}.pth", tensors, aliases, written.advance)
@@ -94,8 +109,8 @@ def to_hugging_face(
 
     No file holds more than `max_shard_bytes` of weights, unless one tensor is larger. `dtype` None
     keeps each tensor's dtype. `chat`: the model is trained to chat (default: yes, unless its name
-    is one of Meta's base models). A source in this format keeps its config and tokenizer. Raises as
-    `to_meta` does.
+    is one of Meta's base models or it came from a folder without a chat template). A source in this
+    format keeps its config and tokenizer. Raises as `to_meta` does.
     """
     opened = Source.open(source)
     if opened.folder.is_hugging_face and chat is not None:
@@ -107,7 +122,7 @@ def to_hugging_face(
         if opened.folder.is_hugging_face:
             _copy_configs(folder, opened, dtype)
         else:
-            _write_configs(folder, opened, tensors[0].dtype, _is_chat_model(opened.folder.name) if chat is None else chat)
+            _write_configs(folder, opened, tensors[0].dtype, _is_chat_model(opened) if chat is None else chat)
         for name, held in files.items():
             write_safetensors(folder / name, held, written.advance)
         if len(files) > 1:
@@ -303,8 +318,34 @@ def write_native_tokenizer(folder: Path, source: Source) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _is_chat_model(name: str) -> bool:
-    return not BASE_MODEL.fullmatch(name)
+def write_conventions(folder: Path, source: Source) -> None:
+    """Keep the source's ends of text and chat template in a folder of Meta's format.
+
+    What Llama 3 has, and `to_hugging_face` writes by itself, is left out.
+    """
+    path, tokenizer = source.folder.path, source.tokenizer
+    if tokenizer is None:
+        return
+    if warning := foreign_template(path):
+        logger.warning("%s", warning)
+    ends = end_ids(path, tokenizer.vocabulary)
+    if ends and set(ends) != _usual_ends(tokenizer):
+        settings = {"bos_token_id": tokenizer.bos_id, **read_settings(path / GENERATION_CONFIG)}
+        _write_json(folder / GENERATION_CONFIG, settings | {"eos_token_id": one_or_several(ends)})
+    template = chat_template_of(path)
+    if template is not None and template != chat_template(tokenizer.vocabulary):
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="")
+
+
+def _usual_ends(tokenizer: Tokenizer) -> set[int]:
+    return {tokenizer.eos_id, tokenizer.eom_id, tokenizer.eot_id}
+
+
+def _is_chat_model(source: Source) -> bool:
+    path = source.folder.path
+    if (path / GENERATION_CONFIG).exists():
+        return chat_template_of(path) is not None
+    return not BASE_MODEL.fullmatch(source.folder.name)
 
 
 def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> None:
@@ -325,14 +366,19 @@ def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> No
 def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool) -> None:
     if source.tokenizer is None:
         raise CheckpointError(f"{source.folder.path} has no tokenizer, but config.json needs its ids; fetch tokenizer.model")
-    vocabulary = source.tokenizer.vocabulary
-    bos, eos = source.tokenizer.bos_id, source.tokenizer.stop_tokens if chat else [source.tokenizer.eos_id]
+    path, vocabulary = source.folder.path, source.tokenizer.vocabulary
+    own = end_ids(path, vocabulary)
+    bos, eos = source.tokenizer.bos_id, own or (source.tokenizer.stop_tokens if chat else [source.tokenizer.eos_id])
     config = make_config(source.args, tied=source.stored.tied, dtype=dtype, bos=bos, eos=eos)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", make_generation_config(bos=bos, eos=eos))
+    settings = read_settings(path / GENERATION_CONFIG) or make_generation_config(bos=bos, eos=eos)
+    _write_json(folder / GENERATION_CONFIG, dict(settings))
     write_tokenizer_json(folder / "tokenizer.json", vocabulary)
     max_seq_len = config["max_position_embeddings"]
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(vocabulary, max_seq_len, instruct=chat))
+    texts = {i: text for text, i in (vocabulary.special | vocabulary.added).items()}
+    eos_token = next((texts[i] for i in own if i in texts and i not in _usual_ends(source.tokenizer)), None)
+    written = tokenizer_config(vocabulary, max_seq_len, instruct=chat, eos_token=eos_token, template=chat_template_of(path))
+    _write_json(folder / "tokenizer_config.json", written)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.hf.conventions import foreign_template
 from llama_ref.checkpoint.quantized_reader import scheme_of
 from llama_ref.checkpoint.reader import is_tied
 from llama_ref.plan import count_parameters
@@ -15,7 +16,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 class ModelInfo:
     """A checkpoint in numbers.
 
-    `weight_bytes` is by dtype; `kv_cache_bytes`, for one sequence in bfloat16, by context length.
+    `foreign_chat_template`: the folder's own chat template does not write Llama 3's format, which
+    is used all the same. `weight_bytes` is by dtype; `kv_cache_bytes`, for one sequence in bfloat16, by context length.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ModelInfo:
     shards: int
     shard_bytes: int
     checklist: bool
+    foreign_chat_template: bool
     weight_bytes: dict[str, int]
     kv_cache_bytes: dict[int, int]
 
@@ -59,6 +62,7 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
         shards=len(folder.shards),
         shard_bytes=folder.shard_bytes,
         checklist=folder.checklist is not None,
+        foreign_chat_template=foreign_template(folder.path) is not None,
         weight_bytes={scheme: folder.shard_bytes} if scheme else {dtype: parameters * n for dtype, n in DTYPE_BYTES.items()},
         kv_cache_bytes={context: context * per_token for context in CONTEXTS},
         dim=args.dim,

@@ -57,10 +57,11 @@ class CheckpointFolder:
         return _read_config(self.params).tied
 
     def open_tokenizer(self, args: ModelArgs, path: str | Path | None = None) -> "Tokenizer":
-        """The folder's tokenizer, or the one at `path`.
+        """The folder's tokenizer, or the one at `path`, with the ids that end a text in this folder.
 
         Raises CheckpointError if there is no tokenizer or if it belongs to another model.
         """
+        from llama_ref.checkpoint.hf.conventions import end_ids
         from llama_ref.tokenizer import Tokenizer  # slow: `list` needs no tiktoken
 
         path = path or self.tokenizer
@@ -72,6 +73,7 @@ class CheckpointFolder:
                 f"{path} has {tokenizer.n_words:,} tokens, but {self.params.name} of {self.path} says vocab_size "
                 f"{args.vocab_size:,}: they belong to different models"
             )
+        tokenizer.stop_tokens += [i for i in end_ids(self.path, tokenizer.vocabulary) if i not in tokenizer.stop_tokens]
         return tokenizer
 
     def _lacks_tokenizer(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint.convert import Source, write_native_tokenizer
+from llama_ref.checkpoint.convert import Source, write_conventions, write_native_tokenizer
 from llama_ref.checkpoint.first_load import Verify
 from llama_ref.checkpoint.folder import QUANTIZATION, open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
@@ -71,6 +71,7 @@ def quantize_folder(
                 each.rounded = layers.pop(each.tensor.name, None)
         write_params(folder, _quantized_params(opened, scheme))
         write_native_tokenizer(folder, opened)
+        write_conventions(folder, opened)
         write_safetensors(folder / "model.safetensors", tensors, written.advance)
         write_sums(folder, [path.name for path in folder.iterdir()])
     return Path(target)

@@ -93,3 +93,9 @@ def chat_template(vocabulary: Vocabulary) -> str:
     for name, value in values.items():
         template = template.replace(name, json.dumps(value, ensure_ascii=False))
     return template
+
+
+def is_llama_3_template(template: str) -> bool:
+    """Whether a template seems to write Llama 3's headers, under any names if it is the one above."""
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    return all(name in template for name in names) or template.startswith(TEMPLATE[: TEMPLATE.index("WRITTEN_ROLE")])

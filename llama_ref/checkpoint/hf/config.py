@@ -148,7 +148,7 @@ def make_config(args: ModelArgs, *, tied: bool, dtype: "torch.dtype", bos: int, 
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": bos,
-        "eos_token_id": _one_or_several(eos),
+        "eos_token_id": one_or_several(eos),
         "head_dim": args.head_dim,
         "hidden_act": "silu",
         "hidden_size": args.dim,
@@ -176,13 +176,13 @@ def make_generation_config(*, bos: int, eos: Sequence[int]) -> dict[str, Any]:
     return {
         "bos_token_id": bos,
         "do_sample": True,
-        "eos_token_id": _one_or_several(eos),
+        "eos_token_id": one_or_several(eos),
         "temperature": 0.6,
         "top_p": 0.9,
     }
 
 
-def _one_or_several(ids: Sequence[int]) -> int | list[int]:
+def one_or_several(ids: Sequence[int]) -> int | list[int]:
     return ids[0] if len(ids) == 1 else list(ids)
 
 

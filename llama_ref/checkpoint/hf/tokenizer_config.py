@@ -6,19 +6,27 @@ from llama_ref.checkpoint.hf.chat_template import chat_template
 from llama_ref.vocabulary import Vocabulary
 
 
-def tokenizer_config(vocabulary: Vocabulary, max_seq_len: int, *, instruct: bool = True) -> dict[str, Any]:
+def tokenizer_config(
+    vocabulary: Vocabulary,
+    max_seq_len: int,
+    *,
+    instruct: bool = True,
+    eos_token: str | None = None,
+    template: str | None = None,
+) -> dict[str, Any]:
     """The content of tokenizer_config.json, which accompanies tokenizer.json.
 
     As in Meta's own releases, an instruct model ends its turns with eot_id and has a chat template;
-    a base model ends with end_of_text and has none.
+    a base model ends with end_of_text and has none. `eos_token` and `template` are those of a model
+    that has others.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": vocabulary.special_text("<|begin_of_text|>"),
-        "eos_token": vocabulary.special_text("<|eot_id|>" if instruct else "<|end_of_text|>"),
+        "eos_token": eos_token or vocabulary.special_text("<|eot_id|>" if instruct else "<|end_of_text|>"),
         "pad_token": vocabulary.special_text("<|finetune_right_pad_id|>"),
         "model_max_length": max_seq_len,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    return config | ({"chat_template": chat_template(vocabulary)} if instruct else {})
+    return config | ({"chat_template": template or chat_template(vocabulary)} if instruct else {})

@@ -87,6 +87,7 @@ def examine(
         args = implied or args
         _count_shards(all_names, found, n_shards)
         _examine_quantized(folder, names, found)
+        _examine_json_files(folder, [name for name in names if name != ADDED_TOKENS], found)
     _examine_tokenizer(folder, names, form, found, args)
     return found
 

@@ -37,7 +37,7 @@ META = Format(
     tokenizers=("tokenizer.model", "tokenizer.json"),
     weights=SHARD_NAME,
     first_weights="consolidated.00.pth",
-    others=(ADDED_TOKENS,),
+    others=(ADDED_TOKENS, "generation_config.json", "chat_template.jinja"),
 )
 HUGGING_FACE = Format(
     whose="Hugging Face's",
@@ -93,8 +93,13 @@ def files_of(form: Format, names: Collection[str]) -> list[str]:
     tokenizers = [name for name in form.tokenizers if name in names]
     if form is META:
         tokenizers = tokenizers[:1]
-    # In Meta's format, added_tokens.json only belongs to a tokenizer.model.
-    others = [name for name in form.others if name in names and (form is not META or tokenizers == ["tokenizer.model"])]
+    # In Meta's format, added_tokens.json only belongs to a tokenizer.model. Beside a config.json, the
+    # others may belong to the other format.
+    others = [name for name in form.others if name in names]
+    if form is META and tokenizers != ["tokenizer.model"]:
+        others = []
+    elif form is META and HUGGING_FACE.params in names:
+        others = [name for name in others if name == ADDED_TOKENS]
     weights = [name for name in names if form.weights.fullmatch(name) or (form is META and name.startswith("fp8_scales"))]
     return [*weights, *(name for name in (form.params,) if name in names), *tokenizers, *others]
 

@@ -27,7 +27,8 @@ def verify(
     """Check that a checkpoint is complete and undamaged.
 
     Names each damaged or missing file, the reason, and what to do. Exit code 0: complete, 1: not,
-    2: no files to check, or a model that is not supported, 3: nothing is wrong, but there is no checksum to compare some file with.
+    2: no files to check, or a model that is not supported, 3: nothing is wrong, but there is no
+    checksum to compare some file with.
     """
     from llama_ref.checkpoint import integrity
     from llama_ref.checkpoint.folder import checkpoints_root, find_folder, list_folders

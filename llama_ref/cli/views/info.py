@@ -33,6 +33,8 @@ def _info_lines(info: ModelInfo) -> Iterator[tuple[str, str]]:
     yield "RoPE", f"theta {info.rope_theta:,.0f}{scaling}"
     yield "files", f"{info.shards} shard{'s' if info.shards != 1 else ''}, {human_bytes(info.shard_bytes)}"
     yield "checklist", "yes" if info.checklist else "none (the files' contents cannot be checked)"
+    if info.foreign_chat_template:
+        yield "chat template", "not Llama 3's, so it is not followed: chat writes Llama 3's format"
     yield "weights in memory", ", ".join(f"{human_bytes(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
     contexts = (f"{human_bytes(size)} at {tokens:,} tokens" for tokens, size in info.kv_cache_bytes.items())
     yield "KV cache, a sequence", "\n".join(contexts)

@@ -161,7 +161,8 @@ def renamed_keys(pairs: Iterable[tuple[str, Any]], names: Mapping[str, str]) -> 
 def require_keys(found: Mapping[str, Any], keys: Iterable[str], has: Mapping[str, Any] | None = None) -> None:
     """Raise BadValue, naming missing and existing keys, if any of `keys` is absent or null.
 
-    `has` is the whole file, if `found` is only a part of it.
+    `has` is the whole file, if `found` is only a part of it. A model that lacks only rope_theta is a
+    Llama 2: UnsupportedModel.
     """
     has = found if has is None else has
     missing = [key for key in keys if found.get(key) is None]

@@ -278,7 +278,7 @@ class TestShowing:
         (("--prompt_len", "many"), "prompt_len is 'many', expected a whole number"),
         (("--gen_len", "1"), "gen_len is 1, expected a whole number from 2"),
         (("--rounds", "0.5"), "--rounds is '0.5', expected a whole number"),
-        (("--threads", "-1"), "threads is -1, expected a whole number from 1"),
+        (("--threads", "-1"), "--threads is '-1', expected a whole number from 1"),
         (("--prompt_len", "8190"), "prompt_len 8,190 + gen_len 4 tokens exceed the model's context of 8,192"),
         (("--against", "llama"), "against is 'llama', expected one or more of transformers,llama.cpp,meta"),
         (("--quantize", "int3"), "quantize is 'int3', expected int8"),

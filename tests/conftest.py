@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while t
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: its children would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from llama_ref.generation import Llama

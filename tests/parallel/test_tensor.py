@@ -177,7 +177,7 @@ def test_every_query_head_looks_through_its_own_key_head(n_kv_heads, world_size)
 @pytest.mark.parametrize("name", ["wq", "wk", "wo", "w1", "w2", "output"])
 def test_the_shares_of_a_tensor_are_all_of_it_once_and_in_order(name, shards):
     args = ModelArgs.from_dict(SHAPES["groups of 3"] | {"vocab_size": 1200})
-    sizes = {"wq": 48, "wo": 48, "wk": 16, "w1": args.ffn_dim, "w2": args.ffn_dim, "output": 1200}
+    sizes = {"wq": 144, "wo": 144, "wk": 48, "w1": args.ffn_dim, "w2": args.ffn_dim, "output": 1200}
     found = []
     for rank in range(4):
         ranges = wanted_ranges(f"layers.0.{name}.weight", args, Share(rank, 4))

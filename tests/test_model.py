@@ -162,7 +162,7 @@ def test_under_autocast_a_cache_gives_what_one_forward_gives(model, kind):
         expected = model(text)
         found = torch.cat([model(part, cache) for part in text.split((6, 1, 2), dim=1)], dim=1)
     assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

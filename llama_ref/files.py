@@ -1,6 +1,7 @@
 """Read untrusted files: recognise kinds by their first bytes, limit sizes, check JSON."""
 
 import codecs
+import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -56,6 +57,15 @@ def read_head(path: Path, n: int = SNIFF_BYTES) -> bytes:
             return file.read(n)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def is_link_loop(path: Path) -> bool:
+    """Whether a link leads back to itself; `Path.exists` says False or raises, depending on Python."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def check_head(path: Path, expected: str) -> bytes:

@@ -32,7 +32,7 @@ from llama_ref.checkpoint.verify.report import STATE_OF_IMPOSTOR, FileReport, Re
 from llama_ref.checkpoint.verify.unwritten import zero_block
 from llama_ref.checkpoint.verify.weight_scan import scan_safetensors, scan_weights
 from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.files import read_head, what_is
+from llama_ref.files import is_link_loop, read_head, what_is
 from llama_ref.progress import FileProgress
 
 JUST_NOW_SECONDS = 10  # a broken file that changed this recently may be a running download
@@ -199,8 +199,8 @@ class _Check:
     @staticmethod
     def _is_there(path: Path) -> bool:
         try:
-            return path.exists()
-        except OSError:  # such as a link to itself
+            return is_link_loop(path) or path.exists()
+        except OSError:  # such as a folder that may not be searched
             return True
 
     def _judge(

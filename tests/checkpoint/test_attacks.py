@@ -53,11 +53,14 @@ class Call:
         return self.call
 
 
+class Pickler(pickle.Pickler):
+    def persistent_id(self, item):
+        return item.identity if isinstance(item, Storage) else None
+
+
 def pickled(value, protocol: int = 2) -> bytes:
     out = io.BytesIO()
-    pickler = pickle.Pickler(out, protocol)
-    pickler.persistent_id = lambda item: item.identity if isinstance(item, Storage) else None
-    pickler.dump(value)
+    Pickler(out, protocol).dump(value)
     return out.getvalue()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME
 from llama_ref.checkpoint.verify.report import FileReport, State
+from llama_ref.files import is_link_loop
 from llama_ref.formatting import human_bytes
 from llama_ref.vocabulary import ADDED_TOKENS
 
@@ -108,6 +109,8 @@ def cannot_be_opened(folder: Path, name: str) -> FileReport | None:
     """A report for a file that must not be opened: missing, not a file, or outside the folder."""
     path = folder / name
     try:
+        if is_link_loop(path):
+            return FileReport(name, State.UNREADABLE, detail="a link that leads back to itself")
         if target := _outside(folder, path):
             return FileReport(name, State.REFUSED, detail=f"a link leads out of the folder, to {target}")
         if not path.exists():
@@ -115,8 +118,6 @@ def cannot_be_opened(folder: Path, name: str) -> FileReport | None:
         if not path.is_file():
             detail = "not a plain file: it is a folder, a device or a pipe"
             return FileReport(name, State.UNREADABLE, detail=detail)
-    except RuntimeError:  # pathlib's error for link loops before Python 3.13
-        return FileReport(name, State.UNREADABLE, detail="a link that leads back to itself")
     except OSError as error:
         return FileReport(name, State.UNREADABLE, detail=error.strerror or str(error))
     return None

@@ -1,6 +1,7 @@
 """Values as messages and tables show them: sizes, names, dtypes."""
 
 import reprlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ def human_bytes(n: float) -> str:
 def printable(text: str) -> str:
     """A file name that is safe to print to a terminal: control characters and invalid bytes are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+
+
+def comma_list(names: Sequence[object], most: int) -> str:
+    """Names for a message, separated by commas; with "…" after the first `most`, if there are more."""
+    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
 
 
 def dtype_name(dtype: "torch.dtype") -> str:

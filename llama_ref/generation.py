@@ -29,6 +29,7 @@ from llama_ref.decoding.speculative import speculative_steps
 from llama_ref.decoding.stream import RowText, Stream, stop_strings
 from llama_ref.device import choose_device, choose_dtype, prepare_cuda
 from llama_ref.errors import RequestError
+from llama_ref.formatting import comma_list
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.numbers import plain_list, plain_number
@@ -141,9 +142,11 @@ class Llama:
         folder = open_folder(ckpt_dir)
         job = join_job(plain_number(model_parallel_size), plain_number(pipeline_parallel_size), on)
         _check_speculation(speculate, draft, job)
-        small = draft and cls.build(
-            draft, device=on, dtype=precision, quantize=quantize, compile=compile, verify=verify, progress=progress
-        )
+        small = None
+        if draft:
+            small = cls.build(
+                draft, device=on, dtype=precision, quantize=quantize, compile=compile, verify=verify, progress=progress
+            )
         tokenizer_path = tokenizer_path or folder.tokenizer
         with verified(folder, verify, tokenizer_path):
             args = folder.read_args()
@@ -205,7 +208,8 @@ class Llama:
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         texts = self._run(prompt_tokens, params, max_gen_len, stop, logprobs and echo)
-        return _tokens(texts, echo), _logprobs(texts, echo) if logprobs else None
+        outputs = [_output(text, echo) for text in texts]
+        return [tokens for tokens, _ in outputs], [own for _, own in outputs] if logprobs else None
 
     def text_completion(
         self,
@@ -232,9 +236,7 @@ class Llama:
         before = [self.tokenizer.decode(text.row.prompt) if echo else "" for text in texts]
         predictions = [CompletionPrediction(generation=a + b.whole()) for a, b in zip(before, texts, strict=True)]
         if logprobs:
-            for prediction, tokens, own in zip(predictions, _tokens(texts, echo), _logprobs(texts, echo), strict=True):
-                prediction["tokens"] = [self.tokenizer.decode([token]) for token in tokens]
-                prediction["logprobs"] = own
+            self._add_logprobs(predictions, texts, echo)
         return predictions
 
     def chat_completion(
@@ -255,10 +257,16 @@ class Llama:
         answers = [Message(role="assistant", content=text.whole()) for text in texts]
         predictions = [ChatPrediction(generation=answer) for answer in answers]
         if logprobs:
-            for prediction, tokens, own in zip(predictions, _tokens(texts), _logprobs(texts), strict=True):
-                prediction["tokens"] = [self.tokenizer.decode([token]) for token in tokens]
-                prediction["logprobs"] = own
+            self._add_logprobs(predictions, texts)
         return predictions
+
+    def _add_logprobs(
+        self, predictions: Sequence[CompletionPrediction | ChatPrediction], texts: list[RowText], echo: bool = False
+    ) -> None:
+        """Add the text and log-probability of every token."""
+        for prediction, text in zip(predictions, texts, strict=True):
+            tokens, prediction["logprobs"] = _output(text, echo)
+            prediction["tokens"] = [self.tokenizer.decode([token]) for token in tokens]
 
     # ---- one sequence, streamed
 
@@ -317,7 +325,7 @@ class Llama:
             logger.warning(
                 "the text spells %s, encoded as plain text (%d tokens in total); to get special tokens, give "
                 "special_tokens=True (llama-ref complete --special_tokens), or use chat_completion (llama-ref chat)",
-                ", ".join(spelled[:MOST_SHOWN]) + (", …" if len(spelled) > MOST_SHOWN else ""),
+                comma_list(spelled, MOST_SHOWN),
                 len(ids),
             )
         return ids
@@ -383,17 +391,12 @@ class Llama:
         return Sampler(params, generator, prompts, self.model.args.vocab_size, self.device, agree)
 
 
-def _tokens(texts: list[RowText], echo: bool = False) -> list[list[int]]:
-    return [(text.row.prompt if echo else []) + _kept(text) for text in texts]
-
-
-def _logprobs(texts: list[RowText], echo: bool = False) -> list[list[float]]:
-    return [(text.row.prompt_logprobs if echo else []) + text.row.logprobs[: len(_kept(text))] for text in texts]
-
-
-def _kept(text: RowText) -> list[int]:
-    """A row's generated ids, without those of a stop string."""
-    return text.tokens if text.ends_at_stop_string else text.row.generated
+def _output(text: RowText, echo: bool) -> tuple[list[int], list[float]]:
+    """A row's ids and their log-probabilities, without those of a stop string; after the prompt's if `echo`."""
+    row = text.row
+    tokens = text.tokens if text.ends_at_stop_string else row.generated
+    logprobs = row.logprobs[: len(tokens)]
+    return (row.prompt + tokens, row.prompt_logprobs + logprobs) if echo else (tokens, logprobs)
 
 
 def _generator(seed: int | None) -> torch.Generator:

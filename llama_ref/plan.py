@@ -292,7 +292,7 @@ def plan(model: Model, workload: Workload, dtypes: Iterable[str] = SHOWN_DTYPES)
 
 
 def possible_layouts(model: Model) -> list[Layout]:
-    """The layouts in which quantization groups stay whole. Raises RequestError if there is none."""
+    """The layouts in which quantization groups stay whole. Raises RequestError without any."""
     weight_bytes(model, WHOLE, 2)
     return [layout for layout in layouts(model.args) if model.scheme is None or _has_groups(model, layout)]
 

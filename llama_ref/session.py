@@ -126,14 +126,14 @@ def _write_dialog(path: str | Path, dialog: Dialog) -> None:
     text = json.dumps(dialog, ensure_ascii=False, indent=2) + "\n"
     try:
         target = Path(path).expanduser().resolve()
-        if target.exists() and not target.is_file():
-            raise RequestError(f"cannot write {path}: it is not a plain file")
-        with atomic_file(target) as file:
-            file.write(text.encode(errors="backslashreplace"))  # JSON's own \udc80
+        is_special = target.exists() and not target.is_file()
+        if not is_special:
+            with atomic_file(target) as file:
+                file.write(text.encode(errors="backslashreplace"))  # JSON's own \udc80
     except NOT_A_FILE as error:
-        if isinstance(error, RequestError):
-            raise
         raise RequestError(f"cannot write {path}: {_reason(error)}") from error
+    if is_special:
+        raise RequestError(f"cannot write {path}: it is not a plain file")
 
 
 def _read_dialog(path: str | Path) -> Dialog:

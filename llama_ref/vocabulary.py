@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.files import read_json, read_small
+from llama_ref.formatting import comma_list
 
 MAX_FILE_BYTES = 64 << 20  # Llama 3's file is 2 MB
 MAX_ID = 1 << 24  # a hundred times Llama 3's vocabulary: larger ids are damaged numbers
@@ -103,7 +104,7 @@ class Vocabulary:
 
 def dropped_tokens(beyond: Mapping[str, int], n_words: int) -> str:
     """A sentence about tokens that are left out because the model has no embedding for them."""
-    shown = ", ".join(f"{text!r:.40} ({i})" for text, i in list(beyond.items())[:4]) + (", …" if len(beyond) > 4 else "")
+    shown = comma_list([f"{text!r:.40} ({i})" for text, i in beyond.items()], 4)
     return f"special token {shown} is beyond the model's {n_words:,} embeddings, and is left out: the model cannot make it"
 
 

@@ -579,7 +579,7 @@ def _checkpoint_bytes(run: Run, size: str) -> int:
 
 
 def _fast_folder(run: Run, size: str) -> str | None:
-    """A folder with room for the checkpoint, in memory if possible; None if there is none."""
+    """A folder with room for the checkpoint, in memory if possible; None without one."""
     needed = 1.05 * _checkpoint_bytes(run, size) + 1e8
     folders = [folder for folder in ("/dev/shm", tempfile.gettempdir()) if Path(folder).is_dir()]
     return next((folder for folder in folders if shutil.disk_usage(folder).free > needed), None)

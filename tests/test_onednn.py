@@ -37,7 +37,7 @@ def test_it_is_off_for_one_token_in_bfloat16_and_nothing_else(n, dtype, off):
     assert is_enabled() == before
 
 
-def test_a_user_who_switched_it_off_keeps_it_off(monkeypatch):
+def test_a_user_who_switched_it_off_keeps_it_off():
     with torch.backends.mkldnn.flags(enabled=False):
         for n in (1, 2):
             with onednn_for(ids(n), torch.bfloat16):

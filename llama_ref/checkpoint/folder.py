@@ -13,6 +13,7 @@ from llama_ref.checkpoint.spelling import META, as_on_disk, in_hub_cache, model_
 from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.errors import CheckpointError, FolderNotFound
 from llama_ref.files import read_json
+from llama_ref.formatting import comma_list
 
 if TYPE_CHECKING:
     from llama_ref.checkpoint.hf.config import HFConfig
@@ -293,7 +294,7 @@ def _which_to_remove(path: Path, names: list[str]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:MOST_LISTED]) + (", …" if len(names) > MOST_LISTED else "")
+    return comma_list(names, MOST_LISTED)
 
 
 def _check_links(path: Path, names: list[str]) -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 
 from llama_ref.checkpoint.hf.names import hf_name
-from llama_ref.checkpoint.shapes import is_ignored
+from llama_ref.checkpoint.shapes import EMBEDDING, is_ignored
+from llama_ref.formatting import comma_list
 
-EMBEDDING = "tok_embeddings.weight"
 WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
 MOST_SHOWN = 3
 
@@ -47,4 +47,4 @@ def _advice(names: Collection[str], expected: Collection[str]) -> str:
 
 
 def _shown(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:MOST_SHOWN]) + (", …" if len(names) > MOST_SHOWN else "")
+    return comma_list(list(names), MOST_SHOWN)

@@ -33,6 +33,7 @@ from llama_ref.checkpoint.verify.unwritten import zero_block
 from llama_ref.checkpoint.verify.weight_scan import scan_safetensors, scan_weights
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import is_link_loop, read_head, what_is
+from llama_ref.formatting import comma_list
 from llama_ref.progress import FileProgress
 
 JUST_NOW_SECONDS = 10  # a broken file that changed this recently may be a running download
@@ -181,7 +182,7 @@ class _Check:
             return _List(problem=f"{CHECKLIST_NAME} could not be used", reports=[report])
         notes = []
         if found.unread_lines:
-            lines = ", ".join(map(str, found.unread_lines[:5])) + (", …" if len(found.unread_lines) > 5 else "")
+            lines = comma_list(found.unread_lines, 5)
             notes.append(f"{CHECKLIST_NAME} has lines that are not in md5sum's format and were skipped: {lines}")
         reports = []
         if found.broken_off:
@@ -320,7 +321,7 @@ def _why_no_files(folder: Path) -> str:
     within = [name for name, either in places.items() if any(map(checkpoint_files, either))]
     if not within:
         return problem
-    shown = ", ".join(within[:4]) + (", …" if len(within) > 4 else "")
+    shown = comma_list(within, 4)
     try:
         is_root = folder.resolve() == checkpoints_root().resolve()
     except (OSError, RuntimeError):

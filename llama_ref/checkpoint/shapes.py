@@ -78,8 +78,8 @@ def misfits(
 
     `shards` holds each tensor's dtype name and shape. If no shard has an output, it is tied.
     """
-    if not any("output.weight" in tensors for tensors in shards.values()):
-        expected = {name: shape for name, shape in expected.items() if name != "output.weight"}
+    if not any(OUTPUT in tensors for tensors in shards.values()):
+        expected = {name: shape for name, shape in expected.items() if name != OUTPUT}
     parts = {name: shard_shape(name, whole, n_shards) for name, whole in expected.items()}
     return {
         shard: [problem for name, part in parts.items() if (problem := misfit(name, tensors.get(name), part))]

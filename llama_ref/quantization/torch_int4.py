@@ -21,7 +21,7 @@ FEW_ROWS = 128  # up to here the kernel was faster than converting to bfloat16, 
 
 
 def faster(module: Int4Linear, dtype: torch.dtype) -> QuantizedMatrix:
-    """The matrix in the layout of PyTorch's kernel for inputs of `dtype`; unchanged if there is none."""
+    """The matrix in the layout of PyTorch's kernel for inputs of `dtype`; unchanged without one."""
     device = module.packed.device
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and _tile() is not None:
         return TiledInt4Linear(module, dtype)

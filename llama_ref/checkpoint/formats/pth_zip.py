@@ -67,7 +67,7 @@ def read_directory(file: BinaryIO, size: int) -> list[Record]:
 
 
 def read_end(file: BinaryIO, size: int) -> End | None:
-    """The end record in the file's last bytes, not checked; None if there is none."""
+    """The end record in the file's last bytes, not checked; None without one."""
     tail_length = min(size, END.size + LOCATOR64.size)
     tail = read_at(file, size - tail_length, tail_length)
     if tail[-END.size : -END.size + 4] != END_SIGNATURE:

@@ -183,6 +183,7 @@ def make_generation_config(*, bos: int, eos: Sequence[int]) -> dict[str, Any]:
 
 
 def one_or_several(ids: Sequence[int]) -> int | list[int]:
+    """Ids as Hugging Face's files have them: a single one as a number."""
     return ids[0] if len(ids) == 1 else list(ids)
 
 

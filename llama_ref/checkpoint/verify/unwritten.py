@@ -10,7 +10,7 @@ N_BLOCKS = 256  # spread over the file
 def zero_block(path: Path) -> int | None:
     """The offset of a block of zero bytes, looking at up to 256 blocks, the last one included.
 
-    None if there is none or the file cannot be read. Downloaders that reserve a file's whole length
+    None without such a block, or if the file cannot be read. Downloaders that reserve a file's whole length
     leave such blocks when they are interrupted.
     """
     try:

@@ -78,10 +78,12 @@ def number(value: Tensor | float) -> str:
 
 
 def signed(value: float) -> str:
+    """Two decimals with a sign."""
     return f"{value:+.2f}"
 
 
 def tokens_json(tokens: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Each token's `token_json`."""
     return [token_json(token, tokenizer) for token in tokens]
 
 

@@ -18,7 +18,15 @@ from bounds import little_memory_and_time
 from llama_ref.checkpoint.formats.pth import inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
 from llama_ref.checkpoint.formats.pth_pickle import INSTRUCTION_LIMIT, RefusedPickle, read_tensor_pickle
-from llama_ref.checkpoint.formats.pth_zip import CENTRAL, CENTRAL_SIGNATURE, END, END_SIGNATURE, read_end
+from llama_ref.checkpoint.formats.pth_zip import (
+    CENTRAL,
+    CENTRAL_SIGNATURE,
+    END,
+    END_SIGNATURE,
+    LOCATOR64,
+    LOCATOR64_SIGNATURE,
+    read_end,
+)
 from llama_ref.checkpoint.integrity import verify
 from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError
@@ -76,7 +84,15 @@ def harmless_until_run(path: Path) -> Call:
     return Call(os.system, f"touch {path}")
 
 
+def Rebuilt(*arguments) -> Call:
+    return Call(torch._utils._rebuild_tensor_v2, *arguments)
+
+
 OK = Tensor((4, 4), (4, 1))
+TWO_DTYPES = {
+    "a": Tensor((4,), (1,), 0, Storage(16)),
+    "b": Tensor((4,), (1,), 0, Storage(16, torch.IntStorage)),
+}
 NESTED = b"\x80\x02)" + b"\x85" * (300_000) + b"."
 PICKLES = {
     "10^15 elements": (Tensor((10**15,), (1,)), "reads past its storage of 16 elements"),
@@ -110,6 +126,16 @@ PICKLES = {
     "a call of getattr": (Call(getattr, "x", "y"), "asks Python to use .*getattr"),
     "a call of what torch offers": (Call(torch.hub.load, "y"), "asks Python to use 'torch.hub"),
     "a text of a megabyte": ("x" * (1 << 20), "a text of 1,048,576 bytes"),
+    "numbers to be negated": (Rebuilt(Storage(16), 0, (4,), (1,), False, {}, {"neg": True}), "does not rebuild a tensor"),
+    "hooks": (Rebuilt(Storage(16), 0, (4,), (1,), False, {"x": 1}), "does not rebuild a tensor"),
+    "an argument too many": (Rebuilt(Storage(16), 0, (4,), (1,), False, {}, None, 1), "does not rebuild a tensor"),
+    "an argument too few": (Rebuilt(Storage(16), 0, (4,), (1,), False), "does not rebuild a tensor"),
+    "a gradient that is a number": (Rebuilt(Storage(16), 0, (4,), (1,), 1, {}), "does not rebuild a tensor"),
+    "a parameter with hooks": (Call(torch._utils._rebuild_parameter, OK, True, {"x": 1}), "does not rebuild a tensor"),
+    "a tensor of a dtype in words": (
+        Call(torch._utils._rebuild_tensor_v3, Storage(16), 0, (4,), (1,), False, {}, "float32"),
+        "does not rebuild a tensor",
+    ),
 }
 
 
@@ -139,6 +165,11 @@ RAW = {
     "nothing": (b"", "truncated"),
     "attributes of a tuple": (b"\x80\x02)}b.", "sets attributes"),
     "a persistent id that is no storage": (b"\x80\x02K\1Q.", "not a tensor storage"),
+    "a storage of two dtypes": (pickled(TWO_DTYPES), "describes storage '0' in two ways"),
+    "a storage of two sizes": (
+        pickled({"a": OK, "b": Tensor((1,), (1,), 0, Storage(15))}),
+        "describes storage '0' in two ways",
+    ),
 }
 
 
@@ -224,9 +255,25 @@ def with_another(name: str):
     return make
 
 
+def two_end_records(path: Path) -> None:
+    """A file of torch.save whose 64-bit locator leads elsewhere than to the end record before it."""
+    torch.save({"w": torch.ones(4)}, path)
+    data = bytearray(path.read_bytes())
+    at = len(data) - END.size - LOCATOR64.size
+    assert data[at : at + 4] == LOCATOR64_SIGNATURE
+    LOCATOR64.pack_into(data, at, LOCATOR64_SIGNATURE, 0, 0, 1)
+    path.write_bytes(data)
+
+
 def empty_zip(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "hello")
+
+
+def deep(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/b/data.pkl", GOOD_PICKLE)
+        archive.writestr("a/b/data/0", bytes(64))
 
 
 def with_comment(path: Path) -> None:
@@ -265,6 +312,12 @@ ARCHIVES = {
     ),
     "two pickles": (with_another("other/data.pkl"), "2 records named data.pkl"),
     "one name twice": (with_another("archive/data/0"), "duplicate record names"),
+    "a pickle in capitals beside it": (with_another("archive/DATA.PKL"), "duplicate record names|2 records named"),
+    "a storage in capitals beside it": (with_another("archive/Data/0"), "duplicate record names"),
+    "a byte order in capitals": (with_another("archive/BYTEORDER"), "is not where torch.save would put it"),
+    "a record outside the folder": (with_another("other/data/0"), "is not where torch.save would put it"),
+    "a pickle two folders deep": (deep, "is not where torch.save would put it"),
+    "two end records": (two_end_records, "two end records"),
     "no pickle": (empty_zip, "0 records named data.pkl"),
     "a comment behind the directory": (with_comment, "is not at the end of the file"),
     "big-endian numbers": (big_endian, "big-endian"),

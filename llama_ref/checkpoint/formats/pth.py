@@ -3,6 +3,7 @@
 import math
 import os
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -92,17 +93,31 @@ def _not_zip(head: bytes) -> str:
 
 def _inspect(file: BinaryIO) -> dict[str, TensorInfo]:
     records = {record.name: record for record in read_directory(file, os.fstat(file.fileno()).st_size)}
-    pickles = [name for name in records if name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise BadArchive(
-            f"the archive has {len(pickles)} records named data.pkl, expected one; it may be a zip of something else"
-        )
-    root = pickles[0].removesuffix("data.pkl")
-    data = _small_record(file, records[pickles[0]])
+    root = _root(records)
+    data = _small_record(file, records[f"{root}data.pkl"])
     if f"{root}byteorder" in records and _small_record(file, records[f"{root}byteorder"]) != b"little":
         raise BadArchive("its numbers are stored big-endian; save it on a little-endian machine")
     tensors, _ = read_tensor_pickle(data)
     return {name: _tensor_info(name, tensor, records, root) for name, tensor in tensors.items()}
+
+
+def _root(names: Collection[str]) -> str:
+    """The folder that holds all records, as in every file of `torch.save`.
+
+    In other archives `torch.load` might find other records than this reader: it ignores case, and
+    looks in the folder of the first record.
+    """
+    pickles = [name for name in names if name.lower().endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise BadArchive(
+            f"the archive has {len(pickles)} records named data.pkl, expected one; it may be a zip of something else"
+        )
+    root = pickles[0].partition("/")[0] + "/"
+    spelled = {name.lower(): name for name in (f"{root}data.pkl", f"{root}byteorder")}
+    odd = [name for name in names if not name.startswith(root) or spelled.get(name.lower(), name) != name]
+    if odd or pickles[0] != f"{root}data.pkl":
+        raise BadArchive(f"its record {(odd or pickles)[0]!r} is not where torch.save would put it")
+    return root
 
 
 def _small_record(file: BinaryIO, record: Record) -> bytes:

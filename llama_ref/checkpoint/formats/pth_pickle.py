@@ -117,6 +117,7 @@ class _Machine:
         self.data, self.at = data, 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
 
     def run(self) -> Any:
         for _ in range(INSTRUCTION_LIMIT):
@@ -189,7 +190,10 @@ class _Machine:
         self.push(_emulate_call(function, arguments))
 
     def storage(self) -> None:
-        self.push(_storage(self.stack.pop()))
+        found = _storage(self.stack.pop())
+        if self.storages.setdefault(found.key, found) != found:  # torch.load would use the first for all
+            raise RefusedPickle(f"its data.pkl describes storage {found.key!r} in two ways")
+        self.push(found)
 
     def ignore_attributes(self) -> None:
         self.stack.pop()
@@ -254,13 +258,22 @@ def _emulate_call(function: Any, arguments: Any) -> Any:
     if isinstance(function, Global) and isinstance(arguments, tuple):
         if function.name == "OrderedDict" and not arguments:
             return {}
-        if function.name == "_rebuild_parameter" and arguments and isinstance(arguments[0], PickledTensor):
-            return arguments[0]
-        if function.name == "_rebuild_tensor_v2" and len(arguments) >= 4:
+        if function.name == "_rebuild_parameter" and len(arguments) == 3:
+            data, *grad_and_hooks = arguments
+            if isinstance(data, PickledTensor) and _is_plain(*grad_and_hooks):
+                return data
+        if function.name == "_rebuild_tensor_v2" and len(arguments) in (6, 7) and _is_plain(*arguments[4:]):
             return _tensor(None, *arguments[:4])
-        if function.name == "_rebuild_tensor_v3" and len(arguments) >= 7:
-            return _tensor(arguments[6], *arguments[:4])
+        if function.name == "_rebuild_tensor_v3" and len(arguments) in (7, 8):
+            dtype = arguments[6]
+            if isinstance(dtype, Global) and _is_plain(*arguments[4:6], *arguments[7:]):
+                return _tensor(dtype, *arguments[:4])
     raise RefusedPickle("its data.pkl makes a call that does not rebuild a tensor")
+
+
+def _is_plain(requires_grad: Any, backward_hooks: Any, metadata: Any = None) -> bool:
+    """Whether a tensor is no more than its numbers: without hooks, or marks such as "negate these"."""
+    return isinstance(requires_grad, bool) and backward_hooks in (None, {}) and metadata in (None, {})
 
 
 def _storage(identity: Any) -> Storage:

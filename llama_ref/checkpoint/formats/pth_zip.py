@@ -41,12 +41,16 @@ class Record:
 
 @dataclass(frozen=True)
 class End:
-    """Where the end record says the directory is, and where it must end (`tail_offset`)."""
+    """Where the end record says the directory is, and where it must end (`tail_offset`).
+
+    `located_offset` is what the 64-bit locator gives for `tail_offset`, if there is one.
+    """
 
     directory_offset: int
     directory_size: int
     n_records: int
     tail_offset: int
+    located_offset: int | None = None
 
 
 def read_directory(file: BinaryIO, size: int) -> list[Record]:
@@ -58,6 +62,8 @@ def read_directory(file: BinaryIO, size: int) -> list[Record]:
         )
     if end.directory_offset + end.directory_size != end.tail_offset:
         raise BadArchive("its zip directory does not end where the archive's end record begins")
+    if end.located_offset not in (None, end.tail_offset):
+        raise BadArchive("its zip directory has two end records")
     if end.directory_size > DIRECTORY_LIMIT_BYTES:
         raise BadArchive(f"its zip directory claims {end.directory_size:,} bytes, more than any checkpoint needs")
     records = _parse_directory(read_at(file, end.directory_offset, end.directory_size))
@@ -82,7 +88,8 @@ def read_end(file: BinaryIO, size: int) -> End | None:
     if record[:4] != END64_SIGNATURE:
         return None
     *_, n_records, directory_size, directory_offset = END64.unpack(record)
-    return End(directory_offset, directory_size, n_records, tail_offset)
+    _, _, located_offset, _ = LOCATOR64.unpack(tail[: LOCATOR64.size])
+    return End(directory_offset, directory_size, n_records, tail_offset, located_offset)
 
 
 def read_at(file: BinaryIO, offset: int, n_bytes: int) -> bytes:
@@ -139,8 +146,11 @@ def _extra_field(extra: bytes, wanted: int) -> bytes:
 
 
 def _with_data_offsets(file: BinaryIO, records: list[Record], directory_offset: int) -> list[Record]:
-    """The records with data offsets from their local headers; rejects overlaps and duplicates."""
-    if len({record.name for record in records}) != len(records):
+    """The records with data offsets from their local headers; rejects overlaps and duplicates.
+
+    Names that differ only in case are duplicates, because `torch.load` ignores case.
+    """
+    if len({record.name.lower() for record in records}) != len(records):
         raise BadArchive("its zip directory has duplicate record names")
     with_offsets, free_from = [], 0
     for record in sorted(records, key=lambda record: record.header_offset):

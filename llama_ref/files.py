@@ -78,10 +78,12 @@ def check_head(path: Path, expected: str) -> bytes:
 
 
 def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
-    """The content of a small text file as UTF-8 without a byte-order mark.
+    """The content of a small text file as UTF-8 without a byte-order mark; else like `read_limited`."""
+    return as_utf8(read_limited(path, limit_bytes, expected))
 
-    Raises CheckpointError if it exceeds `limit_bytes`.
-    """
+
+def read_limited(path: Path, limit_bytes: int, expected: str) -> bytes:
+    """A file's bytes. Raises CheckpointError if it is no plain file or exceeds `limit_bytes`."""
     check_head(path, expected)
     with path.open("rb") as file:
         data = file.read(min(limit_bytes, path.stat().st_size) + 1)  # read(n) allocates n bytes
@@ -89,7 +91,7 @@ def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
         raise CheckpointError(
             f"{path} is larger than {limit_bytes:,} bytes, far more than {expected} ever is; is it another file?"
         )
-    return as_utf8(data)
+    return data
 
 
 def as_utf8(data: bytes) -> bytes:
@@ -119,7 +121,12 @@ class DuplicateKey(BadValue, ValueError):
 
 def read_json(path: Path, limit_bytes: int, expected: str) -> Any:
     """The content of a JSON file. Raises CheckpointError for invalid JSON and duplicate keys."""
-    data = read_small(path, limit_bytes, expected)
+    return parse_json(path, read_limited(path, limit_bytes, expected), expected)
+
+
+def parse_json(path: Path, data: bytes, expected: str) -> Any:
+    """The value of JSON that was read from `path`. Raises CheckpointError as `read_json` does."""
+    data = as_utf8(data)
     try:
         return json.loads(data.decode(json.detect_encoding(data)), object_pairs_hook=unique_keys)
     except DuplicateKey as error:

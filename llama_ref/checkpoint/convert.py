@@ -7,7 +7,6 @@ stay bit for bit the same, unless another dtype is requested.
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs, usual_rope_factor
+from llama_ref.checkpoint.carried_files import carried_files, copy_carried, read_carried
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
@@ -40,7 +40,7 @@ from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.checkpoint.reader import Stored, open_stored
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
-from llama_ref.checkpoint.verify.presence import HUGGING_FACE, INDEX_NAME, ONE_FILE, checkpoint_files, names_in, stamp_of
+from llama_ref.checkpoint.verify.presence import INDEX_NAME, ONE_FILE, checkpoint_files, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
@@ -152,19 +152,23 @@ class Source:
     n_shards: int
     repeats: int
     tokenizer: Tokenizer | None
+    carried: list[Path]
     stamps: dict[Path, tuple[int, int] | None]
 
     @classmethod
     def open(cls, name: str | Path) -> "Source":
         folder = open_folder(name)
-        stamps = {path: stamp_of(path) for path in (folder.params, *folder.shards)}
+        carried = carried_files(folder)
+        stamps = {path: stamp_of(path) for path in (*carried, *folder.shards)}
         args = folder.read_args()
         stored = open_stored(folder, args)
         n_shards = 1 if folder.is_hugging_face else len(folder.shards)
         repeats = _kv_repeats(stored, args, n_shards)
         tokenizer = folder.open_tokenizer(args) if folder.tokenizer else None
+        for path in carried:
+            read_carried(path)
         once = replace(args, n_kv_heads=args.n_kv_heads // repeats)
-        return cls(folder, once, stored, n_shards, repeats, tokenizer, stamps)
+        return cls(folder, once, stored, n_shards, repeats, tokenizer, carried, stamps)
 
     @contextmanager
     def unchanged(self, verify: Verify) -> Iterator[None]:
@@ -172,7 +176,7 @@ class Source:
 
         Raises CheckpointError if they do not match their checklist or have changed since `open`.
         """
-        with verified(self.folder, verify, self.folder.tokenizer):
+        with verified(self.folder, verify, self.folder.tokenizer, self.carried):
             yield
         for path, stamp in self.stamps.items():
             if stamp_of(path) != stamp:
@@ -295,7 +299,7 @@ def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
     if source.folder.is_hugging_face:
         write_params(folder, make_params(args))
     elif args.n_kv_heads == source.args.n_kv_heads * source.repeats:
-        shutil.copyfile(source.folder.params, folder / "params.json")
+        copy_carried(source.folder.params, folder)
     else:
         params = json.loads(source.folder.params.read_bytes()) | {"n_kv_heads": args.n_kv_heads}
         params.pop("rope_scaling_factor", None)
@@ -313,9 +317,9 @@ def write_native_tokenizer(folder: Path, source: Source) -> None:
     if native.suffix == ".json":
         write_tokenizer_model(folder, tokenizer.vocabulary)
         return
-    for path in (native, native.with_name(ADDED_TOKENS)):
-        if path.exists():
-            shutil.copyfile(path, folder / path.name)
+    for path in source.carried:
+        if path.name in (native.name, ADDED_TOKENS):
+            copy_carried(path, folder)
 
 
 def write_conventions(folder: Path, source: Source) -> None:
@@ -350,9 +354,8 @@ def _is_chat_model(source: Source) -> bool:
 
 def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> None:
     """Copy the source's config and tokenizer files; config.json with what the weights now are."""
-    names = {HUGGING_FACE.params, *HUGGING_FACE.tokenizers, *HUGGING_FACE.others} - {INDEX_NAME}
-    for name in names.intersection(names_in(source.folder.path)):
-        shutil.copyfile(source.folder.path / name, folder / name)
+    for path in source.carried:
+        copy_carried(path, folder)
     config = json.loads(source.folder.params.read_text(encoding="utf-8-sig"))
     changed: dict[str, Any] = {}
     if dtype is not None:

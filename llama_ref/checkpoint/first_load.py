@@ -15,7 +15,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +39,14 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str | Path | None = None) -> Iterator[None]:
+def verified(
+    folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str | Path | None = None, also: Iterable[Path] = ()
+) -> Iterator[None]:
     """Check a folder's files while the block loads them; the exit raises if one is damaged.
 
     "auto" checks files without a valid stamp, or warns that there is no checklist; "always" hashes
-    all files; "never" does nothing. `tokenizer` is checked if it is in the folder. Raises
+    all files; "never" does nothing. `tokenizer` is checked if it is in the folder. `also` are files
+    that only "always" requires to be in the list; the others are checked if they are. Raises
     CheckpointError for a file that differs from the list, is not named in it, or changes while it
     is loaded.
     """
@@ -53,7 +56,7 @@ def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str |
         yield
         return
     started_ns = time.time_ns()
-    files = _files_to_check(folder, tokenizer, verify)
+    files = _files_to_check(folder, tokenizer, also, verify)
     cancel = threading.Event()
     with ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify") as pool:
         try:
@@ -70,7 +73,9 @@ def verified(folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str |
             raise
 
 
-def _files_to_check(folder: CheckpointFolder, tokenizer: str | Path | None, verify: Verify) -> list["_File"]:
+def _files_to_check(
+    folder: CheckpointFolder, tokenizer: str | Path | None, also: Iterable[Path], verify: Verify
+) -> list["_File"]:
     if folder.checklist is None:
         message = f"{folder.path} has no checklist.chk, so nothing says whether its files are whole"
         if verify == "always":
@@ -84,6 +89,7 @@ def _files_to_check(folder: CheckpointFolder, tokenizer: str | Path | None, veri
         added = Path(tokenizer).with_name(ADDED_TOKENS)
         if Path(tokenizer).suffix != ".json" and os.path.lexists(added):  # it is read too
             needed.append(added)
+    needed += [path for path in also if path not in needed and (verify == "always" or path.name in entries)]
     unlisted = [path.name for path in needed if path.name not in entries]
     if unlisted:
         raise CheckpointError(

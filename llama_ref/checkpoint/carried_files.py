@@ -1,0 +1,64 @@
+"""The small files that a conversion carries over: each is checked as it would be for loading.
+
+A folder from anybody may hold a link to another program's secrets under such a name. The copy would
+be readable by all, and its true sum would stand in the new checklist.
+"""
+
+from pathlib import Path
+
+from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.hf.conventions import TEMPLATE_FILE, TEMPLATE_LIMIT_BYTES
+from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as TOKENIZER_JSON_LIMIT_BYTES
+from llama_ref.checkpoint.verify.presence import HUGGING_FACE, INDEX_NAME, META, cannot_be_opened, names_in
+from llama_ref.errors import CheckpointError
+from llama_ref.files import parse_json, read_limited
+from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES
+
+SETTINGS = {*META.others, *HUGGING_FACE.others} - {INDEX_NAME}
+
+
+def carried_files(folder: CheckpointFolder) -> list[Path]:
+    """The existing files that a conversion carries over: parameters, tokenizers and settings."""
+    if folder.is_hugging_face:
+        names = {*SETTINGS, *HUGGING_FACE.tokenizers}
+    elif folder.tokenizer and folder.tokenizer.suffix != ".json":
+        names = {*META.others, folder.tokenizer.name}
+    else:
+        names = {*META.others, "tokenizer.json"} - {ADDED_TOKENS}
+    return [folder.params, *(folder.path / name for name in sorted(names.intersection(names_in(folder.path))))]
+
+
+def copy_carried(path: Path, target: Path) -> None:
+    """Copy the file into the folder `target`; raises as `read_carried` does."""
+    (target / path.name).write_bytes(read_carried(path))  # not by name: a link may lead elsewhere the second time
+
+
+def read_carried(path: Path) -> bytes:
+    """The bytes of one of `carried_files`, as they are.
+
+    Raises CheckpointError for a device or a pipe, for more bytes than such a file ever has, for JSON
+    that is no object and for a template that is no text. Settings may say anything, so that no link
+    of theirs may lead out of the folder, except into the blobs of a Hugging Face cache; parameters
+    and tokenizers are read in full as what they should be.
+    """
+    if path.name in SETTINGS and (fault := cannot_be_opened(path.parent, path.name)):
+        what = fault.detail or "it is not there"
+        raise CheckpointError(f"cannot carry {path} over: {what}; put the file itself there, or remove it")
+    if path.name == TEMPLATE_FILE:
+        data = read_limited(path, TEMPLATE_LIMIT_BYTES, "a chat template")
+        _check_text(path, data)
+    elif path.suffix == ".json":
+        limit = TOKENIZER_JSON_LIMIT_BYTES if path.name == "tokenizer.json" else MAX_FILE_BYTES
+        data = read_limited(path, limit, "a JSON object")
+        if not isinstance(parse_json(path, data, "a JSON object"), dict):
+            raise CheckpointError(f"{path} holds no JSON object; fetch it again, or remove it")
+    else:
+        data = read_limited(path, MAX_FILE_BYTES, "a tokenizer")
+    return data
+
+
+def _check_text(path: Path, data: bytes) -> None:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not text in UTF-8 ({error.reason}); fetch it again, or remove it") from None

@@ -19,9 +19,11 @@ from llama_ref.vocabulary import (
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
     Vocabulary,
+    check_padding,
     dropped_tokens,
     read_ranks,
     read_tokenizer_model,
+    unused_text,
     write_tokenizer_model,
 )
 
@@ -65,8 +67,11 @@ class Tokenizer:
         else:
             self.vocabulary = read_tokenizer_model(path)
         self.special_tokens = self.vocabulary.special
+        # Placeholders of unused ids would cost tiktoken 5 kB each, for tokens that no text has.
+        self._placeholders = {text for text, i in self.special_tokens.items() if text == unused_text(i)}
+        used = {text: i for text, i in self.special_tokens.items() if text not in self._placeholders}
         self._encoding = tiktoken.Encoding(
-            path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=self.vocabulary.ranks, special_tokens=self.special_tokens
+            path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=self.vocabulary.ranks, special_tokens=used
         )
         self._added = TextFinder(self.vocabulary.added)
         self._special = TextFinder(self.special_tokens)
@@ -147,7 +152,7 @@ class Tokenizer:
 
     def _split_added(self, s: str, allowed: set[str]) -> Iterator[tuple[str, int | None]]:
         """Split `s` into (text, id of the added or special token after it); special tokens win."""
-        if not self.vocabulary.added:
+        if not self.vocabulary.added and allowed.isdisjoint(self._placeholders):  # tiktoken finds the others
             yield s, None
             return
         special = TextFinder({text: i for text, i in self.special_tokens.items() if text in allowed})
@@ -250,6 +255,7 @@ def _padded(path: Path, vocabulary: Vocabulary, n_words: int | None) -> Vocabula
             f"{path} has {vocabulary.n_words:,} ids (the last is {last!r}), but the model has {n_words:,} rows: the tokenizer "
             "belongs to another model, or has new tokens for which the model's embedding was not enlarged"
         )
+    check_padding(path, vocabulary, vocabulary.n_words if n_words is None else n_words)
     return vocabulary.with_unused(n_words)
 
 

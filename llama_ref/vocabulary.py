@@ -24,6 +24,7 @@ SPLIT_PATTERN = (
 )
 
 N_SPECIAL = 256
+MOST_SPECIAL = 1 << 16  # with unused ids; each takes kilobytes, and a fine-tune adds or pads by some hundred
 NAMED_SPECIAL = (
     "begin_of_text",
     "end_of_text",
@@ -238,6 +239,10 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
 def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     """Raise CheckpointError for duplicate ids or texts, and missing special tokens."""
     check_ranks(path, vocabulary.ranks)
+    if len(vocabulary.special) > MOST_SPECIAL:
+        raise CheckpointError(
+            f"{path} has {len(vocabulary.special):,} special tokens, expected at most {MOST_SPECIAL:,}. {REFETCH}"
+        )
     rank_ids = set(vocabulary.ranks.values())
     owner: dict[int, str] = {}
     for text, token_id in (*vocabulary.special.items(), *vocabulary.added.items()):
@@ -261,6 +266,16 @@ def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
         raise UnsupportedModel(
             f"{path} has no special token {missing[0]} and no other one with its id "
             f"{vocabulary.special_id(missing[0])}: it is not Llama 3's tokenizer"
+        )
+
+
+def check_padding(path: Path, vocabulary: Vocabulary, n_words: int) -> None:
+    """Raise CheckpointError if far more of `n_words` ids are unused than padding explains."""
+    n_tokens = len(vocabulary.ranks) + len(vocabulary.special) + len(vocabulary.added)
+    if n_words - n_tokens > MOST_SPECIAL:
+        raise CheckpointError(
+            f"{path} has {n_tokens:,} tokens, but the model has {n_words:,} rows: the tokenizer belongs to another model, or "
+            "the size of the vocabulary is wrong"
         )
 
 

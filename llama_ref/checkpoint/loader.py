@@ -50,7 +50,6 @@ def load_model(
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     layers = share.layers(args.n_layers)
-    model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
     shapes = {name: shape for name, shape in expected_shapes(args).items() if _is_local(name, share, layers)}
     wanted = {name: wanted_ranges(name, args, share) for name in shapes}
     stored: Stored | StoredQuantized
@@ -58,6 +57,8 @@ def load_model(
         stored = StoredQuantized(folder, args, scheme)
     else:
         stored = open_stored(folder, args, wanted)
+    # Built only when its shape is known to be that of the files.
+    model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
     is_one_matrix = stored.tied and {EMBEDDING, OUTPUT} <= wanted.keys()
     if is_one_matrix:
         del wanted[OUTPUT]

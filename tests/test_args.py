@@ -6,9 +6,10 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attempts import attempts
 from llama_ref.args import PARAMS_LIMIT_BYTES, ModelArgs, ffn_dim
 from llama_ref.errors import CheckpointError
 
@@ -282,11 +283,15 @@ VALUES = st.recursive(
 KEYS = st.sampled_from([*LLAMA_3_8B, *MISTYPED, "rope_freq_base"]) | st.text(max_size=5)
 
 
+@pytest.mark.attack
+@settings(max_examples=attempts(100))
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_no_bytes_raise_anything_else(tmp_path_factory, content):
     read_or_refuse(tmp_path_factory, content)
 
 
+@pytest.mark.attack
+@settings(max_examples=attempts(100))
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.booleans())
 def test_no_json_raises_anything_else(tmp_path_factory, changes, complete):
     read_or_refuse(tmp_path_factory, json.dumps((SCALED if complete else {}) | changes).encode())

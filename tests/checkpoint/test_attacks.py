@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attempts import attempts
 from bounds import little_memory_and_time
 from llama_ref.checkpoint.formats.pth import inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
@@ -198,7 +199,8 @@ def test_nothing_in_a_pickle_is_run(tmp_path, protocol, options):
     assert witness.exists(), "the pickle does run where it is trusted"
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.attack
+@settings(max_examples=attempts(300), deadline=None)
 @given(data=st.data())
 def test_no_garbled_pickle_does_more_than_be_refused(data):
     good = pickled({"a": OK, "b": Tensor((2,), (1,), 3)})
@@ -352,7 +354,8 @@ def test_a_zip_within_the_zip_is_only_bytes(tmp_path):
         assert inspect_pth(path)["w"].storage_nbytes == len(inner)
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.attack
+@settings(max_examples=attempts(300), deadline=None)
 @given(data=st.data())
 def test_no_garbled_archive_does_more_than_be_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "garbled.pth"

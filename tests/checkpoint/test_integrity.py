@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from attempts import attempts
 from folders import growing
 from llama_ref.checkpoint.integrity import verify, write_checklist
 from llama_ref.checkpoint.quantized_writer import quantize_folder
@@ -411,7 +412,8 @@ NAMED_AS = {  # faults in text files may look alike: half a JSON object is both 
 }
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.attack
+@settings(max_examples=attempts(400), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_single_fault_is_found_in_the_right_file(original, settled, tmp_path_factory, data):
     name = data.draw(st.sampled_from(FILES))

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attempts import attempts
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
@@ -421,8 +422,9 @@ def victim(tmp_path_factory) -> tuple[Path, bytes, int, int]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, for unusual pickle protocols
+@pytest.mark.attack
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=attempts(300))
 def test_damaged_archives_raise_nothing_else(victim, data):
     folder, whole, begin, length = victim
     size = len(whole)

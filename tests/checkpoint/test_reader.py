@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from attempts import attempts
 from bounds import little_memory_and_time
 from folders import tiny_folder
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
@@ -136,8 +137,9 @@ def test_what_is_no_file_is_an_error(tmp_path):
             map_safetensors(tmp_path / name)
 
 
+@pytest.mark.attack
 @given(data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=attempts(200))
 def test_damage_is_an_error_or_what_the_library_reads(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     whole = bytearray(

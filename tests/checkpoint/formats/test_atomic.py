@@ -1,7 +1,4 @@
-"""A folder that is replaced is whole at any moment, whatever ends the run that replaces it.
-
-KILLS=200 python -m pytest tests/checkpoint/formats/test_atomic.py  kills as many runs of each kind.
-"""
+"""A folder that is replaced is whole at any moment, whatever ends the run that replaces it."""
 
 import errno
 import os
@@ -14,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from attempts import attempts
 from conftest import REPOSITORY
 from llama_ref.checkpoint.formats import atomic, exchange
 from llama_ref.checkpoint.formats.atomic import new_folder
 from llama_ref.errors import CheckpointError
 
-KILLS = int(os.environ.get("KILLS", "4"))
 NAMES = ("params.json", "tokenizer.model", "consolidated.00.pth")
 
 # Replaces a folder again and again, by the words one, two, three ..., each in all of its files.
@@ -66,10 +63,11 @@ def can_exchange(request, monkeypatch) -> bool:
     return request.param == "exchange"
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda kill: kill.name)
 def test_a_run_that_is_killed_while_it_replaces_a_folder_leaves_a_whole_one(tmp_path, can_exchange, kill):
     path, dice = tmp_path / "model", random.Random(0)
-    for _ in range(KILLS):
+    for _ in range(attempts(4)):
         command = [sys.executable, "-c", REPLACE, path, " ".join(NAMES), str(can_exchange)]
         with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
             run.stdout.readline()

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from attempts import attempts
 from conftest import exit_code
 from folders import PARAMS, byte_tokenizer, growing, tiny_folder
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
@@ -762,7 +763,8 @@ def meaning(path: Path) -> dict:
     return {name: (held.dtype, held.shape, held.file_offset) for name, held in inspect_safetensors(path).items()}
 
 
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.attack
+@settings(max_examples=attempts(500), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_garbled_header_is_called_sound_that_means_something_else(original, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "garbled"

@@ -11,7 +11,12 @@ CORE=(
     tests/test_chat.py
     tests/test_community.py
     tests/test_files.py
-    tests/test_generation.py
+    tests/test_generation.py::test_build_takes_metas_positional_arguments
+    tests/test_generation.py::test_completions_have_metas_shape
+    tests/test_generation.py::test_chat_answers_have_metas_shape
+    tests/test_generation.py::test_logprobs_are_those_of_a_plain_forward
+    tests/test_generation.py::test_prompts_run_in_pieces_give_the_same
+    tests/test_generation.py::test_stop_strings_end_each_row_of_a_batch_by_itself
     tests/test_model.py
     tests/test_packaging.py
     tests/test_rooms.py

@@ -94,7 +94,7 @@ TWO_DTYPES = {
     "a": Tensor((4,), (1,), 0, Storage(16)),
     "b": Tensor((4,), (1,), 0, Storage(16, torch.IntStorage)),
 }
-NESTED = b"\x80\x02)" + b"\x85" * (300_000) + b"."
+NESTED = b"\x80\x02)" + b"\x85" * (60_000) + b"."
 PICKLES = {
     "10^15 elements": (Tensor((10**15,), (1,)), "reads past its storage of 16 elements"),
     "10^15 elements in a storage that claims them": (Tensor((10**15,), (1,), 0, Storage(10**15)), "claims a storage of 4,000,"),

@@ -3,13 +3,16 @@
 import codecs
 import errno
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.formatting import short
+from llama_ref.opened_files import open_file
 
 SNIFF_BYTES = 512  # enough to recognise all kinds below
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -48,15 +51,24 @@ ADVICE = {  # no semicolons: reports put several of these into one sentence
 }
 
 
-def read_head(path: Path, n: int = SNIFF_BYTES) -> bytes:
-    """The first `n` bytes of `path`. Raises CheckpointError if it is unreadable or not a file."""
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read in the block. Raises CheckpointError if it is unreadable or not a file."""
     try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is not a plain file (it is a folder, a device or a pipe)")
-        with path.open("rb") as file:
-            return file.read(n)
+        file = BufferedReader(open_file(path))
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    with file:
+        try:
+            yield file
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_head(path: Path, n: int = SNIFF_BYTES) -> bytes:
+    """The first `n` bytes of `path`. Raises CheckpointError if it is unreadable or not a file."""
+    with opened(path) as file:
+        return file.read(n)
 
 
 def is_link_loop(path: Path) -> bool:
@@ -70,10 +82,17 @@ def is_link_loop(path: Path) -> bool:
 
 def check_head(path: Path, expected: str) -> bytes:
     """The first bytes of `path`. Raises CheckpointError for an empty file, a web page etc."""
-    head = read_head(path)
+    with opened(path) as file:
+        return check_head_of(file, expected)
+
+
+def check_head_of(file: BinaryIO, expected: str) -> bytes:
+    """The first bytes of an open file, as `check_head` reads them; the next read begins there too."""
+    head = file.read(SNIFF_BYTES)
+    file.seek(0)
     found = what_is(head)
     if found:
-        raise CheckpointError(f"{path} is {found}, not {expected}: {ADVICE[found]}")
+        raise CheckpointError(f"{file.name} is {found}, not {expected}: {ADVICE[found]}")
     return head
 
 
@@ -84,14 +103,21 @@ def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
 
 def read_limited(path: Path, limit_bytes: int, expected: str) -> bytes:
     """A file's bytes. Raises CheckpointError if it is no plain file or exceeds `limit_bytes`."""
-    check_head(path, expected)
-    with path.open("rb") as file:
-        data = file.read(min(limit_bytes, path.stat().st_size) + 1)  # read(n) allocates n bytes
-    if len(data) > limit_bytes:
+    with opened(path) as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        check_size(path, n_bytes, limit_bytes, expected)
+        check_head_of(file, expected)
+        data = file.read(n_bytes + 1)  # read(n) allocates n bytes
+    check_size(path, len(data), limit_bytes, expected)  # it may have grown
+    return data
+
+
+def check_size(path: Path, n_bytes: int, limit_bytes: int, expected: str) -> None:
+    """Raise CheckpointError if a small file has more than `limit_bytes`."""
+    if n_bytes > limit_bytes:
         raise CheckpointError(
             f"{path} is larger than {limit_bytes:,} bytes, far more than {expected} ever is; is it another file?"
         )
-    return data
 
 
 def as_utf8(data: bytes) -> bytes:

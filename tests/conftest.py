@@ -118,16 +118,16 @@ def tokenizer(meta_tokenizer_path) -> "Tokenizer":
 def hashed(monkeypatch, tmp_path) -> list[str]:
     """The names of files that verified loading hashed, as it goes on, with a cache of this test's own."""
     from llama_ref.checkpoint import first_load
-    from llama_ref.checkpoint.verify.hashing import hash_file
+    from llama_ref.checkpoint.verify.hashing import hash_open_file
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     names = []
 
-    def spy(path, *args, **options):
-        names.append(path.name)
-        return hash_file(path, *args, **options)
+    def spy(file, *args, **options):
+        names.append(Path(file.name).name)
+        return hash_open_file(file, *args, **options)
 
-    monkeypatch.setattr(first_load, "hash_file", spy)
+    monkeypatch.setattr(first_load, "hash_open_file", spy)
     return names
 
 

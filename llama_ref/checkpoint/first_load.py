@@ -1,8 +1,9 @@
 """Check files against checklist.chk when they are first loaded, and remember the result.
 
-A stamp in the user's cache directory holds the sum of a file with this path, size, times and inode.
-While these stay the same, the next load costs nothing; a changed file is hashed again. Hashing runs
-in threads while the weights load.
+A stamp in the user's cache directory holds the sum of a file with this path, device, inode, size and
+times. While these stay the same, the next load costs nothing; a changed file is hashed again.
+Hashing runs in threads while the weights load. Both open the file, perhaps at different times: in
+the end the identities of all descriptors are compared, so that what was loaded is what was hashed.
 """
 
 import contextlib
@@ -17,16 +18,17 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.verify.checklist import Entry, read_checklist
-from llama_ref.checkpoint.verify.hashing import Cancelled, hash_file
+from llama_ref.checkpoint.verify.hashing import Cancelled, hash_open_file
 from llama_ref.cores import cpu_count
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import printable
+from llama_ref.opened_files import FileIdentity, Opened, open_file, watch_opened
 from llama_ref.vocabulary import ADDED_TOKENS
 
 Verify = Literal["auto", "always", "never"]
@@ -40,15 +42,19 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def verified(
-    folder: CheckpointFolder, verify: Verify = "auto", tokenizer: str | Path | None = None, also: Iterable[Path] = ()
+    folder: CheckpointFolder,
+    verify: Verify = "auto",
+    tokenizer: str | Path | None = None,
+    also: Iterable[Path] = (),
+    opened_before: Opened | None = None,
 ) -> Iterator[None]:
     """Check a folder's files while the block loads them; the exit raises if one is damaged.
 
     "auto" checks files without a valid stamp, or warns that there is no checklist; "always" hashes
     all files; "never" does nothing. `tokenizer` is checked if it is in the folder. `also` are files
-    that only "always" requires to be in the list; the others are checked if they are. Raises
-    CheckpointError for a file that differs from the list, is not named in it, or changes while it
-    is loaded.
+    that only "always" requires to be in the list; the others are checked if they are. Files that
+    were opened before the block, if any, must be the same ones. Raises CheckpointError for a file
+    that differs from the list, is not named in it, or changes or is exchanged while it is loaded.
     """
     if verify not in ("auto", "always", "never"):
         raise RequestError(f"verify is {verify!r}, expected auto, always or never")
@@ -56,9 +62,12 @@ def verified(
         yield
         return
     started_ns = time.time_ns()
-    files = _files_to_check(folder, tokenizer, also, verify)
     cancel = threading.Event()
-    with ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify") as pool:
+    with contextlib.ExitStack() as stack:
+        to_check = _files_to_check(folder, tokenizer, also, verify)
+        files = [stack.enter_context(contextlib.closing(_File(path, entry))) for path, entry in to_check]
+        opened = stack.enter_context(watch_opened())
+        pool = stack.enter_context(ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify"))
         try:
             checks: list[Future[None]] = [pool.submit(file.check, verify, started_ns, cancel) for file in files]
             for params in checks[:1]:
@@ -66,8 +75,10 @@ def verified(
             yield
             for check in as_completed(checks):
                 check.result()
+            opened_paths = {*opened, *(opened_before or {})}
+            _check_added_tokens(tokenizer, {file.path for file in files}, opened_paths)
             for file in files:
-                file.check_unchanged()  # what was loaded is what was hashed
+                file.check_unchanged(opened, opened_before or {})
         except BaseException:
             cancel.set()
             raise
@@ -75,7 +86,8 @@ def verified(
 
 def _files_to_check(
     folder: CheckpointFolder, tokenizer: str | Path | None, also: Iterable[Path], verify: Verify
-) -> list["_File"]:
+) -> list[tuple[Path, Entry]]:
+    """The files that are about to be loaded, params.json first, and their entries in the list."""
     if folder.checklist is None:
         message = f"{folder.path} has no checklist.chk, so nothing says whether its files are whole"
         if verify == "always":
@@ -84,7 +96,7 @@ def _files_to_check(
         return []
     entries = {entry.name: entry for entry in read_checklist(folder.checklist).entries}
     needed = [folder.params, *folder.shards]
-    if tokenizer is not None and Path(tokenizer).parent.resolve() == folder.path.resolve():
+    if tokenizer is not None and _is_in(folder, Path(tokenizer)):
         needed.append(Path(tokenizer))
         added = Path(tokenizer).with_name(ADDED_TOKENS)
         if Path(tokenizer).suffix != ".json" and os.path.lexists(added):  # it is read too
@@ -96,22 +108,40 @@ def _files_to_check(
             f"{folder.checklist} does not name {', '.join(unlisted)}, so they cannot be checked; fetch the full list, "
             "move files that are not part of it away, or load with verify=never"
         )
-    return [_File(path, entries[path.name]) for path in needed]
+    return [(path, entries[path.name]) for path in needed]
 
 
-@dataclass(frozen=True)
+def _is_in(folder: CheckpointFolder, path: Path) -> bool:
+    # By name first: a link may lead elsewhere from one `resolve` to the next.
+    return path.parent == folder.path or path.parent.resolve() == folder.path.resolve()
+
+
+def _check_added_tokens(tokenizer: str | Path | None, checked: set[Path], opened: set[Path]) -> None:
+    """Raise CheckpointError if added_tokens.json came or went before the tokenizer was read."""
+    if tokenizer is None or Path(tokenizer).suffix == ".json" or Path(tokenizer) not in checked & opened:
+        return
+    added = Path(tokenizer).with_name(ADDED_TOKENS)
+    if (added in opened) != (added in checked):
+        raise CheckpointError(f"{added} came or went while the folder was being checked; try again when nothing changes it")
+
+
 class _File:
-    """A file at the start of a load, and its entry in the list.
+    """A file, open from the start of a load to its end, and its entry in the list.
 
     Raises CheckpointError if it is not a plain file.
     """
 
-    path: Path
-    entry: Entry
-    identity: dict[str, int | str] = field(init=False)
+    def __init__(self, path: Path, entry: Entry):
+        self.path, self.entry = path, entry
+        try:
+            self.real_path = os.path.realpath(path)
+            self.file = open_file(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        self.identity = FileIdentity.of(self.file)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "identity", self._identity())
+    def close(self) -> None:
+        self.file.close()
 
     def check(self, verify: Verify, started_ns: int, cancel: threading.Event) -> None:
         """Raise CheckpointError if the file differs from the list; hash it unless its sum is known.
@@ -128,29 +158,21 @@ class _File:
                 f"Nothing was loaded; `llama-ref verify {self.path.parent}` says what is wrong with it"
             )
 
-    def check_unchanged(self) -> None:
-        """Raise CheckpointError if the file has changed since loading began."""
-        if self._identity() != self.identity:
-            raise CheckpointError(f"{self.path} changed while it was being checked; try again when nothing writes to it")
-
-    def _identity(self) -> dict[str, int | str]:
-        try:
-            status = self.path.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{self.path} is not a plain file (it is a folder, a device or a pipe)")
-            path = os.path.realpath(self.path)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-        # ctime, unlike mtime, cannot be set by programs.
-        times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
-        return {"path": path, "size": status.st_size, **times, "inode": status.st_ino, "sum": self.entry.sum}
+    def check_unchanged(self, *watched: Opened) -> None:
+        """Raise CheckpointError if the file has changed, or another one was opened under its path."""
+        opened = {identity for each in watched for identity in each.get(self.path, ())}
+        if {FileIdentity.of(self.file), *opened} != {self.identity}:
+            raise CheckpointError(
+                f"{self.path} changed while it was being checked, or a link or folder on its path did; try again when "
+                "nothing changes them"
+            )
 
     def _hash(self, cancel: threading.Event) -> str | None:
         """Hash the file and remember its sum; None if cancelled."""
         if cancel.is_set():
             return None
         try:
-            found = hash_file(self.path, self.entry.algorithm, cancel=cancel)
+            found = hash_open_file(self.file, self.entry.algorithm, cancel=cancel)
         except Cancelled:
             return None
         except OSError as error:
@@ -164,7 +186,7 @@ class _File:
         try:
             stamp = json.loads(_read_own(self._stamp_path()))
             found, hashed_ns = str(stamp["found"]), int(stamp["hashed_ns"])
-            is_of_this_file = stamp["file"] == self.identity
+            is_of_this_file = stamp["file"] == self._key()
         except Exception:  # a stamp that cannot be read proves nothing
             return None
         is_fresh = started_ns <= hashed_ns <= time.time_ns()
@@ -173,7 +195,7 @@ class _File:
 
     def _remember(self, found: str) -> None:
         """Write a stamp; if that fails, the file is hashed again next time."""
-        stamp = {"file": self.identity, "found": found, "hashed_ns": time.time_ns()}
+        stamp = {"file": self._key(), "found": found, "hashed_ns": time.time_ns()}
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             path = self._stamp_path()
             descriptor, partial = tempfile.mkstemp(dir=path.parent)  # with mode 0600
@@ -182,12 +204,16 @@ class _File:
                 json.dump(stamp, file)
             Path(partial).replace(path)
 
+    def _key(self) -> dict[str, int | str]:
+        """What a stamp is valid for."""
+        return {"path": self.real_path, **asdict(self.identity), "sum": self.entry.sum}
+
     def _stamp_path(self) -> Path:
         """The file of the stamp. Raises OSError if there is no place for stamps."""
         directory = cache_directory() / "verified"
         if Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(self.path.parent)):
             raise PermissionError(f"{directory} is in a checkpoint's folder, which stays unchanged")
-        key = hashlib.sha256(os.fsencode(f"{self.identity['path']}\0{self.entry.sum}")).hexdigest()
+        key = hashlib.sha256(os.fsencode(f"{self.real_path}\0{self.entry.sum}")).hexdigest()
         return directory / f"{key[:32]}.json"
 
     @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import mmap
 import platform
 import sys
-from pathlib import Path
+from typing import BinaryIO
 
 from llama_ref.errors import CheckpointError
 
@@ -11,18 +11,17 @@ from llama_ref.errors import CheckpointError
 MAP_NORESERVE = 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """Map a file's bytes copy-on-write; nothing is read yet.
+def map_file(file: BinaryIO) -> mmap.mmap:
+    """Map an open file's bytes copy-on-write; nothing is read yet, and the file may be closed.
 
     Linux refuses a writable mapping larger than memory, except with MAP_NORESERVE. torch's own
     mapping lacks it, and could not map the 16 GB file of an 8B on a machine with 12 GB. Raises
     CheckpointError.
     """
     try:
-        with path.open("rb") as file:
-            if sys.platform != "linux":
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            flags, protection = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+        if sys.platform != "linux":
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flags, protection = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
     except (OSError, ValueError) as error:  # ValueError: the file is empty
-        raise CheckpointError(f"{path} cannot be mapped ({error})") from error
+        raise CheckpointError(f"{file.name} cannot be mapped ({error})") from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.foreign_names import foreign_names
-from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_pth
+from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_open_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
 from llama_ref.checkpoint.mapped_file import map_file
@@ -35,6 +35,7 @@ from llama_ref.checkpoint.shapes import (
 )
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError
+from llama_ref.files import opened
 from llama_ref.formatting import printable
 from llama_ref.parallel.sharding import places, split_dim
 
@@ -241,8 +242,9 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Raises CheckpointError for a file that is not an archive of tensors, is cut short or contradicts
     itself, or whose pickle asks for anything but tensors.
     """
-    held = inspect_pth(path)  # checks that every tensor lies within the file
-    memory = map_file(path)
+    with opened(path) as file:
+        held = inspect_open_pth(file)  # checks that every tensor lies within the file
+        memory = map_file(file)
     storages: dict[tuple[str, str], Tensor] = {}
     tensors = {}
     for name, info in held.items():

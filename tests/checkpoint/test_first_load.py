@@ -25,7 +25,7 @@ from llama_ref.checkpoint import first_load as module
 from llama_ref.checkpoint.first_load import cache_directory, verified
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.integrity import write_checklist
-from llama_ref.checkpoint.verify.hashing import hash_file
+from llama_ref.checkpoint.verify.hashing import hash_open_file
 from llama_ref.cli import main
 from llama_ref.cli.parser import run as run_script
 from llama_ref.errors import CheckpointError, RequestError
@@ -316,18 +316,18 @@ def test_another_word_than_the_three_is_refused(folder, verify):
 def test_hashing_and_loading_overlap_and_no_model_comes_before_both_are_done(folder, monkeypatch):
     hashing, loaded, may_end, built = (threading.Event() for _ in range(4))
 
-    def slow(path, *args, **options):
-        if path.name.endswith(".pth"):
+    def slow(file, *args, **options):
+        if str(file.name).endswith(".pth"):
             hashing.set()
             assert loaded.wait(PROMPTLY_SECONDS) and may_end.wait(PROMPTLY_SECONDS)
-        return hash_file(path, *args, **options)
+        return hash_open_file(file, *args, **options)
 
     def progress(done, total):
         assert hashing.wait(PROMPTLY_SECONDS)
         if done == total:
             loaded.set()
 
-    monkeypatch.setattr(module, "hash_file", slow)
+    monkeypatch.setattr(module, "hash_open_file", slow)
     thread = threading.Thread(target=lambda: (build(folder, progress=progress), built.set()))
     thread.start()
     assert loaded.wait(PROMPTLY_SECONDS)
@@ -568,13 +568,13 @@ def checking_process(folder: Path, cache: Path, verify: str, log: Path, n_proces
         note("begun")
         return read_checklist(path)
 
-    def noted_hash(path, *args, **options):
+    def noted_hash(file, *args, **options):
         while log.read_text().count("begun") < n_processes:
             time.sleep(0.01)
-        note(path.name)
-        return hash_file(path, *args, **options)
+        note(Path(file.name).name)
+        return hash_open_file(file, *args, **options)
 
-    module.read_checklist, module.hash_file = noted_read, noted_hash
+    module.read_checklist, module.hash_open_file = noted_read, noted_hash
     try:
         check(folder, verify)
     except CheckpointError:
@@ -637,9 +637,9 @@ def test_ctrl_c_ends_it_promptly(processes, folder, cache, waiting):
         file.truncate(1 << 40)
     with contextlib.ExitStack() as stack:
         if waiting:
-            key = module._File(folder / SHARD0, entry_of(folder, SHARD0))._stamp_path()
+            file = stack.enter_context(contextlib.closing(module._File(folder / SHARD0, entry_of(folder, SHARD0))))
             cache.mkdir(parents=True)
-            lock = stack.enter_context(key.with_suffix(".lock").open("w"))
+            lock = stack.enter_context(file._stamp_path().with_suffix(".lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         start, log = processes
         (process,) = start(1)

@@ -1,5 +1,6 @@
 """Mapped files may be larger than memory, and are never changed."""
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.errors import CheckpointError
+
+
+def mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return map_file(file)
 
 
 def refuses_what_exceeds_memory() -> bool:
@@ -31,7 +37,7 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path):
         file.write(b"end")
     with pytest.raises(RuntimeError, match="Cannot allocate memory"):
         torch.UntypedStorage.from_file(str(path), shared=False, nbytes=n_bytes)
-    memory = map_file(path)
+    memory = mapped(path)
     assert len(memory) == n_bytes
     assert memory[:2] == b"\0\0" and memory[-3:] == b"end"
 
@@ -39,7 +45,7 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path):
 def test_a_change_stays_in_this_process(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"as it was")
-    memory = map_file(path)
+    memory = mapped(path)
     memory[:2] = b"AS"
     assert memory[:] == b"AS it was" and path.read_bytes() == b"as it was"
 
@@ -47,7 +53,7 @@ def test_a_change_stays_in_this_process(tmp_path):
 def test_an_empty_file_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file cannot be mapped"):
-        map_file(tmp_path / "file")
+        mapped(tmp_path / "file")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="MAP_NORESERVE is only used on Linux")

@@ -17,7 +17,7 @@ from llama_ref.checkpoint.formats.pth_pickle import (
 )
 from llama_ref.checkpoint.formats.pth_zip import BadArchive, Record, read_at, read_directory
 from llama_ref.errors import CheckpointError
-from llama_ref.files import check_head
+from llama_ref.files import check_head_of, opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +61,22 @@ class TensorInfo:
 def inspect_pth(path: str | Path) -> dict[str, TensorInfo]:
     """The tensors of a `.pth` by name, checked against its zip archive.
 
-    Reads a few hundred kilobytes, whatever the file's size. Raises CheckpointError if the file is
+    Reads a few megabytes at most, whatever the file's size. Raises CheckpointError if the file is
     something else, the archive is damaged, or its pickle asks for more than tensors.
     """
-    path = Path(path)
-    head = check_head(path, "a .pth of weights")
+    with opened(Path(path)) as file:
+        return inspect_open_pth(file)
+
+
+def inspect_open_pth(file: BinaryIO) -> dict[str, TensorInfo]:
+    """The tensors of an open `.pth`, as `inspect_pth` reads them. Raises its errors, and OSError."""
+    head = check_head_of(file, "a .pth of weights")
     if not head.startswith(b"PK"):
-        raise CheckpointError(f"{path} {_not_zip(head)}")
+        raise CheckpointError(f"{file.name} {_not_zip(head)}")
     try:
-        with path.open("rb", buffering=0) as file:
-            return _inspect(file)
+        return _inspect(file)
     except (BadArchive, RefusedPickle) as error:
-        raise type(error)(f"{path} cannot be used: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise type(error)(f"{file.name} cannot be used: {error}") from None
 
 
 def archive_records(path: str | Path) -> list[Record]:

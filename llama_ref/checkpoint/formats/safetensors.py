@@ -7,14 +7,15 @@ Loading then needs no second reader.
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.errors import CheckpointError
-from llama_ref.files import check_head, unique_keys
+from llama_ref.files import check_head_of, opened, unique_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,23 +76,22 @@ def inspect_safetensors(path: Path) -> dict[str, HeldTensor]:
     At least as strict as the safetensors library: files accepted here open there. Raises
     WrongLength for a truncated or overlong file, CheckpointError for any other damage.
     """
-    return _inspect(path)[0]
+    with opened(path) as file:
+        return _inspect(file)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The file's metadata, {} if it has none. Raises the errors of `inspect_safetensors`."""
-    return _inspect(path)[1]
+    with opened(path) as file:
+        return _inspect(file)[1]
 
 
-def _inspect(path: Path) -> tuple[dict[str, HeldTensor], dict[str, str]]:
-    check_head(path, "a safetensors file")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            data = file.read(min(length, HEADER_LIMIT_BYTES))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+def _inspect(file: BinaryIO) -> tuple[dict[str, HeldTensor], dict[str, str]]:
+    path = Path(file.name)
+    check_head_of(file, "a safetensors file")
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    data = file.read(min(length, HEADER_LIMIT_BYTES))
     _check_length(path, size, length, data)
     header, metadata = _parse(path, data)
     tensors = _tensors(path, header, LENGTH_BYTES + length)
@@ -108,8 +108,9 @@ def map_safetensors(path: Path) -> "dict[str, Tensor]":
     """
     import torch  # only now: `verify` reads headers without waiting for it
 
-    tensors = inspect_safetensors(path)
-    data = torch.frombuffer(map_file(path), dtype=torch.uint8)
+    with opened(path) as file:
+        tensors, _ = _inspect(file)
+        data = torch.frombuffer(map_file(file), dtype=torch.uint8)
     return {name: _map_tensor(path, name, data, held) for name, held in tensors.items() if not is_ignored(name)}
 
 

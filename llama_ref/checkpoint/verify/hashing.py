@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
 
 from llama_ref.checkpoint.verify.presence import size_of
@@ -26,10 +27,18 @@ def hash_file(
     path: str | Path, algorithm: str = "md5", progress: FileProgress | None = None, cancel: threading.Event | None = None
 ) -> str:
     """The hex checksum of one file. Raises OSError, or Cancelled if `cancel` is set."""
-    path = Path(path)
+    with FileIO(path) as file:
+        return hash_open_file(file, algorithm, progress, cancel)
+
+
+def hash_open_file(
+    file: FileIO, algorithm: str = "md5", progress: FileProgress | None = None, cancel: threading.Event | None = None
+) -> str:
+    """The hex checksum of an open file, from where it stands. Raises the errors of `hash_file`."""
+    path = Path(file.name)
     digest = hashlib.new(algorithm, usedforsecurity=False)
     # An anonymous map is page-aligned, so the kernel can copy whole pages.
-    with path.open("rb", buffering=0) as file, mmap.mmap(-1, READ_BYTES) as buffer, memoryview(buffer) as view:
+    with mmap.mmap(-1, READ_BYTES) as buffer, memoryview(buffer) as view:
         total, done = os.fstat(file.fileno()).st_size, 0
         _read_ahead(file.fileno())
         while count := file.readinto(view):

@@ -1,0 +1,189 @@
+"""What is loaded is what was hashed, whatever happens to links and folders in between."""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from folders import tiny_folder
+from llama_ref.checkpoint.convert import to_hugging_face
+from llama_ref.checkpoint.first_load import verified
+from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
+from llama_ref.checkpoint.formats.atomic import write_sums
+from llama_ref.checkpoint.formats.safetensors import map_safetensors
+from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.reader import read_shard
+from llama_ref.errors import CheckpointError
+
+SECONDS = 0.5  # of an attack
+NAMES = SHARD, PARAMS, TOKENIZER = ["consolidated.00.pth", "params.json", "tokenizer.model"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    """Two whole folders of equal shape, with other weights."""
+    root = tmp_path_factory.mktemp("models")
+    return tiny_folder(root / "a", seed=1), tiny_folder(root / "b", seed=2)
+
+
+@pytest.fixture(autouse=True)
+def own_stamps(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def point(link: Path, target: Path) -> None:
+    """Let a link lead to `target`, in one step."""
+    new = link.with_name("new link")
+    new.symlink_to(target)
+    new.replace(link)
+
+
+@contextlib.contextmanager
+def flipping(link: Path, *targets: Path) -> Iterator[None]:
+    """While the block runs, a link leads to one target after the other."""
+    stop = threading.Event()
+
+    def flip() -> None:
+        while not stop.wait(0.0005):
+            for target in targets:
+                point(link, target)
+
+    point(link, targets[0])
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def load(folder: CheckpointFolder, verify: str) -> Tensor:
+    """A folder's embedding, loaded as `Llama.build` does."""
+    with verified(folder, verify, folder.tokenizer):
+        args = folder.read_args()
+        folder.open_tokenizer(args)
+        return load_model(folder, args).tok_embeddings.weight
+
+
+def attack(load: Callable[[], Tensor]) -> tuple[list[Tensor], int]:
+    """Load again and again: what was loaded, and how often that was refused."""
+    loaded, n_refused, end = [], 0, time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        try:
+            loaded.append(load().clone())
+        except CheckpointError:
+            n_refused += 1
+    return loaded, n_refused
+
+
+# ---- verified
+
+
+@pytest.mark.parametrize("verify", ["auto", "always"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_was_another_one_while_it_was_loaded_is_refused(models, tmp_path, name, verify):
+    folder = Path(shutil.copytree(models[0], tmp_path / "folder"))
+    original, copy = (Path(shutil.copy2(folder / name, tmp_path / each)) for each in ("original", "copy"))
+    (folder / name).unlink()
+    point(folder / name, original)
+    load(open_folder(folder), verify)
+    opened = open_folder(folder)
+    with pytest.raises(CheckpointError, match=f"{name} changed while.* or a link"), verified(opened, verify, opened.tokenizer):
+        point(opened.path / name, copy)
+        args = opened.read_args()
+        opened.open_tokenizer(args)
+        load_model(opened, args)
+        point(opened.path / name, original)
+    assert load(open_folder(folder), verify).numel()
+
+
+def exchange(folder: Path, other: Path) -> None:
+    """Give each of two folders the other's name."""
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    other.rename(folder)
+    aside.rename(other)
+
+
+def test_folders_that_are_renamed_to_and_fro_are_refused(models, tmp_path):
+    """Then neither the path nor any time of the files differs before and after."""
+    folder, other = (Path(shutil.copytree(each, tmp_path / each.name)) for each in models)
+    opened = open_folder(folder)
+    with pytest.raises(CheckpointError, match=f"{SHARD} changed while"), verified(opened, "always"):
+        args = opened.read_args()
+        exchange(folder, other)
+        load_model(opened, args)
+        exchange(folder, other)
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_added_tokens_that_come_or_go_for_a_moment_are_refused(models, tmp_path, is_listed):
+    """They rename special tokens, so that the number of tokens does not show it."""
+    renaming, plain = tmp_path / "renaming", tmp_path / "plain"
+    shutil.copytree(models[0], renaming)
+    shutil.copytree(renaming, plain, copy_function=os.link)  # of all other files neither inode nor time differs
+    (renaming / "added_tokens.json").write_text(json.dumps({"special": {"<|renamed|>": 300}}))
+    write_sums(renaming, [*NAMES, "added_tokens.json"])
+    folder, other = (renaming, plain) if is_listed else (plain, renaming)
+    opened = open_folder(folder)
+    load(opened, "always")
+    with pytest.raises(CheckpointError, match="json came or went"), verified(opened, "always", opened.tokenizer):
+        args = opened.read_args()
+        exchange(folder, other)
+        assert ("<|renamed|>" in opened.open_tokenizer(args).special_tokens) != is_listed
+        exchange(folder, other)
+
+
+def test_no_flipped_link_to_a_file_lets_unverified_weights_in(models, tmp_path):
+    folder = Path(shutil.copytree(models[0], tmp_path / "folder"))
+    expected = load(open_folder(folder), "never").clone()
+    with flipping(folder / SHARD, models[0] / SHARD, models[1] / SHARD):
+        loaded, n_refused = attack(lambda: load(open_folder(folder), "always"))
+    assert n_refused and all(torch.equal(each, expected) for each in loaded)
+
+
+def test_no_flipped_link_to_a_folder_mixes_two_models(models, tmp_path):
+    """Their lists differ only in the weights, so that each part alone belongs to both."""
+    expected = [load(open_folder(each), "never").clone() for each in models]
+    with flipping(tmp_path / "link", *models):
+        loaded, n_refused = attack(lambda: load(open_folder(tmp_path / "link"), "always"))
+    assert len(loaded) + n_refused and all(any(torch.equal(each, one) for one in expected) for each in loaded)
+
+
+# ---- without verification
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_a_file_is_mapped_as_it_was_inspected(models, tmp_path, form):
+    """Else a shorter file would be mapped with the longer one's offsets."""
+    small = tiny_folder(tmp_path / "small", dtype=torch.float16)
+    large = tiny_folder(tmp_path / "large", dtype=torch.float32)
+    if form == "safetensors":
+        small, large = (to_hugging_face(each, tmp_path / f"{each.name} hf") for each in (small, large))
+    files = [next(each.glob(f"*.{form}")) for each in (small, large)]
+    read = {"pth": read_shard, "safetensors": map_safetensors}[form]
+    expected = [read(file) for file in files]
+    with flipping(tmp_path / "link", *files):
+        n_loads, end = 0, time.monotonic() + SECONDS / 2
+        while time.monotonic() < end:
+            found = read(tmp_path / "link")
+            n_loads += 1
+            like = expected[found[next(iter(found))].dtype == torch.float32]
+            assert found.keys() == like.keys() and all(torch.equal(found[name], like[name]) for name in like)
+    assert n_loads
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(models, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with flipping(tmp_path / "link", models[0] / SHARD, tmp_path / "pipe"):
+        loaded, n_refused = attack(lambda: read_shard(tmp_path / "link")["norm.weight"])
+    assert loaded and n_refused

@@ -7,7 +7,6 @@ the end the identities of all descriptors are compared, so that what was loaded 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.hash_lock import NO_LINK, Beat, hash_lock
 from llama_ref.checkpoint.verify.checklist import Entry, read_checklist
 from llama_ref.checkpoint.verify.hashing import Cancelled, hash_open_file
 from llama_ref.cores import cpu_count
@@ -33,9 +33,7 @@ from llama_ref.vocabulary import ADDED_TOKENS
 
 Verify = Literal["auto", "always", "never"]
 
-LOCK_WAIT_SECONDS = 0.02  # between two tries for a lock that another process holds
 STAMP_LIMIT_BYTES = 1 << 16  # a path and a few numbers; anything longer is not a stamp
-NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # follow no link, wait for no pipe
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +148,8 @@ class _File:
         """
         found = self._known_sum(verify, started_ns)
         if found is None:
-            with self._lock(cancel):
-                found = self._known_sum(verify, started_ns) or self._hash(cancel)
+            with hash_lock(self._lock_path(), self.path, cancel) as beat:
+                found = self._known_sum(verify, started_ns) or self._hash(cancel, beat)
         if found not in (None, self.entry.sum):
             raise CheckpointError(
                 f"{self.path} is not what checklist.chk says: {self.entry.algorithm} {found}, expected {self.entry.sum}. "
@@ -167,12 +165,12 @@ class _File:
                 "nothing changes them"
             )
 
-    def _hash(self, cancel: threading.Event) -> str | None:
+    def _hash(self, cancel: threading.Event, beat: Beat) -> str | None:
         """Hash the file and remember its sum; None if cancelled."""
         if cancel.is_set():
             return None
         try:
-            found = hash_open_file(self.file, self.entry.algorithm, cancel=cancel)
+            found = hash_open_file(self.file, self.entry.algorithm, lambda *_: beat(), cancel)
         except Cancelled:
             return None
         except OSError as error:
@@ -216,26 +214,10 @@ class _File:
         key = hashlib.sha256(os.fsencode(f"{self.real_path}\0{self.entry.sum}")).hexdigest()
         return directory / f"{key[:32]}.json"
 
-    @contextlib.contextmanager
-    def _lock(self, cancel: threading.Event) -> Iterator[None]:
-        """Lock out other processes, if the cache can be written; stop waiting if cancelled."""
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):
-                path = self._stamp_path().with_suffix(".lock")
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
-                stack.callback(os.close, descriptor)
-                while not _try_lock(descriptor) and not cancel.wait(LOCK_WAIT_SECONDS):
-                    pass
-            yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    def _lock_path(self) -> Path | None:
+        with contextlib.suppress(OSError):
+            return self._stamp_path().with_suffix(".lock")
+        return None
 
 
 def _read_own(path: Path) -> bytes:

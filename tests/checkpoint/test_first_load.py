@@ -527,13 +527,14 @@ def test_an_odd_lock_breaks_nothing(folder, cache, hashed, odd):
         assert newly(hashed) == expected
 
 
-def test_a_planted_link_lets_no_other_file_be_overwritten(folder, cache, tmp_path):
+@pytest.mark.parametrize("plant", [Path.symlink_to, Path.hardlink_to])
+def test_a_planted_link_lets_no_other_file_be_overwritten(folder, cache, tmp_path, plant):
     check(folder)
     precious = tmp_path / "precious"
     precious.write_text("precious")
     for path in list(cache.iterdir()):
         path.unlink()
-        path.symlink_to(precious)
+        plant(path, precious)
     check(folder)
     assert precious.read_text() == "precious"
 
@@ -639,7 +640,7 @@ def test_ctrl_c_ends_it_promptly(processes, folder, cache, waiting):
         if waiting:
             file = stack.enter_context(contextlib.closing(module._File(folder / SHARD0, entry_of(folder, SHARD0))))
             cache.mkdir(parents=True)
-            lock = stack.enter_context(file._stamp_path().with_suffix(".lock").open("w"))
+            lock = stack.enter_context(file._lock_path().open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         start, log = processes
         (process,) = start(1)

@@ -23,6 +23,7 @@ from typing import Literal
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.hash_lock import NO_LINK, Beat, hash_lock
+from llama_ref.checkpoint.size_limits import check_limit
 from llama_ref.checkpoint.verify.checklist import Entry, read_checklist
 from llama_ref.checkpoint.verify.hashing import Cancelled, hash_open_file
 from llama_ref.cores import cpu_count
@@ -64,6 +65,8 @@ def verified(
     with contextlib.ExitStack() as stack:
         to_check = _files_to_check(folder, tokenizer, also, verify)
         files = [stack.enter_context(contextlib.closing(_File(path, entry))) for path, entry in to_check]
+        for file in files:
+            check_limit(file.path, file.identity.size)
         opened = stack.enter_context(watch_opened())
         pool = stack.enter_context(ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify"))
         try:

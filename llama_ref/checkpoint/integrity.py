@@ -12,7 +12,7 @@ from llama_ref.checkpoint.formats.atomic import write_sums
 from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.checkpoint.verify.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
 from llama_ref.checkpoint.verify.hashing import Hashed, hash_files, run_all
-from llama_ref.checkpoint.verify.meta_shards import Finding, Structure, examine
+from llama_ref.checkpoint.verify.meta_shards import Finding, Structure, examine, oversize_finding
 from llama_ref.checkpoint.verify.presence import (
     HUGGING_FACE,
     META,
@@ -193,7 +193,7 @@ class _Check:
     def _hash(self, names: Iterable[str], listed: Mapping[str, Entry]) -> dict[str, Hashed | OSError]:
         if self.quick:
             return {}
-        paths = {self.folder / name: name for name in names if name in listed}
+        paths = {self.folder / name: name for name in names if name in listed and not oversize_finding(self.folder / name)}
         found = hash_files([(path, listed[name].algorithm) for path, name in paths.items()], self.jobs, self.progress)
         return {paths[path]: result for path, result in found.items()}
 

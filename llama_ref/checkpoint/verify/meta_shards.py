@@ -28,6 +28,7 @@ from llama_ref.checkpoint.shapes import (
     shard_shape,
     strangers,
 )
+from llama_ref.checkpoint.size_limits import check_limit
 from llama_ref.checkpoint.verify.findings import (
     MOST_SHARDS,
     Finding,
@@ -47,7 +48,7 @@ from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.files import read_head, read_json, read_small
 from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES, N_SPECIAL, dropped_tokens, read_ranks, read_tokenizer_model
 
-__all__ = ["Finding", "Structure", "examine"]
+__all__ = ["Finding", "Structure", "examine", "oversize_finding"]
 
 SAMPLE_BYTES = 4096
 
@@ -71,7 +72,7 @@ def examine(
     found, all_names = Structure(), list(names)
     names = [name for name in all_names if name not in not_to_open]
     for name in names:
-        if finding := impostor_finding(folder / name):
+        if finding := oversize_finding(folder / name) or impostor_finding(folder / name):
             found.findings[name] = finding
     may_blame_params = params_are_right is None
     if form is HUGGING_FACE:
@@ -90,6 +91,15 @@ def examine(
         _examine_json_files(folder, [name for name in names if name != ADDED_TOKENS], found)
     _examine_tokenizer(folder, names, form, found, args)
     return found
+
+
+def oversize_finding(path: Path) -> Finding | None:
+    """A finding if a small file is larger than its name allows."""
+    try:
+        check_limit(path, size_of(path) or 0)
+    except CheckpointError as error:
+        return Finding(State.LONGER, without_path(error, path))
+    return None
 
 
 # params.json, config.json and similar --------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ class Llama:
         speculate: Speculate | None = None,
         draft: str | Path | None = None,
         verify: Verify = "auto",
+        in_memory: bool = False,
         progress: Progress | None = None,
     ) -> "Llama":
         """Load a checkpoint folder, given by path or release name.
@@ -130,7 +131,8 @@ class Llama:
         any batch on CUDA (compiled/cuda.py), after some seconds of compiling. speculate: "ngram" makes
         repetitive text faster; draft: a smaller model of the same vocabulary, which makes any text faster
         (decoding/speculative.py). verify: "auto" compares every file with checklist.chk the first time it
-        is used, "always" each time, "never" does not. progress: called with (bytes done, total bytes).
+        is used, "always" each time, "never" does not. in_memory: copy the weights instead of mapping the
+        files, which may then change while the model is used. progress: called with (bytes done, total bytes).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
         """
         _positive("max_seq_len", max_seq_len)
@@ -145,7 +147,14 @@ class Llama:
         small = None
         if draft:
             small = cls.build(
-                draft, device=on, dtype=precision, quantize=quantize, compile=compile, verify=verify, progress=progress
+                draft,
+                device=on,
+                dtype=precision,
+                quantize=quantize,
+                compile=compile,
+                verify=verify,
+                in_memory=in_memory,
+                progress=progress,
             )
         tokenizer_path = tokenizer_path or folder.tokenizer
         with verified(folder, verify, tokenizer_path):
@@ -154,7 +163,16 @@ class Llama:
             if draft and small:
                 _check_vocabulary(folder.path, args, tokenizer, draft, small)
             check_divisible(args, job.share)
-            model = load_model(folder, args, device=on, dtype=precision, share=job.share, quantize=quantize, progress=progress)
+            model = load_model(
+                folder,
+                args,
+                device=on,
+                dtype=precision,
+                share=job.share,
+                quantize=quantize,
+                in_memory=in_memory,
+                progress=progress,
+            )
         _split(model, job)
         if compile:
             compile_decode(model)

@@ -37,6 +37,7 @@ class Settings:
     device: str
     dtype: str
     verify: Verify
+    in_memory: bool
     prompt_len: int
     gen_len: int
     batches: tuple[int, ...]
@@ -62,6 +63,7 @@ class Settings:
         device: str | None = None,
         dtype: str | None = None,
         verify: Verify = "auto",
+        in_memory: bool = False,
     ) -> "Settings":
         """Read a command line's values. Raises RequestError or CheckpointError."""
         threads = default_threads() if threads is None else threads
@@ -97,6 +99,7 @@ class Settings:
             device=str(chosen),
             dtype=own_dtype,
             verify=verify,
+            in_memory=in_memory,
             prompt_len=prompt_len,
             gen_len=gen_len,
             batches=_numbers("batch", batch, MOST_ROWS, "1 or 1,8"),
@@ -119,6 +122,8 @@ class Settings:
             words.append(f"--quantize {self.quantize}")
         if self.compile:
             words.append("--compile")
+        if self.in_memory:
+            words.append("--in_memory")
         words += [f"--device {self.device}", f"--dtype {self.dtype}"]
         words += [f"--prompt_len {self.prompt_len}", f"--gen_len {self.gen_len}", f"--batch {','.join(map(str, self.batches))}"]
         if self.contexts:

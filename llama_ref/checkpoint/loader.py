@@ -1,9 +1,9 @@
 """Load a folder's weights into a Transformer, tensor by tensor.
 
 Files are mapped, not read. If nothing has to change (CPU, the file's dtype, one slice), a parameter
-is the file's pages themselves. Otherwise each tensor is cast and copied once, and its pages are
-released before the next. Copies to CUDA go through pinned buffers (to_device.py), so that the host
-holds no more than these and one tensor.
+is the file's pages themselves, unless a private copy is asked for. Otherwise each tensor is cast
+and copied once, and its pages are released before the next. Copies to CUDA go through pinned
+buffers (to_device.py), so that the host holds no more than these and one tensor.
 """
 
 import math
@@ -37,6 +37,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     share: Share = WHOLE,
     quantize: Scheme | str | None = None,
+    in_memory: bool = False,
     progress: Progress | None = None,
 ) -> Transformer:
     """Build the model of a folder, in `dtype` on `device`, frozen and in evaluation mode.
@@ -45,8 +46,9 @@ def load_model(
     layers. The model's `args` count these layers and key/value heads; tensors of other stages stay
     on the meta device. With `quantize`, each matrix is quantized from the files' numbers as soon as
     it is read, so that the whole model is never held unquantized; a quantized folder is loaded as
-    it is. Raises CheckpointError as `open_stored` does, RequestError for a matrix that the scheme
-    cannot hold.
+    it is. With `in_memory`, the model has its own copy of every weight, and the files may change
+    afterwards. Raises CheckpointError as `open_stored` does, RequestError for a matrix that the
+    scheme cannot hold.
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     layers = share.layers(args.n_layers)
@@ -71,11 +73,11 @@ def load_model(
         for name, ranges in wanted.items():
             matrix: Tensor | QuantizedMatrix
             if isinstance(stored, StoredQuantized):
-                matrix = stored.matrix(name, ranges, device, dtype, copier)
+                matrix = stored.matrix(name, ranges, device, dtype, copier, in_memory)
             elif scheme and scheme.bits_of(name):
                 matrix = _quantized(scheme, name, stored, ranges, device, dtype, copier)
             else:
-                matrix = _join(stored.slices(name, ranges), split_dim(name), device, dtype, copier)
+                matrix = _join(stored.slices(name, ranges), split_dim(name), device, dtype, copier, in_memory)
             _set(model, _local_name(name, layers), matrix)
             if copier:
                 give_back_memory()  # of reordered copies, which the C library would keep
@@ -138,10 +140,15 @@ def _join(
     device: torch.device | str,
     dtype: torch.dtype,
     copier: PinnedCopier | None,
+    in_memory: bool = False,
 ) -> Tensor:
-    """Join a tensor's slices, in `dtype` on `device`; no copy if the mapped pages will do."""
+    """Join a tensor's slices, in `dtype` on `device`.
+
+    No copy is made if the mapped pages will do; with `in_memory` they never do.
+    """
     first = slices[0].tensor
-    if len(slices) == 1 and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
+    may_be_used = len(slices) == 1 and not (in_memory and slices[0].is_mapped)
+    if may_be_used and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
         if not slices[0].is_mapped:
             slices[0].release()
         return first

@@ -3,7 +3,7 @@
 Tensors have the names of the modules' buffers (quantization/linear.py): an int8 matrix is
 `layers.0.attention.wq.q` and `….scale`, an int4 matrix `….packed`, `….scale` and `….zero`. Norms
 stay `….weight`, and a tied output is left out. Files are mapped; on a CPU the model's buffers are
-the files' own pages, except those that are not aligned (`_aligned`).
+the files' own pages, except those that are not aligned or must be private (`_on_cpu`).
 """
 
 from collections.abc import Mapping
@@ -85,17 +85,19 @@ class StoredQuantized:
         device: torch.device | str,
         dtype: torch.dtype,
         copier: PinnedCopier | None = None,
+        in_memory: bool = False,
     ) -> Tensor | QuantizedMatrix:
         """The `ranges` of a matrix as a module, or of an unquantized tensor as a tensor in `dtype`.
 
-        `copier` copies to `device` and releases the file's pages. Raises RequestError for ranges
+        `copier` copies to `device` and releases the file's pages; `in_memory` copies them to memory
+        where they could be used as they are. Raises RequestError for ranges
         that split a group.
         """
 
         def on_device(tensor: Tensor, ranges: list[range] | None = None, dim: int | None = None) -> Tensor:
             part = _narrow(tensor, ranges, dim)
             if copier is None:
-                return _aligned(part, tensor) if torch.device(device).type == "cpu" else part.to(device)
+                return _on_cpu(part, tensor, in_memory) if torch.device(device).type == "cpu" else part.to(device)
             out = torch.empty(part.shape, dtype=part.dtype, device=device)
             TensorSlice(part, tensor).copy_to(out, copier)
             return out
@@ -150,13 +152,14 @@ def _narrow(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tens
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
 
 
-def _aligned(part: Tensor, mapped: Tensor) -> Tensor:
-    """A contiguous part of a mapped tensor, copied unless it is aligned to KERNEL_ALIGNMENT.
+def _on_cpu(part: Tensor, mapped: Tensor, in_memory: bool) -> Tensor:
+    """A contiguous part of a mapped tensor; a copy if it must be private or is not aligned.
 
-    Other programs align tensors to 8 bytes, and the rows of a share may begin anywhere.
+    To KERNEL_ALIGNMENT, that is: other programs align tensors to 8 bytes, and the rows of a share may begin anywhere.
     """
-    if part.data_ptr() % KERNEL_ALIGNMENT == 0:
+    slice_ = TensorSlice(part, mapped)
+    if part.data_ptr() % KERNEL_ALIGNMENT == 0 and not (in_memory and slice_.is_mapped):
         return part
     copy = torch.empty_like(part)
-    TensorSlice(part, mapped).copy_to(copy)
+    slice_.copy_to(copy)
     return copy

@@ -42,6 +42,10 @@ Verify = Annotated[
     Literal["auto", "always", "never"],
     Flag("compare files with checklist.chk: each file once, at every load, or not at all"),
 ]
+InMemory = Annotated[
+    bool,
+    Flag("copy the weights into memory instead of mapping the files, which may then change or go"),
+]
 Compile = Annotated[bool, Flag("compile the decode step: faster decoding after some seconds of compiling")]
 Seed = Annotated[int | None, Flag("random seed for sampling, or none for a fresh one each time")]
 MaxSeqLen = Annotated[int, Flag("longest prompt and answer together, in tokens")]
@@ -93,6 +97,7 @@ class Weights:
         Flag("cuda, mps or cpu", metavar="DEVICE", unset="the first of these that is available"),
     ] = None
     verify: Verify = "auto"
+    in_memory: InMemory = False
     threads: Threads = None
 
 

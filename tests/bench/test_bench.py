@@ -44,7 +44,7 @@ def tiny(tmp_path_factory) -> Path:
 def report() -> Report:
     """A report with the widest names and numbers."""
     settings = Settings(
-        *("a/long/way/to/a/folder/" * 5, "int4:group=32", True, "cpu", "bfloat16", "auto", 512, 128),
+        *("a/long/way/to/a/folder/" * 5, "int4:group=32", True, "cpu", "bfloat16", "auto", False, 512, 128),
         *((1, 128), (128, 131072), ("transformers", "llama.cpp", "meta"), 5, 128),
     )
     wide, ratio = Spread(12345.6, 10234.5, 98765.4), Spread(10.5, 0.05, 138.5)

@@ -29,6 +29,7 @@ class Ours:
             quantize=settings.quantize,
             compile=settings.compile,
             verify=settings.verify,
+            in_memory=settings.in_memory,
         )
         model = self.llama.model
         self.precision = f"{settings.quantize or settings.dtype}{', compiled' if settings.compile else ''}"

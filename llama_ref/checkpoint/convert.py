@@ -43,6 +43,7 @@ from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
 from llama_ref.checkpoint.verify.presence import INDEX_NAME, ONE_FILE, checkpoint_files, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import dtype_name
+from llama_ref.opened_files import Opened, watch_opened
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.tokenizer import Tokenizer
@@ -154,21 +155,23 @@ class Source:
     tokenizer: Tokenizer | None
     carried: list[Path]
     stamps: dict[Path, tuple[int, int] | None]
+    opened: Opened
 
     @classmethod
     def open(cls, name: str | Path) -> "Source":
         folder = open_folder(name)
         carried = carried_files(folder)
         stamps = {path: stamp_of(path) for path in (*carried, *folder.shards)}
-        args = folder.read_args()
-        stored = open_stored(folder, args)
+        with watch_opened() as opened:
+            args = folder.read_args()
+            stored = open_stored(folder, args)
+            tokenizer = folder.open_tokenizer(args) if folder.tokenizer else None
+            for path in carried:
+                read_carried(path)
         n_shards = 1 if folder.is_hugging_face else len(folder.shards)
         repeats = _kv_repeats(stored, args, n_shards)
-        tokenizer = folder.open_tokenizer(args) if folder.tokenizer else None
-        for path in carried:
-            read_carried(path)
         once = replace(args, n_kv_heads=args.n_kv_heads // repeats)
-        return cls(folder, once, stored, n_shards, repeats, tokenizer, carried, stamps)
+        return cls(folder, once, stored, n_shards, repeats, tokenizer, carried, stamps, opened)
 
     @contextmanager
     def unchanged(self, verify: Verify) -> Iterator[None]:
@@ -176,7 +179,7 @@ class Source:
 
         Raises CheckpointError if they do not match their checklist or have changed since `open`.
         """
-        with verified(self.folder, verify, self.folder.tokenizer, self.carried):
+        with verified(self.folder, verify, self.folder.tokenizer, self.carried, self.opened):
             yield
         for path, stamp in self.stamps.items():
             if stamp_of(path) != stamp:
@@ -301,7 +304,7 @@ def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
     elif args.n_kv_heads == source.args.n_kv_heads * source.repeats:
         copy_carried(source.folder.params, folder)
     else:
-        params = json.loads(source.folder.params.read_bytes()) | {"n_kv_heads": args.n_kv_heads}
+        params = json.loads(read_carried(source.folder.params)) | {"n_kv_heads": args.n_kv_heads}
         params.pop("rope_scaling_factor", None)
         if args.use_scaled_rope and args.rope_scaling_factor != usual_rope_factor(args.dim, args.n_heads, args.n_kv_heads):
             # The new shape no longer implies it.
@@ -356,7 +359,7 @@ def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> No
     """Copy the source's config and tokenizer files; config.json with what the weights now are."""
     for path in source.carried:
         copy_carried(path, folder)
-    config = json.loads(source.folder.params.read_text(encoding="utf-8-sig"))
+    config = json.loads(read_carried(source.folder.params))
     changed: dict[str, Any] = {}
     if dtype is not None:
         changed["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)  # transformers 5, and 4

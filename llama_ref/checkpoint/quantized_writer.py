@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_ref.checkpoint.carried_files import read_carried
 from llama_ref.checkpoint.convert import Source, write_conventions, write_native_tokenizer
 from llama_ref.checkpoint.first_load import Verify
 from llama_ref.checkpoint.folder import QUANTIZATION, open_folder
@@ -94,7 +95,7 @@ def _calibrate(source: Source, scheme: Scheme, text: str, rounded: OnRounded) ->
 
 def _quantized_params(source: Source, scheme: Scheme) -> dict[str, Any]:
     """The source's params.json, unknown keys included, with the scheme."""
-    params = make_params(source.args) if source.folder.is_hugging_face else json.loads(source.folder.params.read_bytes())
+    params = make_params(source.args) if source.folder.is_hugging_face else json.loads(read_carried(source.folder.params))
     if "n_kv_heads" in params:
         params["n_kv_heads"] = source.args.n_kv_heads
     return params | {QUANTIZATION: scheme.to_params()}

@@ -130,7 +130,7 @@ def test_in_bfloat16_three_processes_choose_as_one_does_up_to_near_ties(demo_fol
         "tokenizer": None,
         "build": {"dtype": "bfloat16"},
         "tokens": [[17000, 504, 3575, 282, 4649, 314], [504, 3575, 282, 4649, 314, 260]],
-        "n_tokens": 40,
+        "n_tokens": 24,
     }
     result = run_job(tmp_path, 3, task)["demo"]
     one = Llama.build(demo_folder, max_seq_len=64, device="cpu", dtype="bfloat16", verify="never")
@@ -140,7 +140,7 @@ def test_in_bfloat16_three_processes_choose_as_one_does_up_to_near_ties(demo_fol
         behind = logits.amax(-1) - logits[torch.arange(len(logits)), torch.tensor(tokens[len(prompt) :])]
         assert behind.max() <= NEAR_TIE
         agreed += (behind == 0).tolist()
-    assert len(agreed) > 50 and sum(agreed) >= 0.9 * len(agreed)
+    assert len(agreed) > 40 and sum(agreed) >= 0.9 * len(agreed)
 
 
 def test_each_process_holds_its_part_and_opens_no_shard_without_something_of_its(together):

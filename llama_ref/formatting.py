@@ -24,6 +24,26 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
 
 
+def escape_controls(text: str) -> str:
+    """Text that sends a terminal no commands: its control characters are shown as "\\x1b".
+
+    Newlines and tabs stay, and the joiners that emoji and Indic scripts need. Escaped are the other
+    control characters, those that show text in another order than it has (U+202A to U+202E, U+2066
+    to U+2069), and surrogates, by which Python decodes a file name's invalid bytes.
+    """
+    return text.translate(_ESCAPES)
+
+
+_ESCAPED = (
+    *(code for code in range(0x20) if chr(code) not in "\n\t"),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),
+)
+_ESCAPES = {code: chr(code).encode("unicode_escape", "surrogatepass").decode() for code in _ESCAPED}
+
+
 def comma_list(names: Sequence[object], most: int) -> str:
     """Names for a message, separated by commas; with "…" after the first `most`, if there are more."""
     return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")

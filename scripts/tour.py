@@ -25,7 +25,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.rule import Rule
@@ -34,6 +33,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from llama_ref.checkpoint.folder import find_folder, open_folder
+from llama_ref.cli.console import SafeConsole
 from llama_ref.cli.parser import configure_stdio, guarded
 from llama_ref.errors import FolderNotFound, RequestError
 from llama_ref.study.inputs import check_not_empty, check_one_process
@@ -139,7 +139,7 @@ class InTerminal:
     """Shows Markdown, highlighted code, and output after a bar."""
 
     def __init__(self, pause: bool) -> None:
-        self.console = Console(highlight=False, theme=Theme({"markdown.code": "bold cyan"}))  # no black boxes on white
+        self.console = SafeConsole(theme=Theme({"markdown.code": "bold cyan"}))  # no black boxes on white
         self.pause = pause and sys.stdin.isatty()
 
     def prose(self, text: str) -> None:
@@ -148,28 +148,22 @@ class InTerminal:
                 self.console.input("[dim]Enter continues, Ctrl-C leaves. [/dim]")
             if section.startswith("## "):
                 heading, _, section = section.partition("\n")
-                self._print(Rule(Text(heading.removeprefix("## "), style="bold"), align="left"))
-                self._print("")
+                self.console.print_safely(Rule(Text(heading.removeprefix("## "), style="bold"), align="left"))
+                self.console.print_safely("")
             if section.strip():
-                self._print(Markdown(LINK.sub(_link_text, section), code_theme="ansi_dark"))
-            self._print("")
+                self.console.print_safely(Markdown(LINK.sub(_link_text, section), code_theme="ansi_dark"))
+            self.console.print_safely("")
 
     def code(self, code: str) -> None:
         syntax = Syntax(code.rstrip(), "python", theme="ansi_dark", background_color="default", word_wrap=True)
-        self._print(Padding(syntax, (0, 0, 0, 2)))
+        self.console.print_safely(Padding(syntax, (0, 0, 0, 2)))
 
     def output(self, text: str) -> None:
-        self._print("")
+        self.console.print_safely("")
         for line in text.splitlines():
-            self._print(Text(f"│ {line}", style="green"), soft_wrap=True)
+            self.console.print_safely(Text(f"│ {line}", style="green"), soft_wrap=True)
         if text:
-            self._print("")
-
-    def _print(self, what: Any, **options: Any) -> None:
-        """Print with `print`: Console.print would exit when the reader of a pipe has gone."""
-        with self.console.capture() as captured:
-            self.console.print(what, markup=False, emoji=False, **options)
-        print(captured.get(), end="", flush=True)
+            self.console.print_safely("")
 
 
 def _link_text(link: re.Match[str]) -> str:

@@ -1,12 +1,16 @@
 """Small folders in Meta's layout, for tests of what happens to files."""
 
 import base64
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llama_ref.checkpoint.integrity import write_checklist
 from make_random_checkpoint import make_random_checkpoint
 
 PARAMS = {
@@ -30,6 +34,21 @@ def byte_tokenizer(path: Path) -> Path:
 def tiny_folder(path: Path, **options: Any) -> Path:
     """A whole folder with tokenizer and checklist, of random weights; `options` are make_random_checkpoint's."""
     return make_random_checkpoint(path, PARAMS, tokenizer=byte_tokenizer(path.with_name(f"{path.name}.model")), **options)
+
+
+def talking_folder(path: Path, answer: str) -> Path:
+    """A whole folder of a model that answers to a newline with this text; it has at most 30 bytes, all different."""
+    tiny_folder(path)
+    tokens = [*b"\n", *answer.encode(), 256 + 9]  # the last is <|eot_id|>
+    tensors = torch.load(path / "consolidated.00.pth")
+    for name, tensor in tensors.items():
+        tensor.fill_(1 if name.endswith("norm.weight") else 0)
+    for i, (token, following) in enumerate(itertools.pairwise(tokens)):
+        tensors["tok_embeddings.weight"][token, i] = 1
+        tensors["output.weight"][following, i] = 1
+    torch.save(tensors, path / "consolidated.00.pth")
+    write_checklist(path, force=True)
+    return path
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llama_ref.cli.escapes import escape_on_terminals
 from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
 
 EXIT_BAD, EXIT_MISUSE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141  # verify also has 3
@@ -68,7 +69,8 @@ def _known_failure(error: RuntimeError) -> LlamaRefError | None:
 def configure_stdio(silent: bool = False) -> None:
     """Make stdio tolerant: replace what cannot be encoded; open /dev/null for closed streams.
 
-    A shell closes a stream with `>&-`. `silent` sends standard output to /dev/null as well.
+    A shell closes a stream with `>&-`. `silent` sends standard output to /dev/null as well. On
+    terminals control characters are escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
@@ -77,6 +79,7 @@ def configure_stdio(silent: bool = False) -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    escape_on_terminals()
 
 
 @contextmanager

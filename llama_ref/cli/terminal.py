@@ -7,30 +7,42 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.progress import ProgressColumn
+    from rich.progress import Progress, ProgressColumn
+
+    from llama_ref.cli.console import SafeConsole
 
 WIDE = 160  # columns of a table that goes into a pipe or file
 
 
 def print_rich(renderable: "RenderableType") -> None:
-    """Print a table or text. Names in it are never read as markup.
-
-    Where standard output is not a terminal its width is unknown, and no line is broken to fit one.
-    """
-    from rich.console import Console
+    """Print a table or text. Names in it are neither markup nor commands to the terminal."""
     from rich.text import Text
 
-    console = Console(markup=False, emoji=False, highlight=False)
+    output_console().print_safely(renderable, soft_wrap=isinstance(renderable, Text))
+
+
+def output_console() -> "SafeConsole":
+    """A console of standard output. A pipe's width is unknown: there, no line is broken to fit one."""
+    from llama_ref.cli.console import SafeConsole
+
+    console = SafeConsole()
     if not console.is_terminal:
         console.width = WIDE
-    with console.capture() as captured:
-        console.print(renderable, soft_wrap=isinstance(renderable, Text))
-    # Console.print itself would exit with 1 when the reader of a pipe has gone.
-    print(captured.get(), end="")
+    return console
+
+
+def print_path(path: Path) -> None:
+    """Print the place of what was written; in a pipe byte for byte, for a script to go on with."""
+    if sys.stdout.isatty() or not hasattr(sys.stdout, "buffer"):
+        print(path)
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
 
 
 def is_first_process() -> bool:
@@ -50,15 +62,28 @@ def progress_bar(description: str, *columns: "ProgressColumn") -> Iterator[Calla
 
     Silent where stderr is not a terminal.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn, TextColumn
 
-    console = Console(stderr=True)
-    disable = not (console.is_terminal and is_first_process())
-    drawn = (TextColumn(description), BarColumn(), *columns)
-    with Progress(*drawn, console=console, transient=True, disable=disable) as bar:
+    drawn = (TextColumn(description, markup=False), BarColumn(), *columns)
+    with live_progress(*drawn) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def live_progress(*columns: "ProgressColumn") -> Iterator["Progress"]:
+    """Show rich's progress on stderr, where other lines are printed above it."""
+    from rich.progress import Progress
+
+    from llama_ref.cli.console import SafeConsole
+    from llama_ref.cli.escapes import escape_on_terminals
+
+    console = SafeConsole(stderr=True)
+    disable = not (console.is_terminal and is_first_process())
+    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
+        if not disable:  # rich has put streams of its own before ours, which would let colors pass
+            escape_on_terminals()
+        yield progress
 
 
 def byte_bar(description: str) -> AbstractContextManager[Callable[[int, int], None]]:

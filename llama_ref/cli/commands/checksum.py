@@ -20,9 +20,9 @@ def checksum(
     """
     from llama_ref.checkpoint.folder import find_folder
     from llama_ref.checkpoint.integrity import write_checklist
+    from llama_ref.cli.terminal import print_path
     from llama_ref.cli.views.verify import hashing_bars
-    from llama_ref.formatting import printable
 
     with hashing_bars() as progress:
         path = write_checklist(find_folder(name), algorithm, force, jobs, progress)
-    print(printable(str(path)))
+    print_path(path)

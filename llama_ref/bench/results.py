@@ -100,7 +100,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole benchmark. `bandwidth` is bytes per second; `notes` say what is left out and why."""
+    """A whole benchmark. `bandwidth` is bytes per second.
+
+    `notes` say what is left out and why, and whether other programs slowed it down.
+    """
 
     machine: Machine
     settings: Settings

@@ -2,6 +2,7 @@
 
 import random
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from llama_ref.bench.process import Failed, Process
 from llama_ref.bench.results import LongResult, Report, Result, Round, Spread, Work
 from llama_ref.bench.settings import OURS, Settings, missing_packages
 from llama_ref.bench.worker import PROBE
+from llama_ref.busy import OtherPrograms
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.errors import LlamaRefError, RequestError
 
@@ -39,6 +41,8 @@ class _Comparison:
         self.settings, self.scratch, self.stack, self.status = settings, scratch, stack, status
         self.args = open_folder(settings.name).read_args()
         self.processes: dict[str, Process] = {}
+        self.started: list[Process] = []
+        self.others = OtherPrograms(self._own_seconds)
         self.facts: dict[str, dict[str, Any]] = {}  # each contestant's answer to "load"
         self.rounds: dict[tuple[str, int], list[Round]] = defaultdict(list)
         self.long_rounds: dict[int, list[Round]] = defaultdict(list)  # by context
@@ -73,6 +77,7 @@ class _Comparison:
             return
         self.status(f"{name} loads")
         self.processes[name] = process = Process(name, self.settings.threads, self.scratch)
+        self.started.append(process)
         self.stack.callback(process.end)
         facts = self._ask(name, "load", settings=asdict(self.settings), scratch=str(self.scratch))
         if facts:
@@ -98,6 +103,10 @@ class _Comparison:
             self.processes.pop(name).end()
             return None
 
+    def _own_seconds(self) -> float:
+        """The processor's seconds for this benchmark, in all its processes."""
+        return time.process_time() + sum(process.cpu_seconds() for process in self.started)
+
     def _contestants(self) -> list[str]:
         return [name for name in self.processes if name != PROBE]
 
@@ -107,12 +116,14 @@ class _Comparison:
         return [[ids.randrange(self.args.vocab_size) for _ in range(self.settings.prompt_len)] for _ in range(batch)]
 
     def _report(self) -> Report:
+        hint = self.others.hint(self.settings.threads) if torch.device(self.settings.device).type == "cpu" else None
+        notes = [*self.notes, hint] if hint else self.notes
         bandwidth = Spread.of(self.reads) if self.reads else None
         contestants = self._contestants()
         results = [self._result(name, batch, bandwidth) for batch in self.settings.batches for name in contestants]
         machine = describe_machine(torch.device(self.settings.device), [name for name in contestants if name != OURS])
         long = [self._long_result(context, bandwidth) for context in self.settings.contexts]
-        return Report(machine, self.settings, self.settings.command, bandwidth, results, long, self.notes)
+        return Report(machine, self.settings, self.settings.command, bandwidth, results, long, notes)
 
     def _result(self, name: str, batch: int, bandwidth: Spread | None) -> Result:
         s, facts = self.settings, self.facts[name]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llama_ref.cli.busy import OtherPrograms
+from llama_ref.busy import OtherPrograms
 from llama_ref.decoding.stream import Stream
 
 
@@ -32,7 +32,8 @@ class Timing:
         is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if device.type != "cpu" or not is_alone or not sys.stderr.isatty():
             return None
-        return self._others.hint(torch.get_num_threads())
+        hint = self._others.hint(torch.get_num_threads())
+        return hint and f"({hint})"
 
     def __str__(self) -> str:
         """The time to the first token is the prompt's; the rate counts the tokens after it."""

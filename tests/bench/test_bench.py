@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,14 +16,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from folders import PARAMS, byte_tokenizer, tiny_folder
+from llama_ref.bench import runner
 from llama_ref.bench.costs import flops, weight_bytes
-from llama_ref.bench.process import Failed, Process
+from llama_ref.bench.process import Failed, Process, session_seconds
 from llama_ref.bench.results import LongResult, Machine, Report, Result, Spread, Work
 from llama_ref.bench.roofline import draw_roofline
 from llama_ref.bench.runner import compare
 from llama_ref.bench.settings import OURS, PEERS, Settings
+from llama_ref.busy import OtherPrograms, busy_seconds
 from llama_ref.cli import main
 from llama_ref.cli.views.bench import WIDTH, print_report
+from llama_ref.cores import cpu_count
 from llama_ref.generation import Llama
 from llama_ref.quantization.apply import quantized_bytes
 from make_random_checkpoint import make_random_checkpoint
@@ -83,6 +87,27 @@ def printed(tiny) -> dict:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, timeout=240, check=True).stdout)
 
 
+@pytest.fixture(scope="module")
+def disturbed(tiny) -> tuple[Report, float]:
+    """A report of int8 weights, made while another program keeps a core busy, and the seconds that count as our own."""
+    counted = []
+
+    class Watched(OtherPrograms):
+        def hint(self, threads: int) -> str | None:
+            counted.append(self._own())
+            return super().hint(threads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "OtherPrograms", Watched)
+        spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            found = compare(small_settings(tiny, quantize="int8", threads=cpu_count()))
+        finally:
+            spinning.kill()
+            spinning.wait()
+    return found, counted[0]
+
+
 class TestMeasuring:
     def test_all_take_their_turn_at_every_batch(self, printed):
         who = [(result["batch"], result["contestant"]) for result in printed["results"]]
@@ -141,11 +166,28 @@ class TestMeasuring:
         work = next(result["decode_work"] for result in printed["results"] if result["batch"] == 1)
         assert work["flops"] == flops(args, 1, 16 + 4 / 2, 1)
 
-    def test_what_is_quantized_or_compiled_says_so(self, tiny):
-        found = compare(small_settings(tiny, quantize="int8"))
+    def test_what_is_quantized_or_compiled_says_so(self, tiny, disturbed):
+        found, _ = disturbed
         assert found.results[0].precision == "int8"
         assert "--quantize int8 --device" in found.command
         assert "--quantize int4 --compile --device" in small_settings(tiny, quantize="int4", compile=True).command
+
+    @pytest.mark.skipif(busy_seconds() == 0 or cpu_count() == 1, reason="only Linux counts them, and one core has no other")
+    def test_other_programs_are_noted_and_our_own_processes_are_none(self, disturbed):
+        found, own_seconds = disturbed
+        (note,) = found.notes
+        assert re.fullmatch(r"other programs used \d+\.\d of \d+ cores meanwhile: try --threads \d+", note)
+        assert own_seconds > time.process_time() + 1  # two workers imported PyTorch
+
+    @pytest.mark.skipif(busy_seconds() == 0, reason="only Linux counts them")
+    def test_what_a_process_starts_counts_as_its_own(self):
+        work = "import time\nwhile time.process_time() < 0.4: pass\n"
+        script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}]); print(flush=True); input()"
+        pipe = subprocess.PIPE
+        with subprocess.Popen([sys.executable, "-c", script], start_new_session=True, stdin=pipe, stdout=pipe) as process:
+            process.stdout.readline()
+            assert 0.4 <= session_seconds(process.pid) < 10
+            process.communicate(b"\n")
 
 
 class TestBytes:

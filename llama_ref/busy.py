@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from llama_ref.cores import cpu_count
@@ -13,15 +14,18 @@ NOTICEABLE = 0.4  # cores
 
 
 class OtherPrograms:
-    """Measures from its making on how much of this process's cores other programs use. Linux only."""
+    """Measures from its making on how much of this process's cores other programs use. Linux only.
 
-    def __init__(self) -> None:
+    `own` counts the processor's seconds for what is not another program: by default this process.
+    """
+
+    def __init__(self, own: Callable[[], float] = time.process_time) -> None:
+        self._own = own
         self._began = self._now()
 
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """Seconds by the clock, of this process, of all programs on this process's cores."""
-        return time.perf_counter(), time.process_time(), busy_seconds()
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds by the clock, of our own work, of all programs on this process's cores."""
+        return time.perf_counter(), self._own(), busy_seconds()
 
     def cores(self) -> float:
         """Cores that others have used on average; 0 if that is unknown or the time was too short."""
@@ -39,7 +43,7 @@ def hint(others: float, n_cores: int, threads: int) -> str | None:
     if others < NOTICEABLE or threads <= n_cores - others or threads == 1:
         return None
     better = min(fitting, threads - 1)
-    return f"(other programs used {others:.1f} of {n_cores} cores meanwhile: try --threads {better})"
+    return f"other programs used {others:.1f} of {n_cores} cores meanwhile: try --threads {better}"
 
 
 def busy_seconds() -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_ref.cli.busy import OtherPrograms, hint
+from llama_ref.busy import OtherPrograms, hint
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from llama_ref.cli.busy import OtherPrograms, hint
 )
 def test_fewer_threads_are_advised_where_others_take_their_cores(others, n_cores, threads, better):
     found = hint(others, n_cores, threads)
-    assert (found is None) if better is None else (found is not None and found.endswith(f"try --threads {better})"))
+    assert (found is None) if better is None else (found is not None and found.endswith(f"try --threads {better}"))
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux counts them")

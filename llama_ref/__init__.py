@@ -1,9 +1,11 @@
 """A native Meta-checkpoint loader and pure-PyTorch reference implementation of Llama 3."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # not typing's: importing that would take most of the time of this module
 if TYPE_CHECKING:
+    from typing import Any
+
     from llama_ref.args import ModelArgs
     from llama_ref.chat import ChatFormat, Dialog, Message
     from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
@@ -44,7 +46,7 @@ MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import a public name on first use: commands that do not need torch do not wait for its import."""
     for module, names in MODULES.items():
         if name in names:

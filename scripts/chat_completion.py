@@ -8,6 +8,11 @@ It also runs with plain `python`. The flags are those of Meta's example script a
 import sys
 from typing import Annotated
 
+from llama_ref.cli.interrupt import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # during the imports below, which take seconds
+
 from llama_ref import Dialog, Llama
 from llama_ref.cli.flags import Flag
 from llama_ref.cli.options import Building, MaxSeqLen, Name, Seed, TokenizerPath, build_arguments

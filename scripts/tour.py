@@ -25,6 +25,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from llama_ref.cli.interrupt import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # during the imports below, which take seconds
+
 from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.rule import Rule

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from llama_ref import thread_limit
 from llama_ref.bench.settings import OURS, Settings
 from llama_ref.errors import LlamaRefError, RequestError
 
@@ -98,6 +99,8 @@ def _answer(server: Server, request: str, arguments: dict[str, Any]) -> dict[str
 
 
 def _one_line(error: Exception) -> str:
+    if thread_limit.caused(error):
+        return thread_limit.MESSAGE
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no reason given"
     return text[:LONGEST_ERROR] if isinstance(error, LlamaRefError) else f"{type(error).__name__}: {text}"[:LONGEST_ERROR]

@@ -5,6 +5,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run `llama-ref` with these words (default: the process's own); return the exit code."""
     import sys
 
+    from llama_ref.cli.interrupt import exit_on_interrupt
+
+    if argv is None:  # else a program calls, which goes on afterwards
+        exit_on_interrupt()
     from llama_ref.cli.parser import run_guarded, run_program
 
     words = sys.argv[1:] if argv is None else argv

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llama_ref import thread_limit
 from llama_ref.cli.escapes import escape_on_terminals
+from llama_ref.cli.interrupt import EXIT_INTERRUPTED, interruptible
 from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
 
-EXIT_BAD, EXIT_MISUSE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 130, 141  # verify also has 3
+EXIT_BAD, EXIT_MISUSE, EXIT_CLOSED_PIPE = 1, 2, 141  # verify also has 3
 
 
 def guarded(action: Callable[[], int | None]) -> int:
@@ -20,8 +22,9 @@ def guarded(action: Callable[[], int | None]) -> int:
     0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader of the output has gone.
     """
     try:
-        code = action() or 0
-        sys.stdout.flush()
+        with interruptible():
+            code = action() or 0
+            sys.stdout.flush()
         return code
     except (RequestError, FolderNotFound) as error:
         return report_error(error, EXIT_MISUSE)
@@ -39,19 +42,28 @@ def guarded(action: Callable[[], int | None]) -> int:
             raise
         return report_error(known, EXIT_BAD)
     except KeyboardInterrupt:
+        if thread_limit.is_reached():  # OpenBLAS, which numpy loads, raises SIGINT then
+            return report_error(LlamaRefError(thread_limit.MESSAGE), EXIT_BAD)
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
 def _known_os_error(error: OSError) -> Exception:
-    """Explain a full disk under standard output; other errors name their file themselves."""
+    """Explain a full disk under standard output, and a process that cannot be started.
+
+    Other errors name their file themselves.
+    """
+    if thread_limit.caused(error):
+        return LlamaRefError(thread_limit.MESSAGE)
     if error.errno != errno.ENOSPC or error.filename is not None:
         return error
     return LlamaRefError(f"cannot write the output: {error.strerror}; send it elsewhere or free some space there")
 
 
 def _known_failure(error: RuntimeError) -> LlamaRefError | None:
-    """What torch's own error means to a user, where it is not a bug."""
+    """What Python's or torch's own error means to a user, where it is not a bug."""
+    if thread_limit.caused(error):
+        return LlamaRefError(thread_limit.MESSAGE)
     from llama_ref.device import is_out_of_memory
     from llama_ref.parallel.job import lost_a_process
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ref.cli.flags import Command, Parameter, command, did_you_mean
+from llama_ref.cli.interrupt import exit_on_interrupt
 from llama_ref.cli.outcome import (
     EXIT_BAD,
     EXIT_MISUSE,
@@ -44,6 +45,8 @@ def run(main: Command, argv: list[str] | None = None) -> int:
     the output has gone. Errors that a user can do something about are one line on stderr; only bugs
     leave a traceback.
     """
+    if argv is None:
+        exit_on_interrupt()
     words = sys.argv[1:] if argv is None else argv
     return run_guarded(lambda: run_command(main, words, Path(sys.argv[0]).name))
 

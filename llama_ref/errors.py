@@ -19,3 +19,7 @@ class FolderNotFound(CheckpointError):
 
 class RequestError(LlamaRefError, ValueError):
     """A call that cannot be carried out: a prompt longer than the context, top_p above 1, an unknown role."""
+
+
+class JobError(LlamaRefError):
+    """Processes of one job that cannot work together: other files or options, or one that is gone."""

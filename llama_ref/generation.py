@@ -16,6 +16,7 @@ import torch
 
 from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat, Dialog, Message
+from llama_ref.checkpoint.fingerprint import fingerprint
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.hf.conventions import foreign_template
@@ -29,16 +30,18 @@ from llama_ref.decoding.speculative import speculative_steps
 from llama_ref.decoding.stream import RowText, Stream, stop_strings
 from llama_ref.device import choose_device, choose_dtype, prepare_cuda
 from llama_ref.errors import RequestError
-from llama_ref.formatting import comma_list
+from llama_ref.formatting import comma_list, dtype_name
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.numbers import plain_list, plain_number
+from llama_ref.parallel.facts import generation_facts
 from llama_ref.parallel.job import ALONE, Job, join_job
 from llama_ref.parallel.pipeline import split_layers
 from llama_ref.parallel.sharding import check_divisible
 from llama_ref.parallel.tensor import broadcast_choice, split_matrices
 from llama_ref.progress import Progress
 from llama_ref.quantization.apply import use_fast_kernels
+from llama_ref.quantization.scheme import Scheme
 from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.tokenizer import Tokenizer
 
@@ -133,7 +136,8 @@ class Llama:
         (decoding/speculative.py). verify: "auto" compares every file with checklist.chk the first time it
         is used, "always" each time, "never" does not. in_memory: copy the weights instead of mapping the
         files, which may then change while the model is used. progress: called with (bytes done, total bytes).
-        Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call.
+        Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call,
+        JobError if torchrun's processes have different files or options.
         """
         _positive("max_seq_len", max_seq_len)
         _positive("max_batch_size", max_batch_size)
@@ -141,8 +145,8 @@ class Llama:
         on = choose_device(device)
         precision = choose_dtype(dtype, on)
         prepare_cuda(on)
-        folder = open_folder(ckpt_dir)
         job = join_job(plain_number(model_parallel_size), plain_number(pipeline_parallel_size), on)
+        folder = open_folder(ckpt_dir)
         _check_speculation(speculate, draft, job)
         small = None
         if draft:
@@ -162,6 +166,17 @@ class Llama:
             tokenizer = folder.open_tokenizer(args, tokenizer_path)
             if draft and small:
                 _check_vocabulary(folder.path, args, tokenizer, draft, small)
+            if job.is_parallel:
+                options = {
+                    "the stop tokens": tokenizer.stop_tokens,
+                    "dtype": dtype_name(precision),
+                    "quantize": quantize and str(Scheme.parse(quantize)),
+                    "compile": compile,
+                    "speculate": speculate,
+                    "max_seq_len": max_seq_len,
+                    "max_batch_size": max_batch_size,
+                }
+                job.check_same("loading the model", fingerprint(folder, args, tokenizer_path) | options)
             check_divisible(args, job.share)
             model = load_model(
                 folder,
@@ -317,7 +332,7 @@ class Llama:
                 f"row of {rows[0].total_len:,}: use a larger cache or a smaller max_gen_len"
             )
         text = RowText(rows[0], self.tokenizer, stop)
-        return Stream(text, self._steps(rows, params, cache=cache), logprobs)
+        return Stream(text, self._steps(rows, params, stop, cache=cache), logprobs)
 
     def encode(self, prompt: str | list[int] | Dialog, *, special_tokens: bool = False) -> list[int]:
         """Token ids of a text (after begin-of-text), of a dialog to answer, or as given.
@@ -361,7 +376,7 @@ class Llama:
         """Generate for a batch of prompts until all rows have finished."""
         rows = self._start(prompts, max_gen_len)
         texts = [RowText(row, self.tokenizer, stop) for row in rows]
-        for _ in self._steps(rows, params, prompt_logprobs=prompt_logprobs):
+        for _ in self._steps(rows, params, stop, prompt_logprobs=prompt_logprobs):
             if stop:
                 for text in texts:
                     text.read()
@@ -395,13 +410,24 @@ class Llama:
         if invalid:
             raise RequestError(f"the prompt has token {invalid[0]}; the vocabulary has 0 to {vocab_size - 1}")
 
-    def _steps(self, rows: list[Row], params: SamplingParams, **options: Any) -> Iterator[None]:
+    def _steps(self, rows: list[Row], params: SamplingParams, stop: str | Sequence[str], **options: Any) -> Iterator[None]:
         generator = self.generator if params.seed is None else _generator(params.seed)
         stop_tokens = self.tokenizer.stop_tokens
+        found: Iterator[None]
         if self.speculation is None:
-            return steps(self.model, rows, self._sampler(rows, params, generator), stop_tokens, **options)
-        samplers = [self._sampler([row], params, generator) for row in rows]
-        return speculative_steps(self.model, rows, samplers, stop_tokens, self.speculation, **options)
+            found = steps(self.model, rows, self._sampler(rows, params, generator), stop_tokens, **options)
+        else:
+            samplers = [self._sampler([row], params, generator) for row in rows]
+            found = speculative_steps(self.model, rows, samplers, stop_tokens, self.speculation, **options)
+        return self._agreed(found, rows, params, stop, **options) if self.job.is_parallel else found
+
+    def _agreed(
+        self, found: Iterator[None], rows: list[Row], params: SamplingParams, stop: str | Sequence[str], **options: Any
+    ) -> Iterator[None]:
+        """Steps that begin when all processes of the job have the same prompts and options."""
+        prompts, limits = [row.prompt for row in rows], [row.max_gen_len for row in rows]
+        self.job.check_same("generating", generation_facts(prompts, limits, params, stop, **options))
+        yield from found
 
     def _sampler(self, rows: list[Row], params: SamplingParams, generator: torch.Generator) -> Sampler:
         prompts = [row.prompt for row in rows]

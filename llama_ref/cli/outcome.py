@@ -114,13 +114,22 @@ def log_to_stderr() -> Iterator[None]:
 
 
 class _NoteHandler(logging.Handler):
-    """Writes records by `terminal.note`: once for all processes of a job, above a progress bar."""
+    """Writes records by `terminal.note`: once for all processes of a job, above a progress bar.
+
+    Whom a job waits for, and which process it has lost, any rank may say (parallel/peers.py). The
+    last word of a process is an error, so it is told once as well.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         from llama_ref.cli.terminal import note
 
         try:
-            note(self.format(record))
+            if record.levelno >= logging.CRITICAL:
+                report_error(LlamaRefError(self.format(record)), EXIT_BAD)
+            elif getattr(record, "any_rank", False):
+                print(self.format(record), file=sys.stderr, flush=True)
+            else:
+                note(self.format(record))
         except Exception:
             self.handleError(record)
 

@@ -58,8 +58,8 @@ def run_guarded(action: Callable[[], int | None]) -> int:
     configure_stdio(silent=not is_first_process())
     with log_to_stderr():
         code = guarded(action)
-    if "llama_ref.parallel.job" in sys.modules:  # else there is no job to end, no torch to import
-        sys.modules["llama_ref.parallel.job"].end_process(code)
+        if "llama_ref.parallel.job" in sys.modules:  # else there is no job to end, no torch to import
+            sys.modules["llama_ref.parallel.job"].end_process(code)
     return code
 
 

@@ -2,24 +2,37 @@
 
 import atexit
 import functools
+import logging
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
-from llama_ref.errors import RequestError
+from llama_ref.errors import JobError, RequestError
+from llama_ref.parallel.agreement import JOIN_SECONDS, Agreement
+from llama_ref.parallel.heartbeat import store_address
 from llama_ref.parallel.sharding import WHOLE, Share
 
+REPORTED = (1, 2)  # exit codes of a process that has said what is wrong
+FIRST_WORD_SECONDS = 10.0
 TIMEOUT = timedelta(days=30)  # rank 0 may wait for a person; the default collective timeout is 30 minutes
+STORE_TIMEOUT = timedelta(minutes=30)  # torch's default
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_agreement: Agreement | None = None  # of this process, once it has joined a job
 
 
 @dataclass(frozen=True)
@@ -28,16 +41,22 @@ class Job:
 
     The `tensor_group` holds the other parts of its stage's matrices, the `pipeline_group` the same part
     of the other stages. Neighbouring processes, which torchrun starts on one node, are in one tensor
-    group, because it communicates more.
+    group, because it communicates more. In the `agreement` all compare what they are about to do.
     """
 
     share: Share = WHOLE
     tensor_group: ProcessGroup | None = None
     pipeline_group: ProcessGroup | None = None
+    agreement: Agreement | None = None
 
     @property
     def is_parallel(self) -> bool:
         return self.tensor_group is not None or self.pipeline_group is not None
+
+    def check_same(self, step: str, facts: Mapping[str, object]) -> None:
+        """Wait for all processes before a step. Raises JobError if its facts differ among them."""
+        if self.agreement:
+            self.agreement.check(step, facts)
 
 
 ALONE = Job()
@@ -49,7 +68,8 @@ def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, devic
     Initialises torch.distributed (NCCL on CUDA, else Gloo) unless the script already has. Raises
     RequestError if the number of stages does not divide the number of processes, if
     `model_parallel_size` (an argument of Meta's scripts) is not the number of processes of a stage, or
-    for a device without collective communication.
+    for a device without collective communication; JobError if another process does not come, or
+    comes with another layout or version.
     """
     rank, n_processes = _rank_and_size()
     _check_sizes(model_parallel_size, pipeline_parallel_size, n_processes)
@@ -59,11 +79,15 @@ def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, devic
         raise RequestError(f"{n_processes} processes cannot work together on {device.type}: use --device cpu, or one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else code that uses the current device takes memory on the first card
+    agreement = _meet(rank, n_processes)
+    layout = {"pipeline_parallel_size": pipeline_parallel_size, "the kind of device": device.type}
+    agreement.check("joining the job", layout | {"the version of llama_ref": sys.modules["llama_ref"].__version__})
     if not dist.is_initialized():
+        options: dict[str, Any] = {"store": agreement.store, "rank": rank, "world_size": n_processes}
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, **options)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", **options)
         atexit.register(_leave_group)
     n_parts = n_processes // pipeline_parallel_size
     mesh = init_device_mesh(device.type, (pipeline_parallel_size, n_parts), mesh_dim_names=("pipeline", "tensor"))
@@ -71,7 +95,33 @@ def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, devic
         Share(rank % n_parts, n_parts, rank // n_parts, pipeline_parallel_size),
         mesh.get_group("tensor") if n_parts > 1 else None,
         mesh.get_group("pipeline") if pipeline_parallel_size > 1 else None,
+        agreement,
     )
+
+
+def _meet(rank: int, n_processes: int) -> Agreement:
+    """Find the other processes, in torchrun's store or the script's; once per process."""
+    global _agreement
+    if _agreement is None:
+        store = _get_default_store() if dist.is_initialized() else _connect()
+        _agreement = Agreement(PrefixStore("llama_ref", store), rank, n_processes)
+        atexit.register(_agreement.heartbeat.leave)
+    return _agreement
+
+
+def _connect() -> Store:
+    """The store named in torchrun's environment. Raises JobError if it cannot be reached."""
+    word = threading.Timer(FIRST_WORD_SECONDS, logger.warning, ["waiting for the other processes at %s", store_address()])
+    word.daemon = True
+    word.start()
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+    except (dist.DistError, ValueError) as error:
+        raise JobError(f"cannot reach the other processes at {store_address()}: {error}") from error
+    finally:
+        word.cancel()
+    store.set_timeout(STORE_TIMEOUT)
+    return store
 
 
 def _rank_and_size() -> tuple[int, int]:
@@ -141,15 +191,17 @@ def end_process(code: int) -> None:
     exception"), which torchrun reports as a failed job. Unless this process failed, it first waits for
     the others; if one of those fails, that one reports why.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _agreement is None and (not dist.is_initialized() or dist.get_world_size() == 1):
         return
-    if code == 0:
+    if code == 0 and dist.is_initialized():
         try:
             dist.barrier()
         except RuntimeError as error:
             if not lost_a_process(error):
                 raise
             code = 1
+    if _agreement is not None:
+        _agreement.heartbeat.leave(failed=code in REPORTED)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

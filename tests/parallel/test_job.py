@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from folders import tiny_folder
 from jobs import ENVIRONMENT, TORCHRUN, torchrun
 from llama_ref.cli import main
 from llama_ref.errors import RequestError
+from llama_ref.parallel.heartbeat import VARIABLE
 from llama_ref.parallel.job import join_job
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -30,10 +32,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def endless(folder) -> Iterator[subprocess.Popen]:
-    """A job of two processes that has begun to generate and would go on for hours."""
+def endless(folder, request) -> Iterator[subprocess.Popen]:
+    """A job of two processes that has begun to generate and would go on for hours; `param`: environment variables."""
     words = ["--standalone", "--nproc_per_node", "2", WORKER, folder, folder / "tokenizer.model"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    environment = ENVIRONMENT | getattr(request, "param", {})
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     with subprocess.Popen([*TORCHRUN, *words], start_new_session=True, **options) as job:
         try:
             assert job.stdout.readline() == "going\n", job.communicate()[1]
@@ -74,6 +77,20 @@ def test_a_killed_process_ends_the_job_with_one_message(endless, rank):
     said = [line for line in stderr.splitlines() if line.startswith("llama-ref: ")]
     assert said in ([], ["llama-ref: another process of this job has ended, so this one cannot continue"])
     assert "[rank" not in stderr, "a worker's own traceback"
+
+
+@pytest.mark.parametrize("endless", [{VARIABLE: "5"}], indirect=True, ids=["after 5 s"])
+def test_a_stopped_process_ends_the_job_with_one_message(endless):
+    processes = processes_of(endless)
+    first, stopped = worker(endless, 0), worker(endless, 1)
+    stopped.suspend()
+    psutil.wait_procs([first], timeout=PATIENCE_SECONDS)
+    stopped.resume()  # to die: torchrun would wait 30 s before it kills what does not end
+    stderr = end_of(endless, processes)
+    assert endless.returncode != 0
+    assert stderr.count("waiting for rank 1 (") == 1
+    assert stderr.count("llama-ref: ") == 1
+    assert re.search(r"llama-ref: nothing was heard of rank 1 \(.+\) for 5 s: stopped, or the link is down", stderr)
 
 
 def test_ctrl_c_ends_the_job_without_a_word_of_ours(endless):

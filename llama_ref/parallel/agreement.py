@@ -1,0 +1,133 @@
+"""What all processes of a job must have in common, compared before they compute with it.
+
+Collective calls only work if every process makes the same ones. Other weights of the same shape
+would give a text of two models; other shapes, or another number of tokens, calls that never return.
+So the processes meet in the job's store before they load and before each generation, and compare
+facts.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from llama_ref.errors import JobError
+from llama_ref.formatting import comma_list, printable
+from llama_ref.parallel.heartbeat import Heartbeat, store_address
+from llama_ref.parallel.peers import named, say, speaks_for
+
+JOIN_SECONDS = 600.0  # for a process that was never heard of; as torchrun's nodes wait
+MEETING_SECONDS = 1800.0  # as torch's own limit for a collective call
+FIRST_WORD_SECONDS = 10.0  # then after twice as long, and so on
+LOOK_SECONDS = 1.0  # between two looks at who is missing
+LONGEST_PAUSE_SECONDS = 0.05  # between two looks whether any is
+MOST_DIFFERENCES = 4  # in one message
+LONGEST_VALUE = 60  # characters, in a message
+SHOWN_DIGITS = 12  # of a digest's 64
+
+
+class Agreement:
+    """The meetings of this process with the others, in order, in the job's store."""
+
+    def __init__(self, store: Store, rank: int, world_size: int):
+        self.store = store
+        self._client = cast(Any, store).clone()
+        self._rank, self._world_size = rank, world_size
+        self._number = 0
+        self.heartbeat = Heartbeat(store, rank, world_size)
+
+    def check(self, step: str, facts: Mapping[str, object]) -> None:
+        """Wait until all processes are at this step. Raises JobError if their facts differ.
+
+        `step` is what the process does next ("loading the model"). All processes raise the same
+        error. A fact that only some of them have is not compared.
+        """
+        told = {"host": socket.gethostname(), "facts": {"the next step": step} | {name: shown(facts[name]) for name in facts}}
+        keys = [f"meeting/{self._number}/{rank}" for rank in range(self._world_size)]
+        with _lost_store():
+            self._client.set(keys[self._rank], json.dumps(told))
+            self._wait(keys, step)
+            all_told = [json.loads(text) for text in self._client.multi_get(keys)]
+            if self._number:  # all have read the meeting before
+                self._client.delete_key(f"meeting/{self._number - 1}/{self._rank}")
+        self._number += 1
+        self.heartbeat.all_have_joined({rank: printable(each["host"]) for rank, each in enumerate(all_told)})
+        found = list(differences([each["facts"] for each in all_told], self.heartbeat.hosts))
+        if found:
+            more = len(found) - MOST_DIFFERENCES
+            raise JobError(
+                f"the processes of this job differ before {step}: {'; '.join(found[:MOST_DIFFERENCES])}"
+                f"{f'; and {more} more' if more > 0 else ''}. Start all of them with the same files and options"
+            )
+
+    def _wait(self, keys: list[str], step: str) -> None:
+        """Wait until all keys are there; say for whom. Raises JobError if it is in vain."""
+        started, pause = time.monotonic(), 0.0
+        look_at, word_at = LOOK_SECONDS, FIRST_WORD_SECONDS
+        while not self._client.check(keys):
+            time.sleep(pause)
+            pause = min(1.2 * pause + 1e-5, LONGEST_PAUSE_SECONDS)
+            waited = time.monotonic() - started
+            if waited < look_at:
+                continue
+            look_at = waited + LOOK_SECONDS
+            missing = {rank for rank, key in enumerate(keys) if not self._client.check([key])}
+            self._check_not_in_vain(missing, step, waited)
+            if missing and waited >= word_at:
+                word_at = 2 * waited
+                if speaks_for(self._rank, missing, self._world_size):
+                    names = named(missing, self.heartbeat.hosts)
+                    say(logging.WARNING, f"waiting for {names} before {step}, for {waited:.0f} s now")
+
+    def _check_not_in_vain(self, missing: set[int], step: str, waited: float) -> None:
+        if gone := missing & self.heartbeat.ended:
+            names = named(gone, self.heartbeat.hosts)
+            raise JobError(f"{names} ended before {step}: this process cannot continue without; see its own messages")
+        limit = MEETING_SECONDS if self._number else JOIN_SECONDS
+        if missing and waited >= limit:
+            names = named(missing, self.heartbeat.hosts)
+            raise JobError(f"waited {limit:g} s for {names} before {step}: start all processes of a job together")
+
+
+def differences(facts: Sequence[Mapping[str, str]], hosts: Mapping[int, str]) -> Iterator[str]:
+    """One sentence for every fact that is not the same on all ranks that have it."""
+    for name in dict.fromkeys(name for each in facts for name in each):
+        ranks_of: dict[str, list[int]] = {}
+        for rank, each in enumerate(facts):
+            if name in each:
+                ranks_of.setdefault(each[name], []).append(rank)
+        if len(ranks_of) > 1:
+            found = [f"{value} on {named(ranks, hosts)}" for value, ranks in ranks_of.items()]
+            yield f"{name} is {comma_list(found, MOST_DIFFERENCES)}"
+
+
+def shown(value: object) -> str:
+    """A value as text for a message: that of a long one is cut, and has a digest."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    brief = printable(text)
+    if len(brief) <= LONGEST_VALUE:
+        return brief
+    return f"{brief[:LONGEST_VALUE]}… (digest {digest(text.encode(errors='backslashreplace'))})"
+
+
+def digest(data: bytes) -> str:
+    """The first digits of the data's SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:SHOWN_DIGITS]
+
+
+@contextlib.contextmanager
+def _lost_store() -> Iterator[None]:
+    """Explain an error of the store: its process has ended, or closed the connection."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise JobError(
+            f"the connection to {store_address()}, where the processes of this job meet, is lost: {error}"
+        ) from error

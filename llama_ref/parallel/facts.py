@@ -1,0 +1,37 @@
+"""What every process of a job must generate alike, as facts that Agreement compares."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from llama_ref.formatting import comma_list
+from llama_ref.kv_cache import KVCache
+from llama_ref.parallel.agreement import digest
+from llama_ref.sampling import SamplingParams
+
+MOST_LISTED = 8  # prompts
+
+
+def generation_facts(
+    prompts: Sequence[Sequence[int]],
+    max_gen_lens: Sequence[int],
+    params: SamplingParams,
+    stop: str | Sequence[str],
+    *,
+    cache: KVCache | None = None,
+    prompt_logprobs: bool = False,
+) -> dict[str, object]:
+    """Facts about one call, by the names of its arguments.
+
+    The seed is not among them: rank 0 chooses the tokens for all, so it may be random.
+    """
+    lengths = comma_list([len(prompt) for prompt in prompts], MOST_LISTED)
+    ids = b"".join(array("q", [len(prompt), *prompt]).tobytes() for prompt in prompts)
+    return {
+        "the prompt": f"{lengths} tokens (digest {digest(ids)})",
+        "max_gen_len": max_gen_lens[0] if len(set(max_gen_lens)) == 1 else list(max_gen_lens),
+        **{name: value for name, value in asdict(params).items() if name != "seed"},
+        "stop": [stop] if isinstance(stop, str) else list(stop),
+        "echo with logprobs": prompt_logprobs,
+        "the number of cached tokens": cache.longest if cache else 0,
+    }

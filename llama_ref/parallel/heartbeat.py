@@ -1,0 +1,169 @@
+"""Whether the other processes of a job still run.
+
+A process that is stopped, or behind a link that is down, closes no connection: whoever waits for it
+in a collective call would wait for half an hour. So each process has two threads. One counts, under
+this process's key in the job's store, and reads the counts of the others. The second measures how
+long each count has not changed, because the first blocks if the store itself does not answer. Both
+run while the process computes, loads or compiles.
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from typing import Any, NoReturn, cast
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from llama_ref.errors import RequestError
+from llama_ref.parallel.peers import named, say, speaks_for
+
+VARIABLE = "LLAMA_REF_HEARTBEAT_SECONDS"
+DEFAULT_SECONDS = 30.0
+BEATS_PER_LIMIT = 10  # at least
+WORD_AFTER = 1 / 3  # of the limit: say whom one waits for
+LONGEST_INTERVAL_SECONDS = 1.0
+LAST_WORDS_SECONDS = 5.0  # for a stream that nobody reads
+LEFT, FAILED = b"left", b"failed"  # instead of a count
+WHY = "stopped, or the link is down"
+
+
+class Heartbeat:
+    """Tells the other processes that this one runs, and ends this one if another no longer does."""
+
+    def __init__(self, store: Store, rank: int, world_size: int):
+        self.hosts: dict[int, str] = {}  # by rank, once all have joined
+        self.ended: set[int] = set()  # ranks that have said that they end
+        self._limit = limit_seconds()
+        self._interval = min(LONGEST_INTERVAL_SECONDS, self._limit / BEATS_PER_LIMIT)
+        self._store = cast(Any, store).clone()  # one client serves one thread at a time
+        self._rank = rank
+        self._keys = [f"beat/{each}" for each in range(world_size)]
+        self._stop = threading.Event()
+        self._clock = 0.0  # seconds that this process has run
+        self._replied = 0.0  # when the store did, by that clock
+        self._counts = [b""] * world_size
+        self._heard = [0.0] * world_size  # when each count changed
+        self._told: set[int] = set()
+        self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._watching = threading.Thread(target=self._watch, name="heartbeat watch", daemon=True)
+        self._beating.start()
+        self._watching.start()
+
+    def all_have_joined(self, hosts: dict[int, str]) -> None:
+        """From now on each of them must be heard of."""
+        if not self.hosts:
+            self._heard = [self._clock] * len(hosts)
+            self.hosts = hosts
+
+    def leave(self, failed: bool = False) -> None:
+        """Tell the others that this process ends, so that they do not wait for it."""
+        self._stop.set()
+        self._beating.join(LONGEST_INTERVAL_SECONDS)
+        if not self._beating.is_alive():  # else the store does not answer
+            with contextlib.suppress(dist.DistError):
+                self._store.set(self._keys[self._rank], FAILED if failed else LEFT)
+                self._store.check(self._keys[:1])  # waits until the store has read the line above
+
+    # ---- the first thread
+
+    def _beat(self) -> None:
+        try:
+            for count in itertools.count():
+                self._store.set(self._keys[self._rank], str(count))
+                if all(self._counts) or self._store.check(self._keys):  # else some have not joined
+                    self._read(self._store.multi_get(self._keys))
+                self._replied = self._clock
+                if self._stop.wait(self._interval):
+                    return
+        except dist.DistError:
+            self._stop.set()  # whoever had the store has ended: what needs it fails by itself
+
+    def _read(self, counts: list[bytes]) -> None:
+        for rank, count in enumerate(counts):
+            if count != self._counts[rank]:
+                self._heard[rank] = self._clock
+                self._told.discard(rank)
+        self._counts = counts
+        self.ended = {rank for rank, count in enumerate(counts) if count in (LEFT, FAILED)}
+
+    # ---- the second
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._stop.wait(self._interval):
+            now = time.monotonic()
+            # A process that was stopped itself (Ctrl-Z) has missed the others' beats.
+            self._clock += min(now - before, 2 * self._interval)
+            before = now
+            self._check_failed()
+            self._check_silent()
+
+    def _check_failed(self) -> None:
+        failed = [rank for rank, count in enumerate(self._counts) if count == FAILED]
+        # Of a fault that all meet, this process may be about to tell more.
+        if failed and self._clock - max(self._heard[rank] for rank in failed) >= LONGEST_INTERVAL_SECONDS:
+            end_at_once(
+                f"{named(failed, self.hosts)} ended with an error: this process cannot continue without; see its own messages"
+            )
+
+    def _check_silent(self) -> None:
+        if not self.hosts:  # whom one waits for while joining says Agreement
+            if self._clock - self._replied >= self._limit:
+                end_at_once(f"{store_address()} has not answered for {self._limit:g} s: {WHY}")
+            return
+        silent = self._silent(self._limit)
+        if silent:
+            end_at_once(
+                f"nothing was heard of {named(silent, self.hosts)} for {self._limit:g} s: {self._why()}. "
+                f"This process cannot continue without ({VARIABLE} sets the time)"
+            )
+        waiting = self._silent(self._limit * WORD_AFTER)
+        if waiting - self._told and speaks_for(self._rank, waiting, len(self._keys)):
+            self._told |= waiting
+            seconds = round(self._limit * WORD_AFTER)
+            say(logging.WARNING, f"waiting for {named(waiting, self.hosts)}, of which nothing was heard for {seconds} s")
+
+    def _why(self) -> str:
+        others = len(self._keys) - 1 - len(self.ended)
+        if others > 1 and self._clock - self._replied >= self._limit:
+            return f"{store_address()}, through which they are heard, is {WHY}"
+        return WHY
+
+    def _silent(self, seconds: float) -> set[int]:
+        """The other ranks not heard of for so long, without those that have ended."""
+        silent = {rank for rank, heard in enumerate(self._heard) if self._clock - heard >= seconds}
+        return silent - self.ended - {self._rank}
+
+
+def limit_seconds() -> float:
+    """When a silent process counts as lost. Raises RequestError for an invalid variable."""
+    text = os.environ.get(VARIABLE, str(DEFAULT_SECONDS))
+    with contextlib.suppress(ValueError):
+        if 1 <= float(text) < math.inf:
+            return float(text)
+    raise RequestError(f"the environment variable {VARIABLE} is {text!r:.40}, expected a number of seconds, 1 or more")
+
+
+def store_address() -> str:
+    """Where the job's store is, as torchrun says it."""
+    return f"{os.environ.get('MASTER_ADDR', 'the first node')}:{os.environ.get('MASTER_PORT', '?')}"
+
+
+def end_at_once(message: str) -> NoReturn:
+    """Log the message and exit with code 1, from any thread: the main one may be blocked."""
+    speaking = threading.Thread(target=_last_words, args=(message,), daemon=True)
+    speaking.start()
+    speaking.join(LAST_WORDS_SECONDS)
+    os._exit(1)
+
+
+def _last_words(message: str) -> None:
+    say(logging.CRITICAL, message)
+    sys.stdout.flush()
+    sys.stderr.flush()

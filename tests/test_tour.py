@@ -30,11 +30,6 @@ def tiny(tmp_path_factory) -> Path:
 # ---- the document
 
 
-def test_every_block_prints_what_stands_behind_it(demo_folder):
-    printed = tour.run(tour.with_settings(DOCUMENT, {"folder": str(demo_folder)}))
-    assert "".join(part.output for part in printed) == "".join(part.output for part in DOCUMENT)
-
-
 def test_by_hand_is_as_in_the_model():
     outputs = "".join(part.output for part in DOCUMENT)
     assert outputs.count("the same\n") == 17 and "DIFFERENT" not in outputs

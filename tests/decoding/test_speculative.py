@@ -148,7 +148,7 @@ def test_at_every_rest_the_cache_holds_what_a_forward_pass_would_and_no_more_tha
 def test_a_real_models_text_is_the_same_with_n_grams_sampled_ones_too(llama, options):
     """In float32; a certain guess changes nothing in what is drawn with which number, so that a seed means the same text."""
     quick = with_speculation(llama, PromptLookup())
-    for text in TEXTS[:2]:
+    for text in TEXTS[: 2 if options["temperature"] == 0 else 1]:
         stream, plain_stream = (which.stream(text, 24, **options) for which in (quick, llama))
         assert "".join(stream) == "".join(plain_stream)
         assert stream.tokens == plain_stream.tokens and stream.finish_reason == plain_stream.finish_reason

@@ -69,7 +69,7 @@ def divides(world_size: int, name: str) -> bool:
 
 
 # (parts of each matrix, stages)
-JOBS = {"2 processes": (2, 1), "3 processes": (3, 1), "4 processes": (4, 1), "8 processes": (8, 1)}
+JOBS = {"2 processes": (2, 1), "3 processes": (3, 1), "8 processes": (8, 1)}
 PIPELINES = {"2 stages": (1, 2), "2 parts in 2 stages": (2, 2)}
 
 
@@ -130,7 +130,7 @@ def test_in_bfloat16_three_processes_choose_as_one_does_up_to_near_ties(demo_fol
         "tokenizer": None,
         "build": {"dtype": "bfloat16"},
         "tokens": [[17000, 504, 3575, 282, 4649, 314], [504, 3575, 282, 4649, 314, 260]],
-        "n_tokens": 24,
+        "n_tokens": 12,
     }
     result = run_job(tmp_path, 3, task)["demo"]
     one = Llama.build(demo_folder, max_seq_len=64, device="cpu", dtype="bfloat16", verify="never")
@@ -140,7 +140,7 @@ def test_in_bfloat16_three_processes_choose_as_one_does_up_to_near_ties(demo_fol
         behind = logits.amax(-1) - logits[torch.arange(len(logits)), torch.tensor(tokens[len(prompt) :])]
         assert behind.max() <= NEAR_TIE
         agreed += (behind == 0).tolist()
-    assert len(agreed) > 40 and sum(agreed) >= 0.9 * len(agreed)
+    assert len(agreed) > 20 and sum(agreed) >= 0.9 * len(agreed)
 
 
 def test_each_process_holds_its_part_and_opens_no_shard_without_something_of_its(together):

@@ -8,7 +8,7 @@ from llama_ref.generation import Llama
 from parity.oracles import metas_model
 
 pytestmark = pytest.mark.usefixtures("one_process_group")
-N_TOKENS = 40
+N_TOKENS = 24
 # Logits here are around 20, where bfloat16 steps by 0.125; the hidden states behind them carry several such roundings.
 NEAR_TIE = 0.25
 PROMPTS = (

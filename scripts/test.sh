@@ -18,7 +18,6 @@ CORE=(
     tests/test_generation.py::test_prompts_run_in_pieces_give_the_same
     tests/test_generation.py::test_stop_strings_end_each_row_of_a_batch_by_itself
     tests/test_model.py
-    tests/test_packaging.py
     tests/test_rooms.py
     tests/test_tokenizer.py
     tests/test_vocabulary.py
@@ -27,7 +26,9 @@ CORE=(
     tests/checkpoint/test_folder.py
     tests/checkpoint/test_integrity.py
     tests/checkpoint/test_reader.py
-    tests/cli/test_commands.py
+    tests/cli/test_help.py
+    tests/cli/test_outcome.py
+    tests/cli/test_parser.py
     tests/decoding/test_loop.py
 )
 

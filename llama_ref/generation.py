@@ -357,7 +357,7 @@ class Llama:
         if spelled := self.tokenizer.special_in(text):
             logger.warning(
                 "the text spells %s, encoded as plain text (%d tokens in total); to get special tokens, give "
-                "special_tokens=True (llama-ref complete --special_tokens), or use chat_completion (llama-ref chat)",
+                "special_tokens=True (--special_tokens on the command line), or use chat_completion (llama-ref chat)",
                 comma_list(spelled, MOST_SHOWN),
                 len(ids),
             )

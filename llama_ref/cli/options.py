@@ -54,6 +54,11 @@ TokenizerPath = Annotated[
     Flag("another tokenizer.model", metavar="FILE", unset="the folder's own"),
 ]
 
+SpecialTokens = Annotated[
+    bool,
+    Flag("read <|begin_of_text|>, <|eot_id|> and the like in the text as special tokens"),
+]
+
 MOST_THREADS = 1024
 
 

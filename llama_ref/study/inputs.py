@@ -71,10 +71,13 @@ def check_one_process() -> None:
         raise RequestError(f"{n_processes} processes: a study needs the whole model in one; start it without torchrun")
 
 
-def prompt_tokens(llama: Llama, prompt: str, name: str = "prompt") -> list[int]:
-    """Ids of a prompt, after begin-of-text. Raises RequestError if it is empty or too long."""
+def prompt_tokens(llama: Llama, prompt: str, name: str = "prompt", *, special_tokens: bool = False) -> list[int]:
+    """Ids of a prompt, after begin-of-text; `special_tokens` as in `Llama.encode`.
+
+    Raises RequestError if it is empty or too long.
+    """
     check_not_empty(**{name: prompt})
-    tokens = llama.encode(prompt)
+    tokens = llama.encode(prompt, special_tokens=special_tokens)
     if len(tokens) > llama.max_seq_len:
         raise RequestError(
             f"the {name} has {len(tokens):,} tokens, but max_seq_len is {llama.max_seq_len:,}: shorten it, or raise max_seq_len"

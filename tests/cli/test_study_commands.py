@@ -120,6 +120,26 @@ def test_the_lens_as_json_has_all_points_and_positions(run, tiny):
     assert parsed(run("lens", tiny, "x", "--json")[1])["target"] is None
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("lens", "a<|eot_id|>"),
+        ("attention", "a<|eot_id|>"),
+        ("attribute", "a<|eot_id|>", "--target", "b"),
+        ("norms", "a<|eot_id|>"),
+        ("patch", "a<|eot_id|>", "b<|eot_id|>", "--target", "c"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_special_tokens_are_read_on_request(run, tiny, words):
+    command, *rest = words
+    code, out, err = run(command, tiny, *rest, "--special_tokens", "--json")
+    assert (code, err) == (0, "")
+    assert "<|eot_id|>" in out
+    code, out, err = run(command, tiny, *rest, "--json")
+    assert code == 0 and "<|eot_id|>" not in out and "--special_tokens" in err
+
+
 def test_attention_as_json_has_every_head_or_the_whole_pattern(run, tiny):
     found = parsed(run("attention", tiny, "abc", "--json")[1])
     assert [(layer["layer"], len(layer["heads"])) for layer in found["layers"]] == [(0, 4), (1, 4)]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Png, WholeModel
+from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
 from llama_ref.cli.studying import Prompt, check_outputs, open_to_study, text_ids
 from llama_ref.errors import RequestError
 
@@ -17,6 +17,7 @@ def attention(
     layer: Annotated[int | None, Flag("only this layer, counted from 0", unset="all")] = None,
     head: Annotated[int | None, Flag("show where this head of --layer looks from each token", unset="all")] = None,
     png: Png = None,
+    special_tokens: SpecialTokens = False,
     json: Json = False,
     loading: WholeModel,
 ) -> None:
@@ -38,7 +39,7 @@ def attention(
     layer = None if layer is None else check_index("--layer", layer, args.n_layers)
     head = None if head is None else check_index("--head", head, args.n_heads)
     llama = open_to_study(name, loading, prompt=prompt)
-    tokens, tokenizer = prompt_tokens(llama, prompt), llama.tokenizer
+    tokens, tokenizer = prompt_tokens(llama, prompt, special_tokens=special_tokens), llama.tokenizer
     if layer is None or head is None:
         summary = summarize_attention(llama.model, tokens, bos=tokenizer.bos_id, ids=text_ids(llama))
         if png is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Png, WholeModel
+from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
 from llama_ref.cli.studying import TARGET_HELP, Prompt, check_outputs, first_token, open_to_study
 
 
@@ -16,6 +16,7 @@ def attribute(
     target: Annotated[str, Flag(TARGET_HELP)],
     other: Annotated[str | None, Flag("token to compare with: shows shares of the logit difference")] = None,
     png: Png = None,
+    special_tokens: SpecialTokens = False,
     json: Json = False,
     loading: WholeModel,
 ) -> None:
@@ -31,7 +32,7 @@ def attribute(
 
     check_outputs(png=png)
     llama = open_to_study(name, loading, prompt=prompt, target=target, other=other)
-    tokens = prompt_tokens(llama, prompt)
+    tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
     wanted = first_token(llama, "target", target, tokens)
     against = None if other is None else first_token(llama, "other", other, tokens)
     found = attribution.attribute(llama.model, tokens, wanted, against)

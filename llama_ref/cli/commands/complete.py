@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Loading, Name, Sampling, build
+from llama_ref.cli.options import Loading, Name, Sampling, SpecialTokens, build
 from llama_ref.cli.text_input import Encoding, read_stdin, text_word
 from llama_ref.errors import RequestError
 
@@ -18,10 +18,7 @@ def complete(
     prompt: Annotated[str | None, Flag("text to continue", unset="standard input", read=text_word)] = None,
     *,
     echo: Annotated[bool, Flag("print the prompt first", short="e")] = False,
-    special_tokens: Annotated[
-        bool,
-        Flag("read <|begin_of_text|>, <|eot_id|> and the like in the text as special tokens"),
-    ] = False,
+    special_tokens: SpecialTokens = False,
     encoding: Encoding = None,
     sampling: Sampling,
     loading: Loading,

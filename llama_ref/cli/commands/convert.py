@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import SHORT_DTYPES, Dtype, Force, Source, Target, Verify
+from llama_ref.cli.options import SHORT_DTYPES, Dtype, Force, Source, Target, Threads, Verify
 from llama_ref.errors import RequestError
 
 
@@ -37,6 +37,7 @@ def convert(
     ] = None,
     force: Force = False,
     verify: Verify = "auto",
+    threads: Threads = None,
 ) -> None:
     """Convert a checkpoint between Meta's and Hugging Face's format.
 
@@ -50,7 +51,7 @@ def convert(
         to_meta,
     )
     from llama_ref.cli.terminal import byte_bar, print_path
-    from llama_ref.device import named_dtype
+    from llama_ref.device import named_dtype, use_threads
 
     if to == "hf" and shards is not None:
         raise RequestError("--shards only goes with --to meta; --to hf has --max_shard_size")
@@ -59,6 +60,7 @@ def convert(
         raise RequestError(f"{flag} only goes with --to hf")
     cast = None if dtype is None else named_dtype(dtype)
     limit = MAX_SHARD_BYTES if max_shard_size is None else parse_bytes(max_shard_size)
+    use_threads(threads)
     with byte_bar("writing") as progress:
         if to == "meta":
             path = to_meta(src, dst, shards=shards, dtype=cast, force=force, verify=verify, progress=progress)

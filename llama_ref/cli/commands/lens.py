@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Png, WholeModel
+from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
 from llama_ref.cli.studying import (
     TARGET_HELP,
     Prompt,
@@ -30,6 +30,7 @@ def lens(
         Flag("write an HTML page with tokens, layers, attention, attribution", metavar="FILE"),
     ] = None,
     png: Png = None,
+    special_tokens: SpecialTokens = False,
     json: Json = False,
     loading: WholeModel,
 ) -> None:
@@ -51,7 +52,7 @@ def lens(
 
     check_outputs(out, png)
     llama = open_to_study(name, loading, prompt=prompt, target=target)
-    tokens = prompt_tokens(llama, prompt)
+    tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
     wanted = None if target is None else first_token(llama, "target", target, tokens)
     seen = None if out is None and png is None else _overview(llama, tokens, wanted, top)
     if seen is not None and out is not None:

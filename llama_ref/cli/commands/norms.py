@@ -3,12 +3,20 @@
 from pathlib import Path
 
 from llama_ref.cli.flags import Section, command
-from llama_ref.cli.options import Json, Name, Png, WholeModel
+from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
 from llama_ref.cli.studying import Prompt, check_outputs, open_to_study
 
 
 @command(Section.STUDY)
-def norms(name: Name, prompt: Prompt, *, png: Png = None, json: Json = False, loading: WholeModel) -> None:
+def norms(
+    name: Name,
+    prompt: Prompt,
+    *,
+    png: Png = None,
+    special_tokens: SpecialTokens = False,
+    json: Json = False,
+    loading: WholeModel,
+) -> None:
     """Show how the residual stream grows and turns, layer by layer.
 
     With --json, at every point and for every token.
@@ -20,7 +28,7 @@ def norms(name: Name, prompt: Prompt, *, png: Png = None, json: Json = False, lo
 
     check_outputs(png=png)
     llama = open_to_study(name, loading, prompt=prompt)
-    found = residual_stream(llama.model, prompt_tokens(llama, prompt))
+    found = residual_stream(llama.model, prompt_tokens(llama, prompt, special_tokens=special_tokens))
     if png is not None:
         figures.draw_norms(found, llama.tokenizer, Path(png) / "norms.png")
     print_norms(found, llama.tokenizer, as_json=json)

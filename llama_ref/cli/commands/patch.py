@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Png, WholeModel
+from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
 from llama_ref.cli.studying import TARGET_HELP, check_outputs, first_token, open_to_study
 
 
@@ -27,6 +27,7 @@ def patch(
         ),
     ] = "layer,position",
     png: Png = None,
+    special_tokens: SpecialTokens = False,
     json: Json = False,
     loading: WholeModel,
 ) -> None:
@@ -44,8 +45,8 @@ def patch(
     llama = open_to_study(name, loading, clean=clean, corrupted=corrupted, target=target, other=other)
     tokenizer = llama.tokenizer
     texts = (
-        prompt_tokens(llama, clean, "clean"),
-        prompt_tokens(llama, corrupted, "corrupted"),
+        prompt_tokens(llama, clean, "clean", special_tokens=special_tokens),
+        prompt_tokens(llama, corrupted, "corrupted", special_tokens=special_tokens),
     )
     check_same_length(tokenizer, *texts)
     wanted = first_token(llama, "target", target, texts[0])

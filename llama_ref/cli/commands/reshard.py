@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Force, Source, Target, Verify
+from llama_ref.cli.options import Force, Source, Target, Threads, Verify
 
 
 @command(Section.REWRITE)
@@ -17,6 +17,7 @@ def reshard(
     ],
     force: Force = False,
     verify: Verify = "auto",
+    threads: Threads = None,
 ) -> None:
     """Rewrite a checkpoint with a different number of shards.
 
@@ -26,7 +27,9 @@ def reshard(
     """
     from llama_ref.checkpoint.convert import to_meta
     from llama_ref.cli.terminal import byte_bar, print_path
+    from llama_ref.device import use_threads
 
+    use_threads(threads)
     with byte_bar("writing") as progress:
         path = to_meta(src, dst, shards=shards, force=force, verify=verify, progress=progress)
     print_path(path)

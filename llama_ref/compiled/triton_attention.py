@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama_ref.compiled.triton_products import has_pdl
+from llama_ref.compiled.triton_products import has_pdl, has_tensor_cores
 
 BLOCK_NUMBERS = 8192  # keys at a time × head_dim
+FEWER_NUMBERS = 2048  # without Ampere's matrix instructions: 8192 would spill 1.8 kB of registers there
+FEWEST_KEYS = 16  # that a product takes
 MOST_SPLITS = 64
 PROGRAMS = 528  # four per multiprocessor of an H100
 
@@ -32,7 +34,7 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tens
     out = torch.empty_like(q)
     pdl = has_pdl(q.device)
     launch = {"launch_pdl": True} if pdl else {}
-    block = BLOCK_NUMBERS // hd
+    block = max(FEWEST_KEYS, (BLOCK_NUMBERS if has_tensor_cores(q.device) else FEWER_NUMBERS) // hd)
     padded = max(16, triton.next_power_of_2(G))  # the fewest rows that a tensor core takes
     scale = math.log2(math.e) / math.sqrt(hd)
     _look[(B * K, splits)](

@@ -75,6 +75,19 @@ def test_ctrl_c_while_python_ends_is_no_traceback():
     assert (code, err) == (130, "\n") and out.startswith("llama-ref ")
 
 
+@pytest.mark.parametrize(
+    ("said", "is_reached"), [("can't start new thread", True), ("can't create new thread at interpreter shutdown", False)]
+)
+def test_an_interpreter_that_shuts_down_is_no_limit(said, is_reached, monkeypatch):
+    """Python 3.12 starts no thread then, with any limit."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
+    assert thread_limit.is_reached() == is_reached
+
+
 def test_a_background_job_goes_on():
     code, out, err = call(
         AT_IMPORT.format(moment="fire") + CONSOLE_SCRIPT,

@@ -28,7 +28,7 @@ DEFAULT_SECONDS = 30.0
 BEATS_PER_LIMIT = 10  # at least
 WORD_AFTER = 1 / 3  # of the limit: say whom one waits for
 LONGEST_INTERVAL_SECONDS = 1.0
-LAST_WORDS_SECONDS = 5.0  # for a stream that nobody reads
+LONGEST_SAYING_SECONDS = 5.0  # for a stream that nobody reads
 LEFT, FAILED = b"left", b"failed"  # instead of a count
 WHY = "stopped, or the link is down"
 
@@ -43,6 +43,7 @@ class Heartbeat:
         self._interval = min(LONGEST_INTERVAL_SECONDS, self._limit / BEATS_PER_LIMIT)
         self._store = cast(Any, store).clone()  # one client serves one thread at a time
         self._rank = rank
+        self._process = os.getpid()
         self._keys = [f"beat/{each}" for each in range(world_size)]
         self._stop = threading.Event()
         self._clock = 0.0  # seconds that this process has run
@@ -63,6 +64,8 @@ class Heartbeat:
 
     def leave(self, failed: bool = False) -> None:
         """Tell the others that this process ends, so that they do not wait for it."""
+        if os.getpid() != self._process:  # a fork, whose end is not this rank's
+            return
         self._stop.set()
         self._beating.join(LONGEST_INTERVAL_SECONDS)
         if not self._beating.is_alive():  # else the store does not answer
@@ -127,7 +130,9 @@ class Heartbeat:
         if waiting - self._told and speaks_for(self._rank, waiting, len(self._keys)):
             self._told |= waiting
             seconds = round(self._limit * WORD_AFTER)
-            say(logging.WARNING, f"waiting for {named(waiting, self.hosts)}, of which nothing was heard for {seconds} s")
+            say_briefly(
+                logging.WARNING, f"waiting for {named(waiting, self.hosts)}, of which nothing was heard for {seconds} s"
+            )
 
     def _why(self) -> str:
         others = len(self._keys) - 1 - len(self.ended)
@@ -157,13 +162,24 @@ def store_address() -> str:
 
 def end_at_once(message: str) -> NoReturn:
     """Log the message and exit with code 1, from any thread: the main one may be blocked."""
-    speaking = threading.Thread(target=_last_words, args=(message,), daemon=True)
-    speaking.start()
-    speaking.join(LAST_WORDS_SECONDS)
-    os._exit(1)
+    try:
+        say_briefly(logging.CRITICAL, message)
+    finally:
+        os._exit(1)
 
 
-def _last_words(message: str) -> None:
-    say(logging.CRITICAL, message)
+def say_briefly(level: int, message: str) -> None:
+    """Log the message, without waiting long for a stream that nobody reads."""
+    speaking = threading.Thread(target=_say_and_flush, args=(level, message), daemon=True)
+    try:
+        speaking.start()
+    except RuntimeError:  # there are too many threads, or the interpreter is shutting down
+        _say_and_flush(level, message)
+    else:
+        speaking.join(LONGEST_SAYING_SECONDS)
+
+
+def _say_and_flush(level: int, message: str) -> None:
+    say(level, message)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,19 +1,24 @@
 """Two nodes whose link goes down, and the time after which a silent process counts as lost."""
 
 import contextlib
+import logging
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import FileStore, HashStore
 
 from folders import tiny_folder
 from jobs import ENVIRONMENT, TORCHRUN
 from llama_ref.errors import RequestError
-from llama_ref.parallel.heartbeat import VARIABLE, limit_seconds
+from llama_ref.parallel import heartbeat, peers
+from llama_ref.parallel.heartbeat import LEFT, VARIABLE, Heartbeat, end_at_once, limit_seconds
 
 WORKER = Path(__file__).parents[1] / "endless_worker.py"
 ADDRESSES = ("10.213.17.1", "10.213.17.2")  # in namespaces of their own
@@ -93,6 +98,66 @@ def test_a_process_that_failed_ends_the_others_while_they_compute():
     )
     assert done.returncode == 1
     assert re.fullmatch(r"rank 1 \(.+\) ended with an error: this process cannot continue without; .+\n", done.stderr)
+
+
+def test_a_process_ends_where_no_thread_can_be_started(monkeypatch, caplog):
+    """As while the interpreter shuts down, where leaving the process group may wait for a lost process."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    end_at_once("nothing was heard")
+    assert (codes, caplog.messages) == ([1], ["nothing was heard"])
+
+
+class Unread(logging.Handler):
+    """A stream that nobody reads: it blocks until the test is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_over = threading.Event()
+        self.blocked: list[threading.Thread] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.blocked.append(threading.current_thread())
+        self.is_over.wait()
+
+
+@pytest.fixture
+def unread() -> Iterator[None]:
+    handler = Unread()
+    peers.logger.addHandler(handler)
+    yield
+    handler.is_over.set()
+    peers.logger.removeHandler(handler)
+    for thread in handler.blocked:
+        thread.join()
+
+
+def test_a_stream_that_nobody_reads_keeps_no_process_waiting(unread, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(heartbeat, "limit_seconds", lambda: 0.2)
+    monkeypatch.setattr(heartbeat, "LONGEST_SAYING_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "end_at_once", lambda message: ended.set())
+    beating = Heartbeat(HashStore(), 0, 2)
+    beating.all_have_joined({0: "a", 1: "b"})
+    assert ended.wait(10)
+    beating.leave()
+
+
+def test_a_fork_that_ends_does_not_leave_the_job(tmp_path):
+    store = FileStore(str(tmp_path / "store"), 1)
+    beating = Heartbeat(store, 0, 1)
+    if (child := os.fork()) == 0:
+        beating.leave()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert store.get("beat/0") != LEFT
+    beating.leave()
+    assert store.get("beat/0") == LEFT
 
 
 def test_the_time_may_be_set(monkeypatch):

@@ -37,7 +37,7 @@ def fingerprint(folder: CheckpointFolder, args: ModelArgs, tokenizer: str | Path
 
 
 def _listed_sums(folder: CheckpointFolder) -> dict[str, object]:
-    """The weights' sums in checklist.chk; none if it is missing or broken, as loading says."""
+    """The weights' sums in checklist.chk; none if it is missing or broken, which loading reports."""
     if folder.checklist is None:
         return {}
     try:

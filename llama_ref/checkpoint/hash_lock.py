@@ -79,7 +79,7 @@ def _open(lock: Path) -> int:
 def _acquire(descriptor: int, hashed: Path, cancel: threading.Event) -> bool:
     """Wait for the lock; False if its owner makes no progress or `cancel` is set."""
     begun = beat_at = time.monotonic()
-    beat, is_told = _last_beat(descriptor), False
+    beat, has_warned = _last_beat(descriptor), False
     while not _try_lock(descriptor):
         if cancel.wait(TRY_SECONDS):
             return False
@@ -94,8 +94,8 @@ def _acquire(descriptor: int, hashed: Path, cancel: threading.Event) -> bool:
                 printable(str(hashed)),
             )
             return False
-        if not is_told and now - begun > SILENT_SECONDS:
-            is_told = True
+        if not has_warned and now - begun > SILENT_SECONDS:
+            has_warned = True
             logger.warning("waiting for %s, which is hashing %s", _owner(descriptor), printable(str(hashed)))
     return True
 

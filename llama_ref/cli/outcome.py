@@ -116,8 +116,8 @@ def log_to_stderr() -> Iterator[None]:
 class _NoteHandler(logging.Handler):
     """Writes records by `terminal.note`: once for all processes of a job, above a progress bar.
 
-    Whom a job waits for, and which process it has lost, any rank may say (parallel/peers.py). The
-    last word of a process is an error, so it is told once as well.
+    Any rank may say whom a job waits for and which process it has lost (parallel/peers.py). A
+    critical record is the error that ends a process, so a job reports it once too.
     """
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -23,11 +23,11 @@ from llama_ref.formatting import comma_list, printable
 from llama_ref.parallel.heartbeat import Heartbeat, store_address
 from llama_ref.parallel.peers import named, say, speaks_for
 
-JOIN_SECONDS = 600.0  # for a process that was never heard of; as torchrun's nodes wait
+JOIN_SECONDS = 600.0  # for a process that has not come yet: as long as torchrun waits for a node
 MEETING_SECONDS = 1800.0  # as torch's own limit for a collective call
-FIRST_WORD_SECONDS = 10.0  # then after twice as long, and so on
-LOOK_SECONDS = 1.0  # between two looks at who is missing
-LONGEST_PAUSE_SECONDS = 0.05  # between two looks whether any is
+FIRST_WARNING_SECONDS = 10.0  # then after twice as long, and so on
+LOOK_SECONDS = 1.0  # between two looks which keys are missing
+LONGEST_PAUSE_SECONDS = 0.05  # between two looks whether any key is missing
 MOST_DIFFERENCES = 4  # in one message
 LONGEST_VALUE = 60  # characters, in a message
 SHOWN_DIGITS = 12  # of a digest's 64
@@ -49,28 +49,28 @@ class Agreement:
         `step` is what the process does next ("loading the model"). All processes raise the same
         error. A fact that only some of them have is not compared.
         """
-        told = {"host": socket.gethostname(), "facts": {"the next step": step} | {name: shown(facts[name]) for name in facts}}
+        own = {"host": socket.gethostname(), "facts": {"the next step": step} | {name: shown(facts[name]) for name in facts}}
         keys = [f"meeting/{self._number}/{rank}" for rank in range(self._world_size)]
         with _lost_store():
-            self._client.set(keys[self._rank], json.dumps(told))
+            self._client.set(keys[self._rank], json.dumps(own))
             self._wait(keys, step)
-            all_told = [json.loads(text) for text in self._client.multi_get(keys)]
+            found = [json.loads(text) for text in self._client.multi_get(keys)]
             if self._number:  # all have read the meeting before
                 self._client.delete_key(f"meeting/{self._number - 1}/{self._rank}")
         self._number += 1
-        self.heartbeat.all_have_joined({rank: printable(each["host"]) for rank, each in enumerate(all_told)})
-        found = list(differences([each["facts"] for each in all_told], self.heartbeat.hosts))
-        if found:
-            more = len(found) - MOST_DIFFERENCES
+        self.heartbeat.all_have_joined({rank: printable(each["host"]) for rank, each in enumerate(found)})
+        differing = list(differences([each["facts"] for each in found], self.heartbeat.hosts))
+        if differing:
+            more = len(differing) - MOST_DIFFERENCES
             raise JobError(
-                f"the processes of this job differ before {step}: {'; '.join(found[:MOST_DIFFERENCES])}"
+                f"the processes of this job differ before {step}: {'; '.join(differing[:MOST_DIFFERENCES])}"
                 f"{f'; and {more} more' if more > 0 else ''}. Start all of them with the same files and options"
             )
 
     def _wait(self, keys: list[str], step: str) -> None:
         """Wait until all keys are there; say for whom. Raises JobError if it is in vain."""
         started, pause = time.monotonic(), 0.0
-        look_at, word_at = LOOK_SECONDS, FIRST_WORD_SECONDS
+        look_at, warn_at = LOOK_SECONDS, FIRST_WARNING_SECONDS
         while not self._client.check(keys):
             time.sleep(pause)
             pause = min(1.2 * pause + 1e-5, LONGEST_PAUSE_SECONDS)
@@ -80,8 +80,8 @@ class Agreement:
             look_at = waited + LOOK_SECONDS
             missing = {rank for rank, key in enumerate(keys) if not self._client.check([key])}
             self._check_not_in_vain(missing, step, waited)
-            if missing and waited >= word_at:
-                word_at = 2 * waited
+            if missing and waited >= warn_at:
+                warn_at = 2 * waited
                 if speaks_for(self._rank, missing, self._world_size):
                     names = named(missing, self.heartbeat.hosts)
                     say(logging.WARNING, f"waiting for {names} before {step}, for {waited:.0f} s now")
@@ -89,7 +89,7 @@ class Agreement:
     def _check_not_in_vain(self, missing: set[int], step: str, waited: float) -> None:
         if gone := missing & self.heartbeat.ended:
             names = named(gone, self.heartbeat.hosts)
-            raise JobError(f"{names} ended before {step}: this process cannot continue without; see its own messages")
+            raise JobError(f"{names} ended before {step}, so this process cannot continue; see the messages there")
         limit = MEETING_SECONDS if self._number else JOIN_SECONDS
         if missing and waited >= limit:
             names = named(missing, self.heartbeat.hosts)
@@ -109,7 +109,7 @@ def differences(facts: Sequence[Mapping[str, str]], hosts: Mapping[int, str]) ->
 
 
 def shown(value: object) -> str:
-    """A value as text for a message: that of a long one is cut, and has a digest."""
+    """A value as text for a message; a long text is cut and gets a digest."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     brief = printable(text)
     if len(brief) <= LONGEST_VALUE:

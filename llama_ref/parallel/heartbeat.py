@@ -26,7 +26,7 @@ from llama_ref.parallel.peers import named, say, speaks_for
 VARIABLE = "LLAMA_REF_HEARTBEAT_SECONDS"
 DEFAULT_SECONDS = 30.0
 BEATS_PER_LIMIT = 10  # at least
-WORD_AFTER = 1 / 3  # of the limit: say whom one waits for
+WARN_AFTER = 1 / 3  # of the limit
 LONGEST_INTERVAL_SECONDS = 1.0
 LONGEST_SAYING_SECONDS = 5.0  # for a stream that nobody reads
 LEFT, FAILED = b"left", b"failed"  # instead of a count
@@ -50,14 +50,14 @@ class Heartbeat:
         self._replied = 0.0  # when the store did, by that clock
         self._counts = [b""] * world_size
         self._heard = [0.0] * world_size  # when each count changed
-        self._told: set[int] = set()
+        self._warned_about: set[int] = set()
         self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._watching = threading.Thread(target=self._watch, name="heartbeat watch", daemon=True)
         self._beating.start()
         self._watching.start()
 
     def all_have_joined(self, hosts: dict[int, str]) -> None:
-        """From now on each of them must be heard of."""
+        """From now on each of them must be heard from."""
         if not self.hosts:
             self._heard = [self._clock] * len(hosts)
             self.hosts = hosts
@@ -85,13 +85,13 @@ class Heartbeat:
                 if self._stop.wait(self._interval):
                     return
         except dist.DistError:
-            self._stop.set()  # whoever had the store has ended: what needs it fails by itself
+            self._stop.set()  # the process that has the store has ended: calls that need it fail by themselves
 
     def _read(self, counts: list[bytes]) -> None:
         for rank, count in enumerate(counts):
             if count != self._counts[rank]:
                 self._heard[rank] = self._clock
-                self._told.discard(rank)
+                self._warned_about.discard(rank)
         self._counts = counts
         self.ended = {rank for rank, count in enumerate(counts) if count in (LEFT, FAILED)}
 
@@ -109,30 +109,28 @@ class Heartbeat:
 
     def _check_failed(self) -> None:
         failed = [rank for rank, count in enumerate(self._counts) if count == FAILED]
-        # Of a fault that all meet, this process may be about to tell more.
+        # If all processes meet the same fault, this one may be about to report it itself.
         if failed and self._clock - max(self._heard[rank] for rank in failed) >= LONGEST_INTERVAL_SECONDS:
             end_at_once(
-                f"{named(failed, self.hosts)} ended with an error: this process cannot continue without; see its own messages"
+                f"{named(failed, self.hosts)} ended with an error, so this process cannot continue; see the messages there"
             )
 
     def _check_silent(self) -> None:
-        if not self.hosts:  # whom one waits for while joining says Agreement
+        if not self.hosts:  # while processes join, Agreement says who is missing
             if self._clock - self._replied >= self._limit:
                 end_at_once(f"{store_address()} has not answered for {self._limit:g} s: {WHY}")
             return
         silent = self._silent(self._limit)
         if silent:
             end_at_once(
-                f"nothing was heard of {named(silent, self.hosts)} for {self._limit:g} s: {self._why()}. "
-                f"This process cannot continue without ({VARIABLE} sets the time)"
+                f"nothing was heard from {named(silent, self.hosts)} for {self._limit:g} s: {self._why()}. "
+                f"This process cannot continue ({VARIABLE} sets the time)"
             )
-        waiting = self._silent(self._limit * WORD_AFTER)
-        if waiting - self._told and speaks_for(self._rank, waiting, len(self._keys)):
-            self._told |= waiting
-            seconds = round(self._limit * WORD_AFTER)
-            say_briefly(
-                logging.WARNING, f"waiting for {named(waiting, self.hosts)}, of which nothing was heard for {seconds} s"
-            )
+        waiting = self._silent(self._limit * WARN_AFTER)
+        if waiting - self._warned_about and speaks_for(self._rank, waiting, len(self._keys)):
+            self._warned_about |= waiting
+            seconds = round(self._limit * WARN_AFTER)
+            say_briefly(logging.WARNING, f"waiting for {named(waiting, self.hosts)}, silent for {seconds} s")
 
     def _why(self) -> str:
         others = len(self._keys) - 1 - len(self.ended)
@@ -141,7 +139,7 @@ class Heartbeat:
         return WHY
 
     def _silent(self, seconds: float) -> set[int]:
-        """The other ranks not heard of for so long, without those that have ended."""
+        """The other ranks not heard from for so long, without those that have ended."""
         silent = {rank for rank, heard in enumerate(self._heard) if self._clock - heard >= seconds}
         return silent - self.ended - {self._rank}
 

@@ -19,12 +19,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from torch.distributed.rendezvous import rendezvous
 
 from llama_ref.errors import JobError, RequestError
-from llama_ref.parallel.agreement import JOIN_SECONDS, Agreement
+from llama_ref.parallel.agreement import FIRST_WARNING_SECONDS, JOIN_SECONDS, Agreement
 from llama_ref.parallel.heartbeat import store_address
 from llama_ref.parallel.sharding import WHOLE, Share
 
 REPORTED = (1, 2)  # exit codes of a process that has said what is wrong
-FIRST_WORD_SECONDS = 10.0
 TIMEOUT = timedelta(days=30)  # rank 0 may wait for a person; the default collective timeout is 30 minutes
 STORE_TIMEOUT = timedelta(minutes=30)  # torch's default
 
@@ -111,15 +110,15 @@ def _meet(rank: int, n_processes: int) -> Agreement:
 
 def _connect() -> Store:
     """The store named in torchrun's environment. Raises JobError if it cannot be reached."""
-    word = threading.Timer(FIRST_WORD_SECONDS, logger.warning, ["waiting for the other processes at %s", store_address()])
-    word.daemon = True
-    word.start()
+    warning = threading.Timer(FIRST_WARNING_SECONDS, logger.warning, ["waiting for the other processes at %s", store_address()])
+    warning.daemon = True
+    warning.start()
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
     except (dist.DistError, ValueError) as error:
         raise JobError(f"cannot reach the other processes at {store_address()}: {error}") from error
     finally:
-        word.cancel()
+        warning.cancel()
     store.set_timeout(STORE_TIMEOUT)
     return store
 

@@ -1,4 +1,4 @@
-"""The other processes of a job in messages: their names, and words that any of them may say."""
+"""The other processes of a job in messages: their names, and what any of them may log."""
 
 import logging
 from collections.abc import Iterable, Mapping

@@ -126,12 +126,13 @@ def test_a_process_that_has_ended_is_not_waited_for(three):
     meet(three, "joining", [{}] * 3)
     three[2].heartbeat.leave()
     said = meet(three, "going on", [{}] * 2)
-    assert all(each.startswith("rank 2 (") and "ended before going on: this process cannot continue" in each for each in said)
+    ending = "ended before going on, so this process cannot continue"
+    assert all(each.startswith("rank 2 (") and ending in each for each in said)
 
 
 def test_waiting_says_for_whom_and_is_not_for_ever(three, monkeypatch, caplog):
     monkeypatch.setattr(agreement, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(agreement, "FIRST_WORD_SECONDS", 0.04)
+    monkeypatch.setattr(agreement, "FIRST_WARNING_SECONDS", 0.04)
     monkeypatch.setattr(agreement, "JOIN_SECONDS", 1)
     said = meet(three, "joining the job", [{}] * 2)
     assert all(each.startswith("waited 1 s for rank 2 before joining the job: ") for each in said)

@@ -75,7 +75,7 @@ def test_a_link_that_goes_down_ends_both_nodes_with_one_message_each(nodes, tmp_
     for n, stderr in enumerate(said):
         assert agents[n].returncode != 0
         assert stderr.count("llama-ref: ") == 1, stderr
-        assert f"llama-ref: nothing was heard of rank {1 - n} (" in stderr, stderr
+        assert f"llama-ref: nothing was heard from rank {1 - n} (" in stderr, stderr
 
 
 FAILING = """
@@ -97,7 +97,7 @@ def test_a_process_that_failed_ends_the_others_while_they_compute():
         [sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
     )
     assert done.returncode == 1
-    assert re.fullmatch(r"rank 1 \(.+\) ended with an error: this process cannot continue without; .+\n", done.stderr)
+    assert re.fullmatch(r"rank 1 \(.+\) ended with an error, so this process cannot continue; .+\n", done.stderr)
 
 
 def test_a_process_ends_where_no_thread_can_be_started(monkeypatch, caplog):
@@ -167,7 +167,7 @@ def test_the_time_may_be_set(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", ""])
-def test_a_time_that_is_none_is_refused(monkeypatch, value):
+def test_an_invalid_time_is_refused(monkeypatch, value):
     monkeypatch.setenv(VARIABLE, value)
     with pytest.raises(RequestError, match=f"{VARIABLE} is .*, expected a number of seconds, 1 or more"):
         limit_seconds()

@@ -90,7 +90,7 @@ def test_a_stopped_process_ends_the_job_with_one_message(endless):
     assert endless.returncode != 0
     assert stderr.count("waiting for rank 1 (") == 1
     assert stderr.count("llama-ref: ") == 1
-    assert re.search(r"llama-ref: nothing was heard of rank 1 \(.+\) for 5 s: stopped, or the link is down", stderr)
+    assert re.search(r"llama-ref: nothing was heard from rank 1 \(.+\) for 5 s: stopped, or the link is down", stderr)
 
 
 def test_ctrl_c_ends_the_job_without_a_word_of_ours(endless):

@@ -13,7 +13,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.verify.checklist import read_checklist
 from llama_ref.errors import CheckpointError
-from llama_ref.opened_files import open_file
+from llama_ref.files import opened
 
 END_BYTES = 256 << 10  # of the beginning and of the end of a file
 SAMPLES = 128  # between them
@@ -51,14 +51,11 @@ def _listed_sums(folder: CheckpointFolder) -> dict[str, object]:
 def _sampled(path: Path, whole: bool = False) -> tuple[str, str]:
     """A file's size, and a digest of its samples or of the whole file."""
     digest = hashlib.sha256()
-    try:
-        with open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            for start, length in [(0, size)] if whole else _blocks(size):
-                file.seek(start)
-                digest.update(file.read(length))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        for start, length in [(0, size)] if whole else _blocks(size):
+            file.seek(start)
+            digest.update(file.read(length))
     return f"{size:,} bytes", digest.hexdigest()[:SHOWN_DIGITS]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,22 @@ def folder(tmp_path) -> Path:
 
 def test_a_copy_has_the_same(folder, tmp_path):
     assert of(shutil.copytree(folder, tmp_path / "copy")) == of(folder)
+
+
+class NetworkFile(FileIO):
+    """A file of which one call reads only a part, as network file systems may do."""
+
+    def read(self, size: int | None = -1, /) -> bytes | None:
+        return super().read(1000)
+
+    def readinto(self, buffer: bytearray, /) -> int | None:
+        return super().readinto(memoryview(buffer)[:1000])
+
+
+def test_a_file_that_is_read_in_parts_has_the_same(folder, monkeypatch):
+    expected = of(folder)
+    monkeypatch.setattr("llama_ref.opened_files.FileIO", NetworkFile)
+    assert of(folder) == expected
 
 
 def test_what_differs_is_named(folder, tmp_path):

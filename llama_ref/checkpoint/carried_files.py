@@ -7,12 +7,12 @@ be readable by all, and its true sum would stand in the new checklist.
 from pathlib import Path
 
 from llama_ref.checkpoint.folder import CheckpointFolder
-from llama_ref.checkpoint.hf.conventions import TEMPLATE_FILE, TEMPLATE_LIMIT_BYTES
-from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as TOKENIZER_JSON_LIMIT_BYTES
+from llama_ref.checkpoint.hf.conventions import TEMPLATE_FILE
+from llama_ref.checkpoint.size_limits import LIMIT_BYTES
 from llama_ref.checkpoint.verify.presence import HUGGING_FACE, INDEX_NAME, META, cannot_be_opened, names_in
 from llama_ref.errors import CheckpointError
 from llama_ref.files import parse_json, read_limited
-from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES
+from llama_ref.vocabulary import ADDED_TOKENS
 
 SETTINGS = {*META.others, *HUGGING_FACE.others} - {INDEX_NAME}
 
@@ -44,16 +44,16 @@ def read_carried(path: Path) -> bytes:
     if path.name in SETTINGS and (fault := cannot_be_opened(path.parent, path.name)):
         what = fault.detail or "it is not there"
         raise CheckpointError(f"cannot carry {path} over: {what}; put the file itself there, or remove it")
+    limit = LIMIT_BYTES[path.name]
     if path.name == TEMPLATE_FILE:
-        data = read_limited(path, TEMPLATE_LIMIT_BYTES, "a chat template")
+        data = read_limited(path, limit, "a chat template")
         _check_text(path, data)
     elif path.suffix == ".json":
-        limit = TOKENIZER_JSON_LIMIT_BYTES if path.name == "tokenizer.json" else MAX_FILE_BYTES
         data = read_limited(path, limit, "a JSON object")
         if not isinstance(parse_json(path, data, "a JSON object"), dict):
             raise CheckpointError(f"{path} holds no JSON object; fetch it again, or remove it")
     else:
-        data = read_limited(path, MAX_FILE_BYTES, "a tokenizer")
+        data = read_limited(path, limit, "a tokenizer")
     return data
 
 

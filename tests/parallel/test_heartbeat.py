@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-import re
+import queue
 import subprocess
 import sys
 import threading
@@ -78,26 +78,23 @@ def test_a_link_that_goes_down_ends_both_nodes_with_one_message_each(nodes, tmp_
         assert f"llama-ref: nothing was heard from rank {1 - n} (" in stderr, stderr
 
 
-FAILING = """
-import threading, time
-from torch.distributed import HashStore
-from llama_ref.parallel.agreement import Agreement
-
-store = HashStore()
-first, second = (Agreement(store, rank, 2) for rank in range(2))
-threading.Thread(target=second.check, args=("joining", {})).start()
-first.check("joining", {})
-second.heartbeat.leave(failed=True)
-time.sleep(60)  # as in a long computation
-"""
+@pytest.fixture
+def ended(monkeypatch) -> queue.SimpleQueue[str]:
+    """The messages of processes that were to end at once."""
+    messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+    monkeypatch.setattr(heartbeat, "end_at_once", messages.put)
+    return messages
 
 
-def test_a_process_that_failed_ends_the_others_while_they_compute():
-    done = subprocess.run(
-        [sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
-    )
-    assert done.returncode == 1
-    assert re.fullmatch(r"rank 1 \(.+\) ended with an error, so this process cannot continue; .+\n", done.stderr)
+def test_a_process_that_failed_ends_the_others_while_they_compute(ended, monkeypatch):
+    monkeypatch.setattr(heartbeat, "LONGEST_INTERVAL_SECONDS", 0.1)
+    store = HashStore()
+    first, second = (Heartbeat(store, rank, 2) for rank in range(2))
+    first.all_have_joined({0: "a", 1: "b"})
+    second.leave(failed=True)
+    message = ended.get(timeout=PATIENCE_SECONDS)
+    first.leave()
+    assert message.startswith("rank 1 (b) ended with an error, so this process cannot continue; ")
 
 
 def test_a_process_ends_where_no_thread_can_be_started(monkeypatch, caplog):
@@ -137,15 +134,14 @@ def unread() -> Iterator[None]:
         thread.join()
 
 
-def test_a_stream_that_nobody_reads_keeps_no_process_waiting(unread, monkeypatch):
-    ended = threading.Event()
+def test_a_stream_that_nobody_reads_keeps_no_process_waiting(unread, ended, monkeypatch):
     monkeypatch.setattr(heartbeat, "limit_seconds", lambda: 0.2)
     monkeypatch.setattr(heartbeat, "LONGEST_SAYING_SECONDS", 0.05)
-    monkeypatch.setattr(heartbeat, "end_at_once", lambda message: ended.set())
     beating = Heartbeat(HashStore(), 0, 2)
     beating.all_have_joined({0: "a", 1: "b"})
-    assert ended.wait(10)
+    message = ended.get(timeout=10)
     beating.leave()
+    assert message.startswith("nothing was heard from rank 1 (b) for 0.2 s: ")
 
 
 def test_a_fork_that_ends_does_not_leave_the_job(tmp_path):

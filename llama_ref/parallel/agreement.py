@@ -82,7 +82,7 @@ class Agreement:
             self._check_not_in_vain(missing, step, waited)
             if missing and waited >= warn_at:
                 warn_at = 2 * waited
-                if speaks_for(self._rank, missing, self._world_size):
+                if speaks_for(self._rank, missing | self.heartbeat.ended, self._world_size):
                     names = named(missing, self.heartbeat.hosts)
                     say(logging.WARNING, f"waiting for {names} before {step}, for {waited:.0f} s now")
 

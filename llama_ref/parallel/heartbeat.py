@@ -127,7 +127,7 @@ class Heartbeat:
                 f"This process cannot continue ({VARIABLE} sets the time)"
             )
         waiting = self._silent(self._limit * WARN_AFTER)
-        if waiting - self._warned_about and speaks_for(self._rank, waiting, len(self._keys)):
+        if waiting - self._warned_about and speaks_for(self._rank, waiting | self.ended, len(self._keys)):
             self._warned_about |= waiting
             seconds = round(self._limit * WARN_AFTER)
             say_briefly(logging.WARNING, f"waiting for {named(waiting, self.hosts)}, silent for {seconds} s")

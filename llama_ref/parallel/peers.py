@@ -17,9 +17,9 @@ def named(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
     )
 
 
-def speaks_for(rank: int, missing: Iterable[int], world_size: int) -> bool:
-    """Whether this rank says whom all wait for: the first one that is not missing."""
-    return rank == min(set(range(world_size)) - set(missing))
+def speaks_for(rank: int, absent: Iterable[int], world_size: int) -> bool:
+    """Whether this rank says whom all wait for: the first one that is not absent."""
+    return rank == min(set(range(world_size)) - set(absent))
 
 
 def say(level: int, text: str) -> None:

@@ -144,6 +144,17 @@ def test_a_stream_that_nobody_reads_keeps_no_process_waiting(unread, ended, monk
     assert message.startswith("nothing was heard from rank 1 (b) for 0.2 s: ")
 
 
+def test_of_the_ranks_that_run_the_first_says_whom_they_wait_for(ended, monkeypatch, caplog):
+    monkeypatch.setattr(heartbeat, "limit_seconds", lambda: 0.2)
+    store = HashStore()
+    store.multi_set(["beat/0", "beat/2"], ["left", "1"])
+    beating = Heartbeat(store, 1, 3)
+    beating.all_have_joined({0: "a", 1: "b", 2: "c"})
+    ended.get(timeout=PATIENCE_SECONDS)
+    beating.leave()
+    assert caplog.messages == ["waiting for rank 2 (c), silent for 0 s"]
+
+
 def test_a_fork_that_ends_does_not_leave_the_job(tmp_path):
     store = FileStore(str(tmp_path / "store"), 1)
     beating = Heartbeat(store, 0, 1)

@@ -1,8 +1,8 @@
 """Open files to read, and note which file each path led to.
 
 A path may lead to another file from one moment to the next: links are changed, files and folders are
-renamed. Only a descriptor stays with its file. So whoever vouches for a file compares the identities
-of descriptors: of the one that was hashed, and of each from which something was loaded.
+renamed. Only a descriptor stays with its file. So verification compares the identities of
+descriptors: of the one that was hashed, and of each from which something was loaded.
 """
 
 import os

@@ -14,7 +14,7 @@ from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.formatting import printable
 
 LONGEST_ERROR = 300  # characters
-SESSION, TIMES = 3, slice(11, 15)  # fields of /proc/PID/stat behind the name
+SESSION, TIMES = 3, slice(11, 15)  # fields of /proc/PID/stat after the name
 
 
 class Failed(LlamaRefError):

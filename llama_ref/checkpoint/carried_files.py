@@ -1,7 +1,7 @@
 """The small files that a conversion carries over: each is checked as it would be for loading.
 
-A folder from anybody may hold a link to another program's secrets under such a name. The copy would
-be readable by all, and its true sum would stand in the new checklist.
+An untrusted folder may have a link to a private file under such a name. The copy would be readable by
+all, and the new checklist would confirm it.
 """
 
 from pathlib import Path
@@ -36,10 +36,10 @@ def copy_carried(path: Path, target: Path) -> None:
 def read_carried(path: Path) -> bytes:
     """The bytes of one of `carried_files`, as they are.
 
-    Raises CheckpointError for a device or a pipe, for more bytes than such a file ever has, for JSON
-    that is no object and for a template that is no text. Settings may say anything, so that no link
-    of theirs may lead out of the folder, except into the blobs of a Hugging Face cache; parameters
-    and tokenizers are read in full as what they should be.
+    Raises CheckpointError for a device or a pipe, for a file beyond its limit, for JSON that is not an
+    object and for a template that is not text. The content of settings is not checked, so their links
+    may not lead out of the folder, except into the blobs of a Hugging Face cache; parameters and
+    tokenizers are parsed, which any other file fails.
     """
     if path.name in SETTINGS and (fault := cannot_be_opened(path.parent, path.name)):
         what = fault.detail or "it is not there"
@@ -51,7 +51,7 @@ def read_carried(path: Path) -> bytes:
     elif path.suffix == ".json":
         data = read_limited(path, limit, "a JSON object")
         if not isinstance(parse_json(path, data, "a JSON object"), dict):
-            raise CheckpointError(f"{path} holds no JSON object; fetch it again, or remove it")
+            raise CheckpointError(f"{path} is not a JSON object; fetch it again, or remove it")
     else:
         data = read_limited(path, limit, "a tokenizer")
     return data

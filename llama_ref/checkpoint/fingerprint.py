@@ -1,4 +1,4 @@
-"""What tells two checkpoints apart without reading all of them: shape, sizes, sums and samples.
+"""Tell two checkpoints apart without reading them whole: by shapes, sizes, sums and samples.
 
 The last bytes of a .pth are its archive's directory, with the CRC-32 of every tensor. Safetensors
 have no sums: of these, blocks at fixed places are compared.

@@ -7,7 +7,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from llama_ref.cli.interrupt import exit_on_interrupt
 
-    if argv is None:  # else a program calls, which goes on afterwards
+    if argv is None:  # else the caller is a program, which continues afterwards
         exit_on_interrupt()
     from llama_ref.cli.parser import run_guarded, run_program
 

@@ -14,7 +14,7 @@ from llama_ref.formatting import escape_controls
 
 
 class TerminalStream:
-    """A terminal's stream that escapes control characters; in all else it is the stream itself."""
+    """A terminal's stream that escapes control characters, and otherwise behaves like the stream itself."""
 
     def __init__(self, stream: TextIO):
         self.unescaped = stream

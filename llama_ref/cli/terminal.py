@@ -37,7 +37,7 @@ def output_console() -> "SafeConsole":
 
 
 def print_path(path: Path) -> None:
-    """Print the place of what was written; in a pipe byte for byte, for a script to go on with."""
+    """Print the place of what was written; in a pipe byte for byte, for scripts."""
     if sys.stdout.isatty() or not hasattr(sys.stdout, "buffer"):
         print(path)
         return

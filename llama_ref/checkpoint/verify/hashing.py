@@ -34,7 +34,7 @@ def hash_file(
 def hash_open_file(
     file: FileIO, algorithm: str = "md5", progress: FileProgress | None = None, cancel: threading.Event | None = None
 ) -> str:
-    """The hex checksum of an open file, from where it stands. Raises the errors of `hash_file`."""
+    """The hex checksum of an open file, from its current position. Raises the errors of `hash_file`."""
     path = Path(file.name)
     digest = hashlib.new(algorithm, usedforsecurity=False)
     # An anonymous map is page-aligned, so the kernel can copy whole pages.

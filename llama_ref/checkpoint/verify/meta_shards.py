@@ -127,7 +127,7 @@ def _examine_json_files(folder: Path, names: list[str], found: Structure) -> Non
             path = folder / name
             try:
                 is_object = isinstance(read_json(path, MAX_FILE_BYTES, "a JSON object"), dict)
-                detail = "" if is_object else "it holds no JSON object"
+                detail = "" if is_object else "it is not a JSON object"
             except CheckpointError as error:
                 detail = without_path(error, path)
             if detail:

@@ -351,7 +351,12 @@ FAULTS = {  # file, change, expected state, pattern in the summary
         "513 tokens, but config.json has vocab_size 512",
     ),
     "another file cut": ("generation_config.json", lambda path: cut(path, 5), State.CUT_SHORT, "broke off"),
-    "another file of no object": ("tokenizer_config.json", lambda path: path.write_text("3"), State.DAMAGED, "no JSON object"),
+    "another file of no object": (
+        "tokenizer_config.json",
+        lambda path: path.write_text("3"),
+        State.DAMAGED,
+        "not a JSON object",
+    ),
 }
 
 

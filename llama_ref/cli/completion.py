@@ -16,7 +16,7 @@ LIST_CHECKPOINTS = 'command ls "${LLAMA_MODELS_CONFIG_DIR:-$HOME/.llama}/checkpo
 
 BASH = """\
 _llama_ref() {{
-    local IFS=$' \\t\\n' words='' current=${{COMP_WORDS[COMP_CWORD]}}
+    local IFS=$' \\t\\n' words='' names='' name current=${{COMP_WORDS[COMP_CWORD]}}
     local previous=${{COMP_WORDS[COMP_CWORD-1]}}
     if [[ $current == = ]]; then
         current=''
@@ -35,7 +35,12 @@ _llama_ref() {{
             esac ;;
         esac
     fi
-    COMPREPLY=($(compgen -W "$words" -- "$current"))
+    COMPREPLY=($(compgen -W "$words" -- "$current")) || true
+    while IFS= read -r name; do
+        if [[ -n $name && $name == "$current"* ]]; then
+            COMPREPLY+=("$(printf '%q' "$name")")
+        fi
+    done <<< "$names"
 }}
 complete -o bashdefault -o default -F _llama_ref llama-ref
 """
@@ -100,8 +105,9 @@ def bash_script(commands: Commands) -> str:
         flags.append(f"            \"{name} -\"*) words='{' '.join(words)}' ;;")
         first = _first_argument(command)
         if first is not None:
-            shown = f"'{' '.join(first.choices)}'" if first.choices else f"$({LIST_CHECKPOINTS})"
-            arguments.append(f'            "{name} "*) words={shown} ;;')
+            # Not in `words`: compgen would run commands in a folder's name.
+            given = f"words='{' '.join(first.choices)}'" if first.choices else f"names=$({LIST_CHECKPOINTS})"
+            arguments.append(f'            "{name} "*) {given} ;;')
     return BASH.format(
         commands=" ".join([*commands, *PROGRAM_FLAGS]),
         values="\n".join(values),

@@ -77,6 +77,18 @@ def test_commands_flags_choices_and_checkpoints_are_offered(script, environment,
         assert offered == expected
 
 
+@pytest.mark.parametrize(("shell", "ask"), [("bash", in_bash), ("fish", in_fish)])
+def test_a_name_is_completed_and_not_run(script, environment, shell, ask, tmp_path):
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    name = "$(>$RAN)`>$RAN`"
+    (tmp_path / ".llama" / "checkpoints" / name).mkdir()
+    offered = ask(script(shell), "llama-ref info ", environment | {"RAN": str(tmp_path / "ran")})
+    quoted = r"\$\(\>\$RAN\)\`\>\$RAN\`" if shell == "bash" else name  # fish quotes it when it is put into the line
+    assert offered >= {"Llama3.2-1B", quoted}
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
 @pytest.mark.parametrize(("line", "expected"), LINES, ids=[line for line, _ in LINES])
 def test_zsh_offers_the_same(script, environment, line, expected, tmp_path):

@@ -24,8 +24,12 @@ from llama_ref.checkpoint.formats.pth_zip import (
     CENTRAL_SIGNATURE,
     END,
     END_SIGNATURE,
+    IN_ZIP64,
+    LOCAL,
+    LOCAL_SIGNATURE,
     LOCATOR64,
     LOCATOR64_SIGNATURE,
+    ZIP64_EXTRA,
     read_end,
 )
 from llama_ref.checkpoint.integrity import verify
@@ -267,6 +271,26 @@ def two_end_records(path: Path) -> None:
     path.write_bytes(data)
 
 
+def far_record(path: Path) -> None:
+    """An archive whose storage is said to be at an offset beyond those that a file can have."""
+    with zipfile.ZipFile(write_pth(path, GOOD_PICKLE, {}), "a") as archive:
+        storage = zipfile.ZipInfo("archive/data/0")
+        storage.extra = struct.pack("<2HQ", ZIP64_EXTRA, 8, 1 << 63)
+        archive.writestr(storage, bytes(64))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<L", data, data.rindex(b"archive/data/0") - CENTRAL.size + WHERE["offset"][0], IN_ZIP64)
+    path.write_bytes(data)
+
+
+def far_directory(path: Path) -> None:
+    """A file of torch.save whose directory is said to be beyond the offsets that a file can have."""
+    torch.save({"w": torch.ones(4)}, path)
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<Q", data, len(data) - END.size - LOCATOR64.size - 8, 1 << 63)
+    struct.pack_into("<L", data, len(data) - 6, IN_ZIP64)
+    path.write_bytes(data)
+
+
 def empty_zip(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "hello")
@@ -298,6 +322,8 @@ ARCHIVES = {
     "a compressed bomb as storage": (lambda path: write_pth(path, GOOD_PICKLE, {"0": BOMB}, zipfile.ZIP_LZMA), "is compressed"),
     "a pickle of 50 MB": (lambda path: write_pth(path, BOMB), "far more than a dictionary of tensors needs"),
     "a size past the end": (edited("data/0", size=2 * GB, packed=2 * GB), "more than the file has"),
+    "an offset of 64 bits": (far_record, "does not begin where"),
+    "a directory at an offset of 64 bits": (far_directory, "does not end where"),
     "a packed size of its own": (edited("data/0", packed=8), "is compressed"),
     "an offset past the end": (edited("data/0", offset=2 * GB), "does not begin where"),
     "a 64-bit offset left out": (edited("data/0", offset=0xFFFFFFFF), "lacks the 64-bit size"),
@@ -343,6 +369,18 @@ def test_an_archive_that_torch_would_not_write_is_refused(tmp_path, attack):
     make(path)
     with little_memory_and_time(), pytest.raises(CheckpointError, match=message):
         inspect_pth(path)
+    archive_length(path)  # `verify` asks for it too
+
+
+def test_a_cut_file_that_claims_exabytes_is_only_measured(tmp_path):
+    pickle_data = pickled({"w": Tensor((1,), (1,), 0, Storage((1 << 62) - 1, torch.DoubleStorage))})
+    heads = {
+        name: LOCAL.pack(LOCAL_SIGNATURE, 0, 0, 8, 0, 0, 0, 0, 0, len(name), 0) + name
+        for name in (b"archive/data.pkl", b"archive/data/0")
+    }
+    path = tmp_path / "cut.pth"
+    path.write_bytes(heads[b"archive/data.pkl"] + pickle_data + b"PK\7\x08" + bytes(12) + heads[b"archive/data/0"] + bytes(8))
+    assert archive_length(path) > 1 << 64
 
 
 def test_a_zip_within_the_zip_is_only_bytes(tmp_path):

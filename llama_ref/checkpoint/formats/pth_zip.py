@@ -5,6 +5,7 @@ directory. Anything else (compression, encryption, overlapping or duplicate reco
 rejected, which rules out zip bombs.
 """
 
+import os
 import struct
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -93,7 +94,9 @@ def read_end(file: BinaryIO, size: int) -> End | None:
 
 
 def read_at(file: BinaryIO, offset: int, n_bytes: int) -> bytes:
-    """Read `n_bytes` at `offset`, or fewer at the end of the file."""
+    """Read `n_bytes` at `offset`, or fewer at the end of the file; none at any offset behind it."""
+    if offset > os.fstat(file.fileno()).st_size:
+        return b""  # `seek` raises for offsets of 64 bits
     file.seek(offset)
     return file.read(n_bytes)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from llama_ref.checkpoint.formats.pth_pickle import MOST_DIMENSIONS, TEXT_LIMIT_BYTES
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.errors import CheckpointError
@@ -168,6 +169,8 @@ def _tensors(path: Path, header: dict[str, Any], data_begins: int) -> dict[str, 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
     """Where the tensor's bytes begin and end, relative to the end of the header."""
+    if len(name) > TEXT_LIMIT_BYTES:
+        raise _damaged(path, f"a tensor's name has {len(name):,} characters, expected {TEXT_LIMIT_BYTES:,} or fewer")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"{name} lacks dtype, shape or data_offsets, or has other keys")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -175,6 +178,8 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int]:
         raise _damaged(path, f"{name} has the unknown dtype {dtype!r:.40}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise _damaged(path, f"{name} has a shape or data_offsets that are not whole numbers")
+    if len(shape) > MOST_DIMENSIONS:  # before their product, which could have millions of digits
+        raise _damaged(path, f"{name} has {len(shape):,} dimensions, expected {MOST_DIMENSIONS} or fewer")
     n_bits = math.prod(shape) * DTYPES[dtype][1]
     begin, end = offsets
     if (end - begin) * 8 != n_bits or math.prod(size for size in shape if size) >= LARGEST:

@@ -24,6 +24,7 @@ SPLIT_PATTERN = (
 )
 
 N_SPECIAL = 256
+LONGEST_TOKEN_BYTES = 1024  # Llama 3's longest has 128; the time to check merges grows with the square
 MOST_SPECIAL = 1 << 16  # with unused ids; each takes kilobytes, and a fine-tune adds or pads by some hundred
 NAMED_SPECIAL = (
     "begin_of_text",
@@ -217,7 +218,9 @@ def special_start(ranks: Mapping[bytes, int]) -> int:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raise CheckpointError unless ranks are 0 to n - 1, or leave a gap of 256, with all bytes."""
+    """Raise CheckpointError unless ranks are 0 to n - 1, or leave a gap of 256, with all bytes and no long tokens."""
+    if (longest := max(map(len, ranks), default=0)) > LONGEST_TOKEN_BYTES:
+        raise CheckpointError(f"{path} has a token of {longest:,} bytes, expected at most {LONGEST_TOKEN_BYTES:,}. {REFETCH}")
     in_order = sorted(ranks.values())
     gap_start = next((i for i, rank in enumerate(in_order) if i != rank), len(in_order))
     with_gap = [*range(gap_start), *range(gap_start + N_SPECIAL, len(in_order) + N_SPECIAL)]

@@ -173,8 +173,9 @@ def test_ranks_leave_room_for_256_special_tokens_or_none(tmp_path, gap):
         (replace(vocabulary(), added={"말": 1000}), "no token of id 524"),
         (replace(vocabulary(), special={}), "no special token <|begin_of_text|>, <|end_of_text|>, <|start_header_id|>"),
         (replace(vocabulary(), ranks={b"a": 0}), "no token for 255 of the 256 single bytes"),
+        (vocabulary(pairs=[b"a" * 20_000]), "a token of 20,000 bytes, expected at most 1,024"),
     ],
-    ids=["20 special tokens", "holes", "no special tokens", "one byte"],
+    ids=["20 special tokens", "holes", "no special tokens", "one byte", "an endless token"],
 )
 def test_what_native_files_cannot_hold_is_not_written(tmp_path, unfit, message):
     with pytest.raises(CheckpointError, match=re.escape(message)):

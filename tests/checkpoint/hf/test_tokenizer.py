@@ -212,6 +212,7 @@ def llama_2(content: dict) -> None:
         (put(*MODEL, "vocab", "가", value=9999), "'가', which is not written in the byte-level alphabet"),
         (put(*MODEL, "vocab", "", value=9999), "'', which is not written in the byte-level alphabet"),
         (without_byte, "no token for 1 of the 256 single bytes (the first is 0x0a)"),
+        (put(*MODEL, "vocab", "a" * 20_000, value=9999), "has a token of 20,000 bytes, expected at most 1,024"),
         (put(*MODEL, "merges", value={}), 'no list "merges"'),
         (put(*MODEL, "merges", 0, value="t h e"), 'has "t h e" as merge 0, which is not a pair'),
         (put(*MODEL, "merges", 0, value=[1, 2]), "has [1, 2] as merge 0, which is not a pair"),

@@ -70,8 +70,9 @@ def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> It
         message = str(error).replace(str(partial), str(path))  # hide the temporary name
         raise type(error)(message) from error
     finally:
-        for remains in (partial, partial.with_suffix(".old")):
-            shutil.rmtree(remains, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        if path.exists():  # else a second Ctrl-C kept the old folder from coming back: the next run does it
+            shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
         os.close(lock)
 
 

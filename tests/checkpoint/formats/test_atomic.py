@@ -109,6 +109,25 @@ def test_the_old_folder_is_back_when_the_new_one_cannot_be_renamed(tmp_path, mon
     assert content(path) == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_old_folder_that_cannot_come_back_is_kept_for_the_next_run(tmp_path, monkeypatch):
+    """Ctrl-C between two renames, and again while the old folder is renamed back."""
+    path, rename = tmp_path / "model", Path.rename
+    write(path, "old")
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == path:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exchange, "_swap", lambda: None)
+        patched.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(path, "new", force=True)
+    atomic.recover(path)
+    assert content(path) == "old"
+
+
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     synced: list[str] = []
     fsync, place = os.fsync, exchange.replace_folder

@@ -23,7 +23,7 @@ SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
 SAFETENSORS_NAME = re.compile(r"model(?:-([0-9]{5})-of-([0-9]{5}))?\.safetensors")
 QUANTIZATION = "quantization"  # the key in params.json; Meta's own int4 releases have quantization_args
 INDEX_NAME = "model.safetensors.index.json"
-INDEX_LIMIT_BYTES = 64 << 20
+INDEX_LIMIT_BYTES = 16 << 20  # a 405B's has 100 kB
 MOST_LISTED = 8  # names in one error
 
 

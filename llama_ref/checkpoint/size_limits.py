@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from llama_ref.args import PARAMS_LIMIT_BYTES
+from llama_ref.checkpoint.folder import INDEX_LIMIT_BYTES
 from llama_ref.checkpoint.hf.conventions import GENERATION_CONFIG, TEMPLATE_FILE, TEMPLATE_LIMIT_BYTES
 from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as TOKENIZER_JSON_LIMIT_BYTES
 from llama_ref.checkpoint.verify.checklist import CHECKLIST_LIMIT_BYTES, CHECKLIST_NAME
-from llama_ref.checkpoint.verify.hf_shards import INDEX_LIMIT_BYTES
 from llama_ref.checkpoint.verify.presence import INDEX_NAME
 from llama_ref.files import check_size
 from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES

@@ -219,6 +219,15 @@ def test_gaps_in_the_shards_are_named(tmp_path, numbers, lacks):
     assert lacks in str(error.value) and str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(("n_bytes", "says"), [(0, "so remove model.safetensors"), (17 << 20, "remove one of them")])
+def test_an_index_beyond_its_limit_decides_nothing(tmp_path, n_bytes, says):
+    fill(tmp_path, ["config.json", "model.safetensors", "model-00001-of-00001.safetensors"])
+    index = json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}})
+    (tmp_path / "model.safetensors.index.json").write_text(index + " " * n_bytes)
+    with pytest.raises(CheckpointError, match=says):
+        open_folder(tmp_path)
+
+
 def test_other_spellings_of_a_number_are_no_shards(tmp_path):
     strays = [f"consolidated.{stray}" for stray in ("0.pth", "000.pth", "٠١.pth", "01.pth.part", "01.PTH")]
     assert len(open_folder(fill(tmp_path, [*FILES, *strays])).shards) == 1

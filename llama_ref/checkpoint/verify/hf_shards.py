@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.folder import SAFETENSORS_NAME
+from llama_ref.checkpoint.folder import INDEX_LIMIT_BYTES, SAFETENSORS_NAME
 from llama_ref.checkpoint.formats.safetensors import REFETCH, HeldTensor, WrongLength, inspect_safetensors
 from llama_ref.checkpoint.hf.config import NAMES, HFConfig
 from llama_ref.checkpoint.hf.names import hf_name
@@ -26,7 +26,6 @@ from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError
 from llama_ref.files import read_json
 
-INDEX_LIMIT_BYTES = 16 << 20  # a 405B's has 100 kB
 MOST_FILES = 1000  # a 405B has 191; a damaged number must not mean millions
 LAYER_NAME = re.compile(r"model\.layers\.(\d{1,8})\..+")
 

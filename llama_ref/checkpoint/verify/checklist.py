@@ -10,6 +10,7 @@ from llama_ref.files import read_small
 
 CHECKLIST_NAME = "checklist.chk"
 CHECKLIST_LIMIT_BYTES = 1 << 20  # thousands of files; Meta's longest list has 26
+NAME_LIMIT_BYTES = 4096  # Linux opens no longer path; resolving one takes the square of its length
 ALGORITHM_OF_DIGITS = {32: "md5", 64: "sha256"}
 
 _SUM = rb"(?P<sum>[0-9a-fA-F]{64}|[0-9a-fA-F]{32})"
@@ -159,7 +160,12 @@ def _unescaped(name: bytes) -> bytes | None:
 
 
 def _relative_name(raw: bytes, path: Path, line: int) -> str:
-    """The name without `./`. Raises CheckpointError if it is outside the folder or empty."""
+    """The name without `./`. Raises CheckpointError if it is outside the folder, empty or endless."""
+    if len(raw) > NAME_LIMIT_BYTES:
+        raise CheckpointError(
+            f"{path}, line {line} has a name of {len(raw):,} bytes, more than {NAME_LIMIT_BYTES:,}, the longest path; fetch the "
+            "list again"
+        )
     name = os.fsdecode(raw)
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:

@@ -77,6 +77,7 @@ def test_an_entry_outside_the_folder_is_refused(tmp_path, name):
     [
         (f"{MD5}  a\n{OTHER}  ./a\n", "contradicts itself about 'a': line 1 .* line 2"),
         (f"{MD5}  ./\n", "is not a file"),
+        (f"{MD5}  {'x/' * 20_000}y\n", "line 1 has a name of 40,001 bytes"),
         ("hello\nworld\n", "no line of the form"),
         ("# only a comment\n", "no line of the form"),
         ("<!DOCTYPE html><html>Sign in</html>", "an HTML page"),

@@ -224,7 +224,14 @@ GOOD_PICKLE = pickled({"w": OK})
 BOMB = bytes(50 << 20)
 
 
-WHERE = {"flags": (8, "<H"), "crc": (16, "<L"), "packed": (20, "<L"), "size": (24, "<L"), "offset": (42, "<L")}
+WHERE = {
+    "flags": (8, "<H"),
+    "attributes": (38, "<L"),
+    "crc": (16, "<L"),
+    "packed": (20, "<L"),
+    "size": (24, "<L"),
+    "offset": (42, "<L"),
+}
 
 
 def edited(name: str, **fields: int):
@@ -329,6 +336,7 @@ ARCHIVES = {
     "a 64-bit offset left out": (edited("data/0", offset=0xFFFFFFFF), "lacks the 64-bit size"),
     "a record on top of another": (edited("data/1", offset=60), "overlaps another"),
     "two records with one place": (edited("data/0", offset=0), "overlaps another|does not begin where"),
+    "a record marked as a folder": (edited("data/0", attributes=0x10), "marked as a folder"),
     "an encrypted record": (edited("data/0", flags=1), "is encrypted"),
     "a wrong CRC of the pickle": (edited("data.pkl", crc=7), "own CRC-32"),
     "a directory of 4 GB": (with_end(2, 0xFFFFFFF0, 0), "does not end where"),

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,9 @@ CHECKPOINT_FILE = re.compile(
     r"|(generation_)?config\.json|(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
     r"|chat_template\.(jinja|json)|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
+PARTIAL_FILE = re.compile(r"\..+\.[0-9a-f]{32}\.partial")  # of `atomic_file`
+LONGEST_STEM = 40  # characters of its name
+ABANDONED_SECONDS = 3600.0  # after which nobody writes such a file any more
 ELSEWHERE = "choose another folder"
 STARTING = 60  # seconds after which a run that has not locked its folder must have died
 ADVICE_WHEN_FULL: dict[int | None, str] = {  # by OSError.errno
@@ -141,11 +145,15 @@ def _write_atomically(target: Path, data: bytes) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path` if the block succeeds and is deleted if it fails.
 
-    Raises OSError if it cannot be written.
+    It gets the permissions of the file that it replaces. Files that killed runs left for the same
+    path are removed. Raises OSError if it cannot be written.
     """
-    partial_file = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex}.partial")
+    _remove_partial_files(path)
+    partial_file = path.with_name(f".{path.stem[:LONGEST_STEM]}.{uuid.uuid4().hex}.partial")
     with partial_file.open("xb") as file:
         try:
+            with suppress(OSError):  # the first of its name
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())  # some file systems report a full disk only here
@@ -153,6 +161,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         finally:
             with suppress(OSError):
                 partial_file.unlink(missing_ok=True)
+
+
+def _remove_partial_files(path: Path) -> None:
+    """Remove what `atomic_file` wrote for this path in runs that were killed."""
+    with suppress(OSError):
+        for entry in path.parent.iterdir():
+            is_ours = PARTIAL_FILE.fullmatch(entry.name) and entry.name.startswith(f".{path.stem[:LONGEST_STEM]}.")
+            if is_ours and time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+                entry.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -197,7 +214,7 @@ def _check_target(path: Path, force: bool) -> None:
     if not path.is_dir():
         raise RequestError(f"{path} is a file, expected a folder or nothing; {ELSEWHERE}")
     names = sorted(entry.name for entry in path.iterdir())
-    foreign = next((name for name in names if not CHECKPOINT_FILE.fullmatch(name)), None)
+    foreign = next((name for name in names if not (CHECKPOINT_FILE.fullmatch(name) or PARTIAL_FILE.fullmatch(name))), None)
     if names and not force:
         raise RequestError(f"{path} already holds {', '.join(names[:4])}…; --force replaces it, or {ELSEWHERE}")
     if foreign:

@@ -23,6 +23,7 @@ CENTRAL_SIGNATURE, LOCAL_SIGNATURE = b"PK\1\2", b"PK\3\4"
 IN_ZIP64 = 0xFFFFFFFF
 ZIP64_EXTRA = 1
 ENCRYPTED = 1  # flag bit
+FOLDER = 0x10  # bit of the external attributes
 
 
 class BadArchive(CheckpointError):
@@ -109,7 +110,9 @@ def _parse_directory(data: bytes) -> list[Record]:
         if data[at : at + 4] != CENTRAL_SIGNATURE or at + CENTRAL.size > len(data):
             raise BadArchive(f"its zip directory is broken at entry {len(records):,}")
         head = CENTRAL.unpack_from(data, at)
-        _, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length, *_, offset = head
+        _, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length, *_, attributes, offset = (
+            head
+        )
         at += CENTRAL.size
         name = data[at : at + name_length].decode("utf-8", "backslashreplace")
         extra = data[at + name_length : at + name_length + extra_length]
@@ -119,6 +122,8 @@ def _parse_directory(data: bytes) -> list[Record]:
         size, packed, offset = _zip64_values(size, packed, offset, extra)
         if method or packed != size:
             raise BadArchive(f"its record {name!r} is compressed, which torch.save never does; possible zip bomb")
+        if attributes & FOLDER or name.endswith("/"):  # torch.load would not read it, and use what memory held before
+            raise BadArchive(f"its record {name!r} is marked as a folder, which torch.save never does")
         if flags & ENCRYPTED:
             raise BadArchive(f"its record {name!r} is encrypted, which torch.save never does")
         records.append(Record(name, offset, offset, size, crc))

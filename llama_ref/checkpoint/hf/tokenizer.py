@@ -8,9 +8,10 @@ from typing import Any
 
 from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.files import read_json
+from llama_ref.formatting import short
 from llama_ref.vocabulary import SPLIT_PATTERN, Vocabulary, check_ranks, check_vocabulary, unused_text
 
-MAX_FILE_BYTES = 256 << 20  # Llama 3's file is 9 or 17 MB
+MAX_FILE_BYTES = 64 << 20  # Llama 3's file is 9 or 17 MB; as Python objects it takes up to 25 times as much
 EXPECTED = "Llama 3's tokenizer.json"
 
 
@@ -100,7 +101,7 @@ def _vocab_and_merges(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, i
         if type(token_id) is not int:
             raise _refused(path, f"gives {text!r:.80} the id {token_id!r:.80}, which is not a whole number")
         if owner.setdefault(token_id, text) != text:
-            raise _refused(path, f"gives id {token_id} to both {owner[token_id]!r:.80} and {text!r:.80}")
+            raise _refused(path, f"gives id {short(token_id)} to both {owner[token_id]!r:.80} and {text!r:.80}")
 
     pairs: list[Merge] = []
     last_id = -1
@@ -139,7 +140,9 @@ def _added_tokens(path: Path, entries: object, vocab: Mapping[str, int]) -> dict
         if option := next((name for name in ("lstrip", "rstrip", "single_word") if entry.get(name)), None):
             raise _refused(path, f"has the added token {text!r:.80} with {option}, which depends on the surrounding text")
         if vocab.get(text, token_id) != token_id:
-            raise _refused(path, f"has {text!r:.80} as added token {token_id}, but also as token {vocab[text]} of its vocab")
+            raise _refused(
+                path, f"has {text!r:.80} as added token {short(token_id)}, but also as token {short(vocab[text])} of its vocab"
+            )
         found[text] = token_id, entry.get("special") is True
     return dict(sorted(found.items(), key=lambda item: item[1]))
 

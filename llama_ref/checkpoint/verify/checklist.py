@@ -163,8 +163,8 @@ def _relative_name(raw: bytes, path: Path, line: int) -> str:
     """The name without `./`. Raises CheckpointError if it is outside the folder, empty or endless."""
     if len(raw) > NAME_LIMIT_BYTES:
         raise CheckpointError(
-            f"{path}, line {line} has a name of {len(raw):,} bytes, more than {NAME_LIMIT_BYTES:,}, the longest path; fetch the "
-            "list again"
+            f"{path}, line {line} has a name of {len(raw):,} bytes, more than {NAME_LIMIT_BYTES:,}, the longest path; "
+            "fetch the list again"
         )
     name = os.fsdecode(raw)
     pure = PurePosixPath(name)

@@ -161,3 +161,30 @@ def test_a_folder_that_a_killed_run_had_renamed_comes_back(tmp_path, caplog):
     atomic.recover(tmp_path / "model")
     assert content(tmp_path / "model") == "old"
     assert caplog.messages == [f"{tmp_path / 'model'} was renamed by an interrupted run: it is back"]
+
+
+def test_a_file_keeps_the_permissions_of_the_one_that_it_replaces(tmp_path):
+    path = tmp_path / "conversation.json"
+    path.write_text("old")
+    path.chmod(0o600)
+    with atomic.atomic_file(path) as file:
+        assert os.fstat(file.fileno()).st_mode & 0o777 == 0o600, "others read it before it is renamed"
+        file.write(b"new")
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o600)
+
+
+def test_a_file_that_a_killed_run_left_is_removed_and_does_not_keep_force_away(tmp_path):
+    folder = tmp_path / "model"
+    write(folder, "old")
+    left, young = (folder / f".checklist.{digit * 32}.partial" for digit in "ab")
+    other = folder / f".another.{'c' * 32}.partial"
+    for path in (left, young, other):
+        path.write_text("half")
+    for path in (left, other):
+        os.utime(path, (0, 0))
+    with atomic.atomic_file(folder / "checklist.chk") as file:
+        file.write(b"sums")
+    assert not left.exists() and young.exists() and other.exists()
+    (folder / "checklist.chk").unlink()
+    write(folder, "new", force=True)
+    assert content(folder) == "new"

@@ -20,7 +20,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs, usual_rope_factor
 from llama_ref.checkpoint.carried_files import carried_files, copy_carried, read_carried
 from llama_ref.checkpoint.first_load import Verify, verified
-from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
+from llama_ref.checkpoint.folder import CheckpointFolder, open_folder, shard_name
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
 from llama_ref.checkpoint.formats.lazy_tensor import BLOCK_BYTES, LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
@@ -90,7 +90,7 @@ def to_meta(
         write_conventions(folder, opened)
         for n, tensors in enumerate(parts):
             aliases = {OUTPUT: EMBEDDING} if opened.stored.tied else {}
-            write_pth(folder / f"consolidated.{n:02d}.pth", tensors, aliases, written.advance)
+            write_pth(folder / shard_name(n), tensors, aliases, written.advance)
         write_sums(folder, checkpoint_files(folder))
     return Path(target)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.missing_file import hint_about, with_hint
 from llama_ref.checkpoint.spelling import META, as_on_disk, in_hub_cache, model_name, name_key, nearest, snapshots
 from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.errors import CheckpointError, FolderNotFound
@@ -84,7 +85,7 @@ class CheckpointFolder:
         found = next((place for place in places if place.is_file()), None)
         if found:
             return f"{self.path} lacks {usual}, but there is {found}: copy it into the folder, or give it as tokenizer_path"
-        return f"{self.path} lacks {usual}; fetch it, or name one with tokenizer_path"
+        return f"{self.path} lacks {with_hint(self.path / usual)}; fetch it, or name one with tokenizer_path"
 
     @property
     def name(self) -> str:
@@ -238,6 +239,11 @@ def native_folder(path: Path) -> Path:
     return inner if has_shards or not has_safetensors else path
 
 
+def shard_name(number: int) -> str:
+    """The name of a shard, from its number."""
+    return f"consolidated.{number:02d}.pth"
+
+
 def shard_number(name: str) -> int:
     """The number in a shard's name; -1 for any other file."""
     match = SHARD_NAME.fullmatch(name)
@@ -257,7 +263,7 @@ def _check_no_gaps(path: Path, shards: list[str]) -> None:
     n_missing = max(numbers) + 1 - len(numbers)
     if n_missing:
         missing = islice((number for number in count() if number not in numbers), min(n_missing, MOST_LISTED + 1))
-        names = _listed([f"consolidated.{number:02d}.pth" for number in missing])
+        names = _listed([with_hint(path / shard_name(number)) for number in missing])
         raise CheckpointError(
             f"{path} has shards up to consolidated.{max(numbers):02d}.pth but lacks {names}; fetch what is missing"
         )
@@ -277,7 +283,8 @@ def _check_one_set(path: Path, names: list[str]) -> None:
     total = totals.pop()
     missing = sorted({f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)} - set(names))
     if missing:
-        raise CheckpointError(f"{path} lacks {_listed(missing)}; fetch what is missing")
+        names_and_hints = _listed([with_hint(path / name) for name in missing])
+        raise CheckpointError(f"{path} lacks {names_and_hints}; fetch what is missing")
 
 
 def _which_to_remove(path: Path, names: list[str]) -> str:
@@ -312,6 +319,9 @@ def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
         return f"{path} holds an adapter (LoRA), not a model; merge it into its base model (peft's merge_and_unload) first"
     if not shards and not any(map(SAFETENSORS_NAME.fullmatch, names)) and (advice := how_to_rename(path, names)):
         return advice
+    first_weights = "model.safetensors" if "config.json" in names else shard_name(0)
+    if not shards and not any(map(SAFETENSORS_NAME.fullmatch, names)) and (hint := hint_about(path / first_weights)):
+        return f"{path} lacks {first_weights} ({hint}); fetch it"
     if ".safetensors" in suffixes and "config.json" not in names:
         return f"{path} holds safetensors but lacks config.json, which describes the model; fetch it too"
     if "config.json" in names and ".bin" in suffixes and not shards:
@@ -323,8 +333,8 @@ def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
     if ".gguf" in suffixes:
         return f"{path} holds a GGUF file for llama.cpp; fetch Meta's own files of that release"
     if shards:
-        hint = " (it is named `params` here: rename it)" if "params" in names else ""
-        return f"{path} lacks params.json{hint}; fetch it beside {shards[0]}"
+        lacking = "params.json (it is named `params` here: rename it)" if "params" in names else with_hint(path / "params.json")
+        return f"{path} lacks {lacking}; fetch it beside {shards[0]}"
     within = [str(each.parent) for pattern in ("*", "original/*") for each in sorted(path.glob(f"{pattern}/params.json"))]
     if within:
         return f"{path} holds no checkpoint itself, but folders that may be: name one of {_listed(within)}"

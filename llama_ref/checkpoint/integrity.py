@@ -9,6 +9,7 @@ from threading import Event
 
 from llama_ref.checkpoint.folder import checkpoints_root, native_folder, says_quantized
 from llama_ref.checkpoint.formats.atomic import write_sums
+from llama_ref.checkpoint.missing_file import hint_about
 from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.checkpoint.verify.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
 from llama_ref.checkpoint.verify.hashing import Hashed, hash_files, run_all
@@ -24,7 +25,6 @@ from llama_ref.checkpoint.verify.presence import (
     format_of,
     has_weights,
     names_in,
-    partial_download,
     size_of,
     stamp_of,
 )
@@ -217,7 +217,7 @@ class _Check:
         report = FileReport(name, State.SOUND, size_of(path), expected_sum=entry.sum if entry else None)
         if report.size is None:
             unnamed = f"{CHECKLIST_NAME} does not name it either" if listed and not entry else ""
-            return replace(report, state=State.MISSING, detail=partial_download(path) or unnamed)
+            return replace(report, state=State.MISSING, detail=hint_about(path) or unnamed)
         if isinstance(hashed, OSError):
             return replace(report, state=State.UNREADABLE, detail=hashed.strerror or str(hashed))
         if hashed:

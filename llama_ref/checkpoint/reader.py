@@ -16,18 +16,21 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.folder import CheckpointFolder, shard_name
 from llama_ref.checkpoint.foreign_names import foreign_names
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_open_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
 from llama_ref.checkpoint.mapped_file import map_file
+from llama_ref.checkpoint.missing_file import with_hint
 from llama_ref.checkpoint.shapes import (
     EMBEDDING,
     OUTPUT,
+    DtypeAndShape,
     Shape,
     dtypes_and_shapes,
     expected_shapes,
+    implied_shards,
     is_ignored,
     misfits,
     other_kind,
@@ -36,7 +39,7 @@ from llama_ref.checkpoint.shapes import (
 from llama_ref.checkpoint.to_device import PinnedCopier
 from llama_ref.errors import CheckpointError
 from llama_ref.files import opened
-from llama_ref.formatting import printable
+from llama_ref.formatting import comma_list, printable
 from llama_ref.parallel.sharding import places, split_dim
 
 logger = logging.getLogger(__name__)
@@ -296,6 +299,8 @@ def _check_tensors(
     folder: CheckpointFolder, files: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Shape], n_shards: int = 1
 ) -> None:
     described = {file: dtypes_and_shapes(tensors) for file, tensors in files.items()}
+    if not folder.is_hugging_face:
+        _check_number(folder, described, expected)
     for file, tensors in files.items():
         if other := foreign_names(tensors, expected):
             raise CheckpointError(f"{folder.path}: the weights do not fit {folder.params.name}: {file}: {other}")
@@ -305,6 +310,18 @@ def _check_tensors(
         surplus = sorted(strangers(described[file], expected))
         problems += [f"{file}: {name} {described[file][name][1]} is unexpected" for name in surplus]
     check_problems(folder, problems)
+
+
+def _check_number(
+    folder: CheckpointFolder, shards: Mapping[str, Mapping[str, DtypeAndShape]], expected: Mapping[str, Shape]
+) -> None:
+    """Raise CheckpointError if the shards are the first of more: no gap shows that the last ones are missing."""
+    embeddings = [shard[EMBEDDING][1] for shard in shards.values() if EMBEDDING in shard]
+    n_here, n_shards = len(folder.shards), implied_shards(embeddings[0], expected[EMBEDDING][0]) if embeddings else None
+    if n_shards and n_shards > n_here and not any(misfits(shards, expected, n_shards).values()):
+        missing = comma_list([with_hint(folder.path / shard_name(n)) for n in range(n_here, n_shards)], MOST_LISTED)
+        why = f"the tensors are those of {n_shards} shards"
+        raise CheckpointError(f"{folder.path} lacks {missing}: {why}; fetch what is missing")
 
 
 def check_problems(folder: CheckpointFolder, problems: list[str]) -> None:

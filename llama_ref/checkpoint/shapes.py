@@ -20,6 +20,7 @@ EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 # Older files hold RoPE's frequencies, Meta's once and Hugging Face's in every layer. params.json
 # implies them.
 IGNORED = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not mean millions
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 WHY_MISSING = {"lm_head.weight": '; if the output is the embedding, set "tie_word_embeddings" to true in config.json'}
 
@@ -69,6 +70,14 @@ def shard_shape(name: str, whole: Shape, n_shards: int) -> Shape:
     """The shape of one shard's part of a tensor."""
     dim = split_dim(name)
     return tuple(size // n_shards if axis == dim else size for axis, size in enumerate(whole))
+
+
+def implied_shards(embedding: Shape, vocab_size: int) -> int | None:
+    """The number of shards of which one holds this part of the embedding; None if none does."""
+    if not embedding or not embedding[0] or vocab_size % embedding[0]:
+        return None
+    n_shards = vocab_size // embedding[0]
+    return n_shards if n_shards <= MOST_SHARDS else None
 
 
 def misfits(

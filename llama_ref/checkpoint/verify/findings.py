@@ -10,13 +10,12 @@ from llama_ref.args import MOST_LAYERS, PARAMS_LIMIT_BYTES, WIDEST, ModelArgs
 from llama_ref.checkpoint.formats.pth import TensorInfo
 from llama_ref.checkpoint.formats.safetensors import HeldTensor
 from llama_ref.checkpoint.hf.names import LAYER
-from llama_ref.checkpoint.shapes import Shape, expected_shapes, is_ignored, shard_shape
+from llama_ref.checkpoint.shapes import MOST_SHARDS, Shape, expected_shapes, is_ignored, shard_shape
 from llama_ref.checkpoint.verify.report import STATE_OF_IMPOSTOR, State
 from llama_ref.errors import CheckpointError
 from llama_ref.files import read_head, read_small, what_is
 
 TORN_VALUE = re.compile(r"(t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][+-]?)?\s*")  # truncated
-MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not mean millions
 MOST_LISTED = 4  # problems shown in one detail
 
 

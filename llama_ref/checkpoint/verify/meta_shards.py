@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME, shard_number
+from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME, shard_name, shard_number
 from llama_ref.checkpoint.foreign_names import foreign_names
 from llama_ref.checkpoint.formats.pth import TensorInfo, archive_records, inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
@@ -20,9 +20,11 @@ from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as MAX_TOKENIZER_JS
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
 from llama_ref.checkpoint.shapes import (
     EMBEDDING,
+    MOST_SHARDS,
     WEIGHT_DTYPES,
     Shape,
     expected_shapes,
+    implied_shards,
     misfits,
     other_kind,
     shard_shape,
@@ -30,7 +32,6 @@ from llama_ref.checkpoint.shapes import (
 )
 from llama_ref.checkpoint.size_limits import check_limit
 from llama_ref.checkpoint.verify.findings import (
-    MOST_SHARDS,
     Finding,
     Structure,
     contradiction,
@@ -312,7 +313,7 @@ def _head_of_embedding(path: Path, tensors: Mapping[str, TensorInfo]) -> bytes:
 def _count_shards(names: list[str], found: Structure, n_shards: int | None) -> None:
     """Set which shards must exist and which belong to another checkpoint."""
     numbers = [number for name in names if 0 <= (number := shard_number(name)) < MOST_SHARDS]
-    found.needed = [f"consolidated.{n:02d}.pth" for n in range(max(max(numbers, default=-1) + 1, n_shards or 0))]
+    found.needed = [shard_name(n) for n in range(max(max(numbers, default=-1) + 1, n_shards or 0))]
     found.is_counted = n_shards is not None
     if n_shards is not None:
         why = f"the tensors are those of {n_shards} shards"
@@ -363,11 +364,7 @@ def _problems(
 
 def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
     """The number of shards implied by this shard's part of the vocabulary."""
-    rows = tensors["tok_embeddings.weight"].shape[:1] if "tok_embeddings.weight" in tensors else ()
-    if not rows or not rows[0] or args.vocab_size % rows[0]:
-        return None
-    n_shards = args.vocab_size // rows[0]
-    return n_shards if n_shards <= MOST_SHARDS else None
+    return implied_shards(tensors[EMBEDDING].shape, args.vocab_size) if EMBEDDING in tensors else None
 
 
 def _measure_broken(

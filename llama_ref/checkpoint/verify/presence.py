@@ -2,17 +2,16 @@
 
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME
+from llama_ref.checkpoint.missing_file import hint_about
 from llama_ref.checkpoint.verify.report import FileReport, State
 from llama_ref.files import is_link_loop
-from llama_ref.formatting import human_bytes
 from llama_ref.vocabulary import ADDED_TOKENS
 
-PARTIAL_SUFFIXES = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".tmp", ".aria2")
 ONE_FILE = "model.safetensors"
 INDEX_NAME = f"{ONE_FILE}.index.json"
 
@@ -114,7 +113,7 @@ def cannot_be_opened(folder: Path, name: str) -> FileReport | None:
         if target := _outside(folder, path):
             return FileReport(name, State.REFUSED, detail=f"a link leads out of the folder, to {target}")
         if not path.exists():
-            return FileReport(name, State.MISSING, detail=partial_download(path))
+            return FileReport(name, State.MISSING, detail=hint_about(path))
         if not path.is_file():
             detail = "not a plain file: it is a folder, a device or a pipe"
             return FileReport(name, State.UNREADABLE, detail=detail)
@@ -132,31 +131,6 @@ def _outside(folder: Path, path: Path) -> Path | None:
 def _is_own_blob(folder: Path, target: Path) -> bool:
     """Whether the link is one of Hugging Face's cache, from `snapshots/<revision>/` to `blobs/`."""
     return any(parent.name == "snapshots" and target.parent == parent.parent / "blobs" for parent in folder.parents)
-
-
-def partial_download(path: Path) -> str:
-    """A sentence about a missing file's unfinished download, next to it or in the hub's cache."""
-    for suffix in PARTIAL_SUFFIXES:
-        size = size_of(path.with_name(path.name + suffix))
-        if size is not None:
-            return f"its download has not finished: {path.name}{suffix} has {human_bytes(size)}"
-    sizes = [size for part in _hub_parts(path.parent) if (size := size_of(part)) is not None]
-    if sizes:  # named by checksum, so we cannot tell which file they are
-        what = "a download has" if len(sizes) == 1 else f"{len(sizes)} downloads have"
-        return f"{what} not finished: Hugging Face's cache holds {human_bytes(sum(sizes))} in .incomplete files"
-    return ""
-
-
-def _hub_parts(folder: Path) -> Iterator[Path]:
-    """Unfinished downloads of huggingface_hub, in the folder's `.cache` or the cache's `blobs`."""
-    try:
-        for home in (folder, folder.parent):  # the parent, for a repository's original/
-            yield from (home / ".cache" / "huggingface" / "download").rglob("*.incomplete")
-        for parent in folder.resolve().parents:
-            if parent.name == "snapshots":
-                yield from (parent.parent / "blobs").glob("*.incomplete")
-    except (OSError, RuntimeError):
-        return
 
 
 def size_of(path: Path) -> int | None:

@@ -176,7 +176,8 @@ class _Check:
             found = read_checklist(path)
         except CheckpointError as error:
             kind = _kind_of(path)
-            state = STATE_OF_IMPOSTOR[kind] if kind else State.DAMAGED
+            broken = State.UNREADABLE if isinstance(error.__cause__, OSError) else State.DAMAGED
+            state = STATE_OF_IMPOSTOR[kind] if kind else broken
             detail = kind or str(error).removeprefix(f"{path} ").removeprefix(f"{path}, ")
             report = FileReport(CHECKLIST_NAME, state, size_of(path), detail=detail)
             return _List(problem=f"{CHECKLIST_NAME} could not be used", reports=[report])

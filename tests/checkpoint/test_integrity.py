@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attempts import attempts
-from folders import growing
+from folders import growing, tiny_folder
 from llama_ref.checkpoint.integrity import verify, write_checklist
 from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.verify.checklist import read_checklist
@@ -508,3 +508,12 @@ def test_an_interrupt_stops_the_reading_of_weights(folder):
 )
 def test_sizes_read_well(n, text):
     assert human_bytes(n) == text
+
+
+def test_a_list_that_may_not_be_read_is_unreadable(unprivileged_folder):
+    folder = unprivileged_folder / "model"
+    tiny_folder(folder)
+    (folder / "checklist.chk").chmod(0)
+    report = verify(folder)
+    assert states(report) == {"checklist.chk": State.UNREADABLE} and report.exit_code == 3
+    assert "checklist.chk is unreadable (" in report.summary() and "make it readable" in report.summary()

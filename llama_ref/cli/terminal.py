@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_ref.errors import RequestError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress, ProgressColumn
@@ -48,6 +50,13 @@ def print_path(path: Path) -> None:
 def is_first_process() -> bool:
     """Whether this is rank 0 of torchrun's processes: the one that prints."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def check_one_writer() -> None:
+    """Raise RequestError if torchrun started several processes, which would all write the same files."""
+    n_processes = os.environ.get("WORLD_SIZE", "1")
+    if n_processes != "1":
+        raise RequestError(f"{n_processes} processes would write the same files: start it without torchrun")
 
 
 def note(text: str) -> None:

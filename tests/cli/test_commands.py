@@ -402,3 +402,18 @@ def test_without_docstrings_and_asserts_everything_is_said_all_the_same(run, roo
     command = [sys.executable, "-OO", "-m", "llama_ref", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == run(*words.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "A", "B", "--to", "hf"),
+        ("reshard", "A", "B", "--shards", "2"),
+        ("quantize", "A", "B", "--to", "int8"),
+        ("checksum", "A"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_that_writes_files_is_refused_in_several_processes(run, monkeypatch, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*words) == (2, "", "llama-ref: 2 processes would write the same files: start it without torchrun\n")

@@ -20,9 +20,10 @@ def checksum(
     """
     from llama_ref.checkpoint.folder import find_folder
     from llama_ref.checkpoint.integrity import write_checklist
-    from llama_ref.cli.terminal import print_path
+    from llama_ref.cli.terminal import check_one_writer, print_path
     from llama_ref.cli.views.verify import hashing_bars
 
+    check_one_writer()
     with hashing_bars() as progress:
         path = write_checklist(find_folder(name), algorithm, force, jobs, progress)
     print_path(path)

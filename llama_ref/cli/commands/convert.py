@@ -50,9 +50,10 @@ def convert(
         to_hugging_face,
         to_meta,
     )
-    from llama_ref.cli.terminal import byte_bar, print_path
+    from llama_ref.cli.terminal import byte_bar, check_one_writer, print_path
     from llama_ref.device import named_dtype, use_threads
 
+    check_one_writer()
     if to == "hf" and shards is not None:
         raise RequestError("--shards only goes with --to meta; --to hf has --max_shard_size")
     if to == "meta" and (max_shard_size is not None or chat is not None):

@@ -31,10 +31,11 @@ def quantize(
     The new folder loads without rounding again, and takes less disk and memory.
     """
     from llama_ref.checkpoint.quantized_writer import quantize_folder
-    from llama_ref.cli.terminal import byte_bar, print_path
+    from llama_ref.cli.terminal import byte_bar, check_one_writer, print_path
     from llama_ref.device import use_threads
     from llama_ref.quantization.scheme import Scheme
 
+    check_one_writer()
     scheme = Scheme.parse(to, "--to")
     use_threads(threads)
     with byte_bar("writing") as progress:

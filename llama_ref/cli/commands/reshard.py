@@ -26,9 +26,10 @@ def reshard(
     processes.
     """
     from llama_ref.checkpoint.convert import to_meta
-    from llama_ref.cli.terminal import byte_bar, print_path
+    from llama_ref.cli.terminal import byte_bar, check_one_writer, print_path
     from llama_ref.device import use_threads
 
+    check_one_writer()
     use_threads(threads)
     with byte_bar("writing") as progress:
         path = to_meta(src, dst, shards=shards, force=force, verify=verify, progress=progress)

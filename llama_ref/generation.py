@@ -35,7 +35,7 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.numbers import plain_list, plain_number
 from llama_ref.parallel.facts import generation_facts
-from llama_ref.parallel.job import ALONE, Job, join_job
+from llama_ref.parallel.job import ALONE, Job, join_job, naming_a_lost_process
 from llama_ref.parallel.pipeline import split_layers
 from llama_ref.parallel.sharding import check_divisible
 from llama_ref.parallel.tensor import broadcast_choice, split_matrices
@@ -424,10 +424,11 @@ class Llama:
     def _agreed(
         self, found: Iterator[None], rows: list[Row], params: SamplingParams, stop: str | Sequence[str], **options: Any
     ) -> Iterator[None]:
-        """Steps that begin when all processes of the job have the same prompts and options."""
+        """Steps that begin when all processes of the job have the same prompts and options. Raises JobError."""
         prompts, limits = [row.prompt for row in rows], [row.max_gen_len for row in rows]
-        self.job.check_same("generating", generation_facts(prompts, limits, params, stop, **options))
-        yield from found
+        with naming_a_lost_process():
+            self.job.check_same("generating", generation_facts(prompts, limits, params, stop, **options))
+            yield from found
 
     def _sampler(self, rows: list[Row], params: SamplingParams, generator: torch.Generator) -> Sampler:
         prompts = [row.prompt for row in rows]

@@ -65,7 +65,7 @@ def _known_failure(error: RuntimeError) -> LlamaRefError | None:
     if thread_limit.caused(error):
         return LlamaRefError(thread_limit.MESSAGE)
     from llama_ref.device import is_out_of_memory
-    from llama_ref.parallel.job import lost_a_process
+    from llama_ref.parallel.job import LOST, lost_a_process
 
     if is_out_of_memory(error):
         first_line = str(error).splitlines()[0]
@@ -74,7 +74,7 @@ def _known_failure(error: RuntimeError) -> LlamaRefError | None:
             "try --dtype bfloat16, a smaller --max_seq_len, --device cpu, or a smaller release"
         )
     if lost_a_process(error):
-        return LlamaRefError("another process of this job has ended, so this one cannot continue")
+        return LlamaRefError(LOST)
     return None
 
 

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ from llama_ref.parallel.sharding import WHOLE, Share
 REPORTED = (1, 2)  # exit codes of a process that has said what is wrong
 TIMEOUT = timedelta(days=30)  # rank 0 may wait for a person; the default collective timeout is 30 minutes
 STORE_TIMEOUT = timedelta(minutes=30)  # torch's default
+
+LOST = "another process of this job has ended, so this one cannot continue"
 
 T = TypeVar("T")
 
@@ -181,6 +184,17 @@ def lost_a_process(error: RuntimeError) -> bool:
     """Whether a collective call failed because another process has died."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited")
     return dist.is_initialized() and any(sign in str(error) for sign in signs)
+
+
+@contextmanager
+def naming_a_lost_process() -> Iterator[None]:
+    """Turn the failure of a collective call, because another process has died, into a JobError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_a_process(error):
+            raise
+        raise JobError(LOST) from error
 
 
 def end_process(code: int) -> None:

@@ -1,5 +1,6 @@
 """How a job of several processes begins on several nodes, and how it ends when something goes wrong."""
 
+import copy
 import io
 import os
 import re
@@ -17,9 +18,9 @@ import torch
 from folders import tiny_folder
 from jobs import ENVIRONMENT, TORCHRUN, torchrun
 from llama_ref.cli import main
-from llama_ref.errors import RequestError
+from llama_ref.errors import JobError, RequestError
 from llama_ref.parallel.heartbeat import VARIABLE
-from llama_ref.parallel.job import join_job
+from llama_ref.parallel.job import Job, join_job
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WORKER = Path(__file__).parents[1] / "endless_worker.py"
@@ -133,6 +134,25 @@ def test_a_conversation_of_several_processes_is_that_of_one(folder, tmp_path, mo
     told = [[line for line in err.splitlines() if not line.startswith("[")] for err in (alone.err, done.stderr)]
     assert told[1] == told[0]
     assert len(told[0]) == 4, "saved, conversation reset, loaded, cannot read"
+
+
+def test_a_lost_process_is_a_job_error_in_python(peaked, monkeypatch):
+    """What is raised where another process ends: a script may catch it, and its traceback has true words."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    llama = copy.copy(peaked)
+    llama.job = Job(tensor_group=object())
+
+    def fails(message: str) -> None:
+        def broadcast(*_: object, **__: object) -> None:
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+        llama.generate([[1, 2]], 4, temperature=0)
+
+    with pytest.raises(JobError, match="another process of this job has ended"):
+        fails("Connection closed by peer [127.0.0.1]:4528")
+    with pytest.raises(RuntimeError, match="a bug"):
+        fails("a bug")
 
 
 def test_processes_cannot_work_together_on_mps(monkeypatch):

@@ -85,7 +85,8 @@ def foreign_template(folder: Path) -> str | None:
     return (
         f"{printable(str(folder))} has a chat template that is not Llama 3's, and templates are not executed here: dialogs "
         "are written in Llama 3's format, which this model may not know; for its own format, write the prompt yourself "
-        "(allowed_special in Tokenizer.encode) or use transformers"
+        "with its special tokens (llama-ref complete --special_tokens, text_completion(…, special_tokens=True)), or use "
+        "transformers"
     )
 
 

@@ -145,6 +145,7 @@ def test_a_foreign_template_is_found_and_warned_of_once(folder, place, caplog, c
         llama.chat_completion([DIALOG], max_gen_len=1)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "chat template that is not Llama 3's" in caplog.text and str(folder) in caplog.text
+    assert "write the prompt yourself with its special tokens (llama-ref complete --special_tokens, " in caplog.text
     Session(built(folder))
     assert len(caplog.records) == 2
     assert describe(open_folder(folder)).foreign_chat_template

@@ -1,8 +1,10 @@
 """A conversation that keeps its cache: what a turn costs, that it changes nothing, and what stays after a break."""
 
+import copy
 import errno
 import json
 import os
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -360,3 +362,14 @@ def test_a_file_that_cannot_be_used_is_named(small, tmp_path, method, path):
     with pytest.raises(RequestError) as caught:
         method(Session(small), path)
     assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda session: pickle.loads(pickle.dumps(session))], ids=["copy", "pickle"])
+def test_a_copied_conversation_goes_its_own_way(peaked, copied):
+    session = Session(Llama(peaked.model, peaked.tokenizer, max_seq_len=160))
+    first = ask(session, "a", stop="zz")
+    branch = copied(session)
+    assert branch.dialog == session.dialog and branch.dialog[-1]["content"] == first
+    assert ask(branch, "b") == ask(session, "b")
+    ask(branch, "c")
+    assert len(branch.dialog) == len(session.dialog) + 2 == 6

@@ -88,14 +88,15 @@ class Stream(Iterator[str]):
     def __next__(self) -> str:
         while not self._is_closed:
             if self.row.finish_reason or next(self._steps, self) is self:
-                self._is_closed = True
+                self.close()
             if piece := self._row_text.read():
                 return piece
         raise StopIteration
 
     def close(self) -> None:
-        """End the generation; the iterator yields no more."""
+        """End the generation; the iterator yields no more, and what it ran in is released."""
         self._is_closed = True
+        self._steps = iter(())  # a generator can be neither copied nor pickled
 
 
 def stop_strings(stop: str | Sequence[str]) -> list[str]:

@@ -385,9 +385,11 @@ class Llama:
     def _start(self, prompts: list[list[int]], max_gen_len: int | None) -> list[Row]:
         """The rows of a new batch. Raises RequestError for prompts that cannot be continued."""
         max_gen_len = _max_gen_len(max_gen_len)
-        if not 0 < len(prompts) <= self.max_batch_size:
+        if len(prompts) == 0:  # a tensor has no truth value
+            raise RequestError("0 prompts, expected at least one")
+        if len(prompts) > self.max_batch_size:
             raise RequestError(
-                f"{len(prompts)} prompts, expected 1 to max_batch_size = {self.max_batch_size}: use several calls, or "
+                f"{len(prompts)} prompts, expected at most max_batch_size = {self.max_batch_size}: use several calls, or "
                 "build with a larger max_batch_size"
             )
         prompts = [plain_list(prompt) for prompt in prompts]
@@ -488,9 +490,10 @@ def check_stream_options(max_gen_len: int | None = None, stop: str | Sequence[st
 
 def sampling_params(**options: Any) -> SamplingParams:
     """Options by name. Raises RequestError for an unknown or invalid one."""
-    known = [field.name for field in fields(SamplingParams)]
+    ours = [field.name for field in fields(SamplingParams)]
     for name in options:
-        if name not in known:
+        if name not in ours:
+            known = ["max_gen_len", "stop", "logprobs", *ours]  # the first three are arguments of the calls
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
             raise RequestError(f"unknown option {name!r}: {hint}")

@@ -278,8 +278,8 @@ def test_a_repetition_penalty_counts_prompt_and_answer(llama, prompts, alone):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt_tokens": []}, "0 prompts, expected 1 to max_batch_size = 2"),
-        ({"prompt_tokens": [[1]] * 3}, "3 prompts, expected 1 to max_batch_size = 2"),
+        ({"prompt_tokens": []}, "0 prompts, expected at least one"),
+        ({"prompt_tokens": [[1]] * 3}, "3 prompts, expected at most max_batch_size = 2: use several calls"),
         ({"prompt_tokens": [[1], []]}, "a prompt is empty"),
         ({"prompt_tokens": [[1] * 33]}, "the prompt has 33 tokens, but max_seq_len is 32"),
         ({"prompt_tokens": [[1], [49412]]}, "has token 49412; the vocabulary has 0 to 49411"),
@@ -429,8 +429,10 @@ def test_a_stream_has_the_log_probabilities_of_its_tokens(llama):
 def test_an_unknown_option_is_a_request_error_in_every_call(llama, call):
     with pytest.raises(RequestError, match=r"unknown option 'min_pp': did you mean 'min_p'\?"):
         call(llama, min_pp=0.1)
-    with pytest.raises(RequestError, match="unknown option 'beams': there are temperature, top_p, top_k"):
+    with pytest.raises(RequestError, match="unknown option 'beams': there are max_gen_len, stop, logprobs, temperature, top_p"):
         call(llama, beams=4)
+    with pytest.raises(RequestError, match=r"unknown option 'max_gen_length': did you mean 'max_gen_len'\?"):
+        call(llama, max_gen_length=4)
 
 
 # ---- NumPy's and PyTorch's numbers

@@ -232,7 +232,7 @@ def test_params_that_claim_another_model_contradict_the_weights(folder, change):
     assert "it and consolidated.00.pth contradict each other" in report.summary()
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "b", "consolidated.99999999999999999999.pth", "params.json/x"])
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 2000 + "b", "consolidated.99999999999999999999.pth", "params.json/x"])
 def test_malicious_names_do_no_harm(folder, name):
     with (folder / "checklist.chk").open("a") as file:
         file.write(f"{'0' * 32}  {name}\n")

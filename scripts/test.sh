@@ -44,12 +44,16 @@ say "ruff check"
 ruff check .
 say "ruff format --check"
 ruff format --check .
-say "mypy"
-mypy
+say "mypy, beside the tests"
+mypy &
+types=$!
 if [ "$kind" = dev ]; then browser; fi
 if [ ! -e "$demo/params.json" ]; then
     say "building $demo"
     python -m llama_ref demo --out "$demo" >/dev/null
 fi
 say "pytest $*"
-python -m pytest -n auto --dist loadfile ${tests[@]+"${tests[@]}"} "$@" # a file's tests share what takes long to make
+status=0
+python -m pytest -n auto --dist loadfile ${tests[@]+"${tests[@]}"} "$@" || status=$? # a file's tests share what takes long to make
+wait "$types" || status=$?
+exit "$status"

@@ -19,8 +19,8 @@ from llama_ref.vocabulary import (
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
     Vocabulary,
-    check_padding,
     dropped_tokens,
+    padded,
     read_ranks,
     read_tokenizer_model,
     unused_text,
@@ -255,8 +255,7 @@ def _padded(path: Path, vocabulary: Vocabulary, n_words: int | None) -> Vocabula
             f"{path} has {vocabulary.n_words:,} ids (the last is {last!r}), but the model has {n_words:,} rows: the tokenizer "
             "belongs to another model, or has new tokens for which the model's embedding was not enlarged"
         )
-    check_padding(path, vocabulary, vocabulary.n_words if n_words is None else n_words)
-    return vocabulary.with_unused(n_words)
+    return padded(path, vocabulary, vocabulary.n_words if n_words is None else n_words)
 
 
 def _texts(vocabulary: Vocabulary) -> Iterator[tuple[bytes | str, int]]:

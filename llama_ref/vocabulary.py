@@ -272,14 +272,18 @@ def check_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
         )
 
 
-def check_padding(path: Path, vocabulary: Vocabulary, n_words: int) -> None:
-    """Raise CheckpointError if far more of `n_words` ids are unused than padding explains."""
+def padded(path: Path, vocabulary: Vocabulary, n_words: int) -> Vocabulary:
+    """The vocabulary of `path` with a placeholder for each unused id below `n_words`.
+
+    Raises CheckpointError if there are far more of them than padding explains.
+    """
     n_tokens = len(vocabulary.ranks) + len(vocabulary.special) + len(vocabulary.added)
     if n_words - n_tokens > MOST_SPECIAL:
         raise CheckpointError(
             f"{path} has {n_tokens:,} tokens, but the model has {n_words:,} rows: the tokenizer belongs to another model, or "
             "the size of the vocabulary is wrong"
         )
+    return vocabulary.with_unused(n_words)
 
 
 def _missing(vocabulary: Vocabulary) -> list[str]:

@@ -49,7 +49,7 @@ def generate(llama: Llama, options: dict) -> None:
 
 
 def error_of(call: Any, *arguments: Any) -> str:
-    """What a JobError says; empty if there is none."""
+    """The message of the JobError that the call raises; empty if it raises none."""
     try:
         call(*arguments)
     except JobError as error:

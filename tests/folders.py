@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from background import background
 from llama_ref.checkpoint.integrity import write_checklist
 from make_random_checkpoint import make_random_checkpoint
 
@@ -56,19 +57,13 @@ def growing(path: Path, begun: int) -> Iterator[None]:
     """A download under way: the file has its first `begun` bytes, and while the block runs more come, one after another."""
     whole = path.read_bytes()
     path.write_bytes(whole[:begun])
-    stop = threading.Event()
 
-    def download() -> None:
+    def download(stop: threading.Event) -> None:
         with path.open("ab", buffering=0) as file:
             for byte in whole[begun:]:
                 if stop.wait(0.01):
                     return
                 file.write(bytes([byte]))
 
-    thread = threading.Thread(target=download)
-    thread.start()
-    try:
+    with background(download):
         yield
-    finally:
-        stop.set()
-        thread.join()

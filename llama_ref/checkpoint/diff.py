@@ -18,7 +18,7 @@ from llama_ref.errors import CheckpointError
 from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.vocabulary import check_padding, read_tokenizer_model
+from llama_ref.vocabulary import padded, read_tokenizer_model
 
 FFN_FORMULA = {"multiple_of", "ffn_dim_multiplier", "hidden_dim"}  # compared as ffn_dim
 BLOCK_VALUES = 1 << 20  # compared at a time, to bound memory
@@ -99,9 +99,7 @@ def _compare_tokenizers(a: CheckpointFolder, b: CheckpointFolder) -> str | None:
 def _ids(tokenizer: Path, vocab_size: int) -> dict[bytes | str, int]:
     """The id of every token: byte pairs as bytes, special and added tokens as text."""
     if tokenizer.suffix == ".json":
-        vocabulary = read_tokenizer_json(tokenizer).without_beyond(vocab_size)
-        check_padding(tokenizer, vocabulary, vocab_size)
-        vocabulary = vocabulary.with_unused(vocab_size)
+        vocabulary = padded(tokenizer, read_tokenizer_json(tokenizer).without_beyond(vocab_size), vocab_size)
     else:
         vocabulary = read_tokenizer_model(tokenizer)
     return vocabulary.ranks | vocabulary.special | vocabulary.added

@@ -317,11 +317,12 @@ def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
     suffixes = {Path(name).suffix for name in names}
     if "adapter_config.json" in names:
         return f"{path} holds an adapter (LoRA), not a model; merge it into its base model (peft's merge_and_unload) first"
-    if not shards and not any(map(SAFETENSORS_NAME.fullmatch, names)) and (advice := how_to_rename(path, names)):
-        return advice
-    first_weights = "model.safetensors" if "config.json" in names else shard_name(0)
-    if not shards and not any(map(SAFETENSORS_NAME.fullmatch, names)) and (hint := hint_about(path / first_weights)):
-        return f"{path} lacks {first_weights} ({hint}); fetch it"
+    if not shards and not any(map(SAFETENSORS_NAME.fullmatch, names)):
+        if advice := how_to_rename(path, names):
+            return advice
+        first_weights = path / ("model.safetensors" if "config.json" in names else shard_name(0))
+        if hint_about(first_weights):
+            return f"{path} lacks {with_hint(first_weights)}; fetch it"
     if ".safetensors" in suffixes and "config.json" not in names:
         return f"{path} holds safetensors but lacks config.json, which describes the model; fetch it too"
     if "config.json" in names and ".bin" in suffixes and not shards:

@@ -89,9 +89,8 @@ class StoredQuantized:
     ) -> Tensor | QuantizedMatrix:
         """The `ranges` of a matrix as a module, or of an unquantized tensor as a tensor in `dtype`.
 
-        `copier` copies to `device` and releases the file's pages; `in_memory` copies them to memory
-        where they could be used as they are. Raises RequestError for ranges
-        that split a group.
+        `copier` copies to `device` and releases the file's pages; `in_memory` copies pages that a CPU
+        could use as they are. Raises RequestError for ranges that split a group.
         """
 
         def on_device(tensor: Tensor, ranges: list[range] | None = None, dim: int | None = None) -> Tensor:
@@ -153,9 +152,9 @@ def _narrow(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tens
 
 
 def _on_cpu(part: Tensor, mapped: Tensor, in_memory: bool) -> Tensor:
-    """A contiguous part of a mapped tensor; a copy if it must be private or is not aligned.
+    """A contiguous part of a mapped tensor; a copy if it must be private or misses KERNEL_ALIGNMENT.
 
-    To KERNEL_ALIGNMENT, that is: other programs align tensors to 8 bytes, and the rows of a share may begin anywhere.
+    Other programs align tensors to 8 bytes, and the rows of a share may begin anywhere.
     """
     slice_ = TensorSlice(part, mapped)
     if part.data_ptr() % KERNEL_ALIGNMENT == 0 and not (in_memory and slice_.is_mapped):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attempts import attempts
+from background import background
 from folders import tiny_folder
 from llama_ref.checkpoint.convert import Source, to_hugging_face
 from llama_ref.checkpoint.first_load import verified
@@ -51,22 +52,17 @@ def point(link: Path, target: Path) -> None:
 @contextlib.contextmanager
 def flipping(link: Path, *targets: Path) -> Iterator[None]:
     """While the block runs, a link leads to one target after the other, for moments of any length."""
-    stop, lengths = threading.Event(), random.Random(0)
+    lengths = random.Random(0)
 
-    def flip() -> None:
+    def flip(stop: threading.Event) -> None:
         for target in itertools.cycle(targets):
             point(link, target)
             if stop.wait(lengths.expovariate(1 / MOMENT_SECONDS)):
                 return
 
     point(link, targets[0])
-    thread = threading.Thread(target=flip)
-    thread.start()
-    try:
+    with background(flip):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def load(folder: CheckpointFolder, verify: str) -> Tensor:

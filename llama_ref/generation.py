@@ -21,6 +21,7 @@ from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.hf.conventions import foreign_template
 from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.meta_quantized.matrices import Activations
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.decoding.draft_model import DraftModel
 from llama_ref.decoding.drafting import PassTime, Speculation
@@ -114,6 +115,7 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         pipeline_parallel_size: int = 1,
         quantize: str | None = None,
+        activations: Activations | None = None,
         compile: bool = False,
         speculate: Speculate | None = None,
         draft: str | Path | None = None,
@@ -130,12 +132,14 @@ class Llama:
         among which the processes are divided. seed: of the sampling; None: a random one.
         device: default: CUDA if available, else MPS, else the CPU. dtype: default: bfloat16 if the device
         has it, else float16. quantize: "int8", "int4" or "int4:group=32" rounds the weights while loading
-        (quantization/apply.py). compile: faster decoding, of one sequence on a CPU (compiled/cpu.py), of
-        any batch on CUDA (compiled/cuda.py), after some seconds of compiling. speculate: "ngram" makes
-        repetitive text faster; draft: a smaller model of the same vocabulary, which makes any text faster
-        (decoding/speculative.py). verify: "auto" compares every file with checklist.chk the first time it
-        is used, "always" each time, "never" does not. in_memory: copy the weights instead of mapping the
-        files, which may then change while the model is used. progress: called with (bytes done, total bytes).
+        (quantization/apply.py). activations: the arithmetic of Meta's int4 and fp8 releases: "reference", the
+        default, rounds the inputs of their matrices as Meta's code does, "full" does not. compile: faster
+        decoding, of one sequence on a CPU (compiled/cpu.py), of any batch on CUDA (compiled/cuda.py), after
+        some seconds of compiling. speculate: "ngram" makes repetitive text faster; draft: a smaller model of
+        the same vocabulary, which makes any text faster (decoding/speculative.py). verify: "auto" compares
+        every file with checklist.chk the first time it is used, "always" each time, "never" does not.
+        in_memory: copy the weights instead of mapping the files, which may then change while the model is
+        used. progress: called with (bytes done, total bytes).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call,
         JobError if torchrun's processes have different files or options.
         """
@@ -171,6 +175,7 @@ class Llama:
                     "the stop tokens": tokenizer.stop_tokens,
                     "dtype": dtype_name(precision),
                     "quantize": quantize and str(Scheme.parse(quantize)),
+                    "activations": activations,
                     "compile": compile,
                     "speculate": speculate,
                     "max_seq_len": max_seq_len,
@@ -185,6 +190,7 @@ class Llama:
                 dtype=precision,
                 share=job.share,
                 quantize=quantize,
+                activations=activations,
                 in_memory=in_memory,
                 progress=progress,
             )

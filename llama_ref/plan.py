@@ -8,10 +8,10 @@ import bisect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
+from llama_ref.checkpoint.meta_quantized.kinds import ROUNDED, Int4Params, Kind, kind_of
 from llama_ref.checkpoint.releases import RELEASES, Release, find_release
 from llama_ref.checkpoint.spelling import META, name_key
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
@@ -28,6 +28,11 @@ BLOCK_WEIGHTS = 1 << 22  # as in quantization/linear.py
 GIB, USABLE = 1 << 30, 0.98
 # For the CUDA context, cuBLAS workspace, NCCL buffers, allocator fragmentation: an allowance, not measured.
 SET_ASIDE = 10**9
+
+KINDS = {"bf16": Kind.PLAIN, "int4": Kind.INT4, "fp8-mixed": Kind.FP8, "int8": Kind.INT8}  # by Release.weights
+FEED_FORWARD, TABLES = ("w1 and w3", "w2"), ("tok_embeddings", "output")
+SCALE_BYTES = 4  # of Meta's releases
+ROUNDING_BYTES = 16  # per input of a matrix: float32 copies on the way to a rotated and rounded one
 
 IN_SUMS = 6  # states (B, T, D) that Gloo's threads were seen to keep after an all-reduce; NCCL has none
 
@@ -127,7 +132,8 @@ class Placement:
 class Model:
     """A model to plan for. `ckpt_dir`: the name or path to load it by. `context`: of its training, in tokens.
 
-    `scheme`: its quantization, while loading or already in the folder (`is_quantized`).
+    `scheme`: its quantization, while loading or already in the folder (`is_quantized`). `kind`: how
+    Meta's release is stored, in so many `shards`.
     """
 
     name: str
@@ -135,9 +141,17 @@ class Model:
     args: ModelArgs
     tied: bool
     context: int
-    notes: tuple[str, ...] = ()
     scheme: Scheme | None = None
     is_quantized: bool = False
+    kind: Kind = Kind.PLAIN
+    shards: int = 1
+
+    @property
+    def quantization(self) -> str | None:
+        """In words; None for weights as they are."""
+        if self.kind is Kind.PLAIN:
+            return None if self.scheme is None else str(self.scheme)
+        return str(Int4Params.of(self.args)) if self.kind is Kind.INT4 else self.kind.value
 
 
 @dataclass(frozen=True)
@@ -186,12 +200,18 @@ def count_parameters(args: ModelArgs, tied: bool, share: Share = WHOLE) -> int:
 
 def weight_bytes(model: Model, share: Share, size: int) -> int:
     """Exact bytes of a share's weights; `size` bytes per unquantized number. Raises RequestError as `_bytes`."""
-    held = sum(_bytes(model, matrix, size) for matrix in matrices(model.args, model.tied, share))
+    held = sum(_bytes(model, matrix, size, share) for matrix in matrices(model.args, model.tied, share))
     return held + count_norms(model.args, share) * size
 
 
-def _bytes(model: Model, matrix: Matrix, size: int) -> int:
+def _bytes(model: Model, matrix: Matrix, size: int, share: Share) -> int:
     """Raises RequestError if the scheme's groups do not divide the rows, or the folder's groups would be split."""
+    if model.kind is Kind.INT4:
+        return _int4_bytes(matrix, Int4Params.of(model.args), size)
+    if model.kind is Kind.FP8 and matrix.name in FEED_FORWARD:
+        return _fp8_bytes(model, matrix, size, share)
+    if model.kind is Kind.INT8 and matrix.name not in TABLES:
+        return matrix.numbers + matrix.count * matrix.rows * SCALE_BYTES
     if model.scheme is None:
         return matrix.numbers * size
     bits = model.scheme.bits_of(matrix.name)
@@ -201,13 +221,38 @@ def _bytes(model: Model, matrix: Matrix, size: int) -> int:
     return (matrix.numbers * bits + matrix.count * matrix.rows * per_row * SCALE_BITS[bits]) // 8
 
 
+def _int4_bytes(matrix: Matrix, params: Int4Params, size: int) -> int:
+    """Of a matrix of an int4 release; embedding and output have eight bits."""
+    rows = matrix.count * matrix.rows
+    if matrix.name in TABLES:
+        return matrix.numbers + rows * SCALE_BYTES
+    _check_groups(matrix, params.group)
+    low_rank = params.rank * (rows + matrix.count * len(matrix.columns)) * size
+    return matrix.numbers // 2 + rows * (len(matrix.columns) // params.group) * SCALE_BYTES + low_rank
+
+
+def _fp8_bytes(model: Model, matrix: Matrix, size: int, share: Share) -> int:
+    """Of the feed-forward matrices of an fp8 release: those of the first and the last layer are not in fp8."""
+    layers = share.layers(model.args.n_layers)
+    n_fp8 = len([layer for layer in layers if 0 < layer < model.args.n_layers - 1])
+    per_layer = matrix.numbers // len(layers)
+    of_shard = matrix.all_columns // model.shards  # every shard has scales of its own for w2
+    n_scales = (matrix.columns.stop - 1) // of_shard - matrix.columns.start // of_shard + 1 if matrix.name == "w2" else 1
+    scales = matrix.rows * (matrix.count // len(layers)) * n_scales * SCALE_BYTES
+    return n_fp8 * (per_layer + scales) + (len(layers) - n_fp8) * per_layer * size
+
+
 def _group(model: Model, scheme: Scheme, matrix: Matrix) -> int:
     if not model.is_quantized:  # each process quantizes its part
         return scheme.group_for(matrix.name, len(matrix.columns))
     group = scheme.group_for(matrix.name, matrix.all_columns)
+    _check_groups(matrix, group)
+    return group
+
+
+def _check_groups(matrix: Matrix, group: int) -> None:
     if matrix.columns.start % group or matrix.columns.stop % group:
         raise RequestError(f"so many processes would split groups of {group} weights in {matrix.name}")
-    return group
 
 
 def local_kv_heads(args: ModelArgs, share: Share) -> int:
@@ -222,11 +267,14 @@ def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int)
     return per_token * -(-workload.max_seq_len // CACHE_BLOCK) * CACHE_BLOCK * workload.max_batch_size
 
 
-def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: int, *, is_quantized: bool = False) -> int:
+def activation_bytes(
+    args: ModelArgs, share: Share, workload: Workload, size: int, *, is_quantized: bool = False, rounded_width: int = 0
+) -> int:
     """Upper estimate of the peak memory of any call besides weights and cache; `size` bytes per number.
 
     Covers prompts of any length up to max_seq_len, every sampling option, and log-probabilities of the
-    prompt; with and without masks (without them, a prompt runs in longer pieces).
+    prompt; with and without masks (without them, a prompt runs in longer pieces). `rounded_width`: of the
+    widest inputs that are rounded while the model runs.
     """
     B, S, V = workload.max_batch_size, workload.max_seq_len, args.vocab_size
     T = min(max(1, PREFILL_TOKENS // B), S)  # tokens of each row in one piece of the prefill
@@ -237,6 +285,8 @@ def activation_bytes(args: ModelArgs, share: Share, workload: Workload, size: in
     gathered = 1 if share.world_size == 1 else 3  # logits: this part, all parts, all in one
     float32 = 4 + 4 * (size < 4)  # log-probabilities, and logits where they are not float32 already
     scores = 2 * state + (gathered * size + float32) * min(LOGPROB_POSITIONS, T) * V
+    longest = max(B * T, B * min(max(1, MASKLESS_PREFILL_TOKENS // B), S))
+    layers += ROUNDING_BYTES * longest * rounded_width
     if is_quantized:
         layers += _block_bytes(args, share, B * T, size)
         scores += _block_bytes(args, share, min(LOGPROB_POSITIONS, T), size)
@@ -294,7 +344,8 @@ def plan(model: Model, workload: Workload, dtypes: Iterable[str] = SHOWN_DTYPES)
 def possible_layouts(model: Model) -> list[Layout]:
     """The layouts in which quantization groups stay whole. Raises RequestError without any."""
     weight_bytes(model, WHOLE, 2)
-    return [layout for layout in layouts(model.args) if model.scheme is None or _has_groups(model, layout)]
+    has_groups = model.scheme is not None or model.kind is Kind.INT4
+    return [layout for layout in layouts(model.args) if not has_groups or _has_groups(model, layout)]
 
 
 def _has_groups(model: Model, layout: Layout) -> bool:
@@ -336,8 +387,22 @@ def _need(model: Model, workload: Workload, size: int, share: Share) -> Need:
     return Need(
         weights=weight_bytes(model, share, size),
         kv_cache=kv_cache_bytes(model.args, share, workload, size),
-        activations=activation_bytes(model.args, share, workload, size, is_quantized=model.scheme is not None),
+        activations=activation_bytes(
+            model.args,
+            share,
+            workload,
+            size,
+            is_quantized=model.quantization is not None,
+            rounded_width=_rounded_width(model, share),
+        ),
     )
+
+
+def _rounded_width(model: Model, share: Share) -> int:
+    """The most inputs that a process rounds together: int4 releases gather those of all processes."""
+    if model.kind not in ROUNDED:
+        return 0
+    return model.args.ffn_dim if model.kind is Kind.INT4 else len(share.of(model.args.ffn_dim))
 
 
 def smaller_workload(model: Model, workload: Workload, dtypes: Iterable[str]) -> Workload | None:
@@ -359,13 +424,14 @@ def _halves(number: int) -> Iterator[int]:
 def find_model(name: str, quantize: str | None = None) -> Model:
     """The model in a folder (a path, or a downloaded release) or, without any file, of a release's name.
 
-    `quantize`: "int8", "int4" or "int4:group=32", as when loading it. For a release in a format that is
-    not supported yet, its bf16 sibling is planned, with a note. Raises RequestError with the reason if
-    there is none (vision, the pruned int4 guard) or the folder is quantized differently, CheckpointError
-    for a folder that cannot be read.
+    `quantize`: "int8", "int4" or "int4:group=32", as when loading it. Raises RequestError with the reason
+    for a release that cannot be loaded (vision, the pruned int4 guard) and for a folder that is quantized
+    already, CheckpointError for a folder that cannot be read.
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     model = _find_model(name)
+    if model.kind is not Kind.PLAIN and scheme:
+        raise RequestError(f"{name} is quantized already ({model.quantization}): leave --quantize out, or name a bf16 release")
     if model.is_quantized and scheme not in (None, model.scheme):
         raise RequestError(
             f"{name} is already quantized to {model.scheme}; only the original can be quantized to {scheme}: leave "
@@ -392,17 +458,18 @@ def _find_model(name: str) -> Model:
 def _of_folder(name: str, folder: CheckpointFolder) -> Model:
     from llama_ref.checkpoint.hf.config import LONG_CONTEXT, SHORT_CONTEXT
     from llama_ref.checkpoint.reader import is_tied
-    from llama_ref.checkpoint.shapes import other_kind
 
     args = folder.read_args()
     release = _release_named(folder.name)
-    kind = other_kind(args, folder.path)
-    if kind and release:
-        return _of_release(release)
-    if kind:
-        raise CheckpointError(f"{folder.path} is {kind}, which is not supported yet; plan its bf16 text release by name")
+    kind = kind_of(args, folder.path)
+    if kind is Kind.VISION:
+        if release:
+            return _of_release(release)
+        raise CheckpointError(f"{folder.path} is a vision release, which is not supported yet; plan a text release by name")
     context = release.max_seq_len if release else LONG_CONTEXT if args.use_scaled_rope else SHORT_CONTEXT
-    model = Model(release.name if release else folder.name, name, args, is_tied(folder), context)
+    tied = kind is Kind.PLAIN and is_tied(folder)
+    shown = release.name if release else folder.name
+    model = Model(shown, name, args, tied, context, kind=kind, shards=len(folder.shards))
     if not folder.is_quantized:
         return model
     from llama_ref.checkpoint.quantized_reader import scheme_of
@@ -423,30 +490,16 @@ def _release_named(name: str) -> Release | None:
 
 
 def _of_release(release: Release) -> Model:
-    sibling = _readable(release)
-    if sibling is None or release.is_vision:
-        hint = f"; the text model of its shape is {sibling.name}" if sibling else ", and there is no bf16 release of its shape"
-        raise RequestError(f"{_kind(release)}, which is not supported yet{hint}")
-    notes = () if sibling is release else (f"{_kind(release)}, which is not supported yet: this is {sibling.name}",)
-    args = ModelArgs.from_dict(sibling.params)
-    return Model(sibling.name, sibling.name, args, sibling.tied, sibling.max_seq_len, notes)
-
-
-def _kind(release: Release) -> str:
-    kind = "a vision" if release.is_vision else f"an {release.weights.removesuffix('-mixed')}"
-    return f"{release.name} is {kind} release"
-
-
-def _readable(release: Release) -> Release | None:
-    """The bf16 text release of the same shape: itself, or the one with the most similar name."""
-    shape = _text_shape(release)
-    alike = [other for other in RELEASES.values() if other.weights == "bf16" and other.params == shape]
-    base = release.name.split(":")[0]
-    instruct = "Instruct" in release.name
-    ranked = sorted(alike, key=lambda r: (r is not release, r.name.split(":")[0] != base, ("Instruct" in r.name) != instruct))
-    return ranked[0] if ranked else None
-
-
-def _text_shape(release: Release) -> dict[str, Any]:
-    others = ("vision_", "quantization_args", "lora_args")
-    return {key: value for key, value in release.params.items() if not key.startswith(others)}
+    if release.is_vision:
+        shape = {key: value for key, value in release.params.items() if not key.startswith("vision_")}
+        text = next(other for other in RELEASES.values() if other.params == shape and not other.is_vision)
+        raise RequestError(
+            f"{release.name} is a vision release, which is not supported yet; the text model of its shape is {text.name}"
+        )
+    if "hidden_dim" in release.params:
+        raise RequestError(
+            f"{release.name} is an ExecuTorch program, which PyTorch cannot read; Llama-Guard-3-1B is the guard in bf16"
+        )
+    kind, args = KINDS[release.weights], ModelArgs.from_dict(release.params)
+    tied = release.tied and kind is Kind.PLAIN
+    return Model(release.name, release.name, args, tied, release.max_seq_len, kind=kind, shards=release.shards)

@@ -8,6 +8,7 @@ gives the same model for any number of shards. Options:
     --tokenizer PATH   tokenizer.model to copy (default for Llama 3's vocabulary: that of llama-models)
     --dtype bfloat16   or float16, float32
     --tied             one matrix for embedding and output (default for the 1B and 3B)
+    --fp8              feed-forward layers in float8, as in the 405B (default for that)
     --force            replace an existing folder
 """
 
@@ -28,17 +29,20 @@ from rich.progress import Progress
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import shard_name
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
+from llama_ref.checkpoint.meta_quantized.kinds import Kind, kind_of, scales_name, tensors_of
 from llama_ref.checkpoint.releases import Release, find_release
-from llama_ref.checkpoint.shapes import expected_shapes, other_kind, shard_shape
+from llama_ref.checkpoint.shapes import shard_shape
 from llama_ref.checkpoint.verify.presence import checkpoint_files
 from llama_ref.device import DTYPES
 from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
 from llama_ref.files import check_head
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.tokenizer import N_SPECIAL, read_ranks
+from quantized_layouts import cast_rows, fp8_tensors, int4_tensors
 
 LLAMA_3_VOCAB = 128256
 PARAMS_KEYS = [key for key in ModelArgs.__dataclass_fields__ if key != "extra"]
@@ -54,67 +58,83 @@ def make_random_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     tokenizer: str | Path | None = None,
     tied: bool = False,
+    fp8: bool = False,
     force: bool = False,
 ) -> Path:
     """Write the folder `out`: params.json, random weights, a checklist, and `tokenizer` if given.
+
+    params.json's quantization_args make an int4 release's layout; `fp8` makes that of the 405B.
 
     Uses about as much memory as one shard's part of the largest tensor. Raises RequestError for a
     shape that cannot be split into `shards` or a tokenizer with another vocabulary, CheckpointError
     if the folder cannot be written.
     """
     args = ModelArgs.from_dict(params)
-    _check_kind(args)
-    shapes = expected_shapes(args)
-    _check_even(args, shards)
+    kind = Kind.FP8 if fp8 else kind_of(args)
+    _check_makeable(args, kind, shards)
     if tokenizer is not None:
         tokenizer = Path(tokenizer).expanduser()
         _check_vocabulary(tokenizer, args.vocab_size)
-    parts = [_shard(shapes, rank, shards, seed, dtype, tied) for rank in range(shards)]
-    with new_folder(out, force=force, n_bytes=sum(tensor.nbytes for part in parts for tensor in part)) as folder:
+    files = {}
+    for rank in range(shards):
+        files |= _shard(args, kind, rank, shards, seed, dtype, tied)
+    aliases = {"output.weight": "tok_embeddings.weight"} if tied and kind is Kind.PLAIN else {}
+    with new_folder(out, force=force, n_bytes=sum(tensor.nbytes for part in files.values() for tensor in part)) as folder:
         write_params(folder, params)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / "tokenizer.model")
-        for rank, part in enumerate(parts):
-            _write_shard(folder / f"consolidated.{rank:02d}.pth", part, tied)
+        for name, tensors in files.items():
+            _write(folder / name, tensors, aliases if name.startswith("consolidated") else {})
         write_sums(folder, checkpoint_files(folder))
     return Path(out)
 
 
 def _shard(
-    shapes: Mapping[str, tuple[int, ...]], rank: int, shards: int, seed: int, dtype: torch.dtype, tied: bool
-) -> list[LazyTensor]:
-    return [
-        LazyTensor(name, shard_shape(name, shape, shards), dtype, partial(_random_part, name, shape, rank, shards, seed, dtype))
-        for name, shape in shapes.items()
-        if not (tied and name == "output.weight")
-    ]
+    args: ModelArgs, kind: Kind, rank: int, shards: int, seed: int, dtype: torch.dtype, tied: bool
+) -> dict[str, list[LazyTensor]]:
+    """The files of one shard, by name."""
+    whole = tensors_of(args, kind)
+    own = {name: tensor._replace(shape=shard_shape(name, tensor.shape, shards)) for name, tensor in whole.items()}
+
+    def draw(name: str) -> Iterator[Tensor]:
+        return _random_part(name, whole[name].shape, rank, shards, seed)
+
+    if kind is Kind.INT4:
+        return {shard_name(rank): int4_tensors(own, draw, dtype)}
+    if kind is Kind.FP8:
+        shard, scales = fp8_tensors(own, draw, dtype, rank)
+        return {shard_name(rank): shard, scales_name(rank): scales}
+    held = [name for name in own if not (tied and name == "output.weight")]
+    return {
+        shard_name(rank): [LazyTensor(name, own[name].shape, dtype, partial(cast_rows, draw, name, dtype)) for name in held]
+    }
 
 
-def _write_shard(path: Path, tensors: list[LazyTensor], tied: bool) -> None:
-    aliases = {"output.weight": "tok_embeddings.weight"} if tied else {}
+def _write(path: Path, tensors: list[LazyTensor], aliases: Mapping[str, str]) -> None:
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(path.name, total=sum(tensor.nbytes for tensor in tensors))
         write_pth(path, tensors, aliases, lambda n_bytes: progress.advance(task, n_bytes))
 
 
-def _random_part(name: str, shape: tuple[int, ...], rank: int, shards: int, seed: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """One shard's part of a tensor, in blocks of rows.
+def _random_part(name: str, shape: tuple[int, ...], rank: int, shards: int, seed: int) -> Iterator[Tensor]:
+    """One shard's part of a tensor, in float32 and in blocks of rows.
 
     The tensor is drawn in blocks of rows (of columns, if shards split columns), each with its own
     seed. So a part needs only the blocks that it overlaps, and does not depend on the number of
     parts.
     """
     if len(shape) == 1:  # a norm, whole in every shard: near 1, but no two equal
-        yield (1 + 0.1 * _block(shape, seed, name, 0)).to(dtype)
+        yield 1 + 0.1 * _block(shape, seed, name, 0)
         return
-    dim = split_dim(name)
+    dim = split_dim(name) or 0
+    shards = shards if split_dim(name) is not None else 1  # one whole part
     scale = 1 / math.sqrt(shape[1])  # by the fan-in: keeps activations near 1, and embeddings at norm 1
     slices = _slices(name, shape[dim], shape[1 - dim], rank, shards, seed)
     if dim == 0:
-        yield from ((rows * scale).to(dtype) for rows in slices)
+        yield from (rows * scale for rows in slices)
     else:  # rows are complete only after all columns are drawn
-        part = torch.empty(shard_shape(name, shape, shards), dtype=dtype)
+        part = torch.empty(shard_shape(name, shape, shards))
         filled = 0
         for columns in slices:  # (some of the part's columns, rows)
             part[:, filled : filled + len(columns)] = (columns * scale).T
@@ -139,10 +159,12 @@ def _block(shape: tuple[int, ...], seed: int, name: str, first: int) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _check_kind(args: ModelArgs) -> None:
-    kind = other_kind(args)
-    if kind:
-        raise RequestError(f"these params are of {kind}, which this script does not make")
+def _check_makeable(args: ModelArgs, kind: Kind, shards: int) -> None:
+    if kind is Kind.VISION:
+        raise RequestError("these params are of a vision release, which this script does not make")
+    _check_even(args, shards)
+    if kind is Kind.INT4 and shards > 1:
+        raise RequestError("int4 releases have one shard; leave --shards out")
 
 
 def _check_even(args: ModelArgs, shards: int) -> None:
@@ -175,6 +197,7 @@ def main(
     tokenizer: str | None = None,
     dtype: str = "bfloat16",
     tied: bool | None = None,
+    fp8: bool = False,
     force: bool = False,
     **params: Any,
 ) -> None:
@@ -190,6 +213,7 @@ def main(
             dtype=_dtype(dtype),
             tokenizer=_tokenizer(tokenizer, params),
             tied=bool(release and release.tied) if tied is None else tied,
+            fp8=fp8 or bool(release and release.weights == "fp8-mixed"),
             force=force,
         )
     except LlamaRefError as error:
@@ -199,9 +223,10 @@ def main(
 
 
 def _makeable(release: Release) -> Release:
-    kind = "a vision" if release.is_vision else f"an {release.weights}" if release.weights != "bf16" else None
-    if kind:
-        raise RequestError(f"{release.name} is {kind} release, which this script does not make; use a bf16 text release")
+    if release.is_vision:
+        raise RequestError(f"{release.name} is a vision release, which this script does not make; use a text release")
+    if "hidden_dim" in release.params:
+        raise RequestError(f"{release.name} is an ExecuTorch program, which this script does not make; use another release")
     return release
 
 

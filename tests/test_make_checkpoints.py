@@ -144,8 +144,8 @@ def test_sixteen_shards_of_doubled_kv_heads(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--like", "Llama3.2-11B-Vision"], "Llama3.2-11B-Vision is a vision release, which this script does not make"),
-        (["--like", "Llama3.1-405B"], "Llama3.1-405B is an fp8-mixed release"),
-        (["--like", "Llama3.2-1B-Instruct:int4-qlora-eo8"], "is an int4 release"),
+        (["--like", "Llama-Guard-3-1B:int4"], "is an ExecuTorch program"),
+        (["--like", "Llama3.2-1B-Instruct:int4-qlora-eo8", "--shards", "2"], "int4 releases have one shard"),
         (["--like", "Llama3.2-1B-Instrukt"], "did you mean Llama3.2-1B-Instruct"),
         (["--like", "Llama3.2-1B", "--n_layer", "2"], "--n_layer is not a key of params.json; did you mean --n_layers?"),
         (["--like", "Llama3.2-1B", "--shards", "3"], "3 shards do not divide n_heads 32"),

@@ -38,6 +38,8 @@ from llama_ref.checkpoint.hf.conventions import (
 from llama_ref.checkpoint.hf.names import hf_name, is_rotated, to_hf_rope
 from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
+from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized
+from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.reader import Stored, open_stored
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
 from llama_ref.checkpoint.verify.presence import INDEX_NAME, ONE_FILE, checkpoint_files, stamp_of
@@ -145,11 +147,14 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened folder; `args` count each key/value head once, its files `repeats` times."""
+    """An opened folder; `args` count each key/value head once, its files `repeats` times.
+
+    A quantized release's tensors are dequantized as they are read.
+    """
 
     folder: CheckpointFolder
     args: ModelArgs
-    stored: Stored
+    stored: Stored | Dequantized
     n_shards: int
     repeats: int
     tokenizer: Tokenizer | None
@@ -161,16 +166,17 @@ class Source:
     def open(cls, name: str | Path) -> "Source":
         folder = open_folder(name)
         carried = carried_files(folder)
-        stamps = {path: stamp_of(path) for path in (*carried, *folder.shards)}
+        stamps = {path: stamp_of(path) for path in (*carried, *folder.weights)}
         with watch_opened() as opened:
             args = folder.read_args()
-            stored = open_stored(folder, args)
+            raw = open_stored(folder, args)
+            stored = raw if raw.kind is Kind.PLAIN else Dequantized(folder, args, raw)
             tokenizer = folder.open_tokenizer(args) if folder.tokenizer else None
             for path in carried:
                 read_carried(path)
         n_shards = 1 if folder.is_hugging_face else len(folder.shards)
         repeats = _kv_repeats(stored, args, n_shards)
-        once = replace(args, n_kv_heads=args.n_kv_heads // repeats)
+        once = replace(args, n_kv_heads=args.n_kv_heads // repeats, quantization_args=None, lora_args=None)
         return cls(folder, once, stored, n_shards, repeats, tokenizer, carried, stamps, opened)
 
     @contextmanager
@@ -271,7 +277,7 @@ def _n_kv_heads_in(shards: int, args: ModelArgs) -> int:
     return shards * len(kv_heads(args, Share(0, shards)))
 
 
-def _kv_repeats(stored: Stored, args: ModelArgs, n_shards: int) -> int:
+def _kv_repeats(stored: Stored | Dequantized, args: ModelArgs, n_shards: int) -> int:
     """How often each key/value head is repeated.
 
     Equal heads count as repeats only if so many shards need repeats.
@@ -285,7 +291,7 @@ def _kv_repeats(stored: Stored, args: ModelArgs, n_shards: int) -> int:
     return 1
 
 
-def _is_repeated(stored: Stored, name: str, repeats: int, args: ModelArgs) -> bool:
+def _is_repeated(stored: Stored | Dequantized, name: str, repeats: int, args: ModelArgs) -> bool:
     run = repeats * args.head_dim
     for start in range(0, args.n_kv_heads * args.head_dim, run):
         slices = stored.slices(name, [range(start, start + run)])
@@ -301,11 +307,12 @@ def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
     """Write the source's params.json, unknown keys included, with `args`' number of KV heads."""
     if source.folder.is_hugging_face:
         write_params(folder, make_params(args))
-    elif args.n_kv_heads == source.args.n_kv_heads * source.repeats:
+    elif args.n_kv_heads == source.args.n_kv_heads * source.repeats and isinstance(source.stored, Stored):
         copy_carried(source.folder.params, folder)
     else:
         params = json.loads(read_carried(source.folder.params)) | {"n_kv_heads": args.n_kv_heads}
-        params.pop("rope_scaling_factor", None)
+        for key in ("rope_scaling_factor", "quantization_args", "lora_args"):
+            params.pop(key, None)
         if args.use_scaled_rope and args.rope_scaling_factor != usual_rope_factor(args.dim, args.n_heads, args.n_kv_heads):
             # The new shape no longer implies it.
             params["rope_scaling_factor"] = args.rope_scaling_factor

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.hf.conventions import foreign_template
+from llama_ref.checkpoint.meta_quantized.kinds import Int4Params, Kind, kind_of
 from llama_ref.checkpoint.quantized_reader import scheme_of
 from llama_ref.checkpoint.reader import is_tied
 from llama_ref.plan import count_parameters
@@ -51,7 +52,10 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
     args = folder.read_args()
     tied = is_tied(folder)
     parameters = count_parameters(args, tied)
+    kind = kind_of(args, folder.path)
     scheme = str(scheme_of(folder, args)) if folder.is_quantized else None
+    if kind is not Kind.PLAIN:
+        scheme = str(Int4Params.of(args)) if kind is Kind.INT4 else kind.value
     per_token = 2 * args.n_layers * args.n_kv_heads * args.head_dim * DTYPE_BYTES["bfloat16"]  # keys and values
     return ModelInfo(
         name=folder.name,

@@ -13,6 +13,8 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
+from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized
+from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.reader import Stored, TensorSlice, open_stored, release_rows
 from llama_ref.errors import CheckpointError
 from llama_ref.formatting import dtype_name
@@ -75,9 +77,25 @@ def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> C
         if folder.is_quantized:
             raise CheckpointError(f"{folder.path} is quantized, and cannot be compared: use the folder that it was made from")
     params, tokenizer = _compare_params(left, right), _compare_tokenizers(left, right)
-    mine, yours = (open_stored(folder, folder.read_args(), check=False) for folder in (left, right))
+    mine, yours = _open(left, right)
     n_tensors, tensors = _compare_tensors(mine, yours, progress)
     return Comparison(str(left.path), str(right.path), n_tensors, params, tokenizer, tensors)
+
+
+def _open(*folders: CheckpointFolder) -> list[Stored | Dequantized]:
+    """Both folders' tensors; as weights, unless both are stored in the same way.
+
+    The scales of fp8 releases are in files of their own, so these are always compared as weights.
+    """
+    args = [folder.read_args() for folder in folders]
+    found = [open_stored(folder, each, check=False) for folder, each in zip(folders, args, strict=True)]
+    kinds = {stored.kind for stored in found}
+    if len(kinds) == 1 and kinds != {Kind.FP8}:
+        return [*found]
+    return [
+        stored if stored.kind is Kind.PLAIN else Dequantized(folder, each, open_stored(folder, each))
+        for folder, each, stored in zip(folders, args, found, strict=True)
+    ]
 
 
 def _compare_params(a: CheckpointFolder, b: CheckpointFolder) -> list[str]:
@@ -105,7 +123,9 @@ def _ids(tokenizer: Path, vocab_size: int) -> dict[bytes | str, int]:
     return vocabulary.ranks | vocabulary.special | vocabulary.added
 
 
-def _compare_tensors(a: Stored, b: Stored, progress: Progress | None) -> tuple[int, list[TensorDifference]]:
+def _compare_tensors(
+    a: Stored | Dequantized, b: Stored | Dequantized, progress: Progress | None
+) -> tuple[int, list[TensorDifference]]:
     names = list(dict.fromkeys([*a.names(), *b.names()]))
     out = []
     counter = ProgressCounter(len(names), progress)
@@ -117,7 +137,7 @@ def _compare_tensors(a: Stored, b: Stored, progress: Progress | None) -> tuple[i
     return len(names), out
 
 
-def _parts(stored: Stored, name: str) -> list[TensorSlice]:
+def _parts(stored: Stored | Dequantized, name: str) -> list[TensorSlice]:
     """The shards' parts of a tensor; only one if every shard holds the same whole tensor."""
     parts = stored.parts(name)
     is_whole = split_dim(name) is None and all(_same(parts[0], other) for other in parts[1:])
@@ -204,7 +224,7 @@ def _distance(places: Iterable[tuple[TensorSlice, TensorSlice]]) -> tuple[float,
 
 
 def _unequal(x: Tensor, y: Tensor) -> Tensor:
-    if x.dtype != y.dtype:
+    if x.dtype != y.dtype or x.dtype.itemsize == 1:  # float8 has no comparisons
         x, y = x.double(), y.double()
     return (x != y) & ~(x.isnan() & y.isnan())
 

@@ -28,8 +28,8 @@ def fingerprint(folder: CheckpointFolder, args: ModelArgs, tokenizer: str | Path
     cannot be read.
     """
     facts: dict[str, object] = asdict(args)
-    facts["the list of weight files"] = ", ".join(shard.name for shard in folder.shards)
-    for shard in folder.shards:
+    facts["the list of weight files"] = ", ".join(shard.name for shard in folder.weights)
+    for shard in folder.weights:
         facts[f"the size of {shard.name}"], facts[f"the digest of {shard.name}"] = _sampled(shard)
     if tokenizer is not None:
         facts["the size of the tokenizer"], facts["the digest of the tokenizer"] = _sampled(Path(tokenizer), whole=True)
@@ -44,7 +44,7 @@ def _listed_sums(folder: CheckpointFolder) -> dict[str, object]:
         entries = read_checklist(folder.checklist).entries
     except CheckpointError:
         return {}
-    names = {shard.name for shard in folder.shards}
+    names = {shard.name for shard in folder.weights}
     return {f"the listed {each.algorithm} of {each.name}": each.sum[:SHOWN_DIGITS] for each in entries if each.name in names}
 
 

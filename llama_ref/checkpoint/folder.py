@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.meta_quantized.kinds import scales_name
 from llama_ref.checkpoint.missing_file import hint_about, with_hint
 from llama_ref.checkpoint.spelling import META, as_on_disk, in_hub_cache, model_name, name_key, nearest, snapshots
 from llama_ref.checkpoint.unusual_files import how_to_rename
@@ -92,8 +93,14 @@ class CheckpointFolder:
         return model_name(self.path)
 
     @property
+    def weights(self) -> tuple[Path, ...]:
+        """The shards, and the scales of an fp8 release's."""
+        scales = (self.path / scales_name(rank) for rank in range(len(self.shards)))
+        return self.shards + tuple(path for path in scales if path.is_file())
+
+    @property
     def shard_bytes(self) -> int:
-        return sum(shard.stat().st_size for shard in self.shards)
+        return sum(path.stat().st_size for path in self.weights)
 
 
 def _read_config(path: Path) -> "HFConfig":

@@ -15,10 +15,13 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.meta_quantized.kinds import Kind
+from llama_ref.checkpoint.meta_quantized.matrices import Activations, StoredMatrices, check_activations, matrices_of
 from llama_ref.checkpoint.quantized_reader import StoredQuantized
-from llama_ref.checkpoint.reader import Stored, TensorSlice, open_stored
+from llama_ref.checkpoint.reader import Stored, Wanted, join, open_stored
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
 from llama_ref.checkpoint.to_device import PinnedCopier, pinned_copier
+from llama_ref.errors import RequestError
 from llama_ref.memory import give_back_memory
 from llama_ref.model import Transformer
 from llama_ref.modules import replace_module
@@ -37,6 +40,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     share: Share = WHOLE,
     quantize: Scheme | str | None = None,
+    activations: Activations | None = None,
     in_memory: bool = False,
     progress: Progress | None = None,
 ) -> Transformer:
@@ -46,38 +50,36 @@ def load_model(
     layers. The model's `args` count these layers and key/value heads; tensors of other stages stay
     on the meta device. With `quantize`, each matrix is quantized from the files' numbers as soon as
     it is read, so that the whole model is never held unquantized; a quantized folder is loaded as
-    it is. With `in_memory`, the model has its own copy of every weight, and the files may change
-    afterwards. Raises CheckpointError as `open_stored` does, RequestError for a matrix that the
-    scheme cannot hold.
+    it is. `activations` is the arithmetic of Meta's int4 and fp8 releases: "reference" (the default)
+    rounds the inputs of their matrices, as Meta's code does, "full" does not. With `in_memory`, the
+    model has its own copy of every weight, and the files may change afterwards. Raises
+    CheckpointError as `open_stored` and `matrices_of` do, RequestError for a matrix that the
+    scheme cannot hold, and for options that the folder has no use for.
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     layers = share.layers(args.n_layers)
     shapes = {name: shape for name, shape in expected_shapes(args).items() if _is_local(name, share, layers)}
     wanted = {name: wanted_ranges(name, args, share) for name in shapes}
-    stored: Stored | StoredQuantized
-    if folder.is_quantized:
-        stored = StoredQuantized(folder, args, scheme)
-    else:
-        stored = open_stored(folder, args, wanted)
+    stored = _open(folder, args, wanted, scheme, activations)
     # Built only when its shape is known to be that of the files.
     model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
     is_one_matrix = stored.tied and {EMBEDDING, OUTPUT} <= wanted.keys()
     if is_one_matrix:
         del wanted[OUTPUT]
     parts = {name: part_shape(name, shapes[name], ranges) for name, ranges in wanted.items()}
-    if scheme:
+    if scheme and isinstance(stored, Stored):
         for name, shape in parts.items():
             check_columns(scheme, name, shape[-1])
     counter = ProgressCounter(sum(map(math.prod, parts.values())) * dtype.itemsize, progress)
     with pinned_copier(device) as copier:
         for name, ranges in wanted.items():
             matrix: Tensor | QuantizedMatrix
-            if isinstance(stored, StoredQuantized):
+            if not isinstance(stored, Stored):
                 matrix = stored.matrix(name, ranges, device, dtype, copier, in_memory)
             elif scheme and scheme.bits_of(name):
                 matrix = _quantized(scheme, name, stored, ranges, device, dtype, copier)
             else:
-                matrix = _join(stored.slices(name, ranges), split_dim(name), device, dtype, copier, in_memory)
+                matrix = stored.joined(name, ranges, device, dtype, copier, in_memory)
             _set(model, _local_name(name, layers), matrix)
             if copier:
                 give_back_memory()  # of reordered copies, which the C library would keep
@@ -85,6 +87,25 @@ def load_model(
     if is_one_matrix:
         tie(model)
     return model.eval().requires_grad_(False)
+
+
+def _open(
+    folder: CheckpointFolder, args: ModelArgs, wanted: Wanted, scheme: Scheme | None, activations: Activations | None
+) -> Stored | StoredMatrices:
+    """Map a folder's files. Raises RequestError for options that it has no use for."""
+    if folder.is_quantized:
+        check_activations(folder, activations, Kind.PLAIN)
+        return StoredQuantized(folder, args, scheme)
+    stored = open_stored(folder, args, wanted)
+    check_activations(folder, activations, stored.kind)
+    if stored.kind is Kind.PLAIN:
+        return stored
+    if scheme:
+        raise RequestError(
+            f"{folder.path} is quantized already ({stored.kind.value}): leave quantize out, or convert it to bf16 first "
+            "(`llama-ref convert --to meta`)"
+        )
+    return matrices_of(folder, args, stored, activations)
 
 
 def _is_local(name: str, share: Share, layers: range) -> bool:
@@ -126,37 +147,9 @@ def _quantized(
 ) -> Tensor | QuantizedMatrix:
     """Quantize a tensor from the files' dtype: the model's dtype does not change the result."""
     slices = stored.slices(name, ranges)
-    weight = _join(slices, split_dim(name), device, stored.dtype(name), copier)
+    weight = join(slices, split_dim(name), device, stored.dtype(name), copier)
     out = quantized(scheme, name, weight, dtype)
     for each in slices:
         each.release()
     give_back_memory()
     return weight if out is None else out
-
-
-def _join(
-    slices: list[TensorSlice],
-    dim: int | None,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    copier: PinnedCopier | None,
-    in_memory: bool = False,
-) -> Tensor:
-    """Join a tensor's slices, in `dtype` on `device`.
-
-    No copy is made if the mapped pages will do; with `in_memory` they never do.
-    """
-    first = slices[0].tensor
-    may_be_used = len(slices) == 1 and not (in_memory and slices[0].is_mapped)
-    if may_be_used and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
-        if not slices[0].is_mapped:
-            slices[0].release()
-        return first
-    dim = dim or 0
-    sizes = [each.tensor.shape[dim] for each in slices]
-    shape = list(first.shape)
-    shape[dim] = sum(sizes)
-    whole = torch.empty(shape, dtype=dtype, device=device)
-    for each, target in zip(slices, whole.split(sizes, dim), strict=True):
-        each.copy_to(target, copier)
-    return whole

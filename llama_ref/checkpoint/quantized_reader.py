@@ -19,6 +19,7 @@ from llama_ref.checkpoint.shapes import (
     EMBEDDING,
     OUTPUT,
     WEIGHT_DTYPES,
+    Expected,
     Shape,
     dtypes_and_shapes,
     expected_shapes,
@@ -137,7 +138,7 @@ class StoredQuantized:
                     raise CheckpointError(f"{self.folder.params}: {error}") from None
         found, problems = dtypes_and_shapes(self.tensors), []
         for name, (shape, dtype) in expected.items():
-            problem = misfit(name, found.get(name), shape, WEIGHT_DTYPES if dtype is None else [dtype_name(dtype)])
+            problem = misfit(name, found.get(name), Expected(shape, WEIGHT_DTYPES if dtype is None else (dtype_name(dtype),)))
             problems += [problem] if problem else []
         problems += [f"{name} is unexpected" for name in sorted(self.tensors.keys() - expected.keys())]
         check_problems(self.folder, problems)

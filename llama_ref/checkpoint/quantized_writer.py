@@ -19,6 +19,7 @@ from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.config import make_params
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_reader import parts_of
+from llama_ref.checkpoint.reader import Stored
 from llama_ref.errors import RequestError
 from llama_ref.parallel.sharding import WHOLE
 from llama_ref.progress import Progress, ProgressCounter
@@ -58,6 +59,11 @@ def quantize_folder(
     if open_folder(source).is_quantized:
         raise RequestError(f"{source} is already quantized: quantize the folder that it was made from")
     opened = Source.open(source)
+    if not isinstance(opened.stored, Stored):
+        raise RequestError(
+            f"{source} is quantized already ({opened.stored.stored.kind.value}): convert it to bf16 first "
+            "(`llama-ref convert --to meta`)"
+        )
     is_calibrated = bool(calibrate) and scheme.bits == 4
     quantized = [_QuantizedTensor(scheme, tensor, opened.args.head_dim) for tensor in opened.tensors(WHOLE, None)]
     tensors = [part for each in quantized for part in each.tensors()]
@@ -131,7 +137,9 @@ class _QuantizedTensor:
 
     def _scale(self, index: int) -> Iterator[Tensor]:
         if self.rounded is not None:
-            yield self._without_repeats((self.rounded.scale, self.rounded.zero)[index])
+            part = (self.rounded.scale, self.rounded.zero)[index]
+            assert part is not None  # our own rounding has zero points
+            yield self._without_repeats(part)
         else:
             yield self._scales()[index]
 

@@ -22,18 +22,19 @@ from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_open_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
 from llama_ref.checkpoint.mapped_file import map_file
+from llama_ref.checkpoint.meta_quantized.kinds import Kind, contradiction, kind_of, tensors_of
 from llama_ref.checkpoint.missing_file import with_hint
 from llama_ref.checkpoint.shapes import (
     EMBEDDING,
     OUTPUT,
     DtypeAndShape,
-    Shape,
+    Expected,
     dtypes_and_shapes,
     expected_shapes,
+    expected_tensors,
     implied_shards,
     is_ignored,
     misfits,
-    other_kind,
     strangers,
 )
 from llama_ref.checkpoint.to_device import PinnedCopier
@@ -84,16 +85,18 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class Stored:
-    """A folder's weights, memory-mapped, under Meta's names and with Meta's order of rows.
+    """A folder's tensors, memory-mapped, under Meta's names and with Meta's order of rows.
 
     `shards` holds the tensors by shard number and name; all safetensors files together count as one
     shard. `tied`: the output matrix is the embedding. `hf_head_dim` is set if the files have Hugging
-    Face's order of rows.
+    Face's order of rows. Of a quantized release's matrices they are the stored parts
+    (meta_quantized/).
     """
 
     shards: Mapping[int, Mapping[str, Tensor]]
     tied: bool
     hf_head_dim: int | None = None
+    kind: Kind = Kind.PLAIN
 
     def names(self) -> list[str]:
         """The names of all tensors in the files."""
@@ -123,6 +126,22 @@ class Stored:
             out.append(TensorSlice(self._reordered(name, rows), mapped[shard]))
         return out
 
+    def joined(
+        self,
+        name: str,
+        ranges: list[range] | None,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        copier: PinnedCopier | None = None,
+        in_memory: bool = False,
+    ) -> Tensor:
+        """A tensor's `ranges`, in `dtype` on `device`.
+
+        No copy is made if the mapped pages will do; with `in_memory` they never do. `copier` copies to
+        `device`.
+        """
+        return join(self.slices(name, ranges), split_dim(name), device, dtype, copier, in_memory)
+
     def _mapped(self, name: str) -> dict[int, Tensor]:
         name = EMBEDDING if self.tied and name == OUTPUT else name
         return {number: shard[name] for number, shard in self.shards.items() if name in shard}
@@ -131,34 +150,70 @@ class Stored:
         return from_hf_rope(name, rows, self.hf_head_dim) if self.hf_head_dim else rows
 
 
+def join(
+    slices: list[TensorSlice],
+    dim: int | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    copier: PinnedCopier | None = None,
+    in_memory: bool = False,
+) -> Tensor:
+    """Join slices of a tensor along `dim`, as `Stored.joined` does."""
+    first = slices[0].tensor
+    may_be_used = len(slices) == 1 and not (in_memory and slices[0].is_mapped)
+    if may_be_used and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
+        if not slices[0].is_mapped:
+            slices[0].release()
+        return first
+    dim = dim or 0
+    sizes = [each.tensor.shape[dim] for each in slices]
+    shape = list(first.shape)
+    shape[dim] = sum(sizes)
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    for each, target in zip(slices, whole.split(sizes, dim), strict=True):
+        each.copy_to(target, copier)
+    return whole
+
+
 def open_stored(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None = None, *, check: bool = True) -> Stored:
     """Map the files that hold any of `wanted` (None: all files).
 
-    `check` rejects releases of other kinds and tensors that are missing, unexpected or misshapen,
-    all of them in one message; without it, a folder may hold any tensors. Raises CheckpointError for
-    these, and always for files that are not checkpoints.
+    `check` rejects tensors that are missing, unexpected or misshapen, all of them in one message;
+    without it, a folder may hold any tensors. Raises CheckpointError for these, for a vision release,
+    and always for files that are not checkpoints.
     """
-    if check:
-        _check_kind(folder, args)
     if folder.is_hugging_face:
         return _open_safetensors(folder, args, check)
-    return _open_shards(folder, args, wanted, check)
+    kind = kind_of(args, folder.path)
+    if check and folder.is_quantized:
+        raise CheckpointError(f"{folder.path} is quantized: use the folder that it was made from")
+    return _open_shards(folder, args, kind, wanted, check)
 
 
-def _open_shards(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None, check: bool) -> Stored:
-    expected, n_shards = expected_shapes(args), len(folder.shards)
-    if check:
-        _check_even(folder, expected)
-    numbers = _needed_shards(wanted, expected, n_shards) if wanted else range(n_shards)
+def _open_shards(folder: CheckpointFolder, args: ModelArgs, kind: Kind, wanted: Wanted | None, check: bool) -> Stored:
+    shapes, n_shards = expected_shapes(args), len(folder.shards)
+    expected = _expected(folder, args, kind) if check else {}
+    _check_even(folder, expected)
+    numbers = _needed_shards(wanted, shapes, n_shards) if wanted else range(n_shards)
     shards = {number: read_shard(folder.shards[number]) for number in sorted(numbers)}
     if check:
         files = {folder.shards[number].name: shard for number, shard in shards.items()}
+        for file, tensors in files.items():
+            if wrong := contradiction(dtypes_and_shapes(tensors), args, kind):
+                raise CheckpointError(f"{folder.path}: {file}: {wrong}")
         _check_tensors(folder, files, expected, n_shards)
         _check_copies(folder, shards)
-    return Stored(shards, _shares_embedding(shards.values()))
+    return Stored(shards, _shares_embedding(shards.values()), kind=kind)
 
 
-def _needed_shards(wanted: Wanted, expected: Mapping[str, Shape], n_shards: int) -> set[int]:
+def _expected(folder: CheckpointFolder, args: ModelArgs, kind: Kind) -> Mapping[str, Expected]:
+    try:
+        return tensors_of(args, kind)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder.path} cannot be loaded: {error}") from None
+
+
+def _needed_shards(wanted: Wanted, expected: Mapping[str, tuple[int, ...]], n_shards: int) -> set[int]:
     """The shards to read: at least one, which then gives the tensors that every shard holds whole."""
     needed = set()
     for name, ranges in wanted.items():
@@ -175,7 +230,7 @@ def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) ->
     tied = folder.says_tied() and not _holds_output(folder, tensors)
     if tied:
         tensors.pop(hf_name(OUTPUT), None)  # files may hold a copy
-    expected = expected_shapes(args)
+    expected = expected_tensors(args)
     ours = {hf_name(name): name for name in expected if not (tied and name == OUTPUT)}
     if check:
         _check_unique(folder, files)
@@ -211,7 +266,7 @@ def _holds_output(folder: CheckpointFolder, tensors: Mapping[str, Tensor]) -> bo
     It is then used, as transformers does from version 5 on; a copy of the embedding is not.
     """
     output, embedding = tensors.get(hf_name(OUTPUT)), tensors.get(hf_name(EMBEDDING))
-    if output is None or (embedding is not None and _same_bytes(output, embedding)):
+    if output is None or (embedding is not None and same_bytes(output, embedding)):
         return False
     logger.warning(
         "%s says tie_word_embeddings, but the files hold another %s, which is used; set tie_word_embeddings to false "
@@ -222,7 +277,7 @@ def _holds_output(folder: CheckpointFolder, tensors: Mapping[str, Tensor]) -> bo
     return True
 
 
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
+def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two mapped tensors have the same dtype, shape and bytes; stops at the first difference."""
     if a.dtype != b.dtype or a.shape != b.shape or not a.numel():
         return False
@@ -287,16 +342,8 @@ def release_rows(rows: Tensor) -> None:
         release_pages(rows.as_strided((span,), (1,)))
 
 
-def _check_kind(folder: CheckpointFolder, args: ModelArgs) -> None:
-    if folder.is_quantized:
-        raise CheckpointError(f"{folder.path} is quantized: use the folder that it was made from")
-    kind = other_kind(args, folder.path)
-    if kind:
-        raise CheckpointError(f"{folder.path} is {kind}, which is not read yet; use the text release in bf16")
-
-
 def _check_tensors(
-    folder: CheckpointFolder, files: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Shape], n_shards: int = 1
+    folder: CheckpointFolder, files: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Expected], n_shards: int = 1
 ) -> None:
     described = {file: dtypes_and_shapes(tensors) for file, tensors in files.items()}
     if not folder.is_hugging_face:
@@ -313,11 +360,11 @@ def _check_tensors(
 
 
 def _check_number(
-    folder: CheckpointFolder, shards: Mapping[str, Mapping[str, DtypeAndShape]], expected: Mapping[str, Shape]
+    folder: CheckpointFolder, shards: Mapping[str, Mapping[str, DtypeAndShape]], expected: Mapping[str, Expected]
 ) -> None:
     """Raise CheckpointError if the shards are the first of more: no gap shows that the last ones are missing."""
     embeddings = [shard[EMBEDDING][1] for shard in shards.values() if EMBEDDING in shard]
-    n_here, n_shards = len(folder.shards), implied_shards(embeddings[0], expected[EMBEDDING][0]) if embeddings else None
+    n_here, n_shards = len(folder.shards), implied_shards(embeddings[0], expected[EMBEDDING].shape[0]) if embeddings else None
     if n_shards and n_shards > n_here and not any(misfits(shards, expected, n_shards).values()):
         missing = comma_list([with_hint(folder.path / shard_name(n)) for n in range(n_here, n_shards)], MOST_LISTED)
         why = f"the tensors are those of {n_shards} shards"
@@ -345,9 +392,9 @@ def _check_copies(folder: CheckpointFolder, shards: Mapping[int, Mapping[str, Te
                 )
 
 
-def _check_even(folder: CheckpointFolder, expected: Mapping[str, Shape]) -> None:
+def _check_even(folder: CheckpointFolder, expected: Mapping[str, Expected]) -> None:
     n_shards = len(folder.shards)
-    for name, shape in expected.items():
+    for name, (shape, *_) in expected.items():
         dim = split_dim(name)
         if dim is not None and shape[dim] % n_shards:
             raise CheckpointError(

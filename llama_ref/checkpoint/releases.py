@@ -65,8 +65,10 @@ SHARDS = {"1B": 1, "3B": 1, "8B": 1, "70B": 8, "405B": 8}
 TIED = {"1B", "3B"}
 ROPE_FACTORS = {"1B": 32, "3B": 32, "8B": 8, "70B": 8, "405B": 8}  # not in any of Meta's files
 
-INT4 = {"quantization_args": {"group_size": 256}}
-QLORA = {**INT4, "lora_args": {"rank": 16, "scale": 2.0}}
+# Meta's list says 256, but the sizes of the files and the model card are those of groups of 32.
+INT4 = {"scheme": "int4_weight_int8_dynamic_activation", "group_size": 32}
+SPINQUANT = {"quantization_args": {**INT4, "spinquant": True}}
+QLORA = {"quantization_args": INT4, "lora_args": {"rank": 16, "scale": 2.0}}
 
 
 def _vision(chunk_size: int, cross_attention_layers: int) -> dict[str, int]:
@@ -121,7 +123,7 @@ def _int4(name: str, size: str) -> list[Release]:
     qlora, spinquant = f"{repo}-QLORA_INT4_EO8", f"{repo}-SpinQuant_INT4_EO8"
     return [
         _release(f"{name}:int4-qlora-eo8", size, QLORA, repo=qlora, weights="int4", max_seq_len=8192),
-        _release(f"{name}:int4-spinquant-eo8", size, INT4, repo=spinquant, weights="int4", max_seq_len=8192),
+        _release(f"{name}:int4-spinquant-eo8", size, SPINQUANT, repo=spinquant, weights="int4", max_seq_len=8192),
     ]
 
 

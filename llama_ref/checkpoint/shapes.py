@@ -1,9 +1,8 @@
-"""The names, shapes and dtypes of a text model's tensors, and which releases have others."""
+"""The names, shapes and dtypes of a text model's tensors, and how those in files are compared with them."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from llama_ref.args import ModelArgs
 from llama_ref.formatting import dtype_name
@@ -22,23 +21,21 @@ EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 IGNORED = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not mean millions
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
+FP8 = "float8_e4m3fn"
 WHY_MISSING = {"lm_head.weight": '; if the output is the embedding, set "tie_word_embeddings" to true in config.json'}
 
 
-def other_kind(args: ModelArgs, folder: Path | None = None) -> str | None:
-    """The kind of a release that is not a text model in bf16, and how that is known; else None.
+class Expected(NamedTuple):
+    """A tensor that a model's files should hold: the whole one's shape, the dtypes that it may have."""
 
-    An fp8 release is recognized only by its files, in `folder`.
-    """
-    if args.quantization_args is not None:
-        return "an int4 release (quantization_args in params.json)"
-    if args.lora_args is not None:
-        return "an int4 release (lora_args in params.json)"
-    if args.vision_chunk_size is not None or args.vision_num_cross_attention_layers is not None:
-        return "a vision release (vision keys in params.json)"
-    if folder is not None and any(folder.glob("fp8_scales*")):
-        return "an fp8 release (fp8_scales files)"
-    return None
+    shape: Shape
+    dtypes: tuple[str, ...] = WEIGHT_DTYPES
+    is_optional: bool = False
+
+
+def expected_tensors(args: ModelArgs) -> dict[str, Expected]:
+    """The tensors of a release that is not quantized, in the model's order."""
+    return {name: Expected(shape) for name, shape in expected_shapes(args).items()}
 
 
 def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
@@ -81,31 +78,34 @@ def implied_shards(embedding: Shape, vocab_size: int) -> int | None:
 
 
 def misfits(
-    shards: Mapping[str, Mapping[str, DtypeAndShape]], expected: Mapping[str, Shape], n_shards: int
+    shards: Mapping[str, Mapping[str, DtypeAndShape]], expected: Mapping[str, Expected], n_shards: int
 ) -> dict[str, list[str]]:
     """For each shard, the `expected` tensors that are missing or have the wrong shape or dtype.
 
     `shards` holds each tensor's dtype name and shape. If no shard has an output, it is tied.
     """
     if not any(OUTPUT in tensors for tensors in shards.values()):
-        expected = {name: shape for name, shape in expected.items() if name != OUTPUT}
-    parts = {name: shard_shape(name, whole, n_shards) for name, whole in expected.items()}
+        expected = {name: whole for name, whole in expected.items() if name != OUTPUT}
+    parts = {name: whole._replace(shape=shard_shape(name, whole.shape, n_shards)) for name, whole in expected.items()}
     return {
         shard: [problem for name, part in parts.items() if (problem := misfit(name, tensors.get(name), part))]
         for shard, tensors in shards.items()
     }
 
 
-def misfit(name: str, found: DtypeAndShape | None, shape: Shape, dtypes: Sequence[str] = WEIGHT_DTYPES) -> str | None:
-    """The problem of a tensor that is missing or has the wrong shape or dtype; else None."""
+def misfit(name: str, found: DtypeAndShape | None, expected: Expected) -> str | None:
+    """The problem of a tensor that is missing or has the wrong shape or dtype; else None.
+
+    A last dimension of one may be left out.
+    """
     if found is None:
-        return f"{name} is missing, expected shape {shape}{WHY_MISSING.get(name, '')}"
-    dtype, found_shape = found
-    if found_shape != shape:
-        return f"{name} has shape {found_shape}, expected {shape}"
-    if dtype not in dtypes:
-        expected = " or ".join(", ".join(dtypes).rsplit(", ", 1))
-        return f"{name} is {dtype}, expected {expected}"
+        is_needed = not expected.is_optional
+        return f"{name} is missing, expected shape {expected.shape}{WHY_MISSING.get(name, '')}" if is_needed else None
+    dtype, shape = found
+    if expected.shape not in (shape, (*shape, 1)):
+        return f"{name} has shape {shape}, expected {expected.shape}"
+    if dtype not in expected.dtypes:
+        return f"{name} is {dtype}, expected {' or '.join(', '.join(expected.dtypes).rsplit(', ', 1))}"
     return None
 
 

@@ -38,6 +38,13 @@ Quantize = Annotated[
         unset="weights as stored",
     ),
 ]
+Activations = Annotated[
+    Literal["reference", "full"] | None,
+    Flag(
+        "arithmetic of Meta's int4 and fp8 releases: round the inputs of their matrices as Meta's code does, or not",
+        unset="reference",
+    ),
+]
 Verify = Annotated[
     Literal["auto", "always", "never"],
     Flag("compare files with checklist.chk: each file once, at every load, or not at all"),
@@ -89,6 +96,7 @@ class Weights:
     """Loading."""
 
     quantize: Quantize = None
+    activations: Activations = None
     dtype: Annotated[
         Dtype | None,
         Flag(

@@ -3,7 +3,7 @@
 import torch
 
 from llama_ref.args import ModelArgs
-from llama_ref.compiled.cpu_cache import CACHE_BLOCK, BlockKVCache
+from llama_ref.compiled.cpu_cache import CACHE_BLOCK, FEWEST_BLOCKS, BlockKVCache
 from llama_ref.compiled.cuda_cache import CudaKVCache, FlashKVCache, has_flash
 from llama_ref.device import is_out_of_memory
 from llama_ref.errors import RequestError
@@ -22,6 +22,10 @@ def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
         kind = kv_cache_class(model.device, model.dtype, model.args)
         block = CUDA_CACHE_BLOCK if model.device.type == "cuda" and batch_size == 1 else CACHE_BLOCK
         room = -(-n_tokens // block) * block
+        if (
+            kind is BlockKVCache and batch_size == 1
+        ):  # one more than is read: to read all of them, the step would be compiled again
+            room = max(room, FEWEST_BLOCKS * CACHE_BLOCK) + CACHE_BLOCK
         return kind(model.args, batch_size, room, dtype=model.dtype, device=model.device)
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -9,8 +9,9 @@ takes their weights as arguments and compiles in seconds. Prompts and batches ru
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,14 @@ from llama_ref.onednn import onednn_for
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import replace_matrices, use_fast_kernels
+from llama_ref.quantization.fp8 import ColumnBlocks, Fp8Linear, RowBlocks
+from llama_ref.quantization.hadamard import Factors, hadamard_factors
 from llama_ref.quantization.linear import Int4Linear, Int8Linear, Int8Matrix
+from llama_ref.quantization.meta_int4 import MetaInt4Linear, surrounded
 
 logger = logging.getLogger(__name__)
 
+FP8_MATRICES = (Fp8Linear, RowBlocks, ColumnBlocks)  # their layers stay uncompiled
 STREAMS = 4  # rows read in parallel, which share loads of the vector; more were slower
 NEVER = 10**6
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -45,7 +50,19 @@ OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "max_pointwise_cat_inputs": 0,
 }
 
-Matrix = tuple[Tensor, ...]  # (weight,), (q, scale) or (words, scale, zero): see _matrix
+PlainMatrix = tuple[Tensor, ...]  # (weight,), (q, scale) or (words, scale) with zero or without: see _matrix
+
+
+class SurroundedMatrix(NamedTuple):
+    """A matrix of Meta's int4 releases: `surrounded`'s arguments, with matrices for products."""
+
+    matrix: PlainMatrix
+    adaptor: tuple[Tensor, Tensor, float] | None  # A, B and the scale
+    factors: Factors | None
+    rounds_inputs: bool
+
+
+Matrix = PlainMatrix | SurroundedMatrix
 Norm = tuple[Tensor, float]  # weight, eps
 
 
@@ -77,14 +94,15 @@ def compile_decode(model: Transformer) -> None:
     step = torch.compile(_layer_step, options=OPTIONS, dynamic=False)
     head = torch.compile(matvec, options=OPTIONS, dynamic=False)
     for block in model.layers:
-        install(block, forward=_FastBlock(block, step))
+        if not any(isinstance(module, FP8_MATRICES) for module in block.modules()):
+            install(block, forward=_FastBlock(block, step))
     install(model.output, forward=_FastOutput(model.output, head))
     logger.info("compiling the decode step: some seconds, fewer the next time")
     try:
         _warm_up(model)
     except (BackendCompilerFailed, InductorError) as error:
         for module in (*model.layers, model.output):
-            del module.forward
+            vars(module).pop("forward", None)
         for module in model.modules():
             if isinstance(module, PlanarInt4Linear):
                 module.matrix = int4_layout.matrix
@@ -153,8 +171,17 @@ class _FastOutput(CompiledForward):
 
 def _matrix(module: nn.Module) -> Matrix:
     """A module's matrix as the tensors that a compiled product takes."""
+    if isinstance(module, MetaInt4Linear):
+        adaptor = (module.adaptor.a, module.adaptor.b, module.adaptor.scale) if module.adaptor else None
+        factors = hadamard_factors(module.shape[1], module.matrix.scale.device) if module.rotates_inputs else None
+        return SurroundedMatrix(_plain_matrix(module.matrix), adaptor, factors, module.rounds_inputs)
+    return _plain_matrix(module)
+
+
+def _plain_matrix(module: nn.Module) -> PlainMatrix:
     if isinstance(module, PlanarInt4Linear):
-        return module.words, module.scale, module.zero
+        parts = module.words, module.scale, module.zero
+        return tuple(part for part in parts if part is not None)
     if isinstance(module, Int8Matrix):
         return module.q, module.scale
     return (module.get_parameter("weight"),)
@@ -186,11 +213,22 @@ def _layer_step(
 
 
 def matvec(matrix: Matrix, x: Tensor) -> Tensor:
+    """A matrix times x (K,): (N,) in x's dtype."""
+    if not isinstance(matrix, SurroundedMatrix):
+        return _product(matrix, x)
+    adapted = None
+    if matrix.adaptor is not None:
+        a, b, scale = matrix.adaptor
+        adapted = lambda x: _product((b,), _product((a,), x)) * scale  # noqa: E731
+    return surrounded(x, partial(_product, matrix.matrix), adapted, matrix.factors, matrix.rounds_inputs)
+
+
+def _product(matrix: PlainMatrix, x: Tensor) -> Tensor:
     """A matrix (N, K), or (P, N, K/P) in pieces, times x (K,), summed in float32: (N,) in x's dtype."""
-    if len(matrix) == 3:
-        padded = matrix[0].shape[0] * matrix[0].shape[2] * COLUMNS
-        return int4_layout.product(*matrix, F.pad(x.float(), (0, padded - len(x)))).to(x.dtype)
     w, *scale = matrix
+    if w.dtype == torch.int32:
+        padded = w.shape[0] * w.shape[2] * COLUMNS
+        return int4_layout.product(F.pad(x.float(), (0, padded - len(x))), *matrix).to(x.dtype)
     if w.dim() == 2:
         w = w.unflatten(1, (-1, PIECE if in_pieces(w.shape[1]) else w.shape[1])).transpose(0, 1)
     x32 = materialize(x.float()).view(len(w), 1, -1)  # (P, 1, K/P)

@@ -5,22 +5,30 @@ rows of a quantized matrix another; many rows go to cuBLAS, with quantized matri
 Without Triton every function computes what model.py does. Triton modules are imported lazily.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ref.compiled.triton_probe import uses_triton
 from llama_ref.model import RMSNorm, rotate
-from llama_ref.quantization.linear import Int4Linear, Int8Linear
+from llama_ref.quantization.linear import Int4Linear, Int8Linear, QuantizedMatrix
 
 
 def joined(*modules: nn.Module) -> nn.Module:
-    """Several matrices of one type and width stacked into one; the originals become views of it."""
+    """Several matrices of one type and width stacked into one; the originals become views of it.
+
+    Those of Meta's quantized releases, around which more is computed, stay apart.
+    """
     kind = type(modules[0])
     if kind is Int8Linear:
         return Int8Linear(*(_join_buffers(modules, name) for name in ("q", "scale")))
-    if kind is Int4Linear:
-        return Int4Linear(*(_join_buffers(modules, name) for name in ("packed", "scale", "zero")))
+    if isinstance(modules[0], Int4Linear):
+        names = ("packed", "scale") if modules[0].zero is None else ("packed", "scale", "zero")
+        return Int4Linear(*(_join_buffers(modules, name) for name in names))
+    if isinstance(modules[0], QuantizedMatrix):
+        return Concatenated(modules)
     weights = [module.get_parameter("weight") for module in modules]
     weight = torch.cat([each.data for each in weights])
     for each, part in zip(weights, weight.split([len(each) for each in weights]), strict=True):
@@ -29,6 +37,17 @@ def joined(*modules: nn.Module) -> nn.Module:
         out = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     out.weight = nn.Parameter(weight, requires_grad=False)
     return out
+
+
+class Concatenated(nn.Module):
+    """The products of several matrices with one x, side by side."""
+
+    def __init__(self, matrices: Sequence[nn.Module]):
+        super().__init__()
+        self.matrices = nn.ModuleList(matrices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([matrix(x) for matrix in self.matrices], dim=-1)
 
 
 def _join_buffers(modules: tuple[nn.Module, ...], name: str) -> Tensor:
@@ -41,7 +60,7 @@ def _join_buffers(modules: tuple[nn.Module, ...], name: str) -> Tensor:
 
 def linear(x: Tensor, matrix: nn.Module, add: Tensor | None = None) -> Tensor:
     """x (N, K) times a matrix (M, K), plus `add` (N, M): (N, M)."""
-    if _is_one_row(x):
+    if _is_fused(x, matrix):
         return _matvec(x, matrix, residual=None if add is None else add[0])
     if add is None:
         return matrix(x)
@@ -61,14 +80,14 @@ def norm(x: Tensor, module: RMSNorm) -> Tensor:
 
 def norm_linear(x: Tensor, module: RMSNorm, matrix: nn.Module) -> Tensor:
     """`linear` of the normed x."""
-    if _is_one_row(x):
+    if _is_fused(x, matrix):
         return _matvec(x, matrix, module)
     return linear(norm(x, module), matrix)
 
 
 def norm_swiglu(x: Tensor, module: RMSNorm, matrix: nn.Module) -> Tensor:
     """silu(w1 h) · (w3 h) for h, the normed x (N, K), and w1, w3 joined (2F, K): (N, F)."""
-    if _is_one_row(x):
+    if _is_fused(x, matrix):
         return _matvec(x, matrix, module, gated=True)
     gate_up = norm_linear(x, module, matrix)
     if not uses_triton(x):
@@ -88,7 +107,7 @@ def norm_query(
     positions. keys and values (B, K, S, hd) are one layer's cache, with equal strides, hd's 1.
     """
     B, K, _, head_dim = keys.shape
-    if _is_one_row(x):
+    if _is_fused(x, matrix):
         q = _matvec(x, matrix, module, rope=(cos, sin, keys[0], values[0], positions))
         return q.view(1, -1, head_dim)
     qkv = norm_linear(x, module, matrix)  # (N, (H + 2K) · hd)
@@ -124,8 +143,9 @@ def log_normalizer(logits: Tensor) -> Tensor:
     return row_stats(logits)[1]
 
 
-def _is_one_row(x: Tensor) -> bool:
-    return len(x) == 1 and uses_triton(x)
+def _is_fused(x: Tensor, matrix: nn.Module) -> bool:
+    """Whether one kernel computes a product with one row x and what surrounds it."""
+    return len(x) == 1 and uses_triton(x) and isinstance(matrix, nn.Linear | Int8Linear | Int4Linear)
 
 
 def _matvec(
@@ -146,7 +166,7 @@ def _matvec(
 
 def _tensors(matrix: nn.Module) -> tuple[Tensor, ...]:
     if isinstance(matrix, Int4Linear):
-        return matrix.packed, matrix.scale, matrix.zero
+        return (matrix.packed, matrix.scale) if matrix.zero is None else (matrix.packed, matrix.scale, matrix.zero)
     if isinstance(matrix, Int8Linear):
         return matrix.q, matrix.scale
     return (matrix.get_parameter("weight"),)

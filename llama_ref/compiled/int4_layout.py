@@ -24,19 +24,21 @@ SIGN_PLANE = PLANES - 1  # the nibble with the word's sign bit: a number from -8
 MASKS = [15 << (4 * p) for p in range(SIGN_PLANE)] + [-(1 << 28)]
 
 
-def matrix(words: Tensor, scale: Tensor, zero: Tensor, like: Tensor) -> Tensor:
+def matrix(words: Tensor, scale: Tensor, zero: Tensor | None, like: Tensor) -> Tensor:
     """The weights (N, P · blocks · 128) in `like`'s dtype; compiled, it is bound by memory."""
-    wide = wide_dtype(like.dtype)
+    wide = torch.promote_types(wide_dtype(like.dtype), scale.dtype)
     plane = torch.arange(PLANES, device=words.device)[:, None]
     q = (words[:, :, :, None] >> (4 * plane)) & 15  # (P, N, blocks, 8, 16)
     q = (q ^ (8 * (plane == SIGN_PLANE))) - 8
     q = q.to(wide).unflatten(3, (scale.shape[-1], -1))  # (P, N, blocks, groups, planes of a group, 16)
-    w = q * scale[..., None, None].to(wide) + zero[..., None, None].to(wide)
+    w = q * scale[..., None, None].to(wide)
+    if zero is not None:
+        w = w + zero[..., None, None].to(wide)
     return w.to(like.dtype).transpose(0, 1).flatten(1)
 
 
 class PlanarInt4Linear(QuantizedMatrix):
-    """An Int4Linear as `words` int32 (P, N, blocks, 16), `scale` and `zero` bfloat16 (P, N, blocks, groups).
+    """An Int4Linear as `words` int32 (P, N, blocks, 16), `scale` and `zero` (P, N, blocks, groups).
 
     Rows are padded to whole blocks; groups larger than a block are repeated for each block. For prompts
     `matrix`, the function of that name or its compiled form, dequantizes some rows at a time.
@@ -44,7 +46,7 @@ class PlanarInt4Linear(QuantizedMatrix):
 
     words: Tensor
     scale: Tensor
-    zero: Tensor
+    zero: Tensor | None
 
     def __init__(self, module: Int4Linear, matrix: Callable[..., Tensor] = matrix):
         super().__init__()
@@ -59,7 +61,7 @@ class PlanarInt4Linear(QuantizedMatrix):
             words[rows] = _to_words(F.pad(module.unpacked(rows), (0, self.n_blocks * COLUMNS - K), value=8))
         self.register_buffer("words", self._in_pieces(words))
         self.register_buffer("scale", self._by_block(module.scale))
-        self.register_buffer("zero", self._by_block(module.zero))
+        self.register_buffer("zero", None if module.zero is None else self._by_block(module.zero))
 
     def _by_block(self, values: Tensor) -> Tensor:
         """(N, K/G) -> (P, N, blocks, groups in a block)."""
@@ -78,13 +80,13 @@ class PlanarInt4Linear(QuantizedMatrix):
         """(…, in) -> (…, out), for prompts and batches."""
         return self._times_blocks(x)
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        parts = (part[:, rows] for part in (self.words, self.scale, self.zero))
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        parts = (None if part is None else part[:, rows] for part in (self.words, self.scale, self.zero))
         return self.matrix(*parts, torch.empty(0, dtype=dtype, device=self.words.device))[:, : self.shape[1]]
 
 
-def product(words: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
-    """The matrix times x float32 (P · blocks · 128,): float32 (N,). Written to compile to one loop over the words.
+def product(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """x float32 (P · blocks · 128,) times the matrix: float32 (N,). Written to compile to one loop over the words.
 
     As w = (q - 8) · scale + zero, a row is Σ (q x) · scale - Σ (8 x) · scale + Σ x · zero; the sign plane
     holds q - 8 already.
@@ -99,24 +101,30 @@ def product(words: Tensor, scale: Tensor, zero: Tensor, x: Tensor) -> Tensor:
     offsets = materialize((x * eights).unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
     sums = materialize(x.unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
 
-    def rows(words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    def rows(words: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         def dots(g: int) -> Tensor:  # (P, N/2, blocks, 16)
             planes = range(g * per_group, (g + 1) * per_group)
             return reduce(add, [(words & MASKS[p]).float() * scaled[..., p, :] for p in planes])
 
         if n_groups == 1:
-            out = (dots(0) + offsets[..., 0, :]) * scale.float() + sums[..., 0, :] * zero.float()
+            out = (dots(0) + offsets[..., 0, :]) * scale.float()
+            if zero is not None:
+                out = out + sums[..., 0, :] * zero.float()
         else:
             out = reduce(add, [dots(g) * scale[..., g, None].float() for g in range(n_groups)])
         return out.sum((-1, -2)).sum(0)
 
-    halves = zip(*(part.chunk(2, dim=1) for part in (words, scale, zero)), strict=True)
+    zeros = (None, None) if zero is None else zero.chunk(2, dim=1)
+    halves = zip(words.chunk(2, dim=1), scale.chunk(2, dim=1), zeros, strict=False)  # a single row has one half
     out = torch.cat([rows(*half) for half in halves])
     if n_groups > 1:  # with several scales per block, offsets are a smaller product of their own
         offsets, sums = (
             materialize(part.sum(-1).flatten(2)[:, 0])[:, None] for part in (offsets, sums)
         )  # (P, 1, blocks · groups)
-        out = out + (scale.flatten(2).float() * offsets + zero.flatten(2).float() * sums).sum(-1).sum(0)
+        of_groups = scale.flatten(2).float() * offsets
+        if zero is not None:
+            of_groups = of_groups + zero.flatten(2).float() * sums
+        out = out + of_groups.sum(-1).sum(0)
     return out
 
 

@@ -37,7 +37,7 @@ class PiecewiseInt8Linear(Int8Matrix):
         products = [torch._weight_int8pack_mm(*each, scale).float() for each in zip(pieces, self.q, strict=True)]
         return torch.stack(products).sum(0).to(x.dtype).unflatten(0, x.shape[:-1])
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
         shape = len(self.scale[rows]), len(self.q), PIECE
         wide = torch.empty(shape, dtype=wide_dtype(dtype), device=self.q.device)  # (n, P, 1024)
         wide.copy_(self.q[:, rows].transpose(0, 1))

@@ -90,14 +90,16 @@ def _matvec(
             group = start // WIDTH + tl.arange(0, GROUPS)
             places = stored[:, None] * (K // GROUP) + group
             s = tl.load(scale + places, mask=group < K // GROUP, other=0).to(tl.float32)
-            z = tl.load(zero + places, mask=group < K // GROUP, other=0).to(tl.float32)
+            z = -8 * s
+            if zero is not None:
+                z += tl.load(zero + places, mask=group < K // GROUP, other=0).to(tl.float32)
             k = (at // WIDTH * GROUP + at % WIDTH * 4)[:, None] + tl.arange(0, 4)
             x_low, squares_low = _input(x, gain, k, K)
             x_high, squares_high = _input(x, gain, k + GROUP // 2, K)
             y = _dot8(weights, x_low, x_high, BLOCK)
             dots = tl.sum(tl.reshape(y, (ROWS, GROUPS, WIDTH)), 2) * 2.0**49
             sums = tl.sum(tl.reshape(tl.sum(x_low + x_high, 1), (GROUPS, WIDTH)), 1)
-            acc += dots * s + (z - 8 * s) * sums
+            acc += dots * s + z * sums
             squares += tl.sum(squares_low + squares_high, 1)
         else:
             x_at, squares_at = _input(x, gain, at, K)
@@ -163,9 +165,11 @@ def _matmul(
             group = start // HALF + tl.arange(0, GROUPS)
             places = stored[:, None] * (K // GROUP) + group
             s = tl.load(scale + places, mask=group < K // GROUP, other=0).to(tl.float32)
-            z = tl.load(zero + places, mask=group < K // GROUP, other=0).to(tl.float32)
+            z = -8 * s
+            if zero is not None:
+                z += tl.load(zero + places, mask=group < K // GROUP, other=0).to(tl.float32)
             s = tl.reshape(tl.broadcast_to(s[:, :, None], (ROWS, GROUPS, HALF)), (ROWS, BLOCK))
-            z = tl.reshape(tl.broadcast_to(z[:, :, None], (ROWS, GROUPS, HALF)), (ROWS, BLOCK)) - 8 * s
+            z = tl.reshape(tl.broadcast_to(z[:, :, None], (ROWS, GROUPS, HALF)), (ROWS, BLOCK))
             low = ((weights & 15).to(tl.float32) * s + z).to(x.dtype.element_ty)
             high = ((weights >> 4).to(tl.float32) * s + z).to(x.dtype.element_ty)
             acc = tl.dot(low, x_at, acc, input_precision="ieee")
@@ -216,6 +220,11 @@ def has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= HOPPER
 
 
+def _group(scale: Tensor | None, K: int) -> int:
+    """Weights that share a scale in a row of four-bit numbers; 0 for other matrices."""
+    return 0 if scale is None or scale.dim() == 1 else K // scale.shape[1]
+
+
 def matvec(
     x: Tensor, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, *,
     gain: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None, gated: bool = False,
@@ -224,7 +233,7 @@ def matvec(
 ) -> Tensor:  # fmt: skip
     """x (K,) times weight (N, K): (N,), or (N/2,) if gated.
 
-    weight: x's dtype; int8 with scale (N,); or uint8 (N, K/2) with scale and zero (N, K/G), as `pack` makes them.
+    weight: x's dtype; int8 with scale (N,); or uint8 (N, K/2) with scale and zero (N, K/G), as `pack` makes them, or no zero.
     gain: x is first normed (RMSNorm) with this weight (K,). residual (N,) is added. gated: weight is w1 over w3, and the
     result silu(w1 x) * (w3 x). rope: cos, sin (S, hd/2) float32, keys, values (heads, S, hd) of the same strides and
     position (1,): weight is wq, wk, wv; the turned q is returned, k and v are written to the cache at the position.
@@ -237,7 +246,7 @@ def matvec(
         head, strides, k_rows = keys.shape[2], (keys.stride(0), keys.stride(1)), keys.shape[0] * keys.shape[2]
         out_rows = N - 2 * k_rows
     out = torch.empty(out_rows, dtype=x.dtype, device=x.device)
-    group = 0 if zero is None else K // zero.shape[1]
+    group = _group(scale, K)
     rows, block, warps = config or _matvec_config(4 if group else 8 * weight.element_size(), N, K)
     while head % rows and rope is not None:  # all rows of a program belong to one head
         rows //= 2
@@ -257,7 +266,7 @@ def matmul(
 ) -> Tensor:  # fmt: skip
     """x (M, K), M up to 64, times weight (N, K) as in `matvec`: (M, N)."""
     (M, K), N = x.shape, weight.shape[0]
-    group = 0 if zero is None else K // zero.shape[1]
+    group = _group(scale, K)
     rows, block, warps, split, stages = config or _matmul_config(4 if group else 8, M, x.element_size())
     if group // 2 > block:  # whole groups at a time, in fewer stages
         block, stages = group // 2, 2
@@ -283,7 +292,9 @@ def _dequantize(out, w, scale, zero, K: tl.constexpr, GROUP: tl.constexpr, BLOCK
     if GROUP:
         group = row * (K // GROUP) + column // HALF
         s = tl.load(scale + group, mask=inside, other=0).to(tl.float32)
-        z = tl.load(zero + group, mask=inside, other=0).to(tl.float32) - 8 * s
+        z = -8 * s
+        if zero is not None:
+            z += tl.load(zero + group, mask=inside, other=0).to(tl.float32)
         at = out + row * K + column // HALF * GROUP + column % HALF
         tl.store(at, (q & 15).to(tl.float32) * s + z, mask=inside)
         tl.store(at + HALF, (q >> 4).to(tl.float32) * s + z, mask=inside)
@@ -294,9 +305,9 @@ def _dequantize(out, w, scale, zero, K: tl.constexpr, GROUP: tl.constexpr, BLOCK
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
     """An int8 or int4 matrix as in `matvec`: (N, K) in `dtype`."""
     N = len(weight)
-    K = weight.shape[1] * (1 if zero is None else 2)
+    K = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
-    group = 0 if zero is None else K // zero.shape[1]
+    group = _group(scale, K)
     _dequantize[(N, triton.cdiv(weight.shape[1], 1024))](out, weight, scale, zero, K, group, 1024, num_warps=4)
     return out
 

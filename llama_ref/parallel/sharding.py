@@ -15,10 +15,20 @@ from llama_ref.errors import RequestError
 # The dimension Meta splits matrices along; tensors not named here (the norms) are whole in every shard.
 SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 
+PARTS = (".weight", ".scales", ".zeros")  # of a matrix, in Meta's names
+
 
 def split_dim(name: str) -> int | None:
-    """The dimension along which shards split a tensor ("layers.3.attention.wo.weight" -> 1); None: not split."""
-    return SPLIT_DIM.get(_kind(name))
+    """The dimension along which shards split a tensor ("layers.3.attention.wo.weight" -> 1); None: not split.
+
+    Scales are split as their matrix. Of a matrix B A of low rank, A is split with the inputs, B with
+    the outputs.
+    """
+    matrix, _, factor = name.partition(".adaptor.")
+    dim = SPLIT_DIM.get(_kind(matrix))
+    if factor:
+        return dim if factor.startswith("A" if dim == 1 else "B") else None
+    return dim
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,9 @@ def places(ranges: list[range], shard_size: int) -> Iterator[tuple[int, range]]:
 
 
 def _kind(name: str) -> str:
-    return name.removesuffix(".weight").split(".")[-1]
+    for part in PARTS:
+        name = name.removesuffix(part)
+    return name.split(".")[-1]
 
 
 def _scaled(heads: range, width: int) -> range:

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from llama_ref.model import Transformer
 from llama_ref.modules import replace_module
 from llama_ref.parallel.sharding import Share
+from llama_ref.quantization.linear import QuantizedMatrix
 
 
 def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> None:
@@ -39,15 +40,23 @@ def broadcast_choice(chosen: Tensor) -> Tensor:
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer split along its inputs: one all-reduce sums the partial products."""
+    """A linear layer split along its inputs: one all-reduce sums the partial products.
+
+    Meta's int4 and fp8 releases round or rotate all inputs together: those layers get the inputs of
+    every process first.
+    """
 
     def __init__(self, linear: nn.Module, group: ProcessGroup):
         super().__init__()
         self.linear = linear  # (out, in / W)
         self.group = group
+        self.sizes: list[int] | None = None  # inputs of each process, if they are gathered
+        if isinstance(linear, QuantizedMatrix) and linear.takes_whole_input:
+            self.sizes = _sizes(linear.shape[1], group)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.linear(x).contiguous()
+        inputs = x if self.sizes is None else _gathered(x, self.sizes, self.group)  # (…, in)
+        out = self.linear(inputs).contiguous()
         dist.all_reduce(out, group=self.group)
         return out
 
@@ -76,12 +85,20 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.linear = linear  # (V / W, D)
         self.group = group
-        world_size = group.size()
-        self.sizes = [len(Share(rank, world_size).of(n_outputs)) for rank in range(world_size)]
+        self.sizes = _sizes(n_outputs, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        local = self.linear(x)  # (…, V / W)
-        local = F.pad(local, (0, max(self.sizes) - local.shape[-1]))  # all_gather wants equal sizes
-        parts = [torch.empty_like(local) for _ in self.sizes]
-        dist.all_gather(parts, local, group=self.group)
-        return torch.cat([part[..., :size] for part, size in zip(parts, self.sizes, strict=True)], dim=-1)
+        return _gathered(self.linear(x), self.sizes, self.group)  # (…, V / W) -> (…, V)
+
+
+def _sizes(total: int, group: ProcessGroup) -> list[int]:
+    """Each process's number of `total` features."""
+    return [len(Share(rank, group.size()).of(total)) for rank in range(group.size())]
+
+
+def _gathered(local: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+    """The features (…, size) of every process side by side, on all of them."""
+    local = F.pad(local, (0, max(sizes) - local.shape[-1])).contiguous()  # all_gather wants equal sizes
+    parts = [torch.empty_like(local) for _ in sizes]
+    dist.all_gather(parts, local, group=group)
+    return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)

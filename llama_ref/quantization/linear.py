@@ -39,13 +39,18 @@ def fits_int8_kernel(x: Tensor, q: Tensor) -> bool:
 
 
 class QuantizedMatrix(nn.Module):
-    """Base of the quantized modules; `shape` is (out, in)."""
+    """Base of the quantized modules; `shape` is (out, in).
+
+    `takes_whole_input`: of a part of a matrix that was split along its inputs, whether `forward`
+    takes all inputs instead of the part's.
+    """
 
     shape: tuple[int, int]
+    takes_whole_input = False
 
     def dequantize(self) -> Tensor:
         """float32 (out, in)."""
-        return torch.cat([self._rows(rows, torch.float32) for rows in self._blocks()])
+        return torch.cat([self.dequantized(rows, torch.float32) for rows in self._blocks()])
 
     @property
     def quantized_bytes(self) -> int:
@@ -54,7 +59,7 @@ class QuantizedMatrix(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.shape[1]}, out_features={self.shape[0]}"
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Dequantized rows of the matrix: (n, in)."""
         raise NotImplementedError
 
@@ -65,7 +70,7 @@ class QuantizedMatrix(nn.Module):
 
     def _times_blocks(self, x: Tensor) -> Tensor:
         """x (…, in) times the matrix, dequantized block by block."""
-        parts = [F.linear(x, self._rows(rows, x.dtype)) for rows in self._blocks()]
+        parts = [F.linear(x, self.dequantized(rows, x.dtype)) for rows in self._blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -86,7 +91,7 @@ class Int8Matrix(QuantizedMatrix):
         scale = int8_scales(weight)
         return cls(to_int8(weight, scale), scale)
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return (self.q[rows].float() * self.scale[rows, None]).to(dtype)
 
 
@@ -119,13 +124,16 @@ class Int8Embedding(Int8Matrix):
 
 
 class Int4Linear(QuantizedMatrix):
-    """`packed` uint8 (N, K/2), `scale` and `zero` bfloat16 (N, K/G): w = (q - 8) · scale + zero."""
+    """`packed` uint8 (N, K/2), `scale` and `zero` (N, K/G): w = (q - 8) · scale + zero.
+
+    Both are bfloat16 in our folders, float32 in Meta's, where `zero` is usually None.
+    """
 
     packed: Tensor
     scale: Tensor
-    zero: Tensor
+    zero: Tensor | None
 
-    def __init__(self, packed: Tensor, scale: Tensor, zero: Tensor):
+    def __init__(self, packed: Tensor, scale: Tensor, zero: Tensor | None = None):
         super().__init__()
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
@@ -151,9 +159,11 @@ class Int4Linear(QuantizedMatrix):
             return on_cuda(x, self.packed, self.scale, self.zero)
         return self._times_blocks(x)
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        # Rounds twice in bfloat16, each time far less than a step of the four bits.
-        wide = wide_dtype(dtype)
-        scale, zero = self.scale[rows, :, None].to(wide), self.zero[rows, :, None].to(wide)  # (n, K/G, 1)
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        # With bfloat16 scales rounds twice in bfloat16, each time far less than a step of the four bits.
+        wide = torch.promote_types(wide_dtype(dtype), self.scale.dtype)
         q = unpack(self.packed[rows], self.scale.shape[1]).to(wide).sub_(8)  # (n, K/G, G)
-        return q.mul_(scale).add_(zero).to(dtype).flatten(1)
+        q.mul_(self.scale[rows, :, None].to(wide))
+        if self.zero is not None:
+            q.add_(self.zero[rows, :, None].to(wide))
+        return q.to(dtype).flatten(1)

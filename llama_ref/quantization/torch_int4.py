@@ -52,7 +52,9 @@ class TiledInt4Linear(QuantizedMatrix):
             block = aten._convert_weight_to_int4pack_for_cpu(q, 1)
             tiles[start // rows : (start + len(q)) // rows] = block.view(-1, K, rows // 2)
         scale_and_zero = torch.zeros(K // self.group, padded, 2, dtype=dtype, device="cpu")
-        scale_and_zero[:, :N, 0], scale_and_zero[:, :N, 1] = module.scale.T, module.zero.T
+        scale_and_zero[:, :N, 0] = module.scale.T
+        if module.zero is not None:
+            scale_and_zero[:, :N, 1] = module.zero.T
         self.register_buffer("tiles", tiles)
         self.register_buffer("scale_and_zero", scale_and_zero)
 
@@ -101,7 +103,7 @@ class TiledInt4Linear(QuantizedMatrix):
         weights = q.mul_(scale[:, :, None]).add_(zero[:, :, None]).flatten(1, 2)  # (n, K, R)
         return weights.transpose(0, 1).flatten(1)[:, start % size :][:, : stop - start].to(dtype)
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return self._columns(rows, dtype).T
 
 

@@ -171,7 +171,8 @@ def test_all_files_of_a_folder_are_named(tmp_path):
     folder = open_folder(path)
     assert folder.path == path and folder.name == "Llama3.1-70B"
     assert folder.shards == tuple(path / shard for shard in shards)
-    assert folder.shard_bytes == sum(map(len, shards))
+    assert folder.weights == (*folder.shards, path / "fp8_scales_0.pt")
+    assert folder.shard_bytes == sum(map(len, (*shards, "fp8_scales_0.pt")))
     assert (folder.params, folder.tokenizer, folder.checklist) == tuple(path / FILES[i] for i in (0, 2, 3))
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.releases import RELEASES, find_release
+from llama_ref.checkpoint.releases import INT4, RELEASES, find_release
 from llama_ref.checkpoint.spelling import name_key
 from llama_ref.errors import RequestError
 
@@ -16,7 +16,10 @@ META = {
     if model.model_family.value in LLAMA_3 and model.arch_args  # a Llama 4 guard has none
 }
 # Errors in Meta's list, corrected.
-CORRECTED = {"Llama-Guard-2-8B": {"vocab_size": 128256, "multiple_of": 1024}}
+CORRECTED: dict[str, dict] = {"Llama-Guard-2-8B": {"vocab_size": 128256, "multiple_of": 1024}}
+for size in ("1B", "3B"):  # the files' sizes and the model card are those of groups of 32; the list leaves the scheme out
+    CORRECTED[f"Llama3.2-{size}-Instruct:int4-qlora-eo8"] = {"quantization_args": INT4}
+    CORRECTED[f"Llama3.2-{size}-Instruct:int4-spinquant-eo8"] = {"quantization_args": INT4 | {"spinquant": True}}
 
 
 def test_every_release_is_there_and_no_other():

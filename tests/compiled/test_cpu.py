@@ -116,5 +116,5 @@ def test_planes_hold_the_same_numbers_and_multiply_alike(columns, group):
     assert torch.equal(planar(torch.eye(columns)), matrix(torch.eye(columns)))
     x = torch.randn(columns)
     padded = torch.nn.functional.pad(x, (0, -columns % COLUMNS))
-    found = product(planar.words, planar.scale, planar.zero, padded)
+    found = product(padded, planar.words, planar.scale, planar.zero)
     torch.testing.assert_close(found, matrix.dequantize() @ x, atol=1e-4, rtol=1e-4)

@@ -15,8 +15,9 @@ import torch
 
 from llama_ref.checkpoint.formats.atomic import new_file
 from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, check_writable
-from llama_ref.checkpoint.formats.pth_pickle import STORAGES
+from llama_ref.checkpoint.formats.pth_pickle import ITEM_BYTES, STORAGES
 from llama_ref.checkpoint.formats.pth_zip import END, END64, END64_SIGNATURE, LOCAL, LOCATOR64, LOCATOR64_SIGNATURE
+from llama_ref.formatting import dtype_name
 
 ALIGNMENT_BYTES = 64  # of every record's data, so that it can be used memory-mapped
 PADDING_FIELD = b"FB"  # the extra field that torch pads with
@@ -143,20 +144,26 @@ class _Entry:
         shape = (*self.tensor.shape,)  # a copy: pickle writes a shared object as a reference
         stride = torch.empty(shape, device="meta").stride()
         storage = _Storage(self.tensor, self.key)
-        return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
+        if self.tensor.dtype in STORAGE_OF:
+            return torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
+        dtype = self.tensor.dtype  # newer than typed storages
+        return torch._utils._rebuild_tensor_v3, (storage, 0, shape, stride, False, OrderedDict(), dtype)
 
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value: object) -> tuple | None:
         if not isinstance(value, _Storage):
             return None
-        return ("storage", STORAGE_OF[value.tensor.dtype], value.key, "cpu", value.tensor.numel)
+        tensor = value.tensor
+        if tensor.dtype in STORAGE_OF:
+            return ("storage", STORAGE_OF[tensor.dtype], value.key, "cpu", tensor.numel)
+        return ("storage", torch.UntypedStorage, value.key, "cpu", tensor.nbytes)
 
 
 def _index(tensors: Sequence[LazyTensor], aliases: Mapping[str, str]) -> bytes:
     """The content of data.pkl: the dictionary of tensors without their values."""
     for tensor in tensors:
-        if tensor.dtype not in STORAGE_OF:
+        if dtype_name(tensor.dtype) not in ITEM_BYTES:
             raise ValueError(f"{tensor.name} is {tensor.dtype}, which a .pth cannot store")
     entries = {tensor.name: _Entry(tensor, str(key)) for key, tensor in enumerate(tensors)}
     for alias, name in aliases.items():

@@ -128,7 +128,7 @@ def implied_model(parts: Mapping[str, Shape], n_shards: int | None = None) -> tu
     return (args, n_shards) if found == expected else None
 
 
-def contradiction(weights: list[str], args: ModelArgs, implied: ModelArgs, names: Mapping[str, str]) -> Finding:
+def contradicted_params(weights: list[str], args: ModelArgs, implied: ModelArgs, names: Mapping[str, str]) -> Finding:
     """The finding for a params.json or config.json if all weights agree on another model.
 
     `names` maps ModelArgs' names to the keys of the file.

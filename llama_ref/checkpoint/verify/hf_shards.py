@@ -11,11 +11,20 @@ from llama_ref.checkpoint.folder import INDEX_LIMIT_BYTES, SAFETENSORS_NAME
 from llama_ref.checkpoint.formats.safetensors import REFETCH, HeldTensor, WrongLength, inspect_safetensors
 from llama_ref.checkpoint.hf.config import NAMES, HFConfig
 from llama_ref.checkpoint.hf.names import hf_name
-from llama_ref.checkpoint.shapes import OUTPUT, WEIGHT_DTYPES, Shape, expected_shapes, is_ignored, misfit, misfits
+from llama_ref.checkpoint.shapes import (
+    OUTPUT,
+    WEIGHT_DTYPES,
+    Expected,
+    expected_shapes,
+    expected_tensors,
+    is_ignored,
+    misfit,
+    misfits,
+)
 from llama_ref.checkpoint.verify.findings import (
     Finding,
     Structure,
-    contradiction,
+    contradicted_params,
     how_json_broke,
     implied_model,
     listed,
@@ -169,7 +178,7 @@ class _Weights:
         duplicates = self._duplicates()
         problems = self._problems(config) if config else {}
         if config and problems and may_blame and not duplicates and self.is_complete and (implied := self._implied(config)):
-            found.findings["config.json"] = contradiction(self.needed, config.args, implied, NAMES)
+            found.findings["config.json"] = contradicted_params(self.needed, config.args, implied, NAMES)
             return implied
         for file in self.files:
             if wrong := duplicates.get(file, []) + problems.get(file, []):
@@ -189,28 +198,28 @@ class _Weights:
 
     def _problems(self, config: HFConfig) -> dict[str, list[str]]:
         """By file, what does not match config.json."""
-        expected = {hf_name(name): shape for name, shape in expected_shapes(config.args).items()}
+        expected = {hf_name(name): tensor for name, tensor in expected_tensors(config.args).items()}
         may_lack = {hf_name(OUTPUT)} if config.tied else set()
         problems: dict[str, list[str]] = {}
         for file, tensors in self.files.items():
             described = {name: (held.dtype, held.shape) for name, held in tensors.items()}
-            own = {name: shape for name, shape in expected.items() if name in tensors}
+            own = {name: tensor for name, tensor in expected.items() if name in tensors}
             wrong = misfits({file: described}, own, 1)[file]
             wrong += [f"{name} is unexpected" for name in tensors if name not in expected]
             if wrong:
                 problems[file] = wrong
         if self.is_complete:
-            self._add_missing({name: shape for name, shape in expected.items() if name not in may_lack}, problems)
+            self._add_missing({name: tensor for name, tensor in expected.items() if name not in may_lack}, problems)
         return problems
 
-    def _add_missing(self, expected: Mapping[str, Shape], problems: dict[str, list[str]]) -> None:
+    def _add_missing(self, expected: Mapping[str, Expected], problems: dict[str, list[str]]) -> None:
         """Report missing tensors for the file in the index, else for the preceding tensor's."""
         owners, file = self.owners, next(iter(self.files))
-        for name, shape in expected.items():
+        for name, tensor in expected.items():
             file = owners.get(name, [file])[0]
             if name not in owners:
                 place = self.index.place.get(name, file) if self.index else file
-                problems.setdefault(place, []).append(misfit(name, None, shape) or "")
+                problems.setdefault(place, []).append(misfit(name, None, tensor) or "")
 
     def _implied(self, config: HFConfig) -> ModelArgs | None:
         """The model that all tensors together imply."""

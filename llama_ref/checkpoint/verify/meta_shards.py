@@ -18,15 +18,24 @@ from llama_ref.checkpoint.formats.safetensors import inspect_safetensors
 from llama_ref.checkpoint.hf.config import read_config
 from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as MAX_TOKENIZER_JSON_BYTES
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
+from llama_ref.checkpoint.meta_quantized.kinds import (
+    Kind,
+    contradiction,
+    kind_of,
+    scales_name,
+    scales_of,
+    tensors_of,
+    wrong_rank,
+)
 from llama_ref.checkpoint.shapes import (
     EMBEDDING,
     MOST_SHARDS,
     WEIGHT_DTYPES,
-    Shape,
-    expected_shapes,
+    DtypeAndShape,
+    Expected,
     implied_shards,
+    misfit,
     misfits,
-    other_kind,
     shard_shape,
     strangers,
 )
@@ -34,7 +43,7 @@ from llama_ref.checkpoint.size_limits import check_limit
 from llama_ref.checkpoint.verify.findings import (
     Finding,
     Structure,
-    contradiction,
+    contradicted_params,
     how_json_broke,
     implied_model,
     impostor_finding,
@@ -88,6 +97,8 @@ def examine(
         implied, n_shards = _examine_shards(folder, names, found, args, may_blame_params)
         args = implied or args
         _count_shards(all_names, found, n_shards)
+        if args and kind_of(args, folder) is Kind.FP8:
+            _examine_scales(folder, names, found, args)
         _examine_quantized(folder, names, found)
         _examine_json_files(folder, [name for name in names if name != ADDED_TOKENS], found)
     _examine_tokenizer(folder, names, form, found, args)
@@ -266,18 +277,42 @@ def _examine_shards(
     for name, original in _copies(folder, found.pth).items():
         detail = f"of {original}, or the other way round"
         found.findings[name] = Finding(State.COPY, detail, by_others=True)
-    expected = _expected_shapes(folder, args, found) if args and shards else None
+    kind = kind_of(args, folder) if args else Kind.PLAIN
+    expected = _expected_tensors(args, kind, found) if args and shards else None
     implied, n_shards = None, None
     if args and expected:
         n_shards = next((n for tensors in found.pth.values() if (n := _n_shards(tensors, args))), len(shards))
-        problems = _problems(found.pth, expected, n_shards)
+        problems = _problems(found.pth, expected, n_shards, args, kind)
         if may_blame_params and len(problems) == len(found.pth) and (model := _implied_by(found.pth)):
             implied, n_shards = model
-            found.findings["params.json"] = contradiction(list(found.pth), args, implied, names={})
+            found.findings["params.json"] = contradicted_params(list(found.pth), args, implied, names={})
         else:
             found.findings |= {name: Finding(State.MISFIT, listed(wrong)) for name, wrong in problems.items()}
     _measure_broken(folder, shards, found, expected, n_shards or len(shards))
     return implied, n_shards
+
+
+def _examine_scales(folder: Path, names: list[str], found: Structure, args: ModelArgs) -> None:
+    """Check the scales of an fp8 release's shards, one file for each."""
+    n_shards = len(found.needed)
+    for rank in range(n_shards):
+        name = scales_name(rank)
+        found.needed.append(name)
+        if name not in names or name in found.findings:
+            continue
+        try:
+            tensors = inspect_pth(folder / name)
+        except CheckpointError as error:
+            found.findings[name] = _why_broken(folder / name, error)
+            continue
+        found.pth[name] = tensors
+        expected, described = scales_of(args, rank, n_shards), _described(tensors)
+        wrong = [problem for key, whole in expected.items() if (problem := misfit(key, described.get(key), whole))]
+        wrong += [f"{key} is unexpected" for key in strangers(tensors, expected)]
+        if other := wrong_rank(tensors, rank):
+            wrong = [other]
+        if wrong:
+            found.findings[name] = Finding(State.MISFIT, listed(wrong))
 
 
 def _examine_quantized(folder: Path, names: list[str], found: Structure) -> None:
@@ -338,28 +373,35 @@ def _why_broken(path: Path, error: CheckpointError) -> Finding:
     return Finding(state, without_path(error, path), expected)
 
 
-def _expected_shapes(folder: Path, args: ModelArgs, found: Structure) -> dict[str, Shape] | None:
-    """Shapes of unsharded tensors by name; None, with a note, for other kinds of release."""
-    kind = other_kind(args, folder)
-    if kind:
-        found.notes.append(f"{kind}: its tensors were not compared with params.json")
+def _expected_tensors(args: ModelArgs, kind: Kind, found: Structure) -> Mapping[str, Expected] | None:
+    """The unsharded tensors by name; None, with a note or a finding, if they are not known."""
+    try:
+        return tensors_of(args, kind)
+    except CheckpointError as error:
+        if kind is Kind.VISION:
+            found.notes.append(f"{error}; its tensors were not compared with params.json")
+        else:
+            found.findings["params.json"] = Finding(State.MISFIT, str(error))
         return None
-    return expected_shapes(args)
 
 
 def _problems(
-    files: Mapping[str, Mapping[str, TensorInfo]], expected: Mapping[str, Shape], n_shards: int
+    files: Mapping[str, Mapping[str, TensorInfo]], expected: Mapping[str, Expected], n_shards: int, args: ModelArgs, kind: Kind
 ) -> dict[str, list[str]]:
     """By file, what does not match params.json; files that match are left out."""
-    described = {file: {name: (held.dtype, held.shape) for name, held in held_by.items()} for file, held_by in files.items()}
+    described = {file: _described(tensors) for file, tensors in files.items()}
     problems = {
         file: wrong + [f"{stranger} is unexpected" for stranger in strangers(files[file], expected)]
         for file, wrong in misfits(described, expected, n_shards).items()
     }
     for file in problems:
-        if other := foreign_names(files[file], expected):
+        if other := foreign_names(files[file], expected) or contradiction(described[file], args, kind):
             problems[file] = [other]
     return {file: wrong for file, wrong in problems.items() if wrong}
+
+
+def _described(tensors: Mapping[str, TensorInfo]) -> dict[str, DtypeAndShape]:
+    return {name: (held.dtype, held.shape) for name, held in tensors.items()}
 
 
 def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
@@ -368,7 +410,7 @@ def _n_shards(tensors: Mapping[str, TensorInfo], args: ModelArgs) -> int | None:
 
 
 def _measure_broken(
-    folder: Path, shards: list[str], found: Structure, expected: Mapping[str, Shape] | None, n_shards: int
+    folder: Path, shards: list[str], found: Structure, expected: Mapping[str, Expected] | None, n_shards: int
 ) -> None:
     """Judge the size of broken shards by a sound one, else by the minimum from params.json.
 
@@ -389,8 +431,11 @@ def _measure_broken(
             found.findings[name] = Finding(State.CUT_SHORT if cut else finding.state, finding.detail, least)
 
 
-def _least_bytes(expected: Mapping[str, Shape], n_shards: int) -> int:
-    return sum(math.prod(shard_shape(name, shape, n_shards)) for name, shape in expected.items()) * ITEM_BYTES["bfloat16"]
+def _least_bytes(expected: Mapping[str, Expected], n_shards: int) -> int:
+    least = {
+        name: min(ITEM_BYTES[dtype] for dtype in tensor.dtypes) for name, tensor in expected.items() if not tensor.is_optional
+    }
+    return sum(math.prod(shard_shape(name, expected[name].shape, n_shards)) * size for name, size in least.items())
 
 
 def _starts_as_archive(path: Path) -> bool:

@@ -77,7 +77,7 @@ def _as_json(model: Model, workload: Workload, placements: list[Placement]) -> d
     return {
         "name": model.name,
         "parameters": _n_parameters(model),
-        "quantization": model.scheme and str(model.scheme),
+        "quantization": model.quantization,
         **asdict(workload),
         "card_bytes": workload.card_bytes,
         "set_aside_bytes": SET_ASIDE,
@@ -151,7 +151,6 @@ def _worth_showing(placements: list[Placement]) -> list[Placement]:
 
 
 def _notes(model: Model, workload: Workload, placements: list[Placement]) -> Iterator[str]:
-    yield from model.notes
     if workload.max_seq_len > model.context:
         yield (
             f"{model.name} was trained for {model.context:,} tokens; of the {workload.max_seq_len:,} asked for, it cannot use "

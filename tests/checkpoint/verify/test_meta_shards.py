@@ -139,7 +139,6 @@ def test_405b_in_16_shards_is_checked_in_seconds_and_little_memory(llama_405b):
 @pytest.mark.parametrize(
     "extra, note",
     [
-        ({"quantization_args": {"scheme": "int4_weight_int8_dynamic_activation", "group_size": 32}}, "an int4 release"),
         ({"vision_chunk_size": 560, "vision_max_num_chunks": 4, "vision_num_cross_attention_layers": 8}, "a vision release"),
     ],
 )

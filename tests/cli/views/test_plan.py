@@ -79,10 +79,10 @@ def test_tables_and_commands_are_no_wider_than_a_terminal(run, name):
 
 
 def test_stages_are_shown_where_one_node_does_not_do(run):
-    _, out, _ = run("Llama3.1-405B", "--dtype", "bf16", "--gpu_memory", 80)
+    _, out, _ = run("Llama3.1-405B:bf16-mp8", "--dtype", "bf16", "--gpu_memory", 80)
     assert [cells[1:3] for cells in rows(out) if cells[2] != "1"] == [["8", "2"], ["8", "4"], ["8", "8"]]
     assert "16 cards are enough, in 2 stages" in out
-    _, out, _ = run("Llama3.1-405B", "--dtype", "bf16", "--gpu_memory", 141)
+    _, out, _ = run("Llama3.1-405B:bf16-mp8", "--dtype", "bf16", "--gpu_memory", 141)
     assert {cells[2] for cells in rows(out)} == {"1"}
 
 
@@ -92,7 +92,7 @@ def test_stages_are_shown_where_one_node_does_not_do(run):
         (("Llama3.1-8B-Instruct", "--gpu_memory", 24), "chat", {}),
         (("Llama3.1-70B", "--max_batch_size", 8), "text", {"nproc_per_node": "2"}),
         (("Llama3.1-70B", "--dtype", "fp32"), "text", {"nproc_per_node": "4"}),
-        (("Llama3.1-405B-Instruct",), "chat", {"nnodes": "2", "nproc_per_node": "8", "rdzv_endpoint": "HOST:29500"}),
+        (("Llama3.1-405B-Instruct:bf16-mp8",), "chat", {"nnodes": "2", "nproc_per_node": "8", "rdzv_endpoint": "HOST:29500"}),
     ],
 )
 def test_the_command_is_one_that_torchrun_and_the_script_take(run, words, script, expected):
@@ -144,7 +144,6 @@ def test_nothing_fits_and_what_would(run):
     ("words", "note"),
     [
         (("Llama-3-8B", "--max_seq_len", 8193), r"trained for 8,192 tokens; of the 8,193"),
-        (("Llama3.1-405B",), r"fp8 release, which is not supported yet: this is Llama3\.1-405B:bf16-mp8"),
         (("Llama3.1-8B", "--max_batch_size", 1), r"4 prompts at a time, which --max_batch_size 1 rejects"),
         (("Llama3.1-8B",), r"tensor above 8"),
     ],

@@ -1,0 +1,129 @@
+"""Meta's int4 releases (Llama 3.2 1B and 3B, SpinQuant and QLoRA): from their files to a model's matrices.
+
+The files hold one four-bit number per byte; in memory they are packed, two per byte. Embedding and
+output have eight bits and stay where they are mapped.
+"""
+
+import torch
+from torch import Tensor
+
+from llama_ref import memory
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.meta_quantized.kinds import Int4Params
+from llama_ref.checkpoint.meta_quantized.odd_numbers import odd
+from llama_ref.checkpoint.reader import Stored, same_bytes
+from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
+from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.parallel.sharding import split_dim
+from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
+from llama_ref.quantization.meta_int4 import LowRank, MetaInt4Linear
+from llama_ref.quantization.rounding import pack
+
+PACKED_WEIGHTS = 1 << 20  # at a time: few enough to stay in a processor's cache
+
+
+class StoredInt4:
+    """An int4 release's matrices; `rounds_inputs`: they compute as Meta's reference does (meta_int4.py).
+
+    `tied`: output and embedding are equal in the files, and one matrix serves for both.
+    """
+
+    def __init__(self, folder: CheckpointFolder, args: ModelArgs, stored: Stored, rounds_inputs: bool):
+        self.folder, self.stored, self.rounds_inputs = folder, stored, rounds_inputs
+        self.params = Int4Params.of(args)
+        self.shapes = expected_shapes(args)
+        self.names = set(stored.names())
+        tables = [(f"tok_embeddings.{part}", f"output.{part}") for part in ("scales", "weight")]
+        self.tied = all(_are_equal(stored, *names) for names in tables)
+
+    def matrix(
+        self,
+        name: str,
+        ranges: list[range] | None,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        copier: PinnedCopier | None = None,
+        in_memory: bool = False,
+    ) -> Tensor | QuantizedMatrix:
+        """As `StoredQuantized.matrix`. Raises CheckpointError for numbers that no int4 release has."""
+        if split_dim(name) is None:
+            return self.stored.joined(name, ranges, device, dtype, copier, in_memory)
+        stem = name.removesuffix(".weight")
+        if name in (EMBEDDING, OUTPUT):
+            q = self.stored.joined(name, ranges, device, torch.int8, copier, in_memory)
+            scale = self._scales(f"{stem}.scales", ranges, device, copier).flatten()
+            return Int8Embedding(q, scale, dtype) if name == EMBEDDING else Int8Linear(q, scale)
+        dim, n_inputs = split_dim(name), self.shapes[name][1]
+        own = ranges if dim == 1 else None
+        rotates = self.params.rotates and stem.endswith("w2")
+        is_part = own is not None and sum(map(len, own)) < n_inputs
+        return MetaInt4Linear(
+            self._matrix(name, ranges, device, copier),
+            rounds_inputs=self.rounds_inputs,
+            rotates_inputs=rotates,
+            adaptor=self._adaptor(stem, ranges, device, dtype, copier, in_memory) if self.params.rank else None,
+            columns=own[0] if own and is_part and (self.rounds_inputs or rotates) else None,
+            n_inputs=n_inputs,
+        )
+
+    def _matrix(
+        self, name: str, ranges: list[range] | None, device: torch.device | str, copier: PinnedCopier | None
+    ) -> Int4Linear:
+        stem = name.removesuffix(".weight")
+        of_groups = self._groups(name, ranges) if split_dim(name) == 1 else ranges
+        scale, zero = self._scales(f"{stem}.scales", of_groups, device, copier), None
+        if f"{stem}.zeros" in self.names:
+            zero = -scale * self._scales(f"{stem}.zeros", of_groups, device, copier)
+        q = self.stored.joined(name, ranges, device, torch.int8, copier)
+        packed = memory.empty(q.shape[0], q.shape[1] // 2, dtype=torch.uint8, device=q.device)
+        step = max(1, PACKED_WEIGHTS // q.shape[1])
+        for rows, target in zip(q.split(step), packed.split(step), strict=True):
+            numbers = (rows + 8).view(torch.uint8)  # 0..15
+            if (numbers > 15).any():
+                raise CheckpointError(
+                    f"{self.folder.path}: {name} holds numbers from {rows.min()} to {rows.max()}, expected four bits, -8 to 7"
+                )
+            target.copy_(pack(numbers.unflatten(1, (-1, self.params.group))))
+        for part in self.stored.parts(name):
+            part.release()
+        return Int4Linear(packed, scale, zero)
+
+    def _scales(self, name: str, ranges: list[range] | None, device: torch.device | str, copier: PinnedCopier | None) -> Tensor:
+        scales = self.stored.joined(name, ranges, device, torch.float32, copier)
+        if not scales.isfinite().all():
+            raise CheckpointError(f"{self.folder.path}: {name} holds {odd(scales)}, expected finite numbers; fetch it again")
+        return scales
+
+    def _adaptor(
+        self,
+        stem: str,
+        ranges: list[range] | None,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        copier: PinnedCopier | None,
+        in_memory: bool,
+    ) -> LowRank:
+        names = f"{stem}.adaptor.A.weight", f"{stem}.adaptor.B.weight"
+        a, b = (
+            self.stored.joined(name, None if split_dim(name) is None else ranges, device, dtype, copier, in_memory)
+            for name in names
+        )
+        return LowRank(a, b, self.params.low_rank_scale)
+
+    def _groups(self, name: str, ranges: list[range] | None) -> list[range] | None:
+        """Ranges of columns as ranges of groups. Raises RequestError for ranges that split one."""
+        group = self.params.group
+        for each in ranges or ():
+            if each.start % group or each.stop % group:
+                raise RequestError(
+                    f"{name} of {self.folder.path} has groups of {group} weights, which so many processes would split "
+                    f"(columns {each.start:,} to {each.stop:,}): start another number"
+                )
+        return None if ranges is None else [range(each.start // group, each.stop // group) for each in ranges]
+
+
+def _are_equal(stored: Stored, a: str, b: str) -> bool:
+    """Whether two tensors are equal in every shard."""
+    return all(same_bytes(x.tensor, y.tensor) for x, y in zip(stored.parts(a), stored.parts(b), strict=True))

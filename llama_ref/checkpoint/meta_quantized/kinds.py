@@ -1,0 +1,199 @@
+"""Which kind of release a folder is, and the tensors of each; torch is not imported."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.shapes import (
+    EMBEDDING,
+    FP8,
+    OUTPUT,
+    WEIGHT_DTYPES,
+    DtypeAndShape,
+    Expected,
+    Shape,
+    expected_shapes,
+    expected_tensors,
+)
+from llama_ref.errors import CheckpointError
+from llama_ref.formatting import short
+
+INT4_SCHEME = "int4_weight_int8_dynamic_activation"  # the only one of Meta's code
+INT4_GROUP = 32  # of Meta's releases; their list of models says 256, the sizes of their files 32
+SCALES_PATTERN = "fp8_scales_*.pt"
+
+
+class Kind(Enum):
+    """How a release stores its matrices."""
+
+    PLAIN = "bf16"
+    INT4 = "int4"  # Llama 3.2 1B and 3B, SpinQuant and QLoRA
+    FP8 = "fp8"  # Llama 3.1 405B
+    INT8 = "int8"  # Llama Guard 3 8B, of bitsandbytes
+    VISION = "vision"
+
+
+ROUNDED = (Kind.INT4, Kind.FP8)  # those whose reference rounds the inputs of matrices
+
+
+def kind_of(args: ModelArgs, folder: Path | None = None) -> Kind:
+    """The kind of a folder in Meta's format. An fp8 release is recognized only by its files, in `folder`."""
+    if args.quantization_args is not None or args.lora_args is not None:
+        return Kind.INT4
+    if args.vision_chunk_size is not None or args.vision_num_cross_attention_layers is not None:
+        return Kind.VISION
+    return Kind.FP8 if folder is not None and any(folder.glob(SCALES_PATTERN)) else Kind.PLAIN
+
+
+@dataclass(frozen=True)
+class Int4Params:
+    """params.json's sections of an int4 release.
+
+    `group`: inputs that share a scale. `rotates`: the inputs of w2 are rotated (SpinQuant). `rank`
+    and `low_rank_scale` of QLoRA's adaptors; rank 0 without.
+    """
+
+    group: int = INT4_GROUP
+    rotates: bool = False
+    rank: int = 0
+    low_rank_scale: float = 0.0
+
+    @classmethod
+    def of(cls, args: ModelArgs) -> "Int4Params":
+        """Raises CheckpointError naming a wrong value. Other keys than Meta's are allowed."""
+        quantization, lora = args.quantization_args or {}, args.lora_args
+        scheme, group = quantization.get("scheme") or INT4_SCHEME, quantization.get("group_size") or INT4_GROUP
+        rotates = quantization.get("spinquant") or False
+        if scheme != INT4_SCHEME:
+            raise _wrong("quantization_args", "scheme", scheme, INT4_SCHEME)
+        if type(group) is not int or group < 2 or group % 2:
+            raise _wrong("quantization_args", "group_size", group, "an even number")
+        if type(rotates) is not bool:
+            raise _wrong("quantization_args", "spinquant", rotates, "true or false")
+        if rotates and args.ffn_dim & (args.ffn_dim - 1):
+            raise CheckpointError(
+                f'"spinquant" rotates the feed-forward width, which must then be a power of two, and is {args.ffn_dim:,}'
+            )
+        if lora is None:
+            return cls(group, rotates)
+        rank, scale = lora.get("rank"), lora.get("scale")
+        if type(rank) is not int or rank < 1:
+            raise _wrong("lora_args", "rank", rank, "a positive whole number")
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise _wrong("lora_args", "scale", scale, "a number")
+        return cls(group, rotates, rank, float(scale))
+
+    def __str__(self) -> str:
+        how = "SpinQuant" if self.rotates else f"QLoRA, rank {self.rank}" if self.rank else "no rotation"
+        return f"int4 ({how}), groups of {self.group}"
+
+
+def _wrong(section: str, key: str, value: Any, expected: str) -> CheckpointError:
+    return CheckpointError(f'"{section}" has "{key}" {short(value)}, expected {expected}')
+
+
+def tensors_of(args: ModelArgs, kind: Kind) -> dict[str, Expected]:
+    """The tensors of a release's shards, in the model's order.
+
+    Raises CheckpointError for a params.json whose sections cannot be used, and for VISION.
+    """
+    if kind is Kind.VISION:
+        raise CheckpointError(
+            "it is a vision release (vision keys in params.json), which is not read yet; use the text release"
+        )
+    if kind is Kind.INT4:
+        return _int4_tensors(args, Int4Params.of(args))
+    if kind is Kind.FP8:
+        shapes = expected_shapes(args)
+        return {name: Expected(shape, (FP8,) if is_fp8(name, args) else WEIGHT_DTYPES) for name, shape in shapes.items()}
+    return expected_tensors(args)
+
+
+def _int4_tensors(args: ModelArgs, params: Int4Params) -> dict[str, Expected]:
+    out = {}
+    for name, shape in expected_shapes(args).items():
+        if len(shape) == 1:
+            out[name] = Expected(shape)
+            continue
+        stem, (rows, columns) = name.removesuffix(".weight"), shape
+        out[name] = Expected(shape, ("int8",))
+        if name in (EMBEDDING, OUTPUT):
+            out[f"{stem}.scales"] = Expected((rows, 1))
+            continue
+        if columns % params.group:
+            raise _wrong("quantization_args", "group_size", params.group, f"a divisor of the {columns:,} inputs of {name}")
+        groups = (rows, columns // params.group)
+        out[f"{stem}.scales"], out[f"{stem}.zeros"] = Expected(groups), Expected(groups, is_optional=True)
+        if params.rank:
+            out[f"{stem}.adaptor.A.weight"] = Expected((params.rank, columns))
+            out[f"{stem}.adaptor.B.weight"] = Expected((rows, params.rank))
+    return out
+
+
+def contradiction(tensors: Mapping[str, DtypeAndShape], args: ModelArgs, kind: Kind) -> str | None:
+    """Why a shard's tensors as a whole are not those of this kind of release; else None."""
+    dtypes = {dtype for dtype, _ in tensors.values()}
+    scales = {name: shape for name, (_, shape) in tensors.items() if name.endswith(".scales")}
+    if kind is Kind.PLAIN and FP8 in dtypes:
+        return "it holds float8 matrices, as Meta's fp8 releases do, but no scales are here: fetch fp8_scales_0.pt and so on"
+    if kind is Kind.PLAIN and scales:
+        return (
+            "it holds int8 matrices with scales, as Meta's int4 releases do, but params.json has no quantization_args: "
+            "fetch the params.json of that release"
+        )
+    if kind is Kind.INT4 and not scales:
+        return "params.json has quantization_args, as Meta's int4 releases do, but no matrix has its scales here" + (
+            ": fetch the weights again" if "int8" in dtypes else ": fetch the params.json of the release that these weights are"
+        )
+    return _other_group(scales, args) if kind is Kind.INT4 else None
+
+
+def _other_group(scales: Mapping[str, Shape], args: ModelArgs) -> str | None:
+    found = {
+        args.dim / shape[1] for name, shape in scales.items() if name.endswith(("w1.scales", "w3.scales")) and shape[1:2] > (0,)
+    }
+    group = Int4Params.of(args).group
+    if len(found) != 1 or found == {group}:
+        return None
+    return (
+        f'"quantization_args" in params.json has "group_size" {group}, but the scales are those of groups of {found.pop():g}: '
+        "fetch both files from the same release"
+    )
+
+
+def is_fp8(name: str, args: ModelArgs) -> bool:
+    """Whether an fp8 release stores this tensor in float8: the feed-forward of all layers but the first and the last."""
+    parts = name.split(".")
+    return parts[0] == "layers" and parts[2] == "feed_forward" and 0 < int(parts[1]) < args.n_layers - 1
+
+
+def scales_name(rank: int) -> str:
+    """The file with the scales of one shard's float8 matrices."""
+    return f"fp8_scales_{rank}.pt"
+
+
+def scale_key(name: str, rank: int) -> str:
+    """A matrix's key in that file: ("layers.3.feed_forward.w1.weight", 5) -> "3_feed_forward.w1_5"."""
+    _, layer, rest = name.removesuffix(".weight").split(".", 2)
+    return f"{layer}_{rest}_{rank}"
+
+
+def scales_of(args: ModelArgs, rank: int, n_shards: int) -> dict[str, Expected]:
+    """The tensors in the scales' file of one shard: one number per row of the shard's part."""
+    out = {}
+    for name, (rows, *_) in expected_shapes(args).items():
+        if is_fp8(name, args):
+            out[scale_key(name, rank)] = Expected((rows if name.endswith("w2.weight") else rows // n_shards, 1), ("float32",))
+    return out
+
+
+def wrong_rank(keys: Collection[str], rank: int) -> str | None:
+    """What is wrong if a scales' file has the keys of another shard; else None."""
+    ranks = {key.rpartition("_")[2] for key in keys}
+    if ranks == {str(rank)} or len(ranks) != 1:
+        return None
+    [other] = ranks
+    return f"it holds the scales of shard {other[:20]}, expected those of shard {rank}; fetch it again under its own name"

@@ -1,0 +1,119 @@
+"""Linear layers in float8 (e4m3), as Meta's 405B has them: a scale per row, of every shard by itself."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ref.device import HOPPER
+from llama_ref.quantization.linear import QuantizedMatrix
+from llama_ref.quantization.rounded_inputs import round_to_fp8
+
+
+class Fp8Linear(QuantizedMatrix):
+    """`q` float8_e4m3fn (N, K) and `scale` float32 (N,): w = q · scale.
+
+    With `rounds_inputs`, inputs are rounded to float8 too. `columns`: the part of all `n_inputs`
+    which this matrix has; `forward` then takes them all, because their largest number sets the steps.
+    """
+
+    q: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        *,
+        rounds_inputs: bool,
+        columns: range | None = None,
+        n_inputs: int | None = None,
+    ):
+        super().__init__()
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+        self.rounds_inputs, self.columns = rounds_inputs, columns
+        self.shape = (q.shape[0], n_inputs or q.shape[1])
+
+    @property
+    def takes_whole_input(self) -> bool:  # type: ignore[override]
+        return self.columns is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        if not self.rounds_inputs:
+            return self._times_blocks(x)
+        n, step = round_to_fp8(x)
+        if self.columns is not None:
+            n = n[..., self.columns.start : self.columns.stop]
+        if _has_product(n, x.dtype):
+            flat = n.reshape(-1, n.shape[-1])
+            steps, scales = step.reshape(-1, 1), self.scale[None]
+            out = torch._scaled_mm(flat, self.q.T, scale_a=steps, scale_b=scales, out_dtype=x.dtype)
+            return out.unflatten(0, x.shape[:-1])
+        wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # unscaled sums would overflow
+        n = n.to(wide)
+        parts = [F.linear(n, self.q[rows].to(wide)) * (step * self.scale[rows]) for rows in self._blocks()]
+        return torch.cat(parts, dim=-1).to(x.dtype)
+
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        w = (self.q[rows].float() * self.scale[rows, None]).to(dtype)
+        return w if self.columns is None else F.pad(w, (self.columns.start, self.shape[1] - self.columns.stop))
+
+
+class RowBlocks(QuantizedMatrix):
+    """A matrix in blocks of rows, one from each shard."""
+
+    def __init__(self, blocks: Sequence[Fp8Linear]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.shape = (sum(block.shape[0] for block in blocks), blocks[0].shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        return torch.cat([block(x) for block in self.blocks], dim=-1)
+
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        parts = []
+        for block in self.blocks:
+            assert isinstance(block, Fp8Linear)
+            if start < block.shape[0] and stop > 0:
+                parts.append(block.dequantized(slice(max(start, 0), stop), dtype))
+            start, stop = start - block.shape[0], stop - block.shape[0]
+        return torch.cat(parts)
+
+
+class ColumnBlocks(QuantizedMatrix):
+    """A matrix in blocks of columns, one from each shard; each rounds its own inputs, and the products are summed."""
+
+    def __init__(self, blocks: Sequence[Fp8Linear], inputs: Sequence[range], n_inputs: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.inputs = inputs  # of each block
+        self.shape = (blocks[0].shape[0], n_inputs)
+
+    @property
+    def takes_whole_input(self) -> bool:  # type: ignore[override]
+        return any(block.takes_whole_input for block in self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        parts = [block(x[..., own.start : own.stop]) for block, own in zip(self.blocks, self.inputs, strict=True)]
+        return torch.stack(parts).float().sum(0).to(x.dtype)
+
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        n_rows, device = len(range(*rows.indices(self.shape[0]))), next(self.buffers()).device
+        out = torch.zeros(n_rows, self.shape[1], dtype=dtype, device=device)
+        for block, own in zip(self.blocks, self.inputs, strict=True):
+            assert isinstance(block, Fp8Linear)
+            out[:, own.start : own.stop] = block.dequantized(rows, dtype)
+        return out
+
+
+def _has_product(n: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch._scaled_mm multiplies float8 rows with a scale each: on NVIDIA's cards since Hopper."""
+    if not n.is_cuda or torch.version.hip is not None or dtype != torch.bfloat16 or n.shape[-1] % 16:
+        return False
+    return torch.cuda.get_device_capability(n.device) >= HOPPER

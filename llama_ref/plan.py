@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
-from llama_ref.checkpoint.meta_quantized.kinds import ROUNDED, Int4Params, Kind, kind_of
+from llama_ref.checkpoint.meta_quantized.kinds import ROUNDED, Int4Params, Kind
 from llama_ref.checkpoint.releases import RELEASES, Release, find_release
 from llama_ref.checkpoint.spelling import META, name_key
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
@@ -457,11 +457,11 @@ def _find_model(name: str) -> Model:
 
 def _of_folder(name: str, folder: CheckpointFolder) -> Model:
     from llama_ref.checkpoint.hf.config import LONG_CONTEXT, SHORT_CONTEXT
-    from llama_ref.checkpoint.reader import is_tied
+    from llama_ref.checkpoint.reader import is_tied, stored_kind
 
     args = folder.read_args()
     release = _release_named(folder.name)
-    kind = kind_of(args, folder.path)
+    kind = stored_kind(folder, args)
     if kind is Kind.VISION:
         if release:
             return _of_release(release)

@@ -8,13 +8,15 @@ gives the same model for any number of shards. Options:
     --tokenizer PATH   tokenizer.model to copy (default for Llama 3's vocabulary: that of llama-models)
     --dtype bfloat16   or float16, float32
     --tied             one matrix for embedding and output (default for the 1B and 3B)
-    --fp8              feed-forward layers in float8, as in the 405B (default for that)
+    --weights fp8      feed-forward layers in float8, as the 405B has them; int8: the 8B guard's folder
+                       (default: as the release)
     --force            replace an existing folder
 """
 
 import difflib
 import hashlib
 import importlib.util
+import json
 import math
 import shutil
 import sys
@@ -33,6 +35,9 @@ from llama_ref.checkpoint.folder import shard_name
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params, write_sums
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
+from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
+from llama_ref.checkpoint.hf.bitsandbytes import guard_args
+from llama_ref.checkpoint.hf.config import make_config
 from llama_ref.checkpoint.meta_quantized.kinds import Kind, kind_of, scales_name, tensors_of
 from llama_ref.checkpoint.releases import Release, find_release
 from llama_ref.checkpoint.shapes import shard_shape
@@ -42,8 +47,9 @@ from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
 from llama_ref.files import check_head
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.tokenizer import N_SPECIAL, read_ranks
-from quantized_layouts import cast_rows, fp8_tensors, int4_tensors
+from quantized_layouts import cast_rows, fp8_tensors, int4_tensors, int8_tensors
 
+KINDS = {"bf16": None, "fp8": Kind.FP8, "fp8-mixed": Kind.FP8, "int8": Kind.INT8, "int4": None}  # None: as params.json says
 LLAMA_3_VOCAB = 128256
 PARAMS_KEYS = [key for key in ModelArgs.__dataclass_fields__ if key != "extra"]
 BLOCK_VALUES = 1 << 20  # drawn at a time, in float32
@@ -58,19 +64,20 @@ def make_random_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     tokenizer: str | Path | None = None,
     tied: bool = False,
-    fp8: bool = False,
+    kind: Kind | None = None,
     force: bool = False,
 ) -> Path:
     """Write the folder `out`: params.json, random weights, a checklist, and `tokenizer` if given.
 
-    params.json's quantization_args make an int4 release's layout; `fp8` makes that of the 405B.
+    `kind` FP8 makes the layout of the 405B, INT8 that of the 8B guard, a Hugging Face folder;
+    params.json's quantization_args make that of an int4 release.
 
     Uses about as much memory as one shard's part of the largest tensor. Raises RequestError for a
     shape that cannot be split into `shards` or a tokenizer with another vocabulary, CheckpointError
     if the folder cannot be written.
     """
     args = ModelArgs.from_dict(params)
-    kind = Kind.FP8 if fp8 else kind_of(args)
+    kind = kind or kind_of(args)
     _check_makeable(args, kind, shards)
     if tokenizer is not None:
         tokenizer = Path(tokenizer).expanduser()
@@ -80,7 +87,10 @@ def make_random_checkpoint(
         files |= _shard(args, kind, rank, shards, seed, dtype, tied)
     aliases = {"output.weight": "tok_embeddings.weight"} if tied and kind is Kind.PLAIN else {}
     with new_folder(out, force=force, n_bytes=sum(tensor.nbytes for part in files.values() for tensor in part)) as folder:
-        write_params(folder, params)
+        if kind is not Kind.INT8:
+            write_params(folder, params)
+        elif args != guard_args():
+            _write_config(folder, args)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / "tokenizer.model")
         for name, tensors in files.items():
@@ -99,6 +109,8 @@ def _shard(
     def draw(name: str) -> Iterator[Tensor]:
         return _random_part(name, whole[name].shape, rank, shards, seed)
 
+    if kind is Kind.INT8:
+        return {"model.safetensors": int8_tensors(own, draw, dtype)}
     if kind is Kind.INT4:
         return {shard_name(rank): int4_tensors(own, draw, dtype)}
     if kind is Kind.FP8:
@@ -114,7 +126,17 @@ def _write(path: Path, tensors: list[LazyTensor], aliases: Mapping[str, str]) ->
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(path.name, total=sum(tensor.nbytes for tensor in tensors))
-        write_pth(path, tensors, aliases, lambda n_bytes: progress.advance(task, n_bytes))
+        if path.suffix == ".safetensors":
+            write_safetensors(path, tensors, lambda n_bytes: progress.advance(task, n_bytes))
+        else:
+            write_pth(path, tensors, aliases, lambda n_bytes: progress.advance(task, n_bytes))
+
+
+def _write_config(folder: Path, args: ModelArgs) -> None:
+    """A config.json as bitsandbytes adds to it."""
+    config = make_config(args, tied=False, dtype=torch.bfloat16, bos=0, eos=[1])
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _random_part(name: str, shape: tuple[int, ...], rank: int, shards: int, seed: int) -> Iterator[Tensor]:
@@ -163,8 +185,8 @@ def _check_makeable(args: ModelArgs, kind: Kind, shards: int) -> None:
     if kind is Kind.VISION:
         raise RequestError("these params are of a vision release, which this script does not make")
     _check_even(args, shards)
-    if kind is Kind.INT4 and shards > 1:
-        raise RequestError("int4 releases have one shard; leave --shards out")
+    if kind in (Kind.INT4, Kind.INT8) and shards > 1:
+        raise RequestError(f"{kind.value} releases have one shard; leave --shards out")
 
 
 def _check_even(args: ModelArgs, shards: int) -> None:
@@ -197,7 +219,7 @@ def main(
     tokenizer: str | None = None,
     dtype: str = "bfloat16",
     tied: bool | None = None,
-    fp8: bool = False,
+    weights: str | None = None,
     force: bool = False,
     **params: Any,
 ) -> None:
@@ -213,7 +235,7 @@ def main(
             dtype=_dtype(dtype),
             tokenizer=_tokenizer(tokenizer, params),
             tied=bool(release and release.tied) if tied is None else tied,
-            fp8=fp8 or bool(release and release.weights == "fp8-mixed"),
+            kind=_kind(weights, release),
             force=force,
         )
     except LlamaRefError as error:
@@ -236,6 +258,14 @@ def _overridden(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
         hint = f"did you mean --{close[0]}?" if close else f"known keys: {', '.join(PARAMS_KEYS)}"
         raise RequestError(f"--{key} is not a key of params.json; {hint}")
     return {key: value for key, value in {**params, **changes}.items() if value is not None}
+
+
+def _kind(weights: str | None, release: Release | None) -> Kind | None:
+    if weights is None:
+        return KINDS[release.weights] if release else None
+    if weights not in ("fp8", "int8"):
+        raise RequestError(f"--weights is {weights!r}, expected fp8 or int8")
+    return KINDS[weights]
 
 
 def _dtype(name: str) -> torch.dtype:

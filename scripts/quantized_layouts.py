@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
+from llama_ref.checkpoint.hf.bitsandbytes import name_in_files
 from llama_ref.checkpoint.meta_quantized.kinds import scale_key
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, Expected
 from llama_ref.quantization.rounded_inputs import FP8_FINEST, FP8_LARGEST
@@ -38,6 +39,27 @@ def _rounded(rows: Tensor, groups: int, largest: int) -> tuple[Tensor, Tensor]:
     grouped = rows.unflatten(1, (groups, -1))
     scale = grouped.abs().amax(-1).clamp(min=1e-12) / largest
     return (grouped / scale[..., None]).round().clamp(-largest - 1, largest).to(torch.int8).flatten(1), scale
+
+
+def int8_tensors(expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtype) -> list[LazyTensor]:
+    """The tensors of an int8 release as bitsandbytes writes it, with the order of rows in which `draw` gives them."""
+    out = []
+    for name, (shape, dtypes, _) in expected.items():
+        if name.endswith(".SCB"):
+            weight = f"{name.removesuffix('.SCB')}.weight"
+            out.append(LazyTensor(name_in_files(name), shape[:1], torch.float32, partial(_int8, draw, weight, 1)))
+        elif "int8" in dtypes:
+            out.append(LazyTensor(name_in_files(name), shape, torch.int8, partial(_int8, draw, name, 0)))
+        elif shape:  # not weight_format, which may be left out
+            out.append(LazyTensor(name_in_files(name), shape, dtype, partial(cast_rows, draw, name, dtype)))
+    return out
+
+
+def _int8(draw: Draw, name: str, part: int) -> Iterator[Tensor]:
+    """Part 0, a matrix in int8, or part 1, the largest of each row."""
+    for rows in draw(name):
+        largest = rows.abs().amax(1)
+        yield (rows * (127 / largest[:, None])).round().to(torch.int8) if part == 0 else largest
 
 
 def fp8_tensors(

@@ -25,7 +25,8 @@ def carried_files(folder: CheckpointFolder) -> list[Path]:
         names = {*META.others, folder.tokenizer.name}
     else:
         names = {*META.others, "tokenizer.json"} - {ADDED_TOKENS}
-    return [folder.params, *(folder.path / name for name in sorted(names.intersection(names_in(folder.path))))]
+    params = [folder.params] if folder.params.exists() else []
+    return [*params, *(folder.path / name for name in sorted(names.intersection(names_in(folder.path))))]
 
 
 def copy_carried(path: Path, target: Path) -> None:

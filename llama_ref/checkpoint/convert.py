@@ -122,7 +122,7 @@ def to_hugging_face(
     written = ProgressCounter(sum(tensor.nbytes for tensor in tensors), progress)
     files = _assign(tensors, max_shard_bytes)
     with new_folder(target, force=force, n_bytes=written.total) as folder, opened.unchanged(verify):
-        if opened.folder.is_hugging_face:
+        if opened.folder.is_hugging_face and isinstance(opened.stored, Stored):
             _copy_configs(folder, opened, dtype)
         else:
             _write_configs(folder, opened, tensors[0].dtype, _is_chat_model(opened) if chat is None else chat)

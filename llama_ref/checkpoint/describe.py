@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.hf.conventions import foreign_template
-from llama_ref.checkpoint.meta_quantized.kinds import Int4Params, Kind, kind_of
+from llama_ref.checkpoint.meta_quantized.kinds import Int4Params, Kind
 from llama_ref.checkpoint.quantized_reader import scheme_of
-from llama_ref.checkpoint.reader import is_tied
+from llama_ref.checkpoint.reader import is_tied, stored_kind
 from llama_ref.plan import count_parameters
 
 CONTEXTS = (2048, 8192, 32768, 131072)  # tokens; the last is what Llama 3.1 and later were trained for
@@ -52,7 +52,7 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
     args = folder.read_args()
     tied = is_tied(folder)
     parameters = count_parameters(args, tied)
-    kind = kind_of(args, folder.path)
+    kind = stored_kind(folder, args)
     scheme = str(scheme_of(folder, args)) if folder.is_quantized else None
     if kind is not Kind.PLAIN:
         scheme = str(Int4Params.of(args)) if kind is Kind.INT4 else kind.value

@@ -96,7 +96,7 @@ def _files_to_check(
         logger.warning("%s", printable(message))
         return []
     entries = {entry.name: entry for entry in read_checklist(folder.checklist).entries}
-    needed = [folder.params, *folder.weights]
+    needed = [path for path in (folder.params,) if path.exists()] + [*folder.weights]
     if tokenizer is not None and _is_in(folder, Path(tokenizer)):
         needed.append(Path(tokenizer))
         added = Path(tokenizer).with_name(ADDED_TOKENS)

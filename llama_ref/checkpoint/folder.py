@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.formats.safetensors import inspect_safetensors
+from llama_ref.checkpoint.hf.bitsandbytes import guard_args, is_guard
 from llama_ref.checkpoint.meta_quantized.kinds import scales_name
 from llama_ref.checkpoint.missing_file import hint_about, with_hint
 from llama_ref.checkpoint.spelling import META, as_on_disk, in_hub_cache, model_name, name_key, nearest, snapshots
@@ -52,11 +54,18 @@ class CheckpointFolder:
         return self.params.name == "params.json" and self.shards[0].suffix == ".safetensors"
 
     def read_args(self) -> ModelArgs:
-        """Read params.json or config.json. Raises CheckpointError."""
+        """Read params.json or config.json. Raises CheckpointError.
+
+        The int8 guard is the only release without either.
+        """
+        if self.is_hugging_face and not self.params.exists():
+            return guard_args()
         return _read_config(self.params).args if self.is_hugging_face else ModelArgs.from_json(self.params)
 
     def says_tied(self) -> bool:
         """Whether config.json ties the output to the embedding. Raises CheckpointError."""
+        if not self.params.exists():
+            return False
         return _read_config(self.params).tied
 
     def open_tokenizer(self, args: ModelArgs, path: str | Path | None = None) -> "Tokenizer":
@@ -215,9 +224,10 @@ def open_folder(name: str | Path) -> CheckpointFolder:
     if shards and "params.json" in names:
         _check_no_gaps(path, shards)
         shards, params = sorted(shards, key=shard_number), "params.json"
-    elif safetensors and ("config.json" in names or says_quantized(path / "params.json")):
+    elif safetensors and ("config.json" in names or says_quantized(path / "params.json") or _is_guard(path, safetensors)):
         _check_one_set(path, safetensors)
-        shards, params = safetensors, "config.json" if "config.json" in names else "params.json"
+        is_own = "config.json" not in names and says_quantized(path / "params.json")
+        shards, params = safetensors, "params.json" if is_own else "config.json"
     else:
         raise CheckpointError(_why_no_checkpoint(path, names, shards))
     _check_links(path, shards)
@@ -263,6 +273,15 @@ def says_quantized(params: Path) -> bool:
         return QUANTIZATION in ModelArgs.from_json(params).extra
     except CheckpointError:
         return False
+
+
+def _is_guard(path: Path, safetensors: list[str]) -> bool:
+    """Whether the files are those of Llama Guard 3 8B in int8, which comes without config.json."""
+    try:
+        tensors = [inspect_safetensors(path / name) for name in safetensors]
+    except CheckpointError:
+        return False
+    return is_guard({name: (held.dtype, held.shape) for each in tensors for name, held in each.items()})
 
 
 def _check_no_gaps(path: Path, shards: list[str]) -> None:
@@ -337,7 +356,10 @@ def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
     if "config.json" in names and not shards:
         return f"{path} has config.json but no model.safetensors or model-00001-of-….safetensors; fetch the weights too"
     if ".pte" in suffixes:
-        return f"{path} holds an ExecuTorch program (.pte), not weights; fetch the unquantized release"
+        return (
+            f"{path} holds an ExecuTorch program (.pte), as Llama Guard 3 1B in int4 is: it runs on ExecuTorch, and PyTorch "
+            "cannot read it; fetch Llama-Guard-3-1B, the guard in bf16"
+        )
     if ".gguf" in suffixes:
         return f"{path} holds a GGUF file for llama.cpp; fetch Meta's own files of that release"
     if shards:

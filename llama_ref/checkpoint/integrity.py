@@ -310,7 +310,7 @@ def _missing(form: Format, names: list[str], structure: Structure) -> list[str]:
     missing = [name for name in structure.needed if name not in names]
     if not missing and not any(has_weights(each, names) for each in (META, HUGGING_FACE)):
         missing = [form.first_weights]
-    if form.params not in names:
+    if form.params not in names and not structure.has_known_params:
         missing.append(form.params)
     return missing if any(name in names for name in form.tokenizers) else [*missing, form.tokenizers[0]]
 

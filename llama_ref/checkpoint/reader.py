@@ -20,6 +20,7 @@ from llama_ref.checkpoint.folder import CheckpointFolder, shard_name
 from llama_ref.checkpoint.foreign_names import foreign_names
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_open_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
+from llama_ref.checkpoint.hf.bitsandbytes import is_int8, name_in_files
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.meta_quantized.kinds import Kind, contradiction, kind_of, tensors_of
@@ -31,7 +32,6 @@ from llama_ref.checkpoint.shapes import (
     Expected,
     dtypes_and_shapes,
     expected_shapes,
-    expected_tensors,
     implied_shards,
     is_ignored,
     misfits,
@@ -230,12 +230,22 @@ def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) ->
     tied = folder.says_tied() and not _holds_output(folder, tensors)
     if tied:
         tensors.pop(hf_name(OUTPUT), None)  # files may hold a copy
-    expected = expected_tensors(args)
-    ours = {hf_name(name): name for name in expected if not (tied and name == OUTPUT)}
+    kind = Kind.INT8 if is_int8(tensors) else Kind.PLAIN
+    expected = tensors_of(args, kind)
+    ours = {name_in_files(name): name for name in expected if not (tied and name == OUTPUT)}
     if check:
         _check_unique(folder, files)
         _check_tensors(folder, {_file_names(folder): tensors}, {name: expected[ours[name]] for name in ours})
-    return Stored({0: {ours.get(name, name): tensor for name, tensor in tensors.items()}}, tied, args.head_dim)
+    return Stored({0: {ours.get(name, name): tensor for name, tensor in tensors.items()}}, tied, args.head_dim, kind)
+
+
+def stored_kind(folder: CheckpointFolder, args: ModelArgs) -> Kind:
+    """How a folder stores its matrices; of a folder quantized here, PLAIN. Raises CheckpointError."""
+    if folder.is_quantized:
+        return Kind.PLAIN
+    if folder.is_hugging_face:
+        return Kind.INT8 if is_int8([name for path in folder.shards for name in inspect_safetensors(path)]) else Kind.PLAIN
+    return kind_of(args, folder.path)
 
 
 def is_tied(folder: CheckpointFolder) -> bool:

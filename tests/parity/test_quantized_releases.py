@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.model import Transformer
 from make_random_checkpoint import make_random_checkpoint
 from parity.meta_quantized import metas_fp8_model, metas_int4_model
@@ -89,7 +90,9 @@ def test_int4_releases_equal_metas_classes(release, tmp_path_factory, data, seed
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(quantized_params(5), st.integers(0, 1000))
 def test_fp8_releases_equal_metas_loader(tmp_path_factory, params, seed):
-    folder = make_random_checkpoint(tmp_path_factory.mktemp("fp8") / "folder", params, seed=seed, dtype=torch.float32, fp8=True)
+    folder = make_random_checkpoint(
+        tmp_path_factory.mktemp("fp8") / "folder", params, seed=seed, dtype=torch.float32, kind=Kind.FP8
+    )
     ids = tokens(params["vocab_size"], seed)
     expected = metas_fp8_model(folder)(ids, 0)
     reference, full = (ours(folder, activations=activations)(ids) for activations in ("reference", "full"))

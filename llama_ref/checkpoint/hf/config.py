@@ -57,10 +57,10 @@ ALLOWED = (  # key, the values of a Llama 3 (the first is the default), why no o
     ("mlp_bias", (False,), "Llama 3's projections have no biases"),
     ("tie_word_embeddings", (False, True), "it says whether output and embedding are one matrix"),
 )
+WHY = "its weights are quantized, which is not supported; fetch the unquantized model"
 UNSUPPORTED = {  # keys that no Llama 3 has, and why they are rejected
     "sliding_window": "Llama 3's attention covers the whole context",
-    "quantization_config": "its weights are quantized, which is not supported; fetch the unquantized model",
-    "compression_config": "its weights are quantized, which is not supported; fetch the unquantized model",
+    "compression_config": WHY,
 }
 VISION_MODELS = ("mllama", "llama4")
 
@@ -103,9 +103,18 @@ def _check_model(config: Mapping[str, Any]) -> None:
     _expect(config, "model_type", ("llama",), "only Llama 3 models are supported")
     for key, allowed, why in ALLOWED:
         _expect(config, key, allowed, why)
+    quantization = config.get("quantization_config")
+    if quantization is not None and not _is_int8(quantization):
+        raise UnsupportedModel(f'"quantization_config" is {short(quantization)}, expected none, or int8 by bitsandbytes: {WHY}')
     for key, why in UNSUPPORTED.items():
         if config.get(key) is not None:
             raise UnsupportedModel(f'"{key}" is {short(config[key])}, expected none: {why}')
+
+
+def _is_int8(quantization: object) -> bool:
+    """Whether the weights are those of bitsandbytes' LLM.int8(), as Llama Guard 3 8B has them (bitsandbytes.py)."""
+    section = quantization if isinstance(quantization, Mapping) else {}
+    return section.get("quant_method") == "bitsandbytes" and section.get("load_in_8bit") is True
 
 
 def _expect(found: Mapping[str, Any], key: str, allowed: Sequence[Any], why: str) -> None:

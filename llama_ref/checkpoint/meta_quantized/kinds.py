@@ -106,6 +106,8 @@ def tensors_of(args: ModelArgs, kind: Kind) -> dict[str, Expected]:
         )
     if kind is Kind.INT4:
         return _int4_tensors(args, Int4Params.of(args))
+    if kind is Kind.INT8:
+        return _int8_tensors(args)
     if kind is Kind.FP8:
         shapes = expected_shapes(args)
         return {name: Expected(shape, (FP8,) if is_fp8(name, args) else WEIGHT_DTYPES) for name, shape in shapes.items()}
@@ -130,6 +132,18 @@ def _int4_tensors(args: ModelArgs, params: Int4Params) -> dict[str, Expected]:
         if params.rank:
             out[f"{stem}.adaptor.A.weight"] = Expected((params.rank, columns))
             out[f"{stem}.adaptor.B.weight"] = Expected((rows, params.rank))
+    return out
+
+
+def _int8_tensors(args: ModelArgs) -> dict[str, Expected]:
+    out = {}
+    for name, shape in expected_shapes(args).items():
+        if len(shape) == 1 or name in (EMBEDDING, OUTPUT):
+            out[name] = Expected(shape)
+            continue
+        stem = name.removesuffix(".weight")
+        out[name], out[f"{stem}.SCB"] = Expected(shape, ("int8",)), Expected((shape[0], 1), ("float32",))
+        out[f"{stem}.weight_format"] = Expected((), ("uint8",), is_optional=True)
     return out
 
 

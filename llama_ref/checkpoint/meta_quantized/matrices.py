@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.hf.int8_matrices import StoredInt8
 from llama_ref.checkpoint.meta_quantized.fp8 import StoredFp8
 from llama_ref.checkpoint.meta_quantized.int4 import StoredInt4
 from llama_ref.checkpoint.meta_quantized.kinds import ROUNDED, Kind
@@ -43,6 +44,8 @@ class StoredMatrices(Protocol):
 def matrices_of(folder: CheckpointFolder, args: ModelArgs, stored: Stored, activations: Activations | None) -> StoredMatrices:
     """The matrices of a quantized release's mapped files. Raises CheckpointError for wrong scales."""
     rounds_inputs = activations != "full"
+    if stored.kind is Kind.INT8:
+        return StoredInt8(folder, stored)
     if stored.kind is Kind.INT4:
         return StoredInt4(folder, args, stored, rounds_inputs)
     return StoredFp8(folder, args, stored, rounds_inputs)

@@ -43,6 +43,7 @@ class Structure:
     safetensors: dict[str, dict[str, HeldTensor]] = field(default_factory=dict)
     needed: list[str] = field(default_factory=list)  # weight files that must exist
     is_counted: bool = False  # whether tensors or an index say which weight files there are
+    has_known_params: bool = False  # a release that comes without params.json and config.json
     surplus: dict[str, str] = field(default_factory=dict)  # weight file of another model -> reason
     notes: list[str] = field(default_factory=list)
 

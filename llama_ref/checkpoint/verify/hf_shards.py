@@ -9,14 +9,16 @@ from pathlib import Path
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import INDEX_LIMIT_BYTES, SAFETENSORS_NAME
 from llama_ref.checkpoint.formats.safetensors import REFETCH, HeldTensor, WrongLength, inspect_safetensors
+from llama_ref.checkpoint.hf.bitsandbytes import guard_args, is_guard, is_int8, name_in_files
 from llama_ref.checkpoint.hf.config import NAMES, HFConfig
 from llama_ref.checkpoint.hf.names import hf_name
+from llama_ref.checkpoint.meta_quantized.kinds import Kind, tensors_of
 from llama_ref.checkpoint.shapes import (
     OUTPUT,
     WEIGHT_DTYPES,
+    DtypeAndShape,
     Expected,
     expected_shapes,
-    expected_tensors,
     is_ignored,
     misfit,
     misfits,
@@ -57,6 +59,8 @@ def examine_safetensors(
                 found.safetensors[name] = {tensor: held for tensor, held in tensors.items() if not is_ignored(tensor)}
             except CheckpointError as error:
                 found.findings[name] = why_broken(folder / name, error)
+    if config is None and "config.json" not in names and is_guard(_described(found.safetensors)):
+        config, found.has_known_params = HFConfig(guard_args(), tied=False), True
     index = _read_index(folder, openable, found)
     if index is not None and ONE_FILE in files and not index.files & set(files):
         first = min(index.files, default="no file")
@@ -70,6 +74,10 @@ def examine_safetensors(
     if index is not None and (wrong := weights.against_index(index, config)):
         found.findings[INDEX_NAME] = Finding(State.MISFIT, listed(wrong), by_others=True)
     return weights.judge(found, config, may_blame) if weights.files else None
+
+
+def _described(files: Mapping[str, Tensors]) -> dict[str, DtypeAndShape]:
+    return {name: (held.dtype, held.shape) for tensors in files.values() for name, held in tensors.items()}
 
 
 def why_broken(path: Path, error: CheckpointError) -> Finding:
@@ -163,7 +171,7 @@ class _Weights:
         Tensors that no file holds are reported only if no file is missing.
         """
         problems, owners = [], self.owners
-        expected = {hf_name(name) for name in expected_shapes(config.args)} if config else set()
+        expected = set(_expected(config, owners)) if config else set()
         for name, file in index.place.items():
             holders = owners.get(name, [])
             if holders and file not in holders:
@@ -198,7 +206,7 @@ class _Weights:
 
     def _problems(self, config: HFConfig) -> dict[str, list[str]]:
         """By file, what does not match config.json."""
-        expected = {hf_name(name): tensor for name, tensor in expected_tensors(config.args).items()}
+        expected = _expected(config, self.owners)
         may_lack = {hf_name(OUTPUT)} if config.tied else set()
         problems: dict[str, list[str]] = {}
         for file, tensors in self.files.items():
@@ -217,7 +225,7 @@ class _Weights:
         owners, file = self.owners, next(iter(self.files))
         for name, tensor in expected.items():
             file = owners.get(name, [file])[0]
-            if name not in owners:
+            if name not in owners and not tensor.is_optional:
                 place = self.index.place.get(name, file) if self.index else file
                 problems.setdefault(place, []).append(misfit(name, None, tensor) or "")
 
@@ -231,6 +239,12 @@ class _Weights:
         model = implied_model({ours.get(name, name): tensor.shape for name, tensor in held.items()}, n_shards=1)
         has_output = hf_name(OUTPUT) in held
         return model[0] if model and (has_output or config.tied) else None
+
+
+def _expected(config: HFConfig, names: Collection[str]) -> dict[str, Expected]:
+    """The tensors of the model under Hugging Face's names, those of bitsandbytes if it wrote any."""
+    tensors = tensors_of(config.args, Kind.INT8 if is_int8(names) else Kind.PLAIN)
+    return {name_in_files(name): tensor for name, tensor in tensors.items()}
 
 
 def _names_of_layers(n_layers: int) -> list[str]:

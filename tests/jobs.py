@@ -1,11 +1,15 @@
 """Jobs of several processes, as torchrun starts them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -15,3 +19,11 @@ def torchrun(n_processes: int, *words: str | Path, **options: Any) -> subprocess
     command = [*TORCHRUN, "--standalone", "--nproc_per_node", str(n_processes), *words]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 240} | options
     return subprocess.run(command, text=True, env=ENVIRONMENT, check=False, **options)
+
+
+def run_worker(place: Path, n_processes: int, task: dict[str, Any]) -> dict:
+    """What the first process of parallel_worker.py wrote down."""
+    (place / "task.json").write_text(json.dumps(task))
+    done = torchrun(n_processes, WORKER, place / "task.json", place / "out.pt")
+    assert done.returncode == 0, done.stderr
+    return torch.load(place / "out.pt")

@@ -1,9 +1,14 @@
 """Models of random weights, for tests; needs nothing but PyTorch."""
 
 import torch
+from torch import nn
 
 from llama_ref.args import ModelArgs
 from llama_ref.model import Transformer
+from llama_ref.modules import replace_module
+from llama_ref.quantization.linear import Int4Linear
+from llama_ref.quantization.meta_int4 import LowRank, MetaInt4Linear
+from llama_ref.quantization.rounding import pack
 
 
 def random_model(args: ModelArgs, seed: int, *, tied: bool = False) -> Transformer:
@@ -18,3 +23,20 @@ def random_model(args: ModelArgs, seed: int, *, tied: bool = False) -> Transform
     if tied:
         model.output.weight = model.tok_embeddings.weight
     return model
+
+
+def as_int4_release(model: Transformer, *, rotates: bool = False, rank: int = 0, rounds_inputs: bool = True) -> None:
+    """Make the layers' matrices those of Meta's int4 releases, in groups of 32, in place."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "output"]
+    for name in names:
+        weight = model.get_parameter(f"{name}.weight")
+        groups = weight.float().unflatten(1, (-1, 32))
+        scale = groups.abs().amax(-1) / 7
+        matrix = Int4Linear(pack(((groups / scale[..., None]).round() + 8).to(torch.uint8)), scale)
+        adaptor = None
+        if rank:
+            a, b = torch.randn(rank, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], rank) * 0.1
+            adaptor = LowRank(a.to(weight.dtype), b.to(weight.dtype), 2.0)
+        rotated = rotates and name.endswith("w2")
+        release = MetaInt4Linear(matrix, rounds_inputs=rounds_inputs, rotates_inputs=rotated, adaptor=adaptor)
+        replace_module(model, name, release)

@@ -20,7 +20,7 @@ from llama_ref.checkpoint.meta_quantized.matrices import Activations, StoredMatr
 from llama_ref.checkpoint.quantized_reader import StoredQuantized
 from llama_ref.checkpoint.reader import Stored, Wanted, join, open_stored
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
-from llama_ref.checkpoint.to_device import PinnedCopier, pinned_copier
+from llama_ref.checkpoint.to_device import Target, pinned_copier
 from llama_ref.errors import RequestError
 from llama_ref.memory import give_back_memory
 from llama_ref.model import Transformer
@@ -72,14 +72,15 @@ def load_model(
             check_columns(scheme, name, shape[-1])
     counter = ProgressCounter(sum(map(math.prod, parts.values())) * dtype.itemsize, progress)
     with pinned_copier(device) as copier:
+        to = Target(device, copier, in_memory)
         for name, ranges in wanted.items():
             matrix: Tensor | QuantizedMatrix
             if not isinstance(stored, Stored):
-                matrix = stored.matrix(name, ranges, device, dtype, copier, in_memory)
+                matrix = stored.matrix(name, ranges, dtype, to)
             elif scheme and scheme.bits_of(name):
-                matrix = _quantized(scheme, name, stored, ranges, device, dtype, copier)
+                matrix = _quantized(scheme, name, stored, ranges, dtype, to)
             else:
-                matrix = stored.joined(name, ranges, device, dtype, copier, in_memory)
+                matrix = stored.joined(name, ranges, dtype, to)
             _set(model, _local_name(name, layers), matrix)
             if copier:
                 give_back_memory()  # of reordered copies, which the C library would keep
@@ -141,13 +142,12 @@ def _quantized(
     name: str,
     stored: Stored,
     ranges: list[range] | None,
-    device: torch.device | str,
     dtype: torch.dtype,
-    copier: PinnedCopier | None,
+    to: Target,
 ) -> Tensor | QuantizedMatrix:
     """Quantize a tensor from the files' dtype: the model's dtype does not change the result."""
     slices = stored.slices(name, ranges)
-    weight = join(slices, split_dim(name), device, stored.dtype(name), copier)
+    weight = join(slices, split_dim(name), stored.dtype(name), to)
     out = quantized(scheme, name, weight, dtype)
     for each in slices:
         each.release()

@@ -25,7 +25,7 @@ from llama_ref.checkpoint.shapes import (
     expected_shapes,
     misfit,
 )
-from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
@@ -79,27 +79,18 @@ class StoredQuantized:
         self.tied = not has_output(self.tensors)
         self._check(expected_shapes(args))
 
-    def matrix(
-        self,
-        name: str,
-        ranges: list[range] | None,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        copier: PinnedCopier | None = None,
-        in_memory: bool = False,
-    ) -> Tensor | QuantizedMatrix:
+    def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
         """The `ranges` of a matrix as a module, or of an unquantized tensor as a tensor in `dtype`.
 
-        `copier` copies to `device` and releases the file's pages; `in_memory` copies pages that a CPU
-        could use as they are. Raises RequestError for ranges that split a group.
+        Raises RequestError for ranges that split a group.
         """
 
         def on_device(tensor: Tensor, ranges: list[range] | None = None, dim: int | None = None) -> Tensor:
             part = _narrow(tensor, ranges, dim)
-            if copier is None:
-                return _on_cpu(part, tensor, in_memory) if torch.device(device).type == "cpu" else part.to(device)
-            out = torch.empty(part.shape, dtype=part.dtype, device=device)
-            TensorSlice(part, tensor).copy_to(out, copier)
+            if to.copier is None:
+                return _on_cpu(part, tensor, to.in_memory) if torch.device(to.device).type == "cpu" else part.to(to.device)
+            out = torch.empty(part.shape, dtype=part.dtype, device=to.device)
+            TensorSlice(part, tensor).copy_to(out, to.copier)
             return out
 
         source = EMBEDDING if self.tied and name == OUTPUT else name

@@ -37,7 +37,7 @@ from llama_ref.checkpoint.shapes import (
     misfits,
     strangers,
 )
-from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.checkpoint.to_device import PinnedCopier, Target
 from llama_ref.errors import CheckpointError
 from llama_ref.files import opened
 from llama_ref.formatting import comma_list, printable
@@ -126,21 +126,9 @@ class Stored:
             out.append(TensorSlice(self._reordered(name, rows), mapped[shard]))
         return out
 
-    def joined(
-        self,
-        name: str,
-        ranges: list[range] | None,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        copier: PinnedCopier | None = None,
-        in_memory: bool = False,
-    ) -> Tensor:
-        """A tensor's `ranges`, in `dtype` on `device`.
-
-        No copy is made if the mapped pages will do; with `in_memory` they never do. `copier` copies to
-        `device`.
-        """
-        return join(self.slices(name, ranges), split_dim(name), device, dtype, copier, in_memory)
+    def joined(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor:
+        """A tensor's `ranges`, in `dtype`. No copy is made if the mapped pages will do."""
+        return join(self.slices(name, ranges), split_dim(name), dtype, to)
 
     def _mapped(self, name: str) -> dict[int, Tensor]:
         name = EMBEDDING if self.tied and name == OUTPUT else name
@@ -150,18 +138,11 @@ class Stored:
         return from_hf_rope(name, rows, self.hf_head_dim) if self.hf_head_dim else rows
 
 
-def join(
-    slices: list[TensorSlice],
-    dim: int | None,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    copier: PinnedCopier | None = None,
-    in_memory: bool = False,
-) -> Tensor:
+def join(slices: list[TensorSlice], dim: int | None, dtype: torch.dtype, to: Target) -> Tensor:
     """Join slices of a tensor along `dim`, as `Stored.joined` does."""
     first = slices[0].tensor
-    may_be_used = len(slices) == 1 and not (in_memory and slices[0].is_mapped)
-    if may_be_used and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(device):
+    may_be_used = len(slices) == 1 and not (to.in_memory and slices[0].is_mapped)
+    if may_be_used and first.is_contiguous() and first.dtype == dtype and first.device == torch.device(to.device):
         if not slices[0].is_mapped:
             slices[0].release()
         return first
@@ -169,9 +150,9 @@ def join(
     sizes = [each.tensor.shape[dim] for each in slices]
     shape = list(first.shape)
     shape[dim] = sum(sizes)
-    whole = torch.empty(shape, dtype=dtype, device=device)
+    whole = torch.empty(shape, dtype=dtype, device=to.device)
     for each, target in zip(slices, whole.split(sizes, dim), strict=True):
-        each.copy_to(target, copier)
+        each.copy_to(target, to.copier)
     return whole
 
 

@@ -7,6 +7,7 @@ other. Bytes travel in the file's dtype; casts run on the GPU.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -82,6 +83,19 @@ class PinnedCopier:
         scratch = _view(self.scratch, staged)
         scratch.copy_(staged, non_blocking=True)
         place.copy_(scratch)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a load puts tensors.
+
+    `copier` copies to a CUDA `device` and releases the files' pages. `in_memory`: pages that a CPU
+    could use as they are, are copied.
+    """
+
+    device: torch.device | str
+    copier: PinnedCopier | None = None
+    in_memory: bool = False
 
 
 @contextlib.contextmanager

@@ -26,14 +26,14 @@ def hadamard_factors(n: int, device: torch.device) -> Factors:
 
     Two products with them take the place of one with n² numbers.
     """
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"{n} is not a power of two")
     rows = 1 << n.bit_length() // 2
     return _signs(rows, device), _signs(n // rows, device)
 
 
 def _signs(n: int, device: torch.device) -> Tensor:
     """Sylvester's matrix of ±1: float32 (n, n)."""
-    if n < 1 or n & (n - 1):
-        raise ValueError(f"{n} is not a power of two")
     out, half = torch.ones(1, 1, device=device), torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device)
     while len(out) < n:
         out = torch.kron(half, out)

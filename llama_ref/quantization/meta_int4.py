@@ -105,4 +105,6 @@ class MetaInt4Linear(QuantizedMatrix):
         return (hadamard(w) if self.rotates_inputs else w).to(dtype)
 
     def _own(self, inputs: Tensor) -> Tensor:
-        return inputs if self.columns is None else inputs[..., self.columns.start : self.columns.stop]
+        if self.columns is None:
+            return inputs
+        return inputs[..., self.columns.start : self.columns.stop].contiguous()  # as some kernels ask for

@@ -41,6 +41,9 @@ def matrix(kind: str, N: int, K: int, dtype: torch.dtype, group: int) -> tuple[t
     if kind == "int8":
         module = Int8Linear.of(weight)
         return (module.q, module.scale), module.dequantize().double()
+    if kind == "int4 of Meta's":  # float32 scales and no zero points
+        module = Int4Linear(torch.randint(256, (N, K // 2), dtype=torch.uint8), torch.rand(N, K // group) * K**-0.5)
+        return (module.packed, module.scale), module.dequantize().double()
     if kind == "int4":
         module = Int4Linear.of(weight, group)
         return (module.packed, module.scale, module.zero), module.dequantize().double()
@@ -53,7 +56,7 @@ def dtypes(seed: int) -> torch.dtype:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4", "int4 of Meta's"])
 def test_a_row_times_a_matrix_with_what_stands_around_it(kernels, kind, seed):
     torch.manual_seed(seed)
     draw, dtype = random.Random(seed), dtypes(seed)
@@ -95,7 +98,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4 of Meta's"])
 def test_rows_times_a_quantized_matrix(kernels, kind, seed):
     torch.manual_seed(seed)
     draw, dtype = random.Random(seed), dtypes(seed)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import random_models
 from llama_ref.args import ModelArgs
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
@@ -14,6 +15,7 @@ from llama_ref.model import Transformer
 from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
+from random_models import as_int4_release
 
 NEAR_TIE = 0.25  # two steps of bfloat16, where logits are around 20
 ARGS = {"dim": 192, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 64, "vocab_size": 320, "multiple_of": 64}
@@ -29,6 +31,21 @@ def random_model(dtype: torch.dtype, scheme: str | None = None) -> Transformer:
             parameter.normal_(std=parameter.shape[1] ** -0.5)
     if scheme:
         quantize_model(model, scheme)
+    return model
+
+
+RELEASES = {
+    "SpinQuant": {"rotates": True},
+    "QLoRA": {"rank": 4},
+    "inputs not rounded": {"rotates": True, "rank": 4, "rounds_inputs": False},
+}
+
+
+def random_release(dtype: torch.dtype, release: str) -> Transformer:
+    """A model with the matrices of Meta's int4 releases; the feed-forward width is a power of two."""
+    torch.manual_seed(0)
+    model = random_models.random_model(ModelArgs.from_dict(ARGS | {"hidden_dim": 8192, "multiple_of": 8192}), seed=0).to(dtype)
+    as_int4_release(model, **RELEASES[release])
     return model
 
 
@@ -51,6 +68,27 @@ def test_compiled_steps_give_the_plain_ones_logits(scheme):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     rows = torch.tensor([[1, 2, 3], [4, 5, 6]])
     torch.testing.assert_close(fast(rows), plain(rows), atol=1e-4, rtol=1e-4)  # prompts and batches
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_compiled_steps_of_metas_int4_releases_give_the_plain_ones_logits(release):
+    plain, fast = (random_release(torch.float32, release) for _ in range(2))
+    compile_decode(fast)
+    assert "forward" in vars(fast.layers[0]), "nothing was put on"
+    for prompt in ([5, 7], list(range(1, 312))):
+        expected, found = (decoded(model, prompt, [3, 1, 4, 1, 5]) for model in (plain, fast))
+        # Where inputs are rounded, a sum in another order may move one to the next of its steps.
+        assert (found - expected).std() < (0.012 if plain.layers[0].attention.wq.rounds_inputs else 1e-5) * expected.std()
+
+
+def test_nothing_is_compiled_again_while_a_text_grows():
+    """Not for caches of another size, and not when a text reaches a cache's end."""
+    model = random_model(torch.float32)
+    compile_decode(model)
+    torch._dynamo.utils.counters.clear()
+    for n_prompt, n_tokens in ((2, 3), (2, 61), (2, 63), (2, 190), (120, 100)):
+        decoded(model, list(range(1, n_prompt + 1)), [7] * n_tokens)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @torch.inference_mode()

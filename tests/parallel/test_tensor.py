@@ -1,14 +1,13 @@
 """Any number of shards on any number of processes gives what one process gives."""
 
 import base64
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from jobs import torchrun
+from jobs import run_worker, torchrun
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
@@ -20,7 +19,6 @@ from llama_ref.parallel.job import join_job
 from llama_ref.parallel.sharding import Share, kv_heads, places, split_dim, wanted_ranges
 from make_random_checkpoint import make_random_checkpoint
 
-WORKER = Path(__file__).parents[1] / "parallel_worker.py"
 NEAR_TIE = 0.25  # two steps of bfloat16, where logits are around 20
 TOKENS = [[5, 9, 2, 7, 1, 3], [4, 4, 8, 0, 6, 2]]
 
@@ -85,15 +83,7 @@ def together(request, folders, small_tokenizer, tmp_path_factory) -> tuple[int, 
         "tokens": TOKENS,
         "n_tokens": 8,
     }
-    return n_parts, n_stages, run_job(place, n_parts * n_stages, task)
-
-
-def run_job(place: Path, n_processes: int, task: dict) -> dict:
-    """What the first process of parallel_worker.py wrote down."""
-    (place / "task.json").write_text(json.dumps(task))
-    done = torchrun(n_processes, WORKER, place / "task.json", place / "out.pt")
-    assert done.returncode == 0, done.stderr
-    return torch.load(place / "out.pt")
+    return n_parts, n_stages, run_worker(place, n_parts * n_stages, task)
 
 
 def test_logits_are_those_of_one_process_and_the_same_on_all(together, alone):
@@ -132,7 +122,7 @@ def test_in_bfloat16_three_processes_choose_as_one_does_up_to_near_ties(demo_fol
         "tokens": [[17000, 504, 3575, 282, 4649, 314], [504, 3575, 282, 4649, 314, 260]],
         "n_tokens": 12,
     }
-    result = run_job(tmp_path, 3, task)["demo"]
+    result = run_worker(tmp_path, 3, task)["demo"]
     one = Llama.build(demo_folder, max_seq_len=64, device="cpu", dtype="bfloat16", verify="never")
     agreed = []
     for tokens, prompt in zip(result["greedy"], (task["tokens"][0], task["tokens"][1][:3]), strict=True):

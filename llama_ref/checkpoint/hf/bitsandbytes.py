@@ -10,7 +10,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.hf.names import hf_name
 from llama_ref.checkpoint.meta_quantized.kinds import Kind, tensors_of
 from llama_ref.checkpoint.releases import RELEASES
-from llama_ref.checkpoint.shapes import DtypeAndShape
+from llama_ref.checkpoint.shapes import DtypeAndShape, misfit
 
 GUARD = "Llama-Guard-3-8B:int8"
 
@@ -28,8 +28,9 @@ def guard_args() -> ModelArgs:
 def is_guard(tensors: Mapping[str, DtypeAndShape]) -> bool:
     """Whether tensors of a file are those of the release."""
     expected = {name_in_files(name): tensor for name, tensor in tensors_of(guard_args(), Kind.INT8).items()}
-    alike = all(name in expected and expected[name].shape == shape for name, (_, shape) in tensors.items())
-    return is_int8(tensors) and alike
+    return is_int8(tensors) and all(
+        name in expected and misfit(name, found, expected[name]) is None for name, found in tensors.items()
+    )
 
 
 def name_in_files(name: str) -> str:

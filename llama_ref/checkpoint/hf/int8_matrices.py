@@ -7,7 +7,7 @@ from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.hf.names import from_hf_rope
 from llama_ref.checkpoint.meta_quantized.odd_numbers import odd
 from llama_ref.checkpoint.reader import Stored
-from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.quantization.linear import Int8Linear, QuantizedMatrix
@@ -23,28 +23,20 @@ class StoredInt8:
         self.folder, self.stored, self.tied = folder, stored, stored.tied
         self.parts = stored.shards[0]
 
-    def matrix(
-        self,
-        name: str,
-        ranges: list[range] | None,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        copier: PinnedCopier | None = None,
-        in_memory: bool = False,
-    ) -> Tensor | QuantizedMatrix:
+    def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
         """As `StoredQuantized.matrix`. Raises CheckpointError for another layout of rows and for wrong scales."""
         stem = name.removesuffix(".weight")
         largest = self.parts.get(f"{stem}.SCB")
         if largest is None:
-            return self.stored.joined(name, ranges, device, dtype, copier, in_memory)
+            return self.stored.joined(name, ranges, dtype, to)
         largest = largest.flatten()
         self._check(stem, largest)
         if self.stored.hf_head_dim:
             largest = from_hf_rope(name, largest[:, None], self.stored.hf_head_dim)[:, 0]
         if ranges is not None and split_dim(name) == 0:
             largest = torch.cat([largest[each.start : each.stop] for each in ranges])
-        scale = (largest / LARGEST).to(device)
-        return Int8Linear(self.stored.joined(name, ranges, device, torch.int8, copier, in_memory), scale)
+        scale = (largest / LARGEST).to(to.device)
+        return Int8Linear(self.stored.joined(name, ranges, torch.int8, to), scale)
 
     def _check(self, stem: str, largest: Tensor) -> None:
         layout = self.parts.get(f"{stem}.weight_format")

@@ -7,6 +7,7 @@ from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.meta_quantized.matrices import matrices_of
 from llama_ref.checkpoint.reader import Stored, TensorSlice
 from llama_ref.checkpoint.shapes import OUTPUT, WEIGHT_DTYPES, expected_shapes
+from llama_ref.checkpoint.to_device import Target
 from llama_ref.formatting import dtype_name
 from llama_ref.quantization.linear import QuantizedMatrix
 
@@ -52,6 +53,6 @@ class Dequantized:
         return dtype_name(self.stored.dtype(name)) not in WEIGHT_DTYPES
 
     def _matrix(self, name: str, ranges: list[range] | None) -> QuantizedMatrix:
-        matrix = self.matrices.matrix(name, ranges, "cpu", torch.float32)
+        matrix = self.matrices.matrix(name, ranges, torch.float32, Target("cpu"))
         assert isinstance(matrix, QuantizedMatrix)
         return matrix

@@ -18,7 +18,7 @@ from llama_ref.checkpoint.meta_quantized.odd_numbers import odd
 from llama_ref.checkpoint.missing_file import with_hint
 from llama_ref.checkpoint.reader import Stored, TensorSlice, check_problems, join, read_shard
 from llama_ref.checkpoint.shapes import dtypes_and_shapes, expected_shapes, misfit, strangers
-from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import places, split_dim
 from llama_ref.quantization.fp8 import ColumnBlocks, Fp8Linear, RowBlocks
@@ -35,25 +35,17 @@ class StoredFp8:
         self.shapes = expected_shapes(args)
         self.scales = {rank: _read_scales(folder, args, rank) for rank in stored.shards}
 
-    def matrix(
-        self,
-        name: str,
-        ranges: list[range] | None,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        copier: PinnedCopier | None = None,
-        in_memory: bool = False,
-    ) -> Tensor | QuantizedMatrix:
+    def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
         """As `StoredQuantized.matrix`."""
         if not is_fp8(name, self.args):
-            return self.stored.joined(name, ranges, device, dtype, copier, in_memory)
+            return self.stored.joined(name, ranges, dtype, to)
         if split_dim(name) == 0:
-            blocks = [self._rows(name, rank, own, device, copier, in_memory) for rank, own in self._places(name, ranges)]
-            if len(blocks) > 1 and torch.device(device).type != "cpu":  # there, they were copied anyway
+            blocks = [self._rows(name, rank, own, to) for rank, own in self._places(name, ranges)]
+            if len(blocks) > 1 and torch.device(to.device).type != "cpu":  # there, they were copied anyway
                 q, scale = torch.cat([block.q for block in blocks]), torch.cat([block.scale for block in blocks])
                 return Fp8Linear(q, scale, rounds_inputs=self.rounds_inputs)
             return blocks[0] if len(blocks) == 1 else RowBlocks(blocks)
-        return self._columns(name, list(self._places(name, ranges)), device, copier, in_memory)
+        return self._columns(name, list(self._places(name, ranges)), to)
 
     def _places(self, name: str, ranges: list[range] | None) -> Iterator[tuple[int, range]]:
         """(shard, range within it) of ranges along the dimension that shards split."""
@@ -66,51 +58,35 @@ class StoredFp8:
         mapped = next(shard[name] for shard in self.stored.shards.values() if name in shard)
         return mapped.shape[split_dim(name) or 0]
 
-    def _rows(
-        self, name: str, rank: int, own: range, device: torch.device | str, copier: PinnedCopier | None, in_memory: bool
-    ) -> Fp8Linear:
-        q = self._part(name, rank, 0, own, device, copier, in_memory)
-        return Fp8Linear(q, self._scale(name, rank)[own.start : own.stop].to(device), rounds_inputs=self.rounds_inputs)
+    def _rows(self, name: str, rank: int, own: range, to: Target) -> Fp8Linear:
+        q = self._part(name, rank, 0, own, to)
+        return Fp8Linear(q, self._scale(name, rank)[own.start : own.stop].to(to.device), rounds_inputs=self.rounds_inputs)
 
-    def _columns(
-        self,
-        name: str,
-        own: list[tuple[int, range]],
-        device: torch.device | str,
-        copier: PinnedCopier | None,
-        in_memory: bool,
-    ) -> Fp8Linear | ColumnBlocks:
+    def _columns(self, name: str, own: list[tuple[int, range]], to: Target) -> Fp8Linear | ColumnBlocks:
         size, n_inputs = self._size(name), sum(len(within) for _, within in own)
         # The largest input of a whole shard sets the steps: a part of a shard needs all of its inputs.
         takes_whole_input = self.rounds_inputs and any(len(within) < size for _, within in own)
         blocks, inputs, start = [], [], 0
         for rank, within in own:
-            q = self._part(name, rank, 1, within, device, copier, in_memory)
+            q = self._part(name, rank, 1, within, to)
             part_of_block: dict[str, Any] = {"columns": within, "n_inputs": size} if takes_whole_input else {}
-            blocks.append(Fp8Linear(q, self._scale(name, rank).to(device), rounds_inputs=self.rounds_inputs, **part_of_block))
+            blocks.append(
+                Fp8Linear(q, self._scale(name, rank).to(to.device), rounds_inputs=self.rounds_inputs, **part_of_block)
+            )
             inputs.append(range(rank * size, (rank + 1) * size) if takes_whole_input else range(start, start + len(within)))
             start += len(within)
         if len(blocks) == 1 and not takes_whole_input:
             return blocks[0]
         return ColumnBlocks(blocks, inputs, self.shapes[name][1] if takes_whole_input else n_inputs)
 
-    def _part(
-        self,
-        name: str,
-        rank: int,
-        dim: int,
-        own: range,
-        device: torch.device | str,
-        copier: PinnedCopier | None,
-        in_memory: bool,
-    ) -> Tensor:
+    def _part(self, name: str, rank: int, dim: int, own: range, to: Target) -> Tensor:
         mapped = self.stored.shards[rank][name]
         part = TensorSlice(mapped.narrow(dim, own.start, len(own)), mapped)
-        return join([part], dim, device, torch.float8_e4m3fn, copier, in_memory)
+        return join([part], dim, torch.float8_e4m3fn, to)
 
     def _scale(self, name: str, rank: int) -> Tensor:
         """One number per row of a shard's part: float32 (N,)."""
-        return self.scales[rank][scale_key(name, rank)].flatten()
+        return self.scales[rank][scale_key(name, rank)].flatten().clone()  # small, and its file may then change
 
 
 def _read_scales(folder: CheckpointFolder, args: ModelArgs, rank: int) -> Mapping[str, Tensor]:

@@ -4,6 +4,9 @@ The files hold one four-bit number per byte; in memory they are packed, two per 
 output have eight bits and stay where they are mapped.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from llama_ref.checkpoint.meta_quantized.kinds import Int4Params
 from llama_ref.checkpoint.meta_quantized.odd_numbers import odd
 from llama_ref.checkpoint.reader import Stored, same_bytes
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
-from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
@@ -38,45 +41,31 @@ class StoredInt4:
         tables = [(f"tok_embeddings.{part}", f"output.{part}") for part in ("scales", "weight")]
         self.tied = all(_are_equal(stored, *names) for names in tables)
 
-    def matrix(
-        self,
-        name: str,
-        ranges: list[range] | None,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        copier: PinnedCopier | None = None,
-        in_memory: bool = False,
-    ) -> Tensor | QuantizedMatrix:
+    def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
         """As `StoredQuantized.matrix`. Raises CheckpointError for numbers that no int4 release has."""
         if split_dim(name) is None:
-            return self.stored.joined(name, ranges, device, dtype, copier, in_memory)
+            return self.stored.joined(name, ranges, dtype, to)
         stem = name.removesuffix(".weight")
         if name in (EMBEDDING, OUTPUT):
-            q = self.stored.joined(name, ranges, device, torch.int8, copier, in_memory)
-            scale = self._scales(f"{stem}.scales", ranges, device, copier).flatten()
+            q = self.stored.joined(name, ranges, torch.int8, to)
+            scale = self._scales(f"{stem}.scales", ranges, to).flatten()
             return Int8Embedding(q, scale, dtype) if name == EMBEDDING else Int8Linear(q, scale)
-        dim, n_inputs = split_dim(name), self.shapes[name][1]
-        own = ranges if dim == 1 else None
+        own, n_inputs = ranges if split_dim(name) == 1 else None, self.shapes[name][1]
         rotates = self.params.rotates and stem.endswith("w2")
-        is_part = own is not None and sum(map(len, own)) < n_inputs
-        return MetaInt4Linear(
-            self._matrix(name, ranges, device, copier),
-            rounds_inputs=self.rounds_inputs,
-            rotates_inputs=rotates,
-            adaptor=self._adaptor(stem, ranges, device, dtype, copier, in_memory) if self.params.rank else None,
-            columns=own[0] if own and is_part and (self.rounds_inputs or rotates) else None,
-            n_inputs=n_inputs,
-        )
+        part: dict[str, Any] = {}
+        if own and len(own[0]) < n_inputs and (self.rounds_inputs or rotates):
+            part = {"columns": own[0], "n_inputs": n_inputs}
+        adaptor = self._adaptor(stem, ranges, dtype, to) if self.params.rank else None
+        matrix = self._matrix(name, ranges, to)
+        return MetaInt4Linear(matrix, rounds_inputs=self.rounds_inputs, rotates_inputs=rotates, adaptor=adaptor, **part)
 
-    def _matrix(
-        self, name: str, ranges: list[range] | None, device: torch.device | str, copier: PinnedCopier | None
-    ) -> Int4Linear:
+    def _matrix(self, name: str, ranges: list[range] | None, to: Target) -> Int4Linear:
         stem = name.removesuffix(".weight")
         of_groups = self._groups(name, ranges) if split_dim(name) == 1 else ranges
-        scale, zero = self._scales(f"{stem}.scales", of_groups, device, copier), None
+        scale, zero = self._scales(f"{stem}.scales", of_groups, to), None
         if f"{stem}.zeros" in self.names:
-            zero = -scale * self._scales(f"{stem}.zeros", of_groups, device, copier)
-        q = self.stored.joined(name, ranges, device, torch.int8, copier)
+            zero = -scale * self._scales(f"{stem}.zeros", of_groups, to)
+        q = self.stored.joined(name, ranges, torch.int8, replace(to, in_memory=False))
         packed = memory.empty(q.shape[0], q.shape[1] // 2, dtype=torch.uint8, device=q.device)
         step = max(1, PACKED_WEIGHTS // q.shape[1])
         for rows, target in zip(q.split(step), packed.split(step), strict=True):
@@ -90,26 +79,15 @@ class StoredInt4:
             part.release()
         return Int4Linear(packed, scale, zero)
 
-    def _scales(self, name: str, ranges: list[range] | None, device: torch.device | str, copier: PinnedCopier | None) -> Tensor:
-        scales = self.stored.joined(name, ranges, device, torch.float32, copier)
+    def _scales(self, name: str, ranges: list[range] | None, to: Target) -> Tensor:
+        scales = self.stored.joined(name, ranges, torch.float32, to)
         if not scales.isfinite().all():
             raise CheckpointError(f"{self.folder.path}: {name} holds {odd(scales)}, expected finite numbers; fetch it again")
         return scales
 
-    def _adaptor(
-        self,
-        stem: str,
-        ranges: list[range] | None,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        copier: PinnedCopier | None,
-        in_memory: bool,
-    ) -> LowRank:
+    def _adaptor(self, stem: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> LowRank:
         names = f"{stem}.adaptor.A.weight", f"{stem}.adaptor.B.weight"
-        a, b = (
-            self.stored.joined(name, None if split_dim(name) is None else ranges, device, dtype, copier, in_memory)
-            for name in names
-        )
+        a, b = (self.stored.joined(name, None if split_dim(name) is None else ranges, dtype, to) for name in names)
         return LowRank(a, b, self.params.low_rank_scale)
 
     def _groups(self, name: str, ranges: list[range] | None) -> list[range] | None:

@@ -12,7 +12,7 @@ from llama_ref.checkpoint.meta_quantized.fp8 import StoredFp8
 from llama_ref.checkpoint.meta_quantized.int4 import StoredInt4
 from llama_ref.checkpoint.meta_quantized.kinds import ROUNDED, Kind
 from llama_ref.checkpoint.reader import Stored
-from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import RequestError
 from llama_ref.quantization.linear import QuantizedMatrix
 
@@ -24,20 +24,8 @@ class StoredMatrices(Protocol):
 
     tied: bool
 
-    def matrix(
-        self,
-        name: str,
-        ranges: list[range] | None,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        copier: PinnedCopier | None = None,
-        in_memory: bool = False,
-    ) -> Tensor | QuantizedMatrix:
-        """The `ranges` of a matrix as a module, or of an unquantized tensor as a tensor in `dtype`.
-
-        `copier` copies to `device` and releases the file's pages; `in_memory` copies pages that a CPU
-        could use as they are.
-        """
+    def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
+        """The `ranges` of a matrix as a module, or of an unquantized tensor as a tensor in `dtype`."""
         ...
 
 

@@ -22,9 +22,8 @@ def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
         kind = kv_cache_class(model.device, model.dtype, model.args)
         block = CUDA_CACHE_BLOCK if model.device.type == "cuda" and batch_size == 1 else CACHE_BLOCK
         room = -(-n_tokens // block) * block
-        if (
-            kind is BlockKVCache and batch_size == 1
-        ):  # one more than is read: to read all of them, the step would be compiled again
+        if kind is BlockKVCache and batch_size == 1:
+            # One block more than is read: to read all of them, the step would be compiled again.
             room = max(room, FEWEST_BLOCKS * CACHE_BLOCK) + CACHE_BLOCK
         return kind(model.args, batch_size, room, dtype=model.dtype, device=model.device)
     except RuntimeError as error:

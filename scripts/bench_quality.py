@@ -18,24 +18,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import fire
 import torch
 from torch import Tensor
 
+from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.convert import Source, write_native_tokenizer
-from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.folder import open_folder, shard_name
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.hf.config import make_params
 from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.meta_quantized.kinds import INT4_GROUP, Kind, scales_name, tensors_of
 from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import WHOLE
 from llama_ref.quantization.apply import quantized_bytes
+from quantized_layouts import fp8_tensors, int4_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXTS = {kind: REPOSITORY / "scripts" / "quality_texts" / f"{kind.lower()}.txt" for kind in ("English", "code", "Korean")}
@@ -94,13 +98,45 @@ def show(
 def ours(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
     """(name, bytes of the matrices, reader) of every scheme, unquantized (in bfloat16) first."""
     plain = load(source)
-    yield "none", 2 * sum(parameter.numel() for parameter in plain.parameters()), reader(plain)
+    yield "none", held_bytes(plain), reader(plain)
     for scheme in SCHEMES:
         rounded = load(source, scheme)
-        yield scheme, quantized_bytes(rounded), reader(rounded)
+        yield scheme, held_bytes(rounded), reader(rounded)
         if scheme.startswith("int4"):
             rounded = load(quantize_folder(source, scratch / "calibrated", scheme, force=True, verify="never"))
-            yield f"{scheme}, calibrated", quantized_bytes(rounded), reader(rounded)
+            yield f"{scheme}, calibrated", held_bytes(rounded), reader(rounded)
+    for kind in (Kind.INT4, Kind.FP8):
+        folder = in_metas_layout(source, scratch / kind.value, kind)
+        for activations, what in (("reference", "inputs rounded"), ("full", "weights only")):
+            rounded = load(folder, activations=activations)
+            yield f"Meta's {kind.value}, {what}", held_bytes(rounded), reader(rounded)
+
+
+def held_bytes(model: Transformer) -> int:
+    """Of the weights, those that are not quantized in bfloat16."""
+    return quantized_bytes(model) + 2 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def in_metas_layout(source: Path, out: Path, kind: Kind) -> Path:
+    """The weights as Meta's quantized releases store them, without SpinQuant's rotation or QLoRA's training."""
+    opened = Source.open(source)
+    tensors = {tensor.name: tensor for tensor in opened.tensors(WHOLE, torch.float32)}
+    tensors.setdefault(OUTPUT, tensors[EMBEDDING])  # the releases hold both tables
+
+    def draw(name: str) -> Iterator[Tensor]:
+        return iter(tensors[name].blocks())
+
+    params = make_params(opened.args) | ({"quantization_args": {"group_size": INT4_GROUP}} if kind is Kind.INT4 else {})
+    expected = tensors_of(ModelArgs.from_dict(params), kind)
+    with new_folder(out, force=True, n_bytes=sum(tensor.nbytes for tensor in tensors.values())) as folder:
+        write_params(folder, params)
+        if kind is Kind.INT4:
+            write_pth(folder / shard_name(0), int4_tensors(expected, draw, torch.float32))
+        else:
+            shard, scales = fp8_tensors(expected, draw, torch.float32, rank=0)
+            write_pth(folder / shard_name(0), shard)
+            write_pth(folder / scales_name(0), scales)
+    return out
 
 
 def theirs(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
@@ -123,9 +159,9 @@ def theirs(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
         yield f"llama.cpp {name}", bytes_read(rounded), peer_reader(rounded)
 
 
-def load(folder: Path, scheme: str | None = None) -> Transformer:
+def load(folder: Path, scheme: str | None = None, **options: Any) -> Transformer:
     opened = open_folder(folder)
-    return load_model(opened, opened.read_args(), dtype=torch.float32, quantize=scheme)
+    return load_model(opened, opened.read_args(), dtype=torch.float32, quantize=scheme, **options)
 
 
 def reader(model: Transformer) -> Reader:
@@ -170,7 +206,7 @@ def spread_folder(source: str | Path, target: Path) -> Path:
     """Write a bfloat16 checkpoint with weights moved by up to half a 4-bit step of their group."""
     opened = Source.open(source)
     generator = torch.Generator().manual_seed(0)
-    tensors = [_spread(tensor, generator) for tensor in opened.outgoing(WHOLE, torch.bfloat16)]
+    tensors = [_spread(tensor, generator) for tensor in opened.tensors(WHOLE, torch.bfloat16)]
     with new_folder(target) as folder:
         write_params(folder, make_params(opened.args))
         write_native_tokenizer(folder, opened)

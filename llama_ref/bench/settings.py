@@ -9,6 +9,9 @@ from typing import Any
 
 from llama_ref.checkpoint.first_load import Verify
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.meta_quantized.kinds import Kind
+from llama_ref.checkpoint.meta_quantized.matrices import Activations
+from llama_ref.checkpoint.reader import stored_kind
 from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import RequestError
 from llama_ref.formatting import dtype_name
@@ -33,6 +36,7 @@ class Settings:
 
     name: str
     quantize: str | None
+    activations: Activations | None
     compile: bool
     device: str
     dtype: str
@@ -59,6 +63,7 @@ class Settings:
         rounds: int,
         threads: int | None = None,
         quantize: str | None = None,
+        activations: Activations | None = None,
         compile: bool = False,
         device: str | None = None,
         dtype: str | None = None,
@@ -88,13 +93,14 @@ class Settings:
                 raise RequestError(
                     f"{option} {length:,} + gen_len {gen_len:,} tokens exceed the model's context of {longest:,}"
                 )
-        if peers and folder.is_quantized:
+        if peers and (folder.is_quantized or stored_kind(folder, folder.read_args()) is not Kind.PLAIN):
             raise RequestError(
                 f"{folder.path} is quantized, which other programs cannot read: use its source folder, with --quantize"
             )
         return cls(
             name=name,
             quantize=scheme,
+            activations=activations,
             compile=compile,
             device=str(chosen),
             dtype=own_dtype,
@@ -120,6 +126,8 @@ class Settings:
         words = ["llama-ref", "bench", shlex.quote(self.name)]
         if self.quantize:
             words.append(f"--quantize {self.quantize}")
+        if self.activations:
+            words.append(f"--activations {self.activations}")
         if self.compile:
             words.append("--compile")
         if self.in_memory:

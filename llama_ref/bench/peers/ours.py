@@ -27,6 +27,7 @@ class Ours:
             device=settings.device,
             dtype=settings.dtype,
             quantize=settings.quantize,
+            activations=settings.activations,
             compile=settings.compile,
             verify=settings.verify,
             in_memory=settings.in_memory,

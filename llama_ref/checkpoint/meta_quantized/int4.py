@@ -80,7 +80,8 @@ class StoredInt4:
         return Int4Linear(packed, scale, zero)
 
     def _scales(self, name: str, ranges: list[range] | None, to: Target) -> Tensor:
-        scales = self.stored.joined(name, ranges, torch.float32, to)
+        # Copied, so that the files' pages are free again where a kernel has them in another layout.
+        scales = self.stored.joined(name, ranges, torch.float32, replace(to, in_memory=True))
         if not scales.isfinite().all():
             raise CheckpointError(f"{self.folder.path}: {name} holds {odd(scales)}, expected finite numbers; fetch it again")
         return scales

@@ -61,7 +61,7 @@ ADVICE = {state: ADVICE_ON_IMPOSTOR[kind] for kind, state in STATE_OF_IMPOSTOR.i
     State.MISFIT: "it belongs to another model or was written wrongly, fetch the folder's files from one release",
     State.EXTRA: "move it out of the folder if it is not part of the release, or fetch the release's full checklist",
     State.NOT_FINITE: "the model cannot give sensible output, fetch it again, or look into the training that wrote it",
-    State.UNSUPPORTED: "the download may be whole, but only unquantized text models of Llama 3 can be loaded",
+    State.UNSUPPORTED: "the download may be whole, but only text models of Llama 3 can be loaded, in a format that Meta ships",
 }
 
 

@@ -420,7 +420,7 @@ def test_a_whole_folder_of_an_unsupported_model_is_not_called_damaged(single, na
     for found in (report, quick):
         assert (found.exit_code, found.ok, found.bad) == (2, False, []), found.summary()
         assert says in found.summary() and "is not supported (" in found.summary()
-        assert "only unquantized text models of Llama 3 can be loaded" in found.summary()
+        assert "only text models of Llama 3 can be loaded, in a format that Meta ships" in found.summary()
         assert [file.state for file in found.files].count(State.UNSUPPORTED) == 1
     assert exit_code(["verify", str(single)]) == 2
 

@@ -36,7 +36,6 @@ class Settings:
 
     name: str
     quantize: str | None
-    activations: Activations | None
     compile: bool
     device: str
     dtype: str
@@ -49,6 +48,7 @@ class Settings:
     against: tuple[str, ...]
     rounds: int
     threads: int
+    activations: Activations | None = None
 
     @classmethod
     def parse(

@@ -39,6 +39,7 @@ SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}  # the most that a block 
 CONTEXT = 8192  # tokens in the cache
 ROWS = 8  # of a batch
 GROUP = 128  # int4 weights to a scale
+METAS_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def calls(args: ModelArgs, dtype: torch.dtype, card: int) -> Iterator[tuple[str,
         if kind:
             scale, zero = (*w13[1:], None)[:2]
             yield f"{kind}w1 w3 dequantized", lambda w=w13, s=scale, z=zero: dequantize(w[0], s, z, dtype)
+    metas = empty(F, D // 2, dtype=torch.uint8), empty(F, D // METAS_GROUP)  # Meta's int4 releases: no zero points
+    yield "Meta's int4 w1", lambda: matvec(x, *metas)
+    if card >= 80:
+        yield f"Meta's int4 w1 of {ROWS} rows", lambda: matmul(empty(ROWS, D, dtype=dtype), *metas)
+    yield "Meta's int4 w1 dequantized", lambda: dequantize(*metas, None, dtype)
     q = empty(1, H, hd, dtype=dtype)
     yield "attention", lambda: attend_one(q, keys, values, position)
     rows = empty(ROWS, D, dtype=dtype)

@@ -6,6 +6,7 @@ compiling takes longer than everything else.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -29,11 +30,12 @@ from llama_ref.device import choose_dtype
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model, use_fast_kernels
+from llama_ref.quantization.fp8 import Fp8Linear
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
 from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.session import Session
 from llama_ref.study import patch, scale, trace
-from random_models import random_model
+from random_models import as_int4_release, random_model
 
 DEVICE = torch.device("cuda")
 pytestmark = [
@@ -199,6 +201,35 @@ def test_a_quantized_model_computes_with_its_dequantized_weights(lengths, scheme
 
 
 # ---- folders, conversations, speculation
+
+
+@pytest.mark.parametrize("release", [{"rotates": True}, {"rank": 4}, {"rotates": True, "rounds_inputs": False}], ids=str)
+@EAGER_AND_COMPILED
+def test_metas_int4_releases_compute_what_they_do_on_the_cpu(release, compiled):
+    args = replace(ARGS, hidden_dim=1024)
+    models = [random_model(args, seed=0) for _ in range(2)]
+    for model in models:
+        torch.manual_seed(0)
+        as_int4_release(model, **release)
+    models[1].to(DEVICE)
+    if compiled:
+        compile_decode(models[1])
+    prompts, following = prompts_of([5, 1, 260, 40]), [random_ids(12, 100 + i) for i in range(4)]
+    expected, found = (forced_logits(model, prompts, following) for model in models)
+    # A sum in another order may move an input to the next of its steps.
+    assert relative_error(found.cpu(), expected) < (0.02 if release.get("rounds_inputs", True) else 1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 300])
+@pytest.mark.parametrize("rounds_inputs", [True, False])
+def test_fp8_products_are_those_of_the_cpu(rows, rounds_inputs):
+    """With `torch._scaled_mm` where the card multiplies float8, else by converting it."""
+    generator = torch.Generator().manual_seed(rows)
+    q = torch.randn(512, 256, generator=generator).mul(40).to(torch.float8_e4m3fn)
+    scale, x = torch.rand(512, generator=generator) * 1e-2, torch.randn(rows, 256, generator=generator).to(HALF)
+    exact = Fp8Linear(q, scale, rounds_inputs=rounds_inputs)(x.float())
+    found = Fp8Linear(q.to(DEVICE), scale.to(DEVICE), rounds_inputs=rounds_inputs)(x.to(DEVICE))
+    assert relative_error(found.cpu().float(), exact) < 0.02
 
 
 @pytest.fixture(scope="module")

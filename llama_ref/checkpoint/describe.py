@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.hf.conventions import foreign_template
-from llama_ref.checkpoint.meta_quantized.kinds import Int4Params, Kind
 from llama_ref.checkpoint.quantized_reader import scheme_of
 from llama_ref.checkpoint.reader import is_tied, stored_kind
-from llama_ref.plan import count_parameters
+from llama_ref.parallel.sharding import WHOLE
+from llama_ref.plan import Model, count_parameters, weight_bytes
 
 CONTEXTS = (2048, 8192, 32768, 131072)  # tokens; the last is what Llama 3.1 and later were trained for
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -53,9 +53,12 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
     tied = is_tied(folder)
     parameters = count_parameters(args, tied)
     kind = stored_kind(folder, args)
-    scheme = str(scheme_of(folder, args)) if folder.is_quantized else None
-    if kind is not Kind.PLAIN:
-        scheme = str(Int4Params.of(args)) if kind is Kind.INT4 else kind.value
+    model = Model(folder.name, str(folder.path), args, tied, 0, kind=kind, shards=len(folder.shards))
+    scheme = str(scheme_of(folder, args)) if folder.is_quantized else model.quantization
+    if scheme is None:
+        in_memory = {dtype: parameters * n for dtype, n in DTYPE_BYTES.items()}
+    else:
+        in_memory = {scheme: folder.shard_bytes if folder.is_quantized else weight_bytes(model, WHOLE, DTYPE_BYTES["bfloat16"])}
     per_token = 2 * args.n_layers * args.n_kv_heads * args.head_dim * DTYPE_BYTES["bfloat16"]  # keys and values
     return ModelInfo(
         name=folder.name,
@@ -67,7 +70,7 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
         shard_bytes=folder.shard_bytes,
         checklist=folder.checklist is not None,
         foreign_chat_template=foreign_template(folder.path) is not None,
-        weight_bytes={scheme: folder.shard_bytes} if scheme else {dtype: parameters * n for dtype, n in DTYPE_BYTES.items()},
+        weight_bytes=in_memory,
         kv_cache_bytes={context: context * per_token for context in CONTEXTS},
         dim=args.dim,
         n_layers=args.n_layers,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
+from llama_ref.checkpoint.describe import describe
 from llama_ref.checkpoint.diff import compare
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.integrity import verify, write_checklist
@@ -23,6 +24,7 @@ from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
+from llama_ref.plan import find_model
 from llama_ref.quantization.apply import quantized_bytes
 from llama_ref.quantization.linear import QuantizedMatrix
 from quantized_folders import QLORA, SPINQUANT, fp8_folder, int8_folder, quantized_folder
@@ -177,6 +179,13 @@ def test_four_bits_take_half_a_byte_and_a_scale(tmp_path):
     numbers = sum(matrix.numel() for name, matrix in weights(model).items() if name.startswith("layers"))
     tables = 2 * 512 * (64 + 4)
     assert quantized_bytes(model) == numbers // 2 + 4 * numbers // 32 + tables
+
+
+def test_info_and_plan_say_what_a_model_takes(folder):
+    model = loaded(folder, dtype=torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    [(quantization, n_bytes)] = describe(open_folder(folder)).weight_bytes.items()
+    assert n_bytes == held and quantization == find_model(str(folder)).quantization
 
 
 def test_equal_tables_are_held_once(tmp_path):

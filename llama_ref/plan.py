@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
-from llama_ref.checkpoint.meta_quantized.kinds import ROUNDED, Int4Params, Kind
+from llama_ref.checkpoint.meta_quantized.kinds import KIND_OF_WEIGHTS, ROUNDED, Int4Params, Kind
 from llama_ref.checkpoint.releases import RELEASES, Release, find_release
 from llama_ref.checkpoint.spelling import META, name_key
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
@@ -29,7 +29,6 @@ GIB, USABLE = 1 << 30, 0.98
 # For the CUDA context, cuBLAS workspace, NCCL buffers, allocator fragmentation: an allowance, not measured.
 SET_ASIDE = 10**9
 
-KINDS = {"bf16": Kind.PLAIN, "int4": Kind.INT4, "fp8-mixed": Kind.FP8, "int8": Kind.INT8}  # by Release.weights
 FEED_FORWARD, TABLES = ("w1 and w3", "w2"), ("tok_embeddings", "output")
 SCALE_BYTES = 4  # of Meta's releases
 ROUNDING_BYTES = 16  # per input of a matrix: float32 copies on the way to a rotated and rounded one
@@ -467,7 +466,7 @@ def _of_folder(name: str, folder: CheckpointFolder) -> Model:
             return _of_release(release)
         raise CheckpointError(f"{folder.path} is a vision release, which is not supported yet; plan a text release by name")
     context = release.max_seq_len if release else LONG_CONTEXT if args.use_scaled_rope else SHORT_CONTEXT
-    tied = kind is Kind.PLAIN and is_tied(folder)
+    tied = is_tied(folder)
     shown = release.name if release else folder.name
     model = Model(shown, name, args, tied, context, kind=kind, shards=len(folder.shards))
     if not folder.is_quantized:
@@ -500,6 +499,6 @@ def _of_release(release: Release) -> Model:
         raise RequestError(
             f"{release.name} is an ExecuTorch program, which PyTorch cannot read; Llama-Guard-3-1B is the guard in bf16"
         )
-    kind, args = KINDS[release.weights], ModelArgs.from_dict(release.params)
+    kind, args = KIND_OF_WEIGHTS[release.weights], ModelArgs.from_dict(release.params)
     tied = release.tied and kind is Kind.PLAIN
     return Model(release.name, release.name, args, tied, release.max_seq_len, kind=kind, shards=release.shards)

@@ -38,7 +38,7 @@ from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.bitsandbytes import guard_args
 from llama_ref.checkpoint.hf.config import make_config
-from llama_ref.checkpoint.meta_quantized.kinds import Kind, kind_of, scales_name, tensors_of
+from llama_ref.checkpoint.meta_quantized.kinds import KIND_OF_WEIGHTS, Kind, kind_of, scales_name, tensors_of
 from llama_ref.checkpoint.releases import Release, find_release
 from llama_ref.checkpoint.shapes import shard_shape
 from llama_ref.checkpoint.verify.presence import checkpoint_files
@@ -49,7 +49,6 @@ from llama_ref.parallel.sharding import split_dim
 from llama_ref.tokenizer import N_SPECIAL, read_ranks
 from quantized_layouts import cast_rows, fp8_tensors, int4_tensors, int8_tensors
 
-KINDS = {"bf16": None, "fp8": Kind.FP8, "fp8-mixed": Kind.FP8, "int8": Kind.INT8, "int4": None}  # None: as params.json says
 LLAMA_3_VOCAB = 128256
 PARAMS_KEYS = [key for key in ModelArgs.__dataclass_fields__ if key != "extra"]
 BLOCK_VALUES = 1 << 20  # drawn at a time, in float32
@@ -261,11 +260,11 @@ def _overridden(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
 
 
 def _kind(weights: str | None, release: Release | None) -> Kind | None:
-    if weights is None:
-        return KINDS[release.weights] if release else None
-    if weights not in ("fp8", "int8"):
+    """The kind that params.json does not say."""
+    if weights not in (None, "fp8", "int8"):
         raise RequestError(f"--weights is {weights!r}, expected fp8 or int8")
-    return KINDS[weights]
+    kind = Kind(weights) if weights else KIND_OF_WEIGHTS[release.weights] if release else None
+    return kind if kind in (Kind.FP8, Kind.INT8) else None
 
 
 def _dtype(name: str) -> torch.dtype:

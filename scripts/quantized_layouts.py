@@ -44,7 +44,7 @@ def _rounded(rows: Tensor, groups: int, largest: int) -> tuple[Tensor, Tensor]:
 def int8_tensors(expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtype) -> list[LazyTensor]:
     """The tensors of an int8 release as bitsandbytes writes it, with the order of rows in which `draw` gives them."""
     out = []
-    for name, (shape, dtypes, _) in expected.items():
+    for name, (shape, dtypes, *_) in expected.items():
         if name.endswith(".SCB"):
             weight = f"{name.removesuffix('.SCB')}.weight"
             out.append(LazyTensor(name_in_files(name), shape[:1], torch.float32, partial(_int8, draw, weight, 1)))
@@ -67,7 +67,7 @@ def fp8_tensors(
 ) -> tuple[list[LazyTensor], list[LazyTensor]]:
     """The tensors of one shard of an fp8 release, whose parts `expected` lists, and those of its scales' file."""
     shard, scales = [], []
-    for name, (shape, dtypes, _) in expected.items():
+    for name, (shape, dtypes, *_) in expected.items():
         if "float8_e4m3fn" not in dtypes:
             shard.append(LazyTensor(name, shape, dtype, partial(cast_rows, draw, name, dtype)))
             continue

@@ -116,7 +116,7 @@ def to_hugging_face(
     format keeps its config and tokenizer. Raises as `to_meta` does.
     """
     opened = Source.open(source)
-    if opened.folder.is_hugging_face and chat is not None:
+    if opened.folder.is_hugging_face and isinstance(opened.stored, Stored) and chat is not None:
         raise RequestError(f"{opened.folder.path} has its own tokenizer_config.json, which is kept: leave --chat out")
     tensors = [opened.in_hf_format(tensor) for tensor in opened.tensors(WHOLE, dtype)]
     written = ProgressCounter(sum(tensor.nbytes for tensor in tensors), progress)

@@ -3,16 +3,18 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.formats.safetensors import inspect_safetensors
+from llama_ref.checkpoint.formats.safetensors import HeldTensor, inspect_safetensors
 from llama_ref.checkpoint.hf.bitsandbytes import guard_args, is_guard
-from llama_ref.checkpoint.meta_quantized.kinds import scales_name
+from llama_ref.checkpoint.meta_quantized.kinds import Int4Params, Kind, kind_of, scales_name
 from llama_ref.checkpoint.missing_file import hint_about, with_hint
+from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.checkpoint.spelling import META, as_on_disk, in_hub_cache, model_name, name_key, nearest, snapshots
 from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.errors import CheckpointError, FolderNotFound
@@ -60,7 +62,15 @@ class CheckpointFolder:
         """
         if self.is_hugging_face and not self.params.exists():
             return guard_args()
-        return _read_config(self.params).args if self.is_hugging_face else ModelArgs.from_json(self.params)
+        if self.is_hugging_face:
+            return _read_config(self.params).args
+        args = ModelArgs.from_json(self.params)
+        if kind_of(args) is Kind.INT4:
+            try:
+                Int4Params.of(args)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.params}: {error}") from None
+        return args
 
     def says_tied(self) -> bool:
         """Whether config.json ties the output to the embedding. Raises CheckpointError."""
@@ -103,7 +113,7 @@ class CheckpointFolder:
 
     @property
     def weights(self) -> tuple[Path, ...]:
-        """The shards, and the scales of an fp8 release's."""
+        """The shards, and in an fp8 release the files with their scales."""
         scales = (self.path / scales_name(rank) for rank in range(len(self.shards)))
         return self.shards + tuple(path for path in scales if path.is_file())
 
@@ -276,12 +286,12 @@ def says_quantized(params: Path) -> bool:
 
 
 def _is_guard(path: Path, safetensors: list[str]) -> bool:
-    """Whether the files are those of Llama Guard 3 8B in int8, which comes without config.json."""
-    try:
-        tensors = [inspect_safetensors(path / name) for name in safetensors]
-    except CheckpointError:
-        return False
-    return is_guard({name: (held.dtype, held.shape) for each in tensors for name, held in each.items()})
+    """Whether the files are those of Llama Guard 3 8B in int8, which comes without config.json; some may be broken."""
+    found: dict[str, HeldTensor] = {}
+    for name in safetensors:
+        with suppress(CheckpointError):
+            found |= inspect_safetensors(path / name)
+    return is_guard({name: (held.dtype, held.shape) for name, held in found.items() if not is_ignored(name)})
 
 
 def _check_no_gaps(path: Path, shards: list[str]) -> None:

@@ -103,8 +103,8 @@ def _open(
         return stored
     if scheme:
         raise RequestError(
-            f"{folder.path} is quantized already ({stored.kind.value}): leave quantize out, or convert it to bf16 first "
-            "(`llama-ref convert --to meta`)"
+            f"{folder.path} is quantized already (Meta's {stored.kind.value} release): leave quantize out, or convert it to "
+            "bf16 first (`llama-ref convert --to meta`)"
         )
     return matrices_of(folder, args, stored, activations)
 

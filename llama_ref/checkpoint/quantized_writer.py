@@ -61,7 +61,7 @@ def quantize_folder(
     opened = Source.open(source)
     if not isinstance(opened.stored, Stored):
         raise RequestError(
-            f"{source} is quantized already ({opened.stored.stored.kind.value}): convert it to bf16 first "
+            f"{source} is quantized already (Meta's {opened.stored.stored.kind.value} release): convert it to bf16 first "
             "(`llama-ref convert --to meta`)"
         )
     is_calibrated = bool(calibrate) and scheme.bits == 4

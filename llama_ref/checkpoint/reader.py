@@ -126,6 +126,11 @@ class Stored:
             out.append(TensorSlice(self._reordered(name, rows), mapped[shard]))
         return out
 
+    def pairs(self, a: str, b: str) -> Iterable[tuple[Tensor, Tensor]]:
+        """Two tensors' parts in each shard; empty ones where a shard has none."""
+        missing = torch.empty(0, device="cpu")
+        return [(shard.get(a, missing), shard.get(b, missing)) for shard in self.shards.values()]
+
     def joined(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor:
         """A tensor's `ranges`, in `dtype`. No copy is made if the mapped pages will do."""
         return join(self.slices(name, ranges), split_dim(name), dtype, to)
@@ -212,6 +217,8 @@ def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) ->
     if tied:
         tensors.pop(hf_name(OUTPUT), None)  # files may hold a copy
     kind = Kind.INT8 if is_int8(tensors) else Kind.PLAIN
+    if check and kind is Kind.PLAIN and any(tensor.dtype == torch.int8 for tensor in tensors.values()):
+        raise CheckpointError(f"{folder.path} holds int8 matrices without their scales (….SCB); fetch all of its files again")
     expected = tensors_of(args, kind)
     ours = {name_in_files(name): name for name in expected if not (tied and name == OUTPUT)}
     if check:
@@ -244,6 +251,9 @@ def is_tied(folder: CheckpointFolder) -> bool:
         if EMBEDDING not in shard:
             other = foreign_names(shard, expected_shapes(folder.read_args()))
             raise CheckpointError(f"{path} holds no {EMBEDDING}; {other or 'it is not a shard of a Llama 3'}")
+    kind = kind_of(folder.read_args(), folder.path)
+    if kind is Kind.INT4:
+        return tables_are_equal(Stored(dict(enumerate(shards.values())), tied=False))
     return _shares_embedding(shards.values())
 
 
@@ -274,10 +284,20 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
         return False
     n_rows = max(1, COPIED_BYTES // max(1, a[0].nbytes))
     blocks = zip(a.split(n_rows), b.split(n_rows), strict=True)
-    same = all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in blocks)
+    same = all(torch.equal(_bytes(x), _bytes(y)) for x, y in blocks)
     release_pages(a)
     release_pages(b)
     return same
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.contiguous().view(torch.uint8)
+
+
+def tables_are_equal(stored: Stored) -> bool:
+    """Whether an int4 release's output is its embedding, to the byte, in every shard."""
+    pairs = [stored.pairs(f"tok_embeddings.{part}", f"output.{part}") for part in ("scales", "weight")]
+    return all(same_bytes(a, b) for each in pairs for a, b in each)
 
 
 def has_output(names: Iterable[str]) -> bool:
@@ -376,7 +396,7 @@ def _check_copies(folder: CheckpointFolder, shards: Mapping[int, Mapping[str, Te
     for name in shards[first]:
         for other in others if split_dim(name) is None else ():
             one, another = shards[first][name], shards[other][name]
-            if one.dtype == another.dtype and not torch.equal(one.view(torch.uint8), another.view(torch.uint8)):
+            if one.dtype == another.dtype and not torch.equal(_bytes(one), _bytes(another)):
                 raise CheckpointError(
                     f"{folder.path}: {folder.shards[first].name} and {folder.shards[other].name} disagree about {name}, of "
                     "which each has a copy: they belong to different models; fetch all files from the same release"

@@ -26,16 +26,22 @@ WHY_MISSING = {"lm_head.weight": '; if the output is the embedding, set "tie_wor
 
 
 class Expected(NamedTuple):
-    """A tensor that a model's files should hold: the whole one's shape, the dtypes that it may have."""
+    """A tensor that a model's files should hold: the whole one's shape, the dtypes that it may have.
+
+    `may_be_tied`: it is missing where it is the embedding. `is_column`: its last dimension, of one,
+    may be left out.
+    """
 
     shape: Shape
     dtypes: tuple[str, ...] = WEIGHT_DTYPES
     is_optional: bool = False
+    may_be_tied: bool = False
+    is_column: bool = False
 
 
 def expected_tensors(args: ModelArgs) -> dict[str, Expected]:
     """The tensors of a release that is not quantized, in the model's order."""
-    return {name: Expected(shape) for name, shape in expected_shapes(args).items()}
+    return {name: Expected(shape, may_be_tied=name == OUTPUT) for name, shape in expected_shapes(args).items()}
 
 
 def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
@@ -82,10 +88,10 @@ def misfits(
 ) -> dict[str, list[str]]:
     """For each shard, the `expected` tensors that are missing or have the wrong shape or dtype.
 
-    `shards` holds each tensor's dtype name and shape. If no shard has an output, it is tied.
+    `shards` holds each tensor's dtype name and shape.
     """
-    if not any(OUTPUT in tensors for tensors in shards.values()):
-        expected = {name: whole for name, whole in expected.items() if name != OUTPUT}
+    held = {name for tensors in shards.values() for name in tensors}
+    expected = {name: whole for name, whole in expected.items() if name in held or not whole.may_be_tied}
     parts = {name: whole._replace(shape=shard_shape(name, whole.shape, n_shards)) for name, whole in expected.items()}
     return {
         shard: [problem for name, part in parts.items() if (problem := misfit(name, tensors.get(name), part))]
@@ -94,15 +100,12 @@ def misfits(
 
 
 def misfit(name: str, found: DtypeAndShape | None, expected: Expected) -> str | None:
-    """The problem of a tensor that is missing or has the wrong shape or dtype; else None.
-
-    A last dimension of one may be left out.
-    """
+    """The problem of a tensor that is missing or has the wrong shape or dtype; else None."""
     if found is None:
         is_needed = not expected.is_optional
         return f"{name} is missing, expected shape {expected.shape}{WHY_MISSING.get(name, '')}" if is_needed else None
     dtype, shape = found
-    if expected.shape not in (shape, (*shape, 1)):
+    if expected.shape != shape and not (expected.is_column and expected.shape == (*shape, 1)):
         return f"{name} has shape {shape}, expected {expected.shape}"
     if dtype not in expected.dtypes:
         return f"{name} is {dtype}, expected {' or '.join(', '.join(expected.dtypes).rsplit(', ', 1))}"

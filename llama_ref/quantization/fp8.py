@@ -52,10 +52,9 @@ class Fp8Linear(QuantizedMatrix):
             steps, scales = step.reshape(-1, 1), self.scale[None]
             out = torch._scaled_mm(flat, self.q.T, scale_a=steps, scale_b=scales, out_dtype=x.dtype)
             return out.unflatten(0, x.shape[:-1])
-        wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # unscaled sums would overflow
-        n = n.to(wide)
-        parts = [F.linear(n, self.q[rows].to(wide)) * (step * self.scale[rows]) for rows in self._blocks()]
-        return torch.cat(parts, dim=-1).to(x.dtype)
+        n = n.float()  # sums of unscaled products round once, with their scales
+        parts = [(F.linear(n, self.q[rows].float()) * (step * self.scale[rows])).to(x.dtype) for rows in self._blocks()]
+        return torch.cat(parts, dim=-1)
 
     def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
         w = (self.q[rows].float() * self.scale[rows, None]).to(dtype)

@@ -75,7 +75,7 @@ class QuantizedMatrix(nn.Module):
 
 
 class Int8Matrix(QuantizedMatrix):
-    """`q` int8 (N, K) and `scale` float32 (N,), exact in bfloat16: w = q · scale."""
+    """`q` int8 (N, K) and `scale` float32 (N,): w = q · scale. Scales of our own rounding are exact in bfloat16."""
 
     q: Tensor
     scale: Tensor

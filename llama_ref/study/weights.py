@@ -95,9 +95,12 @@ def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
     if not isinstance(names, str):
         raise RequestError(f"names is {names!r:.60}, expected a matrix's name or a glob of names, such as 'layers.0.*'")
     kinds = (nn.Linear, nn.Embedding, QuantizedMatrix)
-    found: list[tuple[str, nn.Module]] = [
-        (f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, kinds)
-    ]
+    found: list[tuple[str, nn.Module]] = []
+    inside: tuple[str, ...] = ()  # of a matrix that is made of others
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and not name.startswith(inside or ("\0",)):
+            found.append((f"{name}.weight", module))
+            inside = (*inside, f"{name}.")
     if _is_tied(model):
         found = [(name, module) for name, module in found if name != "output.weight"]
     chosen = [(name, module) for name, module in found if fnmatchcase(name, names)]

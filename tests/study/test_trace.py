@@ -147,7 +147,7 @@ def test_tokens_that_are_none_are_refused(model, tokens, message):
 def test_a_cache_that_does_not_fit_is_refused(model):
     for cache in (new_cache(model, 2, 8), new_cache(model, 1, 8)):
         with pytest.raises(RequestError, match="the cache has"):
-            study.trace(model, ids(1, 65), "norm", cache=cache)
+            study.trace(model, ids(1, 200), "norm", cache=cache)
 
 
 # ---- values

@@ -24,7 +24,7 @@ class StoredInt8:
         self.parts = stored.shards[0]
 
     def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
-        """As `StoredQuantized.matrix`. Raises CheckpointError for another layout of rows and for wrong scales."""
+        """As `StoredMatrices.matrix`. Raises CheckpointError for another layout of rows and for wrong scales."""
         stem = name.removesuffix(".weight")
         largest = self.parts.get(f"{stem}.SCB")
         if largest is None:
@@ -45,7 +45,7 @@ class StoredInt8:
                 f"{self.folder.path}: {stem}.weight has bitsandbytes' weight_format {int(layout)}, made for one kind of card; "
                 "only 0 (row major) is read: fetch the release itself"
             )
-        if not largest.isfinite().all():
+        if wrong := odd(largest):
             raise CheckpointError(
-                f"{self.folder.path}: {stem}.SCB holds {odd(largest)}, expected finite numbers; fetch it again"
+                f"{self.folder.path}: {stem}.SCB holds {wrong}, expected finite positive numbers; fetch it again"
             )

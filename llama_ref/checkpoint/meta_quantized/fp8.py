@@ -5,6 +5,7 @@ is split along its inputs, every shard has its own scale for each row. Shards ar
 as blocks of a matrix, and none is multiplied by another's scales.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
-from llama_ref.checkpoint.meta_quantized.kinds import is_fp8, scale_key, scales_name, scales_of, wrong_rank
+from llama_ref.checkpoint.meta_quantized.kinds import is_fp8, scale_key, scales_name, wrong_scales
 from llama_ref.checkpoint.meta_quantized.odd_numbers import odd
 from llama_ref.checkpoint.missing_file import with_hint
 from llama_ref.checkpoint.reader import Stored, TensorSlice, check_problems, join, read_shard
-from llama_ref.checkpoint.shapes import dtypes_and_shapes, expected_shapes, misfit, strangers
+from llama_ref.checkpoint.shapes import dtypes_and_shapes, expected_shapes
 from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import places, split_dim
@@ -36,7 +37,7 @@ class StoredFp8:
         self.scales = {rank: _read_scales(folder, args, rank) for rank in stored.shards}
 
     def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
-        """As `StoredQuantized.matrix`."""
+        """As `StoredMatrices.matrix`."""
         if not is_fp8(name, self.args):
             return self.stored.joined(name, ranges, dtype, to)
         if split_dim(name) == 0:
@@ -92,16 +93,12 @@ class StoredFp8:
 def _read_scales(folder: CheckpointFolder, args: ModelArgs, rank: int) -> Mapping[str, Tensor]:
     """The scales of one shard, checked. Raises CheckpointError."""
     path = folder.path / scales_name(rank)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{folder.path} lacks {with_hint(path)}, the scales of {folder.shards[rank].name}; fetch it")
-    scales, expected = read_shard(path), scales_of(args, rank, len(folder.shards))
-    if wrong := wrong_rank(scales, rank):
-        raise CheckpointError(f"{path}: {wrong}")
-    found = dtypes_and_shapes(scales)
-    problems = [problem for key, whole in expected.items() if (problem := misfit(key, found.get(key), whole))]
-    problems += [f"{key} is unexpected" for key in strangers(scales, expected)]
+    scales = read_shard(path)
+    problems = wrong_scales(dtypes_and_shapes(scales), args, rank, len(folder.shards))
     check_problems(folder, [f"{path.name}: {problem}" for problem in problems])
     for key, values in scales.items():
-        if wrong := odd(values):
+        if wrong := odd(values, positive=True):
             raise CheckpointError(f"{path}: {key} holds {wrong}, expected positive numbers; fetch it again")
     return scales

@@ -15,7 +15,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.meta_quantized.kinds import Int4Params
 from llama_ref.checkpoint.meta_quantized.odd_numbers import odd
-from llama_ref.checkpoint.reader import Stored, same_bytes
+from llama_ref.checkpoint.reader import Stored, tables_are_equal
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
 from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError, RequestError
@@ -38,11 +38,10 @@ class StoredInt4:
         self.params = Int4Params.of(args)
         self.shapes = expected_shapes(args)
         self.names = set(stored.names())
-        tables = [(f"tok_embeddings.{part}", f"output.{part}") for part in ("scales", "weight")]
-        self.tied = all(_are_equal(stored, *names) for names in tables)
+        self.tied = tables_are_equal(stored)
 
     def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
-        """As `StoredQuantized.matrix`. Raises CheckpointError for numbers that no int4 release has."""
+        """As `StoredMatrices.matrix`. Raises CheckpointError for numbers that no int4 release has."""
         if split_dim(name) is None:
             return self.stored.joined(name, ranges, dtype, to)
         stem = name.removesuffix(".weight")
@@ -82,8 +81,8 @@ class StoredInt4:
     def _scales(self, name: str, ranges: list[range] | None, to: Target) -> Tensor:
         # Copied, so that the files' pages are free again where a kernel has them in another layout.
         scales = self.stored.joined(name, ranges, torch.float32, replace(to, in_memory=True))
-        if not scales.isfinite().all():
-            raise CheckpointError(f"{self.folder.path}: {name} holds {odd(scales)}, expected finite numbers; fetch it again")
+        if wrong := odd(scales.abs() if name.endswith(".zeros") else scales):
+            raise CheckpointError(f"{self.folder.path}: {name} holds {wrong}, expected finite positive numbers; fetch it again")
         return scales
 
     def _adaptor(self, stem: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> LowRank:
@@ -101,8 +100,3 @@ class StoredInt4:
                     f"(columns {each.start:,} to {each.stop:,}): start another number"
                 )
         return None if ranges is None else [range(each.start // group, each.stop // group) for each in ranges]
-
-
-def _are_equal(stored: Stored, a: str, b: str) -> bool:
-    """Whether two tensors are equal in every shard."""
-    return all(same_bytes(x.tensor, y.tensor) for x, y in zip(stored.parts(a), stored.parts(b), strict=True))

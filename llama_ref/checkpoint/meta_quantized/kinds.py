@@ -1,6 +1,7 @@
 """Which kind of release a folder is, and the tensors of each; torch is not imported."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,13 +18,16 @@ from llama_ref.checkpoint.shapes import (
     Shape,
     expected_shapes,
     expected_tensors,
+    misfit,
+    strangers,
 )
 from llama_ref.errors import CheckpointError
 from llama_ref.formatting import short
 
 INT4_SCHEME = "int4_weight_int8_dynamic_activation"  # the only one of Meta's code
 INT4_GROUP = 32  # of Meta's releases; their list of models says 256, the sizes of their files 32
-SCALES_PATTERN = "fp8_scales_*.pt"
+SCALES_NAME = re.compile(r"fp8_scales_(0|[1-9][0-9]{0,2})\.pt")
+LARGEST_SCALE = 1e6  # of an adaptor; the releases have 2
 
 
 class Kind(Enum):
@@ -36,6 +40,7 @@ class Kind(Enum):
     VISION = "vision"
 
 
+KIND_OF_WEIGHTS = {"bf16": Kind.PLAIN, "int4": Kind.INT4, "fp8-mixed": Kind.FP8, "int8": Kind.INT8}  # by Release.weights
 ROUNDED = (Kind.INT4, Kind.FP8)  # those whose reference rounds the inputs of matrices
 
 
@@ -45,7 +50,8 @@ def kind_of(args: ModelArgs, folder: Path | None = None) -> Kind:
         return Kind.INT4
     if args.vision_chunk_size is not None or args.vision_num_cross_attention_layers is not None:
         return Kind.VISION
-    return Kind.FP8 if folder is not None and any(folder.glob(SCALES_PATTERN)) else Kind.PLAIN
+    has_scales = folder is not None and any(scales_number(path.name) >= 0 and path.is_file() for path in folder.iterdir())
+    return Kind.FP8 if has_scales else Kind.PLAIN
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,18 @@ class Int4Params:
 
     @classmethod
     def of(cls, args: ModelArgs) -> "Int4Params":
-        """Raises CheckpointError naming a wrong value. Other keys than Meta's are allowed."""
-        quantization, lora = args.quantization_args or {}, args.lora_args
-        scheme, group = quantization.get("scheme") or INT4_SCHEME, quantization.get("group_size") or INT4_GROUP
-        rotates = quantization.get("spinquant") or False
+        """Raises CheckpointError naming a wrong value. Other keys than Meta's are allowed, and any may be missing."""
+        usual = {"scheme": INT4_SCHEME, "group_size": INT4_GROUP, "spinquant": False}
+        given = {key: value for key, value in (args.quantization_args or {}).items() if value is not None}
+        scheme, group, rotates = ((usual | given)[key] for key in usual)
+        lora, widths = args.lora_args, (args.dim, args.n_heads * args.head_dim, args.ffn_dim)
         if scheme != INT4_SCHEME:
             raise _wrong("quantization_args", "scheme", scheme, INT4_SCHEME)
         if type(group) is not int or group < 2 or group % 2:
             raise _wrong("quantization_args", "group_size", group, "an even number")
+        if any(width % group for width in widths):
+            named = ", ".join(f"{width:,}" for width in dict.fromkeys(widths))
+            raise _wrong("quantization_args", "group_size", group, f"a divisor of the matrices' inputs ({named})")
         if type(rotates) is not bool:
             raise _wrong("quantization_args", "spinquant", rotates, "true or false")
         if rotates and args.ffn_dim & (args.ffn_dim - 1):
@@ -80,10 +90,10 @@ class Int4Params:
         if lora is None:
             return cls(group, rotates)
         rank, scale = lora.get("rank"), lora.get("scale")
-        if type(rank) is not int or rank < 1:
-            raise _wrong("lora_args", "rank", rank, "a positive whole number")
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise _wrong("lora_args", "scale", scale, "a number")
+        if type(rank) is not int or not 1 <= rank <= args.dim:
+            raise _wrong("lora_args", "rank", rank, f"a whole number from 1 to {args.dim:,}")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST_SCALE:
+            raise _wrong("lora_args", "scale", scale, f"a number of at most {LARGEST_SCALE:,.0f}")
         return cls(group, rotates, rank, float(scale))
 
     def __str__(self) -> str:
@@ -123,10 +133,8 @@ def _int4_tensors(args: ModelArgs, params: Int4Params) -> dict[str, Expected]:
         stem, (rows, columns) = name.removesuffix(".weight"), shape
         out[name] = Expected(shape, ("int8",))
         if name in (EMBEDDING, OUTPUT):
-            out[f"{stem}.scales"] = Expected((rows, 1))
+            out[f"{stem}.scales"] = Expected((rows, 1), is_column=True)
             continue
-        if columns % params.group:
-            raise _wrong("quantization_args", "group_size", params.group, f"a divisor of the {columns:,} inputs of {name}")
         groups = (rows, columns // params.group)
         out[f"{stem}.scales"], out[f"{stem}.zeros"] = Expected(groups), Expected(groups, is_optional=True)
         if params.rank:
@@ -139,10 +147,10 @@ def _int8_tensors(args: ModelArgs) -> dict[str, Expected]:
     out = {}
     for name, shape in expected_shapes(args).items():
         if len(shape) == 1 or name in (EMBEDDING, OUTPUT):
-            out[name] = Expected(shape)
+            out[name] = Expected(shape, may_be_tied=name == OUTPUT)
             continue
         stem = name.removesuffix(".weight")
-        out[name], out[f"{stem}.SCB"] = Expected(shape, ("int8",)), Expected((shape[0], 1), ("float32",))
+        out[name], out[f"{stem}.SCB"] = Expected(shape, ("int8",)), Expected((shape[0], 1), ("float32",), is_column=True)
         out[f"{stem}.weight_format"] = Expected((), ("uint8",), is_optional=True)
     return out
 
@@ -151,6 +159,12 @@ def contradiction(tensors: Mapping[str, DtypeAndShape], args: ModelArgs, kind: K
     """Why a shard's tensors as a whole are not those of this kind of release; else None."""
     dtypes = {dtype for dtype, _ in tensors.values()}
     scales = {name: shape for name, (_, shape) in tensors.items() if name.endswith(".scales")}
+    sections = " and ".join(key for key in ("quantization_args", "lora_args") if getattr(args, key) is not None)
+    if kind is Kind.FP8 and FP8 not in dtypes and any(is_fp8(name, args) for name in tensors):
+        return (
+            "it holds no float8 matrices, but files with their scales are here (fp8_scales_0.pt and so on): remove these, or "
+            "fetch the shards of the fp8 release"
+        )
     if kind is Kind.PLAIN and FP8 in dtypes:
         return "it holds float8 matrices, as Meta's fp8 releases do, but no scales are here: fetch fp8_scales_0.pt and so on"
     if kind is Kind.PLAIN and scales:
@@ -159,9 +173,11 @@ def contradiction(tensors: Mapping[str, DtypeAndShape], args: ModelArgs, kind: K
             "fetch the params.json of that release"
         )
     if kind is Kind.INT4 and not scales:
-        return "params.json has quantization_args, as Meta's int4 releases do, but no matrix has its scales here" + (
+        return f"params.json has {sections}, as Meta's int4 releases do, but no matrix has its scales here" + (
             ": fetch the weights again" if "int8" in dtypes else ": fetch the params.json of the release that these weights are"
         )
+    if kind is Kind.INT4 and args.lora_args is None and any(".adaptor." in name for name in tensors):
+        return "it holds adaptors of low rank (QLoRA), but params.json has no lora_args: fetch the params.json of that release"
     return _other_group(scales, args) if kind is Kind.INT4 else None
 
 
@@ -184,30 +200,33 @@ def is_fp8(name: str, args: ModelArgs) -> bool:
     return parts[0] == "layers" and parts[2] == "feed_forward" and 0 < int(parts[1]) < args.n_layers - 1
 
 
-def scales_name(rank: int) -> str:
+def scales_name(shard: int) -> str:
     """The file with the scales of one shard's float8 matrices."""
-    return f"fp8_scales_{rank}.pt"
+    return f"fp8_scales_{shard}.pt"
 
 
-def scale_key(name: str, rank: int) -> str:
+def scales_number(name: str) -> int:
+    """The shard's number in such a file's name; -1 for any other file."""
+    match = SCALES_NAME.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def scale_key(name: str, shard: int) -> str:
     """A matrix's key in that file: ("layers.3.feed_forward.w1.weight", 5) -> "3_feed_forward.w1_5"."""
     _, layer, rest = name.removesuffix(".weight").split(".", 2)
-    return f"{layer}_{rest}_{rank}"
+    return f"{layer}_{rest}_{shard}"
 
 
-def scales_of(args: ModelArgs, rank: int, n_shards: int) -> dict[str, Expected]:
-    """The tensors in the scales' file of one shard: one number per row of the shard's part."""
-    out = {}
+def wrong_scales(found: Mapping[str, DtypeAndShape], args: ModelArgs, shard: int, n_shards: int) -> list[str]:
+    """What is wrong with the tensors in the scales' file of a shard: one number per row of its matrices."""
+    shards = {key.rpartition("_")[2] for key in found}
+    if len(shards) == 1 and shards != {str(shard)}:
+        other = shards.pop()[:20]
+        return [f"it holds the scales of shard {other}, expected those of shard {shard}; fetch it again under its own name"]
+    expected = {}
     for name, (rows, *_) in expected_shapes(args).items():
         if is_fp8(name, args):
-            out[scale_key(name, rank)] = Expected((rows if name.endswith("w2.weight") else rows // n_shards, 1), ("float32",))
-    return out
-
-
-def wrong_rank(keys: Collection[str], rank: int) -> str | None:
-    """What is wrong if a scales' file has the keys of another shard; else None."""
-    ranks = {key.rpartition("_")[2] for key in keys}
-    if ranks == {str(rank)} or len(ranks) != 1:
-        return None
-    [other] = ranks
-    return f"it holds the scales of shard {other[:20]}, expected those of shard {rank}; fetch it again under its own name"
+            own_rows = rows if name.endswith("w2.weight") else rows // n_shards
+            expected[scale_key(name, shard)] = Expected((own_rows, 1), ("float32",), is_column=True)
+    problems = [problem for key, whole in expected.items() if (problem := misfit(key, found.get(key), whole))]
+    return problems + [f"{key} is unexpected" for key in strangers(found, expected)]

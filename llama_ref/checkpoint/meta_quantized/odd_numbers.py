@@ -3,10 +3,11 @@
 from torch import Tensor
 
 
-def odd(scales: Tensor) -> str | None:
-    """The first kind of number that a scale cannot be; None if there is none."""
+def odd(scales: Tensor, *, positive: bool = False) -> str | None:
+    """The first kind of number that no scale can be; None if there is none. `positive`: nor zero."""
     if scales.isnan().any():
         return "a NaN"
     if scales.isinf().any():
         return "an infinite number"
-    return f"{scales.min().item():g}" if (scales <= 0).any() else None
+    wrong = scales <= 0 if positive else scales < 0
+    return f"{scales.min().item():g}" if wrong.any() else None

@@ -23,9 +23,9 @@ from llama_ref.checkpoint.meta_quantized.kinds import (
     contradiction,
     kind_of,
     scales_name,
-    scales_of,
+    scales_number,
     tensors_of,
-    wrong_rank,
+    wrong_scales,
 )
 from llama_ref.checkpoint.shapes import (
     EMBEDDING,
@@ -34,7 +34,6 @@ from llama_ref.checkpoint.shapes import (
     DtypeAndShape,
     Expected,
     implied_shards,
-    misfit,
     misfits,
     shard_shape,
     strangers,
@@ -283,7 +282,12 @@ def _examine_shards(
     if args and expected:
         n_shards = next((n for tensors in found.pth.values() if (n := _n_shards(tensors, args))), len(shards))
         problems = _problems(found.pth, expected, n_shards, args, kind)
-        if may_blame_params and len(problems) == len(found.pth) and (model := _implied_by(found.pth)):
+        is_in_all = may_blame_params and len(problems) == len(found.pth)
+        blamed = {text for tensors in found.pth.values() if (text := contradiction(_described(tensors), args, kind))}
+        if is_in_all and len(blamed) == 1:
+            detail = f"it and {', '.join(found.pth)} contradict each other: of the weights, {blamed.pop()}"
+            found.findings["params.json"] = Finding(State.MISFIT, detail)
+        elif is_in_all and kind is Kind.PLAIN and (model := _implied_by(found.pth)):
             implied, n_shards = model
             found.findings["params.json"] = contradicted_params(list(found.pth), args, implied, names={})
         else:
@@ -306,13 +310,10 @@ def _examine_scales(folder: Path, names: list[str], found: Structure, args: Mode
             found.findings[name] = _why_broken(folder / name, error)
             continue
         found.pth[name] = tensors
-        expected, described = scales_of(args, rank, n_shards), _described(tensors)
-        wrong = [problem for key, whole in expected.items() if (problem := misfit(key, described.get(key), whole))]
-        wrong += [f"{key} is unexpected" for key in strangers(tensors, expected)]
-        if other := wrong_rank(tensors, rank):
-            wrong = [other]
-        if wrong:
+        if wrong := wrong_scales(_described(tensors), args, rank, n_shards):
             found.findings[name] = Finding(State.MISFIT, listed(wrong))
+    why = f"there are {n_shards} shards"
+    found.surplus |= {name: why for name in names if scales_number(name) >= n_shards}
 
 
 def _examine_quantized(folder: Path, names: list[str], found: Structure) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME
+from llama_ref.checkpoint.meta_quantized.kinds import scales_number
 from llama_ref.checkpoint.missing_file import hint_about
 from llama_ref.checkpoint.verify.report import FileReport, State
 from llama_ref.files import is_link_loop
@@ -100,7 +101,7 @@ def files_of(form: Format, names: Collection[str]) -> list[str]:
         others = []
     elif form is META and HUGGING_FACE.params in names:
         others = [name for name in others if name == ADDED_TOKENS]
-    weights = [name for name in names if form.weights.fullmatch(name) or (form is META and name.startswith("fp8_scales"))]
+    weights = [name for name in names if form.weights.fullmatch(name) or (form is META and scales_number(name) >= 0)]
     return [*weights, *(name for name in (form.params,) if name in names), *tokenizers, *others]
 
 

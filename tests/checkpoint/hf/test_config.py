@@ -167,7 +167,10 @@ REFUSED = [
     ({"hidden_act": "gelu"}, '"hidden_act" is \'gelu\', expected "silu" or "swish"'),
     ({"sliding_window": 4096}, '"sliding_window" is 4096, expected none'),
     ({"tie_word_embeddings": 1}, '"tie_word_embeddings" is 1, expected false or true'),
-    ({"quantization_config": {"quant_method": "awq"}}, "'awq'}, expected none: its weights are quantized"),
+    (
+        {"quantization_config": {"quant_method": "awq"}},
+        "'awq'}, expected none, or int8 by bitsandbytes: its weights are quantized",
+    ),
     ({"compression_config": {"format": "int"}}, '"compression_config" is '),
     ({"head_dim": "64"}, "\"head_dim\" is '64', expected a whole number from 1"),
     ({"head_dim": 0}, '"head_dim" is 0, expected a whole number from 1'),

@@ -11,6 +11,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
+from folders import PARAMS, tiny_folder
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.describe import describe
@@ -27,6 +28,7 @@ from llama_ref.model import Transformer
 from llama_ref.plan import find_model
 from llama_ref.quantization.apply import quantized_bytes
 from llama_ref.quantization.linear import QuantizedMatrix
+from llama_ref.study.weights import spectra
 from quantized_folders import QLORA, SPINQUANT, fp8_folder, int8_folder, quantized_folder
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
@@ -266,6 +268,12 @@ def test_folders_that_round_nothing_have_no_arithmetic_to_choose(tmp_path):
         loaded(int8_folder(tmp_path / "folder"), activations="full")
 
 
+def test_every_matrix_is_studied_once(folder):
+    names = [spectrum.name for spectrum in spectra(loaded(folder))]
+    assert len(names) == len(set(names)) == 4 * 7 + 2
+    assert {"layers.1.attention.wq.weight", "layers.2.feed_forward.w2.weight"} < set(names)
+
+
 def test_text_is_generated(folder):
     llama = Llama.build(folder, max_seq_len=64, device="cpu")
     [found] = llama.text_completion(["Hello"], temperature=0, max_gen_len=8, logprobs=True)
@@ -289,7 +297,16 @@ BROKEN = {
         lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(".scales")],
         "no matrix has its scales here: fetch the weights again",
     ),
-    "a NaN": (with_value("layers.0.feed_forward.w1.scales", float("nan")), r"w1\.scales holds a NaN, expected finite numbers"),
+    "negative": (with_value("layers.1.attention.wv.scales", -1), r"wv\.scales holds -1, expected finite positive numbers"),
+    "no output": (without("output.weight"), r"output\.weight is missing"),
+    "scales in a row": (
+        lambda tensors: tensors.update({"layers.0.attention.wq.scales": tensors["layers.0.attention.wq.scales"].flatten()}),
+        r"wq\.scales has shape \(128,\), expected \(64, 2\)",
+    ),
+    "a NaN": (
+        with_value("layers.0.feed_forward.w1.scales", float("nan")),
+        r"w1\.scales holds a NaN, expected finite positive numbers",
+    ),
     "infinite": (with_value("output.scales", float("inf")), r"output\.scales holds an infinite number, expected finite"),
     "more than four bits": (
         with_value("layers.3.attention.wq.weight", 9),
@@ -310,7 +327,7 @@ def test_what_is_wrong_with_int4_files_is_named(tmp_path, case):
     assert re.search(message, refusal(folder))
     (folder / "checklist.chk").unlink()
     report = verify(folder, deep=True)
-    assert report.bad or case == "more than four bits"
+    assert report.bad or case in ("more than four bits", "negative")  # numbers that the loader refuses
 
 
 @pytest.mark.parametrize(
@@ -321,12 +338,17 @@ def test_what_is_wrong_with_int4_files_is_named(tmp_path, case):
         (
             "quantization_args",
             {"group_size": 48},
-            '"group_size" 48, expected a divisor of the 64 inputs of layers.0.attention.wq',
+            '"group_size" 48, expected a divisor of the matrices\' inputs (64, 192)',
         ),
         ("quantization_args", {"scheme": "int2"}, "\"scheme\" 'int2', expected int4_weight_int8_dynamic_activation"),
         ("quantization_args", {"spinquant": "yes"}, "\"spinquant\" 'yes', expected true or false"),
-        ("lora_args", {"rank": 0}, '"rank" 0, expected a positive whole number'),
-        ("lora_args", {"scale": None}, '"scale" None, expected a number'),
+        ("lora_args", {"rank": 0}, '"rank" 0, expected a whole number from 1 to 64'),
+        ("lora_args", {"scale": None}, '"scale" None, expected a number of at most 1,000,000'),
+        ("lora_args", {"scale": float("inf")}, '"scale" inf, expected a number of at most 1,000,000'),
+        ("lora_args", {"scale": 10**400}, "expected a number of at most 1,000,000"),
+        ("quantization_args", {"spinquant": {}}, '"spinquant" {}, expected true or false'),
+        ("quantization_args", {"group_size": 0}, '"group_size" 0, expected an even number'),
+        ("quantization_args", {"group_size": 10**300}, "expected a divisor of the matrices' inputs"),
         ("lora_args", {"rank": 8}, r"adaptor.A.weight has shape (16, 64), expected (8, 64)"),
     ],
 )
@@ -336,6 +358,68 @@ def test_what_is_wrong_with_params_is_named(tmp_path, section, values, message):
     assert message in refusal(folder)
     report = verify(folder, quick=True)
     assert any(message in file.detail for file in report.bad), report.summary()
+
+
+def test_adaptors_without_their_section_are_named(tmp_path):
+    folder = qlora_folder(tmp_path / "folder")
+    params = json.loads((folder / "params.json").read_text())
+    del params["lora_args"]
+    (folder / "params.json").write_text(json.dumps(params))
+    assert "it holds adaptors of low rank (QLoRA), but params.json has no lora_args" in refusal(folder)
+    (folder / "checklist.chk").unlink()
+    [bad] = verify(folder).bad
+    assert bad.name == "params.json" and "has no lora_args" in bad.detail
+
+
+@pytest.mark.parametrize("section", [{"quantization_args": {"group_size": 32}}, {"lora_args": {"rank": 4, "scale": 1.0}}])
+def test_a_plain_folder_with_a_section_of_an_int4_release(tmp_path, section):
+    folder = tiny_folder(tmp_path / "folder")
+    (folder / "params.json").write_text(json.dumps(PARAMS | section))
+    (folder / "checklist.chk").unlink()
+    message = f"params.json has {next(iter(section))}, as Meta's int4 releases do, but no matrix has its scales here"
+    assert message in refusal(folder)
+    [bad] = verify(folder).bad
+    assert bad.name == "params.json" and message in bad.detail
+
+
+def test_strided_tables_are_read(tmp_path):
+    folder = spinquant_folder(tmp_path / "folder")
+    expected = loaded(folder)(IDS)
+    changed(
+        folder,
+        lambda tensors: tensors.update(
+            {name: tensors[name].repeat_interleave(2)[::2] for name in ("tok_embeddings.scales", "output.scales")}
+        ),
+    )
+    assert torch.load(folder / SHARD)["output.scales"].stride() == (2,)
+    assert torch.equal(loaded(folder)(IDS), expected)
+
+
+@pytest.mark.parametrize("stray", ["fp8_scales_x.pt", "fp8_scales_0.pt.part", "fp8_scales_old/"])
+def test_files_with_like_names_are_no_scales(tmp_path, stray):
+    for folder in (tiny_folder(tmp_path / "plain"), fp8_folder(tmp_path / "fp8")):
+        if stray.endswith("/"):
+            (folder / stray).mkdir()
+        else:
+            (folder / stray).write_bytes(b"half")
+        loaded(folder)
+        report = verify(folder)
+        assert not report.bad and stray not in {file.name for file in report.files}
+
+
+def test_scales_of_no_shard_are_extra(tmp_path):
+    folder = fp8_folder(tmp_path / "folder")
+    (folder / "checklist.chk").unlink()
+    (folder / "fp8_scales_2.pt").write_bytes((folder / "fp8_scales_0.pt").read_bytes())
+    [extra] = [file for file in verify(folder).files if file.state is State.EXTRA]
+    assert extra.name == "fp8_scales_2.pt" and extra.detail == "there are 2 shards"
+
+
+def test_scales_beside_a_plain_model_are_named(tmp_path):
+    fp8 = fp8_folder(tmp_path / "fp8")
+    plain = to_meta(fp8, tmp_path / "plain")
+    (plain / "fp8_scales_0.pt").write_bytes((fp8 / "fp8_scales_0.pt").read_bytes())
+    assert "it holds no float8 matrices, but files with their scales are here" in refusal(plain)
 
 
 def test_missing_keys_are_those_of_the_releases():
@@ -404,10 +488,16 @@ def test_other_layouts_of_bitsandbytes_are_refused(tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight_format"] = torch.tensor(2, dtype=torch.uint8)
     safetensors.torch.save_file(tensors, path)
     assert "bitsandbytes' weight_format 2" in refusal(folder)
+    del tensors["model.layers.0.mlp.up_proj.weight_format"]
+    tensors["model.layers.2.self_attn.k_proj.SCB"][3] = -1
+    safetensors.torch.save_file(tensors, path)
+    assert "layers.2.attention.wk.SCB holds -1, expected finite positive numbers" in refusal(folder)
     del tensors["model.layers.1.self_attn.q_proj.SCB"]
     safetensors.torch.save_file(tensors, path)
     assert "model.layers.1.self_attn.q_proj.SCB is missing" in refusal(folder)
     assert [file.state for file in verify(folder, quick=True).bad] == [State.MISFIT]
+    safetensors.torch.save_file({name: tensor for name, tensor in tensors.items() if not name.endswith("SCB")}, path)
+    assert "holds int8 matrices without their scales (….SCB)" in refusal(folder)
 
 
 def test_the_guards_download_needs_no_config(tmp_path):
@@ -416,7 +506,7 @@ def test_the_guards_download_needs_no_config(tmp_path):
     from llama_ref.checkpoint.meta_quantized.kinds import Kind, tensors_of
 
     short, header, at = {"int8": "I8", "float32": "F32", "bfloat16": "BF16"}, {}, 0
-    for name, (shape, dtypes, is_optional) in tensors_of(guard_args(), Kind.INT8).items():
+    for name, (shape, dtypes, is_optional, *_) in tensors_of(guard_args(), Kind.INT8).items():
         if not is_optional:
             shape = shape[:1] if name.endswith(".SCB") else shape
             size = torch.Size(shape).numel() * getattr(torch, dtypes[0]).itemsize

@@ -96,11 +96,13 @@ def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
         raise RequestError(f"names is {names!r:.60}, expected a matrix's name or a glob of names, such as 'layers.0.*'")
     kinds = (nn.Linear, nn.Embedding, QuantizedMatrix)
     found: list[tuple[str, nn.Module]] = []
-    inside: tuple[str, ...] = ()  # of a matrix that is made of others
+    outer = None
     for name, module in model.named_modules():
-        if isinstance(module, kinds) and not name.startswith(inside or ("\0",)):
+        if outer is not None and name.startswith(f"{outer}."):
+            continue  # a part of the matrix before
+        if isinstance(module, kinds):
+            outer = name
             found.append((f"{name}.weight", module))
-            inside = (*inside, f"{name}.")
     if _is_tied(model):
         found = [(name, module) for name, module in found if name != "output.weight"]
     chosen = [(name, module) for name, module in found if fnmatchcase(name, names)]

@@ -15,9 +15,9 @@ NOWHERE = torch.empty(0, device="cpu")  # what a slice in memory was mapped from
 
 
 class Dequantized:
-    """Takes the place of a quantized release's `Stored`: the same methods, for matrices in float32.
+    """Takes the place of a quantized release's `Stored` where it is converted or compared.
 
-    A rotation and adaptors of low rank are multiplied out: with these weights alone, a model computes
+    Its matrices are float32. A rotation and adaptors of low rank are multiplied out: with these weights alone, a model computes
     what the release does when no inputs are rounded.
     """
 

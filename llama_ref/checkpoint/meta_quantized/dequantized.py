@@ -17,8 +17,8 @@ NOWHERE = torch.empty(0, device="cpu")  # what a slice in memory was mapped from
 class Dequantized:
     """Takes the place of a quantized release's `Stored` where it is converted or compared.
 
-    Its matrices are float32. A rotation and adaptors of low rank are multiplied out: with these weights alone, a model computes
-    what the release does when no inputs are rounded.
+    Its matrices are float32. A rotation and adaptors of low rank are multiplied out: with these
+    weights alone, a model computes what the release does when no inputs are rounded.
     """
 
     def __init__(self, folder: CheckpointFolder, args: ModelArgs, stored: Stored):

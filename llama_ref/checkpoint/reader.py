@@ -223,7 +223,8 @@ def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) ->
     ours = {name_in_files(name): name for name in expected if not (tied and name == OUTPUT)}
     if check:
         _check_unique(folder, files)
-        _check_tensors(folder, {_file_names(folder): tensors}, {name: expected[ours[name]] for name in ours})
+        needed = {name: expected[own]._replace(may_be_tied=False) for name, own in ours.items()}  # config.json says so
+        _check_tensors(folder, {_file_names(folder): tensors}, needed)
     return Stored({0: {ours.get(name, name): tensor for name, tensor in tensors.items()}}, tied, args.head_dim, kind)
 
 

@@ -243,16 +243,17 @@ def on_a_terminal(*words: object, columns: int = 80) -> str:
 
 
 def test_on_a_terminal_the_table_is_whole_and_names_send_it_no_commands(folder):
-    evil = "fp8_scales_\x1b]0;owned\x07\x1b[2J\u202e[red].pt"
+    evil = "weights_\x1b]0;owned\x07\x1b[2J\u202e[red].pt"
     (folder / evil).write_bytes(b"x")
     with (folder / "checklist.chk").open("ab") as file:
+        file.write(b"0" * 32 + f"  {evil}\n".encode())
         file.write(b"0" * 32 + b"  \x1b[31mlisted\x9b2J.pth\n")
     cut(folder)
     sent = on_a_terminal("verify", folder)
     table = sent[sent.index(f"{folder}"[:20]) :]  # without the progress bars, which move the cursor
     assert "\x1b" not in COLOR.sub("", table) and not re.search("[\x07\x9b\u202e]", sent)
     assert "\x1b[2J" not in sent and "\x1b]" not in sent and "\x1b[31mlisted" not in sent
-    assert r"fp8_scales_\x1b]0;owned\x07\x1b[2J\u202e[red].pt" in COLOR.sub("", table).replace("\r\n", "")
+    assert r"weights_\x1b]0;owned\x07\x1b[2J\u202e[red].pt" in COLOR.sub("", table).replace("\r\n", "")
 
 
 class Terminal:
@@ -301,8 +302,10 @@ def test_80_columns_hold_every_state_of_files_with_usual_names(monkeypatch, stat
 
 
 def test_into_a_pipe_no_long_name_is_cut(run, folder):
-    name = "fp8_scales_" + "long" * 20 + ".pt"
+    name = "weights_" + "long" * 20 + ".pt"
     (folder / name).write_bytes(b"x")
+    with (folder / "checklist.chk").open("a") as file:
+        file.write(f"{'0' * 32}  {name}\n")
     assert re.search(rf"^  {name} ", run("verify", folder)[1], re.MULTILINE)
 
 

@@ -156,6 +156,10 @@ class _Check:
         files = [*list_report, *(verdicts[name] for name in names)]
         if form is HUGGING_FACE and not has_weights(form, here) and (pickles := [n for n in here if n.endswith(".bin")]):
             notes.append(f"the weights are here as pickles ({pickles[0]}), which are not read: fetch them as safetensors")
+        if not has_weights(form, here) and (program := next((n for n in here if n.endswith(".pte")), None)):
+            notes.append(
+                f"{program} is an ExecuTorch program, which PyTorch cannot read: fetch Llama-Guard-3-1B, the guard in bf16"
+            )
         if not has_weights(form, here) and (advice := how_to_rename(self.folder, here)):
             notes.append(advice)
         problem = the_list.problem or _not_compared(the_list, form, files)

@@ -528,3 +528,4 @@ def test_the_pruned_guard_is_refused_by_name(tmp_path):
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"ExecuTorch program \(\.pte\).*PyTorch cannot read it; fetch Llama-Guard-3-1B"):
         open_folder(tmp_path)
+    assert "is an ExecuTorch program, which PyTorch cannot read: fetch Llama-Guard-3-1B" in verify(tmp_path).notes[-1]

@@ -12,6 +12,7 @@ from llama_ref.checkpoint.formats.atomic import write_sums
 from llama_ref.checkpoint.missing_file import hint_about
 from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.checkpoint.verify.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
+from llama_ref.checkpoint.verify.findings import listed
 from llama_ref.checkpoint.verify.hashing import Hashed, hash_files, run_all
 from llama_ref.checkpoint.verify.meta_shards import Finding, Structure, examine, oversize_finding
 from llama_ref.checkpoint.verify.presence import (
@@ -67,7 +68,7 @@ def verify(
     tokenizer against vocab_size. `quick` stops there. Otherwise the files are hashed, `jobs` at a
     time (default: one per core), and compared with checklist.chk. Without a checklist, Meta's
     weights are compared with the CRC-32 sums in their own archives; safetensors have no such sums.
-    `deep` also looks for NaN and infinity in every weight. `progress(path, bytes done, total
+    `deep` also looks for NaN, infinity and impossible numbers in every weight. `progress(path, bytes done, total
     bytes)` is called from threads.
 
     >>> report = verify("Llama3.2-1B-Instruct")
@@ -261,6 +262,9 @@ class _Check:
             elif scan.not_finite:
                 detail = "; ".join(f"{tensor}: {nan} NaN, {inf} infinite" for tensor, (nan, inf) in scan.not_finite.items())
                 verdicts[name] = replace(verdicts[name], state=State.NOT_FINITE, detail=detail)
+            elif scan.out_of_range:
+                counts = (f"{tensor}: {n:,} impossible number{'s' * (n > 1)}" for tensor, n in scan.out_of_range.items())
+                verdicts[name] = replace(verdicts[name], state=State.DAMAGED, detail=listed([*counts]))
 
         names = [name for name in (*structure.pth, *structure.safetensors) if verdicts[name].ok]
         run_all([partial(one, name) for name in names], self.jobs, cancel)

@@ -1,6 +1,8 @@
 """Which kind of release a folder is, and the tensors of each; torch is not imported."""
 
+import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -27,6 +29,7 @@ from llama_ref.formatting import short
 INT4_SCHEME = "int4_weight_int8_dynamic_activation"  # the only one of Meta's code
 INT4_GROUP = 32  # of Meta's releases; their list of models says 256, the sizes of their files 32
 SCALES_NAME = re.compile(r"fp8_scales_(0|[1-9][0-9]{0,2})\.pt")
+SCALE_KEY = re.compile(r"\d+_feed_forward\.w[123]_\d+")  # `scale_key`
 LARGEST_SCALE = 1e6  # of an adaptor; the releases have 2
 
 
@@ -153,6 +156,17 @@ def _int8_tensors(args: ModelArgs) -> dict[str, Expected]:
         out[name], out[f"{stem}.SCB"] = Expected(shape, ("int8",)), Expected((shape[0], 1), ("float32",), is_column=True)
         out[f"{stem}.weight_format"] = Expected((), ("uint8",), is_optional=True)
     return out
+
+
+def value_range(name: str, dtype: str) -> tuple[float, float] | None:
+    """The least and the largest number that the loader takes in a part of a quantized matrix; None: any."""
+    if name.startswith("layers.") and name.endswith(".weight") and dtype == "int8":
+        return -8, 7
+    if name.endswith((".scales", ".SCB")):
+        return 0, math.inf
+    if name.endswith(".weight_format"):
+        return 0, 0
+    return (sys.float_info.min, math.inf) if SCALE_KEY.fullmatch(name) else None
 
 
 def contradiction(tensors: Mapping[str, DtypeAndShape], args: ModelArgs, kind: Kind) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from llama_ref.checkpoint.formats.pth import TensorInfo, archive_records
 from llama_ref.checkpoint.formats.pth_zip import Record
 from llama_ref.checkpoint.formats.safetensors import HeldTensor
+from llama_ref.checkpoint.meta_quantized.kinds import value_range
 from llama_ref.checkpoint.verify.hashing import Cancelled
 from llama_ref.progress import FileProgress
 
@@ -21,10 +22,21 @@ CHUNK_BYTES = 4 << 20  # a multiple of every dtype's size
 
 @dataclass
 class WeightScan:
-    """Records with a wrong CRC-32, and counts of NaN and infinite values by tensor."""
+    """Records with a wrong CRC-32, and counts by tensor of NaN and infinite values, and of those out of range.
+
+    Only the numbers and scales of quantized matrices have a range.
+    """
 
     wrong_crc: list[str] = field(default_factory=list)
     not_finite: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (NaN, ±inf)
+    out_of_range: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, counts: Counter[str]) -> None:
+        """Count a tensor's odd values."""
+        if counts["nan"] or counts["inf"]:
+            self.not_finite[name] = counts["nan"], counts["inf"]
+        elif counts["outside"]:
+            self.out_of_range[name] = counts["outside"]
 
 
 def scan_weights(
@@ -51,9 +63,9 @@ def scan_weights(
             named = by_storage.get(record.data_offset, [])
             if cancel is not None and cancel.is_set():
                 raise Cancelled(str(path))
-            counts = _scan_record(file, view, record, named[0][1] if values and named else None, scan)
-            if sum(counts.values()):
-                scan.not_finite |= {name: (counts["nan"], counts["inf"]) for name, _ in named}
+            counts = _scan_record(file, view, record, named[0] if values and named else None, scan)
+            for name, _ in named:
+                scan.add(name, counts)
             done += record.size
             if progress:
                 progress(path, done, total)
@@ -82,25 +94,26 @@ def scan_safetensors(
             for filled in _chunks(file, view, held.nbytes, name):
                 if cancel is not None and cancel.is_set():
                     raise Cancelled(str(path))
-                counts += _not_finite(view[:filled], held.dtype)
+                counts += _odd_values(view[:filled], name, held.dtype)
                 done += filled
                 if progress:
                     progress(path, done, total)
-            if sum(counts.values()):
-                scan.not_finite[name] = counts["nan"], counts["inf"]
+            scan.add(name, counts)
     if progress:
         progress(path, total, total)
     return scan
 
 
-def _scan_record(file: FileIO, view: memoryview, record: Record, dtype: str | None, scan: WeightScan) -> Counter[str]:
+def _scan_record(
+    file: FileIO, view: memoryview, record: Record, tensor: tuple[str, str] | None, scan: WeightScan
+) -> Counter[str]:
     crc = 0
     counts: Counter[str] = Counter()
     file.seek(record.data_offset)
     for filled in _chunks(file, view, record.size, record.name):
         crc = zlib.crc32(view[:filled], crc)
-        if dtype:
-            counts += _not_finite(view[:filled], dtype)
+        if tensor:
+            counts += _odd_values(view[:filled], *tensor)
     if record.crc and crc != record.crc:
         scan.wrong_crc.append(record.name)
     return counts
@@ -123,15 +136,20 @@ def _fill(file: FileIO, view: memoryview) -> int:
     return filled
 
 
-def _not_finite(data: memoryview, dtype: str) -> Counter[str]:
+def _odd_values(data: memoryview, name: str, dtype: str) -> Counter[str]:
+    """Counts of NaN, infinite values and those outside of a tensor's range."""
     import torch  # only now: checksums do not wait for it
 
     torch_dtype = getattr(torch, dtype, torch.uint8)  # older torch versions lack the newest dtypes
-    if not torch_dtype.is_floating_point or dtype in WITHOUT_SPECIALS:
+    allowed = value_range(name, dtype)
+    if dtype in WITHOUT_SPECIALS or not (torch_dtype.is_floating_point or allowed):
         return Counter()
     values = torch.frombuffer(data, dtype=torch_dtype)
-    if values.element_size() == 1:
+    if torch_dtype.is_floating_point and values.element_size() == 1:
         values = values.float()  # float8 has no comparisons
-    if torch.isfinite(values).all():
-        return Counter()
-    return Counter(nan=int(values.isnan().sum()), inf=int(values.isinf().sum()))
+    counts: Counter[str] = Counter()
+    if torch_dtype.is_floating_point and not torch.isfinite(values).all():
+        counts += Counter(nan=int(values.isnan().sum()), inf=int(values.isinf().sum()))
+    if allowed:
+        counts += Counter(outside=int(((values < allowed[0]) | (values > allowed[1])).sum()))
+    return counts

@@ -20,7 +20,7 @@ def verify(
             short="q",
         ),
     ] = False,
-    deep: Annotated[bool, Flag("also look for NaN and infinity in every weight")] = False,
+    deep: Annotated[bool, Flag("also look for NaN, infinity and impossible numbers in every weight")] = False,
     jobs: Jobs = None,
     json: Json = False,
 ) -> int:

@@ -68,8 +68,8 @@ def verify(
     tokenizer against vocab_size. `quick` stops there. Otherwise the files are hashed, `jobs` at a
     time (default: one per core), and compared with checklist.chk. Without a checklist, Meta's
     weights are compared with the CRC-32 sums in their own archives; safetensors have no such sums.
-    `deep` also looks for NaN, infinity and impossible numbers in every weight. `progress(path, bytes done, total
-    bytes)` is called from threads.
+    `deep` also looks for NaN, infinity and impossible numbers in every weight. `progress(path, bytes
+    done, total bytes)` is called from threads.
 
     >>> report = verify("Llama3.2-1B-Instruct")
     >>> print(report.summary())

@@ -284,8 +284,8 @@ def activation_bytes(
     gathered = 1 if share.world_size == 1 else 3  # logits: this part, all parts, all in one
     float32 = 4 + 4 * (size < 4)  # log-probabilities, and logits where they are not float32 already
     scores = 2 * state + (gathered * size + float32) * min(LOGPROB_POSITIONS, T) * V
-    longest = max(B * T, B * min(max(1, MASKLESS_PREFILL_TOKENS // B), S))
-    layers += ROUNDING_BYTES * longest * rounded_width
+    in_piece = B * max(T, min(max(1, MASKLESS_PREFILL_TOKENS // B), S))  # tokens of all rows
+    layers += ROUNDING_BYTES * in_piece * rounded_width
     if is_quantized:
         layers += _block_bytes(args, share, B * T, size)
         scores += _block_bytes(args, share, min(LOGPROB_POSITIONS, T), size)

@@ -38,9 +38,9 @@ from llama_ref.checkpoint.hf.conventions import (
 from llama_ref.checkpoint.hf.names import hf_name, is_rotated, to_hf_rope
 from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
-from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized
+from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized, open_weights
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
-from llama_ref.checkpoint.reader import Stored, open_stored
+from llama_ref.checkpoint.reader import Stored
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
 from llama_ref.checkpoint.verify.presence import INDEX_NAME, ONE_FILE, checkpoint_files, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
@@ -116,13 +116,13 @@ def to_hugging_face(
     format keeps its config and tokenizer. Raises as `to_meta` does.
     """
     opened = Source.open(source)
-    if opened.folder.is_hugging_face and isinstance(opened.stored, Stored) and chat is not None:
+    if opened.keeps_configs and chat is not None:
         raise RequestError(f"{opened.folder.path} has its own tokenizer_config.json, which is kept: leave --chat out")
     tensors = [opened.in_hf_format(tensor) for tensor in opened.tensors(WHOLE, dtype)]
     written = ProgressCounter(sum(tensor.nbytes for tensor in tensors), progress)
     files = _assign(tensors, max_shard_bytes)
     with new_folder(target, force=force, n_bytes=written.total) as folder, opened.unchanged(verify):
-        if opened.folder.is_hugging_face and isinstance(opened.stored, Stored):
+        if opened.keeps_configs:
             _copy_configs(folder, opened, dtype)
         else:
             _write_configs(folder, opened, tensors[0].dtype, _is_chat_model(opened) if chat is None else chat)
@@ -169,8 +169,7 @@ class Source:
         stamps = {path: stamp_of(path) for path in (*carried, *folder.weights)}
         with watch_opened() as opened:
             args = folder.read_args()
-            raw = open_stored(folder, args)
-            stored = raw if raw.kind is Kind.PLAIN else Dequantized(folder, args, raw)
+            stored = open_weights(folder, args)
             tokenizer = folder.open_tokenizer(args) if folder.tokenizer else None
             for path in carried:
                 read_carried(path)
@@ -178,6 +177,11 @@ class Source:
         repeats = _kv_repeats(stored, args, n_shards)
         once = replace(args, n_kv_heads=args.n_kv_heads // repeats, quantization_args=None, lora_args=None)
         return cls(folder, once, stored, n_shards, repeats, tokenizer, carried, stamps, opened)
+
+    @property
+    def keeps_configs(self) -> bool:
+        """Whether Hugging Face's config and tokenizer files still fit the tensors."""
+        return self.folder.is_hugging_face and self.stored.kind is Kind.PLAIN
 
     @contextmanager
     def unchanged(self, verify: Verify) -> Iterator[None]:
@@ -307,7 +311,7 @@ def _write_params(folder: Path, source: Source, args: ModelArgs) -> None:
     """Write the source's params.json, unknown keys included, with `args`' number of KV heads."""
     if source.folder.is_hugging_face:
         write_params(folder, make_params(args))
-    elif args.n_kv_heads == source.args.n_kv_heads * source.repeats and isinstance(source.stored, Stored):
+    elif args.n_kv_heads == source.args.n_kv_heads * source.repeats and source.stored.kind is Kind.PLAIN:
         copy_carried(source.folder.params, folder)
     else:
         params = json.loads(read_carried(source.folder.params)) | {"n_kv_heads": args.n_kv_heads}

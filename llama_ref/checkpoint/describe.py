@@ -45,7 +45,7 @@ class ModelInfo:
 
 
 def describe(folder: CheckpointFolder) -> ModelInfo:
-    """Describe a folder by its params.json and its shards' lists of tensors; no weights are read.
+    """Describe a folder by its params.json and its shards' lists of tensors; of weights only what `is_tied` reads.
 
     Raises CheckpointError.
     """

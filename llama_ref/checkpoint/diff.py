@@ -13,9 +13,9 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
-from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized
+from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized, open_weights
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
-from llama_ref.checkpoint.reader import Stored, TensorSlice, open_stored, release_rows
+from llama_ref.checkpoint.reader import Stored, TensorSlice, open_stored, release_rows, stored_kind
 from llama_ref.errors import CheckpointError
 from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
@@ -88,13 +88,11 @@ def _open(*folders: CheckpointFolder) -> list[Stored | Dequantized]:
     The scales of fp8 releases are in files of their own, so these are always compared as weights.
     """
     args = [folder.read_args() for folder in folders]
-    found = [open_stored(folder, each, check=False) for folder, each in zip(folders, args, strict=True)]
-    kinds = {stored.kind for stored in found}
-    if len(kinds) == 1 and kinds != {Kind.FP8}:
-        return [*found]
+    kinds = [stored_kind(folder, each) for folder, each in zip(folders, args, strict=True)]
+    is_as_stored = len(set(kinds)) == 1 and Kind.FP8 not in kinds
     return [
-        stored if stored.kind is Kind.PLAIN else Dequantized(folder, each, open_stored(folder, each))
-        for folder, each, stored in zip(folders, args, found, strict=True)
+        open_stored(folder, each, check=False) if is_as_stored or kind is Kind.PLAIN else open_weights(folder, each)
+        for folder, each, kind in zip(folders, args, kinds, strict=True)
     ]
 
 

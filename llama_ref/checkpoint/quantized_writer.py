@@ -18,8 +18,8 @@ from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor, row_blocks
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
 from llama_ref.checkpoint.hf.config import make_params
 from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.quantized_reader import parts_of
-from llama_ref.checkpoint.reader import Stored
 from llama_ref.errors import RequestError
 from llama_ref.parallel.sharding import WHOLE
 from llama_ref.progress import Progress, ProgressCounter
@@ -59,9 +59,9 @@ def quantize_folder(
     if open_folder(source).is_quantized:
         raise RequestError(f"{source} is already quantized: quantize the folder that it was made from")
     opened = Source.open(source)
-    if not isinstance(opened.stored, Stored):
+    if opened.stored.kind is not Kind.PLAIN:
         raise RequestError(
-            f"{source} is quantized already (Meta's {opened.stored.stored.kind.value} release): convert it to bf16 first "
+            f"{source} is quantized already (Meta's {opened.stored.kind.value} release): convert it to bf16 first "
             "(`llama-ref convert --to meta`)"
         )
     is_calibrated = bool(calibrate) and scheme.bits == 4

@@ -126,11 +126,6 @@ class Stored:
             out.append(TensorSlice(self._reordered(name, rows), mapped[shard]))
         return out
 
-    def pairs(self, a: str, b: str) -> Iterable[tuple[Tensor, Tensor]]:
-        """Two tensors' parts in each shard; empty ones where a shard has none."""
-        missing = torch.empty(0, device="cpu")
-        return [(shard.get(a, missing), shard.get(b, missing)) for shard in self.shards.values()]
-
     def joined(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor:
         """A tensor's `ranges`, in `dtype`. No copy is made if the mapped pages will do."""
         return join(self.slices(name, ranges), split_dim(name), dtype, to)
@@ -240,8 +235,8 @@ def stored_kind(folder: CheckpointFolder, args: ModelArgs) -> Kind:
 def is_tied(folder: CheckpointFolder) -> bool:
     """Whether a folder's output matrix is its embedding.
 
-    Reads no weights, unless config.json ties an output that the files hold too. Raises
-    CheckpointError.
+    Reads no weights, except two tables to compare them: those of an int4 release, or where
+    config.json ties an output that the files hold too. Raises CheckpointError.
     """
     if folder.is_hugging_face:
         return folder.says_tied() and not _holds_output(folder, _all_tensors(map(map_safetensors, folder.shards)))
@@ -254,7 +249,7 @@ def is_tied(folder: CheckpointFolder) -> bool:
             raise CheckpointError(f"{path} holds no {EMBEDDING}; {other or 'it is not a shard of a Llama 3'}")
     kind = kind_of(folder.read_args(), folder.path)
     if kind is Kind.INT4:
-        return tables_are_equal(Stored(dict(enumerate(shards.values())), tied=False))
+        return tables_are_equal(shards.values())
     return _shares_embedding(shards.values())
 
 
@@ -295,10 +290,14 @@ def _bytes(rows: Tensor) -> Tensor:
     return rows.contiguous().view(torch.uint8)
 
 
-def tables_are_equal(stored: Stored) -> bool:
+def tables_are_equal(shards: Iterable[Mapping[str, Tensor]]) -> bool:
     """Whether an int4 release's output is its embedding, to the byte, in every shard."""
-    pairs = [stored.pairs(f"tok_embeddings.{part}", f"output.{part}") for part in ("scales", "weight")]
-    return all(same_bytes(a, b) for each in pairs for a, b in each)
+    missing = torch.empty(0, device="cpu")
+    return all(
+        same_bytes(shard.get(f"tok_embeddings.{part}", missing), shard.get(f"output.{part}", missing))
+        for shard in shards
+        for part in ("scales", "weight")
+    )
 
 
 def has_output(names: Iterable[str]) -> bool:

@@ -31,14 +31,13 @@ from llama_ref.onednn import onednn_for
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import replace_matrices, use_fast_kernels
-from llama_ref.quantization.fp8 import ColumnBlocks, Fp8Linear, RowBlocks
+from llama_ref.quantization.fp8 import Fp8Linear
 from llama_ref.quantization.hadamard import Factors, hadamard_factors
 from llama_ref.quantization.linear import Int4Linear, Int8Linear, Int8Matrix
 from llama_ref.quantization.meta_int4 import MetaInt4Linear, surrounded
 
 logger = logging.getLogger(__name__)
 
-FP8_MATRICES = (Fp8Linear, RowBlocks, ColumnBlocks)  # their layers stay uncompiled
 STREAMS = 4  # rows read in parallel, which share loads of the vector; more were slower
 NEVER = 10**6
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -94,7 +93,7 @@ def compile_decode(model: Transformer) -> None:
     step = torch.compile(_layer_step, options=OPTIONS, dynamic=False)
     head = torch.compile(matvec, options=OPTIONS, dynamic=False)
     for block in model.layers:
-        if not any(isinstance(module, FP8_MATRICES) for module in block.modules()):
+        if not any(isinstance(module, Fp8Linear) for module in block.modules()):  # for which there is no step
             install(block, forward=_FastBlock(block, step))
     install(model.output, forward=_FastOutput(model.output, head))
     logger.info("compiling the decode step: some seconds, fewer the next time")
@@ -216,11 +215,12 @@ def matvec(matrix: Matrix, x: Tensor) -> Tensor:
     """A matrix times x (K,): (N,) in x's dtype."""
     if not isinstance(matrix, SurroundedMatrix):
         return _product(matrix, x)
-    adapted = None
-    if matrix.adaptor is not None:
-        a, b, scale = matrix.adaptor
-        adapted = lambda x: _product((b,), _product((a,), x)) * scale  # noqa: E731
+    adapted = None if matrix.adaptor is None else partial(_low_rank, *matrix.adaptor)
     return surrounded(x, partial(_product, matrix.matrix), adapted, matrix.factors, matrix.rounds_inputs)
+
+
+def _low_rank(a: Tensor, b: Tensor, scale: float, x: Tensor) -> Tensor:
+    return _product((b,), _product((a,), x)) * scale
 
 
 def _product(matrix: PlainMatrix, x: Tensor) -> Tensor:

@@ -5,15 +5,13 @@ rows of a quantized matrix another; many rows go to cuBLAS, with quantized matri
 Without Triton every function computes what model.py does. Triton modules are imported lazily.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ref.compiled.triton_probe import uses_triton
 from llama_ref.model import RMSNorm, rotate
-from llama_ref.quantization.linear import Int4Linear, Int8Linear, QuantizedMatrix
+from llama_ref.quantization.linear import Int4Linear, Int8Linear, QuantizedMatrix, RowBlocks
 
 
 def joined(*modules: nn.Module) -> nn.Module:
@@ -28,7 +26,7 @@ def joined(*modules: nn.Module) -> nn.Module:
         names = ("packed", "scale") if modules[0].zero is None else ("packed", "scale", "zero")
         return Int4Linear(*(_join_buffers(modules, name) for name in names))
     if isinstance(modules[0], QuantizedMatrix):
-        return Concatenated(modules)
+        return RowBlocks([module for module in modules if isinstance(module, QuantizedMatrix)])
     weights = [module.get_parameter("weight") for module in modules]
     weight = torch.cat([each.data for each in weights])
     for each, part in zip(weights, weight.split([len(each) for each in weights]), strict=True):
@@ -37,17 +35,6 @@ def joined(*modules: nn.Module) -> nn.Module:
         out = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     out.weight = nn.Parameter(weight, requires_grad=False)
     return out
-
-
-class Concatenated(nn.Module):
-    """The products of several matrices with one x, side by side."""
-
-    def __init__(self, matrices: Sequence[nn.Module]):
-        super().__init__()
-        self.matrices = nn.ModuleList(matrices)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([matrix(x) for matrix in self.matrices], dim=-1)
 
 
 def _join_buffers(modules: tuple[nn.Module, ...], name: str) -> Tensor:

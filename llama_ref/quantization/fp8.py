@@ -36,17 +36,12 @@ class Fp8Linear(QuantizedMatrix):
         self.rounds_inputs, self.columns = rounds_inputs, columns
         self.shape = (q.shape[0], n_inputs or q.shape[1])
 
-    @property
-    def takes_whole_input(self) -> bool:  # type: ignore[override]
-        return self.columns is not None
-
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
         if not self.rounds_inputs:
             return self._times_blocks(x)
         n, step = round_to_fp8(x)
-        if self.columns is not None:
-            n = n[..., self.columns.start : self.columns.stop]
+        n = self._own(n)
         if _has_product(n, x.dtype):
             flat = n.reshape(-1, n.shape[-1])
             steps, scales = step.reshape(-1, 1), self.scale[None]
@@ -57,31 +52,7 @@ class Fp8Linear(QuantizedMatrix):
         return torch.cat(parts, dim=-1)
 
     def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        w = (self.q[rows].float() * self.scale[rows, None]).to(dtype)
-        return w if self.columns is None else F.pad(w, (self.columns.start, self.shape[1] - self.columns.stop))
-
-
-class RowBlocks(QuantizedMatrix):
-    """A matrix in blocks of rows, one from each shard."""
-
-    def __init__(self, blocks: Sequence[Fp8Linear]):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.shape = (sum(block.shape[0] for block in blocks), blocks[0].shape[1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) -> (…, out)."""
-        return torch.cat([block(x) for block in self.blocks], dim=-1)
-
-    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        start, stop, _ = rows.indices(self.shape[0])
-        parts = []
-        for block in self.blocks:
-            assert isinstance(block, Fp8Linear)
-            if start < block.shape[0] and stop > 0:
-                parts.append(block.dequantized(slice(max(start, 0), stop), dtype))
-            start, stop = start - block.shape[0], stop - block.shape[0]
-        return torch.cat(parts)
+        return self._padded((self.q[rows].float() * self.scale[rows, None]).to(dtype))
 
 
 class ColumnBlocks(QuantizedMatrix):
@@ -94,7 +65,7 @@ class ColumnBlocks(QuantizedMatrix):
         self.shape = (blocks[0].shape[0], n_inputs)
 
     @property
-    def takes_whole_input(self) -> bool:  # type: ignore[override]
+    def takes_whole_input(self) -> bool:
         return any(block.takes_whole_input for block in self.blocks)
 
     def forward(self, x: Tensor) -> Tensor:

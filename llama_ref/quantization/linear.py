@@ -4,7 +4,7 @@ All have `dequantize()`, the float32 matrix that they compute with, and `quantiz
 as in a prefill, blocks of the matrix are converted to the input's dtype and multiplied as usual.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +41,16 @@ def fits_int8_kernel(x: Tensor, q: Tensor) -> bool:
 class QuantizedMatrix(nn.Module):
     """Base of the quantized modules; `shape` is (out, in).
 
-    `takes_whole_input`: of a part of a matrix that was split along its inputs, whether `forward`
-    takes all inputs instead of the part's.
+    `columns`, of a matrix split along its inputs: the part that is held, if `forward` takes all inputs.
     """
 
     shape: tuple[int, int]
-    takes_whole_input = False
+    columns: range | None = None
+
+    @property
+    def takes_whole_input(self) -> bool:
+        """Whether `forward` takes all inputs of a split matrix instead of the held part's."""
+        return self.columns is not None
 
     def dequantize(self) -> Tensor:
         """float32 (out, in)."""
@@ -67,6 +71,16 @@ class QuantizedMatrix(nn.Module):
         weights = CUDA_BLOCK_WEIGHTS if next(self.buffers()).is_cuda else BLOCK_WEIGHTS
         step = max(1, weights // self.shape[1])
         return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+
+    def _own(self, inputs: Tensor) -> Tensor:
+        """The held part's inputs of all (…, in)."""
+        if self.columns is None:
+            return inputs
+        return inputs[..., self.columns.start : self.columns.stop].contiguous()  # as some kernels ask for
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """Rows of the held part with zeros in place of the other columns: (n, in)."""
+        return rows if self.columns is None else F.pad(rows, (self.columns.start, self.shape[1] - self.columns.stop))
 
     def _times_blocks(self, x: Tensor) -> Tensor:
         """x (…, in) times the matrix, dequantized block by block."""
@@ -167,3 +181,26 @@ class Int4Linear(QuantizedMatrix):
         if self.zero is not None:
             q.add_(self.zero[rows, :, None].to(wide))
         return q.to(dtype).flatten(1)
+
+
+class RowBlocks(QuantizedMatrix):
+    """Several matrices with the same inputs as one: their outputs side by side."""
+
+    def __init__(self, blocks: Sequence[QuantizedMatrix]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.shape = (sum(block.shape[0] for block in blocks), blocks[0].shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        return torch.cat([block(x) for block in self.blocks], dim=-1)
+
+    def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        parts = []
+        for block in self.blocks:
+            assert isinstance(block, QuantizedMatrix)
+            if start < block.shape[0] and stop > 0:
+                parts.append(block.dequantized(slice(max(start, 0), stop), dtype))
+            start, stop = start - block.shape[0], stop - block.shape[0]
+        return torch.cat(parts)

@@ -44,14 +44,14 @@ def surrounded(x: Tensor, product: Product, adapted: Product | None, factors: Fa
     """
     inputs = x if factors is None else hadamard(x, factors)
     added = None if adapted is None else adapted(inputs.to(x.dtype))
-    if not rounds_inputs:
+    if rounds_inputs:
+        n, step = round_to_int8(inputs)
+        if x.dtype == torch.float32:
+            out = product(n * step)  # in the order of Meta's code
+        else:
+            out = (product(n.to(x.dtype)) * step).to(x.dtype)  # n is exact in any dtype, n · step is not
+    else:
         out = product(inputs.to(x.dtype))
-    elif x.dtype == torch.float32:  # in the order of Meta's code
-        n, step = round_to_int8(inputs)
-        out = product(n * step)
-    else:  # n is exact in any dtype, n · step is not
-        n, step = round_to_int8(inputs)
-        out = (product(n.to(x.dtype)) * step).to(x.dtype)
     return out if added is None else out + added
 
 
@@ -79,10 +79,6 @@ class MetaInt4Linear(QuantizedMatrix):
         self.columns = columns
         self.shape = (matrix.shape[0], n_inputs or matrix.shape[1])
 
-    @property
-    def takes_whole_input(self) -> bool:  # type: ignore[override]
-        return self.columns is not None
-
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
         factors = hadamard_factors(x.shape[-1], x.device) if self.rotates_inputs else None
@@ -100,11 +96,5 @@ class MetaInt4Linear(QuantizedMatrix):
         w = self.matrix.dequantized(rows, torch.float32)
         if self.adaptor is not None:
             w = w + self.adaptor.scale * (self.adaptor.b[rows].float() @ self.adaptor.a.float())
-        if self.columns is not None:
-            w = F.pad(w, (self.columns.start, self.shape[1] - self.columns.stop))
+        w = self._padded(w)
         return (hadamard(w) if self.rotates_inputs else w).to(dtype)
-
-    def _own(self, inputs: Tensor) -> Tensor:
-        if self.columns is None:
-            return inputs
-        return inputs[..., self.columns.start : self.columns.stop].contiguous()  # as some kernels ask for

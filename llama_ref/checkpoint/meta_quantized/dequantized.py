@@ -4,14 +4,21 @@ import torch
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.meta_quantized.matrices import matrices_of
-from llama_ref.checkpoint.reader import Stored, TensorSlice
+from llama_ref.checkpoint.reader import Stored, TensorSlice, open_stored
 from llama_ref.checkpoint.shapes import OUTPUT, WEIGHT_DTYPES, expected_shapes
 from llama_ref.checkpoint.to_device import Target
 from llama_ref.formatting import dtype_name
 from llama_ref.quantization.linear import QuantizedMatrix
 
 NOWHERE = torch.empty(0, device="cpu")  # what a slice in memory was mapped from
+
+
+def open_weights(folder: CheckpointFolder, args: ModelArgs) -> "Stored | Dequantized":
+    """Map a folder's files as `open_stored` does; a quantized release's matrices are dequantized."""
+    stored = open_stored(folder, args)
+    return stored if stored.kind is Kind.PLAIN else Dequantized(folder, args, stored)
 
 
 class Dequantized:
@@ -22,7 +29,7 @@ class Dequantized:
     """
 
     def __init__(self, folder: CheckpointFolder, args: ModelArgs, stored: Stored):
-        self.stored = stored
+        self.stored, self.kind = stored, stored.kind
         self.matrices = matrices_of(folder, args, stored, "full")
         self.tied = self.matrices.tied
         self.shapes = expected_shapes(args)

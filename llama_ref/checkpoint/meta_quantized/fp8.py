@@ -7,7 +7,6 @@ as blocks of a matrix, and none is multiplied by another's scales.
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from llama_ref.checkpoint.shapes import dtypes_and_shapes, expected_shapes
 from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import places, split_dim
-from llama_ref.quantization.fp8 import ColumnBlocks, Fp8Linear, RowBlocks
-from llama_ref.quantization.linear import QuantizedMatrix
+from llama_ref.quantization.fp8 import ColumnBlocks, Fp8Linear
+from llama_ref.quantization.linear import QuantizedMatrix, RowBlocks
 
 
 class StoredFp8:
@@ -70,10 +69,10 @@ class StoredFp8:
         blocks, inputs, start = [], [], 0
         for rank, within in own:
             q = self._part(name, rank, 1, within, to)
-            part_of_block: dict[str, Any] = {"columns": within, "n_inputs": size} if takes_whole_input else {}
-            blocks.append(
-                Fp8Linear(q, self._scale(name, rank).to(to.device), rounds_inputs=self.rounds_inputs, **part_of_block)
-            )
+            columns, of_block = (within, size) if takes_whole_input else (None, None)
+            scale = self._scale(name, rank).to(to.device)
+            block = Fp8Linear(q, scale, rounds_inputs=self.rounds_inputs, columns=columns, n_inputs=of_block)
+            blocks.append(block)
             inputs.append(range(rank * size, (rank + 1) * size) if takes_whole_input else range(start, start + len(within)))
             start += len(within)
         if len(blocks) == 1 and not takes_whole_input:

@@ -5,7 +5,6 @@ output have eight bits and stay where they are mapped.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class StoredInt4:
         self.params = Int4Params.of(args)
         self.shapes = expected_shapes(args)
         self.names = set(stored.names())
-        self.tied = tables_are_equal(stored)
+        self.tied = tables_are_equal(stored.shards.values())
 
     def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
         """As `StoredMatrices.matrix`. Raises CheckpointError for numbers that no int4 release has."""
@@ -51,12 +50,15 @@ class StoredInt4:
             return Int8Embedding(q, scale, dtype) if name == EMBEDDING else Int8Linear(q, scale)
         own, n_inputs = ranges if split_dim(name) == 1 else None, self.shapes[name][1]
         rotates = self.params.rotates and stem.endswith("w2")
-        part: dict[str, Any] = {}
-        if own and len(own[0]) < n_inputs and (self.rounds_inputs or rotates):
-            part = {"columns": own[0], "n_inputs": n_inputs}
-        adaptor = self._adaptor(stem, ranges, dtype, to) if self.params.rank else None
-        matrix = self._matrix(name, ranges, to)
-        return MetaInt4Linear(matrix, rounds_inputs=self.rounds_inputs, rotates_inputs=rotates, adaptor=adaptor, **part)
+        takes_whole_input = own is not None and len(own[0]) < n_inputs and (self.rounds_inputs or rotates)
+        return MetaInt4Linear(
+            self._matrix(name, ranges, to),
+            rounds_inputs=self.rounds_inputs,
+            rotates_inputs=rotates,
+            adaptor=self._adaptor(stem, ranges, dtype, to) if self.params.rank else None,
+            columns=own[0] if own and takes_whole_input else None,
+            n_inputs=n_inputs if takes_whole_input else None,
+        )
 
     def _matrix(self, name: str, ranges: list[range] | None, to: Target) -> Int4Linear:
         stem = name.removesuffix(".weight")

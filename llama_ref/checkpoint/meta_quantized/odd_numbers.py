@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def odd(scales: Tensor, *, positive: bool = False) -> str | None:
-    """The first kind of number that no scale can be; None if there is none. `positive`: nor zero."""
+    """Name a NaN, an infinite or a negative number among scales, else None; with `positive`, zero too."""
     if scales.isnan().any():
         return "a NaN"
     if scales.isinf().any():

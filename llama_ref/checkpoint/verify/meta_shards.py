@@ -281,9 +281,10 @@ def _examine_shards(
     implied, n_shards = None, None
     if args and expected:
         n_shards = next((n for tensors in found.pth.values() if (n := _n_shards(tensors, args))), len(shards))
-        problems = _problems(found.pth, expected, n_shards, args, kind)
+        odd = {name: contradiction(_described(tensors), args, kind) for name, tensors in found.pth.items()}
+        problems = _problems(found.pth, expected, n_shards, odd)
         is_in_all = may_blame_params and len(problems) == len(found.pth)
-        blamed = {text for tensors in found.pth.values() if (text := contradiction(_described(tensors), args, kind))}
+        blamed = set(filter(None, odd.values()))
         if is_in_all and len(blamed) == 1:
             detail = f"it and {', '.join(found.pth)} contradict each other: of the weights, {blamed.pop()}"
             found.findings["params.json"] = Finding(State.MISFIT, detail)
@@ -387,16 +388,22 @@ def _expected_tensors(args: ModelArgs, kind: Kind, found: Structure) -> Mapping[
 
 
 def _problems(
-    files: Mapping[str, Mapping[str, TensorInfo]], expected: Mapping[str, Expected], n_shards: int, args: ModelArgs, kind: Kind
+    files: Mapping[str, Mapping[str, TensorInfo]],
+    expected: Mapping[str, Expected],
+    n_shards: int,
+    odd: Mapping[str, str | None],
 ) -> dict[str, list[str]]:
-    """By file, what does not match params.json; files that match are left out."""
+    """By file, what does not match params.json; files that match are left out.
+
+    `odd`: what is wrong with all of a file's tensors, which is then the only problem.
+    """
     described = {file: _described(tensors) for file, tensors in files.items()}
     problems = {
         file: wrong + [f"{stranger} is unexpected" for stranger in strangers(files[file], expected)]
         for file, wrong in misfits(described, expected, n_shards).items()
     }
     for file in problems:
-        if other := foreign_names(files[file], expected) or contradiction(described[file], args, kind):
+        if other := foreign_names(files[file], expected) or odd[file]:
             problems[file] = [other]
     return {file: wrong for file, wrong in problems.items() if wrong}
 

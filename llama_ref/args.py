@@ -27,10 +27,15 @@ REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta"
 POSITIVE_INTEGERS = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "hidden_dim", "head_dim"),
     *("vision_chunk_size", "vision_max_num_chunks", "vision_num_cross_attention_layers"),
+    *("vision_dim", "vision_n_layers", "vision_n_global_layers", "vision_n_heads"),
 )
 POSITIVE_NUMBERS = ("ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scaling_factor")
 SECTIONS = ("quantization_args", "lora_args")
 OTHER_NAMES = {"rope_freq_base": "rope_theta"}  # as the int4 guard's params.json spells it
+
+N_LEARNABLE = 8  # embeddings for ids after the vocabulary, of which only the first is used, an image's place
+PATCH_SIZE = 14  # pixels of a patch's side, in every vision release
+MOST_TILES = 64  # of an image; the releases have 4
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,15 @@ class ModelArgs:
     head_dim: int = 0  # dim / n_heads unless given, which only models other than Meta's do
     use_scaled_rope: bool = False
     rope_scaling_factor: float = 1.0
-    vision_chunk_size: int | None = None
-    vision_max_num_chunks: int | None = None
+    vision_chunk_size: int | None = None  # pixels of a tile's side
+    vision_max_num_chunks: int = 4  # tiles of an image
     vision_num_cross_attention_layers: int | None = None
+    # The encoder's shape. Meta's files do not give it: all their releases have this one.
+    vision_dim: int = 1280
+    vision_n_layers: int = 32
+    vision_n_global_layers: int = 8
+    vision_n_heads: int = 16
+    vision_kept_layers: tuple[int, ...] = (3, 7, 15, 23, 30)  # whose inputs are part of the encoder's output
     quantization_args: Mapping[str, Any] | None = field(default=None, hash=False)
     lora_args: Mapping[str, Any] | None = field(default=None, hash=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -71,6 +82,25 @@ class ModelArgs:
         if self.hidden_dim is not None:
             return self.hidden_dim
         return ffn_dim(self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the model reads images."""
+        return self.vision_num_cross_attention_layers is not None
+
+    @property
+    def cross_layers(self) -> list[int]:
+        """The layers before which a cross-attention layer stands: every k-th, counted back from the last.
+
+        Meta's `_init_fusion_schedule`; 32 layers and 8 give 3, 7, …, 31. Some shapes give fewer than asked for.
+        """
+        n = self.vision_num_cross_attention_layers
+        return [] if n is None else list(range(self.n_layers))[:: -math.ceil(self.n_layers / n)][:n][::-1]
+
+    @property
+    def patches_per_tile(self) -> int:
+        """Vision tokens of a tile: its patches and one for the whole (1601 at 560 pixels)."""
+        return ((self.vision_chunk_size or 0) // PATCH_SIZE) ** 2 + 1
 
     @classmethod
     def from_json(cls, path: str | Path, *, rope_scaling_factor: float | None = None) -> "ModelArgs":
@@ -96,6 +126,7 @@ class ModelArgs:
         """
         given = params
         params, names = renamed_keys(params.items(), OTHER_NAMES), _Names(names or {})
+        _flatten_adapter(params)
         _require_params(params, given)
         params.setdefault("n_kv_heads", params["n_heads"])
         params.setdefault("use_scaled_rope", False)
@@ -107,6 +138,8 @@ class ModelArgs:
             params["rope_scaling_factor"] = 1.0
         elif "rope_scaling_factor" not in params:
             params["rope_scaling_factor"] = usual_rope_factor(params["dim"], params["n_heads"], params["n_kv_heads"])
+        if "vision_kept_layers" in params:
+            params["vision_kept_layers"] = tuple(params["vision_kept_layers"])
         known = {key: params.pop(key) for key in cls.__dataclass_fields__ if key in params and key != "extra"}
         return cls(**known, extra=params)
 
@@ -129,6 +162,15 @@ class _Names(dict):
 
     def __missing__(self, key: str) -> str:
         return key
+
+
+def _flatten_adapter(params: dict[str, Any]) -> None:
+    """Read the number of cross-attention layers where Meta's code also takes it from."""
+    section: Any = params.get("vision_model")
+    for key in ("cross_attention_adapter", "num_layers"):
+        section = section.get(key) if isinstance(section, dict) else None
+    if section is not None:
+        params.setdefault("vision_num_cross_attention_layers", section)
 
 
 def _require_params(params: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -171,6 +213,33 @@ def _check_agreement(params: Mapping[str, Any], names: Mapping[str, str]) -> Non
         raise BadValue(f'"{names["rope_scaling_factor"]}" is {params["rope_scaling_factor"]}, expected 1 or more')
     if "multiple_of" in params:
         _check_ffn_dim(params)
+    if "vision_num_cross_attention_layers" in params or "vision_chunk_size" in params:
+        _check_vision(params, names)
+
+
+def _check_vision(params: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    for key in ("vision_chunk_size", "vision_num_cross_attention_layers"):
+        if key not in params:
+            raise BadValue(f'"{names[key]}" is missing, which a model that reads images needs')
+    whole: dict[str, Any] = {key: field.default for key, field in ModelArgs.__dataclass_fields__.items()} | dict(params)
+    tile, dim, n_heads, kept = (whole[f"vision_{key}"] for key in ("chunk_size", "dim", "n_heads", "kept_layers"))
+    if tile % PATCH_SIZE or tile > 10_000:
+        raise BadValue(f'"{names["vision_chunk_size"]}" is {tile}, expected a multiple of {PATCH_SIZE} up to 10,000')
+    if whole["vision_max_num_chunks"] > MOST_TILES:
+        raise BadValue(f'"{names["vision_max_num_chunks"]}" is {whole["vision_max_num_chunks"]}, expected at most {MOST_TILES}')
+    if whole["vision_num_cross_attention_layers"] > whole["n_layers"]:
+        found = f'"{names["vision_num_cross_attention_layers"]}" is {whole["vision_num_cross_attention_layers"]}'
+        raise BadValue(f'{found}, expected at most "{names["n_layers"]}", {whole["n_layers"]}')
+    if dim % n_heads:
+        raise BadValue(f'"{names["vision_dim"]}" {dim} is not a multiple of "{names["vision_n_heads"]}" {n_heads}')
+    for key in ("vision_n_layers", "vision_n_global_layers"):
+        if whole[key] > MOST_LAYERS:
+            raise BadValue(f'"{names[key]}" is {whole[key]:,}, expected at most {MOST_LAYERS:,}')
+    numbers = range(whole["vision_n_layers"])
+    if not isinstance(kept, list | tuple) or not all(type(layer) is int and layer in numbers for layer in kept):
+        raise BadValue(
+            f'"{names["vision_kept_layers"]}" is {short(kept)}, expected numbers of the {len(numbers)} encoder layers'
+        )
 
 
 def _check_ffn_dim(params: Mapping[str, Any]) -> None:

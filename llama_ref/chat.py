@@ -4,10 +4,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from llama_ref.errors import RequestError
 from llama_ref.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llama_ref.images import ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +30,30 @@ class ToolCall(TypedDict):
     arguments: dict[str, Any] | str
 
 
+class TextItem(TypedDict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageItem(TypedDict):
+    """An image within a message: a path, a file's bytes, or a Pillow image."""
+
+    type: Literal["image"]
+    image: "ImageSource"
+
+
+ContentItem = TextItem | ImageItem
+
+
 class _RoleAndContent(TypedDict):
     role: Role
-    content: str
+    content: str | list[ContentItem]
 
 
 class Message(_RoleAndContent, total=False):
-    """One message of a dialog. Only an assistant's has tool_calls and stop_reason.
+    """One message of a dialog. Only an assistant's has tool_calls and stop_reason, only a user's images.
 
     The stop_reason end_of_message means that the assistant waits for a tool's result.
     """
@@ -49,13 +69,15 @@ class ChatFormat:
     """Encodes dialogs as token ids and decodes generated ids into messages.
 
     Text never becomes a special token, and nothing is stripped. Malformed dialogs (empty, an
-    unknown role, content that is missing or not a string) raise RequestError. `warning`, of a model
-    that has another format, is logged when the format is first used.
+    unknown role, content that is missing or neither text nor items) raise RequestError. `warning`, of
+    a model that has another format, is logged when the format is first used. `image_id` stands for an
+    image; None: the model reads none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, warning: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, warning: str | None = None, image_id: int | None = None) -> None:
         self.tokenizer = tokenizer
         self._warning = warning
+        self.image_id = image_id
 
     def warn_once(self) -> None:
         """Log the warning, if there is one and it was not logged before."""
@@ -82,7 +104,8 @@ class ChatFormat:
         calls = _tool_calls(message)
         if calls and calls[0]["tool_name"] == "code_interpreter":
             ids.append(self.tokenizer.python_tag_id)
-        ids += self._encode_text(_get(message, "content"))
+        for item in content_items(message):
+            ids += self._encode_text(item["text"]) if item["type"] == "text" else [self._image_id(message)]
         for call in calls:
             ids += self._encode_text(tool_call_text(call))
         ids.append(self.tokenizer.eom_id if _waits_for_tool(message) else self.tokenizer.eot_id)
@@ -127,8 +150,38 @@ class ChatFormat:
             message["stop_reason"] = stop_reason
         return message
 
+    def _image_id(self, message: Message) -> int:
+        if self.image_id is None:
+            raise RequestError("this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct")
+        if message["role"] != "user":
+            raise RequestError(f"only a user's message has images, this one's role is {message['role']!r}")
+        return self.image_id
+
     def _encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=False, eos=False)
+
+
+def content_items(message: Message) -> list[ContentItem]:
+    """A message's content as items. Raises RequestError for malformed ones."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list | tuple) or not content:
+        return [TextItem(type="text", text=_get(message, "content"))]
+    for given in content:
+        item: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+        kind = item.get("type")
+        if kind not in ("text", "image"):
+            raise RequestError(
+                f'content is a text, or a list of items like {{"type": "text", "text": "…"}} and {{"type": "image", "image": '
+                f'"photo.jpg"}}, got {_shown(given)}'
+            )
+        if kind not in item or (kind == "text" and not isinstance(item["text"], str)):
+            raise RequestError(f"an item of type {kind!r} needs its {kind!r}, got {_shown(given)}")
+    return list(content)
+
+
+def images_in(dialog: Sequence[Message]) -> "list[ImageSource]":
+    """The images of a dialog's messages, in order."""
+    return [item["image"] for message in dialog for item in content_items(message) if item["type"] == "image"]
 
 
 def tool_call_text(call: ToolCall) -> str:

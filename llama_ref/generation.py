@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import torch
 
 from llama_ref.args import ModelArgs
-from llama_ref.chat import ChatFormat, Dialog, Message
+from llama_ref.chat import ChatFormat, Dialog, Message, images_in
 from llama_ref.checkpoint.fingerprint import fingerprint
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
@@ -25,13 +25,15 @@ from llama_ref.checkpoint.meta_quantized.matrices import Activations
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.decoding.draft_model import DraftModel
 from llama_ref.decoding.drafting import PassTime, Speculation
-from llama_ref.decoding.loop import Row, steps
+from llama_ref.decoding.loop import steps
 from llama_ref.decoding.prompt_lookup import PromptLookup
+from llama_ref.decoding.row import Row
 from llama_ref.decoding.speculative import speculative_steps
 from llama_ref.decoding.stream import RowText, Stream, stop_strings
 from llama_ref.device import choose_device, choose_dtype, prepare_cuda
 from llama_ref.errors import RequestError
 from llama_ref.formatting import comma_list, dtype_name
+from llama_ref.images import Tiles, load_tiles
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.numbers import plain_list, plain_number
@@ -45,6 +47,10 @@ from llama_ref.quantization.apply import use_fast_kernels
 from llama_ref.quantization.scheme import Scheme
 from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.tokenizer import Tokenizer
+from llama_ref.vision import VisionTransformer
+
+if TYPE_CHECKING:
+    from llama_ref.images import ImageSource
 
 Speculate = Literal["ngram"]
 MOST_SHOWN = 4  # special tokens in one warning
@@ -81,7 +87,7 @@ class Llama:
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = ChatFormat(tokenizer, chat_warning)
+        self.formatter = ChatFormat(tokenizer, chat_warning, self.image_id)
         self.max_seq_len = _positive("max_seq_len", max_seq_len)
         self.max_batch_size = _positive("max_batch_size", max_batch_size)
         self.generator = _generator(SamplingParams(seed=seed).seed)
@@ -215,6 +221,11 @@ class Llama:
         )
 
     @property
+    def image_id(self) -> int | None:
+        """The id that stands for an image in a prompt (128256); None if the model reads no images."""
+        return self.model.image_id if isinstance(self.model, VisionTransformer) else None
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -233,6 +244,7 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
         *,
+        images: Sequence[Sequence["ImageSource"]] | None = None,
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -240,13 +252,15 @@ class Llama:
 
         Outputs end before a stop token, before the first token of a `stop` string, after `max_gen_len`
         tokens, or at the end of the context. `echo` includes the prompt. Log-probabilities are the model's
-        own, before temperature and filters; that of an echoed prompt's first token is 0. `sampling`: the
-        other fields of SamplingParams: top_k, min_p, repetition_penalty, logit_bias, seed.
+        own, before temperature and filters; that of an echoed prompt's first token is 0, and so is an
+        image's. `images`: for each prompt, those that stand where it has `image_id`: paths, files' bytes or
+        Pillow images. `sampling`: the other fields of SamplingParams: top_k, min_p, repetition_penalty,
+        logit_bias, seed.
         `study.recording(llama.model, names)` around the call records activations.
         Raises RequestError for prompts that are empty, too many, too long, or with ids outside the vocabulary.
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
-        texts = self._run(prompt_tokens, params, max_gen_len, stop, logprobs and echo)
+        texts = self._run(prompt_tokens, images, params, max_gen_len, stop, logprobs and echo)
         outputs = [_output(text, echo) for text in texts]
         return [tokens for tokens, _ in outputs], [own for _, own in outputs] if logprobs else None
 
@@ -259,20 +273,24 @@ class Llama:
         logprobs: bool = False,
         echo: bool = False,
         *,
+        images: Sequence[Sequence["ImageSource"]] | None = None,
         stop: str | Sequence[str] = (),
         special_tokens: bool = False,
         **sampling: Any,
     ) -> list[CompletionPrediction]:
         """Continue each text; with `logprobs`, also the text and log-probability of every token.
 
-        `special_tokens`: see `encode`. The rest: see `generate`.
+        `images` of a prompt stand before its text. `special_tokens`: see `encode`. The rest: see `generate`.
         """
         if isinstance(prompts, str):  # would count as a list of letters
             raise RequestError(f"prompts is the text {prompts!r:.60}, expected a list of texts")
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
-        prompt_tokens = [self._encode_text(prompt, special_tokens) for prompt in prompts]
-        texts = self._run(prompt_tokens, params, max_gen_len, stop, logprobs and echo)
-        before = [self.tokenizer.decode(text.row.prompt) if echo else "" for text in texts]
+        counts = [len(row) for row in images] if images else [0] * len(prompts)
+        if len(counts) != len(prompts):
+            raise _wrong_rows(len(counts), len(prompts))
+        prompt_tokens = [self._encode_text(prompt, special_tokens, n) for prompt, n in zip(prompts, counts, strict=True)]
+        texts = self._run(prompt_tokens, images, params, max_gen_len, stop, logprobs and echo)
+        before = [self.decode(text.row.prompt) if echo else "" for text in texts]
         predictions = [CompletionPrediction(generation=a + b.whole()) for a, b in zip(before, texts, strict=True)]
         if logprobs:
             self._add_logprobs(predictions, texts, echo)
@@ -292,7 +310,7 @@ class Llama:
         """Answer each dialog as the assistant. See `generate`."""
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        texts = self._run(prompt_tokens, params, max_gen_len, stop)
+        texts = self._run(prompt_tokens, [images_in(dialog) for dialog in dialogs], params, max_gen_len, stop)
         answers = [Message(role="assistant", content=text.whole()) for text in texts]
         predictions = [ChatPrediction(generation=answer) for answer in answers]
         if logprobs:
@@ -305,7 +323,7 @@ class Llama:
         """Add the text and log-probability of every token."""
         for prediction, text in zip(predictions, texts, strict=True):
             tokens, prediction["logprobs"] = _output(text, echo)
-            prediction["tokens"] = [self.tokenizer.decode([token]) for token in tokens]
+            prediction["tokens"] = [self.decode([token]) for token in tokens]
 
     # ---- one sequence, streamed
 
@@ -317,6 +335,7 @@ class Llama:
         top_p: float = 0.9,
         stop: str | Sequence[str] = (),
         *,
+        images: Sequence["ImageSource"] | None = None,
         logprobs: bool = False,
         special_tokens: bool = False,
         cache: KVCache | None = None,
@@ -324,14 +343,21 @@ class Llama:
     ) -> Stream:
         """Generate for one prompt, yielding text as it is generated.
 
-        `prompt` is a text, token ids, or a dialog to answer. Pieces of text never contain half a character;
+        `prompt` is a text, token ids, or a dialog to answer. `images` stand before a text, or where ids have
+        `image_id`; a dialog has its own. Pieces of text never contain half a character;
         `stop` strings and stop tokens end the text and are not part of it. The Stream then has
         `.finish_reason` ("stop" or "length"), `.tokens`, `.text` and, with `logprobs`, `.logprobs`, one for
         each of `.tokens`. Iteration may be abandoned at any point. A one-row `cache` that holds a prefix of
-        the prompt saves computing it again; afterwards it holds the prompt and a prefix of the answer.
+        the prompt (and its images) saves computing it again; afterwards it holds the prompt and a prefix
+        of the answer.
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
-        rows = self._start([self.encode(prompt, special_tokens=special_tokens)], max_gen_len)
+        ids = self.encode(prompt, special_tokens=special_tokens, n_images=len(images or ()))
+        if is_dialog(prompt):
+            if images:
+                raise RequestError("a dialog has its images in its messages: leave out images")
+            images = images_in(cast(Dialog, prompt))
+        rows = self._start([ids], [images or ()], max_gen_len)
         if cache is not None and (len(cache.lengths) != 1 or cache.max_seq_len < rows[0].total_len):
             raise RequestError(
                 f"the cache has {len(cache.lengths)} rows of {cache.max_seq_len:,} tokens, but prompt and answer need one "
@@ -340,22 +366,31 @@ class Llama:
         text = RowText(rows[0], self.tokenizer, stop)
         return Stream(text, self._steps(rows, params, stop, cache=cache), logprobs)
 
-    def encode(self, prompt: str | list[int] | Dialog, *, special_tokens: bool = False) -> list[int]:
-        """Token ids of a text (after begin-of-text), of a dialog to answer, or as given.
+    def encode(self, prompt: str | list[int] | Dialog, *, special_tokens: bool = False, n_images: int = 0) -> list[int]:
+        """Token ids of a text (after begin-of-text and places for images), of a dialog to answer, or as given.
 
         `special_tokens`: `<|eot_id|>` and the like in a text are special tokens, and a text that begins
         with begin-of-text gets no second one. Otherwise they are encoded as plain text, with a warning.
         """
         if isinstance(prompt, str):
-            return self._encode_text(prompt, special_tokens)
-        plain = plain_list(prompt)
-        if plain and isinstance(plain[0], int):
-            return cast(list[int], list(plain))
-        return self.formatter.encode_dialog_prompt(cast(Dialog, plain))
+            return self._encode_text(prompt, special_tokens, n_images)
+        if not is_dialog(prompt):
+            return cast(list[int], list(plain_list(prompt)))
+        return self.formatter.encode_dialog_prompt(cast(Dialog, prompt))
 
-    def _encode_text(self, text: str, special_tokens: bool) -> list[int]:
-        """Token ids of a text, after one begin-of-text."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; an image is `<|image|>`."""
+        vocabulary = self.tokenizer.vocabulary
+        return self.tokenizer.decode(vocabulary.special_id("<|image|>") if id == self.image_id else id for id in ids)
+
+    def _encode_text(self, text: str, special_tokens: bool, n_images: int = 0) -> list[int]:
+        """Token ids of a text, after one begin-of-text and places for images."""
         bos = self.tokenizer.bos_id
+        if n_images:
+            if self.image_id is None:
+                raise _no_images()
+            ids = self._encode_text(text, special_tokens)
+            return [bos, *[self.image_id] * n_images, *ids[1:]]
         if special_tokens:
             ids = self.tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
             return ids if ids[:1] == [bos] else [bos, *ids]
@@ -374,13 +409,14 @@ class Llama:
     def _run(
         self,
         prompts: list[list[int]],
+        images: Sequence[Sequence["ImageSource"]] | None,
         params: SamplingParams,
         max_gen_len: int | None,
         stop: str | Sequence[str],
         prompt_logprobs: bool = False,
     ) -> list[RowText]:
         """Generate for a batch of prompts until all rows have finished."""
-        rows = self._start(prompts, max_gen_len)
+        rows = self._start(prompts, images, max_gen_len)
         texts = [RowText(row, self.tokenizer, stop) for row in rows]
         for _ in self._steps(rows, params, stop, prompt_logprobs=prompt_logprobs):
             if stop:
@@ -388,7 +424,9 @@ class Llama:
                     text.read()
         return texts
 
-    def _start(self, prompts: list[list[int]], max_gen_len: int | None) -> list[Row]:
+    def _start(
+        self, prompts: list[list[int]], images: Sequence[Sequence["ImageSource"]] | None, max_gen_len: int | None
+    ) -> list[Row]:
         """The rows of a new batch. Raises RequestError for prompts that cannot be continued."""
         max_gen_len = _max_gen_len(max_gen_len)
         if len(prompts) == 0:  # a tensor has no truth value
@@ -401,8 +439,37 @@ class Llama:
         prompts = [plain_list(prompt) for prompt in prompts]
         for prompt in prompts:
             self._check_prompt(prompt)
+        tiles = self._tiles(prompts, images)
         limit = self.max_seq_len if max_gen_len is None else max_gen_len
-        return [Row(list(prompt), min(limit, self.max_seq_len - len(prompt))) for prompt in prompts]
+        return [
+            Row(list(prompt), min(limit, self.max_seq_len - len(prompt)), own)
+            for prompt, own in zip(prompts, tiles, strict=True)
+        ]
+
+    def _tiles(self, prompts: list[list[int]], images: Sequence[Sequence["ImageSource"]] | None) -> list[list[Tiles]]:
+        """Each prompt's images, cut into tiles. Raises RequestError unless there is one for each place."""
+        rows = [()] * len(prompts) if images is None else images
+        if isinstance(rows, str | bytes) or not isinstance(rows, Sequence) or len(rows) != len(prompts):
+            raise _wrong_rows(len(rows), len(prompts))
+        for number, (prompt, own) in enumerate(zip(prompts, rows, strict=True)):
+            if isinstance(own, str | bytes) or not isinstance(own, Sequence):
+                raise RequestError(f"images has {own!r:.60} for prompt {number}, expected a list of images")
+            if own and self.image_id is None:
+                raise _no_images()
+            n_places = sum(token == self.image_id for token in prompt)
+            if len(own) != n_places:
+                raise RequestError(
+                    f"prompt {number} has {n_places} places for images (id {self.image_id}), but {len(own)} images: give "
+                    "one for each"
+                )
+        return [[self.load_tiles(image) for image in own] for own in rows]
+
+    def load_tiles(self, image: "ImageSource") -> Tiles:
+        """An image as the model's encoder takes it. Raises RequestError for what is no image."""
+        args = self.model.args
+        if args.vision_chunk_size is None:
+            raise _no_images()
+        return load_tiles(image, args.vision_chunk_size, args.vision_max_num_chunks)
 
     def _check_prompt(self, prompt: list[int]) -> None:
         if not isinstance(prompt, Sequence) or not all(isinstance(token, Integral) for token in prompt):
@@ -413,7 +480,7 @@ class Llama:
             raise RequestError(
                 f"the prompt has {len(prompt):,} tokens, but max_seq_len is {self.max_seq_len:,}: shorten it or build with more"
             )
-        vocab_size = self.model.args.vocab_size
+        vocab_size = self.model.args.vocab_size + (self.image_id is not None)  # the id of images comes after all others
         invalid = [token for token in (min(prompt), max(prompt)) if not 0 <= token < vocab_size]
         if invalid:
             raise RequestError(f"the prompt has token {invalid[0]}; the vocabulary has 0 to {vocab_size - 1}")
@@ -433,15 +500,31 @@ class Llama:
         self, found: Iterator[None], rows: list[Row], params: SamplingParams, stop: str | Sequence[str], **options: Any
     ) -> Iterator[None]:
         """Steps that begin when all processes of the job have the same prompts and options. Raises JobError."""
-        prompts, limits = [row.prompt for row in rows], [row.max_gen_len for row in rows]
+        prompts, images, limits = zip(*((row.prompt, row.images, row.max_gen_len) for row in rows), strict=True)
         with naming_a_lost_process():
-            self.job.check_same("generating", generation_facts(prompts, limits, params, stop, **options))
+            self.job.check_same("generating", generation_facts(prompts, images, limits, params, stop, **options))
             yield from found
 
     def _sampler(self, rows: list[Row], params: SamplingParams, generator: torch.Generator) -> Sampler:
-        prompts = [row.prompt for row in rows]
+        prompts = [[token for token in row.prompt if token != self.image_id] for row in rows]
         agree = broadcast_choice if self.job.is_parallel else None
         return Sampler(params, generator, prompts, self.model.args.vocab_size, self.device, agree)
+
+
+def is_dialog(prompt: str | list[int] | Dialog) -> bool:
+    """Whether a prompt is neither text nor ids."""
+    if isinstance(prompt, str):
+        return False
+    plain = plain_list(prompt)
+    return not (plain and isinstance(plain[0], int))
+
+
+def _no_images() -> RequestError:
+    return RequestError("this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct")
+
+
+def _wrong_rows(n_found: int, n_prompts: int) -> RequestError:
+    return RequestError(f"images has {n_found} lists, expected one for each of {n_prompts} prompts")
 
 
 def _output(text: RowText, echo: bool) -> tuple[list[int], list[float]]:

@@ -3,6 +3,8 @@
 Shapes as in model.py: B sequences, T new tokens each, S tokens seen so far, H query heads, K key/value heads, hd = head_dim.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,12 +13,32 @@ from llama_ref.args import ModelArgs
 from llama_ref.model import Context, attend
 
 
+@dataclass
+class ImageKeys:
+    """What the cross-attention layers read of a batch's images.
+
+    `keys` and `values` are (cross layers, B, N, K, hd). Vision token i of a row is seen by positions
+    from `begins` to before `ends`, both (B, N); by none where rows are padded to the longest.
+    """
+
+    keys: Tensor
+    values: Tensor
+    begins: Tensor
+    ends: Tensor
+
+    def visible(self, positions: Tensor) -> Tensor:
+        """Which positions (B, T) see which vision tokens: bool (B, T, N)."""
+        at = positions[:, :, None]
+        return (self.begins[:, None] <= at) & (at < self.ends[:, None])
+
+
 class KVCache:
     """Keys and values of all tokens so far, for every layer, and the length of each row.
 
     `keys` and `values` are (n_layers, B, K, max_seq_len, hd). `lengths` (B,) counts the tokens of each
     row; what lies beyond is never read, so a row is truncated by lowering its length. `longest` is
-    their maximum, a number that is known without waiting for the device.
+    their maximum, a number that is known without waiting for the device. `images` are those that
+    the rows' tokens look at (vision.py).
     For inference: use it under `torch.inference_mode()` or with frozen weights.
     """
 
@@ -31,6 +53,7 @@ class KVCache:
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.longest = 0
+        self.images: ImageKeys | None = None
         self._mask: tuple[Context, Tensor] | None = None  # of the current pass
 
     @property

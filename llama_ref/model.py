@@ -210,12 +210,16 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """The last layer's normed output (B, T, D), for callers that need only a few positions' logits."""
         context = Context(self.args, tokens, cache)
-        x = self.tok_embeddings(tokens)  # (B, T, D)  prefill (4, 128, 2048), decode (4, 1, 2048)
+        x = self.embed(tokens)  # (B, T, D)  prefill (4, 128, 2048), decode (4, 1, 2048)
         for layer, block in enumerate(self.layers):
             x = block(x, context, layer)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D)."""
+        return self.tok_embeddings(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> float32 (…, V)."""

@@ -461,10 +461,6 @@ def _of_folder(name: str, folder: CheckpointFolder) -> Model:
     args = folder.read_args()
     release = _release_named(folder.name)
     kind = stored_kind(folder, args)
-    if kind is Kind.VISION:
-        if release:
-            return _of_release(release)
-        raise CheckpointError(f"{folder.path} is a vision release, which is not supported yet; plan a text release by name")
     context = release.max_seq_len if release else LONG_CONTEXT if args.use_scaled_rope else SHORT_CONTEXT
     tied = is_tied(folder)
     shown = release.name if release else folder.name
@@ -489,12 +485,6 @@ def _release_named(name: str) -> Release | None:
 
 
 def _of_release(release: Release) -> Model:
-    if release.is_vision:
-        shape = {key: value for key, value in release.params.items() if not key.startswith("vision_")}
-        text = next(other for other in RELEASES.values() if other.params == shape and not other.is_vision)
-        raise RequestError(
-            f"{release.name} is a vision release, which is not supported yet; the text model of its shape is {text.name}"
-        )
     if "hidden_dim" in release.params:
         raise RequestError(
             f"{release.name} is an ExecuTorch program, which PyTorch cannot read; Llama-Guard-3-1B is the guard in bf16"

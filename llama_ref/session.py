@@ -1,17 +1,22 @@
 """A conversation that keeps its KV cache: a turn costs only its new tokens."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from llama_ref.chat import Dialog, Message
+from llama_ref.chat import ContentItem, Dialog, Message, content_items, images_in
 from llama_ref.checkpoint.formats.atomic import atomic_file
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.stream import Stream
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_json
 from llama_ref.generation import Llama
+from llama_ref.images import Tiles
 from llama_ref.parallel.job import from_first
+
+if TYPE_CHECKING:
+    from llama_ref.images import ImageSource
 
 DIALOG_LIMIT_BYTES = 64 << 20
 NOT_A_FILE = (OSError, ValueError, RuntimeError)  # the last two: an invalid path, an unknown home directory
@@ -29,6 +34,7 @@ class Session:
         self.llama = llama
         llama.formatter.warn_once()
         self._cache = new_cache(llama.model, 1, llama.max_seq_len)
+        self._images: Sequence[Tiles] = []  # of the dialog, in order
         self._turn: tuple[Message, Stream] | None = None  # the last one, until its answer is settled
         self.reset(system)
 
@@ -40,7 +46,7 @@ class Session:
     def system(self) -> str | None:
         """The current system prompt."""
         first = self._dialog[0] if self._dialog else None
-        return first["content"] if first and first["role"] == "system" else None
+        return cast(str, first["content"]) if first and first["role"] == "system" else None
 
     @property
     def dialog(self) -> Dialog:
@@ -52,20 +58,25 @@ class Session:
         """Tokens that the next turn does not have to compute."""
         return self._cache.longest
 
-    def say(self, text: str, **options: Any) -> Stream:
-        """Add a user's message and stream the answer. `options` are `Llama.stream`'s.
+    def say(self, text: str, images: Sequence["ImageSource"] = (), **options: Any) -> Stream:
+        """Add a user's message, images before its text, and stream the answer. `options` are `Llama.stream`'s.
 
-        Raises RequestError when the conversation no longer fits the context, and leaves it unchanged.
+        An image is encoded once. Raises RequestError for one that cannot be read, and when the
+        conversation no longer fits the context; it is then unchanged.
         """
         self._settle()
         message: Message = {"role": "user", "content": text}
+        if images:
+            items: list[ContentItem] = [{"type": "image", "image": image} for image in images]
+            message["content"] = [*items, {"type": "text", "text": text}]
+        tiles = [*self._images, *(self.llama.load_tiles(image) for image in images)]
         prompt = self._ids + self.llama.formatter.encode_message(message) + self.llama.formatter.encode_header("assistant")
         if len(prompt) >= self.llama.max_seq_len:
             raise RequestError(
                 f"the conversation would have {len(prompt):,} tokens, but max_seq_len is {self.llama.max_seq_len:,}: "
                 "/reset it, or start with a larger max_seq_len"
             )
-        stream = self.llama.stream(prompt, cache=self._cache, **options)
+        stream = self.llama.stream(prompt, images=tiles, cache=self._cache, **options)
         self._turn = message, stream
         return stream
 
@@ -75,8 +86,9 @@ class Session:
         ids = [self.llama.tokenizer.bos_id]
         for message in dialog:
             ids += formatter.encode_message(message)
+        images = [self.llama.load_tiles(image) for image in images_in(dialog)]
         self._end_turn()
-        self._dialog, self._ids = list(dialog), ids
+        self._dialog, self._ids, self._images = list(dialog), ids, images
         self._cache.truncate([0])
 
     def save(self, path: str | Path) -> None:
@@ -112,6 +124,7 @@ class Session:
             tokenizer = self.llama.tokenizer
             self._ids = [*said, tokenizer.eom_id if "stop_reason" in messages[-1] else tokenizer.eot_id]
             self._dialog += messages
+            self._images = stream.row.images
         self._cache.truncate([min(self._cache.longest, known)])
 
     def _end_turn(self) -> None:
@@ -121,9 +134,25 @@ class Session:
             self._turn = None
 
 
+def _written(message: Message) -> Any:
+    """A message's content as JSON: images as their files' paths."""
+    if isinstance(message["content"], str):
+        return message["content"]
+    items: list[dict[str, str]] = []
+    for item in content_items(message):
+        if item["type"] == "text":
+            items.append({"type": "text", "text": item["text"]})
+        elif isinstance(item["image"], str | Path):
+            items.append({"type": "image", "image": str(Path(item["image"]).expanduser().resolve())})
+        else:
+            raise RequestError("the conversation has an image that is no file: give images as paths to save it")
+    return items
+
+
 def _write_dialog(path: str | Path, dialog: Dialog) -> None:
     """Replace the file when the new one is complete: a full disk must not lose the conversation."""
-    text = json.dumps(dialog, ensure_ascii=False, indent=2) + "\n"
+    written = [{**message, "content": _written(message)} for message in dialog]
+    text = json.dumps(written, ensure_ascii=False, indent=2) + "\n"
     try:
         target = Path(path).expanduser().resolve()
         is_special = target.exists() and not target.is_file()

@@ -23,7 +23,7 @@ from llama_ref.cli.options import Compile, Dtype, Name, Quantize
 from llama_ref.cli.parser import command, run
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.drafting import LONGEST_DRAFT, PassTime
-from llama_ref.decoding.loop import Row
+from llama_ref.decoding.row import Row
 from llama_ref.onednn import onednn_for
 
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon", "Dublin", "Athens", "Oslo", "Prague", "Warsaw")

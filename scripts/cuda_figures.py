@@ -19,7 +19,8 @@ from llama_ref import device as devices
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.releases import Release, find_release
 from llama_ref.compiled.caches import new_cache
-from llama_ref.decoding.loop import Row, prefill, steps
+from llama_ref.decoding.loop import prefill, steps
+from llama_ref.decoding.row import Row
 from llama_ref.model import Transformer
 from llama_ref.plan import count_parameters
 from llama_ref.sampling import Sampler, SamplingParams

@@ -40,7 +40,7 @@ from llama_ref.checkpoint.hf.bitsandbytes import guard_args
 from llama_ref.checkpoint.hf.config import make_config
 from llama_ref.checkpoint.meta_quantized.kinds import KIND_OF_WEIGHTS, Kind, kind_of, scales_name, tensors_of
 from llama_ref.checkpoint.releases import Release, find_release
-from llama_ref.checkpoint.shapes import shard_shape
+from llama_ref.checkpoint.shapes import name_in_shards, shard_shape
 from llama_ref.checkpoint.verify.presence import checkpoint_files
 from llama_ref.device import DTYPES
 from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
@@ -116,9 +116,10 @@ def _shard(
         shard, scales = fp8_tensors(own, draw, dtype, rank)
         return {shard_name(rank): shard, scales_name(rank): scales}
     held = [name for name in own if not (tied and name == "output.weight")]
-    return {
-        shard_name(rank): [LazyTensor(name, own[name].shape, dtype, partial(cast_rows, draw, name, dtype)) for name in held]
-    }
+    parts = [
+        LazyTensor(name_in_shards(name, args), own[name].shape, dtype, partial(cast_rows, draw, name, dtype)) for name in held
+    ]
+    return {shard_name(rank): parts}
 
 
 def _write(path: Path, tensors: list[LazyTensor], aliases: Mapping[str, str]) -> None:
@@ -145,11 +146,16 @@ def _random_part(name: str, shape: tuple[int, ...], rank: int, shards: int, seed
     seed. So a part needs only the blocks that it overlaps, and does not depend on the number of
     parts.
     """
-    if len(shape) == 1:  # a norm, whole in every shard: near 1, but no two equal
-        yield 1 + 0.1 * _block(shape, seed, name, 0)
-        return
     dim = split_dim(name) or 0
-    shards = shards if split_dim(name) is not None else 1  # one whole part
+    rank, shards = (rank, shards) if split_dim(name) is not None else (0, 1)  # one whole part
+    if len(shape) == 1:  # a norm or a gate: near 1, but no two equal; a bias: near 0
+        size = shape[0] // shards
+        yield (not name.endswith("bias")) + 0.1 * _block(shape, seed, name, 0)[rank * size : (rank + 1) * size]
+        return
+    if len(shape) > 2:  # tables of positions, whole in every shard
+        rows = _random_part(name, (math.prod(shape[:-1]), shape[-1]), 0, 1, seed)
+        yield torch.cat(list(rows)).view(shape)
+        return
     scale = 1 / math.sqrt(shape[1])  # by the fan-in: keeps activations near 1, and embeddings at norm 1
     slices = _slices(name, shape[dim], shape[1 - dim], rank, shards, seed)
     if dim == 0:
@@ -181,8 +187,6 @@ def _block(shape: tuple[int, ...], seed: int, name: str, first: int) -> Tensor:
 
 
 def _check_makeable(args: ModelArgs, kind: Kind, shards: int) -> None:
-    if kind is Kind.VISION:
-        raise RequestError("these params are of a vision release, which this script does not make")
     _check_even(args, shards)
     if kind in (Kind.INT4, Kind.INT8) and shards > 1:
         raise RequestError(f"{kind.value} releases have one shard; leave --shards out")
@@ -244,8 +248,6 @@ def main(
 
 
 def _makeable(release: Release) -> Release:
-    if release.is_vision:
-        raise RequestError(f"{release.name} is a vision release, which this script does not make; use a text release")
     if "hidden_dim" in release.params:
         raise RequestError(f"{release.name} is an ExecuTorch program, which this script does not make; use another release")
     return release

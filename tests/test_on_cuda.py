@@ -24,8 +24,9 @@ from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
-from llama_ref.decoding.loop import Row, prefill, steps
+from llama_ref.decoding.loop import prefill, steps
 from llama_ref.decoding.prompt_lookup import PromptLookup
+from llama_ref.decoding.row import Row
 from llama_ref.device import choose_dtype
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llama_ref.args import ModelArgs
-from llama_ref.decoding.loop import Row, steps
+from llama_ref.decoding.loop import steps
+from llama_ref.decoding.row import Row
 from llama_ref.onednn import onednn_for
 from random_models import random_model
 

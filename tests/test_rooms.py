@@ -14,7 +14,7 @@ PACKAGE = Path(llama_ref.__file__).parent
 # The floors of the house, lowest first. A room may import its own floor and those below it.
 FLOORS = (
     {"args"},
-    {"model", "kv_cache"},
+    {"model", "kv_cache", "vision"},
     {"compiled", "quantization", "parallel"},
     {"decoding"},
     {"llama_ref", "generation", "session"},  # llama_ref: the package's __init__, the public names

@@ -1,6 +1,6 @@
 """A model without memory for its weights, which are set later."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from llama_ref.args import ModelArgs
 from llama_ref.model import Transformer
+from llama_ref.vision import VisionTransformer
 
 
 class _Uninitialized(TorchFunctionMode):
@@ -20,7 +21,7 @@ class _Uninitialized(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def model_without_memory(args: ModelArgs) -> Transformer:
-    """A model on the meta device: modules and shapes."""
+def model_without_memory(args: ModelArgs, cross_layers: Sequence[int] | None = None) -> Transformer:
+    """A model on the meta device: modules and shapes. `cross_layers`: see VisionTransformer."""
     with torch.device("meta"), _Uninitialized():
-        return Transformer(args)
+        return VisionTransformer(args, cross_layers) if args.has_vision else Transformer(args)

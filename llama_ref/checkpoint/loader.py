@@ -19,7 +19,7 @@ from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.meta_quantized.matrices import Activations, StoredMatrices, check_activations, matrices_of
 from llama_ref.checkpoint.quantized_reader import StoredQuantized
 from llama_ref.checkpoint.reader import Stored, Wanted, join, open_stored
-from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
+from llama_ref.checkpoint.shapes import EMBEDDING, LEARNABLE, OUTPUT, VISION, expected_shapes
 from llama_ref.checkpoint.to_device import Target, pinned_copier
 from llama_ref.errors import RequestError
 from llama_ref.memory import give_back_memory
@@ -30,6 +30,7 @@ from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.quantization.apply import check_columns, quantized, tie
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.quantization.scheme import Scheme
+from llama_ref.vision import VisionTransformer
 
 
 def load_model(
@@ -58,11 +59,13 @@ def load_model(
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     layers = share.layers(args.n_layers)
-    shapes = {name: shape for name, shape in expected_shapes(args).items() if _is_local(name, share, layers)}
+    crossed = [layer for layer in args.cross_layers if layer in layers]
+    shapes = {name: shape for name, shape in expected_shapes(args).items() if _is_local(name, args, share, layers)}
     wanted = {name: wanted_ranges(name, args, share) for name in shapes}
     stored = _open(folder, args, wanted, scheme, activations)
     # Built only when its shape is known to be that of the files.
-    model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))))
+    crossed_in_stage = [layer - layers.start for layer in crossed]
+    model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))), crossed_in_stage)
     is_one_matrix = stored.tied and {EMBEDDING, OUTPUT} <= wanted.keys()
     if is_one_matrix:
         del wanted[OUTPUT]
@@ -81,12 +84,14 @@ def load_model(
                 matrix = _quantized(scheme, name, stored, ranges, dtype, to)
             else:
                 matrix = stored.joined(name, ranges, dtype, to)
-            _set(model, _local_name(name, layers), matrix)
+            _set(model, _local_name(name, args, layers), matrix)
             if copier:
                 give_back_memory()  # of reordered copies, which the C library would keep
             counter.advance(math.prod(parts[name]) * dtype.itemsize)
     if is_one_matrix:
         tie(model)
+    if isinstance(model, VisionTransformer) and LEARNABLE not in shapes:
+        model.learnable_embedding = None
     return model.eval().requires_grad_(False)
 
 
@@ -109,22 +114,31 @@ def _open(
     return matrices_of(folder, args, stored, activations)
 
 
-def _is_local(name: str, share: Share, layers: range) -> bool:
+def _is_local(name: str, args: ModelArgs, share: Share, layers: range) -> bool:
     """Whether a share's stage needs the tensor; a tied output counts under its own name."""
     if name.startswith("layers."):
-        return _layer(name) in layers
-    return share.is_first_stage if name == EMBEDDING else share.is_last_stage
+        return _number(name) in layers
+    if name.startswith("cross_attention_layers."):
+        return args.cross_layers[_number(name)] in layers
+    if name.startswith(VISION):
+        return True  # each stage's cross-attention layers read the encoder's output
+    return share.is_first_stage if name in (EMBEDDING, LEARNABLE) else share.is_last_stage
 
 
-def _local_name(name: str, layers: range) -> str:
+def _local_name(name: str, args: ModelArgs, layers: range) -> str:
     """A tensor's name in the stage's model, where layers count from 0."""
-    if not name.startswith("layers."):
+    kind, _, _ = name.partition(".")
+    if kind == "layers":
+        earlier = layers.start
+    elif kind == "cross_attention_layers":
+        earlier = sum(layer < layers.start for layer in args.cross_layers)
+    else:
         return name
-    layer = _layer(name)
-    return name.replace(f"layers.{layer}.", f"layers.{layer - layers.start}.", 1)
+    number = _number(name)
+    return name.replace(f"{kind}.{number}.", f"{kind}.{number - earlier}.", 1)
 
 
-def _layer(name: str) -> int:
+def _number(name: str) -> int:
     return int(name.split(".")[1])
 
 

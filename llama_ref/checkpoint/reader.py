@@ -35,6 +35,7 @@ from llama_ref.checkpoint.shapes import (
     implied_shards,
     is_ignored,
     misfits,
+    own_names,
     strangers,
 )
 from llama_ref.checkpoint.to_device import PinnedCopier, Target
@@ -160,8 +161,8 @@ def open_stored(folder: CheckpointFolder, args: ModelArgs, wanted: Wanted | None
     """Map the files that hold any of `wanted` (None: all files).
 
     `check` rejects tensors that are missing, unexpected or misshapen, all of them in one message;
-    without it, a folder may hold any tensors. Raises CheckpointError for these, for a vision release,
-    and always for files that are not checkpoints.
+    without it, a folder may hold any tensors. Raises CheckpointError for these, and always for files
+    that are not checkpoints.
     """
     if folder.is_hugging_face:
         return _open_safetensors(folder, args, check)
@@ -176,7 +177,7 @@ def _open_shards(folder: CheckpointFolder, args: ModelArgs, kind: Kind, wanted: 
     expected = _expected(folder, args, kind) if check else {}
     _check_even(folder, expected)
     numbers = _needed_shards(wanted, shapes, n_shards) if wanted else range(n_shards)
-    shards = {number: read_shard(folder.shards[number]) for number in sorted(numbers)}
+    shards = {number: own_names(read_shard(folder.shards[number]), args) for number in sorted(numbers)}
     if check:
         files = {folder.shards[number].name: shard for number, shard in shards.items()}
         for file, tensors in files.items():
@@ -242,13 +243,13 @@ def is_tied(folder: CheckpointFolder) -> bool:
         return folder.says_tied() and not _holds_output(folder, _all_tensors(map(map_safetensors, folder.shards)))
     if folder.is_quantized:
         return not has_output(name for path in folder.shards for name in inspect_safetensors(path))
-    shards = {path: read_shard(path) for path in folder.shards}
+    args = folder.read_args()
+    shards = {path: own_names(read_shard(path), args) for path in folder.shards}
     for path, shard in shards.items():
         if EMBEDDING not in shard:
-            other = foreign_names(shard, expected_shapes(folder.read_args()))
+            other = foreign_names(shard, expected_shapes(args))
             raise CheckpointError(f"{path} holds no {EMBEDDING}; {other or 'it is not a shard of a Llama 3'}")
-    kind = kind_of(folder.read_args(), folder.path)
-    if kind is Kind.INT4:
+    if kind_of(args, folder.path) is Kind.INT4:
         return tables_are_equal(shards.values())
     return _shares_embedding(shards.values())
 

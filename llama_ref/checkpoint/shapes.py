@@ -1,24 +1,27 @@
-"""The names, shapes and dtypes of a text model's tensors, and how those in files are compared with them."""
+"""The names, shapes and dtypes of a model's tensors, and how those in files are compared with them."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from llama_ref.args import ModelArgs
+from llama_ref.args import N_LEARNABLE, PATCH_SIZE, ModelArgs
 from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
 
 if TYPE_CHECKING:
     from torch import Tensor  # only as a type: `verify` does not wait for torch
 
+T = TypeVar("T")
 Shape = tuple[int, ...]
 DtypeAndShape = tuple[str, Shape]
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+LEARNABLE = "learnable_embedding.weight"  # of a vision release, for ids after the vocabulary
+TEXT, VISION = "text_model.", "vision_model."  # prefixes in a vision release's shards
 
 # Older files hold RoPE's frequencies, Meta's once and Hugging Face's in every layer. params.json
 # implies them.
-IGNORED = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+IGNORED = re.compile(r"(?:text_model\.)?rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not mean millions
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 FP8 = "float8_e4m3fn"
@@ -50,23 +53,93 @@ def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
     Written down instead of taken from the model, because torch takes a second to import.
     """
     dim, q_dim, kv_dim = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    layer = {
-        "attention.wq": (q_dim, dim),
-        "attention.wk": (kv_dim, dim),
-        "attention.wv": (kv_dim, dim),
-        "attention.wo": (dim, q_dim),
-        "feed_forward.w1": (args.ffn_dim, dim),
-        "feed_forward.w2": (dim, args.ffn_dim),
-        "feed_forward.w3": (args.ffn_dim, dim),
-        "attention_norm": (dim,),
-        "ffn_norm": (dim,),
+    attention = {
+        "attention.wq.weight": (q_dim, dim),
+        "attention.wk.weight": (kv_dim, dim),
+        "attention.wv.weight": (kv_dim, dim),
+        "attention.wo.weight": (dim, q_dim),
     }
-    return {
+    rest = {
+        "feed_forward.w1.weight": (args.ffn_dim, dim),
+        "feed_forward.w2.weight": (dim, args.ffn_dim),
+        "feed_forward.w3.weight": (args.ffn_dim, dim),
+        "attention_norm.weight": (dim,),
+        "ffn_norm.weight": (dim,),
+    }
+    text = {
         EMBEDDING: (args.vocab_size, dim),
-        **{f"layers.{n}.{name}.weight": shape for n in range(args.n_layers) for name, shape in layer.items()},
+        **_numbered("layers", args.n_layers, attention | rest),
         "norm.weight": (dim,),
         OUTPUT: (args.vocab_size, dim),
     }
+    if not args.has_vision:
+        return text
+    norms = {"attention.q_norm.weight": (args.head_dim,), "attention.k_norm.weight": (args.head_dim,)}
+    cross = {"gate_attn": (1,), "gate_ffwd": (1,)} | attention | norms | rest
+    return {
+        **text,
+        **_numbered("cross_attention_layers", len(args.cross_layers), cross),
+        **_vision_shapes(args),
+        LEARNABLE: (N_LEARNABLE, dim),
+    }
+
+
+def _vision_shapes(args: ModelArgs) -> dict[str, Shape]:
+    """Of the encoder and its projection, in the model's order."""
+    width, P, n = args.vision_dim, args.patches_per_tile, args.vision_max_num_chunks
+    tile = {"embedding": (n, n, 1, width), "gate": (1,)}
+    block = {f"attn.{w}.weight": (width, width) for w in ("wq", "wk", "wv", "wo")} | {
+        "mlp.c_fc.weight": (4 * width, width),
+        "mlp.c_fc.bias": (4 * width,),
+        "mlp.c_proj.weight": (width, 4 * width),
+        "mlp.c_proj.bias": (width,),
+        **_norm("ln_1", width),
+        **_norm("ln_2", width),
+    }
+    encoder = {
+        "class_embedding": (width,),
+        "positional_embedding": (P, width),
+        "gated_positional_embedding": (n, n, P, width),
+        "gated_positional_embedding_gate": (1,),
+        "conv1._linear.weight": (width, 3 * PATCH_SIZE**2),
+        **{f"pre_tile_pos_embed.{name}": shape for name, shape in tile.items()},
+        **{f"post_tile_pos_embed.{name}": shape for name, shape in tile.items()},
+        **_norm("ln_pre", width),
+        **_norm("ln_post", width),
+        **_numbered("transformer.resblocks", args.vision_n_layers, block),
+        **_numbered("global_transformer.resblocks", args.vision_n_global_layers, {"gate_attn": (1,), "gate_ffn": (1,)} | block),
+    }
+    return {
+        **{f"{VISION}vision_encoder.{name}": shape for name, shape in encoder.items()},
+        f"{VISION}vision_projection.weight": (args.dim, (1 + len(args.vision_kept_layers)) * width),
+        f"{VISION}vision_projection.bias": (args.dim,),
+    }
+
+
+def _numbered(prefix: str, n: int, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {f"{prefix}.{i}.{name}": shape for i in range(n) for name, shape in shapes.items()}
+
+
+def _norm(name: str, width: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def own_names(shard: Mapping[str, T], args: ModelArgs) -> dict[str, T]:
+    """A shard's tensors by the model's names: in a vision release's shards those of the text model have a prefix.
+
+    A name that has none there is marked as a stranger.
+    """
+    if not args.has_vision or EMBEDDING in shard:
+        return dict(shard)
+    return {
+        name.removeprefix(TEXT) if name.startswith((TEXT, VISION)) else f"(without prefix) {name}": tensor
+        for name, tensor in shard.items()
+    }
+
+
+def name_in_shards(name: str, args: ModelArgs) -> str:
+    """A tensor's name in Meta's shards."""
+    return TEXT + name if args.has_vision and not name.startswith(VISION) else name
 
 
 def shard_shape(name: str, whole: Shape, n_shards: int) -> Shape:

@@ -76,7 +76,7 @@ class FastHidden(CompiledForward):
 
     def __call__(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """As `Transformer.hidden`."""
-        if not isinstance(cache, KVCache):
+        if not isinstance(cache, KVCache) or cache.images:  # cross-attention layers are not compiled
             return Transformer.hidden(self.fast.model, tokens, cache)
         return self.fast.hidden(tokens, cache)
 
@@ -91,7 +91,7 @@ class FastForward(CompiledForward):
 
     def __call__(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """As `Transformer.forward`."""
-        if not isinstance(cache, KVCache):
+        if not isinstance(cache, KVCache) or cache.images:
             return Transformer.forward(self.fast.model, tokens, cache)
         return self.fast.logits(tokens, cache)
 

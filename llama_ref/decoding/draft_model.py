@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.drafting import AcceptanceRate, Draft, PassTime
-from llama_ref.decoding.loop import Row, check_not_nan, prefill_tokens
+from llama_ref.decoding.loop import check_not_nan, prefill_tokens
+from llama_ref.decoding.row import Row
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.onednn import onednn_for
@@ -54,7 +55,8 @@ class ModelDrafter:
         self.rate = AcceptanceRate(PRIOR_RATE)
 
     def draft(self, row: Row, at_most: int, sampler: Sampler) -> Draft:
-        text = row.prompt + row.generated
+        vocabulary = range(self.model.args.vocab_size)  # an image's id is outside: the draft model sees some token instead
+        text = [token if token in vocabulary else 0 for token in row.prompt] + row.generated
         self._compare(text)
         sampler, draft = sampler.fork(), Draft()
         # At least one guess: with none the rate would never change again.

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from llama_ref.compiled.forward import compiled_forward
-from llama_ref.decoding.loop import Row
+from llama_ref.decoding.row import Row
 from llama_ref.formatting import dtype_name
 from llama_ref.model import Transformer
 from llama_ref.quantization.linear import Int8Matrix, QuantizedMatrix

@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,59 +11,16 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda_cache import MASKLESS_PREFILL_TOKENS
 from llama_ref.compiled.cuda_ops import log_normalizer
 from llama_ref.compiled.forward import compiled_forward
+from llama_ref.decoding.image_prompts import show_images
+from llama_ref.decoding.row import Row
 from llama_ref.errors import LlamaRefError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.onednn import onednn_for
 
-FinishReason = Literal["stop", "length"]
-
 PREFILL_TOKENS = 1024  # per pass, of all rows together: bounds activations and masks
+IGNORED = -100  # a target without a loss
 LOGPROB_POSITIONS = 128  # logits take 0.5 MB per position: so many at a time for an echoed prompt
-
-
-@dataclass
-class Row:
-    """One sequence of a batch that is being generated.
-
-    `generated` ends before the stop token, which is kept in `stop_token`. `logprobs` has one entry per
-    generated token: the model's own, before temperature and filters. `finish_reason` is None until the
-    row has finished. `drafted` and `accepted` count the guesses of speculative decoding.
-    """
-
-    prompt: list[int]
-    max_gen_len: int
-    generated: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_token: int | None = None
-    drafted: int = 0
-    accepted: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_gen_len == 0:
-            self.finish_reason = "length"
-
-    @property
-    def total_len(self) -> int:
-        """The largest possible number of tokens, prompt included."""
-        return len(self.prompt) + self.max_gen_len
-
-    @property
-    def passes(self) -> int:
-        """Forward passes so far, the prompt's included: one per token that was not an accepted guess."""
-        return len(self.generated) + (self.stop_token is not None) - self.accepted
-
-    def take(self, token: int, logprob: float, stop_tokens: Collection[int]) -> None:
-        """Append the next token; finish if it is a stop token or the last that fits."""
-        if token in stop_tokens:
-            self.finish_reason, self.stop_token = "stop", token
-            return
-        self.generated.append(token)
-        self.logprobs.append(logprob)
-        if len(self.generated) == self.max_gen_len:
-            self.finish_reason = "length"
 
 
 def steps(
@@ -150,6 +105,7 @@ def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs
     ends = [len(row.prompt) for row in rows]
     known = min(cache.longest, min(ends) - 1)  # a prompt that is all cached still needs its last token's logits
     cache.truncate([known] * len(rows))
+    show_images(model, rows, cache, known)
     tokens = torch.zeros(len(rows), max(ends) - known, dtype=torch.long, device="cpu")
     for row, padded in zip(rows, tokens, strict=True):
         padded[: len(row.prompt) - known] = torch.tensor(row.prompt[known:], device="cpu")
@@ -190,10 +146,11 @@ def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: i
         if begin == 0:
             row.prompt_logprobs.append(0.0)  # the first token is not predicted
         targets = torch.tensor(row.prompt[begin + 1 : begin + 1 + len(states)], dtype=torch.long, device=hidden.device)
+        targets[targets >= model.args.vocab_size] = IGNORED  # an image is not predicted either
         pieces = zip(states[: len(targets)].split(LOGPROB_POSITIONS), targets.split(LOGPROB_POSITIONS), strict=True)
         for some_states, some_targets in pieces:
-            losses = F.cross_entropy(model.logits(some_states), some_targets, reduction="none")
-            row.prompt_logprobs.extend((-losses).tolist())
+            losses = F.cross_entropy(model.logits(some_states), some_targets, reduction="none", ignore_index=IGNORED)
+            row.prompt_logprobs.extend((0 - losses).tolist())
 
 
 def check_not_nan(logprob: float, dtype: torch.dtype, whose: str = "the model") -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llama_ref.decoding.drafting import AcceptanceRate, Draft, PassTime
-from llama_ref.decoding.loop import Row
+from llama_ref.decoding.row import Row
 from llama_ref.sampling import Sampler
 
 # Prior acceptance rate by match length, until the text provides its own.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.drafting import Draft, Drafter, Speculation
-from llama_ref.decoding.loop import Row, check_not_nan, finished, prefill
+from llama_ref.decoding.loop import check_not_nan, finished, prefill
+from llama_ref.decoding.row import Row
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.onednn import onednn_for

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from llama_ref.decoding.loop import FinishReason, Row
+from llama_ref.decoding.row import FinishReason, Row
 from llama_ref.errors import RequestError
 from llama_ref.tokenizer import StreamDecoder, Tokenizer
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from llama_ref.formatting import comma_list
+from llama_ref.images import Tiles
 from llama_ref.kv_cache import KVCache
 from llama_ref.parallel.agreement import digest
 from llama_ref.sampling import SamplingParams
@@ -14,6 +15,7 @@ MOST_LISTED = 8  # prompts
 
 def generation_facts(
     prompts: Sequence[Sequence[int]],
+    images: Sequence[Sequence[Tiles]],
     max_gen_lens: Sequence[int],
     params: SamplingParams,
     stop: str | Sequence[str],
@@ -26,9 +28,11 @@ def generation_facts(
     The seed is not among them: rank 0 chooses the tokens for all, so it may be random.
     """
     lengths = comma_list([len(prompt) for prompt in prompts], MOST_LISTED)
+    pixels = b"".join(image.pixels.numpy().tobytes() for row in images for image in row)
     ids = b"".join(array("q", [len(prompt), *prompt]).tobytes() for prompt in prompts)
     return {
         "the prompt": f"{lengths} tokens (digest {digest(ids)})",
+        "the images": f"{sum(map(len, images))} (digest {digest(pixels)})",
         "max_gen_len": max_gen_lens[0] if len(set(max_gen_lens)) == 1 else list(max_gen_lens),
         **{name: value for name, value in asdict(params).items() if name != "seed"},
         "stop": [stop] if isinstance(stop, str) else list(stop),

@@ -13,7 +13,24 @@ from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 
 # The dimension Meta splits matrices along; tensors not named here (the norms) are whole in every shard.
-SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+SPLIT_DIM = {
+    "tok_embeddings": 0,
+    "output": 0,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "w1": 0,
+    "w3": 0,
+    "wo": 1,
+    "w2": 1,
+    "learnable_embedding": 0,
+    "_linear": 0,
+    "c_fc": 0,
+    "c_fc.bias": 0,
+    "c_proj": 1,
+    "vision_projection": 0,
+    "vision_projection.bias": 0,
+}
 
 PARTS = (".weight", ".scales", ".zeros")  # of a matrix, in Meta's names
 
@@ -91,7 +108,7 @@ def kv_heads(args: ModelArgs, share: Share) -> list[int]:
 def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | None:
     """A share's part of a tensor along `split_dim(name)`, in the order in which it is held; None: all of it."""
     kind = _kind(name)
-    if kind not in SPLIT_DIM:
+    if kind not in SPLIT_DIM or is_shared(name):
         return None
     if kind in ("wk", "wv"):
         return _joined([_scaled(range(head, head + 1), args.head_dim) for head in kv_heads(args, share)])
@@ -100,6 +117,11 @@ def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | Non
     if kind in ("w1", "w2", "w3"):
         return [share.of(args.ffn_dim)]
     return [share.of(args.vocab_size)]
+
+
+def is_shared(name: str) -> bool:
+    """Whether every process holds the whole of a tensor that shards split: those of the vision encoder."""
+    return name.startswith(("vision_model.", "learnable_embedding."))
 
 
 def part_shape(name: str, whole: tuple[int, ...], ranges: list[range] | None) -> tuple[int, ...]:
@@ -124,7 +146,8 @@ def places(ranges: list[range], shard_size: int) -> Iterator[tuple[int, range]]:
 def _kind(name: str) -> str:
     for part in PARTS:
         name = name.removesuffix(part)
-    return name.split(".")[-1]
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1] == "bias" else parts[-1:])
 
 
 def _scaled(heads: range, width: int) -> range:

@@ -16,6 +16,7 @@ from llama_ref.model import Transformer
 from llama_ref.modules import replace_module
 from llama_ref.parallel.sharding import Share
 from llama_ref.quantization.linear import QuantizedMatrix
+from llama_ref.vision import VisionTransformer
 
 
 def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> None:
@@ -24,9 +25,12 @@ def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> Non
     Every process of the group must call it, and run every forward pass with the same tokens. Logits
     are bit-equal on all of them.
     """
-    for layer in model.layers:
-        replace_module(layer, "attention.wo", RowParallelLinear(layer.attention.wo, group))
-        replace_module(layer, "feed_forward.w2", RowParallelLinear(layer.feed_forward.w2, group))
+    layers: list[nn.Module] = [*model.layers]
+    if isinstance(model, VisionTransformer):
+        layers += model.cross_attention_layers
+    for layer in layers:
+        replace_module(layer, "attention.wo", RowParallelLinear(layer.get_submodule("attention.wo"), group))
+        replace_module(layer, "feed_forward.w2", RowParallelLinear(layer.get_submodule("feed_forward.w2"), group))
     vocabulary = model.args.vocab_size
     embedding = VocabParallelEmbedding(model.tok_embeddings, share.of(vocabulary), group)
     replace_module(model, "tok_embeddings", embedding)

@@ -10,6 +10,7 @@ from llama_ref.errors import CheckpointError, RequestError
 DEFAULT_GROUP = 128
 GROUPS = (32, 64, 128, 256)  # those of PyTorch's kernels
 SCALE_BITS = {8: 32, 4: 16}
+UNQUANTIZED = ("vision_model.", "learnable_embedding.")  # the encoder: a tenth of the weights
 POSSIBLE = "int8, int4 or int4:group=N, with N one of " + ", ".join(map(str, GROUPS))
 
 
@@ -48,7 +49,7 @@ class Scheme:
     def bits_of(self, name: str) -> int | None:
         """Bits of the tensor with this name ("layers.0.attention.wq.weight"); None if not quantized."""
         kind = name.removesuffix(".weight").split(".")[-1]
-        if kind.endswith("norm"):
+        if kind.endswith("norm") or name.startswith(UNQUANTIZED) or ".gate_" in name:
             return None
         return 8 if kind in ("tok_embeddings", "output") else self.bits
 

@@ -9,7 +9,8 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, product
 from llama_ref.compiled.int8_layout import PiecewiseInt8Linear
-from llama_ref.decoding.loop import Row, steps
+from llama_ref.decoding.loop import steps
+from llama_ref.decoding.row import Row
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer

@@ -18,8 +18,9 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda import FastForward, FastHidden, FastPasses, compile_cuda_decode, next_width
 from llama_ref.compiled.cuda_cache import FlashKVCache, FlashLengths
 from llama_ref.decoding import loop
-from llama_ref.decoding.loop import Row, steps
+from llama_ref.decoding.loop import steps
 from llama_ref.decoding.prompt_lookup import PromptLookup
+from llama_ref.decoding.row import Row
 from llama_ref.generation import Llama
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer

@@ -6,7 +6,8 @@ import torch
 from llama_ref.args import ModelArgs
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding import loop
-from llama_ref.decoding.loop import Row, steps
+from llama_ref.decoding.loop import steps
+from llama_ref.decoding.row import Row
 from llama_ref.errors import LlamaRefError
 from random_models import random_model
 

@@ -19,8 +19,9 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding import drafting
 from llama_ref.decoding.draft_model import DraftModel
 from llama_ref.decoding.drafting import MEASURED, AcceptanceRate, Draft, PassTime, Speculation
-from llama_ref.decoding.loop import Row, steps
+from llama_ref.decoding.loop import steps
 from llama_ref.decoding.prompt_lookup import PromptLookup, PromptLookupDrafter
+from llama_ref.decoding.row import Row
 from llama_ref.decoding.speculative import speculative_steps
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.generation import Llama

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from corpus import WHOLE
 from llama_ref.compiled.caches import new_cache
-from llama_ref.decoding.loop import Row
+from llama_ref.decoding.row import Row
 from llama_ref.decoding.stream import RowText, Stream
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache

@@ -33,7 +33,7 @@ def hf_name(name: str) -> str:
 
 def is_rotated(name: str) -> bool:
     """Whether RoPE rotates this matrix's output, so that its row order differs between formats."""
-    return name.endswith((".wq.weight", ".wk.weight"))
+    return name.startswith("layers.") and name.endswith((".wq.weight", ".wk.weight"))
 
 
 def from_hf_rope(name: str, rows: "Tensor", head_dim: int) -> "Tensor":

@@ -40,7 +40,6 @@ class Kind(Enum):
     INT4 = "int4"  # Llama 3.2 1B and 3B, SpinQuant and QLoRA
     FP8 = "fp8"  # Llama 3.1 405B
     INT8 = "int8"  # Llama Guard 3 8B, of bitsandbytes
-    VISION = "vision"
 
 
 KIND_OF_WEIGHTS = {"bf16": Kind.PLAIN, "int4": Kind.INT4, "fp8-mixed": Kind.FP8, "int8": Kind.INT8}  # by Release.weights
@@ -51,8 +50,6 @@ def kind_of(args: ModelArgs, folder: Path | None = None) -> Kind:
     """The kind of a folder in Meta's format. An fp8 release is recognized only by its files, in `folder`."""
     if args.quantization_args is not None or args.lora_args is not None:
         return Kind.INT4
-    if args.vision_chunk_size is not None or args.vision_num_cross_attention_layers is not None:
-        return Kind.VISION
     has_scales = folder is not None and any(scales_number(path.name) >= 0 and path.is_file() for path in folder.iterdir())
     return Kind.FP8 if has_scales else Kind.PLAIN
 
@@ -111,12 +108,10 @@ def _wrong(section: str, key: str, value: Any, expected: str) -> CheckpointError
 def tensors_of(args: ModelArgs, kind: Kind) -> dict[str, Expected]:
     """The tensors of a release's shards, in the model's order.
 
-    Raises CheckpointError for a params.json whose sections cannot be used, and for VISION.
+    Raises CheckpointError for a params.json whose sections cannot be used.
     """
-    if kind is Kind.VISION:
-        raise CheckpointError(
-            "it is a vision release (vision keys in params.json), which is not read yet; use the text release"
-        )
+    if kind is not Kind.PLAIN and args.has_vision:
+        raise CheckpointError(f"it is a vision release in {kind.value}, which Meta has not published and is not read here")
     if kind is Kind.INT4:
         return _int4_tensors(args, Int4Params.of(args))
     if kind is Kind.INT8:
@@ -173,6 +168,16 @@ def contradiction(tensors: Mapping[str, DtypeAndShape], args: ModelArgs, kind: K
     """Why a shard's tensors as a whole are not those of this kind of release; else None."""
     dtypes = {dtype for dtype, _ in tensors.values()}
     scales = {name: shape for name, (_, shape) in tensors.items() if name.endswith(".scales")}
+    if not args.has_vision and any(name.startswith(("text_model.", "vision_model.")) for name in tensors):
+        return (
+            "it holds a vision model, but params.json has no vision_chunk_size and vision_num_cross_attention_layers: fetch "
+            "the params.json of the vision release"
+        )
+    if args.has_vision and EMBEDDING in tensors and not any(name.startswith("vision_model.") for name in tensors):
+        return (
+            "it holds a text model only, but params.json has the keys of a vision release: fetch the params.json or the "
+            "weights of the other release"
+        )
     sections = " and ".join(key for key in ("quantization_args", "lora_args") if getattr(args, key) is not None)
     if kind is Kind.FP8 and FP8 not in dtypes and any(is_fp8(name, args) for name in tensors):
         return (

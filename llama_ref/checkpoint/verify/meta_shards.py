@@ -35,6 +35,7 @@ from llama_ref.checkpoint.shapes import (
     Expected,
     implied_shards,
     misfits,
+    own_names,
     shard_shape,
     strangers,
 )
@@ -270,9 +271,11 @@ def _examine_shards(
         if name in found.findings:
             continue
         try:
-            found.pth[name] = inspect_pth(folder / name)
+            tensors = inspect_pth(folder / name)
         except CheckpointError as error:
             found.findings[name] = _why_broken(folder / name, error)
+        else:
+            found.pth[name] = own_names(tensors, args) if args else tensors
     for name, original in _copies(folder, found.pth).items():
         detail = f"of {original}, or the other way round"
         found.findings[name] = Finding(State.COPY, detail, by_others=True)
@@ -380,10 +383,7 @@ def _expected_tensors(args: ModelArgs, kind: Kind, found: Structure) -> Mapping[
     try:
         return tensors_of(args, kind)
     except CheckpointError as error:
-        if kind is Kind.VISION:
-            found.notes.append(f"{error}; its tensors were not compared with params.json")
-        else:
-            found.findings["params.json"] = Finding(State.MISFIT, str(error))
+        found.findings["params.json"] = Finding(State.MISFIT, str(error))
         return None
 
 

@@ -1,0 +1,170 @@
+"""Images to the tiles that the vision encoder takes, as Meta's image_transform.py makes them.
+
+Needs Pillow: `pip install "llama-ref[vision]"`.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.files import read_limited
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    ImageFile: TypeAlias = str | Path | bytes | Image.Image
+    ImageSource: TypeAlias = "ImageFile | Tiles"  # what calls take; Tiles are cut already
+
+Size = tuple[int, int]  # width and height
+
+# Formats that Pillow reads by itself: others start programs (EPS) or are containers (PDF).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+FILE_LIMIT_BYTES = 256 << 20
+OTHERWISE = 'pip install "llama-ref[vision]", or pip install pillow'
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the values from 0 to 1 that the encoder was trained on
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Tiles(NamedTuple):
+    """An image as the encoder takes it: float32 pixels (n, 3, S, S), n = rows · columns of `grid`."""
+
+    pixels: Tensor
+    grid: tuple[int, int]
+
+
+def load_tiles(source: "ImageSource", tile: int, most_tiles: int) -> Tiles:
+    """Open an image and cut it into tiles. Raises RequestError as `open_image` and `tiles_of` do."""
+    return source if isinstance(source, Tiles) else tiles_of(open_image(source), tile, most_tiles)
+
+
+def open_image(source: "ImageFile") -> "Image.Image":
+    """An RGB image from a file's path, a file's bytes, or a Pillow image.
+
+    Files are turned upright as their EXIF data says; Pillow images are taken as they are. Transparency
+    is dropped, an animation's first frame is taken, 16 bits become 8. Raises RequestError for what is
+    no image, has no pixels, or too many.
+    """
+    image_module = _pillow()
+    if isinstance(source, image_module.Image):
+        return _in_rgb(source, "the image")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decoded(bytes(source), f"the image of {len(source):,} bytes")
+    if not isinstance(source, str | Path):
+        raise RequestError(f"an image is a path, bytes or a Pillow image, got {type(source).__name__}")
+    if "://" in str(source) or str(source).startswith("data:"):
+        raise RequestError(f"{str(source)!r:.60} is an address, expected a file: download the image first")
+    try:
+        data = read_limited(Path(source).expanduser(), FILE_LIMIT_BYTES, "an image")
+    except (CheckpointError, ValueError, RuntimeError) as error:  # the last two: an invalid path, an unknown home directory
+        raise RequestError(f"cannot read the image: {error}") from error
+    return _decoded(data, str(source))
+
+
+def tiles_of(image: "Image.Image", tile: int, most_tiles: int) -> Tiles:
+    """Fit an RGB image into the canvas of tiles that suits it best, at the top left, on black.
+
+    `tile` is a tile's side in pixels. Raises RequestError for an image that is too narrow.
+    """
+    canvas = best_canvas(image.size, tile, most_tiles)
+    size = fitted_size(image.size, canvas, tile)
+    if 0 in size:
+        raise RequestError(
+            f"the image has {image.width:,} × {image.height:,} pixels, of which nothing is left at {max(size):,} pixels "
+            "along its longer side: it is too narrow"
+        )
+    image_module = _pillow()
+    fitted = image if size == image.size else image.resize(size, image_module.Resampling.BILINEAR)
+    filled = image_module.new("RGB", canvas)
+    filled.paste(fitted)
+    pixels = torch.from_numpy(np.array(filled)).permute(2, 0, 1).float() / 255  # (3, height, width)
+    pixels = (pixels - _per_channel(MEAN)) / _per_channel(STD)
+    grid = (canvas[1] // tile, canvas[0] // tile)
+    cut = pixels.unflatten(2, (grid[1], tile)).unflatten(1, (grid[0], tile))  # (3, rows, S, columns, S)
+    return Tiles(cut.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous(), grid)
+
+
+def best_canvas(size: Size, tile: int, most_tiles: int) -> Size:
+    """The size of the grid of tiles in which an image is enlarged least, else reduced least.
+
+    Of several the smallest.
+    """
+
+    def scale(canvas: Size) -> Fraction:
+        return min(Fraction(canvas[0], size[0]), Fraction(canvas[1], size[1]))
+
+    canvases = list(_canvases(tile, most_tiles))
+    enlarging = [factor for canvas in canvases if (factor := scale(canvas)) >= 1]
+    chosen = min(enlarging) if enlarging else max(map(scale, canvases))
+    return min((canvas for canvas in canvases if scale(canvas) == chosen), key=lambda canvas: canvas[0] * canvas[1])
+
+
+def fitted_size(size: Size, canvas: Size, tile: int) -> Size:
+    """The size of an image within its canvas, in its proportions; enlarged at most to fill one tile."""
+    width, height = (min(max(side, tile), limit) for side, limit in zip(size, canvas, strict=True))
+    by_width, by_height = width / size[0], height / size[1]
+    if by_width < by_height:
+        return width, min(int(size[1] * by_width), height)
+    return min(int(size[0] * by_height), width), height
+
+
+def _canvases(tile: int, most_tiles: int) -> Iterator[Size]:
+    for n in range(most_tiles, 0, -1):
+        yield from ((tile * columns, tile * (n // columns)) for columns in range(1, n + 1) if n % columns == 0)
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)[:, None, None]
+
+
+def _pillow() -> Any:
+    """The module PIL.Image. Raises RequestError without Pillow."""
+    try:
+        from PIL import Image  # lazily: text models do without
+    except ImportError as error:
+        raise RequestError(f"images need Pillow, which cannot be imported ({error}): {OTHERWISE}") from error
+    return Image
+
+
+def _decoded(data: bytes, name: str) -> "Image.Image":
+    """A file's content as an upright RGB image."""
+    image_module = _pillow()
+    from PIL import ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", image_module.DecompressionBombWarning)  # of large ones; the error is of the largest
+            image = image_module.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+        return _in_rgb(ImageOps.exif_transpose(image), name)
+    except image_module.DecompressionBombError as error:
+        raise RequestError(f"{name} has too many pixels ({error}): make it smaller") from error
+    except image_module.UnidentifiedImageError as error:
+        formats = ", ".join(FORMATS)
+        raise RequestError(f"{name} is not an image that can be read here ({formats}): save it as PNG or JPEG") from error
+    except RequestError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError, OverflowError, TypeError, KeyError) as error:
+        # What Pillow raises for damaged files. Its list is not closed.
+        raise RequestError(
+            f"{name} cannot be decoded ({error}): it is damaged or incomplete; fetch or save it again"
+        ) from error
+
+
+def _in_rgb(image: "Image.Image", name: str) -> "Image.Image":
+    if 0 in image.size:
+        raise RequestError(f"{name} has {image.width} × {image.height} pixels, expected at least one")
+    if image.mode == "F":
+        raise RequestError(f"{name} has pixels of 32-bit floats, whose range is unknown: convert it to 8 bits per channel")
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would make all above 255 white
+        grey = np.asarray(image).astype(np.int64)
+        image = _pillow().fromarray((grey if grey.max() < 256 else grey.clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")

@@ -35,6 +35,7 @@ OTHER_NAMES = {"rope_freq_base": "rope_theta"}  # as the int4 guard's params.jso
 
 N_LEARNABLE = 8  # embeddings for ids after the vocabulary, of which only the first is used, an image's place
 PATCH_SIZE = 14  # pixels of a patch's side, in every vision release
+TOKENS_MULTIPLE = 8  # Meta's encoder pads a tile's tokens to a multiple; the padding is attended to
 MOST_TILES = 64  # of an image; the releases have 4
 
 

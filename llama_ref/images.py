@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]  # width and height
 
 # Formats that Pillow reads by itself: others start programs (EPS) or are containers (PDF).
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 FILE_LIMIT_BYTES = 256 << 20
 OTHERWISE = 'pip install "llama-ref[vision]", or pip install pillow'
 
@@ -139,17 +139,19 @@ def _decoded(data: bytes, name: str) -> "Image.Image":
     image_module = _pillow()
     from PIL import ImageOps
 
+    image_module.init()
+    formats = [each for each in FORMATS if each in image_module.OPEN]  # Pillow may be built without some
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", image_module.DecompressionBombWarning)  # of large ones; the error is of the largest
-            image = image_module.open(io.BytesIO(data), formats=FORMATS)
+            image = image_module.open(io.BytesIO(data), formats=formats)
         image.load()
         return _in_rgb(ImageOps.exif_transpose(image), name)
     except image_module.DecompressionBombError as error:
         raise RequestError(f"{name} has too many pixels ({error}): make it smaller") from error
     except image_module.UnidentifiedImageError as error:
-        formats = ", ".join(FORMATS)
-        raise RequestError(f"{name} is not an image that can be read here ({formats}): save it as PNG or JPEG") from error
+        known = ", ".join(formats)
+        raise RequestError(f"{name} is not an image that can be read here ({known}): save it as PNG or JPEG") from error
     except RequestError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError, OverflowError, TypeError, KeyError) as error:

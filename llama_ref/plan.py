@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from llama_ref.args import ModelArgs
+from llama_ref.args import N_LEARNABLE, TOKENS_MULTIPLE, ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.meta_quantized.kinds import KIND_OF_WEIGHTS, ROUNDED, Int4Params, Kind
 from llama_ref.checkpoint.releases import RELEASES, Release, find_release
+from llama_ref.checkpoint.shapes import VISION, expected_shapes
 from llama_ref.checkpoint.spelling import META, name_key
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 from llama_ref.parallel.sharding import WHOLE, Share
@@ -175,7 +176,8 @@ def matrices(args: ModelArgs, tied: bool, share: Share = WHOLE) -> Iterator[Matr
     """A share's part of every matrix; a tied output counts if the embedding is in another stage."""
     heads, ffn, vocabulary = share.of(args.n_heads), share.of(args.ffn_dim), len(share.of(args.vocab_size))
     q_columns = range(heads.start * args.head_dim, heads.stop * args.head_dim)
-    kv, dim, n = local_kv_heads(args, share) * args.head_dim, range(args.dim), len(share.layers(args.n_layers))
+    kv, dim = local_kv_heads(args, share) * args.head_dim, range(args.dim)
+    n = len(share.layers(args.n_layers)) + count_cross_layers(args, share)  # of the same shapes
     yield Matrix("wq", n, len(q_columns), dim, args.dim)
     yield Matrix("wk and wv", 2 * n, kv, dim, args.dim)
     yield Matrix("wo", n, args.dim, q_columns, args.n_heads * args.head_dim)
@@ -187,20 +189,36 @@ def matrices(args: ModelArgs, tied: bool, share: Share = WHOLE) -> Iterator[Matr
         yield Matrix("output", 1, vocabulary, dim, args.dim)
 
 
-def count_norms(args: ModelArgs, share: Share = WHOLE) -> int:
-    """Weights of a share's norms: two per layer, and the final one."""
-    return (2 * len(share.layers(args.n_layers)) + share.is_last_stage) * args.dim
+def count_cross_layers(args: ModelArgs, share: Share = WHOLE) -> int:
+    """Number of a share's cross-attention layers."""
+    layers = share.layers(args.n_layers)
+    return sum(layer in layers for layer in args.cross_layers)
+
+
+def count_others(args: ModelArgs, share: Share = WHOLE) -> int:
+    """Weights that are never quantized: norms, gates, and the vision encoder, which every process has."""
+    n_cross = count_cross_layers(args, share)
+    norms = (2 * (len(share.layers(args.n_layers)) + n_cross) + share.is_last_stage) * args.dim
+    if not args.has_vision:
+        return norms
+    norms_and_gates = n_cross * (2 * args.head_dim + 2)
+    return norms + norms_and_gates + count_encoder(args) + share.is_first_stage * N_LEARNABLE * args.dim
+
+
+def count_encoder(args: ModelArgs) -> int:
+    """Weights of the vision encoder and its projection."""
+    return sum(math.prod(shape) for name, shape in expected_shapes(args).items() if name.startswith(VISION))
 
 
 def count_parameters(args: ModelArgs, tied: bool, share: Share = WHOLE) -> int:
     """Exact number of a share's weights."""
-    return sum(matrix.numbers for matrix in matrices(args, tied, share)) + count_norms(args, share)
+    return sum(matrix.numbers for matrix in matrices(args, tied, share)) + count_others(args, share)
 
 
 def weight_bytes(model: Model, share: Share, size: int) -> int:
     """Exact bytes of a share's weights; `size` bytes per unquantized number. Raises RequestError as `_bytes`."""
     held = sum(_bytes(model, matrix, size, share) for matrix in matrices(model.args, model.tied, share))
-    return held + count_norms(model.args, share) * size
+    return held + count_others(model.args, share) * size
 
 
 def _bytes(model: Model, matrix: Matrix, size: int, share: Share) -> int:
@@ -261,9 +279,21 @@ def local_kv_heads(args: ModelArgs, share: Share) -> int:
 
 
 def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int) -> int:
-    """Keys and values of the share's layers and heads, all sequences at full length; `size` bytes per number."""
+    """Keys and values of the share's layers and heads, all sequences at full length; `size` bytes per number.
+
+    Of a vision release with one image of the most tiles in each sequence.
+    """
     per_token = 2 * len(share.layers(args.n_layers)) * local_kv_heads(args, share) * args.head_dim * size
-    return per_token * -(-workload.max_seq_len // CACHE_BLOCK) * CACHE_BLOCK * workload.max_batch_size
+    tokens = per_token * -(-workload.max_seq_len // CACHE_BLOCK) * CACHE_BLOCK
+    return (tokens + image_bytes(args, share, size)) * workload.max_batch_size
+
+
+def image_bytes(args: ModelArgs, share: Share, size: int) -> int:
+    """Keys and values of one image of the most tiles, in a share's cross-attention layers; 0 for a text model."""
+    if not args.has_vision:
+        return 0
+    n_tokens = args.vision_max_num_chunks * args.patches_per_tile
+    return 2 * count_cross_layers(args, share) * n_tokens * local_kv_heads(args, share) * args.head_dim * size
 
 
 def activation_bytes(
@@ -289,9 +319,29 @@ def activation_bytes(
     if is_quantized:
         layers += _block_bytes(args, share, B * T, size)
         scores += _block_bytes(args, share, min(LOGPROB_POSITIONS, T), size)
+    layers = max(layers + _cross_bytes(args, share, in_piece, size), _encoder_bytes(args, size))
     sampling = 48 * B * V  # logits, probabilities, their sort with its int64 indices, float64 sums
     token_ids = 8 * (B + 2) * S
     return token_ids + 4 * B * V + max(ended + max(layers, scores), sampling)
+
+
+def _cross_bytes(args: ModelArgs, share: Share, n: int, size: int) -> int:
+    """Of the masks of cross-attention, besides what a layer takes: n tokens see an image each."""
+    if not args.has_vision:
+        return 0
+    group = len(share.of(args.n_heads)) // local_kv_heads(args, share)
+    pairs = n * args.vision_max_num_chunks * args.patches_per_tile
+    return (3 + group + group * size) * pairs  # begins, ends and both as bool; for a group's heads; in the model's dtype
+
+
+def _encoder_bytes(args: ModelArgs, size: int) -> int:
+    """Peak of the vision encoder, which runs one image at a time."""
+    if not args.has_vision:
+        return 0
+    n = args.vision_max_num_chunks * (args.patches_per_tile + TOKENS_MULTIPLE)
+    kept = 2 * (1 + len(args.vision_kept_layers))  # states, and all of them side by side
+    block = 2 * 4 + 6  # the hidden features before and after GELU, and x, its norm, q, k, v and their attention
+    return size * n * args.vision_dim * (kept + block)
 
 
 def _block_bytes(args: ModelArgs, share: Share, rows: int, size: int) -> int:
@@ -424,7 +474,7 @@ def find_model(name: str, quantize: str | None = None) -> Model:
     """The model in a folder (a path, or a downloaded release) or, without any file, of a release's name.
 
     `quantize`: "int8", "int4" or "int4:group=32", as when loading it. Raises RequestError with the reason
-    for a release that cannot be loaded (vision, the pruned int4 guard) and for a folder that is quantized
+    for a release that cannot be loaded (the pruned int4 guard) and for a folder that is quantized
     already, CheckpointError for a folder that cannot be read.
     """
     scheme = None if quantize is None else Scheme.parse(quantize)

@@ -20,13 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ref.args import N_LEARNABLE, PATCH_SIZE, ModelArgs
+from llama_ref.args import N_LEARNABLE, PATCH_SIZE, TOKENS_MULTIPLE, ModelArgs
 from llama_ref.kv_cache import ImageKeys, KVCache, group_mask, grouped_attention
 from llama_ref.model import Context, FeedForward, RMSNorm, Transformer, TransformerBlock
 
 Grid = tuple[int, int]  # rows and columns of an image's tiles
-
-TOKENS_MULTIPLE = 8  # Meta's encoder pads a tile's tokens to a multiple of it; the padding is attended to
 
 
 class Patches(nn.Module):
@@ -46,8 +44,8 @@ class TileEmbedding(nn.Module):
 
     def __init__(self, n_tiles: int, width: int):
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(n_tiles, n_tiles, 1, width))
-        self.gate = nn.Parameter(torch.empty(1))
+        self.embedding = nn.Parameter(torch.zeros(n_tiles, n_tiles, 1, width))
+        self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, grid: Grid) -> Tensor:
         return self.embedding[: grid[0], : grid[1]].flatten(0, 1) * self.gate.tanh()  # (n, 1, W)
@@ -99,8 +97,8 @@ class EncoderBlock(nn.Module):
         self.mlp = EncoderFeedForward(width)
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
-        self.gate_attn = nn.Parameter(torch.empty(1)) if is_gated else None
-        self.gate_ffn = nn.Parameter(torch.empty(1)) if is_gated else None
+        self.gate_attn = nn.Parameter(torch.zeros(1)) if is_gated else None
+        self.gate_ffn = nn.Parameter(torch.zeros(1)) if is_gated else None
 
     def forward(self, x: Tensor, n_real: int) -> Tensor:
         x = x + _gated(self.attn(self.ln_1(x), n_real), self.gate_attn)
@@ -131,10 +129,10 @@ class VisionEncoder(nn.Module):
         self.n_tiles, self.kept_layers, width = args.vision_max_num_chunks, args.vision_kept_layers, args.vision_dim
         tiles = (self.n_tiles, self.n_tiles, args.patches_per_tile, width)
         self.conv1 = Patches(width)
-        self.class_embedding = nn.Parameter(torch.empty(width))
-        self.positional_embedding = nn.Parameter(torch.empty(args.patches_per_tile, width))
-        self.gated_positional_embedding = nn.Parameter(torch.empty(tiles))
-        self.gated_positional_embedding_gate = nn.Parameter(torch.empty(1))
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.positional_embedding = nn.Parameter(torch.zeros(args.patches_per_tile, width))
+        self.gated_positional_embedding = nn.Parameter(torch.zeros(tiles))
+        self.gated_positional_embedding_gate = nn.Parameter(torch.zeros(1))
         self.pre_tile_pos_embed = TileEmbedding(self.n_tiles, width)
         self.post_tile_pos_embed = TileEmbedding(self.n_tiles, width)
         self.ln_pre = nn.LayerNorm(width)
@@ -234,8 +232,8 @@ class CrossAttentionBlock(nn.Module):
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
-        self.gate_attn = nn.Parameter(torch.empty(1))
-        self.gate_ffwd = nn.Parameter(torch.empty(1))
+        self.gate_attn = nn.Parameter(torch.zeros(1))
+        self.gate_ffwd = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         """x (B, T, D); k and v (B, N, K, hd); which tokens see which keys (B, T, N) -> (B, T, D)."""

@@ -40,7 +40,7 @@ from llama_ref.checkpoint.hf.bitsandbytes import guard_args
 from llama_ref.checkpoint.hf.config import make_config
 from llama_ref.checkpoint.meta_quantized.kinds import KIND_OF_WEIGHTS, Kind, kind_of, scales_name, tensors_of
 from llama_ref.checkpoint.releases import Release, find_release
-from llama_ref.checkpoint.shapes import name_in_shards, shard_shape
+from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, name_in_shards, shard_shape
 from llama_ref.checkpoint.verify.presence import checkpoint_files
 from llama_ref.device import DTYPES
 from llama_ref.errors import CheckpointError, LlamaRefError, RequestError
@@ -84,7 +84,7 @@ def make_random_checkpoint(
     files = {}
     for rank in range(shards):
         files |= _shard(args, kind, rank, shards, seed, dtype, tied)
-    aliases = {"output.weight": "tok_embeddings.weight"} if tied and kind is Kind.PLAIN else {}
+    aliases = {name_in_shards(OUTPUT, args): name_in_shards(EMBEDDING, args)} if tied and kind is Kind.PLAIN else {}
     with new_folder(out, force=force, n_bytes=sum(tensor.nbytes for part in files.values() for tensor in part)) as folder:
         if kind is not Kind.INT8:
             write_params(folder, params)

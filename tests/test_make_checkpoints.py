@@ -143,7 +143,7 @@ def test_sixteen_shards_of_doubled_kv_heads(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--like", "Llama3.2-11B-Vision"], "Llama3.2-11B-Vision is a vision release, which this script does not make"),
+        (["--like", "Llama3.2-11B-Vision", "--shards", "3"], "3 shards do not divide n_heads 32"),
         (["--like", "Llama-Guard-3-1B:int4"], "is an ExecuTorch program"),
         (["--like", "Llama3.2-1B-Instruct:int4-qlora-eo8", "--shards", "2"], "int4 releases have one shard"),
         (["--like", "Llama3.2-1B-Instrukt"], "did you mean Llama3.2-1B-Instruct"),
@@ -217,7 +217,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_one_clears_up
 def test_a_failed_run_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError):
         make_random_checkpoint(tmp_path / "out", TINY | {"n_kv_heads": 3})
-    with pytest.raises(RequestError, match="vision"):
+    with pytest.raises(CheckpointError, match='"vision_num_cross_attention_layers" is missing'):
         make_random_checkpoint(tmp_path / "out", TINY | {"vision_chunk_size": 448})
     with pytest.raises(TypeError):  # in the midst of writing
         make_random_checkpoint(tmp_path / "out", TINY | {"unknown": object()})

@@ -1,6 +1,5 @@
 """What a plan says a process needs is what it takes; and the layouts that fit."""
 
-import json
 import math
 import re
 import shutil
@@ -33,7 +32,9 @@ from llama_ref.plan import Layout, Workload, find_model, layouts, longest, small
 from llama_ref.quantization import linear
 from llama_ref.quantization.apply import quantize_model, quantized_bytes, use_fast_kernels
 from llama_ref.tokenizer import Tokenizer
+from llama_ref.vision import VisionTransformer
 from make_random_checkpoint import make_random_checkpoint
+from vision_folders import noise
 
 SIZE = {torch.bfloat16: 2, torch.float32: 4}
 
@@ -43,11 +44,29 @@ def divisors(number: int) -> list[int]:
 
 
 @st.composite
+def vision(draw, n_layers: int) -> dict:
+    """Nothing, or what makes a model read images."""
+    if not draw(st.booleans()):
+        return {}
+    return {
+        "vision_chunk_size": 14 * draw(st.integers(1, 2)),
+        "vision_max_num_chunks": draw(st.integers(1, 3)),
+        "vision_num_cross_attention_layers": draw(st.integers(1, n_layers)),
+        "vision_dim": 16 * draw(st.integers(1, 2)),
+        "vision_n_layers": 2,
+        "vision_n_global_layers": 1,
+        "vision_kept_layers": draw(st.sampled_from([[], [1]])),
+    }
+
+
+@st.composite
 def shapes(draw) -> dict:
     n_heads = draw(st.sampled_from([1, 2, 3, 6, 8, 12]))
+    n_layers = draw(st.integers(1, 5))
     return {
+        **draw(vision(n_layers)),
         "dim": n_heads * draw(st.sampled_from([2, 4])),
-        "n_layers": draw(st.integers(1, 5)),
+        "n_layers": n_layers,
         "n_heads": n_heads,
         "n_kv_heads": draw(st.sampled_from(divisors(n_heads))),
         "vocab_size": draw(st.integers(12, 40)),
@@ -85,6 +104,7 @@ def test_weights_and_cache_are_those_of_the_loaded_model(tmp_path_factory, case,
     # On a CPU the cache of a single row has up to two blocks more, which take no memory until they are filled.
     spare = cache.max_seq_len - -(-length // plan.CACHE_BLOCK) * plan.CACHE_BLOCK
     held = (cache.keys.nbytes + cache.values.nbytes) * (cache.max_seq_len - spare) // cache.max_seq_len
+    held += batch_size * plan.image_bytes(args, share, 2)
     assert plan.kv_cache_bytes(args, share, workload, 2) == held and spare <= 2 * plan.CACHE_BLOCK
 
 
@@ -131,12 +151,15 @@ def test_weights_are_the_ranges_that_a_share_wants(case):
     total = 0
     for name, shape in expected_shapes(args).items():
         dim = split_dim(name)
-        wanted = None if dim is None else sum(map(len, wanted_ranges(name, args, share)))
+        ranges = wanted_ranges(name, args, share)
+        wanted = None if dim is None else shape[dim] if ranges is None else sum(map(len, ranges))
         total += math.prod(wanted if axis == dim else size for axis, size in enumerate(shape))
     assert plan.count_parameters(args, False, share) == total
     assert plan.local_kv_heads(args, share) == len(kv_heads(args, share))
 
 
+# The vision releases': of Meta's module at full size.
+PUBLISHED_VISION = {"11B-Vision": 10_616_650_275, "11B-Vision-Instruct": 10_629_184_035, "90B-Vision": 88_552_318_523}
 PUBLISHED = {"1B": 1_235_814_400, "3B": 3_212_749_824, "8B": 8_030_261_248, "70B": 70_553_706_496, "405B": 405_853_388_800}
 
 
@@ -144,6 +167,11 @@ PUBLISHED = {"1B": 1_235_814_400, "3B": 3_212_749_824, "8B": 8_030_261_248, "70B
 def test_parameters_are_the_published_numbers(name):
     model = find_model(name)
     assert plan.count_parameters(model.args, model.tied, Share()) == PUBLISHED[name.split("-")[1]]
+
+
+@pytest.mark.parametrize(("size", "expected"), PUBLISHED_VISION.items())
+def test_parameters_of_vision_releases_are_those_of_metas_module(size, expected):
+    assert plan.count_parameters(find_model(f"Llama3.2-{size}").args, False, Share()) == expected
 
 
 def test_the_constants_are_those_of_the_loop():
@@ -155,6 +183,14 @@ def test_the_constants_are_those_of_the_loop():
 SHAPE = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 4096, "norm_eps": 1e-5, "rope_theta": 5e5}
 LARGE_VOCABULARY = {"vocab_size": 60000, "dim": 64, "hidden_dim": 64}
 ENDS = {"dim": 512, "n_layers": 1, "n_kv_heads": 1, "hidden_dim": 64}
+VISION = {
+    "vision_chunk_size": 224,
+    "vision_num_cross_attention_layers": 1,
+    "vision_dim": 64,
+    "vision_n_layers": 3,
+    "vision_n_global_layers": 1,
+    "vision_kept_layers": [1, 2],
+}
 HOT = {"temperature": 5.0, "top_p": 0.999}  # nothing is left out of the sort
 GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, how to generate
     "a long prompt": ({}, [2990], 2994, {}),
@@ -167,6 +203,8 @@ GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, ho
     "a large vocabulary": (LARGE_VOCABULARY, [5] * 16, 8, HOT),
     "penalties": (LARGE_VOCABULARY, [5] * 16, 8, {**HOT, "repetition_penalty": 1.3, "min_p": 1e-3, "logit_bias": {3: 1.0}}),
     "log-probabilities of the prompt": (LARGE_VOCABULARY, [500], 504, {"logprobs": True, "echo": True}),
+    "an image and a long prompt": (VISION, [1000], 1004, {"images": [[noise(400, 400)]]}),
+    "a large image and a short prompt": (VISION | {"vision_chunk_size": 560}, [9], 13, {"images": [[noise(400, 400)]]}),
 }
 
 
@@ -196,12 +234,14 @@ def taken_and_planned(
     changes, lengths, max_seq_len, options = GENERATIONS[case]
     args = ModelArgs.from_dict(SHAPE | {"hidden_dim": 704} | changes)
     torch.manual_seed(0)
-    model = Transformer(args).to(dtype).eval().requires_grad_(False)
+    model = (VisionTransformer if args.has_vision else Transformer)(args).to(dtype).eval().requires_grad_(False)
     if scheme:
         quantize_model(model, scheme)
         use_fast_kernels(model)
     llama = Llama(model, tokenizer_of_bytes, max_seq_len=max_seq_len, max_batch_size=len(lengths))
     prompts = [torch.randint(args.vocab_size, (length,)).tolist() for length in lengths]
+    for prompt, images in zip(prompts, options.get("images", []), strict=False):
+        prompt[1 : 1 + len(images)] = [args.vocab_size] * len(images)
     taken = peak_bytes(lambda: llama.generate(prompts, max_seq_len - max(lengths), **options))
     workload = Workload(1, max_seq_len, len(lengths))
     beside_the_cache = taken - plan.kv_cache_bytes(args, Share(), workload, SIZE[dtype])
@@ -340,12 +380,6 @@ def test_a_workload_of_no_sense_is_refused(wrong):
 @pytest.mark.parametrize("name", [name for name, release in RELEASES.items() if release.weights == "bf16"])
 def test_a_release_is_planned_without_any_file(name):
     release = RELEASES[name]
-    if release.is_vision:
-        with pytest.raises(
-            RequestError, match=r"vision release, which is not supported yet; the text model of its shape is Llama3\.1"
-        ):
-            find_model(name)
-        return
     model = find_model(name)
     assert model == find_model(release.folder)
     assert (model.name, model.tied, model.context) == (name, release.tied, release.max_seq_len)
@@ -410,16 +444,6 @@ def test_a_download_is_planned_as_its_own_files_say(root):
 def test_a_name_of_nothing(root, name, error, message):
     with pytest.raises(error, match=message):
         find_model(name)
-
-
-def test_a_vision_folder_is_refused(root):
-    folder = tiny_folder(root / "mine")
-    (folder / "params.json").write_text(json.dumps(PARAMS | {"vision_chunk_size": 560}))
-    with pytest.raises(CheckpointError, match=r"mine is a vision release, which is not supported yet"):
-        find_model("mine")
-    folder.rename(root / "Llama3.2-11B-Vision")
-    with pytest.raises(RequestError, match=r"the text model of its shape is Llama3\.1-8B"):
-        find_model("Llama3.2-11B-Vision")
 
 
 def test_planning_a_release_imports_no_torch():

@@ -6,6 +6,7 @@ stay bit for bit the same, unless another dtype is requested.
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_ref.args import ModelArgs, usual_rope_factor
+from llama_ref.args import N_LEARNABLE, ModelArgs, usual_rope_factor
 from llama_ref.checkpoint.carried_files import carried_files, copy_carried, read_carried
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder, shard_name
@@ -41,12 +42,12 @@ from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized, open_weights
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.reader import Stored
-from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
+from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes, name_in_shards
 from llama_ref.checkpoint.verify.presence import INDEX_NAME, ONE_FILE, checkpoint_files, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import dtype_name
 from llama_ref.opened_files import Opened, watch_opened
-from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges
+from llama_ref.parallel.sharding import WHOLE, Share, is_shared, kv_heads, part_shape, shard_ranges, split_dim
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.vocabulary import ADDED_TOKENS, write_tokenizer_model
@@ -84,14 +85,14 @@ def to_meta(
     opened = Source.open(source)
     shards = opened.n_shards if shards is None else shards
     args = opened.args_in(shards)
-    parts = [opened.tensors(Share(n, shards), dtype) for n in range(shards)]
+    parts = [opened.in_metas_format(opened.tensors(Share(n, shards), dtype)) for n in range(shards)]
     written = ProgressCounter(sum(tensor.nbytes for tensors in parts for tensor in tensors), progress)
     with new_folder(target, force=force, n_bytes=written.total) as folder, opened.unchanged(verify):
         _write_params(folder, opened, args)
         write_native_tokenizer(folder, opened)
         write_conventions(folder, opened)
         for n, tensors in enumerate(parts):
-            aliases = {OUTPUT: EMBEDDING} if opened.stored.tied else {}
+            aliases = {name_in_shards(OUTPUT, args): name_in_shards(EMBEDDING, args)} if opened.stored.tied else {}
             write_pth(folder / shard_name(n), tensors, aliases, written.advance)
         write_sums(folder, checkpoint_files(folder))
     return Path(target)
@@ -202,11 +203,13 @@ class Source:
         if type(shards) is not int or shards < 1:  # True is an int too
             raise RequestError(f"shards is {shards!r}, expected a whole number of 1 or more")
         heads, width, words = self.args.n_heads, self.args.ffn_dim, self.args.vocab_size
-        if heads % shards or width % shards or words % shards:
-            possible = (n for n in range(1, heads + 1) if heads % n == 0 and width % n == 0 and words % n == 0)
+        split = [heads, width, words, *((self.args.vision_dim, self.args.dim, N_LEARNABLE) if self.args.has_vision else ())]
+        if any(size % shards for size in split):
+            possible = (n for n in range(1, heads + 1) if not any(size % n for size in split))
+            images = f", and of what reads images ({self.args.vision_dim:,} features)" if self.args.has_vision else ""
             raise RequestError(
                 f"{shards} shards cannot hold equal parts of {heads} query heads, {width:,} feed-forward features and "
-                f"{words:,} tokens; take one of {', '.join(map(str, possible))}"
+                f"{words:,} tokens{images}; take one of {', '.join(map(str, possible))}"
             )
         return replace(self.args, n_kv_heads=_n_kv_heads_in(shards, self.args))
 
@@ -216,11 +219,15 @@ class Source:
         for name, shape in expected_shapes(self.args).items():
             if name == OUTPUT and self.stored.tied:
                 continue
-            ranges = wanted_ranges(name, self.args, share)
+            ranges = shard_ranges(name, shape, self.args, share)
             to = dtype or self.stored.dtype(name)
             blocks = partial(self._blocks, name, self._in_files(name, ranges), shape, to)
             out.append(LazyTensor(name, part_shape(name, shape, ranges), to, blocks))
         return out
+
+    def in_metas_format(self, tensors: list[LazyTensor]) -> list[LazyTensor]:
+        """Tensors with the names that they have in Meta's shards."""
+        return [replace(tensor, name=name_in_shards(tensor.name, self.args)) for tensor in tensors]
 
     def in_hf_format(self, tensor: LazyTensor) -> LazyTensor:
         """A whole tensor with Hugging Face's name and order of rows."""
@@ -233,7 +240,7 @@ class Source:
 
     def _in_files(self, name: str, ranges: list[range] | None) -> list[range] | None:
         """Translate ranges to the files, where each key/value head is repeated."""
-        if ranges is None or self.repeats == 1 or not name.endswith((".wk.weight", ".wv.weight")):
+        if ranges is None or self.repeats == 1 or is_shared(name) or not name.endswith((".wk.weight", ".wv.weight")):
             return ranges
         width = self.args.head_dim
         heads = [head for each in ranges for head in range(each.start // width, each.stop // width)]
@@ -243,7 +250,7 @@ class Source:
         """A tensor's rows in `dtype`; of matrices that RoPE rotates, whole heads at a time."""
         multiple = self.args.head_dim if is_rotated(name) else 1
         if ranges and split_dim(name) == 0:
-            row_bytes = whole[1] * dtype.itemsize
+            row_bytes = math.prod(whole[1:]) * dtype.itemsize
             for some in _split(ranges, max(1, BLOCK_BYTES // row_bytes // multiple) * multiple):
                 slices = self.stored.slices(name, [some])
                 yield _cast(name, torch.cat([each.tensor for each in slices]), dtype)

@@ -2,15 +2,28 @@
 
 from dataclasses import dataclass
 
+from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.hf.conventions import foreign_template
 from llama_ref.checkpoint.quantized_reader import scheme_of
 from llama_ref.checkpoint.reader import is_tied, stored_kind
 from llama_ref.parallel.sharding import WHOLE
-from llama_ref.plan import Model, count_parameters, weight_bytes
+from llama_ref.plan import Model, count_encoder, count_parameters, image_bytes, weight_bytes
 
 CONTEXTS = (2048, 8192, 32768, 131072)  # tokens; the last is what Llama 3.1 and later were trained for
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class VisionInfo:
+    """Of a model that reads images: `tile` in pixels; `image_bytes` of the most tiles' keys and values, in bfloat16."""
+
+    tile: int
+    tiles: int
+    encoder_layers: int
+    encoder_parameters: int
+    cross_attention_layers: int
+    image_bytes: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class ModelInfo:
     foreign_chat_template: bool
     weight_bytes: dict[str, int]
     kv_cache_bytes: dict[int, int]
+    vision: VisionInfo | None
 
 
 def describe(folder: CheckpointFolder) -> ModelInfo:
@@ -82,4 +96,18 @@ def describe(folder: CheckpointFolder) -> ModelInfo:
         rope_theta=args.rope_theta,
         rope_scaling_factor=args.rope_scaling_factor,
         norm_eps=args.norm_eps,
+        vision=_describe_vision(args),
+    )
+
+
+def _describe_vision(args: ModelArgs) -> VisionInfo | None:
+    if args.vision_chunk_size is None:
+        return None
+    return VisionInfo(
+        tile=args.vision_chunk_size,
+        tiles=args.vision_max_num_chunks,
+        encoder_layers=args.vision_n_layers + args.vision_n_global_layers,
+        encoder_parameters=count_encoder(args),
+        cross_attention_layers=len(args.cross_layers),
+        image_bytes=image_bytes(args, WHOLE, DTYPE_BYTES["bfloat16"]),
     )

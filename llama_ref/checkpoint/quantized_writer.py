@@ -67,7 +67,11 @@ def quantize_folder(
     is_calibrated = bool(calibrate) and scheme.bits == 4
     quantized = [_QuantizedTensor(scheme, tensor, opened.args.head_dim) for tensor in opened.tensors(WHOLE, None)]
     tensors = [part for each in quantized for part in each.tensors()]
-    in_layers = {part.name: part for part in tensors if is_calibrated and part.name.endswith(".packed")}
+    in_layers = {
+        part.name: part
+        for part in tensors
+        if is_calibrated and part.name.startswith("layers.") and part.name.endswith(".packed")
+    }
     n_bytes = sum(tensor.nbytes for tensor in tensors)
     written = ProgressCounter(n_bytes + sum(part.nbytes for part in in_layers.values()), progress)
     with new_folder(target, force=force, n_bytes=n_bytes) as folder, opened.unchanged(verify):

@@ -13,8 +13,9 @@ from llama_ref.errors import RequestError
 from llama_ref.parallel.job import Job, from_first
 from llama_ref.session import Session
 
-COMMANDS = ("/system", "/reset", "/save", "/load", "/exit", "/help")
-HELP = """/system TEXT  reset the conversation, with this system prompt (without TEXT: none)
+COMMANDS = ("/image", "/system", "/reset", "/save", "/load", "/exit", "/help")
+HELP = """/image FILE   show an image with the next message (vision releases)
+/system TEXT  reset the conversation, with this system prompt (without TEXT: none)
 /reset        reset the conversation, with the same system prompt
 /save FILE    write the conversation to a JSON file
 /load FILE    continue a saved conversation
@@ -34,6 +35,7 @@ def chat(session: Session, options: dict) -> None:
             import readline  # noqa: F401  line editing and history for input()
         note("Type a message, or /help.")
     hinted = False
+    images: list[str] = []  # for the next message
     for line in _lines("> " if interactive else "", session.llama.job):
         if not line.strip():
             continue
@@ -41,9 +43,9 @@ def chat(session: Session, options: dict) -> None:
             if line.startswith("/"):
                 if line.split()[0] == "/exit":
                     return
-                note(_command(session, line))
+                note(_command(session, line, images))
             else:
-                hint = _answer(session, line, options, interactive)
+                hint = _answer(session, line, images, options, interactive)
                 if hint and not hinted:
                     note(hint)
                 hinted = hinted or bool(hint)
@@ -93,9 +95,10 @@ def _line(prompt: str) -> str:
         return checked(input(prompt)).removesuffix("\r")  # Windows ends lines with \r\n
 
 
-def _answer(session: Session, text: str, options: dict, interactive: bool) -> str | None:
-    """Print an answer and its speed; return a hint if other programs slowed it down."""
-    timing = Timing(session.say(text, **options))
+def _answer(session: Session, text: str, images: list[str], options: dict, interactive: bool) -> str | None:
+    """Print an answer and its speed; return a hint if other programs slowed it down. The images are used up."""
+    timing = Timing(session.say(text, images, **options))
+    images.clear()
     try:
         for piece in timing:
             print(piece, end="", flush=True)
@@ -108,17 +111,29 @@ def _answer(session: Session, text: str, options: dict, interactive: bool) -> st
     return timing.hint(session.llama.device)
 
 
-def _command(session: Session, line: str) -> str:
-    """Run a /command and return a line about it. Raises RequestError for what cannot be done."""
+def _command(session: Session, line: str, images: list[str]) -> str:
+    """Run a /command and return a line about it. Raises RequestError for what cannot be done.
+
+    `images` are those of the next message.
+    """
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     match command:
         case "/help":
             return HELP
+        case "/image":
+            if not rest:
+                raise RequestError("/image needs a file name")
+            path = rest[1:-1] if rest[0] == rest[-1] in ("'", '"') else rest  # as terminals paste a dragged file
+            session.llama.load_tiles(path)
+            images.append(path)
+            return f"{len(images)} image{'s' if len(images) > 1 else ''} for the next message"
         case "/reset":
+            images.clear()
             session.reset(session.system)
             return "conversation reset"
         case "/system":
+            images.clear()
             session.reset(rest or None)
             return f"conversation reset, with{' this' if rest else 'out a'} system prompt"
         case "/save" | "/load" if not rest:

@@ -18,6 +18,7 @@ Type and default are Python's own, a `Literal` lists choices. A parameter annota
 import ast
 import contextlib
 import inspect
+import json
 import sys
 import textwrap
 import types
@@ -51,7 +52,8 @@ class Flag:
     """What an annotation cannot say about an argument or flag.
 
     `unset` says in the help what a default of None means. `aliases` are accepted besides the
-    choices. `read` turns the word into a value where the type alone does not say how.
+    choices. `read` turns the word into a value where the type alone does not say how. A flag that may
+    be given `many` times reads a JSON list of its words; of any other the last one counts.
     """
 
     help: str
@@ -60,6 +62,7 @@ class Flag:
     unset: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     read: Callable[[str], Any] | None = None
+    many: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,10 @@ class Parameter:
         if self.is_switch:
             return self._read_switch(word)
         return self._read_number(word) if self.kind in EXPECTED else word
+
+    def joined(self, before: str | None, word: str) -> str:
+        """What stands for this word and those `before` of the same flag."""
+        return json.dumps([*json.loads(before or "[]"), word]) if self.flag.many else word
 
     def _read_choice(self, word: str) -> str:
         word = self.flag.aliases.get(word, word)

@@ -1,6 +1,7 @@
 """Arguments and flags that several commands share, and a model loaded by them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +20,16 @@ Source = Annotated[str, Flag("checkpoint folder, or release name such as Llama3.
 Target = Annotated[str, Flag("folder to write")]
 Jobs = Annotated[int | None, Flag("number of files to hash in parallel", unset="one per core")]
 Png = Annotated[str | None, Flag("folder to draw pictures into (needs matplotlib)", metavar="FOLDER")]
+
+Images = Annotated[
+    list[str] | tuple[()],
+    Flag(
+        "image that the text is about, for vision releases; may be given several times",
+        metavar="FILE",
+        read=json.loads,
+        many=True,
+    ),
+]
 
 SHORT_DTYPES = {
     "bf16": "bfloat16",
@@ -181,6 +192,14 @@ class Sampling:
 
 
 # ---- a model
+
+
+def check_images(images: Sequence[str]) -> None:
+    """Raise RequestError for a file that is no image: before a model is loaded."""
+    from llama_ref.images import open_image
+
+    for image in images:
+        open_image(image)
 
 
 def build(name: str, sampling: Sampling, loading: Loading) -> "Llama":

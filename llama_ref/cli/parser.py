@@ -117,8 +117,9 @@ def _assign(chosen: Command, words: list[str], program: str) -> dict[str, str]:
             continue
         flag, equals, value = word.partition("=")
         parameter, value_of_no = _find(chosen, flag, program)
+        before_it = found.get(parameter.name)
         if equals and value_of_no is None:
-            found[parameter.name] = value
+            found[parameter.name] = parameter.joined(before_it, value)
         elif parameter.is_switch:
             if equals:
                 raise RequestError(f"{flag} takes no value; write --{parameter.name}={value}")
@@ -127,7 +128,7 @@ def _assign(chosen: Command, words: list[str], program: str) -> dict[str, str]:
         elif not waiting or _is_flag(waiting[0], chosen):
             raise RequestError(f"{flag} needs a value: {_form(flag, parameter, waiting)}")
         else:
-            found[parameter.name] = waiting.pop(0)
+            found[parameter.name] = parameter.joined(before_it, waiting.pop(0))
     _assign_texts(chosen, texts + loose, found, program)
     return found
 

@@ -119,6 +119,12 @@ def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | Non
     return [share.of(args.vocab_size)]
 
 
+def shard_ranges(name: str, shape: tuple[int, ...], args: ModelArgs, share: Share) -> list[range] | None:
+    """A shard's part of a tensor, as `wanted_ranges`: shards split even what every process holds whole."""
+    dim = split_dim(name)
+    return [share.of(shape[dim])] if dim is not None and is_shared(name) else wanted_ranges(name, args, share)
+
+
 def is_shared(name: str) -> bool:
     """Whether every process holds the whole of a tensor that shards split: those of the vision encoder."""
     return name.startswith(("vision_model.", "learnable_embedding."))

@@ -272,13 +272,6 @@ def test_shards_that_cannot_be_equal_parts_are_refused(tmp_path):
     assert "3 shards cannot hold equal parts of tok_embeddings.weight (322, 64), as params.json has it" in refusal(folder)
 
 
-@pytest.mark.parametrize("params", [{"vision_chunk_size": 448}, {"vision_num_cross_attention_layers": 8}])
-def test_vision_releases_are_refused_by_name(tiny, params):
-    (tiny / "params.json").write_text(json.dumps(TINY | params))
-    kind = "a vision release (vision keys in params.json)"
-    assert refusal(tiny) == f"{tiny} cannot be loaded: it is {kind}, which is not read yet; use the text release"
-
-
 # Other files ------------------------------------------------------------------------------------------------------------------
 
 

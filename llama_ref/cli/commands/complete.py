@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Loading, Name, Sampling, SpecialTokens, build
+from llama_ref.cli.options import Images, Loading, Name, Sampling, SpecialTokens, build, check_images
 from llama_ref.cli.text_input import Encoding, read_stdin, text_word
 from llama_ref.errors import RequestError
 
@@ -17,6 +17,7 @@ def complete(
     name: Name,
     prompt: Annotated[str | None, Flag("text to continue", unset="standard input", read=text_word)] = None,
     *,
+    image: Images = (),
     echo: Annotated[bool, Flag("print the prompt first", short="e")] = False,
     special_tokens: SpecialTokens = False,
     encoding: Encoding = None,
@@ -29,6 +30,7 @@ def complete(
 
       llama-ref complete Llama3.2-1B "Once upon a time" --max_gen_len 64
       llama-ref complete Llama3.2-1B --temperature 0 < prompt.txt
+      llama-ref complete Llama3.2-11B-Vision "This is a photo of" --image photo.jpg
     """
     from llama_ref.cli.terminal import is_first_process, note
     from llama_ref.cli.timing import Timing
@@ -36,9 +38,10 @@ def complete(
 
     if prompt is None and is_first_process():  # torchrun's processes have one standard input
         prompt = _read_prompt(encoding)
+    check_images(image)
     llama = build(name, sampling, loading)
     text = from_first(llama.job, lambda: prompt or "")
-    timing = Timing(llama.stream(text, special_tokens=special_tokens, **asdict(sampling)))
+    timing = Timing(llama.stream(text, images=image, special_tokens=special_tokens, **asdict(sampling)))
     if echo:
         print(text, end="", flush=True)
     for piece in timing:

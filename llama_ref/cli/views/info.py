@@ -31,6 +31,11 @@ def _info_lines(info: ModelInfo) -> Iterator[tuple[str, str]]:
     yield "vocabulary", f"{info.vocab_size:,} tokens"
     scaling = f", frequencies scaled by {info.rope_scaling_factor:g}" if info.rope_scaling_factor != 1 else ""
     yield "RoPE", f"theta {info.rope_theta:,.0f}{scaling}"
+    if info.vision:
+        vision = info.vision
+        encoder = f"{vision.encoder_layers} layers, {vision.encoder_parameters:,} parameters"
+        yield "vision encoder", f"{encoder}, up to {vision.tiles} tiles of {vision.tile} × {vision.tile} pixels"
+        yield "cross-attention", f"{vision.cross_attention_layers} layers more"
     yield "files", f"{info.shards} shard{'s' if info.shards != 1 else ''}, {human_bytes(info.shard_bytes)}"
     yield "checklist", "yes" if info.checklist else "none (the files' contents cannot be checked)"
     if info.foreign_chat_template:
@@ -38,3 +43,5 @@ def _info_lines(info: ModelInfo) -> Iterator[tuple[str, str]]:
     yield "weights in memory", ", ".join(f"{human_bytes(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
     contexts = (f"{human_bytes(size)} at {tokens:,} tokens" for tokens, size in info.kv_cache_bytes.items())
     yield "KV cache, a sequence", "\n".join(contexts)
+    if info.vision:
+        yield "an image in it", f"{human_bytes(info.vision.image_bytes)} more, of {info.vision.tiles} tiles"

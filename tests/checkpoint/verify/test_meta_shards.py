@@ -136,20 +136,6 @@ def test_405b_in_16_shards_is_checked_in_seconds_and_little_memory(llama_405b):
     }
 
 
-@pytest.mark.parametrize(
-    "extra, note",
-    [
-        ({"vision_chunk_size": 560, "vision_max_num_chunks": 4, "vision_num_cross_attention_layers": 8}, "a vision release"),
-    ],
-)
-def test_releases_with_other_tensors_are_not_called_misfits(tmp_path, extra, note):
-    torch.save({"text_model.something": torch.ones(2)}, tmp_path / "consolidated.00.pth")
-    (tmp_path / "params.json").write_text(json.dumps(dict(find_release("Llama3.2-1B").params) | extra))
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    report = verify(tmp_path, quick=True)
-    assert [file.name for file in report.bad] == ["tokenizer.model"] and note in report.notes[0]
-
-
 # --- the other files --------------------------------------------------------------------------------------------------
 
 TINY = {

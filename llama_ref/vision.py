@@ -35,8 +35,9 @@ class Patches(nn.Module):
         self._linear = nn.Linear(3 * PATCH_SIZE**2, width, bias=False)  # inputs: channel, row, column
 
     def forward(self, tiles: Tensor) -> Tensor:
-        patches = F.unfold(tiles, PATCH_SIZE, stride=PATCH_SIZE)  # (n, 588, p)  (2, 588, 1600)
-        return self._linear(patches.mT)  # (n, p, W)  (2, 1600, 1280)
+        patches = tiles.unflatten(3, (-1, PATCH_SIZE)).unflatten(2, (-1, PATCH_SIZE))  # (n, 3, 40, 14, 40, 14)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (n, p, 588)  (2, 1600, 588)
+        return self._linear(patches)  # (n, p, W)  (2, 1600, 1280)
 
 
 class TileEmbedding(nn.Module):
@@ -181,9 +182,8 @@ class VisionEncoder(nn.Module):
 
 def _real_first(x: Tensor, n: int, P: int) -> Tensor:
     """An order of all tiles' tokens, with the first P of the first n tiles at its beginning."""
-    is_real = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-    is_real[:n, :P] = True
-    return (~is_real).flatten().to(torch.uint8).argsort(stable=True)
+    numbers = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2])
+    return torch.cat((numbers[:n, :P].flatten(), numbers[:n, P:].flatten(), numbers[n:].flatten()))
 
 
 class VisionModel(nn.Module):
@@ -239,7 +239,7 @@ class CrossAttentionBlock(nn.Module):
         """x (B, T, D); k and v (B, N, K, hd); which tokens see which keys (B, T, N) -> (B, T, D)."""
         sees = visible.any(-1, keepdim=True)  # (B, T, 1)
         # A softmax over nothing is NaN: tokens that see no image attend to all, and are zeroed.
-        added = self.attention(self.attention_norm(x), k, v, visible | ~sees)
+        added = self.attention(self.attention_norm(x), k, v, visible | sees.logical_not())
         x = x + self.gate_attn.tanh() * added * sees
         return x + self.gate_ffwd.tanh() * self.feed_forward(self.ffn_norm(x)) * sees
 
@@ -260,7 +260,7 @@ class VisionTransformer(Transformer):
         # Rows for ids after the vocabulary, of which only the first, an image's place, is used.
         self.learnable_embedding: nn.Embedding | None = nn.Embedding(N_LEARNABLE, args.dim)
         for i, layer in enumerate(self.cross_layers):
-            nn.Module.register_forward_pre_hook(self.layers[layer], _Before(blocks[i], i))
+            self.layers[layer].register_forward_pre_hook(_Before(blocks[i], i))
 
     @property
     def image_id(self) -> int:
@@ -272,7 +272,7 @@ class VisionTransformer(Transformer):
             return super().embed(tokens)
         is_text = tokens < self.image_id
         text = super().embed(tokens.where(is_text, 0))
-        return text.where(is_text[..., None], self.learnable_embedding((tokens - self.image_id).clamp(min=0)))
+        return text.where(is_text.unsqueeze(-1), self.learnable_embedding((tokens - self.image_id).clamp(min=0)))
 
 
 class _Before:

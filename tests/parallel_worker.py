@@ -24,6 +24,9 @@ def main(task_file: str, out: str) -> None:
         opened.clear()
         llama = Llama.build(folder, task["tokenizer"], max_seq_len=64, device="cpu", verify="never", **task["build"])
         results[name] = _compute(llama, torch.tensor(task["tokens"]), task["n_tokens"]) | {"opened": _of_all(sorted(opened))}
+        if task.get("images"):
+            looked = llama.generate(task["prompts"], task["n_tokens"], 0.0, logprobs=True, echo=True, images=task["images"])
+            results[name] |= {"looked": looked}
     if dist.get_rank() == 0:
         torch.save(results, out)
     end_process(0)

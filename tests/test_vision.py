@@ -6,11 +6,18 @@ from typing import Any
 import pytest
 import torch
 
+from fake_cuda import fake_cuda
+from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.decoding import image_prompts
+from llama_ref.decoding.loop import prefill
+from llama_ref.decoding.row import Row
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
+from llama_ref.images import Tiles
+from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.session import Session
 from llama_ref.vision import VisionEncoder, VisionTransformer
@@ -313,3 +320,20 @@ def test_quantizing_leaves_the_encoder_and_covers_the_cross_attention_layers(fol
 def test_spans_have_no_gap_and_no_overlap_of_texts():
     assert image_prompts.spans([1, 3]) == [(1, 3), (3, image_prompts.ALWAYS)]
     assert image_prompts.spans([]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_prompts_with_images_stay_on_the_device(dtype):
+    """By PyTorch's rules of devices and dtypes; see fake_cuda.py."""
+    args = ModelArgs.from_dict(PARAMS)
+    with fake_cuda(), torch.inference_mode():
+        model = model_without_memory(args)
+        weights = {name: torch.empty(p.shape, dtype=dtype, device="cuda") for name, p in model.named_parameters()}
+        model.load_state_dict(weights, assign=True)
+        prompts = [[BOS, 5, IMAGE_ID, 70, 71], [BOS, 5, 6]]
+        rows = [Row(prompts[0], 3, [Tiles(torch.empty(2, 3, 56, 56, device="cpu"), (1, 2))]), Row(prompts[1], 3)]
+        cache = KVCache(model.args, 2, 16, dtype=dtype, device="cuda")
+        logits = prefill(model, rows, cache, False)
+        assert (logits.shape, logits.dtype, logits.device.type) == ((2, 512), torch.float32, "cuda")
+        assert cache.images.keys.dtype == dtype and cache.images.begins.device.type == "cuda"
+        assert model(torch.zeros(2, 1, dtype=torch.long, device="cuda"), cache).device.type == "cuda"

@@ -37,19 +37,18 @@ def show_images(model: Transformer, rows: list[Row], cache: KVCache, known: int)
 def _of_row(model: VisionTransformer, row: Row, before: ImageKeys | None, known: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values (cross layers, N, K, hd) of a row's images, and from where to where each is seen (2, N)."""
     positions = image_positions(row.prompt, model.image_id)
-    parts = [_encoded(model, image) for image, at in zip(row.images, positions, strict=True) if at >= known or before is None]
-    if before is not None:
-        kept = before.begins[0] < known
-        parts.insert(0, (before.keys[:, 0, kept], before.values[:, 0, kept]))
     sizes = [len(image.pixels) * model.args.patches_per_tile for image in row.images]
-    seen = [torch.tensor(span)[:, None].expand(2, size) for span, size in zip(spans(positions), sizes, strict=True)]
+    n_kept = sum(position < known for position in positions) if before else 0
+    parts = [_encoded(model, image) for image in row.images[n_kept:]]
+    if before:
+        n = sum(sizes[:n_kept])
+        parts.insert(0, (before.keys[:, 0, :n], before.values[:, 0, :n]))
     if not parts:
-        nothing = torch.empty(
-            len(model.cross_layers), 0, model.args.n_kv_heads, model.args.head_dim, dtype=model.dtype, device=model.device
-        )
-        return nothing, nothing, torch.empty(2, 0, dtype=torch.long)
+        shape = (len(model.cross_layers), 0, model.args.n_kv_heads, model.args.head_dim)
+        parts = [(torch.empty(shape, dtype=model.dtype, device=model.device),) * 2]
     keys, values = (torch.cat(each, 1) for each in zip(*parts, strict=True))
-    return keys, values, torch.cat(seen, 1)
+    seen = [torch.tensor(span)[:, None].expand(2, size) for span, size in zip(spans(positions), sizes, strict=True)]
+    return keys, values, torch.cat(seen, 1) if seen else torch.empty(2, 0, dtype=torch.long)
 
 
 def _encoded(model: VisionTransformer, image: Tiles) -> tuple[Tensor, Tensor]:

@@ -285,10 +285,8 @@ class Llama:
         if isinstance(prompts, str):  # would count as a list of letters
             raise RequestError(f"prompts is the text {prompts!r:.60}, expected a list of texts")
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
-        counts = [len(row) for row in images] if images else [0] * len(prompts)
-        if len(counts) != len(prompts):
-            raise _wrong_rows(len(counts), len(prompts))
-        prompt_tokens = [self._encode_text(prompt, special_tokens, n) for prompt, n in zip(prompts, counts, strict=True)]
+        rows = _image_rows(images, len(prompts))
+        prompt_tokens = [self._encode_text(text, special_tokens, len(own)) for text, own in zip(prompts, rows, strict=True)]
         texts = self._run(prompt_tokens, images, params, max_gen_len, stop, logprobs and echo)
         before = [self.decode(text.row.prompt) if echo else "" for text in texts]
         predictions = [CompletionPrediction(generation=a + b.whole()) for a, b in zip(before, texts, strict=True)]
@@ -448,12 +446,8 @@ class Llama:
 
     def _tiles(self, prompts: list[list[int]], images: Sequence[Sequence["ImageSource"]] | None) -> list[list[Tiles]]:
         """Each prompt's images, cut into tiles. Raises RequestError unless there is one for each place."""
-        rows = [()] * len(prompts) if images is None else images
-        if isinstance(rows, str | bytes) or not isinstance(rows, Sequence) or len(rows) != len(prompts):
-            raise _wrong_rows(len(rows), len(prompts))
+        rows = _image_rows(images, len(prompts))
         for number, (prompt, own) in enumerate(zip(prompts, rows, strict=True)):
-            if isinstance(own, str | bytes) or not isinstance(own, Sequence):
-                raise RequestError(f"images has {own!r:.60} for prompt {number}, expected a list of images")
             if own and self.image_id is None:
                 raise _no_images()
             n_places = sum(token == self.image_id for token in prompt)
@@ -523,8 +517,18 @@ def _no_images() -> RequestError:
     return RequestError("this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct")
 
 
-def _wrong_rows(n_found: int, n_prompts: int) -> RequestError:
-    return RequestError(f"images has {n_found} lists, expected one for each of {n_prompts} prompts")
+def _image_rows(images: Any, n_prompts: int) -> Sequence[Sequence["ImageSource"]]:
+    """The images of each prompt. Raises RequestError for what is not a list of lists."""
+    if images is None:
+        return [()] * n_prompts
+    if not isinstance(images, list | tuple):
+        raise RequestError(f"images is {images!r:.60}, expected a list with the images of each prompt")
+    if len(images) != n_prompts:
+        raise RequestError(f"images has {len(images)} lists, expected one for each of {n_prompts} prompts")
+    for number, own in enumerate(images):
+        if not isinstance(own, list | tuple):
+            raise RequestError(f"images has {own!r:.60} for prompt {number}, expected a list of images")
+    return images
 
 
 def _output(text: RowText, echo: bool) -> tuple[list[int], list[float]]:

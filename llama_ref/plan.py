@@ -319,7 +319,7 @@ def activation_bytes(
     if is_quantized:
         layers += _block_bytes(args, share, B * T, size)
         scores += _block_bytes(args, share, min(LOGPROB_POSITIONS, T), size)
-    layers = max(layers + _cross_bytes(args, share, in_piece, size), _encoder_bytes(args, size))
+    layers = max(layers + _cross_bytes(args, share, in_piece, size), _encoder_bytes(args, share, size))
     sampling = 48 * B * V  # logits, probabilities, their sort with its int64 indices, float64 sums
     token_ids = 8 * (B + 2) * S
     return token_ids + 4 * B * V + max(ended + max(layers, scores), sampling)
@@ -334,14 +334,18 @@ def _cross_bytes(args: ModelArgs, share: Share, n: int, size: int) -> int:
     return (3 + group + group * size) * pairs  # begins, ends and both as bool; for a group's heads; in the model's dtype
 
 
-def _encoder_bytes(args: ModelArgs, size: int) -> int:
-    """Peak of the vision encoder, which runs one image at a time."""
-    if not args.has_vision:
+def _encoder_bytes(args: ModelArgs, share: Share, size: int) -> int:
+    """Peak of encoding one image of the most tiles, and making its keys and values."""
+    if args.vision_chunk_size is None:
         return 0
     n = args.vision_max_num_chunks * (args.patches_per_tile + TOKENS_MULTIPLE)
+    pixels = args.vision_max_num_chunks * 3 * args.vision_chunk_size**2
     kept = 2 * (1 + len(args.vision_kept_layers))  # states, and all of them side by side
     block = 2 * 4 + 6  # the hidden features before and after GELU, and x, its norm, q, k, v and their attention
-    return size * n * args.vision_dim * (kept + block)
+    encoder = size * n * args.vision_dim * (kept + block)
+    kv = local_kv_heads(args, share) * args.head_dim
+    projected = n * (size * args.dim + kv * (3 * 4 + 4 * size))  # and a layer's keys, in float32 while they are normed
+    return 2 * size * pixels + max(encoder, size * n * args.dim + projected)
 
 
 def _block_bytes(args: ModelArgs, share: Share, rows: int, size: int) -> int:

@@ -191,6 +191,7 @@ VISION = {
     "vision_n_global_layers": 1,
     "vision_kept_layers": [1, 2],
 }
+MANY_CROSS = VISION | {"n_layers": 8, "vision_num_cross_attention_layers": 8, "n_kv_heads": 8}
 HOT = {"temperature": 5.0, "top_p": 0.999}  # nothing is left out of the sort
 GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, how to generate
     "a long prompt": ({}, [2990], 2994, {}),
@@ -204,6 +205,7 @@ GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, ho
     "penalties": (LARGE_VOCABULARY, [5] * 16, 8, {**HOT, "repetition_penalty": 1.3, "min_p": 1e-3, "logit_bias": {3: 1.0}}),
     "log-probabilities of the prompt": (LARGE_VOCABULARY, [500], 504, {"logprobs": True, "echo": True}),
     "an image and a long prompt": (VISION, [1000], 1004, {"images": [[noise(400, 400)]]}),
+    "an image for many layers": (MANY_CROSS, [9], 13, {"images": [[noise(400, 400)]]}),
     "a large image and a short prompt": (VISION | {"vision_chunk_size": 560}, [9], 13, {"images": [[noise(400, 400)]]}),
 }
 
@@ -240,6 +242,8 @@ def taken_and_planned(
         use_fast_kernels(model)
     llama = Llama(model, tokenizer_of_bytes, max_seq_len=max_seq_len, max_batch_size=len(lengths))
     prompts = [torch.randint(args.vocab_size, (length,)).tolist() for length in lengths]
+    if "images" in options:  # cut into tiles on the host before
+        options = options | {"images": [[llama.load_tiles(image) for image in own] for own in options["images"]]}
     for prompt, images in zip(prompts, options.get("images", []), strict=False):
         prompt[1 : 1 + len(images)] = [args.vocab_size] * len(images)
     taken = peak_bytes(lambda: llama.generate(prompts, max_seq_len - max(lengths), **options))

@@ -57,6 +57,15 @@ def own_cache(tmp_path_factory) -> None:
 
 
 @pytest.fixture(scope="session")
+def warm(tmp_path_factory) -> Iterator[Path]:
+    """A folder with `python`, `llama-ref` and `torchrun`, which need not import torch first."""
+    from warm import warm_commands
+
+    with warm_commands(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The real small model in Meta's layout; built on first use, which takes some ten seconds."""
     from llama_ref.demo import NAME, make_demo_checkpoint

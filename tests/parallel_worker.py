@@ -23,7 +23,9 @@ def main(task_file: str, out: str) -> None:
     for name, folder in task["folders"].items():
         opened.clear()
         llama = Llama.build(folder, task["tokenizer"], max_seq_len=64, device="cpu", verify="never", **task["build"])
-        results[name] = _compute(llama, torch.tensor(task["tokens"]), task["n_tokens"]) | {"opened": _of_all(sorted(opened))}
+        results[name] = _compute(llama, torch.tensor(task["tokens"]), task["n_tokens"], task["n_sampled"]) | {
+            "opened": _of_all(sorted(opened))
+        }
         if task.get("images"):
             looked = llama.generate(task["prompts"], task["n_tokens"], 0.0, logprobs=True, echo=True, images=task["images"])
             results[name] |= {"looked": looked}
@@ -32,14 +34,15 @@ def main(task_file: str, out: str) -> None:
     end_process(0)
 
 
-def _compute(llama: Llama, tokens: Tensor, n_tokens: int) -> dict:
+def _compute(llama: Llama, tokens: Tensor, n_tokens: int, n_sampled: int) -> dict:
     """Logits at once and step by step, whether all processes have the same ones, and sampled and greedy text."""
     with torch.inference_mode():
         logits = llama.model(tokens)
     ragged = [tokens[0].tolist(), tokens[1, :3].tolist()]
     greedy, logprobs = llama.generate(ragged, n_tokens, temperature=0, logprobs=True, echo=True)
-    sampled, _ = llama.generate(ragged, 8, temperature=1.5, top_p=0.99, seed=dist.get_rank())  # the first one's seed must win
-    streamed = llama.stream(tokens[0].tolist(), 6, temperature=0)
+    options = {"temperature": 1.5, "top_p": 0.99, "seed": dist.get_rank()}  # the first one's seed must win
+    sampled, _ = llama.generate(ragged, n_sampled, **options)
+    streamed = llama.stream(tokens[0].tolist(), n_sampled, temperature=0)
     list(streamed)
     return {
         "logits": logits,

@@ -26,6 +26,7 @@ import pytest
 from conftest import REPOSITORY
 
 RELEASES = ("Llama3.2-1B-Instruct", "Llama3.2-1B")
+AS_USUAL = re.compile(r"README\.md|docs/generate\.md: torchrun .*text_completion")
 OF_OTHER_TESTS = {"tour.md"}
 DOCUMENTS = {
     str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
@@ -56,14 +57,18 @@ VARYING = (
 
 
 def sessions() -> list:
-    """(command, expected output) of every `$` line in order, each once."""
+    """(command, expected output, whether it is started as usual) of every `$` line in order, each once.
+
+    README.md's are, and one job; others need not import torch, which takes a second (tests/warm.py).
+    """
     out = {}
     for name, text in DOCUMENTS.items():
         for body in CONSOLE.findall(text):
             for part in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
                 command, output = split_continued(part)
                 out.setdefault((command, output), name)
-    return [pytest.param(*session, id=f"{name}: {session[0]}") for session, name in out.items()]
+    ids = {session: f"{name}: {session[0]}" for session, name in out.items()}
+    return [pytest.param(*session, AS_USUAL.match(id) is not None, id=id) for session, id in ids.items()]
 
 
 def split_continued(part: str) -> tuple[str, str]:
@@ -156,17 +161,18 @@ def matches(printed: str, expected: str) -> bool:
     return re.fullmatch(pattern, printed.strip(), re.DOTALL) is not None
 
 
-@pytest.mark.parametrize(("command", "expected"), sessions())
-def test_a_command_does_what_is_shown(command, expected, environment):
-    done = run(["bash", "-c", f"({command}) 2>&1"], environment)
+@pytest.mark.parametrize(("command", "expected", "as_usual"), sessions())
+def test_a_command_does_what_is_shown(command, expected, as_usual, environment, warm):
+    path = f"{warm}{os.pathsep}{environment['PATH']}"
+    done = run(["bash", "-c", f"({command}) 2>&1"], environment if as_usual else environment | {"PATH": path})
     is_error = re.search(r"^llama-ref: ", expected, re.MULTILINE) is not None
     assert (done.returncode != 0) == is_error, done.stdout
     assert matches(done.stdout, expected), f"{command} printed\n{done.stdout}\nnot\n{expected}"
 
 
 @pytest.mark.parametrize(("script", "expected"), scripts())
-def test_a_script_runs(script, expected, environment):
-    done = run([sys.executable, "-c", script], environment)
+def test_a_script_runs(script, expected, environment, warm):
+    done = run([str(warm / "python"), "-c", script], environment)
     assert done.returncode == 0, done.stderr
     if expected is not None:
         assert matches(done.stdout, expected), f"printed\n{done.stdout}\nnot\n{expected}"
@@ -193,7 +199,7 @@ def test_there_are_no_blocks_of_another_kind():
     assert {(name, kind) for name, kind in kinds if kind not in known} == set()
 
 
-def test_commands_that_are_not_run_name_scripts_and_flags_that_exist(environment):
+def test_commands_that_are_not_run_name_scripts_and_flags_that_exist(environment, warm):
     wrong = []
     for name, code in commands_not_run():
         words = shlex.split(code)
@@ -202,9 +208,9 @@ def test_commands_that_are_not_run_name_scripts_and_flags_that_exist(environment
             wrong.append((name, code, f"there is no {file}"))
             continue
         if words[0] == "llama-ref":
-            known = help_of(words[1], environment["HOME"])
+            known = help_of(warm, words[1])
         elif file is not None and file.endswith(".py"):
-            known = (REPOSITORY / file).read_text(encoding="utf-8") + help_of("complete", "")
+            known = (REPOSITORY / file).read_text(encoding="utf-8") + help_of(warm, "complete")
         else:
             continue
         begin = words.index(file) if file else 0
@@ -214,9 +220,8 @@ def test_commands_that_are_not_run_name_scripts_and_flags_that_exist(environment
 
 
 @functools.cache
-def help_of(command: str, home: str) -> str:
-    words = [sys.executable, "-m", "llama_ref.cli", command, "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+def help_of(warm: Path, command: str) -> str:
+    done = subprocess.run([warm / "llama-ref", command, "--help"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout + done.stderr
 

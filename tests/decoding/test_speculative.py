@@ -2,7 +2,6 @@
 
 import base64
 import itertools
-import json
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from fake_cuda import fake_cuda
 from folders import PARAMS
-from jobs import torchrun
+from jobs import run_worker
 from llama_ref.args import ModelArgs
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding import drafting
@@ -484,15 +483,13 @@ def test_a_bad_choice_is_named(family, options, message):
         Llama.build(family["big"], device="cpu", **options)
 
 
-def test_several_processes_draft_alike(family, tmp_path):
+def test_several_processes_draft_alike(warm, family, tmp_path):
     """Different seeds, one text: it is the first process's that counts, and its drafts are everybody's."""
     build = {"dtype": "float32", "speculate": "ngram"}
     tokens = [[97, 98, 99, 97, 98, 99, 97, 98], [98, 98, 98, 98, 98, 98, 98, 98]]
-    task = {"folders": {"big": str(family["big"])}, "tokenizer": None, "build": build, "tokens": tokens, "n_tokens": 24}
-    (tmp_path / "task.json").write_text(json.dumps(task))
-    done = torchrun(2, Path(__file__).parents[1] / "parallel_worker.py", tmp_path / "task.json", tmp_path / "out.pt")
-    assert done.returncode == 0, done.stderr
-    result = torch.load(tmp_path / "out.pt")["big"]
+    task = {"folders": {"big": str(family["big"])}, "tokenizer": None, "build": build, "tokens": tokens}
+    task |= {"n_tokens": 24, "n_sampled": 8}
+    result = run_worker(warm, tmp_path, 2, task)["big"]
     alone = Llama.build(family["big"], device="cpu", dtype="float32", max_seq_len=64)
     greedy, logprobs = alone.generate([tokens[0], tokens[1][:3]], 24, temperature=0, logprobs=True, echo=True)
     assert result["greedy"] == greedy

@@ -121,14 +121,15 @@ def test_a_fault_that_one_process_alone_meets_ends_the_job_with_one_message(fold
     assert "[rank" not in done.stderr, "a worker's own traceback"
 
 
-def test_a_conversation_of_several_processes_is_that_of_one(folder, tmp_path, monkeypatch, capsys):
+def test_a_conversation_of_several_processes_is_that_of_one(warm, folder, tmp_path, monkeypatch, capsys):
     """The first reads standard input and files; layers and matrices are dealt out."""
     turns = f"hi\n/save {tmp_path}/talk.json\n/reset\n/load {tmp_path}/talk.json\n/load nowhere\nand\\\nso\n"
     words = ["chat", str(folder), "--max_gen_len", "4", "--temperature", "0", "--dtype", "float32", "--device", "cpu"]
     monkeypatch.setattr("sys.stdin", io.StringIO(turns))
     assert main(words) == 0
     alone = capsys.readouterr()
-    done = torchrun(4, "-m", "llama_ref.cli", *words, "--pipeline_parallel_size", "2", input=turns, timeout=PATIENCE_SECONDS)
+    words += ["--pipeline_parallel_size", "2"]
+    done = torchrun(4, "-m", "llama_ref.cli", *words, input=turns, timeout=PATIENCE_SECONDS, warm=warm)
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone.out
     told = [[line for line in err.splitlines() if not line.startswith("[")] for err in (alone.err, done.stderr)]
@@ -163,7 +164,7 @@ def test_processes_cannot_work_together_on_mps(monkeypatch):
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_job_may_run_on_several_nodes(folder, stages):
+def test_a_job_may_run_on_several_nodes(warm, folder, stages):
     """Two agents, as each of two machines would start one; they find each other as torchrun does it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -172,7 +173,7 @@ def test_a_job_may_run_on_several_nodes(folder, stages):
     words = [SCRIPTS / "text_completion.py", "--ckpt_dir", folder, "--max_gen_len", "4", "--temperature", "0"]
     words += ["--pipeline_parallel_size", str(stages)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
-    nodes = [subprocess.Popen([*TORCHRUN, *meeting, *words], **options) for _ in range(2)]
+    nodes = [subprocess.Popen([warm / "torchrun", *meeting, *words], **options) for _ in range(2)]
     said = [node.communicate(timeout=2 * PATIENCE_SECONDS) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert sorted(stdout.count("I believe the meaning of life is") for stdout, _ in said) == [0, 1]

@@ -13,7 +13,7 @@ N_NEW = 4
 
 
 @pytest.mark.parametrize("n_stages", [1, 2])
-def test_two_processes_compute_what_one_does(tmp_path, n_stages):
+def test_two_processes_compute_what_one_does(warm, tmp_path, n_stages):
     files = [str(tmp_path / f"{n}.png") for n in range(3)]
     for file, size in zip(files, [(100, 40), (50, 50), (60, 200)], strict=True):
         noise(*size).save(file)
@@ -25,13 +25,14 @@ def test_two_processes_compute_what_one_does(tmp_path, n_stages):
         "build": {"dtype": "float32", "pipeline_parallel_size": n_stages},
         "tokens": TOKENS,
         "n_tokens": N_NEW,
+        "n_sampled": 1,
         "prompts": PROMPTS,
         "images": images,
     }
     alone = Llama.build(folders[1], max_seq_len=64, device="cpu", dtype="float32")
     tokens, scores = alone.generate(PROMPTS, N_NEW, 0.0, logprobs=True, echo=True, images=images)
     logits = alone.model(torch.tensor(TOKENS))
-    for name, result in run_worker(tmp_path, 2, task).items():
+    for name, result in run_worker(warm, tmp_path, 2, task).items():
         found, found_scores = result["looked"]
         assert found == tokens, name
         for ours, theirs in zip(found_scores, scores, strict=True):

@@ -1,13 +1,11 @@
 """Meta's own reference, one process per file, loads the shards that are written here and computes what one process does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from jobs import torchrun
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.generation import Llama
@@ -34,16 +32,14 @@ def sources(tmp_path_factory) -> list[Path]:
     return [make_random_checkpoint(root / name, shape, tied=name == "no groups", **options) for name, shape in SHAPES.items()]
 
 
-def metas(tmp_path: Path, folders: list[Path], world_size: int) -> list[torch.Tensor]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, WORKER, tmp_path / "out.pt", *folders], capture_output=True, text=True, env=environment)
+def metas(warm: Path, tmp_path: Path, folders: list[Path], world_size: int) -> list[torch.Tensor]:
+    done = torchrun(world_size, WORKER, tmp_path / "out.pt", *folders, warm=warm)
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path / "out.pt")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_metas_reference_loads_the_file_of_its_number(sources, tmp_path, world_size):
+def test_metas_reference_loads_the_file_of_its_number(warm, sources, tmp_path, world_size):
     written = []
     for source in sources:
         written.append(to_meta(source, tmp_path / source.name, shards=world_size))
@@ -51,7 +47,7 @@ def test_metas_reference_loads_the_file_of_its_number(sources, tmp_path, world_s
         written.append(to_meta(other_format, tmp_path / f"{source.name} back", shards=world_size))
     ours = [Llama.build(source, max_seq_len=16, device="cpu", dtype="float32").model for source in sources]
     fp8 = make_random_checkpoint(tmp_path / "fp8", FP8_SHAPE, shards=world_size, dtype=torch.float32, kind=Kind.FP8)
-    *found, of_fp8 = metas(tmp_path, [*written, fp8], world_size)
+    *found, of_fp8 = metas(warm, tmp_path, [*written, fp8], world_size)
     expected = Llama.build(fp8, sources[0] / "tokenizer.model", max_seq_len=16, device="cpu", dtype="float32").model(TOKENS)
     # The parts' sums are added in another order, which may move an input to the next float8.
     assert (of_fp8 - expected).std() < 0.005 * expected.std()

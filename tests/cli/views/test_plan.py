@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,10 +107,10 @@ def test_the_command_is_one_that_torchrun_and_the_script_take(run, words, script
     assert flags.get("dtype", "bfloat16") == best["dtype"]
 
 
-def test_the_command_runs(run, tmp_path, monkeypatch):
+def test_the_command_runs(warm, run, tmp_path):
     folder = tiny_folder(tmp_path / "a folder's name")
     _, out, _ = run(folder, "--max_seq_len", 200)
-    command = out[out.index("torchrun") :].split("\n\n")[0].replace("torchrun", f"{sys.executable} -m torch.distributed.run", 1)
+    command = out[out.index("torchrun") :].split("\n\n")[0].replace("torchrun", str(warm / "torchrun"), 1)
     done = subprocess.run(
         ["bash", "-c", f"{command} --max_gen_len 1 --device cpu"], capture_output=True, text=True, check=False
     )

@@ -38,6 +38,7 @@ if [ "${1-}" = --quick ]; then
     shift
 fi
 
+unset PYTHONDONTWRITEBYTECODE # pytest would rewrite every test file in every run, for five seconds
 environment "$kind"
 cd "$root"
 say "ruff check"

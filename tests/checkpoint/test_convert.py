@@ -622,9 +622,9 @@ DIE = textwrap.dedent("""
 
 
 @pytest.mark.parametrize("write", [to_meta, to_hugging_face])
-def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_one_clears_up(tiny, tmp_path, write):
+def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_one_clears_up(warm, tiny, tmp_path, write):
     target = tmp_path / "target"
-    command = [sys.executable, "-c", DIE, write.__name__, tiny, target, str(int(signal.SIGKILL))]
+    command = [warm / "python", "-c", DIE, write.__name__, tiny, target, str(int(signal.SIGKILL))]
     assert subprocess.run(command, cwd=REPOSITORY).returncode == -signal.SIGKILL
     assert not target.exists() and list(tmp_path.glob(".target.*.partial"))
     write(tiny, target)
@@ -649,9 +649,9 @@ INTERRUPTED = textwrap.dedent("""
 
 
 @pytest.mark.parametrize("words", [["reshard", "--shards", "4"], ["convert", "--to", "hf"]])
-def test_an_interrupted_run_leaves_nothing(wide, tmp_path, words):
+def test_an_interrupted_run_leaves_nothing(warm, wide, tmp_path, words):
     target, (word, *options) = tmp_path / "target", words
-    command = [sys.executable, "-c", INTERRUPTED, word, wide / "wide", target, *options]
+    command = [warm / "python", "-c", INTERRUPTED, word, wide / "wide", target, *options]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, b"", b"")
     assert not any(tmp_path.iterdir())
@@ -667,9 +667,9 @@ FULL = textwrap.dedent("""
 
 
 @pytest.mark.parametrize("words", [["reshard", "--shards", "4"], ["convert", "--to", "hf"]])
-def test_a_target_that_fills_up_leaves_nothing(wide, tmp_path, words):
+def test_a_target_that_fills_up_leaves_nothing(warm, wide, tmp_path, words):
     word, *options = words
-    command = [sys.executable, "-c", FULL, word, wide / "wide", tmp_path / "target", *options]
+    command = [warm / "python", "-c", FULL, word, wide / "wide", tmp_path / "target", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=os.environ)
     assert done.returncode == 1 and done.stdout == ""
     assert "File too large" in done.stderr and "Traceback" not in done.stderr and ".partial" not in done.stderr

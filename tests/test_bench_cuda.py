@@ -63,13 +63,15 @@ def test_every_stage_gives_figures(tmp_path, monkeypatch):
     assert (tmp_path / "profile_bf16_decode.txt").stat().st_size > 1000
 
 
-def test_only_some_stages_and_the_bandwidth_they_need(tmp_path, capfd):
+def test_only_some_stages_and_the_bandwidth_they_need(warm, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "executable", str(warm / "python"))
     assert run(main, ["--rehearse", "--only", "memory", "--out", str(tmp_path)]) == 0
     assert {line["stage"] for line in lines(tmp_path)} == {"env", "memory"}
     assert "memory" in capfd.readouterr().out.partition("summary of")[2]
 
 
-def test_a_stage_that_takes_too_long_is_stopped_and_the_next_begins(tmp_path, monkeypatch, capfd):
+def test_a_stage_that_takes_too_long_is_stopped_and_the_next_begins(warm, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "executable", str(warm / "python"))
     monkeypatch.setattr(bench_cuda, "STAGES", {"env": 0.05, "memory": 50})
     assert run(main, ["--rehearse", f"--out={tmp_path}"]) == 0
     assert [line["what"] for line in lines(tmp_path) if line["stage"] == "env"] == ["stopped at its limit"]

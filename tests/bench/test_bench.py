@@ -233,7 +233,8 @@ class TestProcesses:
             process.ask("load", settings=asdict(small_settings(tiny_folder(tmp_path / "t"))), scratch="")
         process.end()
 
-    def test_a_peer_that_fails_is_left_out_and_the_others_go_on(self, tmp_path, capsys):
+    def test_a_peer_that_fails_is_left_out_and_the_others_go_on(self, warm, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "executable", str(warm / "python"))
         pruned = {key: value for key, value in PARAMS.items() if key != "multiple_of"} | {"hidden_dim": 64}
         folder = make_random_checkpoint(tmp_path / "pruned", pruned, tokenizer=byte_tokenizer(tmp_path / "t"))
         assert main(["bench", str(folder), *SMALL, "--against", "meta,transformers"]) == 0
@@ -241,7 +242,8 @@ class TestProcesses:
         assert "note: meta is left out: " in out
         assert "\n transformers" in out
 
-    def test_a_peer_that_is_not_installed_is_noted(self, tiny, monkeypatch, capsys):
+    def test_a_peer_that_is_not_installed_is_noted(self, warm, tiny, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "executable", str(warm / "python"))
         monkeypatch.setitem(PEERS, "meta", (("no_such_module",), "pip install it"))
         assert main(["bench", str(tiny), *SMALL, "--against", "meta"]) == 0
         assert "note: meta is left out: no_such_module not installed (pip install it)" in capsys.readouterr().out

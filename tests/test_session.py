@@ -50,6 +50,12 @@ def small(llama) -> Llama:
     return Llama(llama.model, llama.tokenizer, max_seq_len=160)
 
 
+@pytest.fixture(scope="module")
+def quick(shallow) -> Llama:
+    """Whose answers mean nothing."""
+    return Llama(shallow.model, shallow.tokenizer, max_seq_len=160)
+
+
 @pytest.fixture
 def passed(monkeypatch) -> list[int]:
     """Tokens that go through the model, per pass."""
@@ -153,27 +159,27 @@ def test_looking_at_the_conversation_amid_an_answer_does_not_end_it(small):
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_an_answer_broken_off_before_its_first_token_never_was(small, begun):
-    session = Session(small)
+def test_an_answer_broken_off_before_its_first_token_never_was(quick, begun):
+    session = Session(quick)
     ask(session, SUM)
     before = list(session.dialog)
     stream = session.say(CAPITAL, **GREEDY)
     if begun:
         stream.close()
     assert session.dialog == before
-    assert_same_at_once(small, session.say(HI, **GREEDY))
+    assert_same_at_once(quick, session.say(HI, **GREEDY))
     assert list(stream) == [], "the left answer went on and wrote to the cache"
 
 
 @pytest.mark.parametrize(("n_passes", "prefill_tokens"), [(0, 1024), (1, 8), (2, 1024)])
-def test_an_interrupt_amid_the_layers_leaves_no_trace(small, monkeypatch, n_passes, prefill_tokens):
+def test_an_interrupt_amid_the_layers_leaves_no_trace(quick, monkeypatch, n_passes, prefill_tokens):
     """Ctrl-C comes at any time: in prefill, between its pieces, in a decode step; half the layers have then written."""
     monkeypatch.setattr(loop, "PREFILL_TOKENS", prefill_tokens)
-    session = Session(small)
+    session = Session(quick)
     ask(session, SUM)
     stream = interrupt(session, CAPITAL, n_passes)
     assert [message["content"] for message in session.dialog[3:]] == [stream.text] * bool(stream.text)
-    assert_same_at_once(small, session.say(HI, **GREEDY))
+    assert_same_at_once(quick, session.say(HI, **GREEDY))
 
 
 def test_an_interrupt_amid_a_character_leaves_no_half_of_it(small):
@@ -192,7 +198,8 @@ def test_an_interrupt_amid_a_character_leaves_no_half_of_it(small):
 def interrupt(session: Session, text: str, n_passes: int) -> Stream:
     """Ask, and get a KeyboardInterrupt in the middle of the pass after this many."""
     with pytest.MonkeyPatch.context() as patch:
-        at = n_passes * len(session.llama.model.layers) + 15
+        n_layers = len(session.llama.model.layers)
+        at = n_passes * n_layers + n_layers // 2
         patch.setattr(TransformerBlock, "forward", interrupted_at(at, TransformerBlock.forward))
         stream = session.say(text, **GREEDY | {"max_gen_len": 12})
         with pytest.raises(KeyboardInterrupt):
@@ -214,20 +221,20 @@ def interrupted_at(n: int, forward: Callable) -> Callable:
 
 
 @pytest.mark.parametrize(("name", "stop_reason"), [("eot_id", None), ("eos_id", None), ("eom_id", "end_of_message")])
-def test_the_end_mark_goes_into_the_conversation(small, name, stop_reason):
-    token = getattr(small.tokenizer, name)
-    session = Session(small)
+def test_the_end_mark_goes_into_the_conversation(quick, name, stop_reason):
+    token = getattr(quick.tokenizer, name)
+    session = Session(quick)
     assert ask(session, HI, logit_bias={token: 1e6}) == ""
     assert session.dialog[-1].get("stop_reason") == stop_reason
     dialog = [*session.dialog, {"role": "user", "content": SUM}]
-    assert session.say(SUM, **GREEDY).row.prompt == small.formatter.encode_dialog_prompt(dialog)
+    assert session.say(SUM, **GREEDY).row.prompt == quick.formatter.encode_dialog_prompt(dialog)
 
 
 # ---- beginning anew
 
 
-def test_reset_and_system_prompts(small):
-    session = Session(small, "Be brief.")
+def test_reset_and_system_prompts(quick):
+    session = Session(quick, "Be brief.")
     assert session.system == "Be brief."
     first = ask(session, SUM)
     session.reset(session.system)
@@ -235,11 +242,11 @@ def test_reset_and_system_prompts(small):
     assert ask(session, SUM) == first
     session.reset()
     assert (session.dialog, session.system) == ([], None)
-    assert ask(session, SUM) == without_cache(small, [], SUM)
+    assert ask(session, SUM) == without_cache(quick, [], SUM)
 
 
-def test_reset_amid_an_answer_ends_it(small):
-    session = Session(small)
+def test_reset_amid_an_answer_ends_it(quick):
+    session = Session(quick)
     stream = session.say(CAPITAL, **GREEDY)
     next(stream)
     session.reset()
@@ -258,8 +265,8 @@ def test_a_refused_turn_leaves_the_conversation_as_it_was(small, options, messag
     assert [entry["role"] for entry in session.dialog] == ["system"]
 
 
-def test_a_conversation_that_outgrows_the_context_is_refused_and_stays(llama):
-    tight = Llama(llama.model, llama.tokenizer, max_seq_len=64)
+def test_a_conversation_that_outgrows_the_context_is_refused_and_stays(shallow):
+    tight = Llama(shallow.model, shallow.tokenizer, max_seq_len=64)
     session = Session(tight)
     ask(session, SUM)
     before, cached = list(session.dialog), session.cached_tokens
@@ -285,27 +292,27 @@ def test_an_answer_that_fills_the_context_is_the_last(llama):
 # ---- files
 
 
-def test_a_saved_conversation_goes_on_elsewhere(small, tmp_path):
-    session = Session(small, "한국어로 짧게.")
+def test_a_saved_conversation_goes_on_elsewhere(quick, tmp_path):
+    session = Session(quick, "한국어로 짧게.")
     ask(session, SUM)
-    ask(session, HI, logit_bias={small.tokenizer.eom_id: 1e6})
+    ask(session, HI, logit_bias={quick.tokenizer.eom_id: 1e6})
     session.save(tmp_path / "talk.json")
     saved = (tmp_path / "talk.json").read_text(encoding="utf-8")
     assert json.loads(saved) == session.dialog
     assert "한국어로" in saved, "a reader should see text, not escapes"
 
-    other = Session(small)
+    other = Session(quick)
     other.load(tmp_path / "talk.json")
     assert (other.dialog, other.system) == (session.dialog, "한국어로 짧게.")
-    assert ask(other, CAPITAL) == without_cache(small, session.dialog, CAPITAL)
+    assert ask(other, CAPITAL) == without_cache(quick, session.dialog, CAPITAL)
 
 
-def test_a_lone_surrogate_survives_saving(small, tmp_path):
+def test_a_lone_surrogate_survives_saving(quick, tmp_path):
     """What a terminal in the C locale makes of a byte that is no UTF-8."""
-    session = Session(small)
+    session = Session(quick)
     ask(session, "a\udcffb", max_gen_len=1)
     session.save(tmp_path / "talk.json")
-    other = Session(small)
+    other = Session(quick)
     other.load(tmp_path / "talk.json")
     assert other.dialog == session.dialog
 

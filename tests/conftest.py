@@ -155,6 +155,12 @@ def hashed(monkeypatch, tmp_path) -> list[str]:
 
 
 @pytest.fixture
+def settled(monkeypatch) -> None:
+    """Do not wait for new files to grow, in tests where none grows."""
+    monkeypatch.setattr("llama_ref.checkpoint.integrity.GROWTH_WAIT_SECONDS", 0)
+
+
+@pytest.fixture
 def unprivileged_folder() -> Iterator[Path]:
     """An empty folder of a user who may not read what permissions forbid: root, who may, is nobody for this long."""
     is_root = os.geteuid() == 0

@@ -36,6 +36,8 @@ from llama_ref.checkpoint.integrity import verify
 from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 # --- pickles made to attack -------------------------------------------------------------------------------------------
 
 

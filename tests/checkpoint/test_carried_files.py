@@ -14,6 +14,8 @@ from llama_ref.checkpoint.integrity import verify, write_checklist
 from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 SETTINGS = (
     "tokenizer_config.json",
     "generation_config.json",

@@ -52,12 +52,6 @@ def folder(original, tmp_path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "folder"))
 
 
-@pytest.fixture
-def settled(monkeypatch):
-    """Do not wait for new files to grow, in tests where none grows."""
-    monkeypatch.setattr("llama_ref.checkpoint.integrity.GROWTH_WAIT_SECONDS", 0)
-
-
 def states(report) -> dict[str, State]:
     return {file.name: file.state for file in report.bad}
 

@@ -31,6 +31,8 @@ from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.plan import find_model
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 WQ = "layers.0.attention.wq.weight"
 F32_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8]

@@ -17,6 +17,8 @@ from llama_ref.checkpoint.integrity import verify
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 META_FILES, HF_FILES = ("params.json", "tokenizer.model"), ("config.json", "tokenizer.json")
 
 

@@ -27,7 +27,7 @@ CALLS = {
 
 
 @pytest.fixture(scope="module")
-def differing(tmp_path_factory) -> tuple[list[dict], str]:
+def differing(warm, tmp_path_factory) -> tuple[list[dict], str]:
     """What each rank of a job wrote down, whose processes differ, and the job's stderr."""
     root = tmp_path_factory.mktemp("differing")
     base = str(tiny_folder(root / "base"))
@@ -42,7 +42,7 @@ def differing(tmp_path_factory) -> tuple[list[dict], str]:
         "calls": CALLS,
     }
     (root / "task.json").write_text(json.dumps(task))
-    done = torchrun(2, WORKER, root / "task.json", root)
+    done = torchrun(2, WORKER, root / "task.json", root, warm=warm)
     assert (root / "1.json").exists(), done.stderr
     assert done.returncode != 0
     return [json.loads((root / f"{rank}.json").read_text()) for rank in range(2)], done.stderr

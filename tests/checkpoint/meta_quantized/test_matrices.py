@@ -31,6 +31,8 @@ from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.study.weights import spectra
 from quantized_folders import QLORA, SPINQUANT, fp8_folder, int8_folder, quantized_folder
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 SHARD = "consolidated.00.pth"
 

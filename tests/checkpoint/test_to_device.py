@@ -15,7 +15,7 @@ from torch import Tensor
 
 from delayed_device import DelayedDevice, host_buffers, loading_through
 from folders import PARAMS, byte_tokenizer, tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face
+from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.checkpoint.quantized_writer import quantize_folder
@@ -188,26 +188,26 @@ MEASURE = textwrap.dedent("""
 """)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def in_memory() -> Iterator[Path]:
-    """A folder in memory: for files on disk, a page fault maps up to 2 MB around the page."""
+    """A large and a tiny folder in memory: for files on disk, a page fault maps up to 2 MB around the page."""
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=folder) as path:
+        tiny_folder(Path(path) / "tiny")
+        make_random_checkpoint(Path(path) / "1 shard", LARGE, tokenizer=byte_tokenizer(Path(path) / "t.model"))
         yield Path(path)
 
 
 @on_linux
 @pytest.mark.parametrize(("form", "quantize"), [("2 shards", ""), ("1 shard", "int4"), ("hf", ""), ("int4", "")])
 def test_loading_onto_a_gpu_holds_little_of_the_file_in_host_memory(in_memory, form, quantize):
-    shards = 2 if form == "2 shards" else 1
-    tmp_path = in_memory
-    tiny, large = tiny_folder(tmp_path / "tiny"), tmp_path / "large"
-    tokenizer = byte_tokenizer(tmp_path / "t.model")
-    make_random_checkpoint(large, LARGE, shards=shards, tokenizer=tokenizer)
-    if form == "hf":
-        large = to_hugging_face(large, tmp_path / "hf")
+    tiny, large = in_memory / "tiny", in_memory / "1 shard"
+    if form == "2 shards":
+        large = to_meta(large, in_memory / "2 shards", shards=2)
+    elif form == "hf":
+        large = to_hugging_face(large, in_memory / "hf")
     elif form == "int4":
-        large = quantize_folder(large, tmp_path / "int4", Scheme.parse("int4"), calibrate=False)
+        large = quantize_folder(large, in_memory / "int4", Scheme.parse("int4"), calibrate=False)
     n_bytes = sum(path.stat().st_size for path in open_folder(large).shards)
     assert n_bytes > (130 << 20) * (0.25 if form == "int4" else 1)
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1"}

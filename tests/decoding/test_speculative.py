@@ -318,9 +318,12 @@ def test_text_goes_to_the_contexts_end(llama, room):
 
 
 @pytest.mark.parametrize(
-    "new", [lambda _: PromptLookup(), lambda model: DraftModel(model, model)], ids=["n-grams", "draft model"]
+    ("which", "new"),
+    [("llama", lambda _: PromptLookup()), ("shallow", lambda model: DraftModel(model, model))],
+    ids=["n-grams", "draft model"],
 )
-def test_a_conversation_is_the_same_and_an_answer_left_amid_a_draft_is_no_harm(llama, new):
+def test_a_conversation_is_the_same_and_an_answer_left_amid_a_draft_is_no_harm(which, new, request):
+    llama = request.getfixturevalue(which)
     quick, slow = (Session(with_speculation(llama, each, max_seq_len=200)) for each in (new(llama.model), None))
     for text, n_pieces in (("Say: one two one two one two one two one two", 4), ("Again.", 9), ("Again.", 30)):
         streams = [session.say(text, temperature=0, max_gen_len=16) for session in (quick, slow)]

@@ -457,11 +457,15 @@ MEASURE = textwrap.dedent("""
 """)
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    return make_random_checkpoint(tmp_path_factory.mktemp("memory") / "large", LARGE)
+
+
 @on_linux
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_quantizing_while_loading_takes_little_memory_beyond_the_quantized_weights(tmp_path, scheme):
+def test_quantizing_while_loading_takes_little_memory_beyond_the_quantized_weights(tmp_path, large, scheme):
     tiny = tiny_folder(tmp_path / "tiny")
-    large = make_random_checkpoint(tmp_path / "large", LARGE)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEASURE, tiny, large, scheme]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2], env=environment)

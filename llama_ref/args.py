@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,10 @@ class ModelArgs:
     def has_vision(self) -> bool:
         """Whether the model reads images."""
         return self.vision_num_cross_attention_layers is not None
+
+    def text_only(self) -> "ModelArgs":
+        """The text model in a model that reads images."""
+        return replace(self, vision_chunk_size=None, vision_num_cross_attention_layers=None)
 
     @property
     def cross_layers(self) -> list[int]:

@@ -8,6 +8,8 @@ import torch
 
 from fake_cuda import fake_cuda
 from llama_ref.args import ModelArgs
+from llama_ref.bench.costs import flops, weight_bytes
+from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
@@ -339,3 +341,15 @@ def test_prompts_with_images_stay_on_the_device(dtype):
         assert (logits.shape, logits.dtype, logits.device.type) == ((2, 512), torch.float32, "cuda")
         assert cache.images.keys.dtype == dtype and cache.images.begins.device.type == "cuda"
         assert model(torch.zeros(2, 1, dtype=torch.long, device="cuda"), cache).device.type == "cuda"
+
+
+def test_benchmarks_count_what_a_text_reads(llama):
+    """Of a vision folder, what they count of its text model alone."""
+    text = Transformer(llama.model.args.text_only())
+    assert weight_bytes(llama.model, llama.model.tok_embeddings) == weight_bytes(text, text.tok_embeddings)
+    assert flops(llama.model.args, 7, 28, 1) == flops(text.args, 7, 28, 1)
+
+
+def test_other_programs_are_not_compared_on_vision_folders(folder):
+    with pytest.raises(RequestError, match="reads images: other programs are compared on text models only"):
+        Settings.parse(str(folder), prompt_len=4, gen_len=4, batch="1", against="meta", rounds=1, device="cpu")

@@ -93,6 +93,10 @@ class Settings:
                 raise RequestError(
                     f"{option} {length:,} + gen_len {gen_len:,} tokens exceed the model's context of {longest:,}"
                 )
+        if peers and folder.read_args().has_vision:
+            raise RequestError(
+                f"{folder.path} reads images: other programs are compared on text models only; leave --against out"
+            )
         if peers and (folder.is_quantized or stored_kind(folder, folder.read_args()) is not Kind.PLAIN):
             raise RequestError(
                 f"{folder.path} is quantized, which other programs cannot read: use its source folder, with --quantize"

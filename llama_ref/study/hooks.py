@@ -1,8 +1,8 @@
 """Instrumented forwards, installed on a model while it is traced or patched.
 
-They repeat model.py's forwards, operation by operation, and pass every value to visitors: without
-an edit the results are the same, bit for bit. They replace methods of one model's instances, not of
-its classes, and see only passes of the thread that installed them.
+They repeat model.py's forwards (vision_hooks.py: vision.py's), operation by operation, and pass every
+value to visitors: without an edit the results are the same, bit for bit. They replace methods of one
+model's instances, not of its classes, and see only passes of the thread that installed them.
 """
 
 import threading
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llama_ref.compiled.forward import CompiledForward
 from llama_ref.errors import RequestError
@@ -21,7 +21,10 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.model import Attention, Context, FeedForward, Transformer, TransformerBlock, attend, rotate
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
-from llama_ref.quantization.linear import QuantizedMatrix
+from llama_ref.study.names import is_of_an_image
+from llama_ref.study.steps import add_by_head, attend_in_steps
+from llama_ref.study.vision_hooks import VisionForwards
+from llama_ref.vision import VisionTransformer
 
 
 class Pass:
@@ -47,7 +50,10 @@ class Pass:
 
 
 class Visitor(Protocol):
-    """Gets the values of a pass: an editor may return others, a recorder runs after all editors."""
+    """Gets the values of a pass: an editor may return others, a recorder runs after all editors.
+
+    Images are encoded before the pass of the text that shows them: their values have no `run`.
+    """
 
     edits: bool
     in_path: bool  # whether gradients should reach the values that it keeps
@@ -56,7 +62,7 @@ class Visitor(Protocol):
 
     def begin(self, run: Pass) -> None: ...
 
-    def visit(self, name: str, value: Tensor, run: Pass) -> Tensor: ...
+    def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor: ...
 
 
 _attached: WeakKeyDictionary[Transformer, "Attached"] = WeakKeyDictionary()
@@ -110,6 +116,7 @@ class Attached:
         self.model = model
         self.instrumented: list[nn.Module] = []
         self.removed: list[tuple[nn.Module, str, CompiledForward]] = []  # to be restored
+        self.beginning: RemovableHandle | None = None
 
     def enter(self, key: tuple[int, Visitor]) -> None:
         self.visitors = [*self.visitors, key]  # a new list: other threads may be iterating over the old one
@@ -130,20 +137,25 @@ class Attached:
         for attribute in ("hidden", "forward"):
             if attribute in vars(model):
                 self._remove(model, attribute)
-        self._instrument(model.tok_embeddings, self.embedding)
+        model.embed = self.embed  # type: ignore[method-assign]
         for i, block in enumerate(model.layers):
             assert isinstance(block, TransformerBlock)
-            self._instrument(block, self.block, i)
-            self._instrument(block.attention, self.attention, i)
-            self._instrument(block.feed_forward, self.feed_forward, i)
-        self._instrument(model.norm, self.norm)
-        self._instrument(model.output, self.output)
+            self.instrument(block, self.block, f"layers.{i}")
+            self.instrument(block.attention, self.attention, f"layers.{i}")
+            self.instrument(block.feed_forward, self.feed_forward, f"layers.{i}")
+        if isinstance(model, VisionTransformer):
+            VisionForwards(self).install(model)
+        self.instrument(model.norm, self.norm)
+        self.instrument(model.output, self.output)
+        # Before layer 0, and before the cross-attention layer that may stand before it.
+        self.beginning = model.layers[0].register_forward_pre_hook(self._begin, prepend=True)
 
-    def _instrument(self, module: nn.Module, forward: Callable[..., Tensor], *layer: int) -> None:
+    def instrument(self, module: nn.Module, forward: Callable[..., Tensor], *where: str) -> None:
+        """Replace a module's forward by `forward(module, *where, …)`."""
         if "forward" in vars(module):
             self._remove(module, "forward")
         self.instrumented.append(module)
-        module.forward = _Forward(forward, module, *layer)
+        module.forward = _Forward(forward, module, *where)
 
     def _remove(self, module: nn.Module, attribute: str) -> None:
         method = vars(module)[attribute]
@@ -157,6 +169,9 @@ class Attached:
 
     def _uninstall(self) -> None:
         """Restore the model. Safe to call again after an interruption."""
+        vars(self.model).pop("embed", None)
+        if self.beginning is not None:
+            self.beginning.remove()
         for module in self.instrumented:
             if isinstance(vars(module).get("forward"), _Forward):
                 del module.forward
@@ -175,36 +190,48 @@ class Attached:
     def see(self, name: str, value: Tensor) -> Tensor:
         """Pass a value through all visitors that want it."""
         for visitor in self.watching(name):
-            value = visitor.visit(name, value, self.local.run)
+            value = visitor.visit(name, value, None if is_of_an_image(name) else self.local.run)
         return value
+
+    def watching_steps(self, where: str) -> list[Visitor]:
+        """This thread's visitors that want an attention's scores or pattern."""
+        return self.watching(f"{where}.attention.scores") + self.watching(f"{where}.attention.pattern")
+
+    def see_shares(self, where: str, added: Tensor, out: Tensor, wo: nn.Module) -> Tensor:
+        """Show the shares of an attention's heads, if a visitor wants them; `added` with what was edited."""
+        name = f"{where}.attention.head_result"
+        watching = self.watching(name)
+        if not watching:
+            return added
+        return add_by_head(added, out, wo, lambda shares: self.see(name, shares), in_path(watching))
 
     # ---- the forwards: model.py's lines, each value passed through `see`
 
-    def embedding(self, module: nn.Module, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         self.local.tokens = tokens
-        return _class_forward(module, tokens)
+        return type(self.model).embed(self.model, tokens)
 
-    def _begin(self, x: Tensor, context: Context) -> Tensor:
+    def _begin(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Start a pass at layer 0, the first to get the context; x is the embedding's output."""
+        x, context, *rest = inputs
         self.local.run = Pass(self.local.tokens, context)
         self.local.in_pass = True
         thread = threading.get_ident()
         for owner, visitor in self.visitors:
             if owner == thread:
                 visitor.begin(self.local.run)
-        return self.see("embedding", x)
+        return self.see("embedding", x), context, *rest
 
-    def block(self, block: TransformerBlock, i: int, x: Tensor, context: Context, layer: int) -> Tensor:
-        if i == 0:
-            x = self._begin(x, context)
-        x = self.see(f"layers.{i}.residual_pre", x)
+    def block(self, block: TransformerBlock, where: str, x: Tensor, context: Context, layer: int) -> Tensor:
+        x = self.see(f"{where}.residual_pre", x)
         x = x + block.attention(block.attention_norm(x), context, layer)
-        x = self.see(f"layers.{i}.residual_mid", x)
-        return self.see(f"layers.{i}.residual_post", x + block.feed_forward(block.ffn_norm(x)))
+        x = self.see(f"{where}.residual_mid", x)
+        added = self.see(f"{where}.ffn.output", block.feed_forward(block.ffn_norm(x)))
+        return self.see(f"{where}.residual_post", x + added)
 
-    def attention(self, module: Attention, i: int, x: Tensor, context: Context, layer: int) -> Tensor:
+    def attention(self, module: Attention, where: str, x: Tensor, context: Context, layer: int) -> Tensor:
         def see(name: str, value: Tensor) -> Tensor:
-            return self.see(f"layers.{i}.attention.{name}", value)
+            return self.see(f"{where}.attention.{name}", value)
 
         heads = (-1, module.head_dim)
         x = see("norm", x)
@@ -216,26 +243,24 @@ class Attached:
             out = attend(q, k, v)  # (B, T, H, hd)
         else:
             out = context.cache.attend(layer, q, k, v, context)  # (B, T, H, hd)
-        watching = self.watching(f"layers.{i}.attention.scores") + self.watching(f"layers.{i}.attention.pattern")
+        watching = self.watching_steps(where)
         if watching:
             cache: KVCache | None = self.local.run.cache
             if cache is not None:
                 k, v = cache.read(layer, context.n_seen)  # (B, S, K, hd)
-            out = _attend_in_steps(out, q, k, v, context.visible, see, _in_path(watching))
+            out = attend_in_steps(out, q, k, v, context.visible, see, in_path(watching))
         out = see("head_output", out)
-        added = module.wo(out.flatten(-2))  # (B, T, D)
-        watching = self.watching(f"layers.{i}.attention.head_result")
-        if watching:
-            added = _add_by_head(added, out, module.wo, see, _in_path(watching))
-        return see("output", added)
+        return see("output", self.see_shares(where, module.wo(out.flatten(-2)), out, module.wo))  # (B, T, D)
 
-    def feed_forward(self, module: FeedForward, i: int, x: Tensor) -> Tensor:
+    def feed_forward(self, module: FeedForward, where: str, x: Tensor) -> Tensor:
+        """Its output is shown by the block, which may have a gate for it."""
+
         def see(name: str, value: Tensor) -> Tensor:
-            return self.see(f"layers.{i}.ffn.{name}", value)
+            return self.see(f"{where}.ffn.{name}", value)
 
         x = see("norm", x)
         hidden = F.silu(see("gate", module.w1(x))) * see("up", module.w3(x))
-        return see("output", module.w2(see("hidden", hidden)))
+        return module.w2(see("hidden", hidden))
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         out = _class_forward(module, x)
@@ -268,8 +293,8 @@ class Attached:
 class _Forward:
     """An instrumented forward of a module; its type tells it from others."""
 
-    def __init__(self, forward: Callable[..., Tensor], module: nn.Module, *layer: int):
-        self.forward, self.bound = forward, (module, *layer)
+    def __init__(self, forward: Callable[..., Tensor], module: nn.Module, *where: str):
+        self.forward, self.bound = forward, (module, *where)
 
     def __call__(self, *args: Any) -> Tensor:
         return self.forward(*self.bound, *args)
@@ -280,52 +305,6 @@ def _class_forward(module: nn.Module, x: Tensor) -> Tensor:
     return type(module).forward(module, x)
 
 
-def _in_path(visitors: list[Visitor]) -> bool:
+def in_path(visitors: list[Visitor]) -> bool:
+    """Whether gradients should reach the values that one of them keeps."""
     return any(visitor.in_path for visitor in visitors)
-
-
-def _attend_in_steps(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, see: Callable[[str, Tensor], Tensor], in_path: bool
-) -> Tensor:
-    """The model's `out` (B, T, H, hd), replaced where a visitor changed the scores or pattern."""
-    T, H, hd = q.shape[1:]
-    S, K = k.shape[1:3]
-    if visible is None:
-        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()[None]  # (1, T, S)
-    hidden = ~visible[:, None]  # (B, 1, T, S)
-    grouped = q.float().unflatten(2, (K, H // K))  # (B, T, K, G, hd)
-    own = torch.einsum("btkgd,bskd->bkgts", grouped, k.float()).flatten(1, 2)  # (B, H, T, S)
-    own = (own * hd**-0.5).masked_fill(hidden, -torch.inf)
-    scores = see("scores", own)
-    changed = None
-    if scores is not own:
-        scores = scores.masked_fill(hidden, -torch.inf)  # an edit cannot show the future
-        changed = (scores != own).any(-1)  # (B, H, T)
-    own = scores.softmax(-1)
-    pattern = see("pattern", own)
-    if pattern is not own:
-        differs = (pattern != own).any(-1)
-        changed = differs if changed is None else changed | differs
-    if changed is None and not in_path:
-        return out
-    mixed = torch.einsum("bkgts,bskd->btkgd", pattern.unflatten(1, (K, -1)), v.float()).flatten(2, 3).type_as(out)
-    return _replace(out, mixed, None if changed is None else changed.transpose(1, 2)[..., None], in_path)
-
-
-def _add_by_head(added: Tensor, out: Tensor, wo: nn.Module, see: Callable[[str, Tensor], Tensor], in_path: bool) -> Tensor:
-    """The model's `added` (B, T, D), replaced where a visitor changed a head's share."""
-    weight = wo.dequantize() if isinstance(wo, QuantizedMatrix) else wo.get_parameter("weight")  # (D, H · hd)
-    by_head = weight.to(out.dtype).unflatten(1, out.shape[2:])  # (D, H, hd)
-    own = torch.einsum("bthe,dhe->bthd", out, by_head)  # (B, T, H, D)
-    shares = see("head_result", own)
-    changed = None if shares is own else (shares != own).flatten(2).any(-1)[..., None]  # (B, T, 1)
-    if changed is None and not in_path:
-        return added
-    return _replace(added, shares.sum(2), changed, in_path)
-
-
-def _replace(own: Tensor, other: Tensor, changed: Tensor | None, in_path: bool) -> Tensor:
-    """`other` where it was changed, else `own`; with `in_path`, gradients flow through `other`."""
-    if changed is not None:
-        own = torch.where(changed, other, own)
-    return own.detach() + (other - other.detach()) if in_path else own

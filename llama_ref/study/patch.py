@@ -21,6 +21,8 @@ from llama_ref.study.trace import Trace
 
 Indices = int | Sequence[int]
 
+TOKENS = ("batch", "position", "image", "vision_position")  # axes along which `mean` averages
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -36,7 +38,8 @@ class Edit:
 
         `heads` are query heads, or key/value heads for k and v. `positions` count from the
         beginning of the text, with a cache too; -1 is the last token of a pass, in each text of a
-        batch its own. `rows` are sequences of the batch.
+        batch its own. `rows` are sequences of the batch. Values of an image have neither positions nor
+        rows.
         """
         return replace(
             self,
@@ -45,13 +48,13 @@ class Edit:
             rows=self.rows if rows is None else _indices("rows", rows),
         )
 
-    def apply(self, value: Tensor, name: str, run: Pass) -> Tensor:
+    def apply(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
         """The edited value, of the same shape."""
         mask = self.mask(value, name, run)
         changed = self.changed(value, name, run)
         return changed if mask is None else torch.where(mask, changed, value)
 
-    def changed(self, value: Tensor, name: str, run: Pass) -> Tensor:
+    def changed(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
         """The value changed everywhere. Raises RequestError if the edit returns another shape."""
         out = self.change(value.clone(), name)  # a clone: a function may write to it, and names may share a tensor
         if not isinstance(out, Tensor) or out.shape != value.shape:
@@ -59,7 +62,7 @@ class Edit:
             raise RequestError(f"the edit of {name} returned {found}, expected a tensor {tuple(value.shape)}")
         return out.to(value)
 
-    def mask(self, value: Tensor, name: str, run: Pass) -> Tensor | None:
+    def mask(self, value: Tensor, name: str, run: Pass | None) -> Tensor | None:
         """Where the edit acts, as booleans that broadcast to the value; None for everywhere."""
         out = None
         for axis, indices in (("head", self.heads), ("batch", self.rows)):
@@ -74,8 +77,10 @@ class Edit:
             return kept if out is None else out.to(value.device)
         return out.to(value.device) & kept
 
-    def _position_mask(self, value: Tensor, name: str, run: Pass, wanted: tuple[int, ...]) -> Tensor:
+    def _position_mask(self, value: Tensor, name: str, run: Pass | None, wanted: tuple[int, ...]) -> Tensor:
         """Which tokens of the pass are at the wanted positions: bool (B, T) or (1, T)."""
+        if run is None or "position" not in axes(name):
+            raise RequestError(f"{name} has no positions in the text; its axes are {', '.join(axes(name))}")
         positions = run.positions
         T = positions.shape[1]
         if value.shape[axes(name).index("position")] != T:
@@ -93,7 +98,9 @@ class Edit:
 class _Swap(Edit):
     source: Trace = field(kw_only=True)
 
-    def changed(self, value: Tensor, name: str, run: Pass) -> Tensor:
+    def changed(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
+        if run is None or "position" not in axes(name):
+            return _match_shape(name, self.source[name].to(value.device), value).expand_as(value)
         source, there, here = self.source[name], self.source.positions, run.positions
         dim = axes(name).index("position")
         here = here if value.shape[dim] == here.shape[1] else here[:, -1:]  # logits, computed for the last token alone
@@ -109,7 +116,7 @@ class _Swap(Edit):
                 f"cannot swap {name} from a trace of {n_there} tokens into a text of {n_here}: trace a text of "
                 "the same length, or choose positions with .at(positions=…)"
             )
-        source = _match_keys(name, source.to(value.device), value)
+        source = _match_shape(name, source.to(value.device), value)
         index = broadcastable(columns, name, "batch", "position")
         index = index.expand(len(value), *value.shape[1:dim], -1, *source.shape[dim + 1 :])
         swapped = source.expand(len(value), *source.shape[1:]).gather(dim, index)
@@ -118,10 +125,10 @@ class _Swap(Edit):
 
 @dataclass(frozen=True)
 class _Mean(Edit):
-    def changed(self, value: Tensor, name: str, run: Pass) -> Tensor:
+    def changed(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
         if name.endswith(".scores"):
             raise RequestError(f"{name} has no mean: it is -inf where masked; take the pattern's, or scale(0)")
-        dims = [axes(name).index(axis) for axis in ("batch", "position")]
+        dims = [dim for dim, axis in enumerate(axes(name)) if axis in TOKENS]
         kept = _not_padding(value, name, run)
         if kept is None:
             out = value.float().mean(dims, keepdim=True)
@@ -130,24 +137,27 @@ class _Mean(Edit):
         return out.expand_as(value).to(value)
 
 
-def _not_padding(value: Tensor, name: str, run: Pass) -> Tensor | None:
+def _not_padding(value: Tensor, name: str, run: Pass | None) -> Tensor | None:
     """Which places hold a text's tokens, as booleans that broadcast to the value; None: all."""
-    if run.padding is None or value.shape[axes(name).index("position")] != run.padding.shape[1]:
+    if run is None or run.padding is None or "position" not in axes(name):
+        return None
+    if value.shape[axes(name).index("position")] != run.padding.shape[1]:
         return None
     return broadcastable(~run.padding, name, "batch", "position").to(value.device)
 
 
-def _match_keys(name: str, source: Tensor, value: Tensor) -> Tensor:
+def _match_shape(name: str, source: Tensor, value: Tensor) -> Tensor:
     """Pad or cut a trace's value to the keys of this pass. Raises RequestError for other shapes."""
     if axes(name) == SCORES:
         more = value.shape[-1] - source.shape[-1]  # the difference is masked
         source = F.pad(source, (0, more))
-    dim = axes(name).index("position")
-    same = [source.shape[i] == value.shape[i] for i in range(1, value.dim()) if i != dim]
+    first, *others = axes(name)
+    same = [source.shape[i] == value.shape[i] for i, axis in enumerate(others, 1) if axis != "position"]
     if not all(same) or len(source) not in (1, len(value)):
+        what = "images of the same tiles" if first == "image" else "as many rows"
         raise RequestError(
             f"{name} is {tuple(value.shape)} here, but {tuple(source.shape)} in the trace to swap from: use a trace of the "
-            "same model with as many rows, or with one"
+            f"same model with {what}, or with one"
         )
     return source
 
@@ -245,10 +255,10 @@ class _Editor:
     def wants(self, name: str) -> bool:
         return name in self.by_name
 
-    def begin(self, run: Pass) -> None:
+    def begin(self, run: Pass | None) -> None:
         pass
 
-    def visit(self, name: str, value: Tensor, run: Pass) -> Tensor:
+    def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
         for change in self.by_name[name]:
             value = change.apply(value, name, run)
         return value
@@ -268,7 +278,7 @@ def _index_mask(axis: str, indices: tuple[int, ...], value: Tensor, name: str) -
     """Booleans along one axis, true at the indices. Raises RequestError if one is out of range."""
     what = "row" if axis == "batch" else axis
     if axis not in axes(name):
-        raise RequestError(f"{name} has no heads; its axes are {', '.join(axes(name))}")
+        raise RequestError(f"{name} has no {what}s; its axes are {', '.join(axes(name))}")
     count = value.shape[axes(name).index(axis)]
     for i in indices:
         if not -count <= i < count:

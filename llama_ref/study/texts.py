@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from llama_ref.errors import RequestError
+from llama_ref.images import Tiles
 from llama_ref.model import Cache, Transformer
 from llama_ref.study.hooks import Pass, attached
+from llama_ref.study.images import Images, cache_showing, tiles_of_texts
+from llama_ref.vision import VisionTransformer
 
 Text = Sequence[int] | Tensor
 Texts = Text | Sequence[Text]
@@ -25,18 +28,19 @@ EXPECTED = "expected token ids: a list, a list of lists, or a LongTensor (T,) or
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts as ids (B, T) on the model's device, with the length of each."""
+    """Texts as ids (B, T) on the model's device, with the length and the images of each."""
 
     ids: Tensor
     lengths: list[int]
+    images: list[list[Tiles]]
 
     @classmethod
-    def of(cls, model: Transformer, texts: Sequence[Tensor]) -> "Batch":
-        """Pad texts, such as `as_texts` returns."""
+    def of(cls, model: Transformer, texts: Sequence[Tensor], images: Images | None = None) -> "Batch":
+        """Pad texts, such as `as_texts` returns. Raises RequestError for images that do not fit."""
         lengths = [len(text) for text in texts]
         places = torch.arange(max(lengths), device="cpu")
         padded = torch.stack([text[places.clamp(max=len(text) - 1)] for text in texts])
-        return cls(padded.to(model.device), lengths)
+        return cls(padded.to(model.device), lengths, tiles_of_texts(model, texts, images))
 
     @property
     def padding(self) -> Tensor | None:
@@ -48,7 +52,13 @@ class Batch:
         return torch.arange(T, device=self.ids.device) >= lengths[:, None]
 
     def hidden(self, model: Transformer, cache: Cache | None = None) -> Tensor:
-        """Run all texts: the last norm (B, T, D), whose values at padding mean nothing."""
+        """Run all texts: the last norm (B, T, D), whose values at padding mean nothing.
+
+        Images are read from a cache, so texts that have some get one of their own.
+        """
+        if any(self.images):
+            texts = [row[:length] for row, length in zip(self.ids, self.lengths, strict=True)]
+            cache = cache_showing(model, texts, self.images)
         padding = self.padding
         if padding is None:
             return model.hidden(self.ids, cache)
@@ -75,7 +85,7 @@ class _PaddingMarker:
     def begin(self, run: Pass) -> None:
         run.mark_padding(self.padding)
 
-    def visit(self, name: str, value: Tensor, run: Pass) -> Tensor:
+    def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
         return value
 
 
@@ -100,7 +110,8 @@ def as_texts(model: Transformer, tokens: Texts) -> list[Tensor]:
         if not len(text):
             what = "tokens is" if len(texts) == 1 else f"text {i} of tokens is"
             raise RequestError(f"{what} empty; a pass needs at least one token, such as begin-of-text")
-        unknown = [id for id in (int(text.min()), int(text.max())) if not 0 <= id < model.args.vocab_size]
+        n_ids = model.args.vocab_size + isinstance(model, VisionTransformer)  # the last is an image's place
+        unknown = [id for id in (int(text.min()), int(text.max())) if not 0 <= id < n_ids]
         if unknown:
             raise RequestError(f"tokens contains {unknown[0]}; the vocabulary has 0 to {model.args.vocab_size - 1}")
     return texts

@@ -15,8 +15,9 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.hooks import Pass, attached, check_model
+from llama_ref.study.images import Images, tiles_of_texts
 from llama_ref.study.inputs import check_index
-from llama_ref.study.names import SCORES, all_names, axes, broadcastable, matching
+from llama_ref.study.names import IMAGE_SCORES, SCORES, all_names, axes, broadcastable, matching
 from llama_ref.study.texts import Batch, Texts, as_texts, split_passes
 from llama_ref.study.trace_file import read_trace, write_trace
 
@@ -32,7 +33,7 @@ class Trace(Mapping[str, Tensor]):
 
     `tokens` (B, T) are the ids, `positions` (B, T) their positions in the text. Shorter texts of a
     batch are padded: with -1 in both, with -inf in scores and 0 in other activations. `row(i)` has
-    one text without its padding.
+    one text without its padding, and the vision tokens of all images.
     """
 
     def __init__(self, values: Mapping[str, Tensor], tokens: Tensor, positions: Tensor, model_args: ModelArgs):
@@ -46,7 +47,8 @@ class Trace(Mapping[str, Tensor]):
             matching(self.model_args, name)
         except RequestError as error:  # as a KeyError, which Mapping.get expects
             raise NotTraced(str(error)) from None
-        raise NotTraced(f"{name!r:.80} was not traced: add it to names")
+        shown = " and show an image" if "vision_position" in axes(name) or name.startswith("cross_layers.") else ""
+        raise NotTraced(f"{name!r:.80} was not traced: add it to names{shown}")
 
     def __contains__(self, name: object) -> bool:
         return name in self._values
@@ -64,14 +66,16 @@ class Trace(Mapping[str, Tensor]):
     def row(self, index: int) -> "Trace":
         """One text's trace, without padding: a batch of one. Its values are views."""
         row = check_index("row", index, len(self.tokens))
-        here = slice(row, row + 1)
         n_tokens = int((self.positions[row] >= 0).sum())
         n_keys = 1 + int(self.positions[row, n_tokens - 1])
-        values = {
-            name: value[here, :, :n_tokens, :n_keys] if axes(name) == SCORES else value[here, :n_tokens]
-            for name, value in self.items()
-        }
-        return Trace(values, self.tokens[here, :n_tokens], self.positions[here, :n_tokens], self.model_args)
+        cuts = {"batch": slice(row, row + 1), "position": slice(n_tokens), "key_position": slice(n_keys)}
+
+        def cut(value: Tensor, own_axes: tuple[str, ...]) -> Tensor:
+            return value[tuple(cuts.get(axis, slice(None)) for axis in own_axes)]
+
+        values = {name: cut(value, axes(name)) for name, value in self.items()}
+        tokens, positions = (cut(ids, ("batch", "position")) for ids in (self.tokens, self.positions))
+        return Trace(values, tokens, positions, self.model_args)
 
     def numpy(self) -> dict[str, np.ndarray]:
         """All values as NumPy arrays; bfloat16, which NumPy lacks, becomes float32, exactly."""
@@ -97,18 +101,20 @@ def trace(
     tokens: Texts,
     names: str | Sequence[str] = "*",
     *,
+    images: Images | None = None,
     cache: KVCache | None = None,
     requires_grad: bool = False,
 ) -> Trace:
     """Run ids (B, T), or a list of them, and keep the activations that the names match.
 
     Names may be globs. A list of lists may have texts of different lengths, which do not see their
-    padding. Logits are computed only if asked for. With a `cache` the tokens continue its text, and
-    it grows. `requires_grad` keeps the graph: `torch.autograd.grad` of a value made from the trace
-    reaches every activation before it; values at padding then stay as they were computed. With
-    frozen weights the graph starts at the first of the names. Raises RequestError for names that
-    match nothing, ids outside the vocabulary, a cache that is too small, or gradients of a quantized
-    model.
+    padding. Logits are computed only if asked for. `images` stand where the ids have the model's
+    `image_id`: a list for one text, a list of lists for several, of paths, files' bytes or Pillow
+    images. With a `cache` the tokens continue its text, and it grows. `requires_grad` keeps the graph:
+    `torch.autograd.grad` of a value made from the trace reaches every activation before it; values at
+    padding then stay as they were computed. With frozen weights the graph starts at the first of the
+    names. Raises RequestError for names that match nothing, ids outside the vocabulary, a cache that
+    is too small, gradients of a quantized model, or images with gradients or a cache.
     """
     check_model(model)
     recording = Recording(names, requires_grad=requires_grad)
@@ -118,8 +124,10 @@ def trace(
         raise RequestError("requires_grad and a cache were given: a cache is for inference; run the whole text without one")
     if requires_grad and is_quantized(model):
         raise RequestError("gradients do not go through quantized matrices: load the model without quantize")
+    if images is not None and (requires_grad or cache is not None):
+        raise RequestError("images were given with requires_grad or a cache: run the whole text without these")
     with _gradients(requires_grad), recording.of(model):
-        batch = Batch.of(model, texts)  # here: autograd cannot save tensors made in inference mode
+        batch = Batch.of(model, texts, images)  # here: autograd cannot save tensors made in inference mode
         before = [] if cache is None else cache.lengths.tolist()
         batch.hidden(model, cache)
         if cache is not None and batch.padding is not None:
@@ -127,10 +135,13 @@ def trace(
         return recording.single(model.args)
 
 
-def trace_each(model: Transformer, texts: Sequence[Tensor], names: str | Sequence[str]) -> Iterator[Trace]:
+def trace_each(
+    model: Transformer, texts: Sequence[Tensor], names: str | Sequence[str], images: Images | None = None
+) -> Iterator[Trace]:
     """Trace texts (T,), many in one pass, and yield each one's trace, without padding."""
+    each = tiles_of_texts(model, texts, images)
     for some in split_passes(list(map(len, texts))):
-        traced = trace(model, texts[some.start : some.stop], names)
+        traced = trace(model, texts[some.start : some.stop], names, images=each[some.start : some.stop])
         yield from map(traced.row, range(len(some)))
 
 
@@ -155,6 +166,7 @@ class _Text:
     lengths: Tensor | None = None
     passes: list[Pass] = field(default_factory=list)
     values: list[dict[str, Tensor]] = field(default_factory=list)  # of each pass
+    images: dict[str, list[Tensor]] = field(default_factory=dict)  # the values of each
 
     def drop_incomplete(self) -> None:
         """Remove the last pass if an error ended it."""
@@ -179,6 +191,7 @@ class Recording:
         self.traces: list[Trace] = []
         self._wanted: frozenset[str] = frozenset()
         self._texts: list[_Text] = []
+        self._images: dict[str, list[Tensor]] = {}  # encoded for the text that is run next
 
     @property
     def trace(self) -> Trace:
@@ -223,8 +236,14 @@ class Recording:
             self._texts.append(_Text())
         self._texts[-1].values.append({})
         self._texts[-1].passes.append(run)
+        images, self._images = self._images, {}
+        for name, values in images.items():
+            self._texts[-1].images.setdefault(name, []).extend(values)
 
-    def visit(self, name: str, value: Tensor, run: Pass) -> Tensor:
+    def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
+        if run is None:
+            self._images.setdefault(name, []).append(value.detach())
+            return value
         if self.in_path and not value.requires_grad:
             value = value.detach().requires_grad_()
         self._texts[-1].values[-1][name] = value if self.in_path else value.detach()
@@ -236,14 +255,24 @@ def _one_pass(text: _Text, args: ModelArgs) -> Trace:
     run, values = text.passes[0], text.values[0]
     if run.padding is not None:
         values = {name: _cleared(name, values.pop(name), run.padding) for name in list(values)}
-    return Trace(values, run.tokens, run.positions.expand(run.tokens.shape), args)
+    return Trace(values | _stacked(text.images), run.tokens, run.positions.expand(run.tokens.shape), args)
 
 
 def _cleared(name: str, value: Tensor, padding: Tensor) -> Tensor:
     """Fill the places of padding, unless the value is part of a graph."""
-    return (
-        value if value.requires_grad else value.masked_fill(broadcastable(padding, name, "batch", "position"), _nothing(name))
-    )
+    if value.requires_grad or "position" not in axes(name):
+        return value
+    return value.masked_fill(broadcastable(padding, name, "batch", "position"), _nothing(name))
+
+
+def _stacked(images: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """The values of all images, (1, M, …) each, as one tensor (I, M, …); zeros after those of fewer tokens."""
+    out = {}
+    for name, values in images.items():
+        longest = max(value.shape[1] for value in values)
+        missing = [value.new_zeros(1, longest - value.shape[1], *value.shape[2:]) for value in values]
+        out[name] = torch.cat([torch.cat(pair, 1) for pair in zip(values, missing, strict=True)])
+    return out
 
 
 def _nothing(name: str) -> float:
@@ -265,8 +294,9 @@ def _merge_passes(text: _Text, args: ModelArgs) -> Trace:
     for run, target in zip(text.passes, targets, strict=True):
         target.write(tokens, run.tokens)
         target.write(positions, run.positions)
-    values = {name: _merge_values(name, text.values, targets, end - start, end) for name in list(text.values[0])}
-    return Trace(values, tokens, positions, args)
+    names = dict.fromkeys(name for own in text.values for name in own)
+    values = {name: _merge_values(name, text.values, targets, end - start, end) for name in names}
+    return Trace(values | _stacked(text.images), tokens, positions, args)
 
 
 class _Target:
@@ -282,14 +312,21 @@ class _Target:
 
 
 def _merge_values(name: str, values: list[dict[str, Tensor]], targets: list[_Target], n_positions: int, n_keys: int) -> Tensor:
-    """Merge one activation of all passes, removing it from their `values` to save memory."""
-    has_keys = axes(name) == SCORES
-    first = values[0][name]
-    B, H, *rest = first.shape
+    """Merge one activation of all passes, removing it from their `values` to save memory.
+
+    A pass before the first image has none of the cross-attention layers.
+    """
+    own_axes = axes(name)
+    parts = [(target, own.pop(name)) for target, own in zip(targets, values, strict=True) if name in own]
+    last = parts[-1][1]
+    if "position" not in own_axes:  # keys and values of images: every pass has those of all so far
+        return last
+    has_keys = own_axes in (SCORES, IMAGE_SCORES)
+    n_keys = n_keys if own_axes == SCORES else last.shape[-1]
+    B, H, *rest = last.shape
     shape = (B, H, n_positions, n_keys) if has_keys else (B, n_positions, *rest)
-    whole = first.new_full(shape, _nothing(name))
-    for target, own_values in zip(targets, values, strict=True):
-        part = own_values.pop(name)
+    whole = last.new_full(shape, _nothing(name))
+    for target, part in parts:
         if has_keys:
             n = min(part.shape[-1], n_keys)
             target.write(whole.transpose(1, 2)[..., :n], part.transpose(1, 2)[..., :n])

@@ -1,6 +1,7 @@
-"""The forwards that repeat model.py's lines for speed or study compute what it computes, on random shapes."""
+"""The forwards that repeat model.py's and vision.py's lines for speed or study compute what it computes, on random shapes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from hypothesis import given, settings
@@ -13,9 +14,13 @@ from llama_ref.compiled import cpu
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda import FastForward, FastHidden, FastPasses
 from llama_ref.compiled.forward import install
+from llama_ref.decoding.loop import steps
+from llama_ref.decoding.row import Row
+from llama_ref.images import tiles_of
 from llama_ref.model import Transformer
 from parity.shapes import shapes
 from random_models import random_model
+from study.pictured import picture, random_vision_model
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 HEAD_DIMS = (None, 6, 32)
@@ -76,3 +81,32 @@ def test_the_forwards_that_show_every_activation(args, seed, batch):
     expected = prompt_and_steps(model, args, seed, batch)
     with study.recording(model, "*"):
         assert torch.equal(prompt_and_steps(model, args, seed, batch), expected)
+
+
+@torch.inference_mode()
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(shapes(head_dims=HEAD_DIMS), st.integers(0, 1000), st.integers(1, 4), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_forwards_that_show_every_activation_of_an_image(args, seed, n_cross, dtype):
+    """To the bit: the answer's log-probabilities too."""
+    args = replace(args, vision_chunk_size=56, vision_num_cross_attention_layers=n_cross, vision_dim=32, vision_n_heads=2)
+    args = replace(args, vision_n_layers=3, vision_n_global_layers=2, vision_kept_layers=(0, 2))
+    model = random_vision_model(args, seed).to(dtype)
+    tiles = [tiles_of(picture(*size, seed), 56, 4) for size in ((100, 50), (50, 50))]
+
+    def answer() -> Tensor:
+        image = args.vocab_size
+        rows = [Row([5, image, 7, image, 9], 3, tiles), Row([1, 2], 3)]
+        seen = []
+
+        def sample(logits: Tensor) -> Tensor:
+            seen.append(logits)
+            return logits.argmax(-1)
+
+        for _ in steps(model, rows, sample, []):
+            pass
+        return torch.stack(seen)
+
+    expected = answer()
+    with study.recording(model, "*") as record:
+        assert torch.equal(answer(), expected)
+    assert expected.isfinite().all() and "vision.tokens" in record.trace

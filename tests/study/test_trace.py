@@ -37,6 +37,11 @@ ARGS = ModelArgs.from_dict(
     {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32, "norm_eps": 1e-5}
     | {"rope_theta": 500000.0, "use_scaled_rope": True}
 )
+VISION_ARGS = ModelArgs.from_dict(
+    {key: getattr(ARGS, key) for key in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps", "rope_theta")}
+    | {"vision_num_cross_attention_layers": 2, "vision_chunk_size": 28, "vision_n_layers": 2, "vision_n_global_layers": 2}
+    | {"vision_kept_layers": [1]}
+)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -69,14 +74,32 @@ def test_every_name_has_its_documented_shape(model):
         assert value.shape == tuple((sizes | heads)[axis] for axis in axes(name)), name
 
 
+LETTERS = {
+    "batch": "B",
+    "position": "T",
+    "key_position": "S",
+    "dim": "D",
+    "head_dim": "hd",
+    "ffn_dim": "F",
+    "vocab": "V",
+    "image": "I",
+    "vision_dim": "W",
+    "vision_ffn_dim": "4W",
+    "feature": "C",
+}
+
+
 def test_the_table_of_names_is_what_there_is():
-    letters = {"batch": "B", "position": "T", "key_position": "S", "dim": "D", "head_dim": "hd", "ffn_dim": "F", "vocab": "V"}
     rows = re.findall(r"^\| `(\S+)` \| \((.*?)\) \|", names.__doc__, re.MULTILINE)
-    assert len(rows) == 22 and {name.replace(".i.", f".{i}.") for name, _ in rows for i in range(2)} == set(all_names(ARGS))
+    others = [(name.replace("layers", "global"), shape) for name, shape in rows if name.startswith("vision.layers.")]
+    numbered = {name.replace(".i.", f".{i}.") for name, _ in rows + others for i in range(2)}
+    assert len(rows) == 56 and numbered == set(all_names(VISION_ARGS)) and set(all_names(ARGS)) < numbered
     for name, shape in rows:
-        found = [letters.get(axis) for axis in axes(name.replace(".i.", ".0."))]
-        heads = "K" if name.endswith((".k", ".v", ".k_unrotated")) else "H"
-        assert shape == ", ".join(letter or heads for letter in found), name
+        of_image = name.startswith("vision.")
+        heads = "A" if of_image else "K" if name.endswith((".k", ".v", ".k_unrotated")) else "H"
+        tokens = "E" if name.startswith("vision.layers.") else "M" if of_image else "N"
+        letters = LETTERS | {"head": heads, "vision_position": tokens, "vision_key_position": tokens}
+        assert shape == ", ".join(letters[axis] for axis in axes(name.replace(".i.", ".0."))), name
 
 
 @given(st.sets(st.sampled_from(all_names(ARGS)), min_size=1), st.randoms())

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from llama_ref.model import Transformer
 from llama_ref.study.hooks import Pass, attached
+from llama_ref.study.images import Images
+from llama_ref.study.texts import Batch
 
 KEPT_PER_HEAD = 5500  # about 15 kB; 500 tokens have 11 each
 FEWEST = 8  # per token, however long the text
@@ -57,10 +59,10 @@ def _planes(matrix: np.ndarray) -> bytes:
     return matrix.view("u1").reshape(-1, 2).T.tobytes()
 
 
-def watch_patterns(model: Transformer, row: Tensor, see: Callable[[Tensor], None]) -> None:
+def watch_patterns(model: Transformer, row: Tensor, see: Callable[[Tensor], None], images: Images | None = None) -> None:
     """Run ids (1, T) and call `see` with each layer's patterns in turn, float32 (H, T, T)."""
     with torch.no_grad(), attached(model, _Watch(see)):
-        model.hidden(row)
+        Batch.of(model, list(row.cpu()), images).hidden(model)
 
 
 class _Watch:
@@ -72,11 +74,11 @@ class _Watch:
         self.see = see
 
     def wants(self, name: str) -> bool:
-        return name.endswith(".attention.pattern")
+        return name.startswith("layers.") and name.endswith(".attention.pattern")
 
     def begin(self, run: Pass) -> None:
         pass
 
-    def visit(self, name: str, value: Tensor, run: Pass) -> Tensor:
+    def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
         self.see(value[0])
         return value

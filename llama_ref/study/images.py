@@ -1,0 +1,65 @@
+"""The images of the texts that a study runs: checked, cut into tiles, and shown to a pass."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from torch import Tensor
+
+from llama_ref.compiled.caches import new_cache
+from llama_ref.decoding.image_prompts import show_images
+from llama_ref.decoding.row import Row
+from llama_ref.errors import RequestError
+from llama_ref.images import Tiles, load_tiles
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Transformer
+from llama_ref.vision import VisionTransformer
+
+if TYPE_CHECKING:
+    from llama_ref.images import ImageSource
+
+Images: TypeAlias = Sequence["ImageSource"] | Sequence[Sequence["ImageSource"]]  # of one text, or of each
+
+EXPECTED = "expected a list of paths, files' bytes or Pillow images; for several texts, one such list for each"
+
+
+def tiles_of_texts(model: Transformer, texts: Sequence[Tensor], images: Images | None) -> list[list[Tiles]]:
+    """Each text's images, cut into tiles. Raises RequestError unless there is one for each place."""
+    rows = _rows(images, len(texts))
+    if not isinstance(model, VisionTransformer):
+        if any(rows):
+            raise RequestError("this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct")
+        return [[] for _ in texts]
+    for i, (text, own) in enumerate(zip(texts, rows, strict=True)):
+        n_places = int((text == model.image_id).sum())
+        if n_places != len(own):
+            where = f"text {i} has" if len(texts) > 1 else "tokens has"
+            raise RequestError(
+                f"{where} {n_places} places for images (id {model.image_id}), but {len(own)} images: give one for each, as"
+                " llama.encode(text, n_images=1) does"
+            )
+    args = model.args
+    assert args.vision_chunk_size is not None
+    return [[load_tiles(image, args.vision_chunk_size, args.vision_max_num_chunks) for image in own] for own in rows]
+
+
+def cache_showing(model: Transformer, texts: Sequence[Tensor], images: Sequence[Sequence[Tiles]]) -> KVCache | None:
+    """An empty cache for the texts whose images are encoded and shown; None if there are none."""
+    if not any(images):
+        return None
+    rows = [Row(text.tolist(), 0, own) for text, own in zip(texts, images, strict=True)]
+    cache = new_cache(model, len(texts), max(map(len, texts)))
+    show_images(model, rows, cache, 0)
+    return cache
+
+
+def _rows(images: Images | None, n_texts: int) -> "list[list[ImageSource]]":
+    """The images of each text."""
+    if images is None:
+        return [[] for _ in range(n_texts)]
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes | Tiles):
+        raise RequestError(f"images is {images!r:.60}, {EXPECTED}")
+    are_lists = [isinstance(each, Sequence) and not isinstance(each, str | bytes | Tiles) for each in images]
+    rows = list(images) if any(are_lists) else [images]
+    if len(rows) != n_texts or not (all(are_lists) or rows == [images]):
+        raise RequestError(f"images has {len(images)} values for {n_texts} texts, {EXPECTED}")
+    return [list(row) for row in rows]  # type: ignore[arg-type]

@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 from llama_ref.cli.flags import Flag
 from llama_ref.cli.options import WholeModel, load
 from llama_ref.cli.text_input import text_word
+from llama_ref.errors import RequestError
 
 if TYPE_CHECKING:
+    from llama_ref.args import ModelArgs
     from llama_ref.generation import Llama
 
 Prompt = Annotated[str, Flag("text for the model to read", read=text_word)]
+ImageFlag = Annotated[
+    str | None, Flag("show this image before the text, or where --special_tokens finds <|image|>", metavar="FILE")
+]
 TARGET_HELP = 'token with its leading space, such as " Paris"'
 
 
@@ -24,6 +29,17 @@ def open_to_study(name: str, options: WholeModel, **texts: str | None) -> "Llama
     check_not_empty(**texts)
     check_one_process()
     return load(name, options)
+
+
+def check_image(args: "ModelArgs", image: str) -> None:
+    """Raise RequestError if the model reads no images, or the file is none: before a long load."""
+    from llama_ref.images import load_tiles
+
+    if args.vision_chunk_size is None:
+        raise RequestError(
+            "--image is given, but this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct"
+        )
+    load_tiles(image, args.vision_chunk_size, args.vision_max_num_chunks)
 
 
 def check_outputs(out: str | None = None, png: str | None = None) -> None:

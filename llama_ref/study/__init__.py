@@ -8,6 +8,9 @@ rows=…)`, or any function of a tensor. `patch_grid(model, clean, corrupted, me
 where in the model two texts are told apart. A Trace becomes arrays (`numpy()`) or a safetensors
 file (`save`, `Trace.load`). `logit_lenses` and `patch_grids` take several texts at once.
 
+A vision release's images are given to `trace` and others as `images=`, and `image_attention` finds
+where in them a text looks.
+
 `logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`,
 `spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
 text, and `write_report` writes the answers as an HTML page (pictures: `llama_ref.study.figures`).
@@ -18,6 +21,7 @@ change a bit of the logits.
 
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
+from llama_ref.study.image_attention import image_attention
 from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
 from llama_ref.study.names import all_names, axes
 from llama_ref.study.overview import Overview, overview
@@ -40,6 +44,7 @@ __all__ = [
     "attribute",
     "axes",
     "edit",
+    "image_attention",
     "logit_difference",
     "logit_lens",
     "logit_lenses",

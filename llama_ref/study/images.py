@@ -25,10 +25,9 @@ EXPECTED = "expected a list of paths, files' bytes or Pillow images; for several
 def tiles_of_texts(model: Transformer, texts: Sequence[Tensor], images: Images | None) -> list[list[Tiles]]:
     """Each text's images, cut into tiles. Raises RequestError unless there is one for each place."""
     rows = _rows(images, len(texts))
-    if not isinstance(model, VisionTransformer):
-        if any(rows):
-            raise RequestError("this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct")
+    if not any(rows) and not isinstance(model, VisionTransformer):
         return [[] for _ in texts]
+    model = check_reads_images(model)
     for i, (text, own) in enumerate(zip(texts, rows, strict=True)):
         n_places = int((text == model.image_id).sum())
         if n_places != len(own):
@@ -40,6 +39,13 @@ def tiles_of_texts(model: Transformer, texts: Sequence[Tensor], images: Images |
     args = model.args
     assert args.vision_chunk_size is not None
     return [[load_tiles(image, args.vision_chunk_size, args.vision_max_num_chunks) for image in own] for own in rows]
+
+
+def check_reads_images(model: Transformer) -> VisionTransformer:
+    """Return the model. Raises RequestError if it reads no images."""
+    if not isinstance(model, VisionTransformer):
+        raise RequestError("this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct")
+    return model
 
 
 def cache_showing(model: Transformer, texts: Sequence[Tensor], images: Sequence[Sequence[Tiles]]) -> KVCache | None:

@@ -71,18 +71,35 @@ def check_one_process() -> None:
         raise RequestError(f"{n_processes} processes: a study needs the whole model in one; start it without torchrun")
 
 
-def prompt_tokens(llama: Llama, prompt: str, name: str = "prompt", *, special_tokens: bool = False) -> list[int]:
+def prompt_tokens(
+    llama: Llama, prompt: str, name: str = "prompt", *, special_tokens: bool = False, has_image: bool = False
+) -> list[int]:
     """Ids of a prompt, after begin-of-text; `special_tokens` as in `Llama.encode`.
 
-    Raises RequestError if it is empty or too long.
+    With `has_image`, an image's place is after begin-of-text, or where the prompt has the special
+    token <|image|>. Raises RequestError if the prompt is empty or too long.
     """
     check_not_empty(**{name: prompt})
     tokens = llama.encode(prompt, special_tokens=special_tokens)
+    if has_image:
+        tokens = _with_place(llama, tokens)
     if len(tokens) > llama.max_seq_len:
         raise RequestError(
             f"the {name} has {len(tokens):,} tokens, but max_seq_len is {llama.max_seq_len:,}: shorten it, or raise max_seq_len"
         )
     return tokens
+
+
+def _with_place(llama: Llama, tokens: list[int]) -> list[int]:
+    """The ids with one image's place. Raises RequestError if several are marked."""
+    assert llama.image_id is not None
+    place = llama.tokenizer.vocabulary.special_id("<|image|>")
+    n_marked = tokens.count(place)
+    if n_marked > 1:
+        raise RequestError(f"the prompt has <|image|> {n_marked} times, expected one place for the image")
+    if not n_marked:
+        return [tokens[0], llama.image_id, *tokens[1:]]
+    return [llama.image_id if token == place else token for token in tokens]
 
 
 def first_token(tokenizer: Tokenizer, text: str, name: str = "target") -> tuple[int, str | None]:
@@ -118,7 +135,12 @@ def check_same_length(tokenizer: Tokenizer, clean: list[int], corrupted: list[in
 
 
 def label(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text on one line: `␣Paris`, `\\n`, `한`, `<0xEC>` for part of a character."""
+    """A token as text on one line: `␣Paris`, `\\n`, `한`, `<0xEC>` for part of a character.
+
+    The id after the tokenizer's is an image's place in a vision release.
+    """
+    if token == tokenizer.n_words:
+        return "<|image|>"
     if token >= tokenizer.n_words:  # the model's vocabulary may be larger than the tokenizer's
         return f"<id {token}>"
     return readable(tokenizer.token_bytes(token))

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from conftest import exit_code, parsed
-from folders import tiny_folder
+from folders import byte_tokenizer, tiny_folder
+from make_random_checkpoint import make_random_checkpoint
+from study.pictured import PARAMS, picture
 
 CAPITAL, ITALY, PARIS, ROME = "The capital of France is", "The capital of Italy is", " Paris", " Rome"
 Run = Callable[..., tuple[int, str, str]]
@@ -269,6 +271,81 @@ def test_a_missing_space_is_told(run, demo_folder, words, said):
     line = r'--{0} is "{2}", whose first token has \S+; that of "{1}" has [678]\d%: did you mean --{0} "{1}"\?\n'
     lines = [line.format(name, *spellings) for name, spellings in said.items()]
     assert code == 0 and re.fullmatch("".join(lines), err)
+
+
+# ---- images
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory) -> str:
+    """A checkpoint of four layers and two cross-attention layers, which reads images; each token is a byte."""
+    folder = tmp_path_factory.mktemp("seeing")
+    tokenizer = byte_tokenizer(folder / "bytes.model")
+    return str(make_random_checkpoint(folder / "Seeing", PARAMS, tokenizer=tokenizer, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    picture(100, 50).save(path)
+    return str(path)
+
+
+def test_attention_shows_where_in_an_image_each_token_looks(run, seeing, photo):
+    code, out, err = run("attention", seeing, "ab", "--image", photo)
+    assert (code, err) == (0, "") and "image of 100 × 50 pixels; mean over the cross-attention layers" in out
+    rows = re.findall(
+        r"^ (\S+)@(\d) +[\d.]+% +[\d.]+%  (?:\(\d+, \d+\) [\d.]+%  ){3}\(\d+, \d+\) [\d.]+% *$", out, re.MULTILINE
+    )
+    assert rows == [("<|image|>", "1"), ("a", "2"), ("b", "3")]
+    chosen = run("attention", seeing, "ab", "--image", photo, "--layer", "-1", "--head", "0")[1]
+    assert "cross-attention layer 1, head 0" in chosen
+
+
+def test_attention_to_an_image_as_json_has_every_patch(run, seeing, photo):
+    found = parsed(run("attention", seeing, "ab", "--image", photo, "--json")[1])
+    assert [token["text"] for token in found["tokens"]] == ["<|begin_of_text|>", "<|image|>", "a", "b"]
+    assert found["image"] == {"width": 100, "height": 50, "patch_width": 14, "patch_height": 14} and found["head"] is None
+    assert [(layer["layer"], layer["before"]) for layer in found["layers"]] == [(0, 1), (1, 3)]
+    for layer in found["layers"]:
+        patches = torch.tensor(layer["patches"])
+        assert patches.shape == (4, 4, 8)
+        total = patches.sum((1, 2)) + torch.tensor(layer["class"]) + torch.tensor(layer["beside"])
+        torch.testing.assert_close(total, torch.tensor([0, 1, 1, 1.0]))
+    only = parsed(run("attention", seeing, "ab", "--image", photo, "--json", "--layer", "1", "--head", "2")[1])
+    assert [layer["layer"] for layer in only["layers"]] == [1] and only["head"] == 2
+
+
+def test_an_image_stands_where_special_tokens_say(run, seeing, photo):
+    words = ("attention", seeing, "a<|image|>b", "--image", photo)
+    found = parsed(run(*words, "--special_tokens", "--json")[1])
+    assert [token["text"] for token in found["tokens"]] == ["<|begin_of_text|>", "a", "<|image|>", "b"]
+    found = parsed(run(*words, "--json")[1])
+    assert [token["text"] for token in found["tokens"]][:3] == ["<|begin_of_text|>", "<|image|>", "a"]
+    code, _, err = run("attention", seeing, "<|image|><|image|>", "--image", photo, "--special_tokens")
+    assert code == 2 and "the prompt has <|image|> 2 times, expected one place for the image" in err
+
+
+def test_pictures_of_attention_to_an_image(run, seeing, photo, tmp_path):
+    words = ("attention", seeing, "ab", "--image", photo, "--json")
+    assert run(*words, "--png", str(tmp_path)) == run(*words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image-layers.png", "image.png"]
+
+
+def test_an_image_that_makes_no_sense_is_told_before_the_weights_are_read(run, seeing, tiny, photo, tmp_path):
+    (tmp_path / "params.json").write_bytes((Path(seeing) / "params.json").read_bytes())
+    (tmp_path / "consolidated.00.pth").write_bytes(b"no weights at all")
+    empty = tmp_path / "empty.png"
+    empty.write_bytes(b"")
+    for folder, image, words, message in (
+        (tiny, photo, (), "--image is given, but this model reads no images; use a vision release"),
+        (tmp_path, "/nowhere.png", (), "cannot read the image: .*nowhere.png"),
+        (tmp_path, str(empty), (), "empty.png"),
+        (tmp_path, photo, ("--layer", "2"), "--layer is 2, expected a whole number from 0 to 1"),
+        (tmp_path, photo, ("--head", "4"), "--head is 4, expected a whole number from 0 to 3"),
+    ):
+        code, out, err = run("attention", str(folder), "x", "--image", image, *words)
+        assert (code, out) == (2, "") and re.match(f"llama-ref: .*{message}", err)
 
 
 # ---- files

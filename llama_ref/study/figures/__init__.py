@@ -7,6 +7,7 @@ changed further. matplotlib (extra `study`) is imported only to draw.
 from llama_ref.study.figures.attention import draw_attention, draw_pattern
 from llama_ref.study.figures.attribution import draw_attribution
 from llama_ref.study.figures.grid import draw_grid
+from llama_ref.study.figures.image_attention import draw_image_attention, draw_image_layers
 from llama_ref.study.figures.lens import draw_lens, draw_target
 from llama_ref.study.figures.overview import draw_overview
 from llama_ref.study.figures.residual import draw_norms
@@ -18,6 +19,8 @@ __all__ = [
     "draw_attention",
     "draw_attribution",
     "draw_grid",
+    "draw_image_attention",
+    "draw_image_layers",
     "draw_lens",
     "draw_norms",
     "draw_overview",

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -59,9 +60,19 @@ def _planes(matrix: np.ndarray) -> bytes:
     return matrix.view("u1").reshape(-1, 2).T.tobytes()
 
 
-def watch_patterns(model: Transformer, row: Tensor, see: Callable[[Tensor], None], images: Images | None = None) -> None:
-    """Run ids (1, T) and call `see` with each layer's patterns in turn, float32 (H, T, T)."""
-    with torch.no_grad(), attached(model, _Watch(see)):
+def watch_patterns(
+    model: Transformer,
+    row: Tensor,
+    see: Callable[[Tensor], None],
+    images: Images | None = None,
+    *,
+    layers: Literal["layers", "cross_layers"] = "layers",
+) -> None:
+    """Run ids (1, T) and call `see` with each layer's patterns in turn.
+
+    They are float32 (H, T, T); those of cross-attention layers (H, T, vision tokens).
+    """
+    with torch.no_grad(), attached(model, _Watch(see, layers)):
         Batch.of(model, list(row.cpu()), images).hidden(model)
 
 
@@ -70,11 +81,11 @@ class _Watch:
 
     edits = in_path = False
 
-    def __init__(self, see: Callable[[Tensor], None]):
-        self.see = see
+    def __init__(self, see: Callable[[Tensor], None], layers: str):
+        self.see, self.layers = see, layers
 
     def wants(self, name: str) -> bool:
-        return name.startswith("layers.") and name.endswith(".attention.pattern")
+        return name.startswith(f"{self.layers}.") and name.endswith(".attention.pattern")
 
     def begin(self, run: Pass) -> None:
         pass

@@ -29,6 +29,8 @@ from llama_ref.study.figures import (
     draw_attention,
     draw_attribution,
     draw_grid,
+    draw_image_attention,
+    draw_image_layers,
     draw_lens,
     draw_norms,
     draw_overview,
@@ -41,8 +43,10 @@ from llama_ref.study.figures.attention import attention_figure, layer_figure, pa
 from llama_ref.study.figures.attribution import attribution_figure
 from llama_ref.study.figures.canvas import TALLEST, WIDEST, depths
 from llama_ref.study.figures.grid import grid_figure
+from llama_ref.study.figures.image_attention import layers_figure, tokens_figure
 from llama_ref.study.figures.lens import LEAST, MOST_WORDS, lens_figure, target_figure
 from llama_ref.study.figures.residual import norms_figure
+from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.logit_lens import LogitLens, logit_lens, residual_points
 from llama_ref.study.overview import overview
 from llama_ref.study.patching_grid import Grid
@@ -569,3 +573,70 @@ def test_labels_neither_touch_nor_are_lost(tokenizer):
         assert not any(left.overlaps(right) for left, right in pairwise(boxes))
     width = figure.axes[0].get_window_extent().width / len(tokens)
     assert max(text.get_window_extent().width for text in figure.axes[0].texts) <= width
+
+
+# ---- images
+
+
+def an_image_attention(n_tokens: int, n_layers: int = 2, size: tuple[int, int] = (90, 60)) -> ImageAttention:
+    """Of an image of patches of 14 × 14 pixels; the first token does not see it."""
+    width, height = size
+    rows, columns = -(-height // 14), -(-width // 14)
+    shares = rand(n_layers, n_tokens, rows * columns + 2)
+    shares[:, 0] = 0
+    shares = (shares / shares.sum(-1, keepdim=True)).nan_to_num(0)
+    pixels = (rand(height, width, 3) * 255).to(torch.uint8)
+    patches = shares[..., 2:].unflatten(-1, (rows, columns))
+    before = [2 * i + 1 for i in range(n_layers)]
+    return ImageAttention(list(range(n_tokens)), before, None, pixels, (14, 14), patches, shares[..., 0], shares[..., 1])
+
+
+def panels_of(figure: Figure) -> dict[str, np.ndarray]:
+    """The shares that each panel draws over its image, by the first line of its title."""
+    drawn = [axes for axes in figure.axes if len(axes.images) == 2]
+    return {axes.get_title().split("\n")[0]: np.asarray(axes.images[1].get_array()) for axes in drawn}
+
+
+def test_each_token_that_sees_an_image_has_a_panel(tokenizer):
+    found = an_image_attention(4)
+    panels = panels_of(tokens_figure(found, tokenizer))
+    assert [name.split("@")[1] for name in panels] == ["1", "2", "3"]
+    for t, drawn in enumerate(panels.values(), 1):
+        np.testing.assert_allclose(drawn, found.patches[:, t].mean(0).numpy())
+    of_layer = panels_of(tokens_figure(found, tokenizer, 1))
+    np.testing.assert_allclose(list(of_layer.values())[2], found.patches[1, 3].numpy())
+
+
+def test_each_cross_attention_layer_has_a_panel(tokenizer):
+    found = an_image_attention(4, 3)
+    panels = panels_of(layers_figure(found, tokenizer, 2))
+    assert list(panels) == ["mean over layers", *(f"cross layer {i} (before layer {2 * i + 1})" for i in range(3))]
+    for drawn, expected in zip(panels.values(), (found.patches[:, 2].mean(0), *found.patches[:, 2]), strict=True):
+        np.testing.assert_allclose(drawn, expected.numpy())
+
+
+def test_a_share_is_drawn_over_its_part_of_the_image(tokenizer):
+    """90 × 60 pixels have 7 × 5 patches of 14: the last ones reach beyond the image, and are cut."""
+    axes = tokens_figure(an_image_attention(2), tokenizer).axes[0]
+    image, shares = axes.images
+    assert image.get_extent() == [0, 90, 60, 0] and shares.get_extent() == [0, 98, 70, 0]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 90), (60, 0))
+    assert axes.get_title().endswith("%") and "class" in axes.get_title()
+
+
+@pytest.mark.parametrize("size", [(9, 300), (300, 9), (2000, 1500)])
+def test_images_of_any_shape_are_drawn(tokenizer, tmp_path, size):
+    found = an_image_attention(40, 30, size)
+    draw_image_attention(found, tokenizer, tmp_path / "image.png")
+    draw_image_layers(found, tokenizer, tmp_path / "layers.png")
+    for name, words in (("image.png", "Only the last 24 of 39 tokens."), ("layers.png", "Only the last 23 of 30 layers.")):
+        assert max(struct.unpack(">II", (tmp_path / name).read_bytes()[16:24])) <= 150 * TALLEST, name
+        figure = tokens_figure(found, tokenizer) if name == "image.png" else layers_figure(found, tokenizer)
+        assert words in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_what_no_token_sees_is_not_drawn(tokenizer):
+    with pytest.raises(RequestError, match="nothing can be drawn: no token that was asked for sees the image"):
+        layers_figure(an_image_attention(3), tokenizer, 0)
+    with pytest.raises(RequestError, match="nothing can be drawn"):
+        tokens_figure(an_image_attention(1), tokenizer)

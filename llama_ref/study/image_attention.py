@@ -1,0 +1,130 @@
+"""Where in an image each token of a text looks, in the cross-attention layers.
+
+A vision token is a patch of 14 × 14 pixels of the tiles into which an image was fitted, or a tile's
+class token, which has no place. What a patch shows is found again in the image: the tiles make up a
+canvas, whose top left holds the image, made larger or smaller; the rest of the canvas is black.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_ref.args import PATCH_SIZE
+from llama_ref.errors import RequestError
+from llama_ref.formatting import human_bytes
+from llama_ref.images import best_canvas, fitted_size, open_image, tiles_of
+from llama_ref.model import Transformer
+from llama_ref.study.attention import LARGEST_LAYER
+from llama_ref.study.images import check_reads_images
+from llama_ref.study.inputs import check_index, one_row
+from llama_ref.study.report.packing import watch_patterns
+from llama_ref.vision import VisionTransformer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from llama_ref.images import ImageFile
+
+
+@dataclass(frozen=True)
+class ImageAttention:
+    """Attention of T tokens to one image in X cross-attention layers; float32, on the CPU.
+
+    `patches` (X, T, rows, columns) are those that show a part of the image, the first at its top left;
+    `class_tokens` (X, T) is what goes to the tiles' class tokens, `beside` (X, T) what goes to black
+    patches beside the image. Together they are 1, or less where a token sees several images; 0 where
+    it does not see this one. `before` (X,) are the layers before which the cross-attention layers
+    stand. `pixels` uint8 (height, width, 3) is the image, `patch_size` a patch's width and height in
+    its pixels. `head` is the head that was measured; None: the mean over all.
+    """
+
+    tokens: list[int]
+    before: list[int]
+    head: int | None
+    pixels: Tensor
+    patch_size: tuple[float, float]
+    patches: Tensor
+    class_tokens: Tensor
+    beside: Tensor
+
+    @property
+    def seen_by(self) -> list[int]:
+        """Positions of the tokens that see the image."""
+        total = self.class_tokens + self.beside + self.patches.sum((-2, -1))  # (X, T)
+        return total.amax(0).nonzero()[:, 0].tolist()
+
+    def center(self, row: int, column: int) -> tuple[float, float]:
+        """Where the image has the middle of a patch: x and y in pixels."""
+        width, height = self.patch_size
+        most = self.pixels.shape[1], self.pixels.shape[0]  # the last patch may reach beyond the image
+        left, top = column * width, row * height
+        return (left + min(left + width, most[0])) / 2, (top + min(top + height, most[1])) / 2
+
+
+@torch.no_grad()
+def image_attention(
+    model: Transformer, tokens: Sequence[int] | Tensor, images: "Sequence[ImageFile]", *, head: int | None = None
+) -> list[ImageAttention]:
+    """Measure where each token looks, for each of the images, which stand where the ids have `image_id`.
+
+    `head` is one of every cross-attention layer; default: the mean over all. Holds one layer's
+    patterns at a time. Raises RequestError for a model that reads no images, what is no image, and
+    images and tokens that do not fit each other.
+    """
+    row, model = one_row(model, tokens), check_reads_images(model)
+    args = model.args
+    assert args.vision_chunk_size is not None
+    head = None if head is None else check_index("head", head, args.n_heads)
+    pictures = [open_image(image) for image in images]
+    tiles = [tiles_of(picture, args.vision_chunk_size, args.vision_max_num_chunks) for picture in pictures]
+    sizes = [len(each.pixels) * args.patches_per_tile for each in tiles]
+    _check_size(model, row.shape[1], sum(sizes))
+    layers: list[Tensor] = []
+
+    def look(pattern: Tensor) -> None:  # (H, T, N)
+        layers.append((pattern.mean(0) if head is None else pattern[head]).cpu())
+
+    watch_patterns(model, row, look, tiles, layers="cross_layers")
+    found = torch.stack(layers) if layers else torch.zeros(0, row.shape[1], sum(sizes), device="cpu")  # (X, T, N)
+    return [
+        _of_image(model, row[0].tolist(), head, picture, each.grid, shares)
+        for picture, each, shares in zip(pictures, tiles, found.split(sizes, -1), strict=True)
+    ]
+
+
+def _check_size(model: VisionTransformer, n_tokens: int, n_vision_tokens: int) -> None:
+    n_bytes = 4 * model.args.n_heads * n_tokens * n_vision_tokens
+    if n_bytes > LARGEST_LAYER:
+        raise RequestError(
+            f"the text has {n_tokens:,} tokens, and every head's attention is a matrix of tokens by {n_vision_tokens:,} vision"
+            f" tokens: {human_bytes(n_bytes)} in one layer; shorten the text"
+        )
+
+
+def _of_image(
+    model: VisionTransformer, tokens: list[int], head: int | None, picture: "Image", grid: tuple[int, int], shares: Tensor
+) -> ImageAttention:
+    """From the shares (X, T, vision tokens) of one image."""
+    tile = model.args.vision_chunk_size
+    assert tile is not None
+    by_tile = shares.unflatten(-1, (*grid, -1))  # (X, T, tiles down, tiles across, P)
+    side = tile // PATCH_SIZE
+    patches = by_tile[..., 1:].unflatten(-1, (side, side))  # (X, T, tiles down, tiles across, side, side)
+    canvas = patches.transpose(-3, -2).flatten(-2).flatten(-3, -2)  # (X, T, rows, columns) of the whole canvas
+    fitted = fitted_size(picture.size, best_canvas(picture.size, tile, model.args.vision_max_num_chunks), tile)
+    columns, rows = (-(-length // PATCH_SIZE) for length in fitted)
+    inside = canvas[..., :rows, :columns]
+    return ImageAttention(
+        tokens=tokens,
+        before=model.cross_layers,
+        head=head,
+        pixels=torch.from_numpy(np.array(picture)),
+        patch_size=(PATCH_SIZE * picture.width / fitted[0], PATCH_SIZE * picture.height / fitted[1]),
+        patches=inside.contiguous(),
+        class_tokens=by_tile[..., 0].sum((-2, -1)),
+        beside=canvas[..., rows:, :].sum((-2, -1)) + canvas[..., :rows, columns:].sum((-2, -1)),
+    )

@@ -1,0 +1,92 @@
+"""Where tokens look in an image: shares that add up, at the place in the image that a patch shows."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from llama_ref import study
+from llama_ref.errors import RequestError
+from llama_ref.images import tiles_of
+from llama_ref.study.image_attention import image_attention
+from random_models import random_model
+from study.pictured import ARGS, IMAGE, TILE, picture, random_vision_model
+
+TEXT = [5, IMAGE, 7, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_vision_model()
+
+
+def brightest_token(image: Image.Image, at: tuple[int, int]) -> int:
+    """The vision token of the patch whose pixels change most when one of the image's does."""
+    dotted = image.copy()
+    dotted.paste((255, 255, 255), (at[0], at[1], at[0] + 1, at[1] + 1))
+    changed = (tiles_of(dotted, 56, 4).pixels - tiles_of(image, 56, 4).pixels).abs().sum(1)  # (n, 56, 56)
+    by_patch = changed.unflatten(2, (4, 14)).unflatten(1, (4, 14)).sum((2, 4)).flatten(1)  # (n, 16)
+    tile, patch = divmod(int(by_patch.argmax()), 16)
+    return tile * TILE + 1 + patch
+
+
+@pytest.mark.parametrize("size", [(50, 50), (100, 50), (30, 90), (90, 110), (400, 300), (60, 400), (20, 20)])
+@pytest.mark.parametrize("place", [(0.02, 0.03), (0.5, 0.4), (0.97, 0.1), (0.3, 0.96)])
+def test_a_patch_is_found_where_the_image_has_it(model, size, place):
+    image = Image.new("RGB", size, (60, 60, 60))
+    at = int(place[0] * size[0]), int(place[1] * size[1])
+    token = brightest_token(image, at)
+    only = torch.zeros(len(tiles_of(image, 56, 4).pixels) * TILE)
+    only[token] = 1
+    with study.patch(model, {"cross_layers.*.attention.pattern": study.set_to(only)}):
+        (found,) = image_attention(model, TEXT, [image])
+    assert torch.equal(found.patches.sum((-2, -1))[:, 1:], torch.ones(2, 4))
+    row, column = divmod(int(found.patches[0, 3].argmax()), found.patches.shape[-1])
+    for middle, pixel, wide in zip(found.center(row, column), at, found.patch_size, strict=True):
+        assert abs(middle - (pixel + 0.5)) <= wide / 2 + 0.5, (row, column)
+
+
+@pytest.mark.parametrize("size", [(50, 50), (100, 50), (30, 90), (111, 90), (50, 200)])
+def test_shares_are_those_of_the_pattern_and_add_up(model, size):
+    image = picture(*size)
+    (found,) = image_attention(model, TEXT, [image])
+    traced = study.trace(model, TEXT, "cross_layers.*.attention.pattern", images=[image])
+    patterns = torch.stack([value[0] for value in traced.values()])  # (X, H, T, N)
+    total = found.patches.sum((-2, -1)) + found.class_tokens + found.beside
+    torch.testing.assert_close(total, torch.tensor([0, 1, 1, 1, 1.0]).expand(2, 5))
+    torch.testing.assert_close(found.class_tokens, patterns.mean(1)[..., ::TILE].sum(-1))
+    assert found.seen_by == [1, 2, 3, 4] and found.before == [1, 3] and found.tokens == TEXT
+    (of_head,) = image_attention(model, TEXT, [image], head=-1)
+    torch.testing.assert_close(of_head.class_tokens, patterns[:, 3][..., ::TILE].sum(-1))
+    assert of_head.head == 3 and found.head is None
+
+
+def test_black_beside_the_image_is_counted_apart(model):
+    (square,) = image_attention(model, TEXT, [picture(112, 112)])
+    assert square.patches.shape == (2, 5, 8, 8) and square.beside.eq(0).all()
+    (narrow,) = image_attention(model, TEXT, [picture(28, 56)])  # two columns of patches of four
+    assert narrow.patches.shape == (2, 5, 4, 2) and narrow.beside[:, 1:].gt(0.1).all()
+
+
+def test_several_images_share_the_attention(model):
+    text = [5, IMAGE, IMAGE, 7, IMAGE, 8]
+    found = image_attention(model, text, [picture(50, 50), picture(100, 50), picture(50, 50, 2)])
+    assert [each.seen_by for each in found] == [[1, 2, 3], [2, 3], [4, 5]]
+    total = sum(each.patches.sum((-2, -1)) + each.class_tokens + each.beside for each in found)
+    torch.testing.assert_close(total, torch.tensor([0, 1, 1, 1, 1, 1.0]).expand(2, 6))
+
+
+def test_what_makes_no_sense_is_told(model, monkeypatch):
+    for wrong, images, head, problem in (
+        (random_model(ARGS, 0), [picture(9, 9)], None, "this model reads no images"),
+        (model, [], None, "tokens has 1 places for images"),
+        (model, [picture(9, 9)], 4, "head is 4, expected a whole number from 0 to 3"),
+        (model, ["/nowhere"], None, "cannot read the image"),
+    ):
+        tokens = TEXT if wrong is model else [5, 7]
+        with pytest.raises(RequestError, match=problem):
+            image_attention(wrong, tokens, images, head=head)
+    monkeypatch.setattr(sys.modules["llama_ref.study.image_attention"], "LARGEST_LAYER", 1000)
+    with pytest.raises(RequestError, match=r"the text has 5 tokens, and every head's attention is .* by 17 vision tokens"):
+        image_attention(model, TEXT, [picture(50, 50)])

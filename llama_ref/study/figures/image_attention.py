@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MOST_PANELS = 24
 COLUMNS = 4
 PANEL = 2.3  # inches: the longer side of the image
-NARROWEST = 1.2  # inches: a panel's width has room for its title
+NARROWEST = 1.5  # inches: a panel's width has room for its title
 LABELS = 0.45  # inches above a panel
 FADED = 0.45  # how much of the image's contrast is left under the colours
 MOST_PIXELS = 800  # of the image's longer side, as it is drawn
@@ -93,7 +93,8 @@ def _figure(found: ImageAttention, panels: Sequence[_Panel], title: str, left_ou
     from matplotlib.colors import PowerNorm
 
     height, width = found.pixels.shape[:2]
-    size = tuple(max(PANEL * side / max(height, width), NARROWEST) for side in (width, height))
+    inch = PANEL / max(height, width)  # of a pixel
+    size = max(inch * width, NARROWEST), inch * height
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     heads = "Mean over all heads." if found.head is None else f"Head {found.head}."
@@ -107,6 +108,8 @@ def _figure(found: ImageAttention, panels: Sequence[_Panel], title: str, left_ou
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(axes, found, panel.patches.numpy(), norm)
+        margin = (size[0] / inch - width) / 2
+        axes.set(xlim=(-margin, width + margin), ylim=(height, 0), xticks=[], yticks=[])
         text = f"{panel.name}\nclass {_share(panel.class_tokens)}, beside {_share(panel.beside)}"
         axes.set_title(text, fontsize=canvas.SMALL, **style(text))
     for axes in list(grid.flat)[len(panels) :]:
@@ -126,7 +129,8 @@ def _draw_panel(axes: "Axes", found: ImageAttention, patches: np.ndarray, norm: 
     reach = (0, columns * found.patch_size[0], rows * found.patch_size[1], 0)
     strength = np.clip(np.ma.filled(norm(patches), 0), 0, 1)
     axes.imshow(patches, cmap=canvas.SHARES, norm=norm, alpha=0.8 * strength, extent=reach, interpolation="nearest")
-    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    for side in axes.spines.values():
+        side.set_visible(False)
 
 
 def _share(share: Tensor) -> str:

@@ -36,14 +36,18 @@ from llama_ref.checkpoint.hf.conventions import (
     foreign_template,
     read_settings,
 )
-from llama_ref.checkpoint.hf.names import hf_name, is_rotated, to_hf_rope
+from llama_ref.checkpoint.hf.image_token import with_image_last
+from llama_ref.checkpoint.hf.layout import to_hf
+from llama_ref.checkpoint.hf.names import is_rotated
+from llama_ref.checkpoint.hf.preprocessor_config import make_preprocessor_config
 from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
+from llama_ref.checkpoint.hf.vision_config import SECTIONS, make_vision_config
 from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized, open_weights
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.reader import Stored
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes, name_in_shards
-from llama_ref.checkpoint.verify.presence import INDEX_NAME, ONE_FILE, checkpoint_files, stamp_of
+from llama_ref.checkpoint.verify.presence import INDEX_NAME, ONE_FILE, PREPROCESSOR_CONFIG, checkpoint_files, stamp_of
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import dtype_name
 from llama_ref.opened_files import Opened, watch_opened
@@ -55,7 +59,7 @@ from llama_ref.vocabulary import ADDED_TOKENS, write_tokenizer_model
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5 * 10**9  # the usual size of Hugging Face's files
-BASE_MODEL = re.compile(r"(Meta-)?Llama-?3(\.[0-9])?-[0-9]+B(-bf16-mp[0-9]+)?")
+BASE_MODEL = re.compile(r"(Meta-)?Llama-?3(\.[0-9])?-[0-9]+B(-Vision)?(-bf16-mp[0-9]+)?")
 
 
 def to_meta(
@@ -119,7 +123,7 @@ def to_hugging_face(
     opened = Source.open(source)
     if opened.keeps_configs and chat is not None:
         raise RequestError(f"{opened.folder.path} has its own tokenizer_config.json, which is kept: leave --chat out")
-    tensors = [opened.in_hf_format(tensor) for tensor in opened.tensors(WHOLE, dtype)]
+    tensors = to_hf(opened.tensors(WHOLE, dtype, untied=opened.args.has_vision), opened.args)
     written = ProgressCounter(sum(tensor.nbytes for tensor in tensors), progress)
     files = _assign(tensors, max_shard_bytes)
     with new_folder(target, force=force, n_bytes=written.total) as folder, opened.unchanged(verify):
@@ -213,11 +217,11 @@ class Source:
             )
         return replace(self.args, n_kv_heads=_n_kv_heads_in(shards, self.args))
 
-    def tensors(self, share: Share, dtype: torch.dtype | None) -> list[LazyTensor]:
-        """A share of every tensor, to be written; without a tied output."""
+    def tensors(self, share: Share, dtype: torch.dtype | None, *, untied: bool = False) -> list[LazyTensor]:
+        """A share of every tensor, to be written; without a tied output, unless `untied` is set."""
         out = []
         for name, shape in expected_shapes(self.args).items():
-            if name == OUTPUT and self.stored.tied:
+            if name == OUTPUT and self.stored.tied and not untied:
                 continue
             ranges = shard_ranges(name, shape, self.args, share)
             to = dtype or self.stored.dtype(name)
@@ -228,15 +232,6 @@ class Source:
     def in_metas_format(self, tensors: list[LazyTensor]) -> list[LazyTensor]:
         """Tensors with the names that they have in Meta's shards."""
         return [replace(tensor, name=name_in_shards(tensor.name, self.args)) for tensor in tensors]
-
-    def in_hf_format(self, tensor: LazyTensor) -> LazyTensor:
-        """A whole tensor with Hugging Face's name and order of rows."""
-
-        def blocks() -> Iterator[Tensor]:
-            for rows in tensor.blocks():
-                yield to_hf_rope(tensor.name, rows, self.args.head_dim)
-
-        return replace(tensor, name=hf_name(tensor.name), blocks=blocks)
 
     def _in_files(self, name: str, ranges: list[range] | None) -> list[range] | None:
         """Translate ranges to the files, where each key/value head is repeated."""
@@ -358,7 +353,7 @@ def write_conventions(folder: Path, source: Source) -> None:
         settings = {"bos_token_id": tokenizer.bos_id, **read_settings(path / GENERATION_CONFIG)}
         _write_json(folder / GENERATION_CONFIG, settings | {"eos_token_id": one_or_several(ends)})
     template = chat_template_of(path)
-    if template is not None and template != chat_template(tokenizer.vocabulary):
+    if template is not None and template != chat_template(tokenizer.vocabulary, images=source.args.has_vision):
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="")
 
 
@@ -381,6 +376,9 @@ def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> No
     changed: dict[str, Any] = {}
     if dtype is not None:
         changed["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)  # transformers 5, and 4
+        for section in (name for name in SECTIONS if name in config):  # of a vision model
+            named = {key: dtype_name(dtype) for key in ("dtype", "torch_dtype") if key in config[section]}
+            changed[section] = config[section] | named
     if bool(config.get("tie_word_embeddings")) != source.stored.tied:
         changed["tie_word_embeddings"] = source.stored.tied
     if changed:
@@ -394,15 +392,31 @@ def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool)
     own = end_ids(path, vocabulary)
     bos, eos = source.tokenizer.bos_id, own or (source.tokenizer.stop_tokens if chat else [source.tokenizer.eos_id])
     config = make_config(source.args, tied=source.stored.tied, dtype=dtype, bos=bos, eos=eos)
+    texts = {i: text for text, i in (vocabulary.special | vocabulary.added).items()}
+    of_tokenizer = tokenizer_config(
+        vocabulary,
+        config["max_position_embeddings"],
+        instruct=chat,
+        eos_token=next((texts[i] for i in own if i in texts and i not in _usual_ends(source.tokenizer)), None),
+        template=chat_template_of(path),
+        images=source.args.has_vision,
+    )
+    if source.args.has_vision:
+        config = make_vision_config(source.args, config, pad=source.tokenizer.pad_id)
+        vocabulary = with_image_last(vocabulary)
+        _write_processor(folder, source.args, of_tokenizer.get("chat_template"))
     _write_json(folder / "config.json", config)
     settings = read_settings(path / GENERATION_CONFIG) or make_generation_config(bos=bos, eos=eos)
     _write_json(folder / GENERATION_CONFIG, dict(settings))
     write_tokenizer_json(folder / "tokenizer.json", vocabulary)
-    max_seq_len = config["max_position_embeddings"]
-    texts = {i: text for text, i in (vocabulary.special | vocabulary.added).items()}
-    eos_token = next((texts[i] for i in own if i in texts and i not in _usual_ends(source.tokenizer)), None)
-    written = tokenizer_config(vocabulary, max_seq_len, instruct=chat, eos_token=eos_token, template=chat_template_of(path))
-    _write_json(folder / "tokenizer_config.json", written)
+    _write_json(folder / "tokenizer_config.json", of_tokenizer)
+
+
+def _write_processor(folder: Path, args: ModelArgs, template: str | None) -> None:
+    """Write how transformers' processor makes tiles, and the chat template where it looks for it."""
+    _write_json(folder / PREPROCESSOR_CONFIG, make_preprocessor_config(args))
+    if template is not None:
+        _write_json(folder / "chat_template.json", {"chat_template": template})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

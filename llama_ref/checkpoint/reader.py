@@ -20,8 +20,9 @@ from llama_ref.checkpoint.folder import CheckpointFolder, shard_name
 from llama_ref.checkpoint.foreign_names import foreign_names
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_open_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
-from llama_ref.checkpoint.hf.bitsandbytes import is_int8, name_in_files
-from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name
+from llama_ref.checkpoint.hf.bitsandbytes import is_int8
+from llama_ref.checkpoint.hf.layout import from_hf, tensors_in_files, under_metas_names
+from llama_ref.checkpoint.hf.names import hf_name, usual_name
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.meta_quantized.kinds import Kind, contradiction, kind_of, tensors_of
 from llama_ref.checkpoint.missing_file import with_hint
@@ -86,17 +87,17 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class Stored:
-    """A folder's tensors, memory-mapped, under Meta's names and with Meta's order of rows.
+    """A folder's tensors, memory-mapped, under Meta's names and in Meta's form.
 
     `shards` holds the tensors by shard number and name; all safetensors files together count as one
-    shard. `tied`: the output matrix is the embedding. `hf_head_dim` is set if the files have Hugging
-    Face's order of rows. Of a quantized release's matrices they are the stored parts
+    shard. `tied`: the output matrix is the embedding. `hf_args` is set if the files have Hugging
+    Face's form (hf/layout.py). Of a quantized release's matrices they are the stored parts
     (meta_quantized/).
     """
 
     shards: Mapping[int, Mapping[str, Tensor]]
     tied: bool
-    hf_head_dim: int | None = None
+    hf_args: ModelArgs | None = None
     kind: Kind = Kind.PLAIN
 
     def names(self) -> list[str]:
@@ -109,10 +110,7 @@ class Stored:
 
     def parts(self, name: str) -> list[TensorSlice]:
         """Each shard's part of a tensor, in order; empty if no shard has one."""
-        parts = self._mapped(name).values()
-        if any(part.dim() != 2 or len(part) % (self.hf_head_dim or 1) for part in parts):
-            return [TensorSlice(part, part) for part in parts]  # no rows of whole heads to reorder
-        return [TensorSlice(self._reordered(name, part), part) for part in parts]
+        return [TensorSlice(self._in_metas_form(name, part), part) for part in self._mapped(name).values()]
 
     def slices(self, name: str, ranges: list[range] | None = None) -> list[TensorSlice]:
         """The slices with these ranges along `split_dim(name)` (None: all), in the order given."""
@@ -124,7 +122,7 @@ class Stored:
         mapped, out = self._mapped(name), []
         for shard, within in places(ranges, next(iter(mapped.values())).shape[dim]):
             rows = mapped[shard].narrow(dim, within.start, len(within))
-            out.append(TensorSlice(self._reordered(name, rows), mapped[shard]))
+            out.append(TensorSlice(self._in_metas_form(name, rows), mapped[shard]))
         return out
 
     def joined(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor:
@@ -135,8 +133,8 @@ class Stored:
         name = EMBEDDING if self.tied and name == OUTPUT else name
         return {number: shard[name] for number, shard in self.shards.items() if name in shard}
 
-    def _reordered(self, name: str, rows: Tensor) -> Tensor:
-        return from_hf_rope(name, rows, self.hf_head_dim) if self.hf_head_dim else rows
+    def _in_metas_form(self, name: str, stored: Tensor) -> Tensor:
+        return from_hf(name, stored, self.hf_args) if self.hf_args else stored
 
 
 def join(slices: list[TensorSlice], dim: int | None, dtype: torch.dtype, to: Target) -> Tensor:
@@ -208,20 +206,25 @@ def _needed_shards(wanted: Wanted, expected: Mapping[str, tuple[int, ...]], n_sh
 
 def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) -> Stored:
     files = {path.name: map_safetensors(path) for path in folder.shards}
+    if args.has_vision:
+        files = {file: {usual_name(name): tensor for name, tensor in held.items()} for file, held in files.items()}
+        check = True  # tensors of other shapes have no form to be read as
     tensors = _all_tensors(files.values())
     tied = folder.says_tied() and not _holds_output(folder, tensors)
     if tied:
         tensors.pop(hf_name(OUTPUT), None)  # files may hold a copy
-    kind = Kind.INT8 if is_int8(tensors) else Kind.PLAIN
+    kind = Kind.INT8 if is_int8(tensors) and not args.has_vision else Kind.PLAIN
     if check and kind is Kind.PLAIN and any(tensor.dtype == torch.int8 for tensor in tensors.values()):
         raise CheckpointError(f"{folder.path} holds int8 matrices without their scales (….SCB); fetch all of its files again")
-    expected = tensors_of(args, kind)
-    ours = {name_in_files(name): name for name in expected if not (tied and name == OUTPUT)}
     if check:
         _check_unique(folder, files)
-        needed = {name: expected[own]._replace(may_be_tied=False) for name, own in ours.items()}  # config.json says so
+        needed = {  # config.json says whether it is tied
+            name: tensor._replace(may_be_tied=False)
+            for name, tensor in tensors_in_files(args, kind).items()
+            if not (tied and name == hf_name(OUTPUT))
+        }
         _check_tensors(folder, {_file_names(folder): tensors}, needed)
-    return Stored({0: {ours.get(name, name): tensor for name, tensor in tensors.items()}}, tied, args.head_dim, kind)
+    return Stored({0: under_metas_names(tensors, args, kind)}, tied, args, kind)
 
 
 def stored_kind(folder: CheckpointFolder, args: ModelArgs) -> Kind:

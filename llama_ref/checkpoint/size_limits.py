@@ -7,7 +7,7 @@ from llama_ref.checkpoint.folder import INDEX_LIMIT_BYTES
 from llama_ref.checkpoint.hf.conventions import GENERATION_CONFIG, TEMPLATE_FILE, TEMPLATE_LIMIT_BYTES
 from llama_ref.checkpoint.hf.tokenizer import MAX_FILE_BYTES as TOKENIZER_JSON_LIMIT_BYTES
 from llama_ref.checkpoint.verify.checklist import CHECKLIST_LIMIT_BYTES, CHECKLIST_NAME
-from llama_ref.checkpoint.verify.presence import INDEX_NAME
+from llama_ref.checkpoint.verify.presence import INDEX_NAME, PREPROCESSOR_CONFIG
 from llama_ref.files import check_size
 from llama_ref.vocabulary import ADDED_TOKENS, MAX_FILE_BYTES
 
@@ -21,6 +21,8 @@ LIMIT_BYTES = {  # by name; weights have no limit
     "tokenizer_config.json": MAX_FILE_BYTES,
     "special_tokens_map.json": MAX_FILE_BYTES,
     "chat_template.json": MAX_FILE_BYTES,
+    PREPROCESSOR_CONFIG: MAX_FILE_BYTES,
+    "processor_config.json": MAX_FILE_BYTES,
     TEMPLATE_FILE: TEMPLATE_LIMIT_BYTES,
     INDEX_NAME: INDEX_LIMIT_BYTES,
     CHECKLIST_NAME: CHECKLIST_LIMIT_BYTES,

@@ -414,7 +414,7 @@ BAD_SOURCES = {
     "a tensor too few": (hf_tensors(lambda t: t.pop(Q_PROJ)), rf"{Q_PROJ} is missing"),
     "another shape": (hf_tensors(lambda t: t.update({Q_PROJ: torch.ones(32, 16)})), r"has shape \(32, 16\), expected"),
     "fp8": (hf_tensors(lambda t: t.update({Q_PROJ: t[Q_PROJ].to(torch.float8_e4m3fn)})), "is float8_e4m3fn, expected bfloat16"),
-    "vision": (lambda f: (f / "params.json").write_text(json.dumps(PARAMS | {"vision_chunk_size": 448})), "a vision release"),
+    "vision": (lambda f: (f / "params.json").write_text(json.dumps(PARAMS | {"vision_chunk_size": 448})), "that reads images"),
 }
 
 

@@ -117,6 +117,11 @@ def test_dialogs_are_written_as_we_encode_them(hf, chat, dialog):
     agree(hf, chat, dialog)
 
 
+def test_a_content_of_items_is_their_texts(hf, chat):
+    items = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]
+    agree(hf, chat, [{"role": "system", "content": items}, {"role": "user", "content": items[:1]}])
+
+
 @given(DIALOG)
 def test_any_dialog_is_written_as_we_encode_it(hf, chat, dialog):
     agree(hf, chat, dialog)
@@ -152,7 +157,11 @@ MALFORMED = [
     [{"content": "x"}],
     [{"role": "human", "content": "x"}],
     [{"role": "user", "content": None}],
-    [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+    [{"role": "user", "content": []}],
+    [{"role": "user", "content": ["x"]}],
+    [{"role": "user", "content": [{"type": "text"}]}],
+    [{"role": "user", "content": [{"type": "text", "text": 1}]}],
+    [{"role": "user", "content": [{"type": "image", "image": "of a text model"}]}],
     [{**USER, "stop_reason": "stop"}],
     [{**USER, "stop_reason": ""}],
     [{**USER, "tool_calls": [{"tool_name": "f", "arguments": {}}]}],

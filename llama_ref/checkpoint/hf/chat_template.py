@@ -3,6 +3,7 @@
 import json
 
 from llama_ref.chat import BUILTIN_ARGUMENT, STOP_REASONS, WRITTEN_ROLE
+from llama_ref.checkpoint.hf.image_token import IMAGE
 from llama_ref.vocabulary import Vocabulary
 
 # `{%-` and `{{-` strip the whitespace of this layout from the output. All output text is inside
@@ -32,9 +33,24 @@ TEMPLATE = r"""
     {%- if content is none and calls %}
         {%- set content = '' %}
     {%- endif %}
-    {%- if content is not string %}
-        {{- raise_exception("a message's content is a string") }}
+    {%- if content is string %}
+        {%- set items = [{'type': 'text', 'text': content}] %}
+    {%- elif content is sequence and content is not mapping and content %}
+        {%- set items = content %}
+    {%- else %}
+        {{- raise_exception("a message's content is a string, or a list of items") }}
     {%- endif %}
+    {%- set texts = namespace(joined='') %}
+    {%- for item in items %}
+        {%- if item['type'] == 'text' and item['text'] is string %}
+            {%- set texts.joined = texts.joined + item['text'] %}
+        {%- elif item['type'] == 'image' and IMAGE and role == 'user' %}
+            {%- set texts.joined = texts.joined + IMAGE %}
+        {%- else %}
+            {{- raise_exception('an item of the content has the type text' ~ (', of a user also image' if IMAGE else '')) }}
+        {%- endif %}
+    {%- endfor %}
+    {%- set content = texts.joined %}
     {%- if stop_reason is not none and stop_reason not in STOP_REASONS %}
         {{- raise_exception('unknown stop_reason ' ~ stop_reason) }}
     {%- endif %}
@@ -69,8 +85,8 @@ TEMPLATE = r"""
 """.strip()
 
 
-def chat_template(vocabulary: Vocabulary) -> str:
-    """The template with this vocabulary's names of the special tokens.
+def chat_template(vocabulary: Vocabulary, *, images: bool = False) -> str:
+    """The template with this vocabulary's names of the special tokens; with `images`, that of a vision model.
 
     It writes the text that ChatFormat encodes, rejects what ChatFormat rejects, and also accepts
     tool calls in Hugging Face's form (`{"function": {"name", "arguments"}}`, content None). The
@@ -88,6 +104,7 @@ def chat_template(vocabulary: Vocabulary) -> str:
         "PYTHON_TAG": vocabulary.special_text("<|python_tag|>"),
         "END_OF_MESSAGE": vocabulary.special_text("<|eom_id|>"),
         "END_OF_TURN": vocabulary.special_text("<|eot_id|>"),
+        "IMAGE": IMAGE if images else "",
     }
     template = TEMPLATE
     for name, value in values.items():

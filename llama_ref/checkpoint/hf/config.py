@@ -1,9 +1,8 @@
 """Convert config.json to ModelArgs and back, and to an equivalent params.json."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,14 @@ from llama_ref.args import (
     ModelArgs,
     ffn_dim,
     usual_rope_factor,
+)
+from llama_ref.checkpoint.hf.allowed import expect
+from llama_ref.checkpoint.hf.vision_config import (
+    VISION_MODEL,
+    VISION_NAMES,
+    check_vision_sections,
+    text_section,
+    vision_params,
 )
 from llama_ref.checkpoint.releases import SHAPES
 from llama_ref.errors import UnsupportedModel
@@ -62,7 +69,9 @@ UNSUPPORTED = {  # keys that no Llama 3 has, and why they are rejected
     "sliding_window": "Llama 3's attention covers the whole context",
     "compression_config": WHY,
 }
-VISION_MODELS = ("mllama", "llama4")
+VISION_FIELDS = tuple(field.name for field in fields(ModelArgs) if field.name.startswith("vision_"))
+# Those that Meta's params.json gives; the others only if they are not those of its releases.
+METAS_VISION_FIELDS = ("vision_chunk_size", "vision_max_num_chunks", "vision_num_cross_attention_layers")
 
 LARGEST_MULTIPLE = 4096  # largest multiple_of of any release
 LONG_CONTEXT, SHORT_CONTEXT = 131072, 8192  # tokens, of Llama 3.1 and later, and of 3.0
@@ -77,52 +86,48 @@ class HFConfig:
 
 
 def read_config(path: str | Path) -> HFConfig:
-    """Read the config.json of a Llama 3, as written by transformers 4 or 5.
+    """Read the config.json of a Llama 3, text or vision (mllama), as written by transformers 4 or 5.
 
     `args.hidden_dim` is always set, because config.json gives the FFN's width directly;
     `make_params` finds the formula. Raises CheckpointError if the file cannot be read or describes
     another architecture (UnsupportedModel), naming the key that shows it.
     """
     with json_object(path, "the model's config.json", "model_type, hidden_size, …", PARAMS_LIMIT_BYTES) as config:
-        _check_model(config)
-        require_keys(config, REQUIRED)
-        theta, factor = _read_rope(config)
+        is_vision = config.get("model_type") == VISION_MODEL
+        text = text_section(config) if is_vision else config
+        _check_model(config, text)
+        require_keys(text, REQUIRED)
+        theta, factor = _read_rope(text)
         args = ModelArgs.from_dict(
-            {name: config.get(key) for name, key in NAMES.items()}
-            | {"rope_theta": theta, "use_scaled_rope": factor is not None, "rope_scaling_factor": factor},
-            names=NAMES | {"rope_scaling_factor": "factor"},
+            {name: text.get(key) for name, key in NAMES.items()}
+            | {"rope_theta": theta, "use_scaled_rope": factor is not None, "rope_scaling_factor": factor}
+            | (vision_params(config) if is_vision else {}),
+            names=NAMES | VISION_NAMES | {"rope_scaling_factor": "factor"},
         )
-        return HFConfig(args, tied=config.get("tie_word_embeddings") is True)
+        if is_vision:
+            check_vision_sections(config, args)
+        return HFConfig(args, tied=text.get("tie_word_embeddings") is True)
 
 
-def _check_model(config: Mapping[str, Any]) -> None:
-    if config.get("model_type") in VISION_MODELS:
-        raise UnsupportedModel(
-            f'"model_type" is {short(config["model_type"])}, a vision model; only text models are supported so far'
-        )
-    _expect(config, "model_type", ("llama",), "only Llama 3 models are supported")
+def _check_model(config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Check what `ModelArgs` do not say; `text` is the section of the text model, or all."""
+    expect(config, "model_type", ("llama", VISION_MODEL), "only Llama 3 models are supported")
     for key, allowed, why in ALLOWED:
-        _expect(config, key, allowed, why)
+        expect(text, key, allowed, why)
     quantization = config.get("quantization_config")
-    if quantization is not None and not _is_int8(quantization):
-        raise UnsupportedModel(f'"quantization_config" is {short(quantization)}, expected none, or int8 by bitsandbytes: {WHY}')
+    if quantization is not None and (text is not config or not _is_int8(quantization)):
+        int8 = ", or int8 by bitsandbytes" if text is config else ""
+        raise UnsupportedModel(f'"quantization_config" is {short(quantization)}, expected none{int8}: {WHY}')
     for key, why in UNSUPPORTED.items():
-        if config.get(key) is not None:
-            raise UnsupportedModel(f'"{key}" is {short(config[key])}, expected none: {why}')
+        for section in (config, text):
+            if section.get(key) is not None:
+                raise UnsupportedModel(f'"{key}" is {short(section[key])}, expected none: {why}')
 
 
 def _is_int8(quantization: object) -> bool:
     """Whether the weights are those of bitsandbytes' LLM.int8(), as Llama Guard 3 8B has them (bitsandbytes.py)."""
     section = quantization if isinstance(quantization, Mapping) else {}
     return section.get("quant_method") == "bitsandbytes" and section.get("load_in_8bit") is True
-
-
-def _expect(found: Mapping[str, Any], key: str, allowed: Sequence[Any], why: str) -> None:
-    """Raise UnsupportedModel unless the key is absent, null or an allowed value; 1 is not true."""
-    value = found.get(key)
-    if value is None or any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed):
-        return
-    raise UnsupportedModel(f'"{key}" is {short(value)}, expected {" or ".join(map(json.dumps, allowed))}: {why}')
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -135,13 +140,13 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
         pairs += section.items()
     rope = renamed_keys(pairs, OLD_ROPE_KEYS)
     require_keys(rope, ["rope_theta", *(["rope_type"] if "factor" in rope else [])], config)
-    _expect(rope, "partial_rotary_factor", (1.0,), "Llama 3's RoPE rotates whole heads")
-    _expect(rope, "rope_type", ("default", "llama3"), "Llama 3 uses no other RoPE scaling")
+    expect(rope, "partial_rotary_factor", (1.0,), "Llama 3's RoPE rotates whole heads")
+    expect(rope, "rope_type", ("default", "llama3"), "Llama 3 uses no other RoPE scaling")
     if rope.get("rope_type", "default") == "default":
         return rope["rope_theta"], None
     require_keys(rope, ["factor", *LLAMA_3_ROPE])
     for key, usual in LLAMA_3_ROPE.items():
-        _expect(rope, key, (usual,), "every Llama 3.1 and later has this value")
+        expect(rope, key, (usual,), "every Llama 3.1 and later has this value")
     return rope["rope_theta"], rope["factor"]
 
 
@@ -197,7 +202,7 @@ def one_or_several(ids: Sequence[int]) -> int | list[int]:
 
 
 def make_params(args: ModelArgs) -> dict[str, Any]:
-    """A text model's params.json, with a formula for the FFN width, because Meta's code needs one.
+    """A model's params.json, with a formula for the FFN width, because Meta's code needs one.
 
     A release's shape gives that release's params. `rope_scaling_factor` is included only if the
     shape does not imply it.
@@ -222,7 +227,15 @@ def make_params(args: ModelArgs) -> dict[str, Any]:
         params["use_scaled_rope"] = True
         if args.rope_scaling_factor != usual_rope_factor(args.dim, args.n_heads, args.n_kv_heads):
             params["rope_scaling_factor"] = args.rope_scaling_factor
-    return params
+    return params | (_make_vision_params(args) if args.has_vision else {})
+
+
+def _make_vision_params(args: ModelArgs) -> dict[str, Any]:
+    """The keys of a model that reads images."""
+    usual = {field.name: field.default for field in fields(ModelArgs)}
+    values = {name: getattr(args, name) for name in VISION_FIELDS}
+    written = {name: value for name, value in values.items() if name in METAS_VISION_FIELDS or value != usual[name]}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in written.items()}
 
 
 def _ffn_formula(args: ModelArgs) -> tuple[int, float | None]:

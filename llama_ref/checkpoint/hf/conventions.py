@@ -36,7 +36,9 @@ def end_ids(folder: Path, vocabulary: Vocabulary) -> list[int]:
 
 
 def _eos_ids(path: Path, vocabulary: Vocabulary) -> list[int]:
-    value = read_settings(path).get("eos_token_id")
+    settings = read_settings(path)
+    text_config = settings.get("text_config")  # of a vision model's config.json
+    value = settings.get("eos_token_id", text_config.get("eos_token_id") if isinstance(text_config, dict) else None)
     values = value if isinstance(value, list) else [] if value is None else [value]
     ids = [i for i in values if type(i) is int and 0 <= i < vocabulary.n_words]
     if len(ids) < len(values):

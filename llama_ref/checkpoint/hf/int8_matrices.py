@@ -31,8 +31,8 @@ class StoredInt8:
             return self.stored.joined(name, ranges, dtype, to)
         largest = largest.flatten()
         self._check(stem, largest)
-        if self.stored.hf_head_dim:
-            largest = from_hf_rope(name, largest[:, None], self.stored.hf_head_dim)[:, 0]
+        if self.stored.hf_args:
+            largest = from_hf_rope(name, largest[:, None], self.stored.hf_args.head_dim)[:, 0]
         if ranges is not None and split_dim(name) == 0:
             largest = torch.cat([largest[each.start : each.stop] for each in ranges])
         scale = (largest / LARGEST).to(to.device)

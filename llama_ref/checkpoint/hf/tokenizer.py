@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from llama_ref.checkpoint.hf.image_token import with_image_in_place
 from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.files import read_json
 from llama_ref.formatting import short
@@ -38,8 +39,9 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     """The vocabulary of a tokenizer.json that encodes any text like Llama 3's merging by rank.
 
     `ignore_merges` is assumed to be true: older files without it mean the same vocabulary, and
-    Meta's tokenizer always encodes a word that is a token as that token. Raises CheckpointError,
-    with the reason, for any other tokenizer.
+    Meta's tokenizer always encodes a word that is a token as that token. A vision model's special
+    tokens get the ids that they have in Meta's file (image_token.py). Raises CheckpointError, with
+    the reason, for any other tokenizer.
     """
     document = read_json(path, MAX_FILE_BYTES, EXPECTED)
     model = document.get("model") if isinstance(document, dict) else None
@@ -67,7 +69,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
         added={text: token_id for text, (token_id, special) in added_tokens.items() if not special},
     )
     check_vocabulary(path, vocabulary)
-    return vocabulary
+    return with_image_in_place(vocabulary)
 
 
 def _check_pipeline(path: Path, document: Mapping[str, Any], model: Mapping[str, Any]) -> None:

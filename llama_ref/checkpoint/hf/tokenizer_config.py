@@ -13,12 +13,13 @@ def tokenizer_config(
     instruct: bool = True,
     eos_token: str | None = None,
     template: str | None = None,
+    images: bool = False,
 ) -> dict[str, Any]:
     """The content of tokenizer_config.json, which accompanies tokenizer.json.
 
     As in Meta's own releases, an instruct model ends its turns with eot_id and has a chat template;
     a base model ends with end_of_text and has none. `eos_token` and `template` are those of a model
-    that has others.
+    that has others. `images`: it is a vision model.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -29,4 +30,6 @@ def tokenizer_config(
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    return config | ({"chat_template": template or chat_template(vocabulary)} if instruct else {})
+    if images:
+        config["processor_class"] = "MllamaProcessor"
+    return config | ({"chat_template": template or chat_template(vocabulary, images=images)} if instruct else {})

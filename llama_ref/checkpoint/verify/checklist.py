@@ -23,6 +23,7 @@ _USUAL_NAMES = (  # with zeros for all digits
     *("params.json", "tokenizer.model", "consolidated.00.pth", "added_tokens.json", "fp8_scales_0.pt"),
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "processor_config.json"),
     *("model-00000-of-00000.safetensors", "model.safetensors.index.json"),
 )
 _ESCAPE = re.compile(rb"\\[\\nr]")

@@ -9,10 +9,11 @@ from pathlib import Path
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import INDEX_LIMIT_BYTES, SAFETENSORS_NAME
 from llama_ref.checkpoint.formats.safetensors import REFETCH, HeldTensor, WrongLength, inspect_safetensors
-from llama_ref.checkpoint.hf.bitsandbytes import guard_args, is_guard, is_int8, name_in_files
+from llama_ref.checkpoint.hf.bitsandbytes import guard_args, is_guard, is_int8
 from llama_ref.checkpoint.hf.config import NAMES, HFConfig
-from llama_ref.checkpoint.hf.names import hf_name
-from llama_ref.checkpoint.meta_quantized.kinds import Kind, tensors_of
+from llama_ref.checkpoint.hf.layout import tensors_in_files
+from llama_ref.checkpoint.hf.names import hf_name, usual_name
+from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.shapes import (
     OUTPUT,
     WEIGHT_DTYPES,
@@ -55,13 +56,13 @@ def examine_safetensors(
     for name in files:
         if name in openable and name not in found.findings:
             try:
-                tensors = inspect_safetensors(folder / name)
-                found.safetensors[name] = {tensor: held for tensor, held in tensors.items() if not is_ignored(tensor)}
+                held = inspect_safetensors(folder / name).items()
+                found.safetensors[name] = {_usual(tensor, config): info for tensor, info in held if not is_ignored(tensor)}
             except CheckpointError as error:
                 found.findings[name] = why_broken(folder / name, error)
     if config is None and "config.json" not in names and is_guard(_described(found.safetensors)):
         config, found.has_known_params = HFConfig(guard_args(), tied=False), True
-    index = _read_index(folder, openable, found)
+    index = _read_index(folder, openable, found, config)
     if index is not None and ONE_FILE in files and not index.files & set(files):
         first = min(index.files, default="no file")
         found.findings[INDEX_NAME] = Finding(State.MISFIT, f"it names {first}, but the weights are in {ONE_FILE}")
@@ -74,6 +75,11 @@ def examine_safetensors(
     if index is not None and (wrong := weights.against_index(index, config)):
         found.findings[INDEX_NAME] = Finding(State.MISFIT, listed(wrong), by_others=True)
     return weights.judge(found, config, may_blame) if weights.files else None
+
+
+def _usual(name: str, config: HFConfig | None) -> str:
+    """The usual one of a vision model's two names for a tensor; any other name as it is."""
+    return usual_name(name) if config and config.args.has_vision else name
 
 
 def _described(files: Mapping[str, Tensors]) -> dict[str, DtypeAndShape]:
@@ -101,7 +107,7 @@ class _Index:
         return set(self.place.values())
 
 
-def _read_index(folder: Path, openable: Collection[str], found: Structure) -> _Index | None:
+def _read_index(folder: Path, openable: Collection[str], found: Structure, config: HFConfig | None) -> _Index | None:
     if INDEX_NAME not in openable or INDEX_NAME in found.findings:
         return None
     path = folder / INDEX_NAME
@@ -121,7 +127,7 @@ def _read_index(folder: Path, openable: Collection[str], found: Structure) -> _I
     if len(set(place.values())) > MOST_FILES:
         found.findings[INDEX_NAME] = Finding(State.DAMAGED, f"it names more than {MOST_FILES:,} files")
         return None
-    return _Index({name: file for name, file in place.items() if not is_ignored(name)})
+    return _Index({_usual(name, config): file for name, file in place.items() if not is_ignored(name)})
 
 
 def _which_belong(files: list[str], index: _Index | None) -> tuple[list[str], dict[str, str]]:
@@ -243,8 +249,7 @@ class _Weights:
 
 def _expected(config: HFConfig, names: Collection[str]) -> dict[str, Expected]:
     """The tensors of the model under Hugging Face's names, those of bitsandbytes if it wrote any."""
-    tensors = tensors_of(config.args, Kind.INT8 if is_int8(names) else Kind.PLAIN)
-    return {name_in_files(name): tensor for name, tensor in tensors.items()}
+    return tensors_in_files(config.args, Kind.INT8 if is_int8(names) and not config.args.has_vision else Kind.PLAIN)
 
 
 def _names_of_layers(n_layers: int) -> list[str]:

@@ -15,6 +15,7 @@ from llama_ref.vocabulary import ADDED_TOKENS
 
 ONE_FILE = "model.safetensors"
 INDEX_NAME = f"{ONE_FILE}.index.json"
+PREPROCESSOR_CONFIG = "preprocessor_config.json"  # of a vision model
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ HUGGING_FACE = Format(
         ADDED_TOKENS,
         "chat_template.json",
         "chat_template.jinja",
+        PREPROCESSOR_CONFIG,
+        "processor_config.json",
     ),
 )
 

@@ -154,9 +154,9 @@ def test_absent_and_null_keys_have_transformers_meaning(config_file, absent):
 
 
 REFUSED = [
-    ({"model_type": "mllama", "text_config": {}}, "\"model_type\" is 'mllama', a vision model"),
-    ({"model_type": "qwen2"}, '"model_type" is \'qwen2\', expected "llama": only Llama 3'),
-    ({"model_type": 3}, '"model_type" is 3, expected "llama"'),
+    ({"model_type": "llama4", "text_config": {}}, '"model_type" is \'llama4\', expected "llama" or "mllama": only Llama 3'),
+    ({"model_type": "qwen2"}, '"model_type" is \'qwen2\', expected "llama" or "mllama": only Llama 3'),
+    ({"model_type": 3}, '"model_type" is 3, expected "llama" or "mllama"'),
     ({"architectures": ["LlamaForSequenceClassification"]}, "['LlamaForSequenceClassification'], expected"),
     ({"architectures": []}, '"architectures" is [], expected ["LlamaForCausalLM"]: no other class has an output'),
     ({"architectures": "LlamaForCausalLM"}, '"architectures" is '),

@@ -1,0 +1,60 @@
+"""Hugging Face's tables of tile positions: a row for each grid of tiles that an image may have.
+
+Meta's hold a vector for each place in the grid, (n, n, P, W) for n tiles, which every grid with that
+place uses. Hugging Face's repeat it in each of these rows, (1 + grids, n · P · W). Row 0 stands for
+no image. A grid with fewer than n tiles has zeros for the others. Places that no grid has, such as
+the third of the second row among four tiles, are not in these tables.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llama_ref.errors import CheckpointError
+
+Grid = tuple[int, int]  # rows and columns
+
+
+def tile_grids(n_tiles: int) -> list[Grid]:
+    """The grids of at most `n_tiles` tiles, in the order of their ids, which count from 1."""
+    sides = range(1, n_tiles + 1)
+    return [(rows, columns) for rows in sides for columns in sides if rows * columns <= n_tiles]
+
+
+def table_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of Hugging Face's form of a table (n, n, P, W)."""
+    n, _, tokens, width = shape
+    return 1 + len(tile_grids(n)), n * tokens * width
+
+
+def to_grid_rows(table: Tensor) -> Iterator[Tensor]:
+    """The rows (1, n · P · W) of Hugging Face's form of a table (n, n, P, W), one at a time."""
+    n, _, *vector = table.shape
+    yield table.new_zeros(1, n, *vector).flatten(1)
+    for rows, columns in tile_grids(n):
+        row = table.new_zeros(1, n, *vector)
+        row[0, : rows * columns] = table[:rows, :columns].flatten(0, 1)
+        yield row.flatten(1)
+
+
+def from_grid_rows(name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A table (n, n, P, W) from Hugging Face's form, with zeros for places that no grid has.
+
+    Raises CheckpointError if its rows are not all made of the same vectors, as after training each
+    on its own.
+    """
+    n, grids = shape[0], tile_grids(shape[0])
+    table = stored.new_zeros(shape)
+    for (rows, columns), row in zip(grids, stored[1:], strict=True):
+        vectors = row.view(n, *shape[2:])
+        table[:rows, :columns] = vectors[: rows * columns].unflatten(0, (rows, columns))
+    for number, row in enumerate(to_grid_rows(table)):
+        if number and not torch.equal(row.view(torch.uint8), stored[number : number + 1].view(torch.uint8)):
+            rows, columns = grids[number - 1]
+            raise CheckpointError(
+                f"{name} has another vector for a tile in the grid of {rows} × {columns} tiles than in other grids, or one for "
+                "an empty tile: the tables were trained for each grid alone, which Meta's model, with one vector for each "
+                "place, cannot represent"
+            )
+    return table

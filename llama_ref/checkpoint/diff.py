@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_ref.args import ModelArgs
+from llama_ref.args import MOST_TILES, ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
+from llama_ref.checkpoint.hf.layout import is_tile_table
+from llama_ref.checkpoint.hf.tile_tables import in_grids
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
 from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized, open_weights
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
@@ -69,7 +71,9 @@ def _json_number(value: str | float | None) -> str | float | None:
 def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> Comparison:
     """Compare two folders' params, tokenizers and tensors, a block of values at a time.
 
-    A tied output that one folder leaves out counts as the embedding. `progress` counts tensors.
+    A tied output that one folder leaves out counts as the embedding. Hugging Face's files lack those
+    vectors for tiles that no image uses: if only one folder has its format, they do not count.
+    `progress` counts tensors.
     Raises CheckpointError for a folder that cannot be read.
     """
     left, right = open_folder(a), open_folder(b)
@@ -128,7 +132,7 @@ def _compare_tensors(
     out = []
     counter = ProgressCounter(len(names), progress)
     for name in names:
-        difference = _compare_tensor(name, _parts(a, name), _parts(b, name))
+        difference = _compare_tensor(name, *(_used(name, parts, a, b) for parts in (_parts(a, name), _parts(b, name))))
         if difference:
             out.append(difference)
         counter.advance()
@@ -140,6 +144,15 @@ def _parts(stored: Stored | Dequantized, name: str) -> list[TensorSlice]:
     parts = stored.parts(name)
     is_whole = split_dim(name) is None and all(_same(parts[0], other) for other in parts[1:])
     return parts[:1] if is_whole else parts
+
+
+def _used(name: str, parts: list[TensorSlice], a: Stored | Dequantized, b: Stored | Dequantized) -> list[TensorSlice]:
+    """What of a tensor both formats hold."""
+    formats = {isinstance(stored, Stored) and stored.hf_args is not None for stored in (a, b)}
+    if len(formats) == 1 or not is_tile_table(name):
+        return parts
+    fits = all(part.tensor.dim() == 4 and len(part.tensor) <= MOST_TILES for part in parts)
+    return [replace(part, tensor=in_grids(part.tensor)) for part in parts] if fits else parts
 
 
 def _compare_tensor(name: str, a: list[TensorSlice], b: list[TensorSlice]) -> TensorDifference | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from llama_ref.checkpoint.hf.names import hf_name
+from llama_ref.checkpoint.hf.names import TEXT_MODEL, hf_name
 from llama_ref.checkpoint.shapes import EMBEDDING, is_ignored
 from llama_ref.formatting import comma_list
 
@@ -33,7 +33,10 @@ def has_hf_names(names: Collection[str]) -> bool:
 
 
 def _advice(names: Collection[str], expected: Collection[str]) -> str:
-    embedding = EMBEDDING if EMBEDDING in expected else hf_name(EMBEDDING)
+    held, described = ("vision" if any(TEXT_MODEL in name for name in each) else "text" for each in (names, expected))
+    if held != described and has_hf_names(names) and has_hf_names(expected):
+        return f"they are a {held} model's, but config.json describes a {described} model: fetch both from one release"
+    embedding = next((name for name in expected if name.endswith((EMBEDDING, hf_name(EMBEDDING)))), EMBEDDING)
     wrapped = next((name for name in names if name.endswith(embedding)), None)
     if wrapped is not None:
         prefix = wrapped.removesuffix(embedding)

@@ -22,7 +22,7 @@ from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_open_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
 from llama_ref.checkpoint.hf.bitsandbytes import is_int8
 from llama_ref.checkpoint.hf.layout import from_hf, tensors_in_files, under_metas_names
-from llama_ref.checkpoint.hf.names import hf_name, usual_name
+from llama_ref.checkpoint.hf.names import OTHER_TEXT_MODEL, hf_name, usual_name
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.meta_quantized.kinds import Kind, contradiction, kind_of, tensors_of
 from llama_ref.checkpoint.missing_file import with_hint
@@ -207,8 +207,8 @@ def _needed_shards(wanted: Wanted, expected: Mapping[str, tuple[int, ...]], n_sh
 def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) -> Stored:
     files = {path.name: map_safetensors(path) for path in folder.shards}
     if args.has_vision:
-        files = {file: {usual_name(name): tensor for name, tensor in held.items()} for file, held in files.items()}
-        check = True  # tensors of other shapes have no form to be read as
+        files = _in_usual_names(files)
+        check = True  # tensors of other shapes have no form in which to read them
     tensors = _all_tensors(files.values())
     tied = folder.says_tied() and not _holds_output(folder, tensors)
     if tied:
@@ -225,6 +225,13 @@ def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) ->
         }
         _check_tensors(folder, {_file_names(folder): tensors}, needed)
     return Stored({0: under_metas_names(tensors, args, kind)}, tied, args, kind)
+
+
+def _in_usual_names(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """A vision model's files with the usual names of its tensors; a text model's as they are."""
+    is_other = any(name.startswith(OTHER_TEXT_MODEL) for held in files.values() for name in held)
+    rename = usual_name if is_other else str
+    return {file: {rename(name): tensor for name, tensor in held.items()} for file, held in files.items()}
 
 
 def stored_kind(folder: CheckpointFolder, args: ModelArgs) -> Kind:

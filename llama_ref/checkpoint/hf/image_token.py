@@ -29,7 +29,7 @@ def with_image_last(vocabulary: Vocabulary) -> Vocabulary:
 
 def with_image_in_place(vocabulary: Vocabulary) -> Vocabulary:
     """The vocabulary of a vision model in Hugging Face's files as Meta has it; any other as it is."""
-    if vocabulary.special.get(IMAGE) != special_start(vocabulary.ranks) + len(SPECIAL_TOKENS):
+    if vocabulary.special.get(IMAGE) != vocabulary.n_words - 1:
         return vocabulary
     special = {text: i for text, i in vocabulary.special.items() if text != IMAGE}
     return replace(vocabulary, special=_renamed(special, special_start(vocabulary.ranks), WITHOUT_IMAGE, SPECIAL_TOKENS))

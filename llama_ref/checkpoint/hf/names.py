@@ -56,8 +56,9 @@ OUTSIDE_ENCODER_BLOCKS = {
 TEXT_MODEL = "language_model."
 
 # transformers 4.52 to 4.57 called a vision model's parts so; before and since, they have the other names.
+OTHER_TEXT_MODEL = "model.language_model."
 OTHER_PREFIXES = {
-    "model.language_model.": "language_model.model.",
+    OTHER_TEXT_MODEL: "language_model.model.",
     "model.vision_model.": "vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
     "lm_head.": "language_model.lm_head.",

@@ -18,8 +18,7 @@ Grid = tuple[int, int]  # rows and columns
 
 def tile_grids(n_tiles: int) -> list[Grid]:
     """The grids of at most `n_tiles` tiles, in the order of their ids, which count from 1."""
-    sides = range(1, n_tiles + 1)
-    return [(rows, columns) for rows in sides for columns in sides if rows * columns <= n_tiles]
+    return [(rows, columns) for rows in range(1, n_tiles + 1) for columns in range(1, n_tiles // rows + 1)]
 
 
 def table_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -36,6 +35,14 @@ def to_grid_rows(table: Tensor) -> Iterator[Tensor]:
         row = table.new_zeros(1, n, *vector)
         row[0, : rows * columns] = table[:rows, :columns].flatten(0, 1)
         yield row.flatten(1)
+
+
+def in_grids(table: Tensor) -> Tensor:
+    """A copy of a table (n, n, P, W) with zeros for places that no grid has."""
+    out = torch.zeros_like(table)
+    for rows, columns in tile_grids(len(table)):
+        out[:rows, :columns] = table[:rows, :columns]
+    return out
 
 
 def from_grid_rows(name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,6 +1,7 @@
 """Convert Meta's tensor names and RoPE row order to Hugging Face's and back."""
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
@@ -95,11 +96,13 @@ def _name_in_encoder(name: str) -> str:
     return OUTSIDE_ENCODER_BLOCKS[name]
 
 
+@lru_cache(maxsize=4)  # of a model, for thousands of names
 def numbers_of_cross_layers(args: ModelArgs) -> list[int]:
     """Hugging Face's numbers of the cross-attention layers, which it counts together with the others."""
     return [layer + earlier for earlier, layer in enumerate(args.cross_layers)]
 
 
+@lru_cache(maxsize=4)
 def numbers_of_layers(args: ModelArgs) -> list[int]:
     """Hugging Face's numbers of the other layers."""
     cross = set(numbers_of_cross_layers(args))

@@ -58,7 +58,7 @@ def check_outputs(out: str | None = None, png: str | None = None) -> None:
         check_pictures(png)
 
 
-def first_token(llama: "Llama", name: str, text: str, prompt: list[int]) -> int:
+def first_token(llama: "Llama", name: str, text: str, prompt: list[int], image: str | None = None) -> int:
     """Return the id of a text's first token, which may follow the prompt.
 
     Says so if there are more tokens, or if the model expects the text with a leading space, or
@@ -72,7 +72,7 @@ def first_token(llama: "Llama", name: str, text: str, prompt: list[int]) -> int:
     token, remark = inputs.first_token(llama.tokenizer, text, f"--{name}")
     if remark:
         note(remark)
-    other = likelier_spelling(llama.model, llama.tokenizer, prompt, text)
+    other = likelier_spelling(llama.model, llama.tokenizer, prompt, text, None if image is None else [image])
     if other:
         given, meant = (json.dumps(each, ensure_ascii=False) for each in (text, other.text))
         note(

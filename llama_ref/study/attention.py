@@ -17,6 +17,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.formatting import human_bytes
 from llama_ref.model import Transformer
+from llama_ref.study.images import Images
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.report.packing import watch_patterns
 from llama_ref.study.trace import trace
@@ -70,18 +71,19 @@ def summarize_attention(
     bos: int | None = None,
     ids: Sequence[int] | None = None,
     seed: int = 1,
+    images: Images | None = None,
     see: Callable[[Tensor], None] = lambda pattern: None,
 ) -> AttentionSummary:
     """Score every head on a sequence, and on `repeated_tokens` for the induction score.
 
-    Holds one layer's patterns at a time. `see` is called with those of the sequence, float32
-    (H, T, T), layer by layer. Raises RequestError before the model runs.
+    Holds one layer's patterns at a time. `images` as in `trace`. `see` is called with the patterns of
+    the sequence, float32 (H, T, T), layer by layer. Raises RequestError before the model runs.
     """
     row = one_row(model, tokens)
     _check_length(model, row.shape[1])
     repeated = repeated_tokens(model, bos=bos, ids=ids, seed=seed)
     measures = (sink_mass, previous_token_score, attention_entropy)
-    sink, previous, entropy = _measure(model, row, measures, see)
+    sink, previous, entropy = _measure(model, row, measures, see, images)
     (induction,) = _measure(model, repeated, [lambda pattern: induction_score(pattern, REPEATED_TOKENS)])
     return AttentionSummary(row[0].tolist(), sink, previous, entropy, induction)
 
@@ -117,14 +119,16 @@ def _pool(ids: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def attention_pattern(model: Transformer, tokens: Sequence[int] | Tensor, layer: int, head: int) -> Tensor:
-    """One head's attention weights: float32 (T, T); the row of each query adds up to 1."""
+def attention_pattern(
+    model: Transformer, tokens: Sequence[int] | Tensor, layer: int, head: int, *, images: Images | None = None
+) -> Tensor:
+    """One head's attention weights: float32 (T, T); the row of each query adds up to 1. `images` as in `trace`."""
     row = one_row(model, tokens)
     _check_length(model, row.shape[1])
     layer = check_index("layer", layer, model.args.n_layers)
     head = check_index("head", head, model.args.n_heads)
     name = f"layers.{layer}.attention.pattern"
-    return trace(model, row, [name])[name][0, head].float().cpu()
+    return trace(model, row, [name], images=images)[name][0, head].float().cpu()
 
 
 def _check_length(model: Transformer, n_tokens: int) -> None:
@@ -142,6 +146,7 @@ def _measure(
     row: Tensor,
     measures: Sequence[Callable[[Tensor], Tensor]],
     see: Callable[[Tensor], None] = lambda pattern: None,
+    images: Images | None = None,
 ) -> list[Tensor]:
     """Apply each measure to every head, in one pass: (n_layers, H) each."""
     layers: list[list[Tensor]] = []
@@ -150,5 +155,5 @@ def _measure(
         layers.append([measure(pattern).cpu() for measure in measures])
         see(pattern)
 
-    watch_patterns(model, row, look)
+    watch_patterns(model, row, look, images)
     return [torch.stack(column) for column in zip(*layers, strict=True)]

@@ -6,8 +6,8 @@ each part has a share and the shares add up. Indirect effects, through later lay
 included. Source: Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llama_ref.errors import LlamaRefError
 from llama_ref.model import Transformer
 from llama_ref.quantization.linear import QuantizedMatrix
+from llama_ref.study.images import Images
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.trace import trace
 
@@ -28,8 +29,9 @@ ROUNDINGS = 16
 class Attribution:
     """Shares of `target`'s logit at one position, or of its difference to `other`'s; float32, CPU.
 
-    `embedding` is a number, `heads` (n_layers, H), `ffns` (n_layers,). They add up to `total`,
-    which differs from the model's own `logit` only by rounding.
+    `embedding` is a number, `heads` (n_layers, H), `ffns` (n_layers,); `cross` has each
+    cross-attention layer's share by the layer before which it stands, if an image is seen. They add up
+    to `total`, which differs from the model's own `logit` only by rounding.
     """
 
     tokens: list[int]
@@ -40,10 +42,12 @@ class Attribution:
     embedding: float
     heads: Tensor
     ffns: Tensor
+    cross: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
-        return self.embedding + self.heads.double().sum().item() + self.ffns.double().sum().item()
+        layers = self.heads.double().sum().item() + self.ffns.double().sum().item()
+        return self.embedding + layers + sum(self.cross.values())
 
     @property
     def strongest_head(self) -> tuple[int, int]:
@@ -52,20 +56,29 @@ class Attribution:
         return layer, head
 
     def parts(self) -> Iterator[tuple[str, float]]:
-        """All shares, in the model's order: embedding, layers.0.heads.0, …, layers.0.ffn, …"""
+        """All shares, in the model's order: embedding, layers.0.heads.0, …, layers.0.ffn, …, cross_layers.0"""
         yield "embedding", self.embedding
+        numbers = {layer: i for i, layer in enumerate(self.cross)}
         for layer, (heads, ffn) in enumerate(zip(self.heads.tolist(), self.ffns.tolist(), strict=True)):
+            if layer in numbers:
+                yield f"cross_layers.{numbers[layer]}", self.cross[layer]
             yield from ((f"layers.{layer}.heads.{head}", share) for head, share in enumerate(heads))
             yield f"layers.{layer}.ffn", ffn
 
 
 @torch.no_grad()
 def attribute(
-    model: Transformer, tokens: Sequence[int] | Tensor, target: int, other: int | None = None, *, position: int = -1
+    model: Transformer,
+    tokens: Sequence[int] | Tensor,
+    target: int,
+    other: int | None = None,
+    *,
+    position: int = -1,
+    images: Images | None = None,
 ) -> Attribution:
     """Split a token's logit after one position, or its difference to `other`'s, into shares.
 
-    Raises RequestError for an unknown token or position, and LlamaRefError if the shares do not add
+    `images` as in `trace`. Raises RequestError for an unknown token or position, and LlamaRefError if the shares do not add
     up to the logit within rounding, as with weights that are not finite.
     """
     row = one_row(model, tokens)
@@ -74,7 +87,9 @@ def attribute(
     layers = range(model.args.n_layers)
     last = f"layers.{layers[-1]}.residual_post"
     names = [f"layers.{layer}.{part}" for layer in layers for part in ("attention.head_output", "ffn.output")]
-    traced = trace(model, row, ["embedding", *names, last, "norm"])
+    cross = {layer: f"cross_layers.{i}" for i, layer in enumerate(model.args.cross_layers if images else [])}
+    names += [f"{own}.{part}.output" for own in cross.values() for part in ("attention", "ffn")]
+    traced = trace(model, row, ["embedding", *names, last, "norm"], images=images)
     here = {name: traced[name][0, position].float() for name in ("embedding", *names, last)}
     direction = _direction(model, here[last], target, other)  # (D,)
     heads = [_head_shares(model, layer, here[f"layers.{layer}.attention.head_output"], direction) for layer in layers]
@@ -90,14 +105,18 @@ def attribute(
         embedding=(here["embedding"] @ direction).item(),
         heads=torch.stack(heads).cpu(),
         ffns=torch.stack(ffns).cpu(),
+        cross={
+            layer: ((here[f"{own}.attention.output"] + here[f"{own}.ffn.output"]) @ direction).item()
+            for layer, own in cross.items()
+        },
     )
     _check_sum(model, found, here[last], direction)
     return found
 
 
 def part_label(name: str) -> str:
-    """layers.3.heads.5 -> layer 3 head 5"""
-    return " ".join(name.replace("layers", "layer").replace("heads", "head").split("."))
+    """layers.3.heads.5 -> layer 3 head 5; cross_layers.1 -> cross layer 1"""
+    return " ".join(name.replace("layers", "layer").replace("heads", "head").replace("_", ".").split("."))
 
 
 def _direction(model: Transformer, residual: Tensor, target: int, other: int | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch.linalg import vecdot
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.hooks import check_model
+from llama_ref.study.images import Images
 from llama_ref.study.inputs import check_index, check_token, one_each, one_row
 from llama_ref.study.texts import Text, Texts, as_texts
 from llama_ref.study.trace import Trace, trace, trace_each
@@ -87,16 +88,17 @@ def logit_lens(
     top: int = 5,
     positions: Sequence[int] | None = None,
     points: Sequence[str] | None = None,
+    images: Images | None = None,
 ) -> LogitLens:
     """Read the residual stream of one sequence through the final norm and the output matrix.
 
     `positions` (default: all) may count from the end. `points` are some of `residual_points`, in
     their order (default: all). Memory: the stream, D numbers per point and token, and the logits of
-    a few positions. Time: one product with the output matrix per point and position. Raises
-    RequestError.
+    a few positions. Time: one product with the output matrix per point and position. `images` as in
+    `trace`. Raises RequestError.
     """
     row = one_row(model, tokens)
-    return logit_lenses(model, row, targets=target, top=top, positions=positions, points=points)[0]
+    return logit_lenses(model, row, targets=target, top=top, positions=positions, points=points, images=images)[0]
 
 
 @torch.no_grad()
@@ -108,6 +110,7 @@ def logit_lenses(
     top: int = 5,
     positions: Sequence[int] | None = None,
     points: Sequence[str] | None = None,
+    images: Images | None = None,
 ) -> list[LogitLens]:
     """Do `logit_lens` for several sequences, whose lengths may differ, many in one pass.
 
@@ -121,7 +124,7 @@ def logit_lenses(
     wanted = [None if target is None else check_token(model, target) for target in one_each("targets", targets, len(rows))]
     every = residual_points(model.args.n_layers)
     points = every if points is None else _check_points(every, points)
-    traces = trace_each(model, rows, [*points, every[-1]])
+    traces = trace_each(model, rows, [*points, every[-1]], images)
     each = zip(traces, at, wanted, strict=True)
     return [_lens(model, traced, points, own_positions, target, top) for traced, own_positions, target in each]
 
@@ -183,7 +186,7 @@ class Predictions:
     """How likely a model found each of the T tokens of a text, given those before it; on the CPU.
 
     `probability` and `rank` (T,) are those of each token, rank 1 being the most likely; NaN and 0
-    for the first. `top_ids` and `top_probabilities` (T, k) are the most likely tokens after each,
+    for the first, and for an image's place. `top_ids` and `top_probabilities` (T, k) are the most likely tokens after each,
     most likely first: row t - 1 has the alternatives to token t, the last row what comes next.
     """
 
@@ -195,18 +198,21 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5) -> Predictions:
-    """Predict every token of a sequence, in one pass. Raises RequestError."""
+def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5, *, images: Images | None = None) -> Predictions:
+    """Predict every token of a sequence, in one pass; `images` as in `trace`. Raises RequestError."""
     row = one_row(model, tokens)
     check_top(model, top)
     last = f"layers.{model.args.n_layers - 1}.residual_post"
-    residual = trace(model, row, [last])[last][0]  # (T, D)
+    residual = trace(model, row, [last], images=images)[last][0]  # (T, D)
     following = torch.cat((row[0, 1:], row[0, :1]))  # (T,) the token after each; the last has none, any id will do
+    is_image = following == model.args.vocab_size  # a place that no text predicts
+    following = following.masked_fill(is_image, 0)
     chunks = []
     for some in position_chunks(model, len(residual)):
         logprobs = log_probabilities(model, residual[some])  # (t, V)
         chunks.append((*probability_and_rank(logprobs, following[some]), *top_tokens(logprobs, top)))
     probability, rank, ids, probabilities = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))
+    probability, rank = probability.masked_fill(is_image.cpu(), torch.nan), rank.masked_fill(is_image.cpu(), 0)
     return Predictions(
         row[0].tolist(),
         torch.cat((torch.full_like(probability[:1], torch.nan), probability[:-1])),

@@ -2,21 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.formatting import dtype_name
+from llama_ref.images import open_image
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.attention import AttentionSummary, attention_pattern, summarize_attention
 from llama_ref.study.attribution import Attribution, attribute
+from llama_ref.study.image_attention import ImageAttention, image_attention
+from llama_ref.study.images import Images
 from llama_ref.study.inputs import check_token, one_row
 from llama_ref.study.logit_lens import LogitLens, Predictions, block_ends, check_top, logit_lens, predict, residual_points
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.residual import ResidualStream, residual_stream
+
+if TYPE_CHECKING:
+    from llama_ref.images import ImageFile
 
 # At this length one layer's patterns take 0.5 GB in a model of 32 heads, with up to three copies at
 # once; an 8B's residual stream takes 1.1 GB, and its page up to 65 MB. Patterns grow quadratically.
@@ -29,6 +36,7 @@ class Overview:
 
     `patterns` has the largest attention weights of every head. `strongest` is the layer, head and
     whole pattern, float32 (T, T), of the head with the largest share of the target's logit.
+    `image` is where in the image the tokens look, None without one.
     `attribution` and `strongest` are None if the shares do not add up to the logit, as with weights
     that are not finite; `not_attributed` then says why.
     """
@@ -44,6 +52,7 @@ class Overview:
     not_attributed: str | None
     strongest: tuple[int, int, Tensor] | None
     residual: ResidualStream
+    image: ImageAttention | None = None
 
 
 @torch.no_grad()
@@ -55,14 +64,15 @@ def overview(
     top: int = 5,
     bos: int | None = None,
     ids: Sequence[int] | None = None,
+    image: "ImageFile | None" = None,
     progress: Progress | None = None,
 ) -> Overview:
     """Measure one sequence with everything that the study has, `top` most likely tokens each.
 
     `target` is the token that the lens follows and whose logit is attributed (default: the model's
-    most likely next token). `bos` and `ids` are for the induction score's random tokens. `progress`
-    is called with the steps done and their number. Raises RequestError, also for more than 2,048
-    tokens.
+    most likely next token). `bos` and `ids` are for the induction score's random tokens. `image` stands
+    where the tokens have the model's `image_id`. `progress` is called with the steps done and their
+    number. Raises RequestError, also for more than 2,048 tokens.
     """
     row = one_row(model, tokens)
     _check_length(row.shape[1])
@@ -70,19 +80,24 @@ def overview(
     target = None if target is None else check_token(model, target)
     every = residual_points(model.args.n_layers)
     ends = [every[p] for p in block_ends(every)]
-    steps = ProgressCounter(5 + len(ends) + model.args.n_layers, progress)
+    images = None if image is None else [open_image(image)]
+    steps = ProgressCounter(5 + len(ends) + model.args.n_layers + (images is not None), progress)
     steps.advance(0)
 
-    attention, patterns = _attention(model, row, bos, ids, steps)  # first: it checks more arguments
-    predictions = predict(model, row, top)
+    attention, patterns = _attention(model, row, bos, ids, images, steps)  # first: it checks more arguments
+    predictions = predict(model, row, top, images=images)
     steps.advance()
     target = int(predictions.top_ids[-1, 0]) if target is None else target
-    lens = logit_lens(model, row, target=target, top=top, points=ends)
+    lens = logit_lens(model, row, target=target, top=top, points=ends, images=images)
     steps.advance(len(ends))
-    attribution, not_attributed = _attribution(model, row, target)
+    attribution, not_attributed = _attribution(model, row, target, images)
     steps.advance()
-    strongest = None if attribution is None else _pattern_of(model, row, *attribution.strongest_head)
+    strongest = None if attribution is None else _pattern_of(model, row, *attribution.strongest_head, images)
     steps.advance()
+    seen = None
+    if images is not None:
+        (seen,) = image_attention(model, row, images)
+        steps.advance()
     found = Overview(
         tokens=row[0].tolist(),
         target=target,
@@ -94,7 +109,8 @@ def overview(
         attribution=attribution,
         not_attributed=not_attributed,
         strongest=strongest,
-        residual=residual_stream(model, row),
+        residual=residual_stream(model, row, images=images),
+        image=seen,
     )
     steps.advance()
     return found
@@ -109,7 +125,12 @@ def _check_length(n_tokens: int) -> None:
 
 
 def _attention(
-    model: Transformer, row: Tensor, bos: int | None, ids: Sequence[int] | None, steps: ProgressCounter
+    model: Transformer,
+    row: Tensor,
+    bos: int | None,
+    ids: Sequence[int] | None,
+    images: Images | None,
+    steps: ProgressCounter,
 ) -> tuple[AttentionSummary, PackedPatterns]:
     T, packed = row.shape[1], list[list[bytes]]()
 
@@ -117,22 +138,22 @@ def _attention(
         packed.append(pack(pattern, how_many_kept(T)))
         steps.advance()
 
-    summary = summarize_attention(model, row, bos=bos, ids=ids, see=see)
+    summary = summarize_attention(model, row, bos=bos, ids=ids, images=images, see=see)
     steps.advance()
     return summary, PackedPatterns(T, how_many_kept(T), packed)
 
 
-def _attribution(model: Transformer, row: Tensor, target: int) -> tuple[Attribution | None, str | None]:
+def _attribution(model: Transformer, row: Tensor, target: int, images: Images | None) -> tuple[Attribution | None, str | None]:
     try:
-        return attribute(model, row, target), None
+        return attribute(model, row, target, images=images), None
     except RequestError:
         raise
     except LlamaRefError as error:  # the shares do not add up
         return None, str(error)
 
 
-def _pattern_of(model: Transformer, row: Tensor, layer: int, head: int) -> tuple[int, int, Tensor]:
-    return layer, head, attention_pattern(model, row, layer, head)
+def _pattern_of(model: Transformer, row: Tensor, layer: int, head: int, images: Images | None) -> tuple[int, int, Tensor]:
+    return layer, head, attention_pattern(model, row, layer, head, images=images)
 
 
 def _dtype(model: Transformer) -> str:

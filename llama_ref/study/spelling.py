@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from llama_ref.model import Transformer
-from llama_ref.study.inputs import one_row
+from llama_ref.study.images import Images
+from llama_ref.study.texts import Batch, as_texts
 from llama_ref.tokenizer import Tokenizer
 
 
@@ -20,11 +21,13 @@ class OtherSpelling:
 
 
 @torch.no_grad()
-def likelier_spelling(model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], text: str) -> OtherSpelling | None:
+def likelier_spelling(
+    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], text: str, images: Images | None = None
+) -> OtherSpelling | None:
     """The other spelling of what is to follow a prompt, if the model finds it likelier.
 
     Between a prompt and a word there is one space. Where the two have none or both have one, this
-    runs the prompt; else there is nothing to ask.
+    runs the prompt with its images; else there is nothing to ask.
     """
     has_space = text.startswith(" ")
     other = text[1:] if has_space else f" {text}"
@@ -33,6 +36,6 @@ def likelier_spelling(model: Transformer, tokenizer: Tokenizer, prompt: Sequence
     ids = [tokenizer.encode(spelled, bos=False, eos=False)[0] for spelled in (text, other)]
     if tokenizer.token_bytes(ids[1]) == b" ":  # not a spelling of the word
         return None
-    hidden = model.hidden(one_row(model, prompt))[:, -1]
+    hidden = Batch.of(model, as_texts(model, prompt), images).hidden(model)[:, -1]
     given_probability, probability = model.logits(hidden)[0].softmax(-1)[ids].tolist()
     return OtherSpelling(other, probability, given_probability) if probability > given_probability else None

@@ -332,6 +332,15 @@ def test_pictures_of_attention_to_an_image(run, seeing, photo, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image-layers.png", "image.png"]
 
 
+def test_the_lens_shows_an_image_to_the_model(run, seeing, photo, tmp_path):
+    words = ("lens", seeing, "ab", "--target", "c")
+    code, shown, _ = run(*words, "--image", photo, "--out", str(tmp_path / "a.html"), "--png", str(tmp_path / "png"))
+    assert code == 0 and shown.startswith("<|begin_of_text|>│<|image|>│a│b\n") and shown != run(*words)[1]
+    assert '"image":{"width":100,"height":50' in (tmp_path / "a.html").read_text(encoding="utf-8")
+    names = ("attention", "attribution", "image", "image-layers", "lens", "norms", "pattern", "target")
+    assert sorted(path.stem for path in (tmp_path / "png").iterdir()) == list(names)
+
+
 def test_an_image_that_makes_no_sense_is_told_before_the_weights_are_read(run, seeing, tiny, photo, tmp_path):
     (tmp_path / "params.json").write_bytes((Path(seeing) / "params.json").read_bytes())
     (tmp_path / "consolidated.00.pth").write_bytes(b"no weights at all")

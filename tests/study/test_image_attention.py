@@ -90,3 +90,57 @@ def test_what_makes_no_sense_is_told(model, monkeypatch):
     monkeypatch.setattr(sys.modules["llama_ref.study.image_attention"], "LARGEST_LAYER", 1000)
     with pytest.raises(RequestError, match=r"the text has 5 tokens, and every head's attention is .* by 17 vision tokens"):
         image_attention(model, TEXT, [picture(50, 50)])
+
+
+# ---- the other measurements of a text that shows an image
+
+
+def test_other_studies_see_the_image(model):
+    images = [picture(100, 50)]
+    traced = study.trace(model, TEXT, images=images)
+    logits = traced["logits"][0]
+    lens = study.logit_lens(model, TEXT, target=3, images=images)
+    torch.testing.assert_close(lens.target_probability[-1], logits.softmax(-1)[:, 3])
+    predicted = study.predict(model, TEXT, images=images)
+    assert predicted.rank[1] == 0 and predicted.probability[:2].isnan().all()
+    expected = logits.softmax(-1)[range(1, 4), TEXT[2:]]
+    torch.testing.assert_close(predicted.probability[2:], expected)
+    stream = study.residual_stream(model, TEXT, images=images)
+    torch.testing.assert_close(stream.norm[-1], traced["layers.3.residual_post"][0].norm(dim=-1))
+    pattern = traced["layers.2.attention.pattern"][0]
+    torch.testing.assert_close(study.attention_pattern(model, TEXT, 2, 1, images=images), pattern[1])
+    summary = study.summarize_attention(model, TEXT, images=images)
+    torch.testing.assert_close(summary.sink[2], pattern[:, 1:, 0].mean(-1))
+    with pytest.raises(RequestError, match="tokens has 1 places for images"):
+        study.predict(model, TEXT)
+
+
+def test_several_texts_with_images_are_read_together(model):
+    texts, images = [TEXT, [1, 2], [IMAGE, 4, 5]], [[picture(100, 50)], [], [picture(50, 50)]]
+    for lens, text, own in zip(study.logit_lenses(model, texts, images=images), texts, images, strict=True):
+        alone = study.logit_lens(model, text, images=own)
+        torch.testing.assert_close(lens.top_probabilities, alone.top_probabilities)
+
+
+def test_the_shares_of_a_logit_add_up_with_the_images(model):
+    images = [picture(100, 50)]
+    found = study.attribute(model, TEXT, 7, 8, images=images)
+    logits = study.trace(model, TEXT, "logits", images=images)["logits"][0, -1]
+    assert found.logit == pytest.approx(float(logits[7] - logits[8]))
+    assert found.total == pytest.approx(found.logit, abs=1e-4) and list(found.cross) == [1, 3]
+    parts = dict(found.parts())
+    assert parts["cross_layers.1"] == found.cross[3] and sum(parts.values()) == pytest.approx(found.total, abs=1e-5)
+    assert list(parts).index("layers.0.ffn") + 1 == list(parts).index("cross_layers.0")
+    assert abs(found.cross[3]) > 1e-3
+    before = study.attribute(model, TEXT, 7, position=0, images=images)
+    assert before.cross == {1: 0, 3: 0}
+    assert not study.attribute(model, [5, 7], 7).cross
+
+
+def test_an_overview_has_the_image(model):
+    image, steps = picture(100, 50), []
+    found = study.overview(model, TEXT, image=image, progress=lambda done, all_steps: steps.append((done, all_steps)))
+    assert steps[-1][0] == steps[-1][1] and found.attribution.total == pytest.approx(found.attribution.logit, abs=1e-4)
+    (expected,) = image_attention(model, TEXT, [image])
+    assert torch.equal(found.image.patches, expected.patches)
+    assert study.overview(model, [5, 7]).image is None

@@ -6,7 +6,9 @@ from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
 from llama_ref.cli.studying import (
     TARGET_HELP,
+    ImageFlag,
     Prompt,
+    check_image,
     check_outputs,
     first_token,
     open_to_study,
@@ -24,6 +26,7 @@ def lens(
     prompt: Prompt,
     *,
     target: Annotated[str | None, Flag(f"follow this {TARGET_HELP}")] = None,
+    image: ImageFlag = None,
     top: Annotated[int, Flag("number of most likely tokens to show")] = 5,
     out: Annotated[
         str | None,
@@ -41,7 +44,7 @@ def lens(
 
       llama-ref lens Llama3.2-1B "The capital of France is" --target " Paris"
     """
-    from llama_ref.checkpoint.folder import find_folder
+    from llama_ref.checkpoint.folder import find_folder, open_folder
     from llama_ref.checkpoint.spelling import model_name
     from llama_ref.cli.terminal import note
     from llama_ref.cli.views.study.lens import print_lens
@@ -51,15 +54,17 @@ def lens(
     from llama_ref.study.report.writer import write_report
 
     check_outputs(out, png)
+    if image is not None:
+        check_image(open_folder(name).read_args(), image)
     llama = open_to_study(name, loading, prompt=prompt, target=target)
-    tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
-    wanted = None if target is None else first_token(llama, "target", target, tokens)
-    seen = None if out is None and png is None else _overview(llama, tokens, wanted, top)
+    tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens, has_image=image is not None)
+    wanted = None if target is None else first_token(llama, "target", target, tokens, image)
+    seen = None if out is None and png is None else _overview(llama, tokens, wanted, top, image)
     if seen is not None and out is not None:
         write_report(seen, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
         note(f"wrote {out}: open it in a browser")
-    positions = None if json else [-1]
-    found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions)
+    positions, images = None if json else [-1], None if image is None else [image]
+    found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions, images=images)
     print_lens(found, llama.tokenizer, as_json=json)
     if seen is not None and png is not None:  # last: without matplotlib all else is done
         figures.check_pictures(png)
@@ -67,7 +72,7 @@ def lens(
         note(f"wrote pictures into {png}")
 
 
-def _overview(llama: "Llama", tokens: list[int], target: int | None, top: int) -> "Overview":
+def _overview(llama: "Llama", tokens: list[int], target: int | None, top: int, image: str | None) -> "Overview":
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.study.overview import overview
 
@@ -79,5 +84,6 @@ def _overview(llama: "Llama", tokens: list[int], target: int | None, top: int) -
             top=top,
             bos=llama.tokenizer.bos_id,
             ids=text_ids(llama),
+            image=image,
             progress=progress,
         )

@@ -52,13 +52,17 @@ def _draw_layers(axes: "Axes", found: Attribution) -> None:
     layers = range(len(found.ffns))
     axes.barh([i + BAR / 2 for i in layers], found.ffns.tolist(), BAR, color=canvas.ORANGE, label="feed-forward")
     axes.barh([i - BAR / 2 for i in layers], found.heads.sum(-1).tolist(), BAR, color=canvas.BLUE, label="attention")
+    if found.cross:  # between the layers
+        between = [layer - 0.5 for layer in found.cross]
+        axes.barh(between, list(found.cross.values()), BAR / 3, color=canvas.GREEN, label="image")
     axes.barh(-1, found.embedding, 2 * BAR, color=canvas.GREY, label="embedding")
     axes.legend(fontsize=canvas.SMALL, loc="best")
     _style_around_zero(axes, "share of the logit" if found.other is None else "share of the difference")
 
 
 def _draw_sum(axes: "Axes", found: Attribution) -> None:
-    layers = (found.heads.double().sum(-1) + found.ffns.double()).tolist()
+    shares = (found.heads.double().sum(-1) + found.ffns.double()).tolist()
+    layers = [share + found.cross.get(layer, 0) for layer, share in enumerate(shares)]
     sums = list(accumulate(layers, initial=found.embedding))
     axes.plot(sums, range(-1, len(layers)), color="black", marker="o", markersize=3, linewidth=1)
     _style_around_zero(axes, "sum so far")
@@ -76,6 +80,8 @@ def _draw_strongest(axes: "Axes", found: Attribution, height: float) -> None:
 
 
 def _color(name: str) -> str:
+    if name.startswith("cross_layers."):
+        return canvas.GREEN
     return canvas.BLUE if ".heads." in name else canvas.ORANGE if name.endswith(".ffn") else canvas.GREY
 
 

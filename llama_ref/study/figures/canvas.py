@@ -25,7 +25,7 @@ NUMBERED = 0.3  # inches: narrowest cell that gets a number
 EVEN = 0.18  # luminance that contrasts equally with black and white
 BAR = 0.13  # inches: width of a colour bar
 MOST_CUT = 0.2  # share of labels that may be cut before all are rotated
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "0.35"  # Okabe and Ito's colours, safe for the colour-blind
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "0.35"  # Okabe and Ito's colours, safe for the colour-blind
 SHARES, DIFFERENCES, NOTHING = "Blues", "RdBu", "0.85"  # colours for 0 … 1, for -1 … 1, for NaN
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llama_ref.study.figures.attention import draw_attention, draw_pattern
 from llama_ref.study.figures.attribution import draw_attribution
+from llama_ref.study.figures.image_attention import draw_image_attention, draw_image_layers
 from llama_ref.study.figures.lens import draw_lens, draw_target
 from llama_ref.study.figures.residual import draw_norms
 from llama_ref.study.overview import Overview
@@ -13,13 +14,16 @@ from llama_ref.tokenizer import Tokenizer
 def draw_overview(found: Overview, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Draw lens, target, attention and norms .png; with an attribution, that and pattern.png.
 
-    The pattern is that of the head with the largest share of the target's logit.
+    With an image, image.png and image-layers.png. The pattern is that of the head with the largest share of the target's logit.
     """
     folder = Path(folder)
     draw_lens(found.lens, tokenizer, folder / "lens.png")
     draw_target(found.lens, tokenizer, folder / "target.png")
     draw_attention(found.attention, tokenizer, folder / "attention.png")
     draw_norms(found.residual, tokenizer, folder / "norms.png")
+    if found.image is not None:
+        draw_image_attention(found.image, tokenizer, folder / "image.png")
+        draw_image_layers(found.image, tokenizer, folder / "image-layers.png")
     if found.attribution is not None:
         draw_attribution(found.attribution, tokenizer, folder / "attribution.png")
     if found.strongest is not None:

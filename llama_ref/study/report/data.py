@@ -9,17 +9,19 @@ from typing import Any
 from torch import Tensor
 
 from llama_ref.study.attribution import Attribution
+from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.inputs import label
 from llama_ref.study.logit_lens import LogitLens, Predictions
 from llama_ref.study.overview import Overview
+from llama_ref.study.report.image_packing import PackedImage
 from llama_ref.study.residual import ResidualStream, quartiles_of_others
 from llama_ref.tokenizer import Tokenizer
 
 DIGITS = 5  # significant ones: more than the page shows
 
 
-def page_data(found: Overview, tokenizer: Tokenizer, model_name: str) -> dict[str, Any]:
-    """Everything but the attention patterns; numbers that are not finite are None."""
+def page_data(found: Overview, tokenizer: Tokenizer, model_name: str, image: PackedImage | None = None) -> dict[str, Any]:
+    """Everything but the attention patterns and the image; numbers that are not finite are None."""
     measures = ("sink", "previous", "induction", "entropy")
     return {
         "model": model_name,
@@ -35,13 +37,14 @@ def page_data(found: Overview, tokenizer: Tokenizer, model_name: str) -> dict[st
         "attribution": None if found.attribution is None else _attribution(found.attribution),
         "not_attributed": found.not_attributed,
         "residual": _residual(found.residual),
+        "image": None if found.image is None or image is None else _image(found.image, image),
     }
 
 
-def packed_layers(found: Overview) -> Iterator[str]:
-    """Each layer's patterns: the heads' streams in base64, separated by spaces."""
-    for heads in found.patterns.heads:
-        yield " ".join(base64.b64encode(head).decode("ascii") for head in heads)
+def packed_layers(found: Overview) -> Iterator[tuple[str, str]]:
+    """Each layer's block and patterns: the heads' streams in base64, separated by spaces."""
+    for layer, heads in enumerate(found.patterns.heads):
+        yield f"layer-{layer}", " ".join(base64.b64encode(head).decode("ascii") for head in heads)
 
 
 def to_json(data: dict[str, Any]) -> str:
@@ -105,6 +108,7 @@ def _attribution(found: Attribution) -> dict[str, Any]:
         "embedding": _number(found.embedding),
         "heads": _numbers(found.heads),
         "ffns": _numbers(found.ffns),
+        "cross": [[layer, _number(share)] for layer, share in found.cross.items()],
     }
 
 
@@ -113,6 +117,27 @@ def _residual(found: ResidualStream) -> dict[str, Any]:
     measured = {measure: getattr(found, measure) for measure in ("norm", "drift", "to_last")}
     medians = {measure: _numbers(quartiles_of_others(values)[1]) for measure, values in measured.items()}
     return {measure: _numbers(values) for measure, values in measured.items()} | {"medians": medians}
+
+
+def _image(found: ImageAttention, packed: PackedImage) -> dict[str, Any]:
+    """What the page needs besides the packed blocks. `largest` (X, t) is rounded after packing."""
+    height, width = found.pixels.shape[:2]
+    rows, columns = found.patches.shape[2:]
+    return {
+        "width": width,
+        "height": height,
+        "rows": rows,
+        "columns": columns,
+        "patch_width": found.patch_size[0],
+        "patch_height": found.patch_size[1],
+        "size": packed.size,
+        "before": found.before,
+        "seen_by": found.seen_by,
+        "positions": packed.positions,
+        "largest": _numbers(packed.largest),
+        "class_tokens": _numbers(found.class_tokens),
+        "beside": _numbers(found.beside),
+    }
 
 
 def _ranks(ranks: Tensor, probabilities: Tensor) -> Any:

@@ -13,16 +13,30 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 
 from llama_ref.errors import RequestError
 from llama_ref.study.overview import Overview
 from llama_ref.study.report.data import packed_layers, page_data, to_json
+from llama_ref.study.report.image_packing import pack_image
 from llama_ref.study.report.output import write_output
 from llama_ref.tokenizer import Tokenizer
 
 ENDINGS = (".html", ".htm")
-SCRIPTS = ("base", "charts", "paper", "grids", "tokens", "lens", "attention", "attribution", "norms", "main")  # in this order
+SCRIPTS = (
+    "base",
+    "charts",
+    "paper",
+    "grids",
+    "tokens",
+    "lens",
+    "attention",
+    "image",
+    "attribution",
+    "norms",
+    "main",
+)  # in this order
 
 
 def check_report(path: str | Path) -> None:
@@ -69,21 +83,22 @@ def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[st
     """The page in pieces: report.html with each {{name}} filled in. Reads all sources at once."""
     frame, style = _source("report.html"), _source("report.css")
     script = '"use strict";\n' + "\n".join(_source(f"{name}.js") for name in SCRIPTS)
+    image = None if found.image is None else pack_image(found.image)
     inserted = {
         "policy": [_policy(style, script)],
         "style": [style],
         "script": [script],
-        "data": [to_json(page_data(found, tokenizer, model_name))],
-        "patterns": _blocks(packed_layers(found)),
+        "data": [to_json(page_data(found, tokenizer, model_name, image))],
+        "patterns": _blocks(chain(packed_layers(found), () if image is None else image.blocks())),
     }
     pieces = enumerate(re.split(r"\{\{(\w+)\}\}", frame))
     return (text for i, piece in pieces for text in (inserted[piece] if i % 2 else [piece]))
 
 
-def _blocks(layers: Iterable[str]) -> Iterator[str]:
-    """One data block per layer, so that the page decodes only the layers that are viewed."""
-    for layer, heads in enumerate(layers):
-        yield f'<script type="text/plain" id="layer-{layer}">{heads}</script>\n'
+def _blocks(blocks: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Data blocks of (id, base64): one per layer, so that the page decodes only the layers that are viewed."""
+    for name, packed in blocks:
+        yield f'<script type="text/plain" id="{name}">{packed}</script>\n'
 
 
 def _policy(style: str, script: str) -> str:

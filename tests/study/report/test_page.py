@@ -20,9 +20,10 @@ from folders import byte_tokenizer, tiny_folder
 from llama_ref.generation import Llama
 from llama_ref.study.attention import attention_pattern
 from llama_ref.study.logit_lens import logit_lens, predict
-from llama_ref.study.overview import overview
+from llama_ref.study.overview import Overview, overview
 from llama_ref.study.report.writer import write_report
 from llama_ref.tokenizer import Tokenizer
+from study.pictured import IMAGE, picture, random_vision_model
 
 CAPITAL = "The capital of France is"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -687,3 +688,98 @@ def test_a_single_token_has_a_page(open_page, peaked, tmp_path):
     with open_page(write(peaked, [256], tmp_path)) as page:
         assert page.locator("#lead").inner_text().startswith("What the model makes of a text of one token")
         assert shown_shares(page) == [1.0]
+
+
+# ---- the image
+
+
+@pytest.fixture(scope="module")
+def found_in_image() -> Overview:
+    return overview(random_vision_model(), [65, IMAGE, 66, 67, 68], ids=range(256), image=picture(112, 56))
+
+
+@pytest.fixture(scope="module")
+def seeing(found_in_image, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("seeing")
+    write_report(found_in_image, Tokenizer(byte_tokenizer(folder / "bytes")), folder / "page.html", model_name="Seeing")
+    return folder / "page.html"
+
+
+def image_shares(page: Any) -> tuple[list[str], list[float]]:
+    """Names and shares of the list beside the image."""
+    rows = page.locator("#image-shares .bars")
+    names = rows.locator("> span:nth-child(3n + 1)").all_inner_texts()
+    return names, [percent(share) for share in rows.locator(".share").all_inner_texts()]
+
+
+def test_the_image_is_shaded_where_the_selected_token_looks(open_page, seeing, found_in_image):
+    image = found_in_image.image
+    with open_page(seeing) as page:
+        page.wait_for_selector("#image-shares h3")
+        assert page.locator("#image-shares h3").inner_text() == "D @4 looks at"
+        names, shares = image_shares(page)
+        patches, places = image.patches[:, 4].mean(0), torch.arange(6)
+        strongest = patches.flatten().sort(descending=True)
+        middles = [image.center(*divmod(i, 8)) for i in strongest.indices[:6].tolist()]
+        assert names[:6] == [f"at ({x:.0f}, {y:.0f})" for x, y in middles]
+        assert names[6:] == ["other patches", "class tokens", "beside the image"]
+        assert shares[:6] == pytest.approx(strongest.values[places].tolist(), abs=0.006)
+        rest = [float(strongest.values[6:].sum()), float(image.class_tokens[:, 4].mean()), float(image.beside[:, 4].mean())]
+        assert shares[6:] == pytest.approx(rest, abs=0.006)
+
+
+def test_another_layer_and_token_of_the_image_can_be_chosen(open_page, seeing, found_in_image):
+    image = found_in_image.image
+    with open_page(seeing) as page:
+        page.wait_for_selector("#image-shares h3")
+        options = page.locator("#image-layer option").all_inner_texts()
+        assert options == ["mean over layers", "cross layer 0 (before layer 1)", "cross layer 1 (before layer 3)"]
+        painted = page.locator("#image-picture canvas").evaluate("(canvas) => canvas.toDataURL()")
+        page.locator("#image-layer").select_option("2")
+        assert page.locator("#image-picture canvas").evaluate("(canvas) => canvas.toDataURL()") != painted
+        assert image_shares(page)[1][0] == pytest.approx(float(image.patches[1, 4].max()), abs=0.006)
+        page.locator("#image-looks .chip").nth(2).hover()
+        assert page.locator("#image-shares h3").inner_text() == "B @2 looks at"
+        assert image_shares(page)[1][0] == pytest.approx(float(image.patches[1, 2].max()), abs=0.006)
+        page.locator("#image-looks .chip").nth(0).hover()
+        assert "It does not see the image." in page.locator("#image-shares").inner_text()
+        page.locator("#image-looks .chip").nth(3).click()
+        assert page.locator("#selected").inner_text() == "C @3"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_patch_that_is_looked_at_is_stronger_in_the_picture(open_page, tmp_path, found_in_image, scheme):
+    """One patch has all the attention: only its part of the canvas has another colour than the pale image."""
+    image = found_in_image.image
+    only = torch.zeros_like(image.patches)
+    only[:, 1:, 1, 6] = 1
+    grey = torch.full_like(image.pixels, 128)
+    found = replace(found_in_image, image=replace(image, patches=only, pixels=grey))
+    write_report(found, Tokenizer(byte_tokenizer(tmp_path / "bytes")), tmp_path / "page.html", model_name="Seeing")
+    with open_page(tmp_path / "page.html", scheme=scheme) as page:
+        page.wait_for_selector("#image-shares h3")
+        colours = page.locator("#image-picture canvas").evaluate(
+            """(canvas) => {
+                const { width, height } = canvas;
+                const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+                return Array.from({ length: 32 }, (_, i) => {
+                    const [x, y] = [((i % 8) + 0.5) * width / 8, (Math.floor(i / 8) + 0.5) * height / 4].map(Math.floor);
+                    return data.slice(4 * (y * width + x), 4 * (y * width + x) + 3).join();
+                });
+            }"""
+        )
+        differing = [i for i, colour in enumerate(colours) if colour != colours[0]]
+        assert differing == [8 + 6]
+
+
+def test_a_page_of_a_text_alone_has_no_image(open_page, paris):
+    with open_page(paris) as page:
+        assert page.locator("#image, #image-link").count() == 0
+
+
+def test_the_image_is_a_part_of_the_logit(open_page, seeing):
+    with open_page(seeing) as page:
+        assert "the image" in page.locator("#sum").inner_text()
+        assert page.locator("#by-layer rect.cross").count() == 2
+        page.locator("#strip .chip").nth(1).hover()
+        assert "An image stands here, which no token foretells." in card(page)

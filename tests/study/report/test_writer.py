@@ -9,17 +9,19 @@ import math
 import os
 import re
 import sys
+import zlib
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from conftest import REPOSITORY, parsed
-from folders import tiny_folder
+from folders import byte_tokenizer, tiny_folder
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
@@ -27,12 +29,16 @@ from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
+from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.logit_lens import logit_lens, predict, residual_points
 from llama_ref.study.overview import MOST_TOKENS, overview
 from llama_ref.study.report import packing, writer
+from llama_ref.study.report.image_packing import pack_image
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.report.writer import check_report, write_report
 from llama_ref.study.residual import residual_stream
+from llama_ref.tokenizer import Tokenizer
+from study.pictured import IMAGE, picture, random_vision_model
 
 lens = importlib.import_module("llama_ref.study.logit_lens")  # the package has a function of that name
 
@@ -445,3 +451,47 @@ def test_what_makes_no_sense_is_refused_before_the_model_runs(peaked, monkeypatc
     monkeypatch.setattr(peaked.model, "hidden", run)
     with pytest.raises(RequestError, match=message):
         overview(peaked.model, tokens, **options)
+
+
+# ---- images
+
+
+def test_a_page_has_the_image_and_the_shares_of_its_patches(tmp_path):
+    model, tokens, image = random_vision_model(), [5, IMAGE, 7, 8], picture(130, 60)
+    found = overview(model, tokens, ids=range(256), image=image)
+    write_report(found, Tokenizer(byte_tokenizer(tmp_path / "bytes.model")), tmp_path / "page.html", model_name="Seeing")
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    data, seen = page.data["image"], found.image
+    assert (data["width"], data["height"], data["size"]) == (130, 60, [130, 60])
+    assert (data["rows"], data["columns"]) == seen.patches.shape[2:] and data["before"] == [1, 3]
+    assert data["positions"] == data["seen_by"] == [1, 2, 3]
+    close(data["class_tokens"], seen.class_tokens)
+    close(data["beside"], seen.beside)
+    blocks = {attributes["id"]: text for attributes, text in page.scripts if "image" in (attributes.get("id") or "")}
+    assert list(blocks) == ["image-pixels", "image-layer-0", "image-layer-1"]
+    raw = {name: np.frombuffer(zlib.decompress(base64.b64decode(text)), "u1") for name, text in blocks.items()}
+    grey = np.asarray(image).mean(-1).round()
+    assert np.array_equal(raw["image-pixels"].reshape(60, 130), grey)
+    for layer in (0, 1):
+        packed = torch.from_numpy(raw[f"image-layer-{layer}"].astype("f4")).view(3, data["rows"], data["columns"])
+        shares = (packed / 255) ** 2 * torch.tensor(data["largest"][layer])[:, None, None]
+        largest = seen.patches[layer, 1:].max()
+        torch.testing.assert_close(shares, seen.patches[layer, 1:], atol=float(largest) / 250, rtol=0)
+    assert page.data["vocabulary"][str(IMAGE)][0] == "<|image|>"
+    assert page.data["predictions"]["probability"][1] is None
+    assert dict(map(tuple, page.data["attribution"]["cross"])) == pytest.approx(found.attribution.cross, rel=1e-4)
+
+
+def test_a_page_keeps_the_last_tokens_of_a_long_text_and_a_smaller_image():
+    patches = torch.rand(2, 200, 5, 4, generator=torch.Generator().manual_seed(0))
+    pixels = torch.zeros(700, 1000, 3, dtype=torch.uint8)
+    none = torch.zeros(2, 200)
+    packed = pack_image(ImageAttention(list(range(200)), [1, 3], None, pixels, (1, 1), patches, none, none))
+    assert packed.positions == list(range(72, 200)) and packed.size == (334, 234) and packed.largest.shape == (2, 128)
+    assert len(zlib.decompress(packed.layers[0])) == 128 * 20 and len(zlib.decompress(packed.pixels)) == 334 * 234
+
+
+def test_a_page_without_an_image_has_none(llama, tmp_path):
+    page = written(llama, [256, 84], tmp_path)
+    assert page.data["image"] is None and page.data["attribution"]["cross"] == []
+    assert not [attributes for attributes, _ in page.scripts if (attributes.get("id") or "").startswith("image")]

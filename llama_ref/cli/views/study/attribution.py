@@ -39,7 +39,7 @@ def _by_layer(found: Attribution) -> Table:
     layers = list(zip(found.heads.sum(-1).tolist(), found.ffns.tolist(), strict=True))
     longest = max(abs(heads + ffn) for heads, ffn in layers)
     for layer, (heads, ffn) in enumerate(layers):
-        so_far += heads + ffn
+        so_far += heads + ffn + found.cross.get(layer, 0)
         table.add_row(str(layer), signed(heads), signed(ffn), signed(so_far), bar(heads + ffn, longest))
     return table
 

@@ -38,6 +38,7 @@ firstHead();
 startTokens();
 startLens();
 startAttention();
+startImage();
 startAttribution();
 startNorms();
 startPaper();

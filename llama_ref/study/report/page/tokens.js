@@ -95,6 +95,9 @@ function startTokens() {
   const scale = scales.logarithmic(1e-4);
 
   function expected(position) {
+    if (probability[position] === null && labelOf(data.tokens[position]) === "<|image|>") {
+      return [quiet("An image stands here, which no token foretells.")];
+    }
     if (position === 0) return [quiet("The first token: nothing stands before it to foretell it.")];
     return [
       make("p", {}, `had probability ${percent(probability[position])}, rank ${whole(rank[position])}`),

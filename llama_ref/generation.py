@@ -350,6 +350,7 @@ class Llama:
         of the answer.
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
+        _image_rows([images or ()], 1)
         ids = self.encode(prompt, special_tokens=special_tokens, n_images=len(images or ()))
         if is_dialog(prompt):
             if images:

@@ -66,6 +66,8 @@ class Session:
         """
         self._settle()
         message: Message = {"role": "user", "content": text}
+        if not isinstance(images, list | tuple):
+            raise RequestError(f"images is {images!r:.60}, expected a list of images")
         if images:
             items: list[ContentItem] = [{"type": "image", "image": image} for image in images]
             message["content"] = [*items, {"type": "text", "text": text}]

@@ -204,6 +204,14 @@ def test_only_users_show_images(llama):
         llama.chat_completion([[{"role": "system", "content": item}, {"role": "user", "content": "b"}]], **GREEDY)
 
 
+@pytest.mark.parametrize("images", ["a.png", A, 7])
+def test_one_image_is_a_list_too(llama, images):
+    with pytest.raises(RequestError, match="expected a list of images"):
+        llama.stream("Hi", images=images)
+    with pytest.raises(RequestError, match="expected a list of images"):
+        Session(llama).say("Hi", images)
+
+
 def test_a_dialog_has_its_images_itself(llama):
     with pytest.raises(RequestError, match="leave out images"):
         llama.stream(dialog({"type": "text", "text": "a"}), images=[A])

@@ -391,7 +391,12 @@ OTHER_MODELS = {  # changes of config.json, the tokenizer if it is another, and 
     **{method: ({"quantization_config": {"quant_method": method}}, None, method) for method in QUANTIZED},
     "mistral": ({"model_type": "mistral", "sliding_window": 4096}, SENTENCEPIECE, "'mistral', expected \"llama\""),
     "qwen2": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, None, "'qwen2', expected \"llama\""),
-    "mllama": ({"model_type": "mllama", "hidden_size": None, "text_config": {"dim": 8}}, None, "a vision model"),
+    "llama4": ({"model_type": "llama4", "hidden_size": None, "text_config": {"dim": 8}}, None, "'llama4', expected \"llama\""),
+    "another mllama": (
+        {"model_type": "mllama", "architectures": None, "vision_config": {"patch_size": 16}},
+        None,
+        '"vision_config.patch_size" is 16, expected 14',
+    ),
     "linear RoPE": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None, "uses no other RoPE scaling"),
     "Llama 2": ({"rope_theta": None}, SENTENCEPIECE, "a Llama 2 has no rope_theta"),
     "Llama's shape with Llama 2's tokens": ({}, SENTENCEPIECE, "SentencePiece-style vocabulary"),

@@ -177,7 +177,9 @@ def calling(*calls) -> dict:
         ([{"content": "x"}], "a string as its 'role'; it has only .'content'"),
         ([{"role": "user"}], "a string as its 'content'; it has only .'role'"),
         ([{"role": "user", "content": None}], "'content'; it is None"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "'content'; it is "),
+        ([{"role": "user", "content": []}], "'content'; it is "),
+        ([{"role": "user", "content": [{"type": "text"}]}], "needs its 'text'"),
+        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "this model reads no images"),
         ([{"role": ["user"], "content": "x"}], "'role'; it is "),
         ([{"role": "human", "content": "x"}], "unknown role 'human'.* system, user, assistant, tool, ipython"),
         (

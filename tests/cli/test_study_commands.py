@@ -293,7 +293,10 @@ def photo(tmp_path_factory) -> str:
 
 def test_attention_shows_where_in_an_image_each_token_looks(run, seeing, photo):
     code, out, err = run("attention", seeing, "ab", "--image", photo)
-    assert (code, err) == (0, "") and "image of 100 × 50 pixels; mean over the cross-attention layers" in out
+    assert (code, err) == (
+        0,
+        "encoding an image of 2 tiles\n",
+    ) and "image of 100 × 50 pixels; mean over the cross-attention layers" in out
     rows = re.findall(
         r"^ (\S+)@(\d) +[\d.]+% +[\d.]+%  (?:\(\d+, \d+\) [\d.]+%  ){3}\(\d+, \d+\) [\d.]+% *$", out, re.MULTILINE
     )

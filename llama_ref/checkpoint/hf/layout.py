@@ -7,17 +7,19 @@ positions repeat their vectors (tile_tables.py).
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from llama_ref.args import N_LEARNABLE, PATCH_SIZE, ModelArgs
-from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.hf.bitsandbytes import name_in_files
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name, is_rotated, to_hf_rope
 from llama_ref.checkpoint.hf.tile_tables import from_grid_rows, table_shape, to_grid_rows
 from llama_ref.checkpoint.meta_quantized.kinds import Kind, tensors_of
 from llama_ref.checkpoint.shapes import EMBEDDING, LEARNABLE, Expected, Shape, expected_shapes
+
+if TYPE_CHECKING:  # `verify` reads names and shapes, and does not wait for torch
+    from torch import Tensor
+
+    from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 
 PATCHES = "vision_model.vision_encoder.conv1._linear.weight"
 CHANNELS = 3
@@ -35,7 +37,7 @@ def tensors_in_files(args: ModelArgs, kind: Kind = Kind.PLAIN) -> dict[str, Expe
     }
 
 
-def under_metas_names(stored: Mapping[str, Tensor], args: ModelArgs, kind: Kind) -> dict[str, Tensor]:
+def under_metas_names(stored: "Mapping[str, Tensor]", args: ModelArgs, kind: Kind) -> "dict[str, Tensor]":
     """A folder's tensors under Meta's names, strangers under their own; still in their form in the files."""
     if not args.has_vision:
         ours = {name_in_files(name): name for name in tensors_of(args, kind)}
@@ -47,7 +49,7 @@ def under_metas_names(stored: Mapping[str, Tensor], args: ModelArgs, kind: Kind)
     return tensors
 
 
-def from_hf(name: str, stored: Tensor, args: ModelArgs) -> Tensor:
+def from_hf(name: str, stored: "Tensor", args: ModelArgs) -> "Tensor":
     """A tensor, or rows of whole heads of one, in Meta's form: a view, or a copy where order or size differ.
 
     Raises CheckpointError as `from_grid_rows` does.
@@ -62,17 +64,19 @@ def from_hf(name: str, stored: Tensor, args: ModelArgs) -> Tensor:
     return stored
 
 
-def to_hf(tensors: Sequence[LazyTensor], args: ModelArgs) -> list[LazyTensor]:
+def to_hf(tensors: "Sequence[LazyTensor]", args: ModelArgs) -> "list[LazyTensor]":
     """A model's whole tensors, to be written under Hugging Face's names and in its form."""
     learnable = next((tensor for tensor in tensors if tensor.name == LEARNABLE), None)
     return [_to_hf(tensor, learnable, args) for tensor in tensors if tensor is not learnable]
 
 
-def _to_hf(tensor: LazyTensor, learnable: LazyTensor | None, args: ModelArgs) -> LazyTensor:
+def _to_hf(tensor: "LazyTensor", learnable: "LazyTensor | None", args: ModelArgs) -> "LazyTensor":
     name = tensor.name
 
-    def blocks() -> Iterator[Tensor]:
+    def blocks() -> "Iterator[Tensor]":
         if is_tile_table(name):
+            import torch
+
             yield from to_grid_rows(torch.cat(list(tensor.blocks())))
             return
         for rows in tensor.blocks():

@@ -7,11 +7,12 @@ the third of the second row among four tiles, are not in these tables.
 """
 
 from collections.abc import Iterator
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from llama_ref.errors import CheckpointError
+
+if TYPE_CHECKING:  # `verify` needs the shapes alone, and does not wait for torch
+    from torch import Tensor
 
 Grid = tuple[int, int]  # rows and columns
 
@@ -27,7 +28,7 @@ def table_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return 1 + len(tile_grids(n)), n * tokens * width
 
 
-def to_grid_rows(table: Tensor) -> Iterator[Tensor]:
+def to_grid_rows(table: "Tensor") -> "Iterator[Tensor]":
     """The rows (1, n · P · W) of Hugging Face's form of a table (n, n, P, W), one at a time."""
     n, _, *vector = table.shape
     yield table.new_zeros(1, n, *vector).flatten(1)
@@ -37,27 +38,29 @@ def to_grid_rows(table: Tensor) -> Iterator[Tensor]:
         yield row.flatten(1)
 
 
-def in_grids(table: Tensor) -> Tensor:
+def in_grids(table: "Tensor") -> "Tensor":
     """A copy of a table (n, n, P, W) with zeros for places that no grid has."""
-    out = torch.zeros_like(table)
+    out = table.new_zeros(table.shape)
     for rows, columns in tile_grids(len(table)):
         out[:rows, :columns] = table[:rows, :columns]
     return out
 
 
-def from_grid_rows(name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+def from_grid_rows(name: str, stored: "Tensor", shape: tuple[int, ...]) -> "Tensor":
     """A table (n, n, P, W) from Hugging Face's form, with zeros for places that no grid has.
 
     Raises CheckpointError if its rows are not all made of the same vectors, as after training each
     on its own.
     """
+    import torch
+
     n, grids = shape[0], tile_grids(shape[0])
     table = stored.new_zeros(shape)
     for (rows, columns), row in zip(grids, stored[1:], strict=True):
         vectors = row.view(n, *shape[2:])
         table[:rows, :columns] = vectors[: rows * columns].unflatten(0, (rows, columns))
     for number, row in enumerate(to_grid_rows(table)):
-        if number and not torch.equal(row.view(torch.uint8), stored[number : number + 1].view(torch.uint8)):
+        if number and not row.view(torch.uint8).equal(stored[number : number + 1].view(torch.uint8)):
             rows, columns = grids[number - 1]
             raise CheckpointError(
                 f"{name} has another vector for a tile in the grid of {rows} × {columns} tiles than in other grids, or one for "

@@ -158,7 +158,7 @@ def test_notes(run, words, note):
     [
         (("nonsense",), "no checkpoint at nonsense"),
         (("Llama3.1-8c",), r"did you mean Llama3\.1-8B"),
-        (("Llama3.2-11B-Vision",), "is a vision release"),
+        (("Llama-Guard-3-1B:int4",), "is an ExecuTorch program"),
         (("Llama3.1-8B", "--gpu_memory", "0"), "gpu_memory is 0"),
         (("Llama3.1-8B", "--gpu_memory", "80GB"), "gpu_memory is '80GB'"),
         (("Llama3.1-8B", "--gpu_memory"), "--gpu_memory needs a value: --gpu_memory NUMBER"),

@@ -1,8 +1,12 @@
 """The images of the texts that a study runs: checked, cut into tiles, and shown to a pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from torch import Tensor
 
 from llama_ref.compiled.caches import new_cache
@@ -10,7 +14,7 @@ from llama_ref.decoding.image_prompts import show_images
 from llama_ref.decoding.row import Row
 from llama_ref.errors import RequestError
 from llama_ref.images import Tiles, load_tiles
-from llama_ref.kv_cache import KVCache
+from llama_ref.kv_cache import ImageKeys, KVCache
 from llama_ref.model import Transformer
 from llama_ref.vision import VisionTransformer
 
@@ -54,8 +58,52 @@ def cache_showing(model: Transformer, texts: Sequence[Tensor], images: Sequence[
         return None
     rows = [Row(text.tolist(), 0, own) for text, own in zip(texts, images, strict=True)]
     cache = new_cache(model, len(texts), max(map(len, texts)))
-    show_images(model, rows, cache, 0)
+    kept = _kept.get()
+    cache.images = next((one.keys for one in kept or [] if one.is_of(model, rows)), None)
+    if cache.images is None:
+        show_images(model, rows, cache, 0)
+        if kept is not None and cache.images is not None:
+            kept.append(_Encoded(model, rows, cache.images))
     return cache
+
+
+@contextmanager
+def encoding_once() -> Iterator[None]:
+    """In the block, studies of the same texts with the same images encode these once.
+
+    The model must not change meanwhile.
+    """
+    kept = _kept.get()
+    token = _kept.set([] if kept is None else kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Texts whose images have been encoded."""
+
+    model: Transformer
+    rows: Sequence[Row]
+    keys: ImageKeys
+
+    def is_of(self, model: Transformer, rows: Sequence[Row]) -> bool:
+        return model is self.model and len(rows) == len(self.rows) and all(map(_are_same, rows, self.rows))
+
+
+_kept: ContextVar[list[_Encoded] | None] = ContextVar("_kept", default=None)
+
+
+def _are_same(a: Row, b: Row) -> bool:
+    """Whether two rows have the same text and images."""
+    images = zip(a.images, b.images, strict=False)
+    return (
+        a.prompt == b.prompt
+        and len(a.images) == len(b.images)
+        and all(one.grid == other.grid and torch.equal(one.pixels, other.pixels) for one, other in images)
+    )
 
 
 def _rows(images: Images | None, n_texts: int) -> "list[list[ImageSource]]":

@@ -16,7 +16,7 @@ from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.attention import AttentionSummary, attention_pattern, summarize_attention
 from llama_ref.study.attribution import Attribution, attribute
 from llama_ref.study.image_attention import ImageAttention, image_attention
-from llama_ref.study.images import Images
+from llama_ref.study.images import Images, encoding_once
 from llama_ref.study.inputs import check_token, one_row
 from llama_ref.study.logit_lens import LogitLens, Predictions, block_ends, check_top, logit_lens, predict, residual_points
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
@@ -56,6 +56,7 @@ class Overview:
 
 
 @torch.no_grad()
+@encoding_once()
 def overview(
     model: Transformer,
     tokens: Sequence[int] | Tensor,

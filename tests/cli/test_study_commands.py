@@ -337,7 +337,8 @@ def test_pictures_of_attention_to_an_image(run, seeing, photo, tmp_path):
 
 def test_the_lens_shows_an_image_to_the_model(run, seeing, photo, tmp_path):
     words = ("lens", seeing, "ab", "--target", "c")
-    code, shown, _ = run(*words, "--image", photo, "--out", str(tmp_path / "a.html"), "--png", str(tmp_path / "png"))
+    code, shown, err = run(*words, "--image", photo, "--out", str(tmp_path / "a.html"), "--png", str(tmp_path / "png"))
+    assert err.count("encoding an image") == 1
     assert code == 0 and shown.startswith("<|begin_of_text|>│<|image|>│a│b\n") and shown != run(*words)[1]
     assert '"image":{"width":100,"height":50' in (tmp_path / "a.html").read_text(encoding="utf-8")
     names = ("attention", "attribution", "image", "image-layers", "lens", "norms", "pattern", "target")

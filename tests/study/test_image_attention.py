@@ -10,6 +10,7 @@ from llama_ref import study
 from llama_ref.errors import RequestError
 from llama_ref.images import tiles_of
 from llama_ref.study.image_attention import image_attention
+from llama_ref.study.images import encoding_once
 from random_models import random_model
 from study.pictured import ARGS, IMAGE, TILE, picture, random_vision_model
 
@@ -144,3 +145,35 @@ def test_an_overview_has_the_image(model):
     (expected,) = image_attention(model, TEXT, [image])
     assert torch.equal(found.image.patches, expected.patches)
     assert study.overview(model, [5, 7]).image is None
+
+
+def test_an_overview_encodes_its_image_once(model):
+    with study.recording(model, "vision.tokens") as record:
+        found = study.overview(model, TEXT, image=picture(100, 50))
+    assert sum("vision.tokens" in each for each in record.traces) == 1 < len(record.traces)
+    with study.recording(model, "vision.tokens") as record:
+        other = study.overview(model, TEXT, image=picture(100, 50, seed=1))
+    assert sum("vision.tokens" in each for each in record.traces) == 1
+    assert not torch.equal(found.image.patches, other.image.patches)
+
+
+def test_images_are_kept_for_the_same_texts_of_the_same_model_alone(model):
+    """Nested blocks share what they keep; nothing is kept afterwards."""
+    other_model, image = random_vision_model(seed=1), picture(100, 50)
+
+    def encoded(own_model, tokens: list[int], own_image: Image.Image) -> int:
+        with study.recording(own_model, "vision.tokens") as record:
+            kept = study.predict(own_model, tokens, images=[own_image])
+        expected = study.trace(own_model, tokens, "logits", images=[own_image])["logits"][0].softmax(-1)
+        torch.testing.assert_close(kept.top_probabilities, expected.topk(5).values)
+        return sum("vision.tokens" in each for each in record.traces)
+
+    with encoding_once():
+        with encoding_once():
+            assert encoded(model, TEXT, image) == 1
+        assert encoded(model, TEXT, image) == 0
+        assert encoded(model, [5, 6, IMAGE, 7], image) == 1
+        assert encoded(model, TEXT, picture(100, 50, seed=1)) == 1
+        assert encoded(model, TEXT, picture(50, 100)) == 1
+        assert encoded(other_model, TEXT, image) == 1
+    assert encoded(model, TEXT, image) == 1

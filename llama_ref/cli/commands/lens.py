@@ -49,6 +49,7 @@ def lens(
     from llama_ref.cli.terminal import note
     from llama_ref.cli.views.study.lens import print_lens
     from llama_ref.study import figures
+    from llama_ref.study.images import encoding_once
     from llama_ref.study.inputs import prompt_tokens
     from llama_ref.study.logit_lens import logit_lens
     from llama_ref.study.report.writer import write_report
@@ -58,13 +59,14 @@ def lens(
         check_image(open_folder(name).read_args(), image)
     llama = open_to_study(name, loading, prompt=prompt, target=target)
     tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens, has_image=image is not None)
-    wanted = None if target is None else first_token(llama, "target", target, tokens, image)
-    seen = None if out is None and png is None else _overview(llama, tokens, wanted, top, image)
+    positions, images = None if json else [-1], None if image is None else [image]
+    with encoding_once():
+        wanted = None if target is None else first_token(llama, "target", target, tokens, image)
+        seen = None if out is None and png is None else _overview(llama, tokens, wanted, top, image)
+        found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions, images=images)
     if seen is not None and out is not None:
         write_report(seen, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
         note(f"wrote {out}: open it in a browser")
-    positions, images = None if json else [-1], None if image is None else [image]
-    found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions, images=images)
     print_lens(found, llama.tokenizer, as_json=json)
     if seen is not None and png is not None:  # last: without matplotlib all else is done
         figures.check_pictures(png)

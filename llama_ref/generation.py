@@ -350,13 +350,13 @@ class Llama:
         of the answer.
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
-        _image_rows([images or ()], 1)
-        ids = self.encode(prompt, special_tokens=special_tokens, n_images=len(images or ()))
+        own = _image_rows(None if images is None else [images], 1)[0]
+        ids = self.encode(prompt, special_tokens=special_tokens, n_images=len(own))
         if is_dialog(prompt):
-            if images:
+            if own:
                 raise RequestError("a dialog has its images in its messages: leave out images")
-            images = images_in(cast(Dialog, prompt))
-        rows = self._start([ids], [images or ()], max_gen_len)
+            own = images_in(cast(Dialog, prompt))
+        rows = self._start([ids], [own], max_gen_len)
         if cache is not None and (len(cache.lengths) != 1 or cache.max_seq_len < rows[0].total_len):
             raise RequestError(
                 f"the cache has {len(cache.lengths)} rows of {cache.max_seq_len:,} tokens, but prompt and answer need one "
@@ -369,7 +369,8 @@ class Llama:
         """Token ids of a text (after begin-of-text and places for images), of a dialog to answer, or as given.
 
         `special_tokens`: `<|eot_id|>` and the like in a text are special tokens, and a text that begins
-        with begin-of-text gets no second one. Otherwise they are encoded as plain text, with a warning.
+        with begin-of-text gets no second one; `<|image|>` is an image's place, and no other is added then.
+        Otherwise they are encoded as plain text, with a warning.
         """
         if isinstance(prompt, str):
             return self._encode_text(prompt, special_tokens, n_images)
@@ -389,9 +390,12 @@ class Llama:
             if self.image_id is None:
                 raise _no_images()
             ids = self._encode_text(text, special_tokens)
-            return [bos, *[self.image_id] * n_images, *ids[1:]]
+            return ids if self.image_id in ids else [bos, *[self.image_id] * n_images, *ids[1:]]
         if special_tokens:
             ids = self.tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
+            if self.image_id is not None:  # the tokenizer has another id for it
+                place = self.tokenizer.vocabulary.special_id("<|image|>")
+                ids = [self.image_id if token == place else token for token in ids]
             return ids if ids[:1] == [bos] else [bos, *ids]
         ids = self.tokenizer.encode(text, bos=True, eos=False)
         if spelled := self.tokenizer.special_in(text):

@@ -3,6 +3,7 @@
 Needs Pillow: `pip install "llama-ref[vision]"`.
 """
 
+import contextlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,16 @@ Size = tuple[int, int]  # width and height
 # Formats that Pillow reads by itself: others start programs (EPS) or are containers (PDF).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 FILE_LIMIT_BYTES = 256 << 20
+ORIENTATION = 0x0112  # EXIF's tag, and what turns an image upright, by its value
+UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 OTHERWISE = 'pip install "llama-ref[vision]", or pip install pillow'
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the values from 0 to 1 that the encoder was trained on
@@ -55,7 +66,8 @@ def open_image(source: "ImageFile") -> "Image.Image":
     """
     image_module = _pillow()
     if isinstance(source, image_module.Image):
-        return _in_rgb(source, "the image")
+        with _refusing_damage("the image"):  # it may be read only now
+            return _in_rgb(source, "the image")
     if isinstance(source, bytes | bytearray | memoryview):
         return _decoded(bytes(source), f"the image of {len(source):,} bytes")
     if not isinstance(source, str | Path):
@@ -137,25 +149,37 @@ def _pillow() -> Any:
 def _decoded(data: bytes, name: str) -> "Image.Image":
     """A file's content as an upright RGB image."""
     image_module = _pillow()
-    from PIL import ImageOps
-
     image_module.init()
     formats = [each for each in FORMATS if each in image_module.OPEN]  # Pillow may be built without some
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", image_module.DecompressionBombWarning)  # of large ones; the error is of the largest
+    with _refusing_damage(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large images, whose error is of the largest alone, and of odd EXIF data
+        try:
             image = image_module.open(io.BytesIO(data), formats=formats)
+        except image_module.UnidentifiedImageError as error:
+            known = ", ".join(formats)
+            raise RequestError(f"{name} is not an image that can be read here ({known}): save it as PNG or JPEG") from error
         image.load()
-        return _in_rgb(ImageOps.exif_transpose(image), name)
-    except image_module.DecompressionBombError as error:
-        raise RequestError(f"{name} has too many pixels ({error}): make it smaller") from error
-    except image_module.UnidentifiedImageError as error:
-        known = ", ".join(formats)
-        raise RequestError(f"{name} is not an image that can be read here ({known}): save it as PNG or JPEG") from error
+        turn = UPRIGHT.get(_orientation(image))
+        return _in_rgb(image if turn is None else image.transpose(image_module.Transpose[turn]), name)
+
+
+def _orientation(image: "Image.Image") -> int:
+    """How a file's EXIF data says its pixels lie; 1, upright, where that cannot be read."""
+    with contextlib.suppress(Exception):
+        return int(image.getexif().get(ORIENTATION, 1))
+    return 1
+
+
+@contextlib.contextmanager
+def _refusing_damage(name: str) -> Iterator[None]:
+    """Turn Pillow's errors into RequestError. Which it raises for damaged files is not documented: any."""
+    try:
+        yield
     except RequestError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError, OverflowError, TypeError, KeyError) as error:
-        # What Pillow raises for damaged files. Its list is not closed.
+    except _pillow().DecompressionBombError as error:
+        raise RequestError(f"{name} has too many pixels ({error}): make it smaller") from error
+    except Exception as error:
         raise RequestError(
             f"{name} cannot be decoded ({error}): it is damaged or incomplete; fetch or save it again"
         ) from error

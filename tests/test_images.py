@@ -67,6 +67,21 @@ def test_files_are_turned_upright_and_images_taken_as_they_are():
     assert open_image(image).size == (30, 20)
 
 
+def test_what_else_exif_data_says_does_not_matter():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "abc"
+    odd = encoded(noise(30, 20), "JPEG", exif=exif).replace(b"\x01\x0f\x00\x02", b"\x01\x01\x00\x02")
+    assert open_image(odd).size == (20, 30)
+
+
+def test_a_pillow_image_that_cannot_be_read_is_refused_too(tmp_path):
+    (tmp_path / "cut.png").write_bytes(encoded(noise(50, 50))[:2000])
+    with Image.open(tmp_path / "cut.png") as lazy, pytest.raises(RequestError, match="the image cannot be decoded"):
+        open_image(lazy)
+    with pytest.raises(RequestError, match="the image cannot be decoded"):
+        open_image(lazy)  # closed
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG of some bytes that says it has so many pixels."""
 
@@ -103,7 +118,8 @@ def test_what_is_no_image_is_refused(data, says, tmp_path):
 def test_damage_anywhere_is_refused_or_read():
     """No error but ours, whatever is in the file."""
     random = np.random.default_rng(0)
-    wholes = [encoded(noise(20, 20), form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")]
+    forms = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if "AVIF" in Image.SAVE else [])]
+    wholes = [encoded(noise(20, 20), form) for form in forms]
     for whole in wholes:
         for _ in range(60):
             damaged = bytearray(whole)

@@ -119,6 +119,17 @@ def test_images_that_do_not_fit_the_prompt_are_refused(llama, images, says):
         llama.generate([[BOS, IMAGE_ID, 70, IMAGE_ID]], images=images, **GREEDY)
 
 
+def test_an_images_place_may_be_spelled_as_a_special_token(llama):
+    ids = llama.encode("a<|image|>b", special_tokens=True)
+    assert ids == [BOS, ord("a"), IMAGE_ID, ord("b")]
+    assert llama.encode(llama.decode(ids), special_tokens=True) == ids
+    found = llama.text_completion(["a<|image|>b"], images=[[A]], special_tokens=True, **GREEDY)
+    expected, _ = llama.generate([ids], images=[[A]], **GREEDY)
+    assert found[0]["generation"] == llama.tokenizer.decode(expected[0])
+    with pytest.raises(RequestError, match="prompt 0 has 1 places for images"):
+        llama.text_completion(["a<|image|>b"], special_tokens=True)
+
+
 def test_ids_after_the_images_are_outside_the_vocabulary(llama):
     with pytest.raises(RequestError, match="the prompt has token 513"):
         llama.generate([[BOS, 513]], **GREEDY)
@@ -204,7 +215,7 @@ def test_only_users_show_images(llama):
         llama.chat_completion([[{"role": "system", "content": item}, {"role": "user", "content": "b"}]], **GREEDY)
 
 
-@pytest.mark.parametrize("images", ["a.png", A, 7])
+@pytest.mark.parametrize("images", ["a.png", A, 7, 0, "", torch.zeros(3)])
 def test_one_image_is_a_list_too(llama, images):
     with pytest.raises(RequestError, match="expected a list of images"):
         llama.stream("Hi", images=images)

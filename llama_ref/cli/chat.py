@@ -1,9 +1,11 @@
 """`llama-ref chat`: a conversation at the terminal, or through a pipe."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from llama_ref.cli.flags import did_you_mean
 from llama_ref.cli.terminal import note
@@ -97,8 +99,8 @@ def _line(prompt: str) -> str:
 
 def _answer(session: Session, text: str, images: list[str], options: dict, interactive: bool) -> str | None:
     """Print an answer and its speed; return a hint if other programs slowed it down. The images are used up."""
-    timing = Timing(session.say(text, images, **options))
-    images.clear()
+    shown, images[:] = list(images), []  # those of a message that is refused are dropped too
+    timing = Timing(session.say(text, shown, **options))
     try:
         for piece in timing:
             print(piece, end="", flush=True)
@@ -109,6 +111,14 @@ def _answer(session: Session, text: str, images: list[str], options: dict, inter
     print(flush=True)
     note(str(timing))
     return timing.hint(session.llama.device)
+
+
+def _as_pasted(path: str) -> str:
+    """A path as typed, or, where there is none, without the quotes and backslashes of a file dragged to a terminal."""
+    try:
+        return path if Path(path).expanduser().exists() else " ".join(shlex.split(path))
+    except (OSError, ValueError, RuntimeError):  # no path, a quote without its other half, an unknown home directory
+        return path
 
 
 def _command(session: Session, line: str, images: list[str]) -> str:
@@ -122,9 +132,9 @@ def _command(session: Session, line: str, images: list[str]) -> str:
         case "/help":
             return HELP
         case "/image":
-            if not rest:
+            path = _as_pasted(rest)
+            if not path:
                 raise RequestError("/image needs a file name")
-            path = rest[1:-1] if rest[0] == rest[-1] in ("'", '"') else rest  # as terminals paste a dragged file
             session.llama.load_tiles(path)
             images.append(path)
             return f"{len(images)} image{'s' if len(images) > 1 else ''} for the next message"
@@ -142,6 +152,7 @@ def _command(session: Session, line: str, images: list[str]) -> str:
             session.save(rest)
             return f"saved {len(session.dialog)} messages to {rest}"
         case "/load":
+            images.clear()
             session.load(rest)
             return f"loaded {len(session.dialog)} messages from {rest}"
     guess = did_you_mean(command, COMMANDS)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import exit_code
-from llama_ref.cli.chat import chat
+from llama_ref.cli.chat import _answer, chat
+from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.session import Session
 from vision_folders import noise, vision_folder
@@ -97,6 +98,7 @@ def test_a_reset_forgets_the_images_of_the_next_message(llama, files, monkeypatc
     ("line", "says"),
     [
         ("/image", "/image needs a file name"),
+        ("/image ''", "/image needs a file name"),
         ("/image nowhere.png", "cannot read the image"),
         ("/imag a", "did you mean /image?"),
     ],
@@ -105,6 +107,21 @@ def test_a_line_that_shows_no_image_is_explained_and_the_conversation_goes_on(ll
     session, _, err = talk(llama, [line, "Hi"], monkeypatch, capsys)
     assert says in err
     assert session.dialog[0]["content"] == "Hi"
+
+
+def test_an_image_that_is_gone_does_not_stop_the_conversation(llama, tmp_path):
+    session, images = Session(llama), [str(tmp_path / "gone.png")]
+    with pytest.raises(RequestError, match="cannot read the image"):
+        _answer(session, "What?", images, {}, False)
+    assert images == [] and session.dialog == []
+
+
+@pytest.mark.parametrize("typed", ['it\'s "1".png', 'it\\\'s\\ \\"1\\".png', """'it'"'"'s "1".png'"""])
+def test_a_file_may_be_typed_or_pasted(llama, typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    noise(50, 50).save('it\'s "1".png')
+    _, _, err = talk(llama, [f"/image {typed}"], monkeypatch, capsys)
+    assert "1 image for the next message" in err
 
 
 def test_a_text_model_refuses_an_image_and_the_conversation_goes_on(peaked, files, monkeypatch, capsys):

@@ -40,7 +40,7 @@ def print_image_attention(found: ImageAttention, tokenizer: Tokenizer, layer: in
     )
     if layer is None:
         before = ", ".join(map(str, found.before))
-        say(f"The cross-attention layers stand before layers {before}. --layer shows one of them, --head one head.")
+        say(f"The cross-attention layers stand before layers {before}. --layer (from 0) shows one of them, --head one head.")
 
 
 def _most(found: ImageAttention, patches: Tensor) -> str:

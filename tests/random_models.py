@@ -26,7 +26,8 @@ def random_model(args: ModelArgs, seed: int, *, tied: bool = False) -> Transform
 
 
 def as_int4_release(model: Transformer, *, rotates: bool = False, rank: int = 0, rounds_inputs: bool = True) -> None:
-    """Make the layers' matrices those of Meta's int4 releases, in groups of 32, in place."""
+    """Make the layers' matrices those of Meta's int4 releases, in groups of 32, in place; always the same adaptors."""
+    generator = torch.Generator().manual_seed(0)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "output"]
     for name in names:
         weight = model.get_parameter(f"{name}.weight")
@@ -35,7 +36,8 @@ def as_int4_release(model: Transformer, *, rotates: bool = False, rank: int = 0,
         matrix = Int4Linear(pack(((groups / scale[..., None]).round() + 8).to(torch.uint8)), scale)
         adaptor = None
         if rank:
-            a, b = torch.randn(rank, weight.shape[1]) * 0.1, torch.randn(weight.shape[0], rank) * 0.1
+            shapes = (rank, weight.shape[1]), (weight.shape[0], rank)
+            a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in shapes)
             adaptor = LowRank(a.to(weight.dtype), b.to(weight.dtype), 2.0)
         rotated = rotates and name.endswith("w2")
         release = MetaInt4Linear(matrix, rounds_inputs=rounds_inputs, rotates_inputs=rotated, adaptor=adaptor)

@@ -18,6 +18,7 @@ Role = Literal["system", "user", "assistant", "tool", "ipython"]
 StopReason = Literal["end_of_turn", "end_of_message", "out_of_tokens"]
 
 WRITTEN_ROLE = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython", "ipython": "ipython"}
+NO_IMAGES = "this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct"
 STOP_REASONS = ("end_of_turn", "end_of_message", "out_of_tokens")
 BUILTIN_ARGUMENT = {"brave_search": "query", "wolfram_alpha": "query", "photogen": "query", "code_interpreter": "code"}
 BUILTIN_CALL = re.compile(r'(brave_search|wolfram_alpha|photogen)\.call\(query="([^"]*)"\)')
@@ -152,7 +153,7 @@ class ChatFormat:
 
     def _image_id(self, message: Message) -> int:
         if self.image_id is None:
-            raise RequestError("this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct")
+            raise RequestError(NO_IMAGES)
         if message["role"] != "user":
             raise RequestError(f"only a user's message has images, this one's role is {message['role']!r}")
         return self.image_id

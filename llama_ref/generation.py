@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 import torch
 
 from llama_ref.args import ModelArgs
-from llama_ref.chat import ChatFormat, Dialog, Message, images_in
+from llama_ref.chat import NO_IMAGES, ChatFormat, Dialog, Message, images_in
 from llama_ref.checkpoint.fingerprint import fingerprint
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
@@ -388,7 +388,7 @@ class Llama:
         bos = self.tokenizer.bos_id
         if n_images:
             if self.image_id is None:
-                raise _no_images()
+                raise RequestError(NO_IMAGES)
             ids = self._encode_text(text, special_tokens)
             return ids if self.image_id in ids else [bos, *[self.image_id] * n_images, *ids[1:]]
         if special_tokens:
@@ -454,7 +454,7 @@ class Llama:
         rows = _image_rows(images, len(prompts))
         for number, (prompt, own) in enumerate(zip(prompts, rows, strict=True)):
             if own and self.image_id is None:
-                raise _no_images()
+                raise RequestError(NO_IMAGES)
             n_places = sum(token == self.image_id for token in prompt)
             if len(own) != n_places:
                 raise RequestError(
@@ -467,7 +467,7 @@ class Llama:
         """An image as the model's encoder takes it. Raises RequestError for what is no image."""
         args = self.model.args
         if args.vision_chunk_size is None:
-            raise _no_images()
+            raise RequestError(NO_IMAGES)
         return load_tiles(image, args.vision_chunk_size, args.vision_max_num_chunks)
 
     def _check_prompt(self, prompt: list[int]) -> None:
@@ -516,10 +516,6 @@ def is_dialog(prompt: str | list[int] | Dialog) -> bool:
         return False
     plain = plain_list(prompt)
     return not (plain and isinstance(plain[0], int))
-
-
-def _no_images() -> RequestError:
-    return RequestError("this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct")
 
 
 def _image_rows(images: Any, n_prompts: int) -> Sequence[Sequence["ImageSource"]]:

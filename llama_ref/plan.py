@@ -8,6 +8,7 @@ import bisect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from llama_ref.args import N_LEARNABLE, TOKENS_MULTIPLE, ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
@@ -205,6 +206,7 @@ def count_others(args: ModelArgs, share: Share = WHOLE) -> int:
     return norms + norms_and_gates + count_encoder(args) + share.is_first_stage * N_LEARNABLE * args.dim
 
 
+@lru_cache(maxsize=16)  # asked for every process of every layout
 def count_encoder(args: ModelArgs) -> int:
     """Weights of the vision encoder and its projection."""
     return sum(math.prod(shape) for name, shape in expected_shapes(args).items() if name.startswith(VISION))

@@ -114,7 +114,7 @@ def _answer(session: Session, text: str, images: list[str], options: dict, inter
 
 
 def _as_pasted(path: str) -> str:
-    """A path as typed, or, where there is none, without the quotes and backslashes of a file dragged to a terminal."""
+    """A path as typed; if no such file exists, without the quotes and backslashes that terminals add."""
     try:
         return path if Path(path).expanduser().exists() else " ".join(shlex.split(path))
     except (OSError, ValueError, RuntimeError):  # no path, a quote without its other half, an unknown home directory

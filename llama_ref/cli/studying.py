@@ -32,13 +32,12 @@ def open_to_study(name: str, options: WholeModel, **texts: str | None) -> "Llama
 
 
 def check_image(args: "ModelArgs", image: str) -> None:
-    """Raise RequestError if the model reads no images, or the file is none: before a long load."""
+    """Raise RequestError for a model that reads no images, or a file that is none: before a long load."""
+    from llama_ref.chat import NO_IMAGES
     from llama_ref.images import load_tiles
 
     if args.vision_chunk_size is None:
-        raise RequestError(
-            "--image is given, but this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct"
-        )
+        raise RequestError(f"--image is given, but {NO_IMAGES}")
     load_tiles(image, args.vision_chunk_size, args.vision_max_num_chunks)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from llama_ref.chat import NO_IMAGES
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.image_prompts import show_images
 from llama_ref.decoding.row import Row
@@ -48,7 +49,7 @@ def tiles_of_texts(model: Transformer, texts: Sequence[Tensor], images: Images |
 def check_reads_images(model: Transformer) -> VisionTransformer:
     """Return the model. Raises RequestError if it reads no images."""
     if not isinstance(model, VisionTransformer):
-        raise RequestError("this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct")
+        raise RequestError(NO_IMAGES)
     return model
 
 

@@ -80,26 +80,15 @@ def prompt_tokens(
     token <|image|>. Raises RequestError if the prompt is empty or too long.
     """
     check_not_empty(**{name: prompt})
-    tokens = llama.encode(prompt, special_tokens=special_tokens)
-    if has_image:
-        tokens = _with_place(llama, tokens)
+    tokens = llama.encode(prompt, special_tokens=special_tokens, n_images=int(has_image))
+    n_places = tokens.count(llama.image_id) if has_image and llama.image_id is not None else 0
+    if n_places > 1:
+        raise RequestError(f"the prompt has <|image|> {n_places} times, expected one place for the image")
     if len(tokens) > llama.max_seq_len:
         raise RequestError(
             f"the {name} has {len(tokens):,} tokens, but max_seq_len is {llama.max_seq_len:,}: shorten it, or raise max_seq_len"
         )
     return tokens
-
-
-def _with_place(llama: Llama, tokens: list[int]) -> list[int]:
-    """The ids with one image's place. Raises RequestError if several are marked."""
-    assert llama.image_id is not None
-    place = llama.tokenizer.vocabulary.special_id("<|image|>")
-    n_marked = tokens.count(place)
-    if n_marked > 1:
-        raise RequestError(f"the prompt has <|image|> {n_marked} times, expected one place for the image")
-    if not n_marked:
-        return [tokens[0], llama.image_id, *tokens[1:]]
-    return [llama.image_id if token == place else token for token in tokens]
 
 
 def first_token(tokenizer: Tokenizer, text: str, name: str = "target") -> tuple[int, str | None]:

@@ -7,7 +7,7 @@ compiling takes longer than everything else.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -24,12 +24,13 @@ from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
+from llama_ref.compiled.cuda_ops import linear, norm_swiglu
 from llama_ref.decoding.loop import prefill, steps
 from llama_ref.decoding.prompt_lookup import PromptLookup
 from llama_ref.decoding.row import Row
 from llama_ref.device import choose_dtype
 from llama_ref.generation import Llama
-from llama_ref.model import Transformer
+from llama_ref.model import RMSNorm, Transformer
 from llama_ref.quantization.apply import quantize_model, use_fast_kernels
 from llama_ref.quantization.fp8 import Fp8Linear
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
@@ -37,6 +38,7 @@ from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.session import Session
 from llama_ref.study import patch, scale, trace
 from random_models import as_int4_release, random_model
+from vision_folders import noise, vision_folder
 
 DEVICE = torch.device("cuda")
 pytestmark = [
@@ -221,6 +223,25 @@ def test_metas_int4_releases_compute_what_they_do_on_the_cpu(release, compiled):
     assert relative_error(found.cpu(), expected) < (0.02 if release.get("rounds_inputs", True) else 1e-4)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [2, 17, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("quantized", [Int8Linear.of, partial(Int4Linear.of, group=32), partial(Int4Linear.of, group=128)])
+def test_products_of_rows_are_fused_with_what_comes_after(quantized: Callable, dtype, rows):
+    torch.manual_seed(rows)
+    matrix = quantized(torch.randn(1000, 640) * 640**-0.5)
+    if isinstance(matrix, Int4Linear):
+        matrix.scale, matrix.zero = matrix.scale.to(dtype), matrix.zero.to(dtype)
+    exact = matrix.dequantize().double()
+    matrix, x, add = matrix.to(DEVICE), torch.randn(rows, 640, dtype=dtype), torch.randn(rows, 1000, dtype=dtype)
+    norm = RMSNorm(640, 1e-5).to(DEVICE, dtype)
+    y = x.double() @ exact.T
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    assert relative_error(linear(x.to(DEVICE), matrix, add=add.to(DEVICE)).cpu(), y + add) < tolerance
+    gate, up = (F.rms_norm(x.double(), (640,), eps=1e-5) @ exact.T).chunk(2, dim=-1)
+    assert relative_error(norm_swiglu(x.to(DEVICE), norm, matrix).cpu(), F.silu(gate) * up) < tolerance
+
+
 @pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("rounds_inputs", [True, False])
 def test_fp8_products_are_those_of_the_cpu(rows, rounds_inputs):
@@ -267,6 +288,23 @@ def test_conversations_and_seeds_give_the_cpus_text(folder, compiled):
             assert found == expected
     prompts = [[1, 2, 3] * 30, [4, 5]]
     assert on_cuda.generate(prompts, 30, seed=11) == on_cpu.generate(prompts, 30, seed=11)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory) -> Path:
+    return vision_folder(tmp_path_factory.mktemp("cuda") / "seeing")
+
+
+@EAGER_AND_COMPILED
+def test_text_about_images_is_the_cpus(seeing, compiled):
+    prompts, images = ["A", "BC", "no image"], [[noise(90, 40)], [noise(50, 50, 1), noise(112, 60, 2)], []]
+    options = {"images": images, "temperature": 0, "max_gen_len": 24, "logprobs": True}
+    expected = built(seeing, "cpu").text_completion(prompts, **options)
+    for _ in range(2):
+        found = built(seeing, DEVICE, compiled=compiled).text_completion(prompts, **options)
+        for row, other in zip(found, expected, strict=True):
+            assert row["generation"] == other["generation"]
+            torch.testing.assert_close(torch.tensor(row["logprobs"]), torch.tensor(other["logprobs"]), atol=2e-3, rtol=0)
 
 
 @EAGER_AND_COMPILED

@@ -49,6 +49,8 @@ def linear(x: Tensor, matrix: nn.Module, add: Tensor | None = None) -> Tensor:
     """x (N, K) times a matrix (M, K), plus `add` (N, M): (N, M)."""
     if _is_fused(x, matrix):
         return _matvec(x, matrix, residual=None if add is None else add[0])
+    if _is_matmul(x, matrix):
+        return _matmul(x, matrix, residual=add)
     if add is None:
         return matrix(x)
     if isinstance(matrix, nn.Linear) and x.is_cuda:
@@ -76,6 +78,8 @@ def norm_swiglu(x: Tensor, module: RMSNorm, matrix: nn.Module) -> Tensor:
     """silu(w1 h) · (w3 h) for h, the normed x (N, K), and w1, w3 joined (2F, K): (N, F)."""
     if _is_fused(x, matrix):
         return _matvec(x, matrix, module, gated=True)
+    if _is_matmul(x, matrix):
+        return _matmul(norm(x, module), matrix, gated=True)
     gate_up = norm_linear(x, module, matrix)
     if not uses_triton(x):
         gate, up = gate_up.chunk(2, dim=-1)
@@ -133,6 +137,22 @@ def log_normalizer(logits: Tensor) -> Tensor:
 def _is_fused(x: Tensor, matrix: nn.Module) -> bool:
     """Whether one kernel computes a product with one row x and what surrounds it."""
     return len(x) == 1 and uses_triton(x) and isinstance(matrix, nn.Linear | Int8Linear | Int4Linear)
+
+
+def _is_matmul(x: Tensor, matrix: nn.Module) -> bool:
+    """Whether one kernel computes a product with a few rows x of a quantized matrix and what comes after."""
+    if not uses_triton(x) or not isinstance(matrix, Int8Linear | Int4Linear):
+        return False
+    from llama_ref.compiled.triton_products import MOST_ROWS, has_tensor_cores
+
+    return 1 < len(x) <= MOST_ROWS and has_tensor_cores(x.device)
+
+
+def _matmul(x: Tensor, matrix: nn.Module, *, residual: Tensor | None = None, gated: bool = False) -> Tensor:
+    """x (M, K) times a quantized matrix. Options as `matmul`'s."""
+    from llama_ref.compiled.triton_products import matmul
+
+    return matmul(x.contiguous(), *_tensors(matrix), residual=residual, gated=gated)
 
 
 def _matvec(

@@ -2,7 +2,8 @@
 
 `matvec` is one row times a matrix (N, K) in bfloat16/float16, int8 or int4, fused with its neighbours in
 a layer: RMSNorm before; residual, silu(gate) * up, or RoPE and the cache write after. `matmul` takes 2
-to 64 rows and dequantizes in registers. Both accumulate in float32.
+to 64 rows of a quantized matrix, dequantizes in registers, and is fused with what comes after. Both
+accumulate in float32.
 """
 
 from functools import cache
@@ -18,6 +19,7 @@ from llama_ref.device import AMPERE, HOPPER
 
 MOST_ROWS = 64  # of `matmul`
 BLOCK_WEIGHTS = 1 << 26  # dequantized at a time for more rows
+JOINED = 1024  # sums joined by a program
 LARGE = 1 << 25  # weights of a matrix with several rounds of programs for a whole card
 
 
@@ -32,38 +34,53 @@ def _input(x, gain, k, K: tl.constexpr):
 
 
 @triton.jit
-def _nibbles(words, at: tl.constexpr, x):
-    """The four bits at `at` (0 to 16) times x, times 2^-49.
+def _bits(words, at: tl.constexpr, MASK: tl.constexpr, x):
+    """The number in the bits MASK << `at`, which end at most at 20, times x, times 2^-49.
 
-    Bits of a word are a float32 of q * 2^(at - 149), a denormal number, without being converted.
+    Bits of a word are a float32 of number * 2^(at - 149), a denormal one, without being converted.
     """
-    return (words & (15 << at)).to(tl.float32, bitcast=True) * (x * (2.0 ** (100 - at)))
+    return (words & (MASK << at)).to(tl.float32, bitcast=True) * (x * (2.0 ** (100 - at)))
+
+
+@triton.jit
+def _split4(x, COUNT: tl.constexpr):
+    """The four columns of x (COUNT, 4)."""
+    even, odd = tl.split(tl.reshape(x, (COUNT, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
 
 
 @triton.jit
 def _dot8(words, low, high, COUNT: tl.constexpr):
     """The eight numbers of each word (ROWS, COUNT) times low and high (COUNT, 4), summed, times 2^-49."""
-    even, odd = tl.split(tl.reshape(low, (COUNT, 2, 2)))
-    x0, x4 = tl.split(even)
-    x2, x6 = tl.split(odd)
-    even, odd = tl.split(tl.reshape(high, (COUNT, 2, 2)))
-    x1, x5 = tl.split(even)
-    x3, x7 = tl.split(odd)
-    y = _nibbles(words, 0, x0) + _nibbles(words, 4, x1) + _nibbles(words, 8, x2) + _nibbles(words, 12, x3)
-    y += _nibbles(words, 16, x4)
+    x0, x2, x4, x6 = _split4(low, COUNT)
+    x1, x3, x5, x7 = _split4(high, COUNT)
+    y = _bits(words, 0, 15, x0) + _bits(words, 4, 15, x1) + _bits(words, 8, 15, x2) + _bits(words, 12, 15, x3)
+    y += _bits(words, 16, 15, x4)
     rest = words >> 12
-    return y + _nibbles(rest, 8, x5) + _nibbles(rest, 12, x6) + _nibbles(rest, 16, x7)
+    return y + _bits(rest, 8, 15, x5) + _bits(rest, 12, 15, x6) + _bits(rest, 16, 15, x7)
+
+
+@triton.jit
+def _dot4(words, x, COUNT: tl.constexpr):
+    """The four numbers of each word (ROWS, COUNT), 128 added to each, times x (COUNT, 4), summed, times 2^-49."""
+    x0, x1, x2, x3 = _split4(x, COUNT)
+    biased = words ^ 0x80808080
+    rest = biased >> 16
+    return _bits(biased, 0, 255, x0) + _bits(biased, 8, 255, x1) + _bits(rest, 0, 255, x2) + _bits(rest, 8, 255, x3)
 
 
 @triton.jit
 def _matvec(
     out, x, w, scale, zero, gain, residual, cos, sin, keys, values, position,
     N, eps, head_stride, place_stride, q_rows, k_rows,
-    K: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, HEAD: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr, GATED: tl.constexpr, HEAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # Four bits are read as words of 8: the low nibbles are 4 columns, the high ones those half a group further.
-    COLUMNS: tl.constexpr = K // 8 if GROUP else K
+    # WORD numbers are read at once: eight of four bits, the low nibbles 4 columns, the high ones those
+    # half a group further; four of eight bits; or one.
+    COLUMNS: tl.constexpr = K // WORD
     WIDTH: tl.constexpr = GROUP // 8 if GROUP else BLOCK  # words of a group
     GROUPS: tl.constexpr = BLOCK // WIDTH
     if PDL:  # let the next kernel start loading its weights
@@ -77,7 +94,7 @@ def _matvec(
     tile = tl.load(pointers, mask=column < COLUMNS, other=0, eviction_policy="evict_first")
     if PDL:  # x is written by the kernel before
         gdc_wait()
-    squares = tl.zeros((BLOCK,), tl.float32)
+    squares, sums_of_x = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     if GROUP:
         acc = tl.zeros((ROWS, GROUPS), tl.float32)
     else:
@@ -101,11 +118,18 @@ def _matvec(
             sums = tl.sum(tl.reshape(tl.sum(x_low + x_high, 1), (GROUPS, WIDTH)), 1)
             acc += dots * s + z * sums
             squares += tl.sum(squares_low + squares_high, 1)
+        elif WORD == 4:
+            x_at, squares_at = _input(x, gain, at[:, None] * 4 + tl.arange(0, 4), K)
+            acc += _dot4(weights, x_at, BLOCK)
+            sums_of_x += tl.sum(x_at, 1)
+            squares += tl.sum(squares_at, 1)
         else:
             x_at, squares_at = _input(x, gain, at, K)
             acc += weights.to(tl.float32) * x_at
             squares += squares_at
     y = tl.sum(acc, 1)
+    if WORD == 4:
+        y = y * 2.0**49 - 128 * tl.sum(sums_of_x, 0)
     if scale is not None and not GROUP:
         y *= tl.load(scale + stored)
     if gain is not None:
@@ -136,10 +160,63 @@ def _matvec(
         tl.store(out + row, y, mask=row < N)
 
 
+def _unpack8(dtype: torch.dtype) -> str:
+    """PTX: a word of four int8 to four numbers of bfloat16 or float16, exactly.
+
+    A byte becomes the last digits of a float that counts in ones, from which the float without them is
+    taken: 128 + (n & 127) less 128 + (n & 128) in bfloat16, which has seven such digits; 1024 + n in float16.
+    """
+    if dtype == torch.bfloat16:
+        return """{
+            .reg .b32 a, b, top, minus;
+            prmt.b32 a, $2, 0x43434343, 0x4140;
+            prmt.b32 b, $2, 0x43434343, 0x4342;
+            mov.b32 minus, 0xBF80BF80;
+            and.b32 top, a, 0xFF80FF80;
+            and.b32 a, a, 0xFF7FFF7F;
+            fma.rn.bf16x2 $0, top, minus, a;
+            and.b32 top, b, 0xFF80FF80;
+            and.b32 b, b, 0xFF7FFF7F;
+            fma.rn.bf16x2 $1, top, minus, b;
+        }"""
+    return """{
+            .reg .b32 a, b, bias;
+            xor.b32 a, $2, 0x80808080;
+            prmt.b32 b, a, 0x64646464, 0x4342;
+            prmt.b32 a, a, 0x64646464, 0x4140;
+            mov.b32 bias, 0x64806480;
+            sub.f16x2 $0, a, bias;
+            sub.f16x2 $1, b, bias;
+        }"""
+
+
+def _unpack4(dtype: torch.dtype) -> str:
+    """PTX: eight numbers of four bits less 8, times scales, plus zeros; the low nibbles and the high ones.
+
+    Scales and zeros are four each: a word's numbers have the same. One rounding.
+    """
+    digits, one, bias, kind = {
+        torch.bfloat16: ("0x43434343", "0x3F803F80", "0xC308C308", "bf16x2"),  # 128 + q, less 136
+        torch.float16: ("0x64646464", "0x3C003C00", "0xE408E408", "f16x2"),  # 1024 + q, less 1032
+    }[dtype]
+    lines = [".reg .b32 low, high, one, bias, q;", f"mov.b32 one, {one};", f"mov.b32 bias, {bias};"]
+    lines += ["and.b32 low, $4, 0x0F0F0F0F;", "shr.u32 high, $4, 4;", "and.b32 high, high, 0x0F0F0F0F;"]
+    for out, nibbles, bytes_ in ((0, "low", "0x4140"), (1, "low", "0x4342"), (2, "high", "0x4140"), (3, "high", "0x4342")):
+        lines += [f"prmt.b32 q, {nibbles}, {digits}, {bytes_};", f"fma.rn.{kind} q, q, one, bias;"]
+        lines += [f"fma.rn.{kind} ${out}, q, ${5 + out % 2}, ${7 + out % 2};"]
+    return "{" + " ".join(lines) + "}"
+
+
+@triton.jit
+def _spread(scales, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
+    """One number for each byte: (ROWS, GROUPS) to (ROWS, GROUPS * HALF)."""
+    return tl.reshape(tl.broadcast_to(scales[:, :, None], (ROWS, GROUPS, HALF)), (ROWS, GROUPS * HALF))
+
+
 @triton.jit(do_not_specialize=["M"])
 def _matmul(
-    out, x, w, scale, zero, M, N,
-    K: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+    out, x, w, scale, zero, residual, M, N,
+    K: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, UNPACK: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = K // 2 if GROUP else K
@@ -150,6 +227,8 @@ def _matmul(
         gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     stored = tl.minimum(row, N - 1)
+    if GATED:  # (gate, up) pairs: rows n and n + N/2
+        stored = stored % 2 * (N // 2) + stored // 2
     token = tl.arange(0, TOKENS)
     column = tl.arange(0, BLOCK)
     pointers = w + stored[:, None].to(tl.int64) * COLUMNS + column
@@ -164,23 +243,62 @@ def _matmul(
         if GROUP:
             group = start // HALF + tl.arange(0, GROUPS)
             places = stored[:, None] * (K // GROUP) + group
-            s = tl.load(scale + places, mask=group < K // GROUP, other=0).to(tl.float32)
-            z = -8 * s
-            if zero is not None:
-                z += tl.load(zero + places, mask=group < K // GROUP, other=0).to(tl.float32)
-            s = tl.reshape(tl.broadcast_to(s[:, :, None], (ROWS, GROUPS, HALF)), (ROWS, BLOCK))
-            z = tl.reshape(tl.broadcast_to(z[:, :, None], (ROWS, GROUPS, HALF)), (ROWS, BLOCK))
-            low = ((weights & 15).to(tl.float32) * s + z).to(x.dtype.element_ty)
-            high = ((weights >> 4).to(tl.float32) * s + z).to(x.dtype.element_ty)
+            s = tl.load(scale + places, mask=group < K // GROUP, other=0)
+            if UNPACK is not None:
+                z = tl.zeros((ROWS, GROUPS), x.dtype.element_ty)
+                if zero is not None:
+                    z = tl.load(zero + places, mask=group < K // GROUP, other=0)
+                low, high = tl.inline_asm_elementwise(
+                    UNPACK, "=r,=r,=r,=r,r,r,r,r,r",
+                    [weights, _spread(s, ROWS, GROUPS, HALF), _spread(z, ROWS, GROUPS, HALF)],
+                    dtype=(x.dtype.element_ty, x.dtype.element_ty), is_pure=True, pack=4,
+                )  # fmt: skip
+            else:
+                z = -8 * s.to(tl.float32)
+                if zero is not None:
+                    z += tl.load(zero + places, mask=group < K // GROUP, other=0).to(tl.float32)
+                s, z = _spread(s.to(tl.float32), ROWS, GROUPS, HALF), _spread(z, ROWS, GROUPS, HALF)
+                low = ((weights & 15).to(tl.float32) * s + z).to(x.dtype.element_ty)
+                high = ((weights >> 4).to(tl.float32) * s + z).to(x.dtype.element_ty)
             acc = tl.dot(low, x_at, acc, input_precision="ieee")
             x_high = tl.load(x + token * K + (k + HALF)[:, None], mask=(token < M) & (k < K)[:, None], other=0)
             acc = tl.dot(high, x_high, acc, input_precision="ieee")
         else:
-            acc = tl.dot(weights.to(tl.float32).to(x.dtype.element_ty), x_at, acc, input_precision="ieee")
+            if UNPACK is not None:
+                numbers = tl.inline_asm_elementwise(
+                    UNPACK, "=r,=r,r", [weights], dtype=x.dtype.element_ty, is_pure=True, pack=4
+                )
+            else:
+                numbers = weights.to(tl.float32).to(x.dtype.element_ty)
+            acc = tl.dot(numbers, x_at, acc, input_precision="ieee")
     if scale is not None and not GROUP:
         acc *= tl.load(scale + stored)[:, None]
-    place = (tl.program_id(1) * M + token) * N + row[:, None]
-    tl.store(out + place, acc, mask=(token < M) & (row < N)[:, None])
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS // 2, 2, TOKENS)), (0, 2, 1)))
+        row = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        place = token * (N // 2) + row[:, None]
+        tl.store(out + place, gate / (1 + tl.exp(-gate)) * up, mask=(token < M) & (row < N // 2)[:, None])
+    else:
+        inside = (token < M) & (row < N)[:, None]
+        if residual is not None:
+            acc += tl.load(residual + token * N + row[:, None], mask=inside, other=0).to(tl.float32)
+        tl.store(out + (tl.program_id(1) * M + token) * N + row[:, None], acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _join(out, parts, residual, count, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The sum of parts (SPLIT, count), plus the residual (count,)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    y = tl.zeros((BLOCK,), tl.float32)
+    if residual is not None:
+        y += tl.load(residual + at, mask=inside, other=0).to(tl.float32)
+    for part in tl.static_range(SPLIT):
+        y += tl.load(parts + part * count + at, mask=inside, other=0)
+    tl.store(out + at, y, mask=inside)
 
 
 def _matvec_config(bits: int, N: int, K: int) -> tuple[int, int, int]:
@@ -191,15 +309,13 @@ def _matvec_config(bits: int, N: int, K: int) -> tuple[int, int, int]:
             return 8, 512, 4
         return (16, 256, 4 if words == 256 else 8) if words % 256 == 0 and words != 512 else (16, 128, 4)
     if bits == 8:
-        if K == 4096:
-            return (4, 512, 2) if N * K > LARGE else (2, 4096, 4)
-        return (2, 2048, 4) if K > 2048 or N * K < LARGE else (4, 1024, 4)
+        return 8, 512, 4
     if K == 4096 and bits == 16:
         return (2, 4096, 8) if N > K else (2, 2048, 4)
     return (2, 2048, 4) if K > 4096 else (2, 1024, 4)
 
 
-def _matmul_config(bits: int, M: int, itemsize: int) -> tuple[int, int, int, int, int]:
+def _matmul_config(bits: int, M: int, itemsize: int, N: int) -> tuple[int, int, int, int, int]:
     """Rows per program, columns at a time, warps, programs per row, pipeline stages: the fastest on an H200."""
     if itemsize == 4:
         return 32, 64, 4, 1, 2
@@ -250,35 +366,57 @@ def matvec(
     rows, block, warps = config or _matvec_config(4 if group else 8 * weight.element_size(), N, K)
     while head % rows and rope is not None:  # all rows of a program belong to one head
         rows //= 2
-    if group:
+    word = 8 if group else 4 if weight.dtype == torch.int8 and K % 4 == 0 else 1
+    if word > 1:
         weight = weight.view(torch.uint32)
     pdl = has_pdl(x.device)
     _matvec[(triton.cdiv(N, rows),)](
         out, x, weight, scale, zero, gain, residual, cos, sin, keys, values, position, N, eps, *strides, out_rows, k_rows,
-        K, group, gated, head, rows, block, pdl, num_warps=warps, **({"launch_pdl": True} if pdl else {}),
+        K, group, word, gated, head, rows, block, pdl, num_warps=warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 
 
 def matmul(
     x: Tensor, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, *,
+    residual: Tensor | None = None, gated: bool = False,
     config: tuple[int, int, int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x (M, K), M up to 64, times weight (N, K) as in `matvec`: (M, N)."""
+    """x (M, K), M up to 64, times weight (N, K), `residual` (M, N) and `gated` as in `matvec`: (M, N), or (M, N/2) if gated."""
     (M, K), N = x.shape, weight.shape[0]
     group = _group(scale, K)
-    rows, block, warps, split, stages = config or _matmul_config(4 if group else 8, M, x.element_size())
+    rows, block, warps, split, stages = config or _matmul_config(4 if group else 8, M, x.element_size(), N)
+    if gated:
+        split = 1
     if group // 2 > block:  # whole groups at a time, in fewer stages
         block, stages = group // 2, 2
-    dtype = x.dtype if split == 1 else torch.float32
-    out = torch.empty(split, M, N, dtype=dtype, device=x.device)
+    out = torch.empty(M, N // 2 if gated else N, dtype=x.dtype, device=x.device)
+    parts = out if split == 1 else torch.empty(split, M, N, dtype=torch.float32, device=x.device)
     tokens = max(16, triton.next_power_of_2(M))
     pdl = has_pdl(x.device)
+    launch = {"launch_pdl": True} if pdl else {}
     _matmul[(triton.cdiv(N, rows), split)](
-        out, x, weight, scale, zero, M, N, K, group, tokens, rows, block, split, pdl,
-        num_warps=warps, num_stages=stages, **({"launch_pdl": True} if pdl else {}),
+        parts, x, weight, scale, zero, residual if split == 1 else None, M, N,
+        K, group, gated, _unpack(x.dtype, scale), tokens, rows, block, split, pdl,
+        num_warps=warps, num_stages=stages, **launch,
     )  # fmt: skip
-    return out[0] if split == 1 else out.sum(0).to(x.dtype)
+    if split > 1:
+        _join[(triton.cdiv(M * N, JOINED),)](out, parts, residual, M * N, split, JOINED, pdl, num_warps=4, **launch)
+    return out
+
+
+@cache
+def _unpack_code(dtype: torch.dtype, bits: int) -> str:
+    return _unpack4(dtype) if bits == 4 else _unpack8(dtype)
+
+
+def _unpack(dtype: torch.dtype, scale: Tensor | None) -> str | None:
+    """The PTX that unpacks a matrix's words; None where Triton's own operations do."""
+    if scale is None or dtype == torch.float32 or triton.knobs.runtime.interpret or torch.version.hip is not None:
+        return None
+    if scale.dim() == 1:
+        return _unpack_code(dtype, 8)
+    return _unpack_code(dtype, 4) if scale.dtype == dtype else None
 
 
 @triton.jit

@@ -109,7 +109,15 @@ def test_rows_times_a_quantized_matrix(kernels, kind, seed):
     assert_near(kernels.products.dequantize(*tensors[:2], zero, torch.float32), exact, torch.float32)
     for rows in (1, draw.randint(2, 20), 65):
         x = torch.randn(rows, K).to(dtype)
-        assert_near(kernels.products.product(x, *tensors), x.double() @ exact.T, dtype)
+        y = x.double() @ exact.T
+        assert_near(kernels.products.product(x, *tensors), y, dtype)
+        if 1 < rows <= kernels.products.MOST_ROWS:
+            gate, up = y.chunk(2, dim=-1)
+            assert_near(kernels.products.matmul(x, *tensors, gated=True), F.silu(gate) * up, dtype)
+            residual = torch.randn(y.shape).to(dtype)
+            for split in (1, 3):
+                found = kernels.products.matmul(x, *tensors, residual=residual, config=(16, 64, 4, split, 2))
+                assert_near(found, y + residual, dtype)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

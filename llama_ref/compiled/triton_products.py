@@ -72,6 +72,19 @@ def _dot4(words, x, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _scales(scale, zero, row, first, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Scales and zeros of some rows, (rows, GROUPS), from a group on; without zeros, the scales twice."""
+    group = first + tl.arange(0, GROUPS)
+    inside = group < K // GROUP
+    places = row[:, None] * (K // GROUP) + group
+    s = tl.load(scale + places, mask=inside, other=0)
+    z = s
+    if zero is not None:
+        z = tl.load(zero + places, mask=inside, other=0)
+    return s, z
+
+
+@triton.jit
 def _matvec(
     out, x, w, scale, zero, gain, residual, cos, sin, keys, values, position,
     N, eps, head_stride, place_stride, q_rows, k_rows,
@@ -92,8 +105,19 @@ def _matvec(
     column = tl.arange(0, BLOCK)
     pointers = w + stored[:, None].to(tl.int64) * COLUMNS + column
     tile = tl.load(pointers, mask=column < COLUMNS, other=0, eviction_policy="evict_first")
+    # What comes from far is asked for early: weights and scales now, then what the end needs.
+    if GROUP:
+        s, z = _scales(scale, zero, stored, 0, K, GROUP, GROUPS)
+    elif scale is not None:
+        s = tl.load(scale + stored)
     if PDL:  # x is written by the kernel before
         gdc_wait()
+    if residual is not None:
+        added = tl.load(residual + row, mask=row < N, other=0)
+    if cos is not None:  # ROWS divides HEAD: all rows of a program belong to one head of q, k or v
+        pair = tl.program_id(0) * ROWS % HEAD // 2 + tl.arange(0, ROWS // 2)
+        token = tl.load(position)
+        c, d = tl.load(cos + token * (HEAD // 2) + pair), tl.load(sin + token * (HEAD // 2) + pair)
     squares, sums_of_x = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     if GROUP:
         acc = tl.zeros((ROWS, GROUPS), tl.float32)
@@ -101,22 +125,21 @@ def _matvec(
         acc = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, COLUMNS, BLOCK):
         weights, at = tile, start + column
+        if GROUP:
+            step = s.to(tl.float32)
+            offset = -8 * step if zero is None else z.to(tl.float32) - 8 * step
         if BLOCK < COLUMNS:  # load the next tile while this one is multiplied
             tile = tl.load(pointers + (start + BLOCK), mask=at + BLOCK < COLUMNS, other=0, eviction_policy="evict_first")
+            if GROUP:
+                s, z = _scales(scale, zero, stored, (start + BLOCK) // WIDTH, K, GROUP, GROUPS)
         if GROUP:
-            group = start // WIDTH + tl.arange(0, GROUPS)
-            places = stored[:, None] * (K // GROUP) + group
-            s = tl.load(scale + places, mask=group < K // GROUP, other=0).to(tl.float32)
-            z = -8 * s
-            if zero is not None:
-                z += tl.load(zero + places, mask=group < K // GROUP, other=0).to(tl.float32)
             k = (at // WIDTH * GROUP + at % WIDTH * 4)[:, None] + tl.arange(0, 4)
             x_low, squares_low = _input(x, gain, k, K)
             x_high, squares_high = _input(x, gain, k + GROUP // 2, K)
             y = _dot8(weights, x_low, x_high, BLOCK)
             dots = tl.sum(tl.reshape(y, (ROWS, GROUPS, WIDTH)), 2) * 2.0**49
             sums = tl.sum(tl.reshape(tl.sum(x_low + x_high, 1), (GROUPS, WIDTH)), 1)
-            acc += dots * s + z * sums
+            acc += dots * step + offset * sums
             squares += tl.sum(squares_low + squares_high, 1)
         elif WORD == 4:
             x_at, squares_at = _input(x, gain, at[:, None] * 4 + tl.arange(0, 4), K)
@@ -131,32 +154,29 @@ def _matvec(
     if WORD == 4:
         y = y * 2.0**49 - 128 * tl.sum(sums_of_x, 0)
     if scale is not None and not GROUP:
-        y *= tl.load(scale + stored)
+        y *= s
     if gain is not None:
         y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
     if GATED:
         gate, up = tl.split(tl.reshape(y, (ROWS // 2, 2)))
         row = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
         tl.store(out + row, gate / (1 + tl.exp(-gate)) * up, mask=row < N // 2)
-    elif cos is not None:  # ROWS divides HEAD: all rows of a program belong to one head of q, k or v
+    elif cos is not None:
         even, odd = tl.split(tl.reshape(y, (ROWS // 2, 2)))
-        pair = tl.program_id(0) * ROWS % HEAD // 2 + tl.arange(0, ROWS // 2)
-        at = tl.load(position)
-        c, s = tl.load(cos + at * (HEAD // 2) + pair), tl.load(sin + at * (HEAD // 2) + pair)
-        turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS,))
+        turned = tl.reshape(tl.join(even * c - odd * d, even * d + odd * c), (ROWS,))
         first = tl.program_id(0) * ROWS
         if first < q_rows:
             tl.store(out + row, turned)
         else:
             of_k = (first - q_rows) % k_rows + tl.arange(0, ROWS)
-            place = of_k // HEAD * head_stride + at * place_stride + of_k % HEAD
+            place = of_k // HEAD * head_stride + token * place_stride + of_k % HEAD
             if first < q_rows + k_rows:
                 tl.store(keys + place, turned)
             else:
                 tl.store(values + place, y)
     else:
         if residual is not None:
-            y += tl.load(residual + row, mask=row < N).to(tl.float32)
+            y += added.to(tl.float32)
         tl.store(out + row, y, mask=row < N)
 
 
@@ -233,6 +253,8 @@ def _matmul(
     column = tl.arange(0, BLOCK)
     pointers = w + stored[:, None].to(tl.int64) * COLUMNS + column
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    if GROUP:
+        s, z = _scales(scale, zero, stored, tl.program_id(1) * GROUPS, K, GROUP, GROUPS)
     # Program_id(1) takes every SPLIT-th block; its sum goes to a slice of its own.
     for step in range(0, COLUMNS, SPLIT * BLOCK):
         start = step + tl.program_id(1) * BLOCK
@@ -241,25 +263,20 @@ def _matmul(
         k = at // HALF * GROUP + at % HALF if GROUP else at
         x_at = tl.load(x + token * K + k[:, None], mask=(token < M) & (k < K)[:, None], other=0)  # (BLOCK, TOKENS)
         if GROUP:
-            group = start // HALF + tl.arange(0, GROUPS)
-            places = stored[:, None] * (K // GROUP) + group
-            s = tl.load(scale + places, mask=group < K // GROUP, other=0)
             if UNPACK is not None:
-                z = tl.zeros((ROWS, GROUPS), x.dtype.element_ty)
-                if zero is not None:
-                    z = tl.load(zero + places, mask=group < K // GROUP, other=0)
+                offset = tl.zeros_like(s) if zero is None else z
                 low, high = tl.inline_asm_elementwise(
                     UNPACK, "=r,=r,=r,=r,r,r,r,r,r",
-                    [weights, _spread(s, ROWS, GROUPS, HALF), _spread(z, ROWS, GROUPS, HALF)],
+                    [weights, _spread(s, ROWS, GROUPS, HALF), _spread(offset, ROWS, GROUPS, HALF)],
                     dtype=(x.dtype.element_ty, x.dtype.element_ty), is_pure=True, pack=4,
                 )  # fmt: skip
             else:
-                z = -8 * s.to(tl.float32)
-                if zero is not None:
-                    z += tl.load(zero + places, mask=group < K // GROUP, other=0).to(tl.float32)
-                s, z = _spread(s.to(tl.float32), ROWS, GROUPS, HALF), _spread(z, ROWS, GROUPS, HALF)
-                low = ((weights & 15).to(tl.float32) * s + z).to(x.dtype.element_ty)
-                high = ((weights >> 4).to(tl.float32) * s + z).to(x.dtype.element_ty)
+                wide = s.to(tl.float32)
+                offset = -8 * wide if zero is None else z.to(tl.float32) - 8 * wide
+                wide, offset = _spread(wide, ROWS, GROUPS, HALF), _spread(offset, ROWS, GROUPS, HALF)
+                low = ((weights & 15).to(tl.float32) * wide + offset).to(x.dtype.element_ty)
+                high = ((weights >> 4).to(tl.float32) * wide + offset).to(x.dtype.element_ty)
+            s, z = _scales(scale, zero, stored, start // HALF + SPLIT * GROUPS, K, GROUP, GROUPS)
             acc = tl.dot(low, x_at, acc, input_precision="ieee")
             x_high = tl.load(x + token * K + (k + HALF)[:, None], mask=(token < M) & (k < K)[:, None], other=0)
             acc = tl.dot(high, x_high, acc, input_precision="ieee")

@@ -17,7 +17,7 @@ from llama_ref.model import RMSNorm
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
 
 SEEDS = range(4)  # the interpreter is slow
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3}
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,8 @@ from llama_ref.formatting import dtype_name
 
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}  # the most that a block can have
 CONTEXT = 8192  # tokens in the cache
-ROWS = 8  # of a batch
+ROW_COUNTS = (8, 32, 64)  # of batches
+ROWS = 8
 GROUP = 128  # int4 weights to a scale
 METAS_GROUP = 32
 
@@ -109,14 +110,17 @@ def calls(args: ModelArgs, dtype: torch.dtype, card: int) -> Iterator[tuple[str,
         if kind != "int4 ":  # the output has eight bits then
             yield f"{kind}norm, output", lambda w=output: matvec(x, *w, gain=x)
         if kind and card >= 80:  # as `has_tensor_cores`
-            yield f"{kind}w1 w3 of {ROWS} rows", lambda w=w13: matmul(empty(ROWS, D, dtype=dtype), *w)
+            for rows in ROW_COUNTS:
+                yield f"{kind}w1 w3 of {rows} rows", lambda w=w13, n=rows: matmul(empty(n, D, dtype=dtype), *w, gated=True)
+                yield f"{kind}w2 of {rows} rows", lambda w=w2, n=rows: matmul(empty(n, F, dtype=dtype), *w)
         if kind:
             scale, zero = (*w13[1:], None)[:2]
             yield f"{kind}w1 w3 dequantized", lambda w=w13, s=scale, z=zero: dequantize(w[0], s, z, dtype)
     metas = empty(F, D // 2, dtype=torch.uint8), empty(F, D // METAS_GROUP)  # Meta's int4 releases: no zero points
     yield "Meta's int4 w1", lambda: matvec(x, *metas)
     if card >= 80:
-        yield f"Meta's int4 w1 of {ROWS} rows", lambda: matmul(empty(ROWS, D, dtype=dtype), *metas)
+        for rows in ROW_COUNTS:
+            yield f"Meta's int4 w1 of {rows} rows", lambda n=rows: matmul(empty(n, D, dtype=dtype), *metas)
     yield "Meta's int4 w1 dequantized", lambda: dequantize(*metas, None, dtype)
     q = empty(1, H, hd, dtype=dtype)
     yield "attention", lambda: attend_one(q, keys, values, position)

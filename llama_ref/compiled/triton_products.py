@@ -20,38 +20,23 @@ from llama_ref.device import AMPERE, HOPPER
 MOST_ROWS = 64  # of `matmul`
 BLOCK_WEIGHTS = 1 << 26  # dequantized at a time for more rows
 JOINED = 1024  # sums joined by a program
+FEW_ROWS, MANY_ROWS = 2048, 16384  # of a matrix
 LARGE = 1 << 25  # weights of a matrix with several rounds of programs for a whole card
 
 
 @triton.jit
-def _load(pointers, inside, MASKED: tl.constexpr):
-    """What is inside, zeros elsewhere; the mask costs instructions where all is inside."""
-    if MASKED:
-        return tl.load(pointers, mask=inside, other=0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def _tile(pointers, column, start: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of a matrix's rows from `start` on, which nobody reads again."""
-    if start + BLOCK > COLUMNS:
-        return tl.load(pointers + start, mask=start + column < COLUMNS, other=0, eviction_policy="evict_first")
-    return tl.load(pointers + start, eviction_policy="evict_first")
-
-
-@triton.jit
-def _input(x, gain, k, K: tl.constexpr, MASKED: tl.constexpr):
+def _input(x, gain, k, K: tl.constexpr):
     """x at columns k times the norm's weight, and the squares of x; float32."""
-    value = _load(x + k, k < K, MASKED).to(tl.float32)
+    value = tl.load(x + k, mask=k < K, other=0).to(tl.float32)
     scaled = value
     if gain is not None:
-        scaled = value * _load(gain + k, k < K, MASKED).to(tl.float32)
+        scaled = value * tl.load(gain + k, mask=k < K, other=0).to(tl.float32)
     return scaled, value * value
 
 
 @triton.jit
 def _bits(words, at: tl.constexpr, MASK: tl.constexpr, x):
-    """The number in the bits MASK << `at`, which end at most at 23, times x, times 2^-49.
+    """The number in the bits MASK << `at`, which end at most at 20, times x, times 2^-49.
 
     Bits of a word are a float32 of number * 2^(at - 149), a denormal one, without being converted.
     """
@@ -59,59 +44,44 @@ def _bits(words, at: tl.constexpr, MASK: tl.constexpr, x):
 
 
 @triton.jit
-def _nibbles(words, low0, high0, low1, high1, low2, high2, low3, high3):
-    """The eight numbers of each uint32 times one column each, summed, times 2^-49."""
-    y = _bits(words, 0, 15, low0) + _bits(words, 4, 15, high0) + _bits(words, 8, 15, low1) + _bits(words, 12, 15, high1)
-    y += _bits(words, 16, 15, low2)
-    rest = words >> 12
-    return y + _bits(rest, 8, 15, high2) + _bits(rest, 12, 15, low3) + _bits(rest, 16, 15, high3)
+def _split4(x, COUNT: tl.constexpr):
+    """The four columns of x (COUNT, 4)."""
+    even, odd = tl.split(tl.reshape(x, (COUNT, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
 
 
 @triton.jit
-def _bytes(words, x0, x1, x2, x3):
-    """The four numbers of each uint32, 128 added to each, times one column each, summed, times 2^-49."""
+def _dot8(words, low, high, COUNT: tl.constexpr):
+    """The eight numbers of each word (ROWS, COUNT) times low and high (COUNT, 4), summed, times 2^-49."""
+    x0, x2, x4, x6 = _split4(low, COUNT)
+    x1, x3, x5, x7 = _split4(high, COUNT)
+    y = _bits(words, 0, 15, x0) + _bits(words, 4, 15, x1) + _bits(words, 8, 15, x2) + _bits(words, 12, 15, x3)
+    y += _bits(words, 16, 15, x4)
+    rest = words >> 12
+    return y + _bits(rest, 8, 15, x5) + _bits(rest, 12, 15, x6) + _bits(rest, 16, 15, x7)
+
+
+@triton.jit
+def _dot4(words, x, COUNT: tl.constexpr):
+    """The four numbers of each word (ROWS, COUNT), 128 added to each, times x (COUNT, 4), summed, times 2^-49."""
+    x0, x1, x2, x3 = _split4(x, COUNT)
     biased = words ^ 0x80808080
     rest = biased >> 16
     return _bits(biased, 0, 255, x0) + _bits(biased, 8, 255, x1) + _bits(rest, 0, 255, x2) + _bits(rest, 8, 255, x3)
 
 
 @triton.jit
-def _split8(x, COUNT: tl.constexpr):
-    """The eight columns of x (COUNT, 8)."""
-    even, odd = tl.split(tl.reshape(x, (COUNT, 4, 2)))
-    x04, x26 = tl.split(tl.reshape(even, (COUNT, 2, 2)))
-    x15, x37 = tl.split(tl.reshape(odd, (COUNT, 2, 2)))
-    x0, x4 = tl.split(x04)
-    x2, x6 = tl.split(x26)
-    x1, x5 = tl.split(x15)
-    x3, x7 = tl.split(x37)
-    return x0, x1, x2, x3, x4, x5, x6, x7
-
-
-@triton.jit
-def _dot16(words, low, high, COUNT: tl.constexpr):
-    """The sixteen numbers of each uint64 (ROWS, COUNT) times low and high (COUNT, 8), summed, times 2^-49."""
-    l0, l1, l2, l3, l4, l5, l6, l7 = _split8(low, COUNT)
-    h0, h1, h2, h3, h4, h5, h6, h7 = _split8(high, COUNT)
-    y = _nibbles(words.to(tl.uint32), l0, h0, l1, h1, l2, h2, l3, h3)
-    return y + _nibbles((words >> 32).to(tl.uint32), l4, h4, l5, h5, l6, h6, l7, h7)
-
-
-@triton.jit
-def _dot8(words, x, COUNT: tl.constexpr):
-    """The eight numbers of each uint64 (ROWS, COUNT), 128 added to each, times x (COUNT, 8), summed, times 2^-49."""
-    x0, x1, x2, x3, x4, x5, x6, x7 = _split8(x, COUNT)
-    return _bytes(words.to(tl.uint32), x0, x1, x2, x3) + _bytes((words >> 32).to(tl.uint32), x4, x5, x6, x7)
-
-
-@triton.jit
-def _scales(scale, zero, row, group, GROUPS: tl.constexpr, MASKED: tl.constexpr):
-    """Scales and zeros of some rows (rows, groups); without zeros, the scales twice."""
-    places = row[:, None] * GROUPS + group
-    s = _load(scale + places, group < GROUPS, MASKED)
+def _scales(scale, zero, row, first, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Scales and zeros of some rows, (rows, GROUPS), from a group on; without zeros, the scales twice."""
+    group = first + tl.arange(0, GROUPS)
+    inside = group < K // GROUP
+    places = row[:, None] * (K // GROUP) + group
+    s = tl.load(scale + places, mask=inside, other=0)
     z = s
     if zero is not None:
-        z = _load(zero + places, group < GROUPS, MASKED)
+        z = tl.load(zero + places, mask=inside, other=0)
     return s, z
 
 
@@ -122,10 +92,11 @@ def _matvec(
     K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr, GATED: tl.constexpr, HEAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # WORD numbers are read at once: sixteen of four bits, the low nibbles 8 columns, the high ones those
-    # half a group further; eight of eight bits; or one.
+    # WORD numbers are read at once: eight of four bits, the low nibbles 4 columns, the high ones those
+    # half a group further; four of eight bits; or one.
     COLUMNS: tl.constexpr = K // WORD
-    WIDTH: tl.constexpr = GROUP // WORD if GROUP else 1  # words of a group
+    WIDTH: tl.constexpr = GROUP // 8 if GROUP else BLOCK  # words of a group
+    GROUPS: tl.constexpr = BLOCK // WIDTH
     if PDL:  # let the next kernel start loading its weights
         gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -133,15 +104,11 @@ def _matvec(
     if GATED:  # (gate, up) pairs: rows n and n + N/2
         stored = stored % 2 * (N // 2) + stored // 2
     column = tl.arange(0, BLOCK)
-    if WORD > 1:
-        # Neighbours exchanged: a thread then loads single words, as it loads x for a word, and x need
-        # not go through shared memory to the threads that multiply by it.
-        column = column ^ 1
     pointers = w + stored[:, None].to(tl.int64) * COLUMNS + column
-    tile = _tile(pointers, column, 0, COLUMNS, BLOCK)
+    tile = tl.load(pointers, mask=column < COLUMNS, other=0, eviction_policy="evict_first")
     # What comes from far is asked for early: weights and scales now, then what the end needs.
     if GROUP:
-        s, z = _scales(scale, zero, stored, column // WIDTH, K // GROUP, BLOCK > COLUMNS)
+        s, z = _scales(scale, zero, stored, 0, K, GROUP, GROUPS)
     elif scale is not None:
         s = tl.load(scale + stored)
     if PDL:  # x is written by the kernel before
@@ -153,33 +120,39 @@ def _matvec(
         token = tl.load(position)
         c, d = tl.load(cos + token * (HEAD // 2) + pair), tl.load(sin + token * (HEAD // 2) + pair)
     squares, sums_of_x = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.static_range(0, COLUMNS, BLOCK):
+    if GROUP:
+        acc = tl.zeros((ROWS, GROUPS), tl.float32)
+    else:
+        acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, COLUMNS, BLOCK):
         weights, at = tile, start + column
         if GROUP:
             step = s.to(tl.float32)
             offset = -8 * step if zero is None else z.to(tl.float32) - 8 * step
-        if start + BLOCK < COLUMNS:  # load the next tile while this one is multiplied
-            tile = _tile(pointers, column, start + BLOCK, COLUMNS, BLOCK)
+        if BLOCK < COLUMNS:  # load the next tile while this one is multiplied
+            tile = tl.load(pointers + (start + BLOCK), mask=at + BLOCK < COLUMNS, other=0, eviction_policy="evict_first")
             if GROUP:
-                s, z = _scales(scale, zero, stored, (at + BLOCK) // WIDTH, K // GROUP, start + 2 * BLOCK > COLUMNS)
+                s, z = _scales(scale, zero, stored, (start + BLOCK) // WIDTH, K, GROUP, GROUPS)
         if GROUP:
-            k = (at // WIDTH * GROUP + at % WIDTH * 8)[:, None] + tl.arange(0, 8)
-            x_low, squares_low = _input(x, gain, k, K, start + BLOCK > COLUMNS)
-            x_high, squares_high = _input(x, gain, k + GROUP // 2, K, start + BLOCK > COLUMNS)
-            acc += _dot16(weights, x_low, x_high, BLOCK) * (step * 2.0**49) + offset * tl.sum(x_low + x_high, 1)
+            k = (at // WIDTH * GROUP + at % WIDTH * 4)[:, None] + tl.arange(0, 4)
+            x_low, squares_low = _input(x, gain, k, K)
+            x_high, squares_high = _input(x, gain, k + GROUP // 2, K)
+            y = _dot8(weights, x_low, x_high, BLOCK)
+            dots = tl.sum(tl.reshape(y, (ROWS, GROUPS, WIDTH)), 2) * 2.0**49
+            sums = tl.sum(tl.reshape(tl.sum(x_low + x_high, 1), (GROUPS, WIDTH)), 1)
+            acc += dots * step + offset * sums
             squares += tl.sum(squares_low + squares_high, 1)
-        elif WORD == 8:
-            x_at, squares_at = _input(x, gain, at[:, None] * 8 + tl.arange(0, 8), K, start + BLOCK > COLUMNS)
-            acc += _dot8(weights, x_at, BLOCK)
+        elif WORD == 4:
+            x_at, squares_at = _input(x, gain, at[:, None] * 4 + tl.arange(0, 4), K)
+            acc += _dot4(weights, x_at, BLOCK)
             sums_of_x += tl.sum(x_at, 1)
             squares += tl.sum(squares_at, 1)
         else:
-            x_at, squares_at = _input(x, gain, at, K, start + BLOCK > COLUMNS)
+            x_at, squares_at = _input(x, gain, at, K)
             acc += weights.to(tl.float32) * x_at
             squares += squares_at
     y = tl.sum(acc, 1)
-    if WORD == 8:
+    if WORD == 4:
         y = y * 2.0**49 - 128 * tl.sum(sums_of_x, 0)
     if scale is not None and not GROUP:
         y *= s
@@ -289,7 +262,7 @@ def _matmul(
         k = at // HALF * GROUP + at % HALF if GROUP else at
         x_at = tl.load(x + token * K + k[:, None], mask=(token < M) & (k < K)[:, None], other=0)  # (BLOCK, TOKENS)
         if GROUP:
-            s, z = _scales(scale, zero, stored, start // HALF + tl.arange(0, GROUPS), K // GROUP, True)
+            s, z = _scales(scale, zero, stored, start // HALF, K, GROUP, GROUPS)
             if UNPACK is not None:
                 offset = tl.zeros_like(s) if zero is None else z
                 low, high = tl.inline_asm_elementwise(
@@ -345,26 +318,34 @@ def _join(out, parts, residual, count, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 
 
 def _matvec_config(bits: int, N: int, K: int) -> tuple[int, int, int]:
-    """Rows per program, columns at a time (words of eight for int4) and warps: the fastest on an H200."""
+    """Rows per program, words at a time (of 8 int4, 4 int8 or one number) and warps: the fastest on an H200."""
     if bits == 4:
-        words = K // 8
-        if words % 512 == 0 and not (words == 512 and N * K > LARGE):
-            return 8, 512, 4
-        return (16, 256, 4 if words == 256 else 8) if words % 256 == 0 and words != 512 else (16, 128, 4)
+        if K > 4096:
+            return (16, 256, 8) if N * K > LARGE else (8, 256, 4) if N > FEW_ROWS else (8, 512, 4)
+        return (16, 128, 4) if K > 2048 and (N > K or N * K > LARGE) else (16, 256, 4)
     if bits == 8:
-        return 8, 512, 4
-    if K == 4096 and bits == 16:
-        return (2, 4096, 8) if N > K else (2, 2048, 4)
-    return (2, 2048, 4) if K > 4096 else (2, 1024, 4)
+        if N <= FEW_ROWS:
+            return 8, 512, 8
+        return (16, 256, 4) if N <= K else (8, 256, 2) if K > 2048 else (8, 512, 4)
+    if N > K and K in (2048, 4096):
+        return 4, K, K // 512
+    return (2, 1024, 2) if N > K else (2, 2048, 8)
 
 
-def _matmul_config(bits: int, M: int, itemsize: int, N: int) -> tuple[int, int, int, int, int]:
-    """Rows per program, columns at a time, warps, programs per row, pipeline stages: the fastest on an H200."""
+def _matmul_config(bits: int, M: int, N: int, itemsize: int, hopper: bool) -> tuple[int, int, int, int, int]:
+    """Rows per program, bytes of each at a time, warps, programs per row, pipeline stages: the fastest on an H200.
+
+    Older cards have less shared memory (99 KB at least), and smaller tiles.
+    """
     if itemsize == 4:
         return 32, 64, 4, 1, 2
-    if bits == 4:
-        return 64, 64, 4, 2, 5
-    return (32, 128, 4, 2, 4) if M <= 32 else (64, 128, 4, 1, 4)
+    if not hopper:
+        return (64, 64, 4, 2, 3) if bits == 4 else (32, 128, 4, 2, 4) if M <= 32 else (64, 128, 4, 1, 4)
+    if M <= 16:
+        return (64, 128, 4, 4, 3) if bits == 4 else (32, 256, 4, 4, 3)
+    if bits == 8:
+        return (32, 128, 4, 1, 5) if N > MANY_ROWS else (64, 256, 4, 2, 3)
+    return (128, 128, 8, 1, 3) if N > MANY_ROWS else (64, 256 if M <= 32 else 128, 4, 2, 3)
 
 
 @cache
@@ -409,9 +390,9 @@ def matvec(
     rows, block, warps = config or _matvec_config(4 if group else 8 * weight.element_size(), N, K)
     while head % rows and rope is not None:  # all rows of a program belong to one head
         rows //= 2
-    word = 16 if group else 8 if weight.dtype == torch.int8 and K % 8 == 0 else 1
+    word = 8 if group else 4 if weight.dtype == torch.int8 and K % 4 == 0 else 1
     if word > 1:
-        weight = weight.view(torch.uint64)
+        weight = weight.view(torch.uint32)
     pdl = has_pdl(x.device)
     _matvec[(triton.cdiv(N, rows),)](
         out, x, weight, scale, zero, gain, residual, cos, sin, keys, values, position, N, eps, *strides, out_rows, k_rows,
@@ -426,9 +407,9 @@ def matmul(
     config: tuple[int, int, int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """x (M, K), M up to 64, times weight (N, K), `residual` (M, N) and `gated` as in `matvec`: (M, N), or (M, N/2) if gated."""
-    (M, K), N = x.shape, weight.shape[0]
+    (M, K), N, pdl = x.shape, weight.shape[0], has_pdl(x.device)
     group = _group(scale, K)
-    rows, block, warps, split, stages = config or _matmul_config(4 if group else 8, M, x.element_size(), N)
+    rows, block, warps, split, stages = config or _matmul_config(4 if group else 8, M, N, x.element_size(), pdl)
     if gated:
         split = 1
     if group // 2 > block:  # whole groups at a time, in fewer stages
@@ -436,7 +417,6 @@ def matmul(
     out = torch.empty(M, N // 2 if gated else N, dtype=x.dtype, device=x.device)
     parts = out if split == 1 else torch.empty(split, M, N, dtype=torch.float32, device=x.device)
     tokens = max(16, triton.next_power_of_2(M))
-    pdl = has_pdl(x.device)
     launch = {"launch_pdl": True} if pdl else {}
     _matmul[(triton.cdiv(N, rows), split)](
         parts, x, weight, scale, zero, residual if split == 1 else None, M, N,

@@ -17,6 +17,7 @@ next measurement follows. A summary comes last.
     peer         transformers on the same GPU: prefill, eager and compiled decode
     first_token  time from ids to the first token
     speculate    passes over several tokens, in decode steps: the numbers of PassTime
+    images       the 11B vision release: its encoder, and text after an image
     load         reading a checkpoint onto the GPU, plain and quantized
     memory       memory of CUDA, a model and its graphs, against what `llama-ref plan` predicts
 
@@ -55,6 +56,7 @@ STAGES = {  # seconds at most, most valuable first
     "peer": 90,
     "first_token": 40,
     "speculate": 50,
+    "images": 40,
     "load": 90,
     "memory": 50,
 }

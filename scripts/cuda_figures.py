@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,28 @@ from torch import Tensor, nn
 
 from llama_ref import device as devices
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.checkpoint.releases import Release, find_release
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.loop import prefill, steps
 from llama_ref.decoding.row import Row
+from llama_ref.images import Tiles
 from llama_ref.model import Transformer
 from llama_ref.plan import count_parameters
 from llama_ref.sampling import Sampler, SamplingParams
+from llama_ref.vision import VisionTransformer
 
 RELEASES = {"8B": "Llama3.1-8B", "3B": "Llama3.2-3B", "1B": "Llama3.2-1B"}  # largest first
+VISION = {"11B-Vision": "Llama3.2-11B-Vision-Instruct"}
 TOY = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 1000, "multiple_of": 256}
+TOY_VISION = {
+    "vision_chunk_size": 56,
+    "vision_num_cross_attention_layers": 1,
+    "vision_dim": 128,
+    "vision_n_layers": 6,
+    "vision_n_global_layers": 2,
+    "vision_kept_layers": [1, 3, 4],
+}
 HEADROOM = 2e9  # bytes besides the weights: CUDA's context, activations, a short cache
 GREEDY = SamplingParams(temperature=0)
 
@@ -103,8 +115,9 @@ class Run:
         return min(n, 4) if self.rehearse else n
 
     def args(self, size: str, **changes: Any) -> ModelArgs:
-        """Model args of "8B", "3B" or "1B", or the toy's in a rehearsal."""
-        return ModelArgs.from_dict({**release(size).params, **changes, **(TOY if self.rehearse else {})})
+        """Model args of "8B", "3B", "1B" or "11B-Vision", or a toy's in a rehearsal."""
+        toy = TOY | (TOY_VISION if size in VISION else {}) if self.rehearse else {}
+        return ModelArgs.from_dict({**release(size).params, **changes, **toy})
 
     def free_bytes(self) -> float:
         return torch.cuda.mem_get_info(self.device)[0] if self.on_cuda else memory_available()
@@ -120,8 +133,7 @@ class Run:
 
     def model(self, size: str, dtype: torch.dtype | None = None, **changes: Any) -> Transformer:
         """A model with random weights in a release's shape, made on the device in seconds."""
-        with torch.device("meta"):
-            model = Transformer(self.args(size, **changes))
+        model = model_without_memory(self.args(size, **changes))
         model = model.to(dtype or self.dtype).to_empty(device=self.device).requires_grad_(False).eval()
         if release(size).tied:
             model.output.weight = model.tok_embeddings.weight
@@ -200,7 +212,7 @@ class Run:
 
 
 def release(size: str) -> Release:
-    return find_release(RELEASES[size])
+    return find_release((RELEASES | VISION)[size])
 
 
 def free_memory(device: torch.device) -> None:
@@ -283,13 +295,16 @@ def decode(
     batch: int = 1,
     filled: bool = False,
     sampling: SamplingParams = GREEDY,
+    images: Sequence[Tiles] = (),
 ) -> Decoding:
     """Generate n tokens after `context` random ones with the project's loop.
 
     `filled`: start with random keys and values in the cache of one row, to skip a long prefill.
+    `images` stand before the prompts of a vision model.
     """
     vocab_size = model.args.vocab_size
-    rows = [Row(random_ids(vocab_size, context, seed), n) for seed in range(batch)]
+    before = [model.image_id for _ in images] if isinstance(model, VisionTransformer) else []
+    rows = [Row(before + random_ids(vocab_size, context, seed), n, images) for seed in range(batch)]
     generator = torch.Generator().manual_seed(0)
     sampler = Sampler(sampling, generator, [row.prompt for row in rows], vocab_size, run.device)
     cache = None

@@ -42,6 +42,7 @@ from llama_ref.checkpoint.loader import load_model
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.formatting import dtype_name
+from llama_ref.images import Tiles
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.plan import Model, Workload, count_parameters, plan
@@ -537,6 +538,32 @@ def _pass_ms(run: Run, model: Transformer, T: int) -> float:
             cache.truncate([context])
             times.append(run.seconds(lambda: model(ids, cache)[:, -1].argmax(-1).tolist()))
     return statistics.median(times[3:]) * 1e3
+
+
+def images(run: Run) -> None:
+    """The vision release's encoder, and text after an image."""
+    run.prepare()
+    size = "11B-Vision"
+    if not run.fits(size):
+        return run.say("skipped, no room for the 11B")
+    model = run.model(size)
+    encoder, side = model.vision_model, model.args.vision_chunk_size
+    with torch.inference_mode():
+        for grid in ((1, 1), (1, 2), (2, 2)):
+            pixels = torch.randn(grid[0] * grid[1], 3, side, side, device=run.device, dtype=run.dtype)
+            seconds = run.device_seconds(partial(encoder, pixels, grid))
+            run.say(f"{size} encoder, {len(pixels)} tiles", ms=seconds * 1e3)
+    photo = Tiles(torch.randn(4, 3, side, side), (2, 2))
+    for way in ("eager", "compiled"):
+        if way == "compiled":
+            compile_decode(model)
+        for shown in ((), (photo,)):
+            with run.attempt(f"{size} {way}"):
+                decode(run, model, run.tokens(100), run.steps(8), images=shown)
+                found = decode(run, model, run.tokens(100), run.steps(32), images=shown)
+                what = "after an image of 4 tiles" if shown else "without an image"
+                run.say(f"{size} {way}, {what}", first_ms=found.first_s * 1e3, **found.figures(run))
+    return None
 
 
 def load(run: Run) -> None:

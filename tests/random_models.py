@@ -9,17 +9,18 @@ from llama_ref.modules import replace_module
 from llama_ref.quantization.linear import Int4Linear
 from llama_ref.quantization.meta_int4 import LowRank, MetaInt4Linear
 from llama_ref.quantization.rounding import pack
+from llama_ref.vision import VisionTransformer
 
 
 def random_model(args: ModelArgs, seed: int, *, tied: bool = False) -> Transformer:
     """Ours with random weights of a healthy size; the norms too, so that swapped norms would show."""
     generator = torch.Generator().manual_seed(seed)
-    model = Transformer(args).requires_grad_(False).eval()
+    model = (VisionTransformer if args.has_vision else Transformer)(args).requires_grad_(False).eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.uniform_(0.5, 1.5, generator=generator)
         else:
-            parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
     if tied:
         model.output.weight = model.tok_embeddings.weight
     return model

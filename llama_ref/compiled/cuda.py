@@ -35,8 +35,9 @@ from llama_ref.compiled.cuda_ops import joined, linear, norm, norm_linear, norm_
 from llama_ref.compiled.forward import CompiledForward, install
 from llama_ref.compiled.triton_probe import uses_triton
 from llama_ref.device import is_out_of_memory
-from llama_ref.kv_cache import KVCache, group_mask, grouped_attention
+from llama_ref.kv_cache import ImageKeys, KVCache, group_mask, grouped_attention
 from llama_ref.model import Cache, Transformer, TransformerBlock, rope_frequencies, rope_rotations
+from llama_ref.vision import CrossAttentionBlock, VisionTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class FastHidden(CompiledForward):
 
     def __call__(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """As `Transformer.hidden`."""
-        if not isinstance(cache, KVCache) or cache.images:  # cross-attention layers are not compiled
+        if not isinstance(cache, KVCache):
             return Transformer.hidden(self.fast.model, tokens, cache)
         return self.fast.hidden(tokens, cache)
 
@@ -91,7 +92,7 @@ class FastForward(CompiledForward):
 
     def __call__(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """As `Transformer.forward`."""
-        if not isinstance(cache, KVCache) or cache.images:
+        if not isinstance(cache, KVCache):
             return Transformer.forward(self.fast.model, tokens, cache)
         return self.fast.logits(tokens, cache)
 
@@ -111,6 +112,9 @@ class FastPasses:
         # Weak, as the model refers to this: its GPU memory must not wait for the garbage collector.
         self.model = cast(Transformer, weakref.proxy(model))
         self.layers = [FusedLayer(block) for block in model.layers]
+        self.cross_layers: dict[int, tuple[int, CrossAttentionBlock]] = {}  # by the layer that each stands before
+        if isinstance(model, VisionTransformer):
+            self.cross_layers = dict(zip(model.cross_layers, enumerate(model.cross_attention_layers), strict=True))
         self.angles = Angles(model)
         self.capture: Capture | None = capture  # None once capturing has failed
         self.graphs: OrderedDict[tuple, CapturedPass] = OrderedDict()
@@ -138,12 +142,28 @@ class FastPasses:
         positions = (lengths[:, None] + torch.arange(T, device=tokens.device)).flatten()  # (N,)
         cos, sin = self.angles.up_to(cache.max_seq_len)
         attention = attention_to(cache, lengths, positions, T, width, longest)
-        x = self.model.tok_embeddings(tokens.flatten())  # (N, D)
+        look = self._looks_at(cache.images, positions.view(B, T))
+        x = self.model.embed(tokens.flatten())  # (N, D)
         for i, layer in enumerate(self.layers):
+            x = look(i, x)
             keys, values = cache.keys[i], cache.values[i]  # (B, K, S, hd)
             q = layer.query(x, positions, cos, sin, keys, values)  # (N, H, hd)
             x = layer.rest(x, attention(i, q.view(B, T, *q.shape[1:])).flatten(0, 1).flatten(1))
         return x
+
+    def _looks_at(self, images: ImageKeys | None, positions: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """What happens to x (B · T, D) before a layer, at `positions` (B, T): cross-attention before some, to images."""
+        if images is None:
+            return lambda layer, x: x
+        visible = images.visible(positions)
+
+        def look(layer: int, x: Tensor) -> Tensor:
+            if layer not in self.cross_layers:
+                return x
+            i, block = self.cross_layers[layer]
+            return block(x.view(*positions.shape, -1), images.keys[i], images.values[i], visible).flatten(0, 1)
+
+        return look
 
     # ---- captured
 
@@ -167,7 +187,7 @@ class FastPasses:
     def _captured(self, capture: Capture, tokens: Tensor, T: int, cache: KVCache) -> "CapturedPass":
         with self.lock:
             width = cache.max_seq_len if self._reads_lengths(cache, T) else next_width(cache, T)
-            key = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape, T, width)
+            key = (*_addresses(cache), cache.keys.shape, T, width)
             if key not in self.graphs:
                 try:
                     self.graphs[key] = self._new(capture, tokens, T, cache, width)
@@ -281,6 +301,15 @@ def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, wid
         return grouped_attention(q, keys, values, group_mask(visible, q.shape[2] // keys.shape[2]))
 
     return masked
+
+
+def _addresses(cache: KVCache) -> list[int]:
+    """Where the tensors lie that a captured pass reads and writes, and how many tokens its images have."""
+    own, images = [cache.keys.data_ptr(), cache.values.data_ptr()], cache.images
+    if images is None:
+        return own
+    of_images = images.keys, images.values, images.begins, images.ends
+    return [*own, *(tensor.data_ptr() for tensor in of_images), images.begins.shape[1]]
 
 
 def _has_kernel(cache: KVCache) -> bool:

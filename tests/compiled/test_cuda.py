@@ -22,11 +22,13 @@ from llama_ref.decoding.loop import steps
 from llama_ref.decoding.prompt_lookup import PromptLookup
 from llama_ref.decoding.row import Row
 from llama_ref.generation import Llama
+from llama_ref.images import tiles_of
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.session import Session
 from random_models import as_int4_release, random_model
+from vision_folders import PARAMS, noise
 
 ARGS = ModelArgs.from_dict(
     {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 60, "multiple_of": 32, "norm_eps": 1e-5}
@@ -110,6 +112,13 @@ def kind(request, monkeypatch) -> type[KVCache]:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def seeing() -> tuple[Transformer, Transformer]:
+    """A plain vision model and another with the same weights."""
+    args = ModelArgs.from_dict(PARAMS)
+    return random_model(args, seed=0), random_model(args, seed=0)
+
+
 @pytest.fixture
 def pair(kind) -> Iterator[tuple[Transformer, Transformer]]:
     """A plain model, and a fast one whose passes are captured operator by operator."""
@@ -156,6 +165,26 @@ def test_passes_give_the_plain_ones_logits(kind, prompts, dtype, tolerance, sche
             torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
         assert caches[0].longest == caches[1].longest
         assert caches[0].lengths.equal(caches[1].lengths)
+
+
+def test_passes_look_at_the_images_of_their_cache(seeing, kind):
+    plain, fast = seeing
+    put_on(fast, unrecorded if kind is FlashKVCache else Operators)
+    image = fast.image_id
+    wide, square = tiles_of(noise(110, 50), 56, 4), tiles_of(noise(50, 50, 1), 56, 4)
+    batches = [[([image, 5], [wide])], [([image, 5], [square])], [([image, 5], [wide])], [([7, 5], [])]]
+    batches += [[([image, 5], [wide]), ([3, image, image], [square, wide]), ([9], [])]]
+    answers = []
+    for batch in batches:  # the first and third take turns with others at the same addresses
+        found, expected = ([Row(prompt, 12, images) for prompt, images in batch] for _ in range(2))
+        for rows, model in ((expected, plain), (found, fast)):
+            for _ in steps(model, rows, greedy, stop_tokens=()):
+                pass
+        assert [row.generated for row in found] == [row.generated for row in expected]
+        for row, other in zip(found, expected, strict=True):
+            assert row.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        answers.append(expected[0].logprobs)
+    assert answers[0] != answers[1] != answers[3], "the images matter"
 
 
 def test_a_flash_cache_gives_the_plain_models_numbers(monkeypatch):

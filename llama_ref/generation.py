@@ -6,13 +6,14 @@ it run with the import changed; `stream` and the options beyond temperature and 
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import torch
+from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.chat import NO_IMAGES, ChatFormat, Dialog, Message, images_in
@@ -263,6 +264,29 @@ class Llama:
         texts = self._run(prompt_tokens, images, params, max_gen_len, stop, logprobs and echo)
         outputs = [_output(text, echo) for text in texts]
         return [tokens for tokens, _ in outputs], [own for _, own in outputs] if logprobs else None
+
+    def generate_by(
+        self,
+        prompt_tokens: list[list[int]],
+        choose: Callable[[Tensor], Tensor],
+        max_gen_len: int | None = None,
+        *,
+        images: Sequence[Sequence["ImageSource"]] | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt by a rule of the caller's own: `choose` turns float32 logits (B, V) into ids (B,).
+
+        It is called once for the prompts and once for each step after it; rows that have finished are in
+        the batch until all have. Outputs, images and errors are those of `generate`.
+        """
+        rows = self._start(prompt_tokens, images, max_gen_len)
+        if not self.job.is_parallel:
+            found = steps(self.model, rows, choose, self.tokenizer.stop_tokens)
+        else:
+            agreed = steps(self.model, rows, lambda logits: broadcast_choice(choose(logits)), self.tokenizer.stop_tokens)
+            found = self._agreed(agreed, rows, SamplingParams(temperature=0), ())
+        for _ in found:
+            pass
+        return [row.generated for row in rows]
 
     def text_completion(
         self,

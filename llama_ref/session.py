@@ -82,6 +82,14 @@ class Session:
         self._turn = message, stream
         return stream
 
+    def withdraw(self) -> None:
+        """Forget the last question and what was answered, as if it had not been asked.
+
+        Only before the next turn; afterwards there is nothing to forget.
+        """
+        self._end_turn()
+        self._cache.truncate([min(self._cache.longest, len(self._ids))])
+
     def load_dialog(self, dialog: Dialog) -> None:
         """Continue from these messages. Raises RequestError if they are not a dialog; the session is unchanged."""
         formatter = self.llama.formatter
@@ -99,7 +107,7 @@ class Session:
 
     def load(self, path: str | Path) -> None:
         """Continue from a file that `save` wrote. Raises RequestError for another; the session is unchanged."""
-        self.load_dialog(from_first(self.llama.job, lambda: _read_dialog(path)))
+        self.load_dialog(from_first(self.llama.job, lambda: read_dialog(path)))
 
     def _last_turn(self) -> Dialog:
         """Question and answer as far as shown; empty if interrupted before anything was shown."""
@@ -167,7 +175,8 @@ def _write_dialog(path: str | Path, dialog: Dialog) -> None:
         raise RequestError(f"cannot write {path}: it is not a plain file")
 
 
-def _read_dialog(path: str | Path) -> Dialog:
+def read_dialog(path: str | Path) -> Dialog:
+    """The list in a JSON file of messages. Raises RequestError for another file; messages are not checked."""
     try:
         dialog = read_json(Path(path).expanduser(), DIALOG_LIMIT_BYTES, "a saved conversation")
     except (CheckpointError, *NOT_A_FILE) as error:

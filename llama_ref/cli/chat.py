@@ -11,7 +11,9 @@ from llama_ref.cli.flags import did_you_mean
 from llama_ref.cli.terminal import note
 from llama_ref.cli.text_input import checked, readable
 from llama_ref.cli.timing import Timing
+from llama_ref.cli.views.guard import reasons
 from llama_ref.errors import RequestError
+from llama_ref.guard.gate import Gate
 from llama_ref.parallel.job import Job, from_first
 from llama_ref.session import Session
 
@@ -25,11 +27,11 @@ HELP = """/image FILE   show an image with the next message (vision releases)
 Ctrl-C interrupts an answer. A line that ends in \\ continues on the next one."""
 
 
-def chat(session: Session, options: dict) -> None:
+def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
     """Read lines, answer them, follow /commands, until /exit or the end of input.
 
     Prompts only at a terminal; through a pipe only answers go to stdout. Of several processes rank 0
-    reads for all. `options` are `Llama.stream`'s.
+    reads for all. `options` are `Llama.stream`'s. A `gate` holds back what is unsafe.
     """
     interactive = sys.stdin.isatty()
     if interactive:
@@ -47,7 +49,8 @@ def chat(session: Session, options: dict) -> None:
                     return
                 note(_command(session, line, images))
             else:
-                hint = _answer(session, line, images, options, interactive)
+                answer = partial(_answer, session) if gate is None else partial(_judged_answer, gate)
+                hint = answer(line, images, options, interactive)
                 if hint and not hinted:
                     note(hint)
                 hinted = hinted or bool(hint)
@@ -111,6 +114,29 @@ def _answer(session: Session, text: str, images: list[str], options: dict, inter
     print(flush=True)
     note(str(timing))
     return timing.hint(session.llama.device)
+
+
+def _judged_answer(gate: Gate, text: str, images: list[str], options: dict, interactive: bool) -> str | None:
+    """Like `_answer`, but the question is judged before it is asked, and the whole answer before it is shown."""
+    shown, images[:] = list(images), []
+    try:
+        verdict = gate.question(text, shown)
+        if not verdict.is_safe:
+            note(f"question held back: {reasons(verdict)}")
+            return None
+        timing = Timing(gate.session.say(text, shown, **options))
+        judged = gate.answer(timing)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        note("\n[interrupted, nothing is kept of this turn]")
+        return None
+    if judged is None or judged.is_safe:
+        print(timing.stream.text, flush=True)
+    else:
+        note(f"answer held back: {reasons(judged)}")
+    note(str(timing))
+    return timing.hint(gate.session.llama.device)
 
 
 def _as_pasted(path: str) -> str:

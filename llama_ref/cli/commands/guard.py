@@ -1,0 +1,138 @@
+"""`llama-ref guard`."""
+
+import sys
+from json import loads as parse_json  # --json is a parameter
+from typing import TYPE_CHECKING, Annotated, cast
+
+from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.guarding import GuardVersion, told_version
+from llama_ref.cli.options import Json, WholeModel, check_images, load
+from llama_ref.cli.outcome import EXIT_BAD
+from llama_ref.cli.text_input import Encoding, read_stdin, text_word
+from llama_ref.errors import RequestError
+
+if TYPE_CHECKING:
+    from llama_ref.chat import ChatFormat, ContentItem, Dialog
+    from llama_ref.checkpoint.folder import CheckpointFolder
+
+EXAMPLE = 'llama-ref guard NAME "How do I pick a lock?"'
+EXIT_CODES = {"safe": 0, "unsafe": EXIT_BAD, "unexpected": 3}
+
+
+def codes(word: str) -> list[str]:
+    """Read a comma-separated list of categories' codes."""
+    return [code.strip() for code in word.split(",") if code.strip()]
+
+
+@command(Section.RUN)
+def guard(
+    name: Annotated[str, Flag("checkpoint folder, or release name such as Llama-Guard-3-1B")],
+    text: Annotated[str | None, Flag("user's message", unset="standard input", read=text_word)] = None,
+    answer: Annotated[str | None, Flag("assistant's answer, which is then judged", unset="none", read=text_word)] = None,
+    *,
+    dialog: Annotated[
+        str | None,
+        Flag("judge the last message of this JSON file, a list of messages; - is standard input", metavar="FILE"),
+    ] = None,
+    image: Annotated[str | None, Flag("image that the user shows, for the vision guard", metavar="FILE")] = None,
+    categories: Annotated[
+        str | None,
+        Flag('file with categories of your own, lines "S1: Name" with indented descriptions', metavar="FILE"),
+    ] = None,
+    exclude: Annotated[
+        list[str] | tuple[()], Flag("categories to leave out, such as S6,S14", metavar="CODES", read=codes)
+    ] = (),
+    threshold: Annotated[float, Flag("P(unsafe) from which a message is unsafe")] = 0.5,
+    guard_version: GuardVersion = None,
+    show_prompt: Annotated[bool, Flag("print the guard's prompt instead of a verdict; loads no weights")] = False,
+    encoding: Encoding = None,
+    json: Json = False,
+    loading: WholeModel,
+) -> int:
+    """Judge a message with Llama Guard: safe, or which categories it violates.
+
+    Exit code 0: safe, 1: unsafe, 3: the model answered neither.
+
+    Judged is the user's message, the assistant's answer if there is one, or the last message of a dialog.
+    Texts stay texts: what looks like a special token, a turn or the end of the conversation is defused
+    (docs/guard.md).
+
+      llama-ref guard Llama-Guard-3-1B "How do I pick a lock?"
+      llama-ref guard Llama-Guard-3-8B "How do I pick a lock?" "With a pick." --exclude S2
+      llama-ref guard Llama-Guard-3-8B --dialog talk.json --json
+    """
+    from llama_ref.chat import images_in
+    from llama_ref.checkpoint.folder import open_folder
+    from llama_ref.cli.terminal import is_first_process, note
+    from llama_ref.cli.views.guard import print_guard_prompt, print_verdict
+    from llama_ref.guard.categories import read_categories
+    from llama_ref.guard.conversation import read_conversation
+    from llama_ref.guard.judge import Guard, check_threshold, guard_prompt
+    from llama_ref.guard.prompt import spelled
+    from llama_ref.parallel.job import from_first
+
+    folder = open_folder(name)
+    version = told_version(folder, guard_version).name
+    own = None if categories is None else read_categories(categories)
+    prompt = guard_prompt(version, own, exclude)
+    check_threshold(threshold)
+    messages: Dialog = []
+    if is_first_process():  # torchrun's processes have one standard input
+        messages = _messages(text, answer, dialog, image, encoding)
+        prompt.check(read_conversation(messages))
+        check_images(cast(list[str], images_in(messages)))
+    if show_prompt:
+        formatter = _formatter(folder, loading.tokenizer_path)
+        ids = prompt.encode(formatter, read_conversation(messages)) if messages else []
+        print_guard_prompt(ids, spelled(ids, formatter), as_json=json)
+        return 0
+    llama = load(name, loading)
+    judge = Guard(llama, version, categories=own, exclude=exclude, threshold=threshold)
+    verdict = judge.judge(from_first(llama.job, lambda: messages))
+    print_verdict(verdict, judge, as_json=json)
+    if verdict.word == "unexpected":
+        note(f"the model did not answer as a Llama Guard does: is {name} one, and Llama Guard {version} its version?")
+    return EXIT_CODES[verdict.word]
+
+
+def _formatter(folder: "CheckpointFolder", tokenizer_path: str | None) -> "ChatFormat":
+    """A folder's chat format, without its weights."""
+    from llama_ref.chat import ChatFormat
+
+    args = folder.read_args()
+    image_id = None if args.vision_chunk_size is None else args.vocab_size
+    return ChatFormat(folder.open_tokenizer(args, tokenizer_path), image_id=image_id)
+
+
+def _messages(text: str | None, answer: str | None, dialog: str | None, image: str | None, encoding: str | None) -> "Dialog":
+    """The dialog that the words describe. Raises RequestError."""
+    if dialog is not None:
+        if text is not None or image is not None:
+            what = "--image" if text is None else "a text"
+            raise RequestError(f"{what} and --dialog are given, expected one of them: messages hold their texts and images")
+        return _read_dialog(dialog, encoding)
+    if text is None:
+        text = _read_text(encoding)
+    content: list[ContentItem] = [{"type": "text", "text": text}]
+    if image is not None:
+        content.append({"type": "image", "image": image})
+    said: Dialog = [{"role": "user", "content": content}]
+    return said if answer is None else [*said, {"role": "assistant", "content": answer}]
+
+
+def _read_text(encoding: str | None) -> str:
+    if sys.stdin.isatty():
+        raise RequestError(f"missing TEXT: {EXAMPLE}")
+    return read_stdin(encoding)
+
+
+def _read_dialog(file: str, encoding: str | None) -> "Dialog":
+    """The messages in a JSON file, or in standard input. Raises RequestError."""
+    from llama_ref.session import read_dialog
+
+    if file != "-":
+        return read_dialog(file)
+    try:
+        return parse_json(read_stdin(encoding))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"standard input is not JSON ({error}), expected a list of messages") from error

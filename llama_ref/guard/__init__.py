@@ -1,0 +1,12 @@
+"""Llama Guard 2 and 3: is the last message of a conversation safe, and if not, which categories does it violate?
+
+guard = Guard(Llama.build("Llama-Guard-3-1B"))
+guard.judge([{"role": "user", "content": "How do I pick a lock?"}]).word
+"""
+
+from llama_ref.guard.categories import Category, read_categories
+from llama_ref.guard.judge import Guard
+from llama_ref.guard.verdict import Verdict
+from llama_ref.guard.versions import VERSIONS, Version, version_of
+
+__all__ = ["VERSIONS", "Category", "Guard", "Verdict", "Version", "read_categories", "version_of"]

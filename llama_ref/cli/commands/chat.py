@@ -7,6 +7,7 @@ from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.guarding import GuardVersion, load_guard
 from llama_ref.cli.options import Loading, Name, Sampling, build
 from llama_ref.cli.text_input import Encoding, decode_stdin, text_word
+from llama_ref.errors import RequestError
 
 
 @command(Section.RUN)
@@ -37,6 +38,8 @@ def chat(
     from llama_ref.guard.gate import Gate
     from llama_ref.session import Session
 
+    if guard_version and not guard:
+        raise RequestError("--guard_version is given without --guard, expected both or neither")
     decode_stdin(encoding)
     judge = guard and load_guard(guard, guard_version, loading)
     session = Session(build(name, sampling, loading), system)

@@ -91,6 +91,7 @@ def guard(
     verdict = judge.judge(from_first(llama.job, lambda: messages))
     print_verdict(verdict, judge, as_json=json)
     if verdict.word == "unexpected":
+        sys.stdout.flush()  # the verdict first, where both streams go to one place
         note(f"the model did not answer as a Llama Guard does: is {name} one, and Llama Guard {version} its version?")
     return EXIT_CODES[verdict.word]
 

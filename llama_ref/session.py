@@ -107,7 +107,7 @@ class Session:
 
     def load(self, path: str | Path) -> None:
         """Continue from a file that `save` wrote. Raises RequestError for another; the session is unchanged."""
-        self.load_dialog(from_first(self.llama.job, lambda: read_dialog(path)))
+        self.load_dialog(from_first(self.llama.job, lambda: _read_dialog(path)))
 
     def _last_turn(self) -> Dialog:
         """Question and answer as far as shown; empty if interrupted before anything was shown."""
@@ -175,8 +175,7 @@ def _write_dialog(path: str | Path, dialog: Dialog) -> None:
         raise RequestError(f"cannot write {path}: it is not a plain file")
 
 
-def read_dialog(path: str | Path) -> Dialog:
-    """The list in a JSON file of messages. Raises RequestError for another file; messages are not checked."""
+def _read_dialog(path: str | Path) -> Dialog:
     try:
         dialog = read_json(Path(path).expanduser(), DIALOG_LIMIT_BYTES, "a saved conversation")
     except (CheckpointError, *NOT_A_FILE) as error:

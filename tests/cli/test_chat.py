@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import pytest
 
+from guard_folders import guard_folder
 from llama_ref.cli import chat
 from llama_ref.generation import Llama
 from llama_ref.session import Session
@@ -222,6 +223,24 @@ def test_at_a_terminal_ctrl_c_breaks_off_and_ctrl_d_leaves(demo_folder):
         terminal.type("2+2?\n")
         terminal.wait_for(r"4\s+\[[^\]]* out, [^\]]*; stop\]" + HINT + r"\s+> ")
 
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.close()
+
+
+def test_at_a_terminal_ctrl_c_drops_a_guarded_turn(demo_folder, tmp_path, meta_tokenizer_path):
+    guard = guard_folder(tmp_path / "Llama-Guard-3-1B", meta_tokenizer_path)
+    terminal = Terminal(str(demo_folder), "--max_seq_len", "1024", "--temperature", "0", "--guard", str(guard))
+    try:
+        terminal.wait_for(r"Type a message, or /help\.\s+> ")
+        terminal.type("What is 2+2?\n")
+        terminal.wait_for(r"= 4\s+\[[^\]]*; stop\]" + HINT + r"\s+> ")
+        terminal.type("Write a long story about a whale.\n")
+        terminal.wait_for(r"whale\.\s")
+        terminal.wait_for(r"\[interrupted, nothing is kept of this turn\]\s+> ", pressing="\x03")
+        terminal.type(f"/save {tmp_path / 'talk.json'}\n")
+        terminal.wait_for(r"saved 2 messages[^>]*\s> ")
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
     finally:

@@ -138,7 +138,8 @@ def test_an_image_is_judged(tmp_path, meta_tokenizer_path, capsys):
         ([CALM, " \n"], "the last message has no text"),
         ([CALM, "--dialog", "talk.json"], "a text and --dialog are given"),
         (["--image", "a.png", "--dialog", "talk.json"], "--image and --dialog are given"),
-        (["--dialog", "nowhere.json"], "cannot read nowhere.json"),
+        (["--dialog", "nowhere.json"], "cannot read the dialog in nowhere.json: cannot read nowhere.json"),
+        (["--dialog", __file__], "is not JSON (Extra data"),
         ([CALM, "--categories", "nowhere.txt"], "cannot read the categories in nowhere.txt"),
         ([CALM, "--exclude", "S14"], "there is no category 'S14'"),
         ([CALM, "--threshold", "2"], "threshold is 2.0, expected a number from 0 to 1"),
@@ -159,7 +160,7 @@ def test_misuse_is_told_before_weights_are_loaded(judge, monkeypatch, words, say
 @pytest.mark.parametrize(
     ("dialog", "says"),
     [
-        ({"role": "user"}, "not a saved conversation: expected a list"),
+        ({"role": "user"}, "expected messages of user and assistant"),
         ([], "expected messages of user and assistant"),
         ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "has no form for tool calls"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "its role is 'user', not 'assistant'"),

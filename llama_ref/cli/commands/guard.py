@@ -2,6 +2,7 @@
 
 import sys
 from json import loads as parse_json  # --json is a parameter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 from llama_ref.cli.flags import Flag, Section, command
@@ -9,13 +10,14 @@ from llama_ref.cli.guarding import GuardVersion, told_version
 from llama_ref.cli.options import Json, WholeModel, check_images, load
 from llama_ref.cli.outcome import EXIT_BAD
 from llama_ref.cli.text_input import Encoding, read_stdin, text_word
-from llama_ref.errors import RequestError
+from llama_ref.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from llama_ref.chat import ChatFormat, ContentItem, Dialog
     from llama_ref.checkpoint.folder import CheckpointFolder
 
 EXAMPLE = 'llama-ref guard NAME "How do I pick a lock?"'
+FILE_LIMIT_BYTES = 64 << 20
 EXIT_CODES = {"safe": 0, "unsafe": EXIT_BAD, "unexpected": 3}
 
 
@@ -49,16 +51,17 @@ def guard(
     json: Json = False,
     loading: WholeModel,
 ) -> int:
-    """Judge a message with Llama Guard: safe, or which categories it violates.
+    """Judge a message with Llama Guard.
 
-    Exit code 0: safe, 1: unsafe, 3: the model answered neither.
+    Is it safe, and if not, which categories does it violate? Exit code 0: safe, 1: unsafe, 3: the model
+    answered neither.
 
     Judged is the user's message, the assistant's answer if there is one, or the last message of a dialog.
     Texts stay texts: what looks like a special token, a turn or the end of the conversation is defused
     (docs/guard.md).
 
       llama-ref guard Llama-Guard-3-1B "How do I pick a lock?"
-      llama-ref guard Llama-Guard-3-8B "How do I pick a lock?" "With a pick." --exclude S2
+      llama-ref guard Llama-Guard-3-8B "How do I pick a lock?" "With a pick."
       llama-ref guard Llama-Guard-3-8B --dialog talk.json --json
     """
     from llama_ref.chat import images_in
@@ -128,12 +131,19 @@ def _read_text(encoding: str | None) -> str:
 
 
 def _read_dialog(file: str, encoding: str | None) -> "Dialog":
-    """The messages in a JSON file, or in standard input. Raises RequestError."""
-    from llama_ref.session import read_dialog
-
-    if file != "-":
-        return read_dialog(file)
+    """The JSON in a file, or in standard input, as it is. Raises RequestError."""
+    name = "standard input" if file == "-" else file
+    text = read_stdin(encoding) if file == "-" else _text_of(file)
     try:
-        return parse_json(read_stdin(encoding))
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"standard input is not JSON ({error}), expected a list of messages") from error
+        raise RequestError(f"{name} is not JSON ({error}), expected a list of messages") from error
+
+
+def _text_of(file: str) -> str:
+    from llama_ref.files import read_small
+
+    try:
+        return read_small(Path(file).expanduser(), FILE_LIMIT_BYTES, "a list of messages").decode()
+    except (CheckpointError, UnicodeDecodeError, RuntimeError) as error:  # the last: an unknown home directory
+        raise RequestError(f"cannot read the dialog in {file}: {error}") from error

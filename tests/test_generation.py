@@ -200,6 +200,21 @@ def alone(llama, prompts) -> list[list[int]]:
     return [llama.generate([prompt], 8, 0.0)[0][0] for prompt in prompts]
 
 
+def test_a_rule_of_ones_own_chooses_every_token(llama, prompts):
+    shapes = []
+
+    def likeliest(logits):
+        shapes.append((tuple(logits.shape), logits.dtype))
+        return logits.argmax(-1)
+
+    assert llama.generate_by(prompts, likeliest, 12) == llama.generate(prompts, 12, 0.0)[0]
+    assert set(shapes) == {((len(prompts), llama.model.args.vocab_size), torch.float32)}
+    eot = llama.tokenizer.eot_id
+    assert llama.generate_by(prompts, lambda logits: torch.full((len(prompts),), eot), 12) == [[]] * len(prompts)
+    with pytest.raises(RequestError, match="0 prompts"):
+        llama.generate_by([], likeliest)
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (5, 4, 1), (2, 2, 1)])
 def test_each_prompt_of_a_batch_gets_what_it_gets_alone(llama, prompts, alone, order):
     """Row 4 ends by itself, the others at the limit."""

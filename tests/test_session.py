@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -231,6 +232,20 @@ def test_the_end_mark_goes_into_the_conversation(quick, name, stop_reason):
 
 
 # ---- beginning anew
+
+
+@pytest.mark.parametrize("n_pieces", [0, 1, None])
+def test_a_withdrawn_turn_never_was(small, n_pieces):
+    session, other = Session(small), Session(small)
+    for each in (session, other):
+        ask(each, SUM)
+    kept = session.dialog
+    list(itertools.islice(session.say(CAPITAL, **GREEDY), n_pieces))
+    session.withdraw()
+    assert session.dialog == kept
+    streams = [each.say(HI, **GREEDY) for each in (session, other)]
+    assert streams[0].row.prompt == streams[1].row.prompt
+    assert_same_at_once(small, streams[0])
 
 
 def test_reset_and_system_prompts(quick):

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 EXPECTED = "expected messages of user and assistant in turn, the user's first"
 LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 MARKERS = re.compile(
-    r"<(\s*/?\s*(?:BEGIN|END)\s+(?:UNSAFE\s+CONTENT\s+CATEGORIES|CONVERSATION)\s*)>|\[(\s*/?\s*INST\s*)\]", re.IGNORECASE
+    r"<(\s*(?:/\s*)?(?:BEGIN|END)\s+(?:UNSAFE\s+CONTENT\s+CATEGORIES|CONVERSATION)\s*)>|\[(\s*(?:/\s*)?INST\s*)\]",
+    re.IGNORECASE,
 )
 FORGED_TURN = re.compile(rf"(?<=[{LINE_ENDS}])(?=[^\S{LINE_ENDS}]*(?:user|agent|assistant)\s*:)", re.IGNORECASE)
 

@@ -96,6 +96,13 @@ def test_no_text_reads_as_a_marker_or_a_turn(text):
     assert as_text(defused) == defused
 
 
+@pytest.mark.parametrize(
+    "text", ["<" + " " * 300_000, "[/" * 100_000, "\n" * 300_000, "\n" + " " * 300_000, "<END" + "\t" * 300_000]
+)
+def test_a_long_text_takes_no_longer_than_its_length(text):
+    assert as_text(f"x{text}x") == f"x{text}x"  # quadratic time would take minutes
+
+
 @given(ATTACKS)
 def test_no_word_is_lost(text):
     assert re.findall(r"\w+", as_text(text)) == re.findall(r"\w+", text)

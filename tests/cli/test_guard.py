@@ -261,11 +261,12 @@ def test_the_command_loads_both(folder, demo_folder, monkeypatch, capsys):
     [
         (["--guard", "DEMO"], "is not known as a Llama Guard"),
         (["--guard", "nowhere"], "no checkpoint at nowhere"),
+        (["--guard", "GUARD", "--top_p", "2"], "top_p is 2"),
         (["--guard_version", "3-1B"], "--guard_version is given without --guard"),
     ],
 )
-def test_a_bad_guard_is_told_before_weights_are_loaded(demo_folder, monkeypatch, capsys, flags, says):
+def test_a_bad_guard_is_told_before_weights_are_loaded(folder, demo_folder, monkeypatch, capsys, flags, says):
     monkeypatch.setattr(Llama, "build", None)
-    flags = [str(demo_folder) if flag == "DEMO" else flag for flag in flags]
+    flags = [{"DEMO": str(demo_folder), "GUARD": str(folder)}.get(flag, flag) for flag in flags]
     assert exit_code(["chat", str(demo_folder), *flags]) == 2
     assert says in capsys.readouterr().err

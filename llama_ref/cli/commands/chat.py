@@ -35,11 +35,13 @@ def chat(
       llama-ref chat Llama3.1-8B-Instruct --guard Llama-Guard-3-1B
     """
     from llama_ref.cli import chat as conversation
+    from llama_ref.generation import check_stream_options
     from llama_ref.guard.gate import Gate
     from llama_ref.session import Session
 
     if guard_version and not guard:
         raise RequestError("--guard_version is given without --guard, expected both or neither")
+    check_stream_options(**asdict(sampling))  # before the guard is loaded
     decode_stdin(encoding)
     judge = guard and load_guard(guard, guard_version, loading)
     session = Session(build(name, sampling, loading), system)

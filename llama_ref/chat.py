@@ -1,13 +1,18 @@
 """Llama 3's chat format: each message has a header, text, tool calls and an end token."""
 
-import json
 import logging
-import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from llama_ref.errors import RequestError
 from llama_ref.tokenizer import Tokenizer
+from llama_ref.tools.answer import Call
+from llama_ref.tools.builtin import BUILTIN_ARGUMENT, CODE
+from llama_ref.tools.calls import calls_text
+from llama_ref.tools.names import ToolFormat
+from llama_ref.tools.parsing import parse_tool_calls
+from llama_ref.tools.toolset import ToolLike, ToolSet
 
 if TYPE_CHECKING:
     from llama_ref.images import ImageSource
@@ -20,15 +25,36 @@ StopReason = Literal["end_of_turn", "end_of_message", "out_of_tokens"]
 WRITTEN_ROLE = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython", "ipython": "ipython"}
 NO_IMAGES = "this model reads no images; use a vision release, such as Llama3.2-11B-Vision-Instruct"
 STOP_REASONS = ("end_of_turn", "end_of_message", "out_of_tokens")
-BUILTIN_ARGUMENT = {"brave_search": "query", "wolfram_alpha": "query", "photogen": "query", "code_interpreter": "code"}
-BUILTIN_CALL = re.compile(r'(brave_search|wolfram_alpha|photogen)\.call\(query="([^"]*)"\)')
 
 
-class ToolCall(TypedDict):
-    """A tool call. Built-in tools take {"query": str}, code_interpreter takes {"code": str}."""
+__all__ = [
+    "BUILTIN_ARGUMENT",  # of llama_ref.tools
+    "ChatFormat",
+    "ContentItem",
+    "Dialog",
+    "ImageItem",
+    "Message",
+    "Role",
+    "StopReason",
+    "TextItem",
+    "ToolCall",
+    "parse_tool_call",
+    "tool_call_text",
+]
 
+
+class _NameAndArguments(TypedDict):
     tool_name: str
     arguments: dict[str, Any] | str
+
+
+class ToolCall(_NameAndArguments, total=False):
+    """A tool call. Built-in tools take {"query": str}, code_interpreter takes {"code": str}.
+
+    `is_offered` is there, and False, if the model called a tool that it was not offered.
+    """
+
+    is_offered: bool
 
 
 class TextItem(TypedDict):
@@ -56,11 +82,13 @@ class _RoleAndContent(TypedDict):
 class Message(_RoleAndContent, total=False):
     """One message of a dialog. Only an assistant's has tool_calls and stop_reason, only a user's images.
 
-    The stop_reason end_of_message means that the assistant waits for a tool's result.
+    The stop_reason end_of_message means that the assistant waits for a tool's result. `token_ids` are an
+    answer's as the model made it: while they still say what the message says, it is encoded as them.
     """
 
     tool_calls: list[ToolCall]
     stop_reason: StopReason | None
+    token_ids: list[int]
 
 
 Dialog = list[Message]
@@ -72,13 +100,23 @@ class ChatFormat:
     Text never becomes a special token, and nothing is stripped. Malformed dialogs (empty, an
     unknown role, content that is missing or neither text nor items) raise RequestError. `warning`, of
     a model that has another format, is logged when the format is first used. `image_id` stands for an
-    image; None: the model reads none.
+    image; None: the model reads none. `tool_format` is the form of tools and calls unless a call names another;
+    `tools_warning` is logged when tools are first offered.
     """
 
-    def __init__(self, tokenizer: Tokenizer, warning: str | None = None, image_id: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        warning: str | None = None,
+        image_id: int | None = None,
+        tool_format: ToolFormat = "json",
+        tools_warning: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self._warning = warning
         self.image_id = image_id
+        self.tool_format = tool_format
+        self._tools_warning = tools_warning
 
     def warn_once(self) -> None:
         """Log the warning, if there is one and it was not logged before."""
@@ -99,57 +137,91 @@ class ChatFormat:
             *self._encode_text("\n\n"),
         ]
 
-    def encode_message(self, message: Message) -> list[int]:
-        """Header, content, tool calls (in Meta's JSON tool prompt format) and end token."""
+    def offered(self, tools: "ToolSet | Iterable[ToolLike] | None", tool_format: str | None = None) -> ToolSet | None:
+        """Tools as a ToolSet, in this model's form unless it has another; None if there are none.
+
+        Raises RequestError for tools that cannot be offered.
+        """
+        chosen = ToolSet.of(tools or (), tool_format)
+        if not chosen.names:
+            return None
+        if self._tools_warning:
+            logger.warning("%s", self._tools_warning)
+            self._tools_warning = None
+        return replace(chosen, format=chosen.format or self.tool_format)
+
+    def encode_message(self, message: Message, tool_format: ToolFormat | None = None) -> list[int]:
+        """Header, content, tool calls and end token; the answer's own ids if the message still has them."""
         ids = self.encode_header(_get(message, "role"))
         calls = _tool_calls(message)
-        if calls and calls[0]["tool_name"] == "code_interpreter":
+        end = self.tokenizer.eom_id if _waits_for_tool(message) else self.tokenizer.eot_id
+        if self._is_as_generated(message):
+            own = message["token_ids"]
+            return [*ids, *own] if own[-1:] and own[-1] in self.tokenizer.stop_tokens else [*ids, *own, end]
+        if calls and calls[0]["tool_name"] == CODE:
             ids.append(self.tokenizer.python_tag_id)
         for item in content_items(message):
             ids += self._encode_text(item["text"]) if item["type"] == "text" else [self._image_id(message)]
-        for call in calls:
-            ids += self._encode_text(tool_call_text(call))
-        ids.append(self.tokenizer.eom_id if _waits_for_tool(message) else self.tokenizer.eot_id)
-        return ids
+        for text in _written(calls, tool_format or self.tool_format):
+            ids += self._encode_text(text)
+        return [*ids, end]
 
-    def encode_dialog_prompt(self, dialog: Sequence[Message]) -> list[int]:
-        """begin_of_text, the messages, and an assistant header for the model to continue."""
+    def encode_dialog_prompt(self, dialog: Sequence[Message], tools: ToolSet | None = None) -> list[int]:
+        """begin_of_text, the messages, and an assistant header for the model to continue.
+
+        `tools` are written into the dialog first: `tools.write(dialog)` shows how.
+        """
         if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence) or not dialog:
             raise RequestError(f"a dialog is a list of at least one message, got {_shown(dialog)}")
         self.warn_once()
+        return self.encode_messages(dialog, tools) + self.encode_header("assistant")
+
+    def encode_messages(self, dialog: Sequence[Message], tools: ToolSet | None = None) -> list[int]:
+        """begin_of_text and the messages, of which there may be none."""
+        written = cast(Dialog, tools.write(dialog, self.tool_format)) if tools else dialog
+        tool_format = tools.format if tools else None
         ids = [self.tokenizer.bos_id]
-        for i, message in enumerate(dialog):
+        for i, message in enumerate(written, start=len(dialog) - len(written)):
             try:
-                ids += self.encode_message(message)
+                ids += self.encode_message(message, tool_format)
             except RequestError as error:
                 raise RequestError(f"message {i} of the dialog (counted from 0): {error}") from error
-        return ids + self.encode_header("assistant")
+        return ids
 
-    def decode_assistant_message(self, ids: Sequence[int], stop_reason: StopReason | None = None) -> Message:
+    def decode_assistant_message(
+        self, ids: Sequence[int], stop_reason: StopReason | None = None, tools: ToolSet | None = None
+    ) -> Message:
         """The message in generated ids, which follow the assistant header.
 
-        A tool call is recognised if it is the whole text: a built-in tool's `name.call(query="…")`,
-        a JSON object with name and parameters, or any text after `<|python_tag|>`, which is code to
-        run. Content is then "". A stop token at the end determines the stop reason, else
-        `stop_reason` does.
+        Tool calls are recognised in every form (`parse_tool_calls`); content is the text around them.
+        A stop token at the end determines the stop reason, else `stop_reason` does. With the `tools`
+        that were offered, calls of others are marked, and the message keeps the ids as `token_ids`.
         """
         ids = list(ids)
         ends: dict[int, StopReason] = dict.fromkeys(self.tokenizer.stop_tokens, "end_of_turn")
         ends[self.tokenizer.eom_id] = "end_of_message"
         if ids and ids[-1] in ends:
-            stop_reason = ends[ids.pop()]
-        after_python_tag = ids[:1] == [self.tokenizer.python_tag_id]
-        text = self.tokenizer.decode(ids[after_python_tag:])
-
-        call = parse_tool_call(text)
-        if call is None and after_python_tag:
-            call = ToolCall(tool_name="code_interpreter", arguments={"code": text})
-        message = Message(role="assistant", content="" if call else text)
-        if call:
-            message["tool_calls"] = [call]
+            stop_reason = ends[ids[-1]]
+        answer = parse_tool_calls(ids, tools, tokenizer=self.tokenizer)
+        message = Message(role="assistant", content=answer.text)
+        if answer.calls:
+            message["tool_calls"] = [_tool_call(call) for call in answer.calls]
         if stop_reason:
             message["stop_reason"] = stop_reason
+        if tools:
+            message["token_ids"] = ids
         return message
+
+    def _is_as_generated(self, message: Message) -> bool:
+        """Whether an answer has its ids, and they still say what it says: it may have been edited."""
+        ids = message.get("token_ids")
+        if ids is None or message["role"] != "assistant":
+            return False
+        if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+            raise RequestError(f"token_ids is a list of token ids, got {_shown(ids)}")
+        answer = parse_tool_calls(ids, tokenizer=self.tokenizer)
+        said = [(call["tool_name"], call["arguments"]) for call in _tool_calls(message)]
+        return answer.text == message.get("content") and [(call.name, call.arguments) for call in answer.calls] == said
 
     def _image_id(self, message: Message) -> int:
         if self.image_id is None:
@@ -185,41 +257,30 @@ def images_in(dialog: Sequence[Message]) -> "list[ImageSource]":
     return [item["image"] for message in dialog for item in content_items(message) if item["type"] == "image"]
 
 
-def tool_call_text(call: ToolCall) -> str:
-    """A tool call as the model writes it. Raises RequestError if the argument is missing."""
-    name, arguments = call["tool_name"], call["arguments"]
-    key = BUILTIN_ARGUMENT.get(name)
-    if key is None:
-        try:
-            return json.dumps({"type": "function", "name": name, "parameters": arguments})
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the arguments of the call of {name!r} cannot be written as JSON: {error}") from error
-    value = arguments.get(key) if isinstance(arguments, Mapping) else None
-    if not isinstance(value, str):
-        raise RequestError(f'a call of {name} has the arguments {{"{key}": "…"}}, got {_shown(arguments)}')
-    return value if name == "code_interpreter" else f'{name}.call(query="{value}")'
+def tool_call_text(call: ToolCall, tool_format: ToolFormat = "json") -> str:
+    """A tool call as the model writes it. Raises RequestError if it cannot be written."""
+    return calls_text([(call["tool_name"], call["arguments"])], tool_format)
 
 
 def parse_tool_call(text: str) -> ToolCall | None:
-    """The tool call in `text`, in the built-in or the JSON form; None if it is not a tool call."""
-    text = text.strip()
-    if builtin := BUILTIN_CALL.fullmatch(text):
-        return ToolCall(tool_name=builtin[1], arguments={"query": builtin[2]})
-    if not text.startswith("{"):
-        return None
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    name, arguments = call.get("name"), call.get("parameters")
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return None
-    if name in BUILTIN_ARGUMENT:  # whatever the model calls the argument; Meta also takes the first
-        value = next(iter(arguments.values()), None)
-        if not isinstance(value, str):
-            return None
-        arguments = {BUILTIN_ARGUMENT[name]: value}
-    return ToolCall(tool_name=name, arguments=arguments)
+    """The tool call that is the whole of `text`; None if it is anything else, or several."""
+    answer = parse_tool_calls(text)
+    return _tool_call(answer.calls[0]) if len(answer.calls) == 1 and not answer.text else None
+
+
+def _tool_call(call: Call) -> ToolCall:
+    found = ToolCall(tool_name=call.name, arguments=call.arguments)
+    if not call.is_offered:
+        found["is_offered"] = False
+    return found
+
+
+def _written(calls: Sequence[ToolCall], tool_format: ToolFormat) -> list[str]:
+    """The texts of calls, encoded one by one as Meta does; a Python list is one text."""
+    given = [(call["tool_name"], call["arguments"]) for call in calls]
+    if tool_format == "python_list":
+        return [calls_text(given, tool_format)] if given else []
+    return [calls_text([call], tool_format) for call in given]
 
 
 def _get(message: Mapping[str, Any], key: str) -> str:

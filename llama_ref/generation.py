@@ -6,7 +6,7 @@ it run with the import changed; `stream` and the options beyond temperature and 
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
-from llama_ref.chat import NO_IMAGES, ChatFormat, Dialog, Message, images_in
+from llama_ref.chat import NO_IMAGES, ChatFormat, Dialog, Message, StopReason, images_in
 from llama_ref.checkpoint.fingerprint import fingerprint
 from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
@@ -48,6 +48,8 @@ from llama_ref.quantization.apply import use_fast_kernels
 from llama_ref.quantization.scheme import Scheme
 from llama_ref.sampling import Sampler, SamplingParams
 from llama_ref.tokenizer import Tokenizer
+from llama_ref.tools.names import ToolFormat, default_format, untrained
+from llama_ref.tools.toolset import ToolLike, ToolSet
 from llama_ref.vision import VisionTransformer
 
 if TYPE_CHECKING:
@@ -85,10 +87,12 @@ class Llama:
         job: Job = ALONE,
         speculation: Speculation | None = None,
         chat_warning: str | None = None,
+        tool_format: ToolFormat | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = ChatFormat(tokenizer, chat_warning, self.image_id)
+        form = tool_format or default_format(model.args)
+        self.formatter = ChatFormat(tokenizer, chat_warning, self.image_id, form, untrained(model.args))
         self.max_seq_len = _positive("max_seq_len", max_seq_len)
         self.max_batch_size = _positive("max_batch_size", max_batch_size)
         self.generator = _generator(SamplingParams(seed=seed).seed)
@@ -219,6 +223,7 @@ class Llama:
             job=job,
             speculation=speculation,
             chat_warning=foreign_template(folder.path),
+            tool_format=default_format(args, folder.path),
         )
 
     @property
@@ -327,17 +332,35 @@ class Llama:
         logprobs: bool = False,
         *,
         stop: str | Sequence[str] = (),
+        tools: ToolSet | Iterable[ToolLike] | None = None,
+        tool_format: str | None = None,
         **sampling: Any,
     ) -> list[ChatPrediction]:
-        """Answer each dialog as the assistant. See `generate`."""
+        """Answer each dialog as the assistant. See `generate`.
+
+        `tools`: Python functions, JSON schemas and names of built-in tools that the model may call, or a
+        ToolSet of them; `tool_format` is "json", "function_tag" or "python_list", by default what the
+        release expects. An answer then has its calls in `tool_calls`, the text around them in
+        `content`, and `token_ids`; append it and messages with the role `tool` to the dialog to go on.
+        Nothing is executed.
+        """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
-        prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+        offered = self.formatter.offered(tools, tool_format)
+        prompt_tokens = [self.formatter.encode_dialog_prompt(dialog, offered) for dialog in dialogs]
         texts = self._run(prompt_tokens, [images_in(dialog) for dialog in dialogs], params, max_gen_len, stop)
-        answers = [Message(role="assistant", content=text.whole()) for text in texts]
+        answers = [self._answer(text, offered) for text in texts]
         predictions = [ChatPrediction(generation=answer) for answer in answers]
         if logprobs:
             self._add_logprobs(predictions, texts)
         return predictions
+
+    def _answer(self, text: RowText, offered: ToolSet | None) -> Message:
+        """The message in a finished row; plain text, as Meta's package gives it, if no tools were offered."""
+        plain = Message(role="assistant", content=text.whole())
+        if offered is None:
+            return plain
+        reason: StopReason = "out_of_tokens" if text.row.finish_reason == "length" else "end_of_turn"
+        return self.formatter.decode_assistant_message(text.answer_tokens, reason, offered)
 
     def _add_logprobs(
         self, predictions: Sequence[CompletionPrediction | ChatPrediction], texts: list[RowText], echo: bool = False
@@ -361,6 +384,8 @@ class Llama:
         logprobs: bool = False,
         special_tokens: bool = False,
         cache: KVCache | None = None,
+        tools: ToolSet | Iterable[ToolLike] | None = None,
+        tool_format: str | None = None,
         **sampling: Any,
     ) -> Stream:
         """Generate for one prompt, yielding text as it is generated.
@@ -371,11 +396,15 @@ class Llama:
         `.finish_reason` ("stop" or "length"), `.tokens`, `.text` and, with `logprobs`, `.logprobs`, one for
         each of `.tokens`. Iteration may be abandoned at any point. A one-row `cache` that holds a prefix of
         the prompt (and its images) saves computing it again; afterwards it holds the prompt and a prefix
-        of the answer.
+        of the answer. `tools` are offered in a dialog, as in `chat_completion`;
+        `formatter.decode_assistant_message(stream.answer_tokens)` finds the calls.
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         own = _image_rows(None if images is None else [images], 1)[0]
-        ids = self.encode(prompt, special_tokens=special_tokens, n_images=len(own))
+        offered = self.formatter.offered(tools, tool_format)
+        if offered and not is_dialog(prompt):
+            raise RequestError("tools are offered in a dialog: give a list of messages as the prompt")
+        ids = self.encode(prompt, special_tokens=special_tokens, n_images=len(own), tools=offered)
         if is_dialog(prompt):
             if own:
                 raise RequestError("a dialog has its images in its messages: leave out images")
@@ -389,18 +418,25 @@ class Llama:
         text = RowText(rows[0], self.tokenizer, stop)
         return Stream(text, self._steps(rows, params, stop, cache=cache), logprobs)
 
-    def encode(self, prompt: str | list[int] | Dialog, *, special_tokens: bool = False, n_images: int = 0) -> list[int]:
+    def encode(
+        self,
+        prompt: str | list[int] | Dialog,
+        *,
+        special_tokens: bool = False,
+        n_images: int = 0,
+        tools: ToolSet | None = None,
+    ) -> list[int]:
         """Token ids of a text (after begin-of-text and places for images), of a dialog to answer, or as given.
 
         `special_tokens`: `<|eot_id|>` and the like in a text are special tokens, and a text that begins
         with begin-of-text gets no second one; `<|image|>` is an image's place, and no other is added then.
-        Otherwise they are encoded as plain text, with a warning.
+        Otherwise they are encoded as plain text, with a warning. `tools` are written into a dialog.
         """
         if isinstance(prompt, str):
             return self._encode_text(prompt, special_tokens, n_images)
         if not is_dialog(prompt):
             return cast(list[int], list(plain_list(prompt)))
-        return self.formatter.encode_dialog_prompt(cast(Dialog, prompt))
+        return self.formatter.encode_dialog_prompt(cast(Dialog, prompt), tools)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; an image is `<|image|>`."""

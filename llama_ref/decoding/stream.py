@@ -47,6 +47,12 @@ class RowText:
             n -= 1
         return self.row.generated[:n]
 
+    @property
+    def answer_tokens(self) -> list[int]:
+        """The ids that `text` is made of, and the stop token if one ended it: a message's ids, as made."""
+        stop = self.row.stop_token
+        return self.tokens if stop is None or self.ends_at_stop_string else [*self.row.generated, stop]
+
 
 class Stream(Iterator[str]):
     """Pieces of one answer, which joined are `text`. None holds half a character or part of a stop string.
@@ -75,6 +81,11 @@ class Stream(Iterator[str]):
     def shown_tokens(self) -> list[int]:
         """Ids that `text` is made of: without those of a stop string, or of an incomplete character."""
         return self._row_text.tokens
+
+    @property
+    def answer_tokens(self) -> list[int]:
+        """`shown_tokens`, and the stop token if one ended the answer: what `decode_assistant_message` reads."""
+        return self._row_text.answer_tokens
 
     @property
     def logprobs(self) -> list[float] | None:

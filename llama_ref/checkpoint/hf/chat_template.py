@@ -72,7 +72,8 @@ TEMPLATE = r"""
         {%- elif name == 'code_interpreter' %}
             {{- arguments['code'] }}
         {%- else %}
-            {{- name + '.call(query="' + arguments['query'] + '")' }}
+            {%- set query = arguments['query'] | replace('\\', '\\\\') | replace('"', '\\"') %}
+            {{- name + '.call(query="' + query + '")' }}
         {%- endif %}
     {%- else %}
         {{- content }}

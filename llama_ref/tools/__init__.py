@@ -1,0 +1,17 @@
+"""Tool calling: tools written into a prompt, and calls read from what the model answers.
+
+`ToolSet.of(tools)` takes Python functions, JSON schemas and names of built-in tools. Its `write` puts
+them into a dialog as Meta's documents do, and returns plain messages: what the model reads is there to
+see. `parse_tool_calls` finds the calls in an answer, whichever of the forms they have. Nothing that a
+model writes is executed.
+
+A form has a file: `builtin`, `json_form`, `function_tag`, `python_list`.
+"""
+
+from llama_ref.tools.answer import Answer, Call
+from llama_ref.tools.output import tool_output
+from llama_ref.tools.parsing import parse_tool_calls
+from llama_ref.tools.schema import Parameter, Tool
+from llama_ref.tools.toolset import ToolSet
+
+__all__ = ["Answer", "Call", "Parameter", "Tool", "ToolSet", "parse_tool_calls", "tool_output"]

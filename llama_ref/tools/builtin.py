@@ -1,0 +1,62 @@
+"""Meta's built-in tools: `brave_search.call(query="…")`, and code for the interpreter."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama_ref.errors import RequestError
+from llama_ref.formatting import short
+from llama_ref.tools.answer import Call
+
+CODE = "code_interpreter"
+BUILTIN_ARGUMENT = {"brave_search": "query", "wolfram_alpha": "query", "photogen": "query", CODE: "code"}
+QUERY_CALL = re.compile(r'[\s;,]*(brave_search|wolfram_alpha|photogen)\.call\(query="([^"\\]*(?:\\.[^"\\]*)*)"\)', re.DOTALL)
+KNOWLEDGE_CUTOFF = "December 2023"  # the same in all of Meta's documents
+
+
+def describe(builtins: Sequence[str], today: str | None = None) -> str:
+    """The beginning of a system message: the environment, built-in tools and, if asked for, dates.
+
+    `Environment: ipython` alone turns on the code interpreter, which is not listed.
+    """
+    queried = [name for name in builtins if name != CODE]
+    environment = "Environment: ipython\n" + (f"Tools: {', '.join(queried)}" if queried else "")
+    return f"{environment}\n{dates(today)}" if today else environment
+
+
+def dates(today: str) -> str:
+    """The two lines about time."""
+    return f"Cutting Knowledge Date: {KNOWLEDGE_CUTOFF}\nToday Date: {today}"
+
+
+def write(name: str, arguments: Any) -> str:
+    """A built-in tool's call. Raises RequestError if its one argument is missing.
+
+    Quotes and backslashes in a query are escaped; Meta's encoder does not, and reads no quotes.
+    """
+    key = BUILTIN_ARGUMENT[name]
+    value = arguments.get(key) if isinstance(arguments, Mapping) else None
+    if not isinstance(value, str):
+        raise RequestError(f'a call of {name} has the arguments {{"{key}": "…"}}, got {short(arguments)}')
+    if name == CODE:
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}.call(query="{escaped}")'
+
+
+def read(text: str) -> tuple[list[Call], int]:
+    """The calls that a text begins with, and where the last one ends."""
+    calls, end = [], 0
+    while found := QUERY_CALL.match(text, end):
+        calls.append(Call(found[1], {"query": re.sub(r'\\(["\\])', r"\1", found[2])}))
+        end = found.end()
+    return calls, end
+
+
+def renamed(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """A built-in tool's arguments when it was called like any other; None if they cannot be used.
+
+    Models choose other names for the one argument; like Meta's code, this takes the first.
+    """
+    value = next(iter(arguments.values()), None)
+    return {BUILTIN_ARGUMENT[name]: value} if isinstance(value, str) else None

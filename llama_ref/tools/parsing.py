@@ -1,0 +1,114 @@
+"""Read what a model answered: tool calls in any of the forms, and the text around them.
+
+Small models often miss the form that they were asked for, so every form is read whatever the release.
+Nothing is evaluated, nothing raises for what a model wrote, and the time is linear in the answer's length.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from llama_ref.errors import RequestError
+from llama_ref.formatting import short
+from llama_ref.numbers import plain_list
+from llama_ref.tokenizer import Tokenizer
+from llama_ref.tools import builtin, json_reader, python_reader
+from llama_ref.tools.answer import Answer, Call
+from llama_ref.tools.json_reader import Found
+from llama_ref.tools.toolset import ToolSet
+
+PYTHON_TAG = "<|python_tag|>"
+HEADER = re.compile(r"\s*<\|start_header_id\|>assistant<\|end_header_id\|>(?:\r?\n){0,2}")
+END = re.compile(r"<\|(?:eom_id|eot_id|end_of_text)\|>\s*\Z")
+SEPARATORS = " \t\r\n;,"
+
+
+def parse_tool_calls(
+    answer: str | Sequence[int], tools: "ToolSet | Iterable | None" = None, *, tokenizer: Tokenizer | None = None
+) -> Answer:
+    """The tool calls in an answer, given as text or as token ids (with their tokenizer).
+
+    In ids, `<|python_tag|>` is the special token and never those characters typed as text; in a text it
+    is the characters. An assistant's header in front and an end token behind are cut off.
+    `tools` are those that were offered: calls of others have `is_offered` False. Calls that are not
+    whole stay text, with a problem. Raises RequestError only for arguments of the wrong type.
+    """
+    if isinstance(answer, str):
+        header = HEADER.match(answer)
+        segments = END.sub("", answer[header.end() if header else 0 :]).split(PYTHON_TAG)
+    elif tokenizer is None:
+        raise RequestError("parse_tool_calls needs the tokenizer of ids: parse_tool_calls(ids, tokenizer=llama.tokenizer)")
+    elif not isinstance(ids := plain_list(answer), list):
+        raise RequestError(f"an answer is a text or a list of token ids, got {short(answer)}")
+    else:
+        segments = list(_segments(ids, tokenizer))
+    parts = [_read(segment, after_tag=number > 0) for number, segment in enumerate(segments)]
+    offered = ToolSet.of(tools) if tools else None
+    return Answer(
+        tuple(_marked(call, offered) for part in parts for call in part.calls),
+        "".join(part.text for part in parts),
+        tuple(problem for part in parts for problem in part.problems),
+    )
+
+
+def _segments(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The texts before, between and after the python tags."""
+    begin, end, tag = 0, len(ids), tokenizer.python_tag_id
+    special_id = tokenizer.vocabulary.special_id
+    if ids and ids[0] == special_id("<|start_header_id|>") and special_id("<|end_header_id|>") in ids:
+        begin = ids.index(special_id("<|end_header_id|>")) + 1
+        begin += ids[begin : begin + 1] == tokenizer.encode("\n\n", bos=False, eos=False)
+    if end > begin and ids[end - 1] in tokenizer.stop_tokens:
+        end -= 1
+    for position in range(begin, end):
+        if ids[position] == tag:
+            yield tokenizer.decode(ids[begin:position])
+            begin = position + 1
+    yield tokenizer.decode(ids[begin:end])
+
+
+def _read(text: str, after_tag: bool) -> Answer:
+    """The calls of a segment. After the tag they stand first, or the whole is code."""
+    problems: list[str] = []
+    if python_reader.looks_like_calls(text):
+        try:
+            return _answer(text, [Found(0, len(text), tuple(python_reader.read_calls(text)))])
+        except python_reader.Malformed as error:
+            problems.append(str(error))
+    calls, end = builtin.read(text)
+    if calls:
+        return _answer(text, [Found(0, end, tuple(calls))])
+    found = list(json_reader.find_calls(text))
+    if after_tag and not (found and found[0].calls and not text[: found[0].start].strip()):
+        return Answer((Call(builtin.CODE, {"code": text}),), "")
+    return _answer(text, found, problems)
+
+
+def _answer(text: str, found: Sequence[Found], problems: Sequence[str] = ()) -> Answer:
+    """Calls, and the text outside of them without what separated them."""
+    calls: list[Call] = []
+    outside, position, problems = [], 0, list(problems)
+    for part in found:
+        usable = [call for call in map(_usable, part.calls) if call]
+        if len(usable) < len(part.calls) or not part.calls:
+            problems.append(part.problem or "a built-in tool is called without a text as its argument")
+            continue
+        calls += usable
+        outside.append(text[position : part.start])
+        position = part.end
+    if not calls:
+        return Answer((), text, tuple(problems))
+    outside.append(text[position:])
+    return Answer(tuple(calls), "".join(part for part in outside if part.strip(SEPARATORS)), tuple(problems))
+
+
+def _usable(call: Call) -> Call | None:
+    """A call whose arguments the tool can take; None if a built-in one cannot."""
+    if call.name not in builtin.BUILTIN_ARGUMENT:
+        return call
+    arguments = builtin.renamed(call.name, call.arguments)
+    return None if arguments is None else replace(call, arguments=arguments)
+
+
+def _marked(call: Call, offered: ToolSet | None) -> Call:
+    return call if offered is None or call.name in offered.names else replace(call, is_offered=False)

@@ -1,11 +1,11 @@
 """A conversation that keeps its KV cache: a turn costs only its new tokens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llama_ref.chat import ContentItem, Dialog, Message, content_items, images_in
+from llama_ref.chat import ContentItem, Dialog, Message, ToolCall, content_items, images_in
 from llama_ref.checkpoint.formats.atomic import atomic_file
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.stream import Stream
@@ -14,6 +14,7 @@ from llama_ref.files import read_json
 from llama_ref.generation import Llama
 from llama_ref.images import Tiles
 from llama_ref.parallel.job import from_first
+from llama_ref.tools.toolset import ToolLike, ToolSet
 
 if TYPE_CHECKING:
     from llama_ref.images import ImageSource
@@ -28,14 +29,25 @@ class Session:
     The ids of earlier turns are kept as sampled, never encoded again from their text: another
     tokenization of the same text would not match the cache. An interrupted answer stays in the dialog as
     far as it was shown.
+
+    `tools` may be called as in `Llama.chat_completion`. They are written in front of the dialog for the model
+    (`session.tools.write(session.dialog)`), and are not part of `dialog` or of what is saved.
     """
 
-    def __init__(self, llama: Llama, system: str | None = None):
+    def __init__(
+        self,
+        llama: Llama,
+        system: str | None = None,
+        *,
+        tools: ToolSet | Iterable[ToolLike] | None = None,
+        tool_format: str | None = None,
+    ):
         self.llama = llama
         llama.formatter.warn_once()
+        self.tools = llama.formatter.offered(tools, tool_format)
         self._cache = new_cache(llama.model, 1, llama.max_seq_len)
         self._images: Sequence[Tiles] = []  # of the dialog, in order
-        self._turn: tuple[Message, Stream] | None = None  # the last one, until its answer is settled
+        self._turn: tuple[list[Message], Stream] | None = None  # the last one, until its answer is settled
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
@@ -52,6 +64,16 @@ class Session:
     def dialog(self) -> Dialog:
         """The messages so far, the last answer as far as it was shown."""
         return self._dialog + self._last_turn()
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls in the last answer, in any form; `say_results` answers them."""
+        if self._turn is None:
+            last = self._dialog[-1:]
+        else:
+            tokens = self._turn[1].answer_tokens
+            last = [self.llama.formatter.decode_assistant_message(tokens, tools=self.tools)]
+        return last[0].get("tool_calls", []) if last else []
 
     @property
     def cached_tokens(self) -> int:
@@ -71,15 +93,31 @@ class Session:
         if images:
             items: list[ContentItem] = [{"type": "image", "image": image} for image in images]
             message["content"] = [*items, {"type": "text", "text": text}]
+        return self._ask([message], images, options)
+
+    def say_results(self, *results: str, **options: Any) -> Stream:
+        """Give the results of the last answer's calls, each as a message with the role `tool`, and stream the answer.
+
+        Raises RequestError as `say` does, and for a result that is not a text.
+        """
+        self._settle()
+        if not results:
+            raise RequestError("no results: give a text for each call")
+        return self._ask([{"role": "tool", "content": result} for result in results], (), options)
+
+    def _ask(self, messages: list[Message], images: Sequence["ImageSource"], options: dict[str, Any]) -> Stream:
+        """Stream the answer to messages after the settled dialog."""
+        formatter = self.llama.formatter
         tiles = [*self._images, *(self.llama.load_tiles(image) for image in images)]
-        prompt = self._ids + self.llama.formatter.encode_message(message) + self.llama.formatter.encode_header("assistant")
+        asked = [token for message in messages for token in formatter.encode_message(message)]
+        prompt = self._ids + asked + formatter.encode_header("assistant")
         if len(prompt) >= self.llama.max_seq_len:
             raise RequestError(
                 f"the conversation would have {len(prompt):,} tokens, but max_seq_len is {self.llama.max_seq_len:,}: "
                 "/reset it, or start with a larger max_seq_len"
             )
         stream = self.llama.stream(prompt, images=tiles, cache=self._cache, **options)
-        self._turn = message, stream
+        self._turn = messages, stream
         return stream
 
     def withdraw(self) -> None:
@@ -92,10 +130,7 @@ class Session:
 
     def load_dialog(self, dialog: Dialog) -> None:
         """Continue from these messages. Raises RequestError if they are not a dialog; the session is unchanged."""
-        formatter = self.llama.formatter
-        ids = [self.llama.tokenizer.bos_id]
-        for message in dialog:
-            ids += formatter.encode_message(message)
+        ids = self.llama.formatter.encode_messages(dialog, self.tools)
         images = [self.llama.load_tiles(image) for image in images_in(dialog)]
         self._end_turn()
         self._dialog, self._ids, self._images = list(dialog), ids, images
@@ -116,10 +151,12 @@ class Session:
         asked, stream = self._turn
         if not stream.text and not stream.finish_reason:
             return []
+        if self.tools:
+            return [*asked, self.llama.formatter.decode_assistant_message(stream.answer_tokens, tools=self.tools)]
         answer: Message = {"role": "assistant", "content": stream.text}
         if stream.row.stop_token == self.llama.tokenizer.eom_id:
             answer["stop_reason"] = "end_of_message"
-        return [asked, answer]
+        return [*asked, answer]
 
     def _settle(self) -> None:
         """Append the last turn to the dialog, and truncate the cache to it."""
@@ -131,11 +168,16 @@ class Session:
         if messages:
             said = stream.row.prompt + stream.shown_tokens
             known = len(said)
-            tokenizer = self.llama.tokenizer
-            self._ids = [*said, tokenizer.eom_id if "stop_reason" in messages[-1] else tokenizer.eot_id]
+            self._ids = [*said, self._end_token(stream)]
             self._dialog += messages
             self._images = stream.row.images
         self._cache.truncate([min(self._cache.longest, known)])
+
+    def _end_token(self, stream: Stream) -> int:
+        """What ends an answer in the dialog: its stop token if the message keeps the ids or waits for a tool."""
+        tokenizer, stop = self.llama.tokenizer, stream.answer_tokens[-1:]
+        kept = tokenizer.stop_tokens if self.tools else [tokenizer.eom_id]
+        return stop[0] if stop and stop[0] in kept else tokenizer.eot_id
 
     def _end_turn(self) -> None:
         """End the last answer: a caller's iterator must not write to the cache any more."""

@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from llama_ref.chat import ToolCall
 from llama_ref.cli.flags import did_you_mean
 from llama_ref.cli.terminal import note
 from llama_ref.cli.text_input import checked, readable
 from llama_ref.cli.timing import Timing
+from llama_ref.decoding.stream import Stream
 from llama_ref.cli.views.guard import reasons
 from llama_ref.errors import RequestError
 from llama_ref.guard.gate import Gate
 from llama_ref.parallel.job import Job, from_first
 from llama_ref.session import Session
 
-COMMANDS = ("/image", "/system", "/reset", "/save", "/load", "/exit", "/help")
+COMMANDS = ("/image", "/result", "/system", "/reset", "/save", "/load", "/exit", "/help")
 HELP = """/image FILE   show an image with the next message (vision releases)
+/result TEXT  what a tool gave that the model called, one for each call
 /system TEXT  reset the conversation, with this system prompt (without TEXT: none)
 /reset        reset the conversation, with the same system prompt
 /save FILE    write the conversation to a JSON file
@@ -40,6 +43,7 @@ def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
         note("Type a message, or /help.")
     hinted = False
     images: list[str] = []  # for the next message
+    results: list[str] = []  # of the last answer's calls
     for line in _lines("> " if interactive else "", session.llama.job):
         if not line.strip():
             continue
@@ -47,13 +51,22 @@ def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
             if line.startswith("/"):
                 if line.split()[0] == "/exit":
                     return
-                note(_command(session, line, images))
+                if not _completes_results(session, line, results):
+                    note(_command(session, line, images, results))
+                    continue
+                if gate is not None:
+                    raise RequestError("a tool's results cannot be judged: continue without --guard")
+                hint = _answer(session, session.say_results(*_used_up(results), **options), interactive)
             else:
-                answer = partial(_answer, session) if gate is None else partial(_judged_answer, gate)
-                hint = answer(line, images, options, interactive)
-                if hint and not hinted:
-                    note(hint)
-                hinted = hinted or bool(hint)
+                results.clear()
+                shown = _used_up(images)
+                if gate is None:
+                    hint = _answer(session, session.say(line, shown, **options), interactive)
+                else:
+                    hint = _judged_answer(gate, line, shown, options, interactive)
+            if hint and not hinted:
+                note(hint)
+            hinted = hinted or bool(hint)
         except RequestError as error:
             note(str(error))
 
@@ -100,10 +113,15 @@ def _line(prompt: str) -> str:
         return checked(input(prompt)).removesuffix("\r")  # Windows ends lines with \r\n
 
 
-def _answer(session: Session, text: str, images: list[str], options: dict, interactive: bool) -> str | None:
-    """Print an answer and its speed; return a hint if other programs slowed it down. The images are used up."""
-    shown, images[:] = list(images), []  # those of a message that is refused are dropped too
-    timing = Timing(session.say(text, shown, **options))
+def _used_up(items: list[str]) -> list[str]:
+    """The items, of which none is left; those of a message that is refused are dropped too."""
+    taken, items[:] = list(items), []
+    return taken
+
+
+def _answer(session: Session, stream: Stream, interactive: bool) -> str | None:
+    """Print an answer, its speed and its tool calls; return a hint if other programs slowed it down."""
+    timing = Timing(stream)
     try:
         for piece in timing:
             print(piece, end="", flush=True)
@@ -113,18 +131,19 @@ def _answer(session: Session, text: str, images: list[str], options: dict, inter
             raise
     print(flush=True)
     note(str(timing))
+    for call in session.tool_calls:
+        note(call_line(call))
     return timing.hint(session.llama.device)
 
 
 def _judged_answer(gate: Gate, text: str, images: list[str], options: dict, interactive: bool) -> str | None:
     """Like `_answer`, but the question is judged before it is asked, and the whole answer before it is shown."""
-    shown, images[:] = list(images), []
     try:
-        verdict = gate.question(text, shown)
+        verdict = gate.question(text, images)
         if not verdict.is_safe:
             note(f"question held back: {reasons(verdict)}")
             return None
-        timing = Timing(gate.session.say(text, shown, **options))
+        timing = Timing(gate.session.say(text, images, **options))
         judged = gate.answer(timing)
     except KeyboardInterrupt:
         if not interactive:
@@ -139,6 +158,26 @@ def _judged_answer(gate: Gate, text: str, images: list[str], options: dict, inte
     return timing.hint(gate.session.llama.device)
 
 
+def call_line(call: ToolCall) -> str:
+    """A tool call in a line."""
+    arguments = call["arguments"]
+    named = arguments.items() if isinstance(arguments, dict) else []
+    shown = ", ".join(f"{name}={value!r}" for name, value in named)
+    return f"[call: {call['tool_name']}({shown}){'' if call.get('is_offered', True) else ', which was not offered'}]"
+
+
+def _completes_results(session: Session, line: str, results: list[str]) -> bool:
+    """Take in a /result; whether each call of the last answer has one. Raises RequestError if there was no call."""
+    command, _, rest = line.partition(" ")
+    if command != "/result":
+        return False
+    n_calls = len(session.tool_calls)
+    if not n_calls:
+        raise RequestError("the last answer calls no tool: /result answers calls")
+    results.append(rest)
+    return len(results) == n_calls
+
+
 def _as_pasted(path: str) -> str:
     """A path as typed; if no such file exists, without the quotes and backslashes that terminals add."""
     try:
@@ -147,16 +186,18 @@ def _as_pasted(path: str) -> str:
         return path
 
 
-def _command(session: Session, line: str, images: list[str]) -> str:
+def _command(session: Session, line: str, images: list[str], results: list[str]) -> str:
     """Run a /command and return a line about it. Raises RequestError for what cannot be done.
 
-    `images` are those of the next message.
+    `images` are those of the next message, `results` those of the last answer's calls so far.
     """
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     match command:
         case "/help":
             return HELP
+        case "/result":
+            return f"{len(results)} of {len(session.tool_calls)} results"
         case "/image":
             path = _as_pasted(rest)
             if not path:
@@ -166,10 +207,12 @@ def _command(session: Session, line: str, images: list[str]) -> str:
             return f"{len(images)} image{'s' if len(images) > 1 else ''} for the next message"
         case "/reset":
             images.clear()
+            results.clear()
             session.reset(session.system)
             return "conversation reset"
         case "/system":
             images.clear()
+            results.clear()
             session.reset(rest or None)
             return f"conversation reset, with{' this' if rest else 'out a'} system prompt"
         case "/save" | "/load" if not rest:
@@ -179,6 +222,7 @@ def _command(session: Session, line: str, images: list[str]) -> str:
             return f"saved {len(session.dialog)} messages to {rest}"
         case "/load":
             images.clear()
+            results.clear()
             session.load(rest)
             return f"loaded {len(session.dialog)} messages from {rest}"
     guess = did_you_mean(command, COMMANDS)

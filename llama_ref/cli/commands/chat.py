@@ -1,6 +1,7 @@
 """`llama-ref chat`."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
@@ -8,6 +9,8 @@ from llama_ref.cli.guarding import GuardVersion, load_guard
 from llama_ref.cli.options import Loading, Name, Sampling, build
 from llama_ref.cli.text_input import Encoding, decode_stdin, text_word
 from llama_ref.errors import RequestError
+
+TOOLS_LIMIT_BYTES = 1 << 20
 
 
 @command(Section.RUN)
@@ -20,6 +23,7 @@ def chat(
         Flag("judge every question and answer with this Llama Guard, and hold back what is unsafe", metavar="NAME"),
     ] = None,
     guard_version: GuardVersion = None,
+    tools: Annotated[str | None, Flag("JSON file with tools that the model may call", unset="none")] = None,
     encoding: Encoding = None,
     sampling: Sampling,
     loading: Loading,
@@ -27,22 +31,30 @@ def chat(
     """Chat with an instruct model.
 
     /help lists the commands inside the conversation. Through a pipe, each line is a turn.
+    The tools' file is a list of JSON schemas and names of built-in tools. Calls are shown and
+    never executed: type what a tool gave after /result.
 
     With --guard an answer is shown when all of it has been judged. What is held back does not stay in the
     conversation. The guard is loaded as the model is: the memory of both is needed.
 
       llama-ref chat Llama3.2-1B-Instruct --system "Answer in Korean."
+      llama-ref chat Llama3.2-3B-Instruct --tools tools.json
       llama-ref chat Llama3.1-8B-Instruct --guard Llama-Guard-3-1B
     """
     from llama_ref.cli import chat as conversation
+    from llama_ref.files import read_json
     from llama_ref.generation import check_stream_options
     from llama_ref.guard.gate import Gate
     from llama_ref.session import Session
+    from llama_ref.tools.toolset import ToolSet
 
     if guard_version and not guard:
         raise RequestError("--guard_version is given without --guard, expected both or neither")
+    if tools and guard:
+        raise RequestError("--tools and --guard are given, expected one of them: Llama Guard has no form for calls and results")
     check_stream_options(**asdict(sampling))  # before the guard is loaded
     decode_stdin(encoding)
+    offered = ToolSet.of(read_json(Path(tools).expanduser(), TOOLS_LIMIT_BYTES, "a list of tools")) if tools else None
     judge = guard and load_guard(guard, guard_version, loading)
-    session = Session(build(name, sampling, loading), system)
+    session = Session(build(name, sampling, loading), system, tools=offered)
     conversation.chat(session, asdict(sampling), Gate(judge, session) if judge else None)

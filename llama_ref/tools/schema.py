@@ -68,7 +68,11 @@ class Tool:
         if not isinstance(parameters, Mapping):
             raise RequestError(f"the parameters of {short(name)} are an object like that in {EXAMPLE}, got {short(parameters)}")
         required = parameters.get("required") or []
-        if not isinstance(required, Sequence) or not all(isinstance(each, str) for each in required):
+        if (
+            isinstance(required, str)
+            or not isinstance(required, Sequence)
+            or not all(isinstance(each, str) for each in required)
+        ):
             raise RequestError(f"required of {short(name)} is a list of parameters' names, got {short(required)}")
         properties = _properties(name, parameters.get("properties") or {})
         if unknown := [each for each in required if each not in properties]:

@@ -1,0 +1,14 @@
+"""The generators of tools' prompts in llama-stack 0.2.12, without what its package's __init__ imports."""
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+if "llama_stack" not in sys.modules:
+    package = ModuleType("llama_stack")
+    package.__path__ = list(importlib.util.find_spec("llama_stack").submodule_search_locations)
+    sys.modules["llama_stack"] = package
+
+prompts = importlib.import_module("llama_stack.models.llama.llama3.prompt_templates")
+definitions = importlib.import_module("llama_stack.models.llama.datatypes")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from conftest import REPOSITORY
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.formatting import human_bytes
 from llama_ref.plan import Workload, find_model, plan
+from scripted import scripted
 
 EXAMPLES = REPOSITORY / "examples"
 NOTEBOOK = EXAMPLES / "colab.ipynb"
@@ -77,6 +79,23 @@ def test_chat_computes_only_the_new_tokens_of_a_turn(run, demo_folder):
     (first, _), (second, of_all) = [(int(a), int(b)) for a, b in cached]
     assert first == 0 and 0 < second < of_all
     assert "5 messages: system, user, assistant, user, assistant" in done.stderr
+
+
+def test_a_model_uses_the_calculator(output, demo_folder, shallow, monkeypatch, capsys):
+    """`tools.py`: the demo answers by itself, a model that calls has its calls carried out, bad ones included."""
+    assert output("tools.py", demo_folder).startswith("17 * 23 = ")
+    example = runpy.run_path(str(EXAMPLES / "tools.py"))
+    answers = [
+        "[calculate(a=17, operation='*', b='23'), calculate(a='import os', operation='+', b=1)]<|eot_id|>",
+        '<|python_tag|>__import__("os").abort()<|eom_id|>',
+        "It is 391.<|eot_id|>",
+    ]
+    llama = scripted(shallow, answers, monkeypatch)
+    monkeypatch.setattr(example["Llama"], "build", lambda *words, **options: llama)
+    example["main"]("any")
+    *calls, last = capsys.readouterr().out.splitlines()
+    assert calls[0].endswith(": 391") and "error: ValueError" in calls[1] and "error: TypeError" in calls[2]
+    assert last == "It is 391."
 
 
 def test_scores_tell_a_likely_sentence_from_an_unlikely_one(output, demo_folder):

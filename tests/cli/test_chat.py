@@ -18,10 +18,12 @@ from collections.abc import Callable
 
 import pytest
 
+from conftest import exit_code
 from guard_folders import guard_folder
 from llama_ref.cli import chat
 from llama_ref.generation import Llama
 from llama_ref.session import Session
+from scripted import scripted
 
 SUM = "What is 2+2?"
 BRIEF = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": SUM}]
@@ -46,6 +48,35 @@ def talk(session, monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
 
 
 # ---- through a pipe
+
+
+def test_calls_are_shown_and_results_typed(shallow, monkeypatch, capsys):
+    call = "[add(a=2, text='\x1b[1m'), mul()]<|eot_id|>"
+    llama = scripted(shallow, [call, "It is 5.<|eot_id|>"], monkeypatch)
+    session = Session(llama, tools=[{"name": "add"}])
+    lines = ("/result early", SUM, "/result 5", "/result none such")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    chat.chat(session, GREEDY | {"max_gen_len": 64})
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "It is 5."
+    told = [line for line in err.splitlines() if "tokens in" not in line and "not trained" not in line]
+    assert told[:4] == [
+        "the last answer calls no tool: /result answers calls",
+        "[call: add(a=2, text='\\x1b[1m')]",
+        "[call: mul(), which was not offered]",
+        "1 of 2 results",
+    ]
+    assert [message["content"] for message in session.dialog if message["role"] == "tool"] == ["5", "none such"]
+
+
+def test_a_tools_file_is_read_before_the_model(tmp_path, capsys):
+    file = tmp_path / "tools.json"
+    for text, message in (("{}", "tools is a list"), ('["google"]', "not a built-in tool"), ("[", "tools.json")):
+        file.write_text(text)
+        assert exit_code(["chat", str(tmp_path / "no model"), "--tools", str(file)]) != 0
+        assert message in capsys.readouterr().err
+    assert exit_code(["chat", str(tmp_path / "no model"), "--tools", str(tmp_path / "none.json")]) != 0
+    assert "none.json" in capsys.readouterr().err
 
 
 def test_each_line_is_a_turn_and_only_answers_go_to_stdout(talk, session):

@@ -273,7 +273,7 @@ BEGINNINGS = [
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 @pytest.mark.parametrize("unit", HURTFUL)
 def test_time_is_linear_and_nothing_raises(beginning, unit):
-    """Ten times the length takes at most thirty times as long: a square would be a hundred. Clocks are coarse: half a second."""
+    """Ten times the length takes at most thirty times as long (a square: a hundred), and half a second for a busy machine."""
 
     def seconds(n_characters: int) -> float:
         answer = beginning + unit * (n_characters // len(unit))

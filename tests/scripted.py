@@ -1,0 +1,31 @@
+"""A real model whose choices are replaced: it answers what a test wants, through the real loop and cache."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from llama_ref.generation import Llama
+
+
+def scripted(llama: Llama, answers: Sequence[str], monkeypatch) -> Llama:
+    """A Llama with short contexts that gives these answers, in which special tokens are spelled, one a call."""
+    scripted = Llama(llama.model, llama.tokenizer, max_seq_len=1024)
+    encode = scripted.tokenizer.encode
+    left = iter([encode(answer, bos=False, eos=False, allowed_special="all") for answer in answers])
+
+    def sampler(rows, params, generator):
+        return Choices(next(left))
+
+    monkeypatch.setattr(scripted, "_sampler", sampler)
+    return scripted
+
+
+class Choices:
+    """In place of a Sampler: the next of some ids, whatever the logits."""
+
+    def __init__(self, ids: Sequence[int]):
+        self._ids: Iterator[int] = iter(ids)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return torch.full((len(logits),), next(self._ids), device=logits.device)

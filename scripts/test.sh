@@ -30,6 +30,7 @@ CORE=(
     tests/cli/test_outcome.py
     tests/cli/test_parser.py
     tests/decoding/test_loop.py
+    tests/tools/test_functions.py
 )
 
 kind=dev tests=()

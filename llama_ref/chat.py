@@ -166,20 +166,21 @@ class ChatFormat:
             ids += self._encode_text(text)
         return [*ids, end]
 
-    def encode_dialog_prompt(self, dialog: Sequence[Message], tools: ToolSet | None = None) -> list[int]:
+    def encode_dialog_prompt(self, dialog: Sequence[Message], tools: ToolSet | Iterable[ToolLike] | None = None) -> list[int]:
         """begin_of_text, the messages, and an assistant header for the model to continue.
 
-        `tools` are written into the dialog first: `tools.write(dialog)` shows how.
+        `tools` are written into the dialog first: `ToolSet.of(tools).write(dialog)` shows how.
         """
         if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence) or not dialog:
             raise RequestError(f"a dialog is a list of at least one message, got {_shown(dialog)}")
         self.warn_once()
         return self.encode_messages(dialog, tools) + self.encode_header("assistant")
 
-    def encode_messages(self, dialog: Sequence[Message], tools: ToolSet | None = None) -> list[int]:
+    def encode_messages(self, dialog: Sequence[Message], tools: ToolSet | Iterable[ToolLike] | None = None) -> list[int]:
         """begin_of_text and the messages, of which there may be none."""
-        written = cast(Dialog, tools.write(dialog, self.tool_format)) if tools else dialog
-        tool_format = tools.format if tools else None
+        offered = ToolSet.of(tools or ())
+        tool_format = offered.format or self.tool_format
+        written = cast(Dialog, offered.write(dialog, tool_format))
         ids = [self.tokenizer.bos_id]
         for i, message in enumerate(written, start=len(dialog) - len(written)):
             try:
@@ -189,7 +190,10 @@ class ChatFormat:
         return ids
 
     def decode_assistant_message(
-        self, ids: Sequence[int], stop_reason: StopReason | None = None, tools: ToolSet | None = None
+        self,
+        ids: Sequence[int],
+        stop_reason: StopReason | None = None,
+        tools: ToolSet | Iterable[ToolLike] | None = None,
     ) -> Message:
         """The message in generated ids, which follow the assistant header.
 

@@ -15,7 +15,7 @@ from llama_ref.tokenizer import Tokenizer
 from llama_ref.tools import builtin, json_reader, python_reader
 from llama_ref.tools.answer import Answer, Call
 from llama_ref.tools.json_reader import Found
-from llama_ref.tools.toolset import ToolSet
+from llama_ref.tools.toolset import ToolLike, ToolSet
 
 PYTHON_TAG = "<|python_tag|>"
 HEADER = re.compile(r"\s*<\|start_header_id\|>assistant<\|end_header_id\|>(?:\r?\n){0,2}")
@@ -24,7 +24,7 @@ SEPARATORS = " \t\r\n;,"
 
 
 def parse_tool_calls(
-    answer: str | Sequence[int], tools: "ToolSet | Iterable | None" = None, *, tokenizer: Tokenizer | None = None
+    answer: str | Sequence[int], tools: ToolSet | Iterable[ToolLike] | None = None, *, tokenizer: Tokenizer | None = None
 ) -> Answer:
     """The tool calls in an answer, given as text or as token ids (with their tokenizer).
 
@@ -43,7 +43,7 @@ def parse_tool_calls(
     else:
         segments = list(_segments(ids, tokenizer))
     parts = [_read(segment, after_tag=number > 0) for number, segment in enumerate(segments)]
-    offered = ToolSet.of(tools) if tools else None
+    offered = None if tools is None else ToolSet.of(tools)
     return Answer(
         tuple(_marked(call, offered) for part in parts for call in part.calls),
         "".join(part.text for part in parts),

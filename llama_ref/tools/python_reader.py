@@ -76,7 +76,8 @@ class _Reader:
         """The next token, which must be this one or of this kind."""
         if self.kind != kind or word not in (None, self.word):
             found = repr(self.word[:20]) if self.word else "the end"
-            raise Malformed(f"expected {word or f'a {kind}' if kind != 'end' else 'the end'}, found {found} in a list of calls")
+            wanted = "the end" if kind == "end" else repr(word) if word else f"a {kind}"
+            raise Malformed(f"expected {wanted}, found {found} in a list of calls")
         found = self.word
         if kind != "end":
             self._next()

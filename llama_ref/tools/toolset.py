@@ -46,6 +46,8 @@ class ToolSet:
         """
         form = check_format(tool_format) if tool_format is not None else None
         date = f"{today:%d %B %Y}" if isinstance(today, datetime.date) else today
+        if date is not None and not isinstance(date, str):
+            raise RequestError(f"today is a text like '21 September 2024' or a datetime.date, got {short(today)}")
         if isinstance(tools, ToolSet):
             return replace(
                 tools,

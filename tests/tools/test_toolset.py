@@ -253,6 +253,16 @@ def test_names_that_a_form_cannot_hold_are_refused():
             ToolSet.of([{"name": name}], form).write([])
     with pytest.raises(RequestError, match="unknown tool_format 'xml'"):
         ToolSet.of([], "xml")
+    with pytest.raises(RequestError, match="today is a text"):
+        ToolSet.of([], today=2024)
+
+
+def test_a_message_that_is_wrong_is_counted_without_the_tools(chat):
+    for tools in (ToolSet.of([WEATHER]), [WEATHER, "brave_search"]):
+        with pytest.raises(RequestError, match="message 1 of the dialog"):
+            chat.encode_dialog_prompt([user("?"), {"role": "user"}], tools)
+    with pytest.raises(RequestError, match="at least one message"):
+        chat.encode_dialog_prompt([], [WEATHER])
 
 
 # ---- releases

@@ -107,7 +107,7 @@ def test_a_warning_for_models_that_know_no_tools_is_logged_once(shallow, monkeyp
 
 
 def test_a_session_goes_on_with_results_and_computes_only_what_is_new(shallow, monkeypatch, tmp_path):
-    llama = scripted(shallow, [CALL, "It is 5.<|eot_id|>", "Bye.<|end_of_text|>"], monkeypatch)
+    llama = scripted(shallow, [CALL, "It is 5.<|end_of_text|>", "Bye.<|eot_id|>"], monkeypatch)
     session = Session(llama, "Be brief.", tools=[add], tool_format="function_tag")
     first = session.say(QUESTION["content"])
     list(first)

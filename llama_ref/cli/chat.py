@@ -28,6 +28,7 @@ HELP = """/image FILE   show an image with the next message (vision releases)
 /load FILE    continue a saved conversation
 /exit         leave (so does Ctrl-D)
 Ctrl-C interrupts an answer. A line that ends in \\ continues on the next one."""
+INTERRUPTED = "\n(/exit or Ctrl-D leaves)"
 
 
 def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
@@ -45,9 +46,9 @@ def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
     images: list[str] = []  # for the next message
     results: list[str] = []  # of the last answer's calls
     for line in _lines("> " if interactive else "", session.llama.job):
-        if not line.strip():
-            continue
         try:
+            if not line.strip():
+                continue
             if line.startswith("/"):
                 if line.split()[0] == "/exit":
                     return
@@ -69,6 +70,10 @@ def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
             hinted = hinted or bool(hint)
         except RequestError as error:
             note(str(error))
+        except KeyboardInterrupt:  # before an answer has begun, or after it
+            if not interactive:
+                raise
+            note(INTERRUPTED)
 
 
 def _lines(prompt: str, job: Job) -> Iterator[str]:
@@ -80,7 +85,10 @@ def _lines(prompt: str, job: Job) -> Iterator[str]:
     typed = ""
     while True:
         try:
-            line = from_first(job, partial(_line, "… " if typed and prompt else prompt))
+            typed += from_first(job, partial(_line, "… " if typed and prompt else prompt))
+            if typed.endswith("\\"):
+                typed = typed[:-1] + "\n"
+                continue
         except EOFError:
             if prompt:
                 note("")
@@ -90,7 +98,7 @@ def _lines(prompt: str, job: Job) -> Iterator[str]:
         except KeyboardInterrupt:
             if not prompt:
                 raise
-            note("\n(/exit or Ctrl-D leaves)")
+            note(INTERRUPTED)
             typed = ""
             continue
         except RequestError as error:  # the line is not text
@@ -99,12 +107,8 @@ def _lines(prompt: str, job: Job) -> Iterator[str]:
             note(str(error))
             typed = ""
             continue
-        typed += line
-        if typed.endswith("\\"):
-            typed = typed[:-1] + "\n"
-            continue
-        yield typed
-        typed = ""
+        line, typed = typed, ""
+        yield line
 
 
 def _line(prompt: str) -> str:

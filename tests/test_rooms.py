@@ -19,7 +19,7 @@ FLOORS = (
     {"compiled", "quantization", "parallel"},
     {"decoding"},
     {"llama_ref", "generation", "session"},  # llama_ref: the package's __init__, the public names
-    {"study", "bench", "guard"},
+    {"study", "bench", "guard", "evaluation"},
     {"cli", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -31,7 +31,7 @@ HIGHEST_SEEN_FROM_BESIDE = FLOOR_OF["quantization"]
 FILES = {"checkpoint", "plan"}
 LOWEST_THAT_SEES_FILES = FLOOR_OF["generation"]
 
-STRANGERS = set(permutations(("study", "bench", "guard"), 2))  # one floor, but none knows another
+STRANGERS = set(permutations(("study", "bench", "guard", "evaluation"), 2))  # one floor, but none knows another
 
 # (importer, imported): what breaks a rule today. When one is mended, remove it here: the tests fail
 # for a pair that breaks no rule any more.
@@ -200,6 +200,7 @@ def test_every_module_named_in_a_string_exists():
         ("guard.judge", "study.trace"),
         ("study.trace", "cli.terminal"),
         ("bench.runner", "study.trace"),
+        ("evaluation.perplexity", "bench.runner"),
         ("checkpoint.folder", "generation"),
         ("checkpoint.folder", "decoding.loop"),
         ("tokenizer", "cli"),
@@ -220,6 +221,7 @@ def test_what_goes_up_is_seen(importer, imported):
         ("guard.judge", "generation"),
         ("guard.versions", "checkpoint.releases"),
         ("study.weights", "checkpoint.folder"),
+        ("evaluation.scoring", "decoding.loop"),
         ("generation", "checkpoint.loader"),
         ("decoding.loop", "compiled.cpu"),
         ("compiled.cpu", "quantization.linear"),

@@ -124,8 +124,9 @@ def zsh_script(commands: Commands) -> str:
         specs = []
         for each in command.parameters.values():
             if each.positional:
-                values = f"({' '.join(each.choices)})" if each.choices else "_llama_ref_checkpoints"
-                specs.append(f":{each.name}:{values}")
+                own = "_files" if each.flag.many else "_llama_ref_checkpoints"
+                values = f"({' '.join(each.choices)})" if each.choices else own
+                specs.append(f"{'*' if each.flag.many else ''}:{each.name}:{values}")
             else:
                 specs += _zsh_flag(each)
         specs.append("--help[show help]")

@@ -43,6 +43,7 @@ class Section(Enum):
     INSPECT = "Inspect checkpoints"
     REWRITE = "Rewrite checkpoints"
     RUN = "Run a model"
+    EVALUATE = "Evaluate a model"
     STUDY = "Study a model"
     OTHER = "Other"
 
@@ -53,7 +54,8 @@ class Flag:
 
     `unset` says in the help what a default of None means. `aliases` are accepted besides the
     choices. `read` turns the word into a value where the type alone does not say how. A flag that may
-    be given `many` times reads a JSON list of its words; of any other the last one counts.
+    be given `many` times, and a last argument that takes many words, reads a JSON list of its words;
+    of any other the last one counts.
     """
 
     help: str

@@ -83,7 +83,8 @@ def version() -> str:
 
 
 def _usage(program: str, arguments: Iterable[Parameter], flags: Iterable[Parameter]) -> str:
-    words = [each.label if each.is_required else f"[{each.label}]" for each in arguments]
+    names = [f"{each.label} ..." if each.flag.many else each.label for each in arguments]
+    words = [name if each.is_required else f"[{name}]" for name, each in zip(names, arguments, strict=True)]
     words += [f"{each.label} {each.metavar}" for each in flags if each.is_required]
     return " ".join([program, *words, "[flags]"])
 

@@ -65,6 +65,7 @@ InMemory = Annotated[
     Flag("copy the weights into memory instead of mapping the files, which may then change or go"),
 ]
 Compile = Annotated[bool, Flag("compile the decode step: faster decoding after some seconds of compiling")]
+PipelineParallelSize = Annotated[int, Flag("number of pipeline stages under torchrun; the rest is tensor parallel")]
 Seed = Annotated[int | None, Flag("random seed for sampling, or none for a fresh one each time")]
 MaxSeqLen = Annotated[int, Flag("longest prompt and answer together, in tokens")]
 TokenizerPath = Annotated[
@@ -134,6 +135,15 @@ class WholeModel(Weights):
 
 
 @dataclass(frozen=True)
+class Scoring(Weights):
+    """Loading."""
+
+    compile: Compile = False
+    pipeline_parallel_size: PipelineParallelSize = 1
+    tokenizer_path: TokenizerPath = None
+
+
+@dataclass(frozen=True)
 class Building(Weights):
     """Loading."""
 
@@ -146,7 +156,7 @@ class Building(Weights):
         str | None,
         Flag("draft tokens with a smaller model of the same vocabulary", metavar="NAME"),
     ] = None
-    pipeline_parallel_size: Annotated[int, Flag("number of pipeline stages under torchrun; the rest is tensor parallel")] = 1
+    pipeline_parallel_size: PipelineParallelSize = 1
 
 
 @dataclass(frozen=True)
@@ -210,13 +220,13 @@ def build(name: str, sampling: Sampling, loading: Loading) -> "Llama":
     return load(name, loading)
 
 
-def load(name: str, options: Loading | WholeModel) -> "Llama":
+def load(name: str, options: Weights, max_batch_size: int = 32) -> "Llama":
     """Load a model by `Llama.build`, with a progress bar on stderr."""
     from llama_ref.cli.terminal import byte_bar
     from llama_ref.generation import Llama
 
     with byte_bar("loading") as progress:
-        return Llama.build(name, progress=progress, **build_arguments(options))
+        return Llama.build(name, max_batch_size=max_batch_size, progress=progress, **build_arguments(options))
 
 
 def build_arguments(options: Weights) -> dict[str, Any]:

@@ -7,6 +7,7 @@ text, a switch takes no value from the next word, and a mistyped word is an erro
 """
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -142,9 +143,15 @@ def _form(flag: str, parameter: Parameter, waiting: list[str]) -> str:
 
 
 def _assign_texts(chosen: Command, texts: list[str], found: dict[str, str], program: str) -> None:
-    """Assign words that are not flags to the arguments, in order; check that none is missing."""
+    """Assign words that are not flags to the arguments, in order; check that none is missing.
+
+    A last argument that may be given many times takes all that are left.
+    """
     arguments = [each for each in chosen.parameters.values() if each.positional]
     free = [each for each in arguments if each.name not in found]
+    if free and free[-1].flag.many:
+        own = len(free) - 1
+        texts = [*texts[:own], *([json.dumps(texts[own:])] if texts[own:] else [])]
     if len(texts) > len(free):
         hint = "; a text of several words goes into quotes" if arguments else ""
         hint = "; flags go before --" if _is_flag(texts[len(free)], chosen) else hint

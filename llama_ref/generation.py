@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -295,7 +295,7 @@ class Llama:
 
     def text_completion(
         self,
-        prompts: list[str],
+        prompts: Sequence[str | list[int]],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -307,7 +307,7 @@ class Llama:
         special_tokens: bool = False,
         **sampling: Any,
     ) -> list[CompletionPrediction]:
-        """Continue each text; with `logprobs`, also the text and log-probability of every token.
+        """Continue each text, or its ids; with `logprobs`, also the text and log-probability of every token.
 
         `images` of a prompt stand before its text. `special_tokens`: see `encode`. The rest: see `generate`.
         """
@@ -315,7 +315,10 @@ class Llama:
             raise RequestError(f"prompts is the text {prompts!r:.60}, expected a list of texts")
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         rows = _image_rows(images, len(prompts))
-        prompt_tokens = [self._encode_text(text, special_tokens, len(own)) for text, own in zip(prompts, rows, strict=True)]
+        prompt_tokens = [
+            prompt if is_ids(prompt) else self._encode_text(cast(str, prompt), special_tokens, len(own))
+            for prompt, own in zip(prompts, rows, strict=True)
+        ]
         texts = self._run(prompt_tokens, images, params, max_gen_len, stop, logprobs and echo)
         before = [self.decode(text.row.prompt) if echo else "" for text in texts]
         predictions = [CompletionPrediction(generation=a + b.whole()) for a, b in zip(before, texts, strict=True)]
@@ -572,10 +575,13 @@ class Llama:
 
 def is_dialog(prompt: str | list[int] | Dialog) -> bool:
     """Whether a prompt is neither text nor ids."""
-    if isinstance(prompt, str):
-        return False
+    return not isinstance(prompt, str) and not is_ids(prompt)
+
+
+def is_ids(prompt: object) -> TypeGuard[list[int]]:
+    """Whether a prompt is token ids."""
     plain = plain_list(prompt)
-    return not (plain and isinstance(plain[0], int))
+    return isinstance(plain, list) and bool(plain) and isinstance(plain[0], int)
 
 
 def _image_rows(images: Any, n_prompts: int) -> Sequence[Sequence["ImageSource"]]:

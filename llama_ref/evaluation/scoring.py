@@ -4,6 +4,7 @@ Shapes: B rows, T tokens each, D = dim, V = vocab_size. Logits are made for a fe
 for a window of 2,048 tokens and 128,256 words they would take 1 GB.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -68,29 +69,39 @@ def score_states(
     model: Transformer, pieces: Iterator[tuple[int, Tensor]], wanted: Sequence[tuple[int, Sequence[int]]]
 ) -> list[Score]:
     """Score tokens by the states that predict them: of each row (position of the first state, ids)."""
-    logprobs = [0.0] * len(wanted)
-    greedy = [True] * len(wanted)
+    logprobs: list[list[float]] = [[] for _ in wanted]
+    are_greedy: list[list[bool]] = [[] for _ in wanted]
     for begin, hidden in pieces:
+        states: list[Tensor] = []  # of all rows together: the output matrix is read once
+        targets: list[int] = []
+        rows: list[int] = []
         for row, (first, ids) in enumerate(wanted):
             start, stop = max(begin, first), min(begin + hidden.shape[1], first + len(ids))
             if start < stop:
-                targets = torch.tensor(ids[start - first : stop - first], dtype=torch.long, device=hidden.device)
-                found = score_tokens(model, hidden[row, start - begin : stop - begin], targets)
-                logprobs[row] += found.logprob
-                greedy[row] &= found.is_greedy
-    return [Score(*each) for each in zip(logprobs, greedy, strict=True)]
+                states.append(hidden[row, start - begin : stop - begin])
+                targets += ids[start - first : stop - first]
+                rows += [row] * (stop - start)
+        if states:
+            for row, logprob, is_greedy in zip(rows, *score_tokens(model, torch.cat(states), targets), strict=True):
+                logprobs[row].append(logprob)
+                are_greedy[row].append(is_greedy)
+    totals = [math.fsum(each) for each in logprobs]
+    return [Score(total, all(each)) for total, each in zip(totals, are_greedy, strict=True)]
 
 
 @torch.inference_mode()
-def score_tokens(model: Transformer, states: Tensor, targets: Tensor) -> Score:
-    """Score ids `targets` (N,) by the states (N, D) that predict them: float32 logits, a float64 sum."""
-    total = torch.zeros((), dtype=torch.float64, device="cpu")
-    is_greedy = True
-    for some, their in zip(states.split(LOGPROB_POSITIONS), targets.split(LOGPROB_POSITIONS), strict=True):
+def score_tokens(model: Transformer, states: Tensor, targets: Sequence[int]) -> tuple[list[float], list[bool]]:
+    """Log-probabilities of N ids by the states (N, D) that predict them; whether each id is the likeliest.
+
+    Raises LlamaRefError for logits that are NaN.
+    """
+    ids = torch.tensor(targets, dtype=torch.long, device=states.device)
+    logprobs: list[float] = []
+    are_greedy: list[bool] = []
+    for some, their in zip(states.split(LOGPROB_POSITIONS), ids.split(LOGPROB_POSITIONS), strict=True):
         with onednn_for(their, model.dtype):
-            logits = model.logits(some)  # (n, V)
-        total -= F.cross_entropy(logits, their, reduction="none").cpu().double().sum()
-        is_greedy &= bool((logits.argmax(-1) == their).all())
-    logprob = total.item()
-    check_not_nan(logprob, model.dtype)
-    return Score(logprob, is_greedy)
+            logits = model.logits(some)  # float32 (n, V)
+        logprobs += (0 - F.cross_entropy(logits, their, reduction="none")).tolist()
+        are_greedy += (logits.argmax(-1) == their).tolist()
+    check_not_nan(math.fsum(logprobs), model.dtype)
+    return logprobs, are_greedy

@@ -1,0 +1,111 @@
+"""Score continuations of contexts, as multiple-choice tasks ask for them, with as little computed twice as possible.
+
+The choices of one question share its context, and the questions of one subject share their examples.
+A shared beginning is computed once; then the rest of each context; then each continuation but its
+last token, which predicts nothing that is asked.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ref.evaluation.prefix import PrefixCache, repeated, shared_length
+from llama_ref.evaluation.scoring import Score, padded, read, score_states, score_tokens
+from llama_ref.kv_cache import KVCache
+from llama_ref.model import Transformer
+
+Ids = tuple[int, ...]
+
+SHORTEST_SHARED = 32  # tokens: a shorter beginning saves less than smaller batches cost
+
+
+def score_continuations(
+    model: Transformer, requests: Sequence[tuple[Sequence[int], Sequence[int]]], batch: int
+) -> Iterator[tuple[int, Score]]:
+    """Score each (context, continuation), with at least one token each: (its number, score), as they come.
+
+    `batch` contexts are read at once, and all their continuations. The scores are those of one pass
+    over context + continuation. Raises LlamaRefError for logits that are NaN.
+    """
+    asked: dict[Ids, list[int]] = {}
+    for number, (context, _) in enumerate(requests):
+        asked.setdefault(tuple(context), []).append(number)
+    prefix = PrefixCache(model)
+    for beginning, contexts in clusters(asked):
+        for start in range(0, len(contexts), batch):
+            some = contexts[start : start + batch]
+            numbers = [asked[context] for context in some]
+            continuations = [[requests[number][1] for number in each] for each in numbers]
+            scores = _score_batch(model, prefix.read(beginning), some, continuations)
+            yield from zip((number for each in numbers for number in each), scores, strict=True)
+
+
+@torch.inference_mode()
+def _score_batch(
+    model: Transformer, prefix: KVCache | None, contexts: Sequence[Ids], continuations: Sequence[Sequence[Sequence[int]]]
+) -> list[Score]:
+    """Scores of each context's continuations, one context after another; `prefix` begins all contexts."""
+    n_known = 0 if prefix is None else prefix.longest
+    rests = padded([context[n_known:] for context in contexts])
+    cache = repeated(model, prefix, [0] * len(contexts), n_known + rests.shape[1])
+    last = _last_states(read(model, cache, rests), [len(context) - n_known for context in contexts])  # (B, D)
+    cache.truncate([len(context) for context in contexts])
+
+    owners = [row for row, own in enumerate(continuations) for _ in own]
+    flat = [ids for own in continuations for ids in own]
+    logprobs, are_greedy = score_tokens(model, last[owners], [ids[0] for ids in flat])
+    longer = [number for number, ids in enumerate(flat) if len(ids) > 1]
+    if longer:
+        inputs = padded([flat[number][:-1] for number in longer])
+        wide = repeated(model, cache, [owners[number] for number in longer], cache.longest + inputs.shape[1])
+        rest = score_states(model, read(model, wide, inputs), [(0, flat[number][1:]) for number in longer])
+        for number, score in zip(longer, rest, strict=True):
+            logprobs[number] += score.logprob
+            are_greedy[number] &= score.is_greedy
+    return [Score(*each) for each in zip(logprobs, are_greedy, strict=True)]
+
+
+def _last_states(pieces: Iterable[tuple[int, Tensor]], lengths: Sequence[int]) -> Tensor:
+    """Each row's state after its last token: (B, D)."""
+    last: list[Tensor | None] = [None] * len(lengths)
+    for begin, hidden in pieces:
+        for row, length in enumerate(lengths):
+            if begin < length <= begin + hidden.shape[1]:
+                last[row] = hidden[row, length - 1 - begin].clone()  # a view would keep the whole piece
+    return torch.stack([state for state in last if state is not None])
+
+
+def clusters(contexts: Iterable[Ids]) -> list[tuple[Ids, list[Ids]]]:
+    """Contexts with the beginning that they share, if it is most of each; all others together, with none.
+
+    Within a cluster the longest come first: batches of like lengths pad least. A shared beginning
+    leaves at least one token of each context.
+    """
+    found: list[Cluster] = []
+    for context in sorted(contexts):
+        if not (found and found[-1].takes(context)):
+            found.append(Cluster(len(context) - 1, len(context), [context]))
+    alone = [each.contexts[0] for each in found if len(each.contexts) == 1]
+    shared = [(each.contexts[0][: each.shared], each.contexts) for each in found if len(each.contexts) > 1]
+    return [(beginning, sorted(own, key=len, reverse=True)) for beginning, own in [((), alone), *shared] if own]
+
+
+@dataclass
+class Cluster:
+    """Contexts, sorted, with their number of `shared` tokens and the length of the `longest`."""
+
+    shared: int
+    longest: int
+    contexts: list[Ids]
+
+    def takes(self, context: Ids) -> bool:
+        """Add the next context if it shares enough with these; whether it does."""
+        shared = min(self.shared, shared_length(self.contexts[-1], context), len(context) - 1)
+        longest = max(self.longest, len(context))
+        if shared < SHORTEST_SHARED or 2 * shared < longest:
+            return False
+        self.shared, self.longest = shared, longest
+        self.contexts.append(context)
+        return True

@@ -1,0 +1,31 @@
+"""The harness is a package of its own, which brings many others: is it here, and quiet?"""
+
+import importlib.util
+import logging
+import os
+
+from llama_ref.errors import RequestError
+from llama_ref.evaluation.harness.hub import offline_without_hub
+
+OTHERWISE = "pip install 'llama-ref[eval]', or pip install lm-eval==0.4.13"
+FLAGS = {  # the command line has a bar of its own
+    "TQDM_DISABLE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def prepare_harness() -> None:
+    """Get ready to import the harness; bars appear unless this comes before torch is imported.
+
+    Raises RequestError if the harness is missing.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RequestError(
+            "evaluate needs lm-evaluation-harness: pip install 'llama-ref[eval]', or pip install lm-eval==0.4.13"
+        )
+    for name, value in FLAGS.items():
+        os.environ.setdefault(name, value)
+    offline_without_hub()
+    for name in ("lm_eval", "datasets", "huggingface_hub", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,97 @@
+"""Run tasks of lm-evaluation-harness over a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llama_ref.checkpoint.fingerprint import fingerprint
+from llama_ref.checkpoint.folder import open_folder
+from llama_ref.errors import RequestError
+from llama_ref.evaluation.harness.installed import prepare_harness
+from llama_ref.generation import Llama
+from llama_ref.parallel.agreement import digest
+from llama_ref.progress import Progress
+
+if TYPE_CHECKING:
+    from llama_ref.evaluation.harness.tasks import Tasks
+
+ANSWERS_DEPEND_ON = ("quantize", "activations", "dtype", "max_seq_len", "seed")
+BOOTSTRAP_ITERS = 1000  # only for standard errors that have no formula
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What to run. `limit`: documents of each task; None: all. `num_fewshot`: None: as each task says.
+
+    `chat`: write requests in the chat format, examples as messages of their own. `use_cache`: the
+    beginning of a file's name, in which answers are kept.
+    """
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    limit: int | None = None
+    batch: int = 8
+    num_fewshot: int | None = None
+    chat: bool = False
+    system_instruction: str | None = None
+    use_cache: str | None = None
+
+    @classmethod
+    def parse(cls, tasks: str, **options: Any) -> "EvaluationSettings":
+        """Read a command line's values ("arc_easy,gsm8k"). Raises RequestError for impossible ones."""
+        names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
+        if not all(names):
+            raise RequestError(f"tasks is {tasks!r:.60}, expected names with commas between, like arc_easy,gsm8k")
+        settings = cls(names, **options)
+        for name, least in (("limit", 1), ("batch", 1), ("num_fewshot", 0)):
+            value = getattr(settings, name)
+            if value is not None and value < least:
+                raise RequestError(f"{name} is {value}, expected {least} or more")
+        if settings.system_instruction and not settings.chat:
+            raise RequestError("system_instruction is for chats: add --apply_chat_template")
+        return settings
+
+
+def identity(name: str, loading: Mapping[str, Any]) -> str:
+    """What tells a model from others: its files, and how it is loaded. Raises CheckpointError."""
+    folder = open_folder(name)
+    facts = fingerprint(folder, folder.read_args(), loading["tokenizer_path"] or folder.tokenizer)
+    return repr(facts | {each: loading[each] for each in ANSWERS_DEPEND_ON})
+
+
+def run_tasks(
+    llama: Llama,
+    settings: EvaluationSettings,
+    *,
+    tasks: "Tasks | None" = None,
+    identity: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run tasks: the harness's own results.
+
+    `tasks`: what `find_tasks` found for the settings, if it was called before. `identity` tells this
+    model from others: answers that are kept for another one are not used.
+    Only the first process of a job gets results; others an empty dict. Raises RequestError for tasks
+    that cannot be run, LlamaRefError for logits that are NaN.
+    """
+    prepare_harness()
+    from lm_eval import simple_evaluate
+
+    from llama_ref.evaluation.harness.adapter import LlamaRefLM
+    from llama_ref.evaluation.harness.tasks import find_tasks
+
+    found = simple_evaluate(
+        model=LlamaRefLM(llama, batch=settings.batch, chat=settings.chat, progress=progress),
+        tasks=list(settings.tasks),
+        task_manager=tasks or find_tasks(settings.tasks, settings.include_path),
+        num_fewshot=settings.num_fewshot,
+        batch_size=settings.batch,
+        use_cache=settings.use_cache and f"{settings.use_cache}-{digest(identity.encode())}",
+        limit=settings.limit,
+        bootstrap_iters=BOOTSTRAP_ITERS,
+        apply_chat_template=settings.chat,
+        fewshot_as_multiturn=settings.chat,
+        system_instruction=settings.system_instruction,
+        log_samples=False,
+    )
+    return found or {}

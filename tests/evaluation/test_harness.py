@@ -1,7 +1,6 @@
 """lm-evaluation-harness over our model: the scores of its own `hf` model on the same weights, without a network."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+import bench_evaluate
 from conftest import exit_code
 from evaluation.harness_tasks import write_tasks
 from folders import tiny_folder
@@ -23,6 +23,12 @@ from llama_ref.evaluation.harness.run import EvaluationSettings, run_tasks
 from llama_ref.generation import Llama
 
 MAX_LENGTH = 48  # the longest page has two windows
+
+
+@pytest.fixture(autouse=True)
+def without_list_of_packages(monkeypatch) -> None:
+    """The harness runs `pip list` and more for every result, which takes a second."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,17 @@ def test_every_answer_is_that_of_the_harness_own_model(short, theirs):
     ours = LlamaRefLM(short).loglikelihood(instances("loglikelihood", *pairs))
     for (logprob, is_greedy), expected in zip(ours, theirs.loglikelihood(instances("loglikelihood", *pairs)), strict=True):
         assert (logprob, is_greedy) == (pytest.approx(expected[0], abs=1e-3), expected[1])
+
+
+def test_the_benchmark_finds_equal_scores(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_evaluate, "PASSAGE", 4)
+    found = bench_evaluate.main(tiny_folder(tmp_path / "Tiny"), documents=3, batch=3)
+    assert set(found) == {0, 3}
+    for each in found.values():
+        assert each["llama_ref"]["scores"] == each["hf"]["scores"]
+        assert min(each["llama_ref"]["seconds"], each["hf"]["seconds"]) > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["0 examples", "3 examples"]
 
 
 # ---- without another model
@@ -237,41 +254,31 @@ def test_without_the_package_one_line_says_how_to_get_it(demo_folder, capsys, mo
 def test_json_has_the_harness_names(tmp_path, tasks, capsys):
     folder = tiny_folder(tmp_path / "Tiny")
     words = ["--tasks", "choices", "--include_path", str(tasks), "--limit", "1", "--json", "--apply_chat_template"]
-    assert exit_code(["evaluate", str(folder), *words]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = run(["evaluate", str(folder), *words], capsys)
     assert found["results"]["choices"]["acc,none"] in (0.0, 1.0)
     assert found["model"] == "Tiny" and found["settings"]["limit"] == 1 and found["lm_eval"]
     assert found["n-samples"]["choices"]["effective"] == 1
 
 
-def test_two_processes_score_as_one_does(warm, folder, tasks):
-    words = ["perplexity", folder, tasks / "pages.jsonl", "--context", "64", "--dtype", "float32", "--json"]
-    alone, together = (json.loads(run(warm, n, *words).stdout)["results"][0] for n in (1, 2))
-    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
-    words = [
-        "evaluate",
-        folder,
-        "--tasks",
-        "pages,choices,sentences",
-        "--include_path",
-        tasks,
-        "--dtype",
-        "float32",
-        "--json",
-    ]
-    alone = json.loads(run(warm, 1, *words).stdout)["results"]
-    for stages in ("1", "2"):
-        together = json.loads(run(warm, 2, *words, "--pipeline_parallel_size", stages).stdout)["results"]
-        assert together["pages"]["bits_per_byte,none"] == pytest.approx(alone["pages"]["bits_per_byte,none"], rel=1e-5)
-        assert together["choices"]["acc,none"] == alone["choices"]["acc,none"]
+def test_two_processes_score_as_one_does(warm, tmp_path, tasks, capsys):
+    folder = str(tiny_folder(tmp_path / "Tiny", dtype=torch.float32))
+    common = ["--dtype", "float32", "--json"]
+    words = ["perplexity", folder, str(tasks / "pages.jsonl"), "--context", "64", *common]
+    alone, together = run(words, capsys), run_together(warm, [*words, "--pipeline_parallel_size", "2"])
+    assert together["results"][0]["perplexity"] == pytest.approx(alone["results"][0]["perplexity"], rel=1e-5)
+    words = ["evaluate", folder, "--tasks", "pages,choices,sentences", "--include_path", str(tasks), *common]
+    alone, together = run(words, capsys)["results"], run_together(warm, words)["results"]
+    assert together["pages"]["bits_per_byte,none"] == pytest.approx(alone["pages"]["bits_per_byte,none"], rel=1e-5)
+    assert together["choices"]["acc,none"] == alone["choices"]["acc,none"]
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return tiny_folder(tmp_path / "Tiny", dtype=torch.float32)
+def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert exit_code(words) == 0
+    return json.loads(capsys.readouterr().out)
 
 
-def run(warm: Path, n_processes: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    done = torchrun(n_processes, "-m", "llama_ref", *words, warm=warm)
+def run_together(warm: Path, words: list[str]) -> dict[str, Any]:
+    """The output of a job of two processes, of which only the first prints."""
+    done = torchrun(2, "-m", "llama_ref", *words, warm=warm)
     assert done.returncode == 0, done.stderr
-    return done
+    return json.loads(done.stdout)

@@ -61,9 +61,9 @@ def guides_loop(model, ids: Tensor, max_length: int, stride: int) -> float:
     return math.exp(total / count)
 
 
-@pytest.mark.parametrize(("context", "stride"), [(128, 128), (128, 48), (2048, 512)])
+@pytest.mark.parametrize(("context", "stride"), [(128, 128), (128, 80), (2048, 512)])
 def test_as_hugging_faces_guide_computes_it(shallow, english, context, stride):
-    english = text_of(english.text[:2500])
+    english = text_of(english.text[:1800])
     ids = torch.tensor([shallow.tokenizer.encode(english.text, bos=True, eos=False)])
     expected = guides_loop(hugging_faces_model(shallow.model), ids, context, stride)
     found = perplexity(shallow, english, Cut("hf", context, stride))

@@ -39,7 +39,7 @@ def print_perplexities(found: list[Measured], cut: Cut, *, as_json: bool) -> Non
         table.add_row(
             Text(each.model),
             *([Text(each.text.path)] if several else []),
-            f"{figures.perplexity:.4f}",
+            f"{figures.perplexity:,.3f}",
             f"{figures.bits_per_byte:.4f}",
             f"{figures.tokens:,}",
             f"{figures.windows:,}",

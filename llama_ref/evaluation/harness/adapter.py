@@ -1,15 +1,20 @@
 """Our model as lm-evaluation-harness asks for one: log-likelihoods of texts, and generated texts."""
 
+import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import lm_eval.api.metrics
+import lm_eval.api.model
+import lm_eval.api.task
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from llama_ref.chat import Message
 from llama_ref.errors import RequestError
@@ -29,6 +34,12 @@ logger = logging.getLogger(__name__)
 
 # ((context, continuation), their ids): what the harness makes of a request.
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]
+
+
+def silence_bars() -> None:
+    """Let the harness draw no progress bars: whoever calls it is told of the progress."""
+    for module in (lm_eval.api.metrics, lm_eval.api.model, lm_eval.api.task):
+        module.tqdm = functools.partial(tqdm, disable=True)
 
 
 class LlamaRefLM(TemplateLM):

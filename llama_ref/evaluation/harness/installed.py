@@ -8,18 +8,14 @@ from llama_ref.errors import RequestError
 from llama_ref.evaluation.harness.hub import offline_without_hub
 
 OTHERWISE = "pip install 'llama-ref[eval]', or pip install lm-eval==0.4.13"
-FLAGS = {  # the command line has a bar of its own
-    "TQDM_DISABLE": "1",
+FLAGS = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
 
 def prepare_harness() -> None:
-    """Get ready to import the harness; bars appear unless this comes before torch is imported.
-
-    Raises RequestError if the harness is missing.
-    """
+    """Set what the harness's libraries read when they are imported. Raises RequestError if it is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise RequestError(
             "evaluate needs lm-evaluation-harness: pip install 'llama-ref[eval]', or pip install lm-eval==0.4.13"

@@ -77,9 +77,10 @@ def run_tasks(
     prepare_harness()
     from lm_eval import simple_evaluate
 
-    from llama_ref.evaluation.harness.adapter import LlamaRefLM
+    from llama_ref.evaluation.harness.adapter import LlamaRefLM, silence_bars
     from llama_ref.evaluation.harness.tasks import find_tasks
 
+    silence_bars()
     found = simple_evaluate(
         model=LlamaRefLM(llama, batch=settings.batch, chat=settings.chat, progress=progress),
         tasks=list(settings.tasks),

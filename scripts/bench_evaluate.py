@@ -1,10 +1,10 @@
-"""Measure `llama-ref evaluate` beside the harness's own model of transformers, on one folder and task.
+"""Measure `llama-ref evaluate` beside the harness's own `hf` model, on one folder and task.
 
     python scripts/bench_evaluate.py [--folder checkpoints/SmolLM2-135M-Instruct] [--documents 24]
 
-The task is made from scripts/quality_texts/english.txt: which of four texts goes on after a passage? It
-is asked with no examples and with three, float32, with batches of one size for both; each model has
-a round to warm up. The scores must be equal. The time is that of the model's log-likelihoods alone,
+The task is made from scripts/quality_texts/english.txt: which of four texts goes on after a
+passage? It is asked with no examples and with three, float32, with batches of one size for both;
+each model has a round to warm up. The scores must be equal. The time is that of the model's log-likelihoods alone,
 without the harness's own work. Needs lm-eval, accelerate and transformers.
 """
 
@@ -93,7 +93,7 @@ def report(shots: int, found: dict[str, Any]) -> str:
 
 
 def write_task(folder: Path, documents: int) -> None:
-    """The task's YAML and data: passages of the text, and what follows each, among endings of others."""
+    """The task's YAML and data: passages, and what follows each, among endings of others."""
     words = TEXT.read_text(encoding="utf-8").split()
     n = documents + max(SHOTS)
     step = (len(words) - PASSAGE - ENDING) // n

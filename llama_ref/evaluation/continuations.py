@@ -1,8 +1,8 @@
-"""Score continuations of contexts, as multiple-choice tasks ask for them, with as little computed twice as possible.
+"""Score continuations of contexts, as multiple-choice tasks ask for them.
 
-The choices of one question share its context, and the questions of one subject share their examples.
-A shared beginning is computed once; then the rest of each context; then each continuation but its
-last token, which predicts nothing that is asked.
+The choices of one question share its context, and the questions of one subject share their
+examples. A shared beginning is read once; then the rest of each context; then each continuation
+but its last token, which predicts nothing that is asked.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,10 +24,11 @@ SHORTEST_SHARED = 32  # tokens: a shorter beginning saves less than smaller batc
 def score_continuations(
     model: Transformer, requests: Sequence[tuple[Sequence[int], Sequence[int]]], batch: int
 ) -> Iterator[tuple[int, Score]]:
-    """Score each (context, continuation), with at least one token each: (its number, score), as they come.
+    """Score each (context, continuation): (its number, score), as they come.
 
-    `batch` contexts are read at once, and all their continuations. The scores are those of one pass
-    over context + continuation. Raises LlamaRefError for logits that are NaN.
+    Each has at least one token. `batch` contexts are read at once, and all their continuations. The
+    scores are those of one pass over context + continuation. Raises LlamaRefError for logits that
+    are NaN.
     """
     asked: dict[Ids, list[int]] = {}
     for number, (context, _) in enumerate(requests):
@@ -46,7 +47,7 @@ def score_continuations(
 def _score_batch(
     model: Transformer, prefix: KVCache | None, contexts: Sequence[Ids], continuations: Sequence[Sequence[Sequence[int]]]
 ) -> list[Score]:
-    """Scores of each context's continuations, one context after another; `prefix` begins all contexts."""
+    """Scores of each context's continuations, in order; `prefix` begins all contexts."""
     n_known = 0 if prefix is None else prefix.longest
     rests = padded([context[n_known:] for context in contexts])
     cache = repeated(model, prefix, [0] * len(contexts), n_known + rests.shape[1])
@@ -78,7 +79,7 @@ def _last_states(pieces: Iterable[tuple[int, Tensor]], lengths: Sequence[int]) -
 
 
 def clusters(contexts: Iterable[Ids]) -> list[tuple[Ids, list[Ids]]]:
-    """Contexts with the beginning that they share, if it is most of each; all others together, with none.
+    """Contexts with the beginning that they share, if it is half of each; all others with none.
 
     Within a cluster the longest come first: batches of like lengths pad least. A shared beginning
     leaves at least one token of each context.

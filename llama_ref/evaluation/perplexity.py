@@ -32,8 +32,8 @@ class Perplexity:
 def perplexity(llama: Llama, text: TextFile, cut: Cut, progress: Progress | None = None) -> Perplexity:
     """Score a text as `cut` says. Every text begins with begin-of-text.
 
-    `progress` is called with (tokens scored, all that will be). Raises RequestError for a text that is
-    too short, LlamaRefError for logits that are NaN.
+    `progress` is called with (tokens scored, all that will be). Raises RequestError for a text that
+    is too short, LlamaRefError for logits that are NaN.
     """
     windows = windows_of(llama, text, cut)
     llama.job.check_same("scoring", {"the text": digest(text.text.encode()), "windows": str(cut)})

@@ -19,7 +19,7 @@ class PrefixCache:
         self._cache: KVCache | None = None
 
     def read(self, ids: Sequence[int]) -> KVCache | None:
-        """The cache of these ids, until the next call; None for no ids. Computes what the last ones did not share."""
+        """The cache of these ids, until the next call; None for no ids. What it has is kept."""
         if not ids:
             return None
         if self._cache is None or self._cache.max_seq_len < len(ids):
@@ -35,7 +35,7 @@ class PrefixCache:
 
 @torch.inference_mode()
 def repeated(model: Transformer, cache: KVCache | None, rows: Sequence[int], n_tokens: int) -> KVCache:
-    """A new cache whose rows are copies of these rows of another one, with room for `n_tokens` tokens each.
+    """A new cache with room for `n_tokens` a row, whose rows are copies of these of another one.
 
     Without another one the rows are empty.
     """

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens in texts that are given, without all logits at once.
 
-Shapes: B rows, T tokens each, D = dim, V = vocab_size. Logits are made for a few positions at a time:
-for a window of 2,048 tokens and 128,256 words they would take 1 GB.
+Shapes: B rows, T tokens each, D = dim, V = vocab_size. Logits are made for a few positions at a
+time: for a window of 2,048 tokens and 128,256 words they would take 1 GB.
 """
 
 import math
@@ -22,7 +22,7 @@ from llama_ref.onednn import onednn_for
 
 @dataclass(frozen=True)
 class Score:
-    """The log-probability (natural) of some tokens together; whether each was the most likely one."""
+    """The log-probability (natural) of some tokens together; whether each is the likeliest."""
 
     logprob: float
     is_greedy: bool
@@ -30,7 +30,7 @@ class Score:
 
 @torch.inference_mode()
 def score_rows(model: Transformer, rows: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
-    """Score the end of each row (ids, begin): the ids from `begin` (at least 1) on, given all before.
+    """Score the end of each row (ids, begin): the ids from `begin` (1 or more) on.
 
     Rows may differ in length. Raises LlamaRefError for logits that are NaN.
     """
@@ -46,7 +46,7 @@ def rows_at_once(model: Transformer, n_tokens: int) -> int:
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of ids, padded on the right: int64 (B, T). Causal attention never looks at the padding."""
+    """Rows of ids, padded on the right, where no token sees it: int64 (B, T)."""
     out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device="cpu")
     for row, tokens in zip(rows, out, strict=True):
         tokens[: len(row)] = torch.tensor(row, dtype=torch.long, device="cpu")
@@ -55,7 +55,7 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 @torch.inference_mode()
 def read(model: Transformer, cache: KVCache, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Read tokens (B, T) after those in the cache, in pieces: (number of T before, states (B, n, D))."""
+    """Read tokens (B, T) after those in the cache, in pieces: (where it begins, states (B, n, D))."""
     begin = 0
     for piece in tokens.to(cache.lengths.device).split(max(1, prefill_tokens(cache) // len(tokens)), dim=1):
         with onednn_for(piece, model.dtype):
@@ -68,7 +68,7 @@ def read(model: Transformer, cache: KVCache, tokens: Tensor) -> Iterator[tuple[i
 def score_states(
     model: Transformer, pieces: Iterator[tuple[int, Tensor]], wanted: Sequence[tuple[int, Sequence[int]]]
 ) -> list[Score]:
-    """Score tokens by the states that predict them: of each row (position of the first state, ids)."""
+    """Score each row's (position of the first state, ids) by the states that predict these ids."""
     logprobs: list[list[float]] = [[] for _ in wanted]
     are_greedy: list[list[bool]] = [[] for _ in wanted]
     for begin, hidden in pieces:
@@ -91,7 +91,7 @@ def score_states(
 
 @torch.inference_mode()
 def score_tokens(model: Transformer, states: Tensor, targets: Sequence[int]) -> tuple[list[float], list[bool]]:
-    """Log-probabilities of N ids by the states (N, D) that predict them; whether each id is the likeliest.
+    """Log-probabilities of N ids by the states (N, D) that predict them; is each the likeliest?
 
     Raises LlamaRefError for logits that are NaN.
     """

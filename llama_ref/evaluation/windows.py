@@ -19,7 +19,7 @@ SHORTEST_CONTEXT, SHORTEST_STRIDE = 4, 2
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens read together. Those from `begin` (at least 1) on are scored, each given all before it.
+    """Tokens read together. Those from `begin` (1 or more) on are scored, given all before.
 
     In the mean over all windows, the mean of this one counts as often as `weight` says.
     """
@@ -43,7 +43,7 @@ class Cut:
 
     @classmethod
     def parse(cls, convention: Convention, context: int | None, stride: int | None, longest: int) -> "Cut":
-        """Fill in the defaults of a convention. Raises RequestError for numbers that make no windows.
+        """Fill in a convention's defaults. Raises RequestError for numbers that make no windows.
 
         `longest`: the model's context.
         """
@@ -75,8 +75,9 @@ class Cut:
 def _strides(ids: Sequence[int], context: int, stride: int) -> Iterator[Window]:
     """Windows as in Hugging Face's guide: a window scores what the ones before it have not scored.
 
-    The guide weighs the mean of a window by one token less than it has new ones. For the first window
-    that is right, as nothing predicts its first token; for one that overlaps it is one too few.
+    The guide weighs the mean of a window by one token less than it has new ones. For the first
+    window that is right, as nothing predicts its first token; for one that overlaps it is one too
+    few.
     """
     end = 0
     for begin in range(0, len(ids), stride):
@@ -88,7 +89,7 @@ def _strides(ids: Sequence[int], context: int, stride: int) -> Iterator[Window]:
 
 
 def _halves(ids: Sequence[int], context: int, bos: int) -> Iterator[Window]:
-    """Windows as in llama.cpp's perplexity: disjoint, the second half scored, a last part dropped."""
+    """Windows as in llama.cpp's tool: disjoint, second halves scored, a last part dropped."""
     if len(ids) < 2 * context:
         raise RequestError(
             f"the text has {len(ids):,} tokens, but llama.cpp's convention needs {2 * context:,}, two windows: give a longer "

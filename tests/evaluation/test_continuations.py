@@ -1,4 +1,4 @@
-"""Continuations score as in one pass over context + continuation, however contexts are grouped and batched."""
+"""Continuations score as in one pass over context + continuation, however they are grouped."""
 
 import pytest
 import torch

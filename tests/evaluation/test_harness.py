@@ -1,4 +1,4 @@
-"""lm-evaluation-harness over our model: the scores of its own `hf` model on the same weights, without a network."""
+"""lm-evaluation-harness over our model: the scores of its own `hf` model, without a network."""
 
 import json
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ def tiny(peaked) -> LlamaRefLM:
 
 
 def test_texts_of_any_length_are_whole(peaked, tiny):
-    """Rolling: with a window as long as the text, one teacher-forced pass; with shorter ones, every token once."""
+    """One window is one teacher-forced pass; with shorter ones, every token is scored once."""
     text = "A text of some sixty bytes, each of which is a token for it."
     ids = peaked.tokenizer.encode(text, bos=True, eos=False)
     logprobs = peaked.generate([ids], max_gen_len=0, echo=True, logprobs=True)[1][0]
@@ -161,9 +161,10 @@ def test_a_chat_is_the_one_of_the_chat_format(llama):
     ]
 
 
-def test_long_contexts_are_cut_on_the_left(peaked):
+def test_long_contexts_are_cut_on_the_left(peaked, caplog):
     lm = LlamaRefLM(Llama(peaked.model, peaked.tokenizer, max_seq_len=8))
     (long,) = lm.loglikelihood(instances("loglikelihood", ("x" * 30 + "abcdef", "ghi")))
+    assert "1 contexts are cut on the left to 8 tokens" in caplog.text
     ids = peaked.tokenizer.encode("abcdef", bos=False, eos=False)
     (expected,) = lm._loglikelihood_tokens([(("", ""), ids, peaked.tokenizer.encode("ghi", bos=False, eos=False))])
     assert long[0] == pytest.approx(expected[0], abs=1e-4)
@@ -182,7 +183,7 @@ def test_kept_answers_are_not_computed_again(peaked, tasks, tmp_path, monkeypatc
 
 
 def test_an_interrupted_run_goes_on(peaked, tasks, tmp_path, monkeypatch):
-    """What was answered before Ctrl-C is kept: the harness's own cache holds only whole runs otherwise."""
+    """What was answered before Ctrl-C is kept."""
     settings = EvaluationSettings(("choices",), str(tasks), batch=1, use_cache=str(tmp_path / "kept"))
 
     def interrupt(done: int, total: int) -> None:
@@ -213,7 +214,8 @@ def test_an_interrupted_run_goes_on(peaked, tasks, tmp_path, monkeypatch):
     ],
 )
 def test_misuse_is_one_line_and_2(words, message, demo_folder, tasks, capsys, monkeypatch):
-    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks / "manager.py"))  # its 14,000 tasks take seconds to list
+    # Listing the harness's own 14,000 tasks takes seconds.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks / "manager.py"))
     assert exit_code(["evaluate", str(demo_folder), *words.replace("TASKS", str(tasks)).split()]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Perplexity equals that of transformers and of llama.cpp, each by its own loop over the same weights."""
+"""Perplexity equals that of transformers and of llama.cpp, by their own loops and logits."""
 
 import math
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def uniform(peaked) -> Llama:
 
 @torch.no_grad()
 def guides_loop(model, ids: Tensor, max_length: int, stride: int) -> float:
-    """Hugging Face's guide (docs, "Perplexity of fixed-length models"), in its words: losses by the model itself."""
+    """Hugging Face's guide, "Perplexity of fixed-length models": losses by the model itself."""
     total, count, last_end = 0.0, 0, 0
     for begin in range(0, ids.shape[1], stride):
         end = min(begin + max_length, ids.shape[1])
@@ -78,7 +78,7 @@ def test_as_llama_cpp_computed_it(llama, english):
 
 
 def test_llama_cpp_itself(demo_folder, llama, tmp_path):
-    """Its own logits, added up as its tool does: disjoint chunks, the second half of each, after a BOS."""
+    """Its own logits, added up as its tool does: the second halves of chunks that begin with BOS."""
     llama_cpp = pytest.importorskip("llama_cpp")
     from bench_quality import peer_reader
     from llama_ref.bench.peers.gguf import write_gguf

@@ -28,8 +28,8 @@ def perplexity(
 ) -> None:
     """Measure how well a model predicts texts: perplexity, bits per byte.
 
-    Perplexities compare only within one tokenizer, convention, window and stride; bits per byte also
-    between tokenizers. Lower is better.
+    Perplexities compare only within one tokenizer, convention, window and stride; bits per byte
+    also between tokenizers. Lower is better.
 
       llama-ref perplexity Llama3.2-1B book.txt --against int8,int4
     """

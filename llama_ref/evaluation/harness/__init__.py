@@ -1,1 +1,4 @@
-"""lm-evaluation-harness (the package lm-eval, extra `eval`) over our model. Only adapter.py and tasks.py import it."""
+"""lm-evaluation-harness (the package lm-eval, extra `eval`) over our model.
+
+adapter.py and tasks.py import it at once, others only when they run.
+"""

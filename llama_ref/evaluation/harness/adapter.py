@@ -1,9 +1,9 @@
-"""Our model as lm-evaluation-harness asks for one: log-likelihoods of texts, and generated texts."""
+"""Our model as lm-evaluation-harness asks for one: log-likelihoods and generated texts."""
 
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,11 +43,12 @@ def silence_bars() -> None:
 
 
 class LlamaRefLM(TemplateLM):
-    """A Llama for the harness, which cuts requests longer than `llama.max_seq_len` tokens on the left.
+    """A Llama for the harness.
 
-    `batch`: contexts read at once. With `chat`, texts are dialogs in the chat format, in which special
-    tokens are read as such; else a text never becomes a special token. `progress` is called with
-    (requests done, all of their kind).
+    Requests longer than `llama.max_seq_len` tokens are cut on the left. `batch`: contexts read at
+    once. With `chat`, texts are dialogs in the chat format, in which special tokens are read as
+    such; else a text never becomes a special token. `progress` is called with (requests done, all
+    of their kind).
     """
 
     def __init__(self, llama: Llama, *, batch: int = 8, chat: bool = False, progress: Progress | None = None):
@@ -89,7 +90,7 @@ class LlamaRefLM(TemplateLM):
         return "Llama 3's chat format (llama_ref.chat)" if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A dialog as text with special tokens; without a generation prompt, its last message is left open."""
+        """A dialog as text with special tokens; without a generation prompt its end is open."""
         messages = [Message(role=each["role"], content=each["content"]) for each in chat_history]  # type: ignore[typeddict-item]
         formatter = self.llama.formatter
         ids = formatter.encode_dialog_prompt(messages)
@@ -100,11 +101,12 @@ class LlamaRefLM(TemplateLM):
     # ---- log-likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): the continuation's log-probability; whether greedy decoding says it."""
+        """Log-probability of each request's continuation; whether greedy decoding says it."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
+        self._tell_of_cuts(len(fitting) < len(given) for (fitting, _), (_, given, _) in zip(pairs, requests, strict=True))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
         asked = [number for number, (_, continuation) in enumerate(pairs) if continuation]
         with self._running("log-likelihoods", pairs, len(requests)) as counter:
@@ -118,14 +120,12 @@ class LlamaRefLM(TemplateLM):
         return found
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """A context cut on the left so that all but the last token fit. Raises RequestError for a long continuation."""
+        """Cut a context so that all but the last token fit. Raises RequestError if none is left."""
         if len(continuation) > self.max_length:
             raise RequestError(
                 f"a continuation has {len(continuation):,} tokens, but max_seq_len is {self.max_length:,}: raise --max_seq_len"
             )
         room = self.max_length + 1 - len(continuation)
-        if len(context) > room:
-            logger.warning("a context of %s tokens is cut to its last %s", f"{len(context):,}", f"{room:,}")
         return context[-room:], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -161,7 +161,7 @@ class LlamaRefLM(TemplateLM):
     # ---- generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The text after each context, up to a stop string, a stop token or `max_gen_toks` tokens."""
+        """The text after each context, up to a stop string or token, or `max_gen_toks` tokens."""
         prompts = [self.tok_encode(instance.args[0]) for instance in requests]
         found = [""] * len(requests)
         with self._running("texts", [prompts, [instance.args[1] for instance in requests]], len(requests)) as counter:
@@ -193,6 +193,7 @@ class LlamaRefLM(TemplateLM):
         room = self.max_length - max_gen_toks
         if room < 1:
             raise RequestError(f"a task generates {max_gen_toks:,} tokens, but max_seq_len is {self.max_length:,}: raise it")
+        self._tell_of_cuts(len(prompt) > room for prompt in prompts)
         sampling = {name: given[name] for name in SAMPLING if name in given}
         answers = self.llama.text_completion(
             [prompt[-room:] for prompt in prompts],
@@ -203,6 +204,13 @@ class LlamaRefLM(TemplateLM):
         return [answer["generation"] for answer in answers]
 
     # ---- what they share
+
+    def _tell_of_cuts(self, are_cut: Iterable[bool]) -> None:
+        """Log how many contexts were too long, if any was."""
+        if n := sum(are_cut):
+            logger.warning(
+                "%s contexts are cut on the left to %s tokens with what follows them", f"{n:,}", f"{self.max_length:,}"
+            )
 
     @contextmanager
     def _running(self, what: str, requests: object, total: int) -> Iterator[ProgressCounter]:

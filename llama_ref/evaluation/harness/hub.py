@@ -1,4 +1,4 @@
-"""Hugging Face's hub, from which the harness's own tasks load their data: where it is away, fail at once."""
+"""Hugging Face's hub, which has the data of the harness's own tasks: fail at once without it."""
 
 import os
 import socket

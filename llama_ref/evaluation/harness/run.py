@@ -21,10 +21,10 @@ BOOTSTRAP_ITERS = 1000  # only for standard errors that have no formula
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to run. `limit`: documents of each task; None: all. `num_fewshot`: None: as each task says.
+    """What to run. `limit`: documents of each task; None: all.
 
-    `chat`: write requests in the chat format, examples as messages of their own. `use_cache`: the
-    beginning of a file's name, in which answers are kept.
+    `num_fewshot`: None: as each task says. `chat`: write requests in the chat format, examples as
+    messages of their own. `use_cache`: the beginning of a file's name, in which answers are kept.
     """
 
     tasks: tuple[str, ...]
@@ -38,7 +38,7 @@ class EvaluationSettings:
 
     @classmethod
     def parse(cls, tasks: str, **options: Any) -> "EvaluationSettings":
-        """Read a command line's values ("arc_easy,gsm8k"). Raises RequestError for impossible ones."""
+        """Read a command line's values ("arc_easy,gsm8k"). Raises RequestError."""
         names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
         if not all(names):
             raise RequestError(f"tasks is {tasks!r:.60}, expected names with commas between, like arc_easy,gsm8k")
@@ -69,10 +69,10 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Run tasks: the harness's own results.
 
-    `tasks`: what `find_tasks` found for the settings, if it was called before. `identity` tells this
-    model from others: answers that are kept for another one are not used.
-    Only the first process of a job gets results; others an empty dict. Raises RequestError for tasks
-    that cannot be run, LlamaRefError for logits that are NaN.
+    `tasks`: what `find_tasks` found for the settings, if it was called before. `identity` tells
+    this model from others: answers that are kept for another one are not used. Only the first
+    process of a job gets results; others an empty dict. Raises RequestError for tasks that cannot
+    be run, LlamaRefError for logits that are NaN.
     """
     prepare_harness()
     from lm_eval import simple_evaluate

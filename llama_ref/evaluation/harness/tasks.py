@@ -1,4 +1,4 @@
-"""The harness's tasks, by name or from folders of YAML files, with errors that say what is missing."""
+"""The harness's tasks, by name or from YAML files, with errors that say what is missing."""
 
 import difflib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from llama_ref.errors import RequestError
 
 
 class Tasks(TaskManager):
-    """A TaskManager that raises RequestError for tasks that are unknown, broken, or whose data is not here."""
+    """A TaskManager that raises RequestError for tasks that are broken, or without their data."""
 
     def load(self, task_list: Any) -> Any:
         try:

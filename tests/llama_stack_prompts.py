@@ -1,10 +1,18 @@
 """The generators of tools' prompts in llama-stack 0.2.12, without what its package's __init__ imports."""
 
+import enum
 import importlib
 import importlib.util
 import sys
 from types import ModuleType
 
+
+class Words(str, enum.Enum):
+    """What it needs of Python 3.11."""
+
+
+if not hasattr(enum, "StrEnum"):
+    enum.StrEnum = Words
 if "llama_stack" not in sys.modules:
     package = ModuleType("llama_stack")
     package.__path__ = list(importlib.util.find_spec("llama_stack").submodule_search_locations)

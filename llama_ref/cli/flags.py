@@ -197,7 +197,9 @@ class Command:
 
     @cached_property
     def _annotated(self) -> dict[str, tuple[inspect.Parameter, Any]]:
-        hints = get_type_hints(self.function, include_extras=True)
+        # Not of the function itself: Python 3.10 would put Optional around hints whose default is None.
+        bare = types.SimpleNamespace(__annotations__=self.function.__annotations__)
+        hints = get_type_hints(bare, self.function.__globals__, include_extras=True)
         signature = inspect.signature(self.function)
         return {name: (each, hints[name]) for name, each in signature.parameters.items()}
 

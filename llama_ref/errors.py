@@ -23,3 +23,7 @@ class RequestError(LlamaRefError, ValueError):
 
 class JobError(LlamaRefError):
     """Processes of one job that cannot work together: other files or options, or one that is gone."""
+
+
+class DownloadError(LlamaRefError):
+    """A download that cannot be finished now. What has arrived stays for the next try."""

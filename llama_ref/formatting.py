@@ -1,5 +1,6 @@
 """Values as messages and tables show them: sizes, names, dtypes."""
 
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,14 @@ _ESCAPED = (
 _ESCAPES = {code: chr(code).encode("unicode_escape", "surrogatepass").decode() for code in _ESCAPED}
 
 
+def hide_queries(text: str) -> str:
+    """Text whose links are cut at their `?`: what follows may be a signature."""
+    return _QUERY.sub(r"\1…", text)
+
+
+_QUERY = re.compile(r"(https?:[^\s?'\"]*\?)[^\s'\"]+", re.IGNORECASE)
+
+
 def comma_list(names: Sequence[object], most: int) -> str:
     """Names for a message, separated by commas; with "…" after the first `most`, if there are more."""
     return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
@@ -52,6 +61,16 @@ def comma_list(names: Sequence[object], most: int) -> str:
 def dtype_name(dtype: "torch.dtype") -> str:
     """torch.bfloat16 -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def span(seconds: float) -> str:
+    """7500 -> "2 hours": a length of time in its largest unit, rounded down."""
+    unit, size = next((each for each in _UNITS if seconds >= each[1]), _UNITS[-1])
+    n = int(seconds // size)
+    return f"{n:,} {unit}{'' if n == 1 else 's'}"
+
+
+_UNITS = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
 
 
 def short(value: Any) -> str:

@@ -502,12 +502,12 @@ def _find_model(name: str) -> Model:
         is_path = any(sign in name.removeprefix(META) for sign in ("/", "\\", "~")) or name in ("", ".", "..")
         if is_path:
             raise
-        return _of_release(_find_release(name))
+        return model_of_release(_find_release(name))
     except CheckpointError:
         release = _release_named(name)  # an incomplete download: its name gives the shape
         if release is None:
             raise
-        return _of_release(release)
+        return model_of_release(release)
 
 
 def _of_folder(name: str, folder: CheckpointFolder) -> Model:
@@ -540,7 +540,8 @@ def _release_named(name: str) -> Release | None:
     return next((each for each in RELEASES.values() if key in (name_key(each.name), name_key(each.folder))), None)
 
 
-def _of_release(release: Release) -> Model:
+def model_of_release(release: Release) -> Model:
+    """The model of a release by its shape. Raises RequestError for the pruned int4 guard."""
     if "hidden_dim" in release.params:
         raise RequestError(
             f"{release.name} is an ExecuTorch program, which PyTorch cannot read; Llama-Guard-3-1B is the guard in bf16"

@@ -60,6 +60,7 @@ def verify(
     quick: bool = False,
     deep: bool = False,
     progress: FileProgress | None = None,
+    known: Mapping[Path, Hashed] | None = None,
 ) -> Report:
     """Check a checkpoint folder against its checklist and for consistency.
 
@@ -69,7 +70,7 @@ def verify(
     time (default: one per core), and compared with checklist.chk. Without a checklist, Meta's
     weights are compared with the CRC-32 sums in their own archives; safetensors have no such sums.
     `deep` also looks for NaN, infinity and impossible numbers in every weight. `progress(path, bytes
-    done, total bytes)` is called from threads.
+    done, total bytes)` is called from threads. `known` are sums of files that need not be hashed again.
 
     >>> report = verify("Llama3.2-1B-Instruct")
     >>> print(report.summary())
@@ -85,7 +86,7 @@ def verify(
             return Report(folder, problem="there is no such folder")
     except OSError as error:
         return Report(named, problem=f"it cannot be read ({error.strerror})")
-    report = _Check(folder, jobs, quick, deep, progress).run()
+    report = _Check(folder, jobs, quick, deep, progress, known or {}).run()
     notes = [*_unchecked_notes(named, folder, {file.name for file in report.files}), *report.notes]
     return replace(report, notes=notes, seconds=time.perf_counter() - started)
 
@@ -126,6 +127,7 @@ class _Check:
     quick: bool = False
     deep: bool = False
     progress: FileProgress | None = None
+    known: Mapping[Path, Hashed] = field(default_factory=dict)
     use_list: bool = True
 
     def run(self) -> Report:
@@ -200,8 +202,16 @@ class _Check:
         if self.quick:
             return {}
         paths = {self.folder / name: name for name in names if name in listed and not oversize_finding(self.folder / name)}
-        found = hash_files([(path, listed[name].algorithm) for path, name in paths.items()], self.jobs, self.progress)
+        found: dict[Path, Hashed | OSError] = {
+            path: self.known[path] for path, name in paths.items() if self._is_known(path, listed[name])
+        }
+        wanted = [(path, listed[name].algorithm) for path, name in paths.items() if path not in found]
+        found |= hash_files(wanted, self.jobs, self.progress)
         return {paths[path]: result for path, result in found.items()}
+
+    def _is_known(self, path: Path, entry: Entry) -> bool:
+        """Whether the file has a known sum of the list's kind."""
+        return path in self.known and len(self.known[path].sum) == len(entry.sum)
 
     @staticmethod
     def _is_there(path: Path) -> bool:

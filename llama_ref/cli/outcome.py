@@ -136,10 +136,10 @@ class _NoteHandler(logging.Handler):
 
 def report_error(error: Exception, code: int) -> int:
     """Print an error, once per job, and return the exit code."""
-    from llama_ref.formatting import printable
+    from llama_ref.formatting import hide_queries, printable
 
     if _is_first_to_report():
-        lines = f"llama-ref: {error}".split("\n")
+        lines = hide_queries(f"llama-ref: {error}").split("\n")  # a link by mistake may be in it
         # A file's name may contain terminal escapes.
         print(*map(printable, lines), sep="\n", file=sys.stderr)
     return code

@@ -1,0 +1,97 @@
+"""Shared by `link` and `download`: how Meta's signed link is given, without showing or keeping it."""
+
+import getpass
+import os
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from llama_ref.cli.flags import Flag
+from llama_ref.cli.terminal import note
+from llama_ref.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from llama_ref.download.link import SignedLink
+
+VARIABLE = "LLAMA_REF_LINK"
+LINK_LIMIT_BYTES = 1 << 16  # a link has 700
+WAYS = f"a terminal (it is asked for), --file FILE or the environment variable {VARIABLE}"
+
+
+def not_a_link(word: str) -> str:
+    """Read a release's name or a file. Raises RequestError for the link itself, without showing it."""
+    if "://" in word or "Policy=" in word:
+        raise RequestError(
+            f"that is the link itself, which the shell's history now keeps: remove it there, and give the link by {WAYS}"
+        )
+    return word
+
+
+Release = Annotated[str, Flag("release, such as Llama3.2-1B-Instruct", read=not_a_link)]
+LinkFile = Annotated[
+    str | None,
+    Flag(
+        "file that holds the signed link; - is standard input",
+        metavar="FILE",
+        unset=f"${VARIABLE}, or it is asked for",
+        read=not_a_link,
+    ),
+]
+Link = Annotated[
+    str | None,
+    Flag("the link itself, in quotes; the shell's history keeps it, and others see it in the list of processes", metavar="URL"),
+]
+AllowHost = Annotated[
+    list[str] | tuple[()],
+    Flag(
+        "host besides Meta's that may be asked, such as a mirror; may be given several times",
+        metavar="HOST[:PORT]",
+        read=lambda words: _hosts(words),
+        many=True,
+    ),
+]
+
+
+def read_link(file: str | None, link: str | None, allowed_hosts: Collection[str]) -> "SignedLink":
+    """The signed link from a flag, a file, the environment or a person. Raises RequestError."""
+    from llama_ref.download.link import parse_link
+
+    if file is not None and link is not None:
+        raise RequestError("--file and --link are given, expected one of them")
+    if link is not None:
+        note("the shell's history keeps this link: remove it there, and next time give it by --file or at the prompt")
+        return parse_link(link, allowed_hosts)
+    return parse_link(_text(file), allowed_hosts)
+
+
+def _text(file: str | None) -> str:
+    if file == "-":
+        return sys.stdin.read(LINK_LIMIT_BYTES)
+    if file is not None:
+        return _text_of(file)
+    if value := os.environ.get(VARIABLE):
+        return value
+    if not sys.stdin.isatty():
+        raise RequestError(f"missing the signed link: give it by {WAYS}")
+    return getpass.getpass("Meta's signed link (it is not shown): ", stream=sys.stderr)
+
+
+def _text_of(file: str) -> str:
+    from llama_ref.files import read_limited
+
+    try:
+        return read_limited(Path(file).expanduser(), LINK_LIMIT_BYTES, "a signed link").decode("utf-8", "replace")
+    except (CheckpointError, RuntimeError) as error:  # the last: an unknown home directory
+        raise RequestError(f"cannot read the link in {file}: {error}") from error
+
+
+def _hosts(words: str) -> list[str]:
+    """Read hosts. Raises RequestError for what has more than a name and a port."""
+    import json
+
+    hosts = [word.lower() for word in json.loads(words)]
+    for host in hosts:
+        if not host or any(sign in host for sign in "/?@* "):
+            raise RequestError(f"--allow_host is {host[:40]!r}, expected a host's name, with :PORT if it is unusual")
+    return hosts

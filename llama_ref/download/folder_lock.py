@@ -1,0 +1,66 @@
+"""One download at a time into a folder: a second one says so, and waits."""
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from llama_ref.errors import DownloadError
+from llama_ref.formatting import printable
+
+LOCK_NAME = ".download.lock"
+TRY_SECONDS = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Lock other downloads out of a folder, which is made if need be. Raises DownloadError."""
+    try:
+        descriptor = _locked(folder)
+    except OSError as error:
+        raise DownloadError(f"cannot write into {folder}: {error.strerror}; allow writing there") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # while it is locked: who waits for it sees that it is gone
+            (folder / LOCK_NAME).unlink()
+        os.close(descriptor)
+
+
+def _locked(folder: Path) -> int:
+    """The descriptor of the lock's file, locked, and not removed meanwhile by its former owner."""
+    has_said = False
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_there(folder / LOCK_NAME, descriptor):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+        except BlockingIOError:
+            if not has_said:
+                has_said = True
+                logger.warning("waiting for %s, which downloads into %s", _owner(descriptor), printable(str(folder)))
+            time.sleep(TRY_SECONDS)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_there(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
+
+
+def _owner(descriptor: int) -> str:
+    number = os.pread(descriptor, 20, 0).decode("ascii", "replace")
+    return f"process {number}" if number.isdigit() else "another process"

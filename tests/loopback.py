@@ -132,7 +132,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         """As the real server does."""
         if self.loopback.is_expired or f"Signature={SIGNATURE}" not in self.request_.query:
-            self.status(403, b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", {"Content-Type": "application/xml"})
+            self.status(
+                403, b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", {"Content-Type": "application/xml"}
+            )
         elif self.request_.name not in self.loopback.files:
             self.status(403, b"<Error/>", {"Content-Type": "application/xml"})
         else:
@@ -268,12 +270,12 @@ def ignores_range(handler: Handler) -> None:
     handler.send(handler.body)
 
 
-def says(content_range: str, body: bytes | None = None) -> Act:
-    """Send the right bytes, or others, as another range; {start}, {last} and {total} are the right ones."""
+def says(content_range: str, most: int | None = None) -> Act:
+    """Send the right bytes, or the first of them, as another range; {start}, {last} and {total} are right."""
 
     def act(handler: Handler) -> None:
         start, stop = handler.request_.range
-        data = handler.body[start:stop] if body is None else body
+        data = handler.body[start:stop][:most]
         said = content_range.format(start=start, last=start + len(data) - 1, total=len(handler.body), other=start + 7)
         handler.head(206, len(data), {"Content-Range": said, "ETag": handler.loopback.etag(handler.request_.name)})
         handler.send(data)

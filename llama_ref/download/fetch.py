@@ -84,11 +84,11 @@ class Fetcher:
 
     def _arrive(self, part: Part, algorithm: str) -> str:
         """Wait until a part is here and hashed; its sum."""
-        digest, abandoned = PrefixHash(part, algorithm), threading.Event()
+        digest, abandoned, here_before = PrefixHash(part, algorithm), threading.Event(), part.arrived
         pending: set[Future[None]] = {
             self.requests.submit(self._fetch_segment, part, segment, abandoned) for segment in part.segments if segment.rest
         }
-        saved_at, here_before = time.monotonic(), part.arrived
+        saved_at = time.monotonic()
         try:
             while pending or digest.lag:
                 done, pending = wait(pending, 0 if digest.lag else TICK_SECONDS, FIRST_EXCEPTION)
@@ -171,7 +171,7 @@ def _check_content(part: Part, found: str, entry: Entry | None) -> None:
     if problem:
         remove_part(part.path)
         raise DownloadError(
-            f"{part.remote.address} {problem}: what arrived was removed; start the command again to fetch it anew"
+            f"{part.remote.address} {problem}; what arrived was removed, start the command again to fetch it anew"
         )
 
 

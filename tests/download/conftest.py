@@ -1,0 +1,101 @@
+"""A server with a release, a folder for it, and a watch over the link's secrets."""
+
+import logging
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from folders import tiny_folder
+from llama_ref.checkpoint.releases import find_release
+from llama_ref.download import ranges, retries, server
+from llama_ref.download.link import parse_link
+from llama_ref.download.release import Outcome, download
+from llama_ref.errors import LlamaRefError
+from loopback import Loopback, files_of, secrets_of, serve
+
+REMOTE = "Llama-3.2-1B-Instruct"
+NAME = "Llama3.2-1B-Instruct"
+SHARD = "consolidated.00.pth"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A checkpoint of 126 kB, in whose shard the tests see four ranges."""
+    return tiny_folder(tmp_path_factory.mktemp("download") / "Tiny")
+
+
+@pytest.fixture
+def loopback(tiny) -> Iterator[Loopback]:
+    with serve(files_of(tiny, REMOTE)) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch) -> None:
+    """Small ranges, and short pauses before another try."""
+    monkeypatch.setattr(ranges, "SMALLEST", 1 << 14)
+    monkeypatch.setattr(ranges, "LARGEST", 1 << 15)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(server, "STALLED_SECONDS", 0.3)
+
+
+@dataclass
+class Downloads:
+    """Downloads from a server into a folder; what they say is kept, to be searched for secrets."""
+
+    loopback: Loopback
+    folder: Path
+    said: list[str] = field(default_factory=list)
+
+    def run(self, link: str | None = None, name: str = NAME, **options: Any) -> Outcome:
+        host = [self.loopback.host]
+        try:
+            return download(
+                find_release(name), parse_link(link or self.loopback.link, host), self.folder, allowed_hosts=host, **options
+            )
+        except BaseException as error:
+            self.said += traceback.format_exception(error)
+            at: BaseException | None = error
+            while at is not None:
+                self.said += [repr(at), str(vars(at))]
+                at = at.__cause__ or at.__context__
+            raise
+
+    def fails(self, match: str, **options: Any) -> str:
+        """The one line with which a download ends."""
+        with pytest.raises(LlamaRefError, match=match) as caught:
+            self.run(**options)
+        line = str(caught.value)
+        assert "\n" not in line
+        return line
+
+    def check_names(self) -> None:
+        """No file has its final name unless it is the server's."""
+        for path in self.folder.glob("*"):
+            if path.name.startswith(".") or ".part" in path.name:
+                continue
+            assert path.read_bytes() == self.loopback.files[f"{REMOTE}/{path.name}"], path
+
+    def check_whole(self) -> None:
+        names = {name.partition("/")[2] for name in self.loopback.files}
+        assert {path.name for path in self.folder.iterdir()} == names, "all files, and nothing beside them"
+        self.check_names()
+
+
+@pytest.fixture
+def downloads(loopback, tmp_path, caplog, capfd) -> Iterator[Downloads]:
+    """Downloads whose outputs, logs, errors and files hold no secret of the link."""
+    caplog.set_level(logging.DEBUG)
+    found = Downloads(loopback, tmp_path / "home" / "checkpoints" / NAME)
+    yield found
+    texts = [*found.said, caplog.text, *capfd.readouterr()]
+    for path in tmp_path.rglob("*"):
+        texts.append(str(path))
+        if path.is_file():
+            texts.append(path.read_bytes().decode("latin-1"))
+    for secret in secrets_of(loopback.link):
+        assert [text for text in texts if secret in text] == [], secret

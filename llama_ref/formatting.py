@@ -46,11 +46,12 @@ _ESCAPES = {code: chr(code).encode("unicode_escape", "surrogatepass").decode() f
 
 
 def hide_queries(text: str) -> str:
-    """Text whose links are cut at their `?`: what follows may be a signature."""
-    return _QUERY.sub(r"\1…", text)
+    """Text without the queries of links, nor the parts of a signed one: they are like passwords."""
+    return _SIGNED.sub(r"\1…", _QUERY.sub(r"\1…", text))
 
 
 _QUERY = re.compile(r"(https?:[^\s?'\"]*\?)[^\s'\"]+", re.IGNORECASE)
+_SIGNED = re.compile(r"((?:Policy|Signature|Key-Pair-Id)=)[^\s'\"&]+")
 
 
 def comma_list(names: Sequence[object], most: int) -> str:

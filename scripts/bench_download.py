@@ -1,8 +1,9 @@
 """Compare `llama-ref download` with curl, both from a server on this machine.
 
-    python scripts/bench_download.py [--size 1GB] [--rounds 3] [--jobs 4] [--folder DIR]
+    python scripts/bench_download.py [--size 1GB] [--rounds 3] [--jobs 4] [--limit 100MB] [--folder DIR]
 
-The server sends a file of random bytes from the page cache. curl writes it in one stream, in as many
+The server sends a file of random bytes from the page cache, `--limit` bytes a second to all together, as
+a network would; without it, as fast as it can. curl writes it in one stream, in as many
 ranges at a time as there are jobs, and with `md5sum` behind it; ours always includes the sum. The best
 round of each counts; what other programs took of the processor meanwhile is printed too.
 """
@@ -14,6 +15,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,10 +32,11 @@ from llama_ref.download.link import SignedLink, parse_link
 from llama_ref.download.release import download
 
 RELEASE = find_release("Llama3.2-1B")
+PIECE_BYTES = 1 << 20
 REMOTE, NAME = "Llama-3.2-1B", "consolidated.00.pth"
 
 
-def main(size: str = "1GB", rounds: int = 3, jobs: int = 4, folder: str | None = None) -> None:
+def main(size: str = "1GB", rounds: int = 3, jobs: int = 4, limit: str | None = None, folder: str | None = None) -> None:
     """Print GB/s of curl and of this package for a file of `size`."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         place = Path(scratch)
@@ -42,7 +45,7 @@ def main(size: str = "1GB", rounds: int = 3, jobs: int = 4, folder: str | None =
         file = make_file(place / REMOTE / NAME, n_bytes)
         (place / REMOTE / "checklist.chk").write_text(f"{md5(file)}  {NAME}\n")
         own, other = multiprocessing.Pipe()
-        server = multiprocessing.Process(target=serve, args=(place, other), daemon=True)
+        server = multiprocessing.Process(target=serve, args=(place, other, bytes_of(limit) if limit else None), daemon=True)
         server.start()
         try:
             compare(place, own.recv(), n_bytes, jobs, rounds)
@@ -123,12 +126,28 @@ def make_link(host: str) -> str:
 # ---- the server
 
 
-def serve(place: Path, told: Connection) -> None:
+def serve(place: Path, told: Connection, limit: int | None) -> None:
     """Send files by `sendfile`, whole or in ranges, until this process is killed."""
-    handler = type("Here", (Handler,), {"place": place})
+    handler = type("Here", (Handler,), {"place": place, "pace": Pace(limit)})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     told.send(f"127.0.0.1:{server.server_address[1]}")
     server.serve_forever()
+
+
+class Pace:
+    """Lets all connections together send so many bytes a second."""
+
+    def __init__(self, limit: int | None):
+        self.limit, self.free_at, self.lock = limit, 0.0, threading.Lock()
+
+    def wait(self, n_bytes: int) -> None:
+        if self.limit is None:
+            return
+        with self.lock:
+            now = time.monotonic()
+            self.free_at = max(self.free_at, now) + n_bytes / self.limit
+            seconds = self.free_at - now
+        time.sleep(seconds)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -136,6 +155,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     place: Path
+    pace: Pace
 
     def do_GET(self) -> None:
         with (self.place / self.path.partition("?")[0].lstrip("/")).open("rb") as file:
@@ -148,7 +168,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(stop - start))
             self.end_headers()
             while start < stop:
-                start += os.sendfile(self.connection.fileno(), file.fileno(), start, stop - start)
+                n_bytes = min(stop - start, PIECE_BYTES)
+                self.pace.wait(n_bytes)
+                start += os.sendfile(self.connection.fileno(), file.fileno(), start, n_bytes)
 
     def log_message(self, *_: object) -> None:
         pass

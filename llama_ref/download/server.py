@@ -18,6 +18,7 @@ from llama_ref.download.hosts import check_host
 from llama_ref.download.link import SignedLink
 from llama_ref.download.outcomes import Refused, Transient
 from llama_ref.errors import DownloadError, RequestError
+from llama_ref.formatting import hide_queries
 
 CONNECT_SECONDS = 10.0
 STALLED_SECONDS = 30.0  # without a byte
@@ -146,7 +147,7 @@ def _shielded(action: Callable[[], T], address: str) -> T:
     except httpx.TimeoutException:
         failure = Transient(f"{address}: nothing came for {STALLED_SECONDS:.0f} seconds")
     except httpx.ConnectError as error:
-        failure = _connect_failure(str(error), address)
+        failure = _connect_failure(hide_queries(str(error)), address)
     except httpx.TransportError as error:
         failure = Transient(f"{address}: the connection broke off ({type(error).__name__})")
     except Exception as error:

@@ -10,7 +10,7 @@ import pytest
 from llama_ref.download import server as servers
 from llama_ref.download.link import parse_link
 from llama_ref.download.outcomes import Transient
-from llama_ref.download.server import opened
+from llama_ref.download.server import Server, opened
 from llama_ref.errors import DownloadError
 from loopback import make_link, secrets_of, silent, status
 
@@ -20,6 +20,11 @@ PATH = "Llama-3.2-1B-Instruct/params.json"
 @pytest.fixture
 def link(loopback):
     return parse_link(loopback.link, [loopback.host])
+
+
+def ask(server: Server) -> bytes:
+    with server.get(PATH, {}) as answer:
+        return b"".join(answer.chunks())
 
 
 def texts_of(error: BaseException) -> str:
@@ -47,8 +52,7 @@ def test_no_error_of_httpx_gets_out(error, link, loopback, monkeypatch):
 
     monkeypatch.setattr(httpx.Client, "send", fail)
     with opened(link, [loopback.host], 1) as server, pytest.raises((Transient, DownloadError)) as caught:
-        with server.get(PATH, {}):
-            pass
+        ask(server)
     said = texts_of(caught.value)
     assert caught.value.__cause__ is None and caught.value.__context__ is None
     own = make_link("llama3-1.llamameta.net", scheme="https")
@@ -63,8 +67,8 @@ def test_a_real_error_of_status_is_not_raised_by_httpx(link, loopback):
 
 def test_the_log_of_httpx_is_silent_while_a_server_is_open(link, loopback, caplog):
     caplog.set_level(logging.DEBUG)
-    with opened(link, [loopback.host], 1) as server, server.get(PATH, {}) as answer:
-        assert b"".join(answer.chunks()) == loopback.files[PATH]
+    with opened(link, [loopback.host], 1) as server:
+        assert ask(server) == loopback.files[PATH]
     assert [record for record in caplog.records if record.name.startswith(("httpx", "httpcore"))] == []
     httpx.get(f"http://{loopback.host}/nothing", trust_env=False)  # afterwards it logs as before
     assert [record for record in caplog.records if record.name == "httpx"]
@@ -84,9 +88,8 @@ def test_a_certificate_that_is_not_trusted_is_final():
 
 def test_a_host_that_does_not_answer_is_tried_again(link, loopback):
     dead = parse_link(make_link("127.0.0.1:9"), ["127.0.0.1"])
-    with opened(dead, ["127.0.0.1"], 1) as server, pytest.raises(Transient, match="no connection .*refused"):
-        with server.get(PATH, {}):
-            pass
+    with opened(dead, ["127.0.0.1"], 1) as server, pytest.raises(Transient, match=r"no connection .*refused"):
+        ask(server)
 
 
 def test_abort_wakes_a_thread_that_waits(link, loopback, monkeypatch):
@@ -95,12 +98,12 @@ def test_abort_wakes_a_thread_that_waits(link, loopback, monkeypatch):
     ended = threading.Event()
     with opened(link, [loopback.host], 1) as server:
 
-        def ask() -> None:
-            with pytest.raises(Transient), server.get(PATH, {}):
-                pass
+        def wait_for_it() -> None:
+            with pytest.raises(Transient):
+                ask(server)
             ended.set()
 
-        thread = threading.Thread(target=ask)
+        thread = threading.Thread(target=wait_for_it)
         thread.start()
         assert loopback.reached.wait(10)
         server.abort()

@@ -8,6 +8,7 @@ from pathlib import Path
 from llama_ref.formatting import human_bytes
 
 PARTIAL_SUFFIXES = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".tmp", ".aria2")
+OWN_STATE = ".part.json"  # of `llama-ref download`
 # How browsers, file managers and wget name a second copy; Korean Windows and macOS say 복사본 and 사본.
 COPY_MARK = r"(?: ?\(\d+\)| ?[-_]? ?(?:copy|복사본|사본)(?: ?\(?\d+\)?)?)"
 LATER_MARK = r"(?:\.\d+|\.bak|\.old|\.orig|\.txt)"
@@ -26,6 +27,8 @@ def with_hint(path: Path) -> str:
 
 def _partial_download(path: Path) -> str:
     """A sentence about an unfinished download, next to the file or in the hub's cache."""
+    if path.with_name(path.name + OWN_STATE).exists():  # its .part has the full length from the start
+        return "its download has not finished: `llama-ref download` goes on with it"
     for suffix in PARTIAL_SUFFIXES:
         size = _size(path.with_name(path.name + suffix))
         if size is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 LARGEST = 1_000_000_000  # bytes a request; CloudFront refuses more than 27 GB
 SMALLEST = 16_000_000
+TURNS = 16  # ranges that one job fetches of a file: the last ones, which are hashed at the end, are a small part
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
@@ -27,8 +28,8 @@ class Segment:
 
 
 def cut(total: int, jobs: int) -> list[Segment]:
-    """Ranges for a file of `total` bytes: one for each of the `jobs`, unless they were too large or small."""
-    size = min(LARGEST, max(SMALLEST, -(-total // jobs)))
+    """Ranges for a file of `total` bytes: TURNS for each of the `jobs`, unless they were too large or small."""
+    size = min(LARGEST, max(SMALLEST, -(-total // (jobs * TURNS))))
     return [Segment(start, min(start + size, total)) for start in range(0, total, size)]
 
 

@@ -37,7 +37,7 @@ def loopback(tiny) -> Iterator[Loopback]:
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch) -> None:
     """Small ranges, and short pauses before another try."""
-    monkeypatch.setattr(ranges, "SMALLEST", 1 << 14)
+    monkeypatch.setattr(ranges, "SMALLEST", 1 << 15)
     monkeypatch.setattr(ranges, "LARGEST", 1 << 15)
     monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(server, "STALLED_SECONDS", 0.3)

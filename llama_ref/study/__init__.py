@@ -26,7 +26,10 @@ from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
 from llama_ref.study.names import all_names, axes
 from llama_ref.study.overview import Overview, overview
 from llama_ref.study.patch import Edit, edit, mean, patch, scale, set_to, swap_from, zero
-from llama_ref.study.patching_grid import Grid, logit_difference, patch_grid, patch_grids, probability
+from llama_ref.study.patching.exact import patch_grid, patch_grids
+from llama_ref.study.patching.grid import Agreement, Grid
+from llama_ref.study.patching.metrics import logit_difference, probability
+from llama_ref.study.patching.noise import Noise, noise
 from llama_ref.study.report.writer import write_report
 from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
@@ -34,8 +37,10 @@ from llama_ref.study.trace import Recording, Trace, recording, trace
 from llama_ref.study.weights import quantization_errors, spectra
 
 __all__ = [
+    "Agreement",
     "Edit",
     "Grid",
+    "Noise",
     "Overview",
     "Recording",
     "Trace",
@@ -49,6 +54,7 @@ __all__ = [
     "logit_lens",
     "logit_lenses",
     "mean",
+    "noise",
     "overview",
     "patch",
     "patch_grid",

@@ -31,6 +31,7 @@ class Pass:
     """One forward pass: ids (B, T), their positions (B, T) or (1, T), and the cache, if any.
 
     `padding`, bool (B, T), is set for texts of different lengths; ids and positions there are -1.
+    `layers`: those that the pass runs, None for all (layer_window.py).
     """
 
     def __init__(self, tokens: Tensor, context: Context):
@@ -41,6 +42,7 @@ class Pass:
         self.complete = False  # until the last norm has run
         self.first = self.cache is None or self.cache.longest == 0  # of its text
         self.padding: Tensor | None = None
+        self.layers: range | None = None
 
     def mark_padding(self, padding: Tensor) -> None:
         """Say which places are padding, before any value is visited."""
@@ -223,6 +225,9 @@ class Attached:
         return self.see("embedding", x), context, *rest
 
     def block(self, block: TransformerBlock, where: str, x: Tensor, context: Context, layer: int) -> Tensor:
+        layers = self.local.run.layers
+        if layers is not None and layer not in layers:
+            return x
         x = self.see(f"{where}.residual_pre", x)
         x = x + block.attention(block.attention_norm(x), context, layer)
         x = self.see(f"{where}.residual_mid", x)

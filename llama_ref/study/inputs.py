@@ -102,14 +102,17 @@ def first_token(tokenizer: Tokenizer, text: str, name: str = "target") -> tuple[
     return tokens[0], f"{name} is {len(tokens)} tokens, {cut}{more}: only the first, {first}, is used"
 
 
-def check_over(over: str, expected: str = "layer,position or layer,head") -> str:
+GRIDS = ("layer×position", "layer×head", "layer×position×head")
+
+
+def check_over(over: str) -> str:
     """Normalize the axes of a grid: "layer,head", "layer*head" and "layer x head" to "layer×head".
 
-    Raises RequestError for unknown axes; its message says `expected`.
+    Raises RequestError for unknown axes.
     """
     axes = "×".join(part.strip() for part in re.split(r"[,*×]|\sx\s", str(over)))
-    if axes not in ("layer×position", "layer×head"):
-        raise RequestError(f"over is {over!r:.60}, expected {expected}")
+    if axes not in GRIDS:
+        raise RequestError(f"over is {over!r:.60}, expected layer,position or layer,head or layer,position,head")
     return axes
 
 

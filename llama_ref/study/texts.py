@@ -4,7 +4,7 @@ Padding is on the right, where attention, being causal, never looks. It repeats 
 that its values are as finite as the text's own: a masked NaN still spreads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
@@ -22,7 +22,6 @@ from llama_ref.vision import VisionTransformer
 Text = Sequence[int] | Tensor
 Texts = Text | Sequence[Text]
 
-PASS_TOKENS = 1024  # padding included, of several texts in one pass: bounds the memory for activations
 EXPECTED = "expected token ids: a list, a list of lists, or a LongTensor (T,) or (B, T)"
 
 
@@ -87,17 +86,6 @@ class _PaddingMarker:
 
     def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
         return value
-
-
-def split_passes(lengths: Sequence[int]) -> Iterator[range]:
-    """Split texts of these lengths, in their order, into passes of at most PASS_TOKENS."""
-    start, longest = 0, 0
-    for i, length in enumerate(lengths):
-        longest = max(longest, length)
-        if i > start and (i + 1 - start) * longest > PASS_TOKENS:
-            yield range(start, i)
-            start, longest = i, length
-    yield range(start, len(lengths))
 
 
 # ---- checks

@@ -18,7 +18,8 @@ from llama_ref.study.hooks import Pass, attached, check_model
 from llama_ref.study.images import Images, tiles_of_texts
 from llama_ref.study.inputs import check_index
 from llama_ref.study.names import IMAGE_SCORES, SCORES, all_names, axes, broadcastable, matching
-from llama_ref.study.texts import Batch, Texts, as_texts, split_passes
+from llama_ref.study.pass_size import split_passes
+from llama_ref.study.texts import Batch, Texts, as_texts
 from llama_ref.study.trace_file import read_trace, write_trace
 
 

@@ -20,7 +20,7 @@ from llama_ref.study.attention import attention_pattern, induction_score, repeat
 from llama_ref.study.attribution import attribute
 from llama_ref.study.inputs import readable
 from llama_ref.study.logit_lens import logit_lens, logit_lenses, residual_points
-from llama_ref.study.patching_grid import patch_grid
+from llama_ref.study.patching.exact import patch_grid
 from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
 from llama_ref.study.weights import quantization_errors, spectra
@@ -106,7 +106,7 @@ def test_only_the_points_asked_for_are_read(model):
 
 @pytest.mark.parametrize("pass_tokens", [1024, 12])
 def test_lenses_of_texts_of_different_lengths_are_each_texts_own(model, monkeypatch, pass_tokens):
-    monkeypatch.setattr("llama_ref.study.texts.PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr("llama_ref.study.pass_size.PASS_TOKENS", pass_tokens)
     texts, targets = [TOKENS, TOKENS[:3], TOKENS[:6]], [TARGET, None, OTHER]
     for found, text, target in zip(logit_lenses(model, texts, targets=targets, positions=[-1, 0]), texts, targets, strict=True):
         alone = logit_lens(model, text, target=target, positions=[-1, 0])

@@ -37,8 +37,10 @@ def patch(
     """
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.grid import print_grid
-    from llama_ref.study import figures, patching_grid
+    from llama_ref.study import figures
     from llama_ref.study.inputs import check_over, check_same_length, prompt_tokens
+    from llama_ref.study.patching.exact import patch_grid
+    from llama_ref.study.patching.metrics import logit_difference, probability
 
     axes = check_over(over)
     check_outputs(png=png)
@@ -52,11 +54,11 @@ def patch(
     wanted = first_token(llama, "target", target, texts[0])
     against = None if other is None else first_token(llama, "other", other, texts[1])
     if against is None:
-        metric = patching_grid.probability(wanted)
+        metric = probability(wanted)
     else:
-        metric = patching_grid.logit_difference(wanted, against)
+        metric = logit_difference(wanted, against)
     with progress_bar("patching") as progress:
-        found = patching_grid.patch_grid(llama.model, *texts, metric, over=axes, progress=progress)
+        found = patch_grid(llama.model, *texts, metric, over=axes, progress=progress)
     if png is not None:
         path = Path(png) / "patch.png"
         figures.draw_grid(found, *texts, tokenizer, wanted, against, path)

@@ -9,7 +9,7 @@ import numpy as np
 from llama_ref.study.figures import canvas
 from llama_ref.study.figures.fonts import prompt, quoted, token_label
 from llama_ref.study.figures.saving import save
-from llama_ref.study.patching_grid import Grid
+from llama_ref.study.patching.grid import Grid
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

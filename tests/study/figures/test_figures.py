@@ -49,7 +49,7 @@ from llama_ref.study.figures.residual import norms_figure
 from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.logit_lens import LogitLens, logit_lens, residual_points
 from llama_ref.study.overview import overview
-from llama_ref.study.patching_grid import Grid
+from llama_ref.study.patching.grid import Grid
 from llama_ref.study.residual import ResidualStream
 from llama_ref.tokenizer import Tokenizer
 

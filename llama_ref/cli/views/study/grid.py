@@ -11,7 +11,7 @@ from rich.text import Text
 from llama_ref.cli.terminal import output_console, print_rich
 from llama_ref.cli.views.study.shared import finite, prompt, say, token_json, tokens_json
 from llama_ref.study.inputs import label
-from llama_ref.study.patching_grid import Grid
+from llama_ref.study.patching.grid import Grid
 from llama_ref.tokenizer import Tokenizer
 
 CELL, GAP = 5, 2  # columns of a grid's cell, and between two

@@ -1,0 +1,39 @@
+"""Passes through some of a model's layers, from a residual stream that was computed before."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from llama_ref.model import Transformer
+from llama_ref.study.hooks import Pass, attached
+
+
+@contextmanager
+def layer_window(model: Transformer, layers: range, residual: Tensor) -> Iterator[None]:
+    """Passes in the block run these layers alone, then the final norm, and no other layer.
+
+    `residual` (B, T, D) replaces the residual stream before the first of them; the pass's ids have
+    the same B and T. From layer 3 on: `range(3, n_layers)`.
+    """
+    with attached(model, _Window(layers, residual)):
+        yield
+
+
+class _Window:
+    """A visitor that sets which layers a pass runs, and what it starts with."""
+
+    edits, in_path = True, False
+
+    def __init__(self, layers: range, residual: Tensor):
+        self.layers, self.residual = layers, residual
+        self.name = f"layers.{layers.start}.residual_pre"
+
+    def wants(self, name: str) -> bool:
+        return name == self.name
+
+    def begin(self, run: Pass) -> None:
+        run.layers = self.layers
+
+    def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
+        return self.residual

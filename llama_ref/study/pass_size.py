@@ -1,0 +1,69 @@
+"""How many tokens run in one pass: as many as keep the device busy and fit its memory."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from llama_ref.model import Transformer
+from llama_ref.study.names import LAYER_AXES, SCORES
+
+PASS_TOKENS = 1024  # padding included, of several texts in one pass; on two CPU cores more are not faster
+CUDA_PASS_TOKENS = 1 << 15  # small passes leave a GPU idle
+SHARE = 0.5  # of the free memory
+
+
+def split_passes(lengths: Sequence[int], most: int | None = None) -> Iterator[range]:
+    """Split texts of these lengths, in their order, into passes of at most `most` tokens (PASS_TOKENS)."""
+    most = PASS_TOKENS if most is None else most
+    start, longest = 0, 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if i > start and (i + 1 - start) * longest > most:
+            yield range(start, i)
+            start, longest = i, length
+    yield range(start, len(lengths))
+
+
+def tokens_that_fit(model: Transformer, name: str, longest: int, *, gradients: bool = False) -> int:
+    """Tokens of one pass that edits or records activation `name` of a layer, in texts of up to `longest`.
+
+    At most PASS_TOKENS on a CPU and CUDA_PASS_TOKENS on CUDA; fewer if they would take more than half
+    of the free memory. With `gradients`, of a pass that keeps the values of all layers.
+    """
+    most = CUDA_PASS_TOKENS if model.device.type == "cuda" else PASS_TOKENS
+    free = free_bytes(model.device)
+    if free is None:
+        return most
+    return max(1, min(most, int(SHARE * free / bytes_per_token(model, name, longest, gradients=gradients))))
+
+
+def bytes_per_token(model: Transformer, name: str, longest: int, *, gradients: bool = False) -> int:
+    """Memory that a pass takes for each token, at most: its activations at their peak.
+
+    A layer's norms and rotations are float32, its other activations in the model's dtype. Logits are
+    of the last token alone, in float32: some copies, as a softmax makes them.
+    """
+    args, size = model.args, model.dtype.itemsize
+    layer = size * (3 * args.ffn_dim + 5 * args.dim) + 4 * 5 * args.dim
+    shown = {"head": args.n_heads, "head_dim": args.head_dim, "dim": args.dim, "ffn_dim": args.ffn_dim, "key_position": longest}
+    watched = 1
+    for axis in LAYER_AXES[name]:
+        watched *= shown.get(axis, 1)
+    layer += 4 * 4 * watched
+    if gradients and LAYER_AXES[name] != SCORES:
+        layer += 4 * args.n_heads * longest  # of attention's backward, where it has no fused kernel
+    logits = 4 * 4 * args.vocab_size // longest
+    return layer * (args.n_layers if gradients else 1) + logits
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a device has left for this process; None if it does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return None

@@ -1,0 +1,1 @@
+"""Activation patching: where in a model are two texts told apart?"""

@@ -1,0 +1,70 @@
+"""Which cells a grid has: the axes of an activation along which it is patched."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llama_ref.errors import RequestError
+from llama_ref.model import Transformer
+from llama_ref.study.inputs import check_over
+from llama_ref.study.names import LAYER_AXES, matching
+from llama_ref.study.patching.grid import Grid
+
+DEFAULT_NAMES = {"position": "residual_pre", "head": "attention.head_output"}
+KEY_HEADS = ("attention.k_unrotated", "attention.k", "attention.v")
+
+
+@dataclass(frozen=True)
+class CellAxes:
+    """The axes of a grid's cells within a layer: `axes` of activation `name`, at its dimensions `dims`.
+
+    `n_heads` is the number of the activation's heads.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    n_heads: int
+
+    @classmethod
+    def of(cls, model: Transformer, over: str, name: str | None) -> "CellAxes":
+        """Read "layer×position" and the like. Raises RequestError, also for a name without these axes."""
+        axes = tuple(check_over(over).split("×")[1:])
+        name = DEFAULT_NAMES[axes[-1]] if name is None else name
+        _check_name(model, name, axes)
+        return cls(name, axes, model.args.n_kv_heads if name in KEY_HEADS else model.args.n_heads)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return tuple(LAYER_AXES[self.name].index(axis) for axis in self.axes)
+
+    def shape(self, n_tokens: int) -> tuple[int, ...]:
+        """How many cells a layer has along each axis, for a text of so many tokens."""
+        return tuple(n_tokens if axis == "position" else self.n_heads for axis in self.axes)
+
+    def copy(self, index: tuple[int, ...], source: Tensor, target: Tensor) -> None:
+        """Copy one cell of an activation (1, …) into another, which may have padding behind the text."""
+        places: list[slice | int] = [slice(size) for size in source.shape]
+        for dim, i in zip(self.dims, index, strict=True):
+            places[dim] = i
+        target[tuple(places)] = source[tuple(places)]
+
+    def sum_cells(self, value: Tensor) -> Tensor:
+        """Sum a row's activation (1, …) over all but the cells' axes."""
+        others = [dim for dim in range(value.dim()) if dim not in self.dims]
+        summed = value.sum(others)
+        return summed if sorted(self.dims) == list(self.dims) else summed.T
+
+    def grid(self, values: Tensor, clean: float, corrupted: float) -> Grid:
+        """The grid of values (n_layers, …)."""
+        labels = tuple([str(i) for i in range(n)] for n in values.shape)
+        return Grid(values.numpy(), ("layer", *self.axes), labels, self.name, clean, corrupted)
+
+
+def _check_name(model: Transformer, name: str, axes: tuple[str, ...]) -> None:
+    if name not in LAYER_AXES:
+        matching(model.args, f"layers.*.{name}")  # raises with similar names
+        raise RequestError(f"name is {name!r:.60}, expected one activation of a layer, not a glob")
+    for axis in axes:
+        if axis not in LAYER_AXES[name]:
+            fitting = [other for other, other_axes in LAYER_AXES.items() if set(axes) <= set(other_axes)]
+            raise RequestError(f"{name} has no {axis} axis; take one of {', '.join(fitting)}")

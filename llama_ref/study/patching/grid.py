@@ -1,0 +1,74 @@
+"""A grid of patched cells, exact or estimated, and how well two of them agree."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llama_ref.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The metric of every cell.
+
+    `values` is float32, one dimension for each of `axes`: (layers, positions), (layers, heads) or
+    (layers, positions, heads); `labels` name their indices. `name` is the patched activation;
+    `clean` and `corrupted` are the metric of the two texts without a patch. After noise in place of
+    a corrupted text, numbers are means over its seeds.
+    """
+
+    values: np.ndarray
+    axes: tuple[str, ...]
+    labels: tuple[list[str], ...]
+    name: str
+    clean: float
+    corrupted: float
+
+    @property
+    def restored(self) -> np.ndarray:
+        """Share of the difference that each cell restores: 0 as corrupted, 1 as clean; float64.
+
+        NaN if the two texts do not differ.
+        """
+        gap = self.clean - self.corrupted
+        with np.errstate(invalid="ignore"):  # infinite logits
+            return (self.values.astype(np.float64) - self.corrupted) / (gap or math.nan)
+
+    def agreement(self, exact: "Grid") -> "Agreement":
+        """How close this grid, an estimate, is to the exact one. Raises RequestError for another grid's."""
+        if (self.name, self.axes, self.values.shape) != (exact.name, exact.axes, exact.values.shape):
+            shown = [f"{grid.name} over {'×'.join(grid.axes)} {grid.values.shape}" for grid in (self, exact)]
+            raise RequestError(f"the grids are of {shown[0]} and of {shown[1]}, expected two of the same cells")
+        return Agreement.of(self.values, exact.values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The grid as plain lists, numbers and strings, for json.dumps."""
+        return {
+            "activation": self.name,
+            "axes": [{"name": name, "labels": labels} for name, labels in zip(self.axes, self.labels, strict=True)],
+            "clean": self.clean,
+            "corrupted": self.corrupted,
+            "values": self.values.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """An estimate beside what it estimates: Pearson's correlation, and the largest difference.
+
+    The correlation is NaN where all values of one are equal.
+    """
+
+    correlation: float
+    largest_difference: float
+
+    @classmethod
+    def of(cls, estimate: np.ndarray, exact: np.ndarray) -> "Agreement":
+        """Compare two arrays of the same shape."""
+        ours, theirs = (values.astype(np.float64).ravel() for values in (estimate, exact))
+        with np.errstate(invalid="ignore"):
+            a, b = ours - ours.mean(), theirs - theirs.mean()
+            length = math.sqrt((a @ a) * (b @ b))
+            return cls(float(a @ b) / length if length else math.nan, float(np.abs(ours - theirs).max()))

@@ -1,0 +1,76 @@
+"""Causal tracing: a text is corrupted by noise on the embeddings of some of its tokens.
+
+The other way of patching replaces the words, which needs a second text of the same length. Source:
+Meng et al., "Locating and Editing Factual Associations in GPT", arXiv:2202.05262.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from llama_ref.errors import RequestError
+from llama_ref.model import Transformer
+from llama_ref.study.inputs import check_index
+
+EMBEDDED_ROWS = 4096  # of the embedding at a time
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Normal noise on the embeddings at some positions: `scale` standard deviations of the embedding.
+
+    Stands for a corrupted text; results are means over `seeds`.
+    """
+
+    positions: tuple[int, ...]
+    scale: float
+    seeds: tuple[int, ...]
+
+    def on(self, model: Transformer, n_tokens: int) -> list[Tensor]:
+        """What each seed adds to a text's embeddings: float32 (T, D) each, on the model's device.
+
+        The same on every device. Raises RequestError for a position outside the text.
+        """
+        positions = [check_index("a position of the noise", position, n_tokens) for position in self.positions]
+        deviation = self.scale * embedding_deviation(model)
+        out = []
+        for seed in self.seeds:
+            drawn = torch.zeros(n_tokens, model.args.dim, device="cpu")
+            generator = torch.Generator("cpu").manual_seed(seed)
+            drawn[positions] = torch.randn(len(positions), model.args.dim, generator=generator, device="cpu")
+            out.append((deviation * drawn).to(model.device))
+        return out
+
+
+def noise(positions: int | Sequence[int], scale: float = 3.0, seeds: int | Sequence[int] = 10) -> Noise:
+    """Noise in place of a corrupted text, on the tokens at `positions` of the clean one.
+
+    `scale` counts standard deviations of the embedding's entries; `seeds` are a number of seeds, from
+    0 on, or a list of them. Raises RequestError for what is none of these.
+    """
+    chosen = (positions,) if isinstance(positions, Integral) else positions
+    drawn = range(int(seeds)) if isinstance(seeds, Integral) and not isinstance(seeds, bool) else seeds
+    for what, given in (("positions", chosen), ("seeds", drawn)):
+        if not isinstance(given, Sequence) or not given or not all(map(_is_whole, given)):
+            raise RequestError(f"{what} is {given!r:.60}, expected a whole number or a list of them, at least one")
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 < scale < float("inf"):
+        raise RequestError(f"scale is {scale!r:.40}, expected a number above 0")
+    return Noise(tuple(int(i) for i in chosen), float(scale), tuple(int(seed) for seed in drawn))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+@torch.no_grad()
+def embedding_deviation(model: Transformer) -> float:
+    """Standard deviation of all entries of the embedding, quantized or not."""
+    total, squares, n_rows = 0.0, 0.0, model.args.vocab_size
+    for ids in torch.arange(n_rows, device=model.device).split(EMBEDDED_ROWS):
+        rows = model.embed(ids).double()
+        total, squares = total + rows.sum().item(), squares + rows.pow(2).sum().item()
+    mean = total / (n_rows * model.args.dim)
+    return float((squares / (n_rows * model.args.dim) - mean**2) ** 0.5)

@@ -1,0 +1,62 @@
+"""How many tokens run together: the estimate bounds what a pass takes, and is not far above it."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from llama_ref import study
+from llama_ref.args import ModelArgs
+from llama_ref.study import pass_size
+from random_models import random_model
+
+SHAPE = {"n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5, "rope_theta": 5e5}
+
+
+def peak(run) -> int:
+    """Bytes that PyTorch held at once, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+    return highest
+
+
+@pytest.mark.parametrize("name", ["residual_pre", "attention.pattern", "attention.head_result"])
+@pytest.mark.parametrize(("dim", "vocab_size", "T", "dtype"), [(64, 5000, 8, torch.float32), (64, 60, 100, torch.bfloat16)])
+def test_the_estimate_bounds_the_peak(name, dim, vocab_size, T, dtype):
+    model = random_model(ModelArgs.from_dict(SHAPE | {"dim": dim, "vocab_size": vocab_size}), seed=0).to(dtype)
+    text = torch.randint(vocab_size, (512 // T, T))
+
+    def patched():
+        with torch.no_grad(), study.patch(model, {f"layers.1.{name}": lambda value: value.mul_(2)}):
+            model.logits(model.hidden(text)[:, -1]).softmax(-1)
+
+    def gradients():
+        traced = study.trace(model, text, [f"layers.*.{name}", "norm"], requires_grad=True)
+        probability = model.logits(traced["norm"][:, -1]).softmax(-1)[:, 3].sum()
+        torch.autograd.grad(probability, [traced[key] for key in traced if key != "norm"])
+
+    for run, with_gradients in ((patched, False), (gradients, True)):
+        estimate = text.numel() * pass_size.bytes_per_token(model, name, T, gradients=with_gradients)
+        assert 0.15 * estimate < peak(run) < estimate
+
+
+def test_a_pass_takes_half_of_the_free_memory_at_most(monkeypatch):
+    model = random_model(ModelArgs.from_dict(SHAPE | {"dim": 64, "vocab_size": 60}), seed=0)
+    each = pass_size.bytes_per_token(model, "residual_pre", 10)
+    for free, expected in ((200 * each, 100), (each, 1), (1 << 50, 1024), (None, 1024)):
+        monkeypatch.setattr(pass_size, "free_bytes", lambda device, free=free: free)
+        assert pass_size.tokens_that_fit(model, "residual_pre", 10) == expected
+
+
+def test_free_memory_is_less_than_all_of_it():
+    free = pass_size.free_bytes(torch.device("cpu"))
+    assert free is None or 0 < free < 1 << 50
+
+
+def test_passes_are_filled_in_order():
+    assert list(pass_size.split_passes([5, 5, 2, 9, 1], 10)) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+    assert list(pass_size.split_passes([5, 5], None)) == [range(2)]

@@ -13,7 +13,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
-from llama_ref.quantization.apply import is_quantized
+from llama_ref.study.gradients import gradients
 from llama_ref.study.hooks import Pass, attached, check_model
 from llama_ref.study.images import Images, tiles_of_texts
 from llama_ref.study.inputs import check_index
@@ -114,8 +114,9 @@ def trace(
     images. With a `cache` the tokens continue its text, and it grows. `requires_grad` keeps the graph:
     `torch.autograd.grad` of a value made from the trace reaches every activation before it; values at
     padding then stay as they were computed. With frozen weights the graph starts at the first of the
-    names. Raises RequestError for names that match nothing, ids outside the vocabulary, a cache that
-    is too small, gradients of a quantized model, or images with gradients or a cache.
+    names; through quantized matrices gradients flow as if they were not (gradients.py). Raises
+    RequestError for names that match nothing, ids outside the vocabulary, a cache that is too small, or
+    images with gradients or a cache.
     """
     check_model(model)
     recording = Recording(names, requires_grad=requires_grad)
@@ -123,11 +124,9 @@ def trace(
     _check_cache(cache, texts)
     if requires_grad and cache is not None:
         raise RequestError("requires_grad and a cache were given: a cache is for inference; run the whole text without one")
-    if requires_grad and is_quantized(model):
-        raise RequestError("gradients do not go through quantized matrices: load the model without quantize")
     if images is not None and (requires_grad or cache is not None):
         raise RequestError("images were given with requires_grad or a cache: run the whole text without these")
-    with _gradients(requires_grad), recording.of(model):
+    with gradients(model) if requires_grad else torch.no_grad(), recording.of(model):
         batch = Batch.of(model, texts, images)  # here: autograd cannot save tensors made in inference mode
         before = [] if cache is None else cache.lengths.tolist()
         batch.hidden(model, cache)
@@ -334,16 +333,6 @@ def _merge_values(name: str, values: list[dict[str, Tensor]], targets: list[_Tar
         else:
             target.write(whole, part)
     return whole
-
-
-@contextmanager
-def _gradients(wanted: bool) -> Iterator[None]:
-    if not wanted:
-        with torch.no_grad():
-            yield
-        return
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 def _check_cache(cache: KVCache | None, texts: Sequence[Tensor]) -> None:

@@ -525,10 +525,6 @@ def test_a_gradient_is_what_a_small_change_makes(name):
 def test_gradients_that_cannot_be_are_refused(model):
     with pytest.raises(RequestError, match="a cache is for inference"):
         study.trace(model, [1], cache=new_cache(model, 1, 8), requires_grad=True)
-    quantized = random_model(ARGS, seed=0)
-    quantize_model(quantized, "int8")
-    with pytest.raises(RequestError, match="load the model without quantize"):
-        study.trace(quantized, [1], requires_grad=True)
 
 
 # ---- generation

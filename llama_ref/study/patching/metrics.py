@@ -30,7 +30,12 @@ def probability(target: int) -> Metric:
 
 def measure(model: Transformer, batch: Batch, metrics: Sequence[Metric]) -> Tensor:
     """Run texts in one pass, and apply each one's metric: float32 (n,), on the model's device."""
-    logits = model.logits(batch.last(batch.hidden(model)))  # (n, V)
+    return measure_hidden(model, batch, batch.hidden(model), metrics)
+
+
+def measure_hidden(model: Transformer, batch: Batch, hidden: Tensor, metrics: Sequence[Metric]) -> Tensor:
+    """Apply each text's metric to the logits of the last norm (n, T, D): float32 (n,)."""
+    logits = model.logits(batch.last(hidden))  # (n, V)
     found = []
     for metric, own in groupby(zip(metrics, logits, strict=True), key=itemgetter(0)):
         found.append(_apply(metric, torch.stack([row for _, row in own])))

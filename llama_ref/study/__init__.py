@@ -21,6 +21,9 @@ change a bit of the logits.
 
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
+from llama_ref.study.circuits.edges import attribute_edges
+from llama_ref.study.circuits.faithfulness import CircuitCurve, circuit_curve, run_circuit
+from llama_ref.study.circuits.graph import Edge, EdgeScores
 from llama_ref.study.image_attention import image_attention
 from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
 from llama_ref.study.names import all_names, axes
@@ -39,6 +42,9 @@ from llama_ref.study.weights import quantization_errors, spectra
 
 __all__ = [
     "Agreement",
+    "CircuitCurve",
+    "Edge",
+    "EdgeScores",
     "Edit",
     "Grid",
     "Noise",
@@ -48,9 +54,11 @@ __all__ = [
     "all_names",
     "attention_pattern",
     "attribute",
+    "attribute_edges",
     "attribution_patch",
     "attribution_patches",
     "axes",
+    "circuit_curve",
     "edit",
     "image_attention",
     "logit_difference",
@@ -68,6 +76,7 @@ __all__ = [
     "recording",
     "residual_stream",
     "rope_waves",
+    "run_circuit",
     "scale",
     "set_to",
     "spectra",

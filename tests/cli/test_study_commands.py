@@ -173,6 +173,41 @@ def test_a_grid_as_json_has_its_labels(run, tiny, over, axis, n):
     assert [token["text"] for token in found["corrupted_tokens"]] == ["<|begin_of_text|>", "1", "3"]
 
 
+def test_an_estimate_is_shown_beside_the_exact_grid(run, tiny):
+    words = ("patch", tiny, "12", "13", "--target", "x", "--other", "y")
+    exact, both, estimate = (parsed(run(*words, "--by", by, "--json")[1]) for by in ("exact", "both", "gradient"))
+    assert both["values"] == exact["values"] != estimate["values"] == both["estimate"]["values"]
+    assert (exact["by"], both["by"], estimate["by"]) == ("exact", "exact", "gradient")
+    differences = torch.tensor(exact["values"]) - torch.tensor(estimate["values"])
+    assert both["estimate"]["largest_difference"] == pytest.approx(differences.abs().max().item(), rel=1e-4)
+    code, out, err = run(*words, "--by", "both", "--steps", "4")
+    assert (code, err) == (0, "") and out.count("Most: layer") == 2
+    assert re.search(r"Exact:.*By the gradient:.*correlation -?\d\.\d\d, largest difference \d+%", out, re.DOTALL)
+
+
+def test_positions_of_heads_are_ranked(run, tiny):
+    words = ("patch", tiny, "12", "13", "--target", "x", "--over", "layer,position,head")
+    assert len(parsed(run(*words, "--json")[1])["values"][0][0]) == 4
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    found = re.findall(r"layer [01], \S+@\d, head [0-3] -?\d+%", " ".join(out.split()))
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--steps", "3"), "--steps is given, but --by is exact"),
+        (("--by", "gradient", "--steps", "0"), "steps is 0, expected a whole number from 1"),
+        (("--over", "layer,position,head", "--png", "x"), "--png draws grids of two axes"),
+        (("--by", "x"), "exact"),
+    ],
+)
+def test_estimates_that_cannot_be_are_refused(run, tiny, words, message):
+    code, out, err = run("patch", tiny, "12", "13", "--target", "x", *words)
+    assert (code, out) == (2, "") and message in err
+
+
 def test_the_stream_as_json_has_every_point_and_token(run, tiny):
     found = parsed(run("norms", tiny, "ab", "--json")[1])
     assert [point["point"] for point in found["points"]][::2] == [

@@ -3,22 +3,26 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from llama_ref.cli.terminal import output_console, print_rich
-from llama_ref.cli.views.study.shared import finite, prompt, say, token_json, tokens_json
+from llama_ref.cli.views.study.shared import finite, number, prompt, say, token_json, tokens_json
 from llama_ref.study.inputs import label
 from llama_ref.study.patching.grid import Grid
 from llama_ref.tokenizer import Tokenizer
 
 CELL, GAP = 5, 2  # columns of a grid's cell, and between two
+BEST = 12  # cells shown of a grid of three axes
 
 
-def print_grid(
-    grid: Grid,
+def print_grids(
+    exact: Grid | None,
+    estimate: Grid | None,
     clean: Sequence[int],
     corrupted: Sequence[int],
     tokenizer: Tokenizer,
@@ -27,10 +31,12 @@ def print_grid(
     *,
     as_json: bool,
 ) -> None:
-    """Print how much of the metric each patched cell restores, in percent."""
+    """Print how much of the metric each patched cell restores, in percent: exact, estimated, or both."""
     metric = f"probability of {label(tokenizer, target)}"
     if other is not None:
         metric = f"logit of {label(tokenizer, target)} above {label(tokenizer, other)}"
+    agreement = estimate.agreement(exact) if exact is not None and estimate is not None else None
+    grids = [grid for grid in (exact, estimate) if grid is not None]
     if as_json:
         found = {
             "clean_tokens": tokens_json(clean, tokenizer),
@@ -38,21 +44,39 @@ def print_grid(
             "target": token_json(target, tokenizer),
             "other": None if other is None else token_json(other, tokenizer),
             "metric": metric,
+            "by": "exact" if exact is not None else "gradient",
         }
-        print(json.dumps(found | finite(grid.to_json()), indent=2))
+        found |= grids[0].to_json()
+        if agreement is not None and estimate is not None:
+            found["estimate"] = {"values": estimate.values.tolist(), **asdict(agreement)}
+        print(json.dumps(finite(found), indent=2))
         return
-    for name, tokens, value in (("clean", clean, grid.clean), ("corrupted", corrupted, grid.corrupted)):
+    for name, tokens, value in (("clean", clean, grids[0].clean), ("corrupted", corrupted, grids[0].corrupted)):
         print_rich(Text(f"{name}: ") + prompt(tokens, tokenizer))
         print_rich(Text(f"    {metric}: {value:.4g}"))
+    for grid in grids:
+        if len(grids) > 1:
+            say("By the gradient:" if grid is estimate else "Exact:")
+        _print_grid(grid, corrupted, tokenizer, is_estimate=grid is estimate)
+    if agreement is not None:
+        gap = abs(grids[0].clean - grids[0].corrupted)
+        largest = f"{100 * agreement.largest_difference / gap:.0f}%" if gap else "–"
+        say(f"Estimate and exact: correlation {number(agreement.correlation)}, largest difference {largest}.")
+
+
+def _print_grid(grid: Grid, corrupted: Sequence[int], tokenizer: Tokenizer, *, is_estimate: bool) -> None:
     heads = grid.labels[1]
     if grid.axes[1] == "position":
         heads = [_column_label(label(tokenizer, token)) for token in corrupted]
-    restored = grid.restored.tolist()
-    width = max(1, (output_console().width - CELL - 1) // (CELL + GAP) - 1)  # cells that a line holds beside the layer
-    for start in range(0, len(heads), width):
-        print_rich(_grid_table(grid, restored, heads, range(start, min(start + width, len(heads)))))
-    say(f"Each cell takes {grid.name} from the clean run. Numbers: percent of the difference restored.")
-    say(_best_cells(grid, restored, heads), "green")
+    if len(grid.axes) == 2:
+        restored = grid.restored.tolist()
+        # cells that a line holds beside the layer
+        width = max(1, (output_console().width - CELL - 1) // (CELL + GAP) - 1)
+        for start in range(0, len(heads), width):
+            print_rich(_grid_table(grid, restored, heads, range(start, min(start + width, len(heads)))))
+    what = "is estimated with" if is_estimate else "takes"
+    say(f"Each cell {what} {grid.name} from the clean run. Numbers: percent of the difference restored.")
+    say(_best_cells(grid, heads, 3 if len(grid.axes) == 2 else BEST), "green")
 
 
 def _grid_table(grid: Grid, restored: list[list[float]], heads: Sequence[str], columns: range) -> Table:
@@ -81,15 +105,20 @@ def _column_label(text: str) -> str:
     return shown.plain
 
 
-def _best_cells(grid: Grid, restored: list[list[float]], heads: Sequence[str]) -> str:
-    cells = [(share, layer, column) for layer, row in enumerate(restored) for column, share in enumerate(row)]
-    best = sorted((cell for cell in cells if not math.isnan(cell[0])), reverse=True)[:3]
-    if not best:
+def _best_cells(grid: Grid, heads: Sequence[str], n: int) -> str:
+    cells = [(share, index) for index, share in np.ndenumerate(grid.restored) if not math.isnan(share)]
+    if not cells:
         if not math.isfinite(grid.clean - grid.corrupted):
             return "There is nothing to compare: numbers are not finite. Look for NaN in the weights (llama-ref verify --deep)."
         return "Both texts give the same value: there is no difference to restore."
-    where = "{}@{}" if grid.axes[1] == "position" else "head {}"
-    return "Most: " + "; ".join(
-        f"layer {grid.labels[0][layer]}, {where.format(heads[column], column)} {100 * share:.0f}%"
-        for share, layer, column in best
-    )
+    best = sorted(cells, reverse=True)[:n]
+    return "Most: " + "; ".join(f"{_place(grid, heads, index)} {100 * share:.0f}%" for share, index in best)
+
+
+def _place(grid: Grid, heads: Sequence[str], index: tuple[int, ...]) -> str:
+    """layer 23, head 4; layer 3, Paris@2; layer 3, Paris@2, head 4"""
+    layer, *rest = index
+    parts = [f"layer {grid.labels[0][layer]}"]
+    for axis, i in zip(grid.axes[1:], rest, strict=True):
+        parts.append(f"{heads[i]}@{i}" if axis == "position" else f"head {i}")
+    return ", ".join(parts)

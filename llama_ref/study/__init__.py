@@ -5,8 +5,10 @@ lengths, and keeps the activations that the names match; `recording(model, names
 block, generation included. `patch(model, {name: edit})` changes activations in its block: `zero()`,
 `mean()`, `scale(2)`, `set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…,
 rows=…)`, or any function of a tensor. `patch_grid(model, clean, corrupted, metric, over=…)` finds
-where in the model two texts are told apart. A Trace becomes arrays (`numpy()`) or a safetensors
-file (`save`, `Trace.load`). `logit_lenses` and `patch_grids` take several texts at once.
+where in the model two texts are told apart, `attribution_patch` estimates that by a gradient, and
+`attribute_edges` scores the edges between parts, of which `run_circuit` runs some. A
+Trace becomes arrays (`numpy()`) or a safetensors file (`save`, `Trace.load`).
+`logit_lenses` and `patch_grids` take several texts at once.
 
 A vision release's images are given to `trace` and others as `images=`, and `image_attention` finds
 where in them a text looks.

@@ -1,6 +1,7 @@
 """Calls are read from answers: what Meta's pages print, what models write, and what is made to hurt."""
 
 import importlib.util
+import gc
 import json
 import re
 import time
@@ -278,9 +279,13 @@ def test_time_is_linear_and_nothing_raises(beginning, unit):
 
     def seconds(n_characters: int) -> float:
         answer = beginning + unit * (n_characters // len(unit))
-        start = time.process_time()
-        parse_tool_calls(answer)
-        return time.process_time() - start
+        gc.disable()  # it goes over all objects of the tests, each time that these have become a quarter more
+        try:
+            start = time.process_time()
+            parse_tool_calls(answer)
+            return time.process_time() - start
+        finally:
+            gc.enable()
 
     assert seconds(MEGABYTE // 2) < 30 * seconds(MEGABYTE // 20) + 0.5
 

@@ -1,7 +1,7 @@
 """Calls are read from answers: what Meta's pages print, what models write, and what is made to hurt."""
 
-import importlib.util
 import gc
+import importlib.util
 import json
 import re
 import time

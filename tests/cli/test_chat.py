@@ -73,10 +73,17 @@ def test_a_tools_file_is_read_before_the_model(tmp_path, capsys):
     file = tmp_path / "tools.json"
     for text, message in (("{}", "tools is a list"), ('["google"]', "not a built-in tool"), ("[", "tools.json")):
         file.write_text(text)
-        assert exit_code(["chat", str(tmp_path / "no model"), "--tools", str(file)]) != 0
+        assert exit_code(["chat", str(tmp_path / "no model"), "--tools", str(file)]) == 2
         assert message in capsys.readouterr().err
-    assert exit_code(["chat", str(tmp_path / "no model"), "--tools", str(tmp_path / "none.json")]) != 0
-    assert "none.json" in capsys.readouterr().err
+    for name in (str(tmp_path / "none.json"), "~nobody-here/tools.json", ""):
+        assert exit_code(["chat", str(tmp_path / "no model"), "--tools", name]) == 2
+        assert f"cannot read the tools in {name}" in capsys.readouterr().err
+
+
+def test_a_guard_without_a_name_is_not_no_guard(demo_folder, capsys):
+    """As `--guard "$GUARD"` gives it where the variable is not set."""
+    assert exit_code(["chat", str(demo_folder), "--guard", ""]) == 2
+    assert "--guard is empty, expected a checkpoint folder" in capsys.readouterr().err
 
 
 def test_each_line_is_a_turn_and_only_answers_go_to_stdout(talk, session):

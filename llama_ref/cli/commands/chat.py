@@ -2,13 +2,16 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.guarding import GuardVersion, load_guard
 from llama_ref.cli.options import Loading, Name, Sampling, build
 from llama_ref.cli.text_input import Encoding, decode_stdin, text_word
-from llama_ref.errors import RequestError
+from llama_ref.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from llama_ref.tools.toolset import ToolSet
 
 TOOLS_LIMIT_BYTES = 1 << 20
 
@@ -42,19 +45,31 @@ def chat(
       llama-ref chat Llama3.1-8B-Instruct --guard Llama-Guard-3-1B
     """
     from llama_ref.cli import chat as conversation
-    from llama_ref.files import read_json
     from llama_ref.generation import check_stream_options
     from llama_ref.guard.gate import Gate
     from llama_ref.session import Session
-    from llama_ref.tools.toolset import ToolSet
 
-    if guard_version and not guard:
+    if guard == "":  # an unset variable of the shell must not mean: no guard
+        raise RequestError("--guard is empty, expected a checkpoint folder or a release name such as Llama-Guard-3-1B")
+    if guard_version and guard is None:
         raise RequestError("--guard_version is given without --guard, expected both or neither")
-    if tools and guard:
+    if tools is not None and guard is not None:
         raise RequestError("--tools and --guard are given, expected one of them: Llama Guard has no form for calls and results")
     check_stream_options(**asdict(sampling))  # before the guard is loaded
     decode_stdin(encoding)
-    offered = ToolSet.of(read_json(Path(tools).expanduser(), TOOLS_LIMIT_BYTES, "a list of tools")) if tools else None
-    judge = guard and load_guard(guard, guard_version, loading)
+    offered = None if tools is None else _read_tools(tools)
+    judge = None if guard is None else load_guard(guard, guard_version, loading)
     session = Session(build(name, sampling, loading), system, tools=offered)
-    conversation.chat(session, asdict(sampling), Gate(judge, session) if judge else None)
+    conversation.chat(session, asdict(sampling), None if judge is None else Gate(judge, session))
+
+
+def _read_tools(file: str) -> "ToolSet":
+    """The tools in a JSON file. Raises RequestError."""
+    from llama_ref.files import read_json
+    from llama_ref.tools.toolset import ToolSet
+
+    try:
+        tools = read_json(Path(file).expanduser(), TOOLS_LIMIT_BYTES, "a list of tools")
+    except (CheckpointError, RuntimeError) as error:  # the last: an unknown home directory
+        raise RequestError(f"cannot read the tools in {file or 'an empty name'}: {error}") from error
+    return ToolSet.of(tools)

@@ -1,6 +1,7 @@
 """Find calls written as JSON objects or function tags in a text, in time linear in its length."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ def _checked(name: str, arguments: Any) -> Call:
         raise ValueError(f"the call of {name[:40]!r} has no object with its arguments, but {short(arguments)}")
     if depth_exceeds(arguments, MOST_NESTED):
         raise ValueError(f"the arguments of {name[:40]!r} are more than {MOST_NESTED} objects and lists deep")
+    if not is_finite(arguments):  # Python's reader takes NaN, and 1e999 as infinity
+        raise ValueError(f"the arguments of {name[:40]!r} have a number that JSON cannot write: NaN, or one that is too large")
     return Call(name, arguments)
 
 
@@ -94,6 +97,13 @@ def depth_exceeds(value: Any, limit: int) -> bool:
         if not level:
             return False
     return True
+
+
+def is_finite(value: Any) -> bool:
+    """Whether no number in it is NaN or infinite."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return all(map(is_finite, _inner(value)))
 
 
 def _inner(value: Any) -> list[Any]:

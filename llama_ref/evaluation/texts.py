@@ -30,12 +30,12 @@ def read_texts(paths: Sequence[str]) -> list[TextFile]:
 
 def _read(path: str) -> TextFile:
     try:
-        size = Path(path).stat().st_size
-        if size > LIMIT_BYTES:
-            raise RequestError(f"{path} has {size:,} bytes, expected at most {LIMIT_BYTES:,}: score a part of it")
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(LIMIT_BYTES + 1)  # a pipe or a device has no size
     except (OSError, ValueError) as error:
         raise RequestError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > LIMIT_BYTES:
+        raise RequestError(f"{path} has more than {LIMIT_BYTES:,} bytes: score a part of it")
     try:
         text = data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conftest import REPOSITORY
 from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.evaluation import texts
 from llama_ref.evaluation.perplexity import Perplexity, perplexity
 from llama_ref.evaluation.scoring import score_rows
 from llama_ref.evaluation.texts import TextFile, read_texts
@@ -184,6 +185,14 @@ def files(tmp_path) -> Iterator[dict[str, Path]]:
 def test_files_that_are_no_texts_are_refused(files, name, message):
     with pytest.raises(RequestError, match=message):
         read_texts([str(files[name])])
+
+
+@pytest.mark.parametrize("name", ["latin", "/dev/zero"])
+def test_no_more_is_read_than_the_limit(files, name, monkeypatch):
+    """A device has no size to look at."""
+    monkeypatch.setattr(texts, "LIMIT_BYTES", 3)
+    with pytest.raises(RequestError, match="has more than 3 bytes"):
+        read_texts([str(files.get(name, name))])
 
 
 def test_a_byte_order_mark_is_no_text(files):

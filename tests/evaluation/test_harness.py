@@ -210,6 +210,7 @@ def test_an_interrupted_run_goes_on(peaked, tasks, tmp_path, monkeypatch):
         ("--tasks choices --limit 0", "limit is 0, expected 1 or more"),
         ("--tasks choices --batch 0", "batch is 0, expected 1 or more"),
         ("--tasks choices --system_instruction Hi", "add --apply_chat_template"),
+        ("--tasks choices --use_cache=", "use_cache is empty, expected the beginning"),
         ("", "missing --tasks"),
     ],
 )

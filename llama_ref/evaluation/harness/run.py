@@ -47,6 +47,8 @@ class EvaluationSettings:
             value = getattr(settings, name)
             if value is not None and value < least:
                 raise RequestError(f"{name} is {value}, expected {least} or more")
+        if settings.use_cache == "":  # its files would be named after no model
+            raise RequestError("use_cache is empty, expected the beginning of a file's name")
         if settings.system_instruction and not settings.chat:
             raise RequestError("system_instruction is for chats: add --apply_chat_template")
         return settings

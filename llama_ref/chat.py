@@ -280,11 +280,16 @@ def _tool_call(call: Call) -> ToolCall:
 
 
 def _written(calls: Sequence[ToolCall], tool_format: ToolFormat) -> list[str]:
-    """The texts of calls, encoded one by one as Meta does; a Python list is one text."""
+    """The texts of calls, encoded one by one as Meta does; a Python list is one text.
+
+    A model may call what its own form cannot write, such as a name with a blank: that is written as JSON.
+    """
     given = [(call["tool_name"], call["arguments"]) for call in calls]
-    if tool_format == "python_list":
-        return [calls_text(given, tool_format)] if given else []
-    return [calls_text([call], tool_format) for call in given]
+    texts = [given] if tool_format == "python_list" and given else [[call] for call in given]
+    try:
+        return [calls_text(some, tool_format) for some in texts]
+    except RequestError:
+        return [calls_text([call], "json") for call in given]
 
 
 def _get(message: Mapping[str, Any], key: str) -> str:

@@ -1,23 +1,17 @@
 """The conversation that a guard judges: turns as texts, which cannot pass for other parts of the prompt."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llama_ref.chat import Message, content_items
 from llama_ref.errors import RequestError
+from llama_ref.guard.defusing import as_text
 
 if TYPE_CHECKING:
     from llama_ref.images import ImageSource
 
 EXPECTED = "expected messages of user and assistant in turn, the user's first"
-LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-MARKERS = re.compile(
-    r"<(\s*(?:/\s*)?(?:BEGIN|END)\s+(?:UNSAFE\s+CONTENT\s+CATEGORIES|CONVERSATION)\s*)>|\[(\s*(?:/\s*)?INST\s*)\]",
-    re.IGNORECASE,
-)
-FORGED_TURN = re.compile(rf"(?<=[{LINE_ENDS}])(?=[^\S{LINE_ENDS}]*(?:user|agent|assistant)\s*:)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,17 +49,6 @@ def read_conversation(dialog: Sequence[Message]) -> Conversation:
     if not turns[-1]:
         raise RequestError("the last message has no text: there is nothing to judge")
     return Conversation(tuple(turns), image)
-
-
-def as_text(text: str) -> str:
-    """A text, stripped, in which nothing reads as the end of the conversation or as another turn.
-
-    `<END CONVERSATION>` becomes `(END CONVERSATION)`, and so do its relatives and Guard 2's `[/INST]`; a
-    line that begins with `User:`, `Agent:` or `Assistant:` is quoted with `> `. The words stay: they are
-    judged too.
-    """
-    unmarked = MARKERS.sub(lambda match: f"({match[1] or match[2]})", text.strip())
-    return FORGED_TURN.sub("> ", unmarked)
 
 
 def _check_role(message: Message, number: int) -> None:

@@ -23,8 +23,9 @@ class Guard:
 
     version: whose prompt to write; None: as the model's shape says, which cannot tell Guard 2 from Guard
     3 8B. categories: instead of the version's own. exclude: codes to leave out of them. threshold:
-    P(unsafe) from which a message is unsafe. Raises RequestError for a version that cannot be told, codes
-    that are not in the list, a threshold outside 0 to 1, and a tokenizer that is not Llama 3's.
+    the share of P(unsafe) in both words' probability from which a message is unsafe. Raises RequestError
+    for a version that cannot be told, codes that are not in the list, a threshold outside 0 to 1, and a
+    tokenizer that is not Llama 3's.
     """
 
     def __init__(

@@ -12,8 +12,8 @@ class VerdictReader:
     """Chooses the next tokens of a batch of answers: the verdict by its probability, all else greedily.
 
     The verdict's place is the first whose likeliest token is not white space; Guard 3's prompt ends right
-    before it, so it costs one prefill. Where that token is one of the two words, P(unsafe) and the
-    threshold decide, and a safe answer ends. `probabilities` holds each row's.
+    before it, so it costs one prefill. Where that token is one of the two words, the share of P(unsafe)
+    in both and the threshold decide, and a safe answer ends. `probabilities` holds each row's.
     """
 
     def __init__(self, tokenizer: Tokenizer, threshold: float, n_rows: int) -> None:
@@ -39,7 +39,7 @@ class VerdictReader:
             self.probabilities[row] = Probabilities(unsafe, safe, ratio)
             self._is_read[row] = not self._tokenizer.decode([token]).isspace()
             if token in words:
-                self.is_safe[row] = unsafe < self._threshold
+                self.is_safe[row] = ratio < self._threshold
                 ids[row] = self._tokenizer.eot_id if self.is_safe[row] else self._unsafe
         return torch.tensor(ids, device=logits.device)
 

@@ -12,12 +12,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 import bench_evaluate
-from conftest import exit_code
+from conftest import REPOSITORY, exit_code
 from evaluation.harness_tasks import write_tasks
 from folders import tiny_folder
 from jobs import torchrun
 from llama_ref.checkpoint.convert import to_hugging_face
-from llama_ref.errors import RequestError
+from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.evaluation.harness.adapter import LlamaRefLM
 from llama_ref.evaluation.harness.run import EvaluationSettings, run_tasks
 from llama_ref.generation import Llama
@@ -237,6 +237,13 @@ def test_data_that_only_the_hub_has_is_named(peaked, tmp_path):
     (tmp_path / "far.yaml").write_text(json.dumps(task | {"doc_to_text": "x", "doc_to_target": 0, "doc_to_choice": "y"}))
     with pytest.raises(RequestError, match=r"the data of far is on Hugging Face's hub.*nobody/nothing.*--include_path"):
         run_tasks(peaked, EvaluationSettings(("far",), str(tmp_path)))
+
+
+def test_what_fails_within_the_harness_is_one_line(peaked, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    settings = EvaluationSettings(("capitals",), str(REPOSITORY / "examples" / "tasks"), num_fewshot=99, limit=1)
+    with pytest.raises(LlamaRefError, match="lm-evaluation-harness failed: ValueError"):
+        run_tasks(peaked, settings)
 
 
 def test_a_task_whose_file_is_gone_says_which(peaked, tmp_path):

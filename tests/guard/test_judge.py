@@ -93,9 +93,9 @@ def test_a_verdict_costs_one_prefill_and_a_safe_one_no_more(tiny, monkeypatch):
 
 
 def test_the_threshold_moves_the_border(tiny, tmp_path, meta_tokenizer_path):
-    p = Guard(tiny, "3-1B").judge(CALM).unsafe_probability
-    found = Guard(tiny, "3-1B", threshold=p / 2).judge(CALM)
-    assert (found.word, found.unsafe_probability) == ("unsafe", p)
+    calm = Guard(tiny, "3-1B").judge(CALM)
+    found = Guard(tiny, "3-1B", threshold=calm.unsafe_ratio / 2).judge(CALM)
+    assert (found.word, found.unsafe_probability) == ("unsafe", calm.unsafe_probability)
     assert found.answer.startswith("unsafe\n") and found.categories
     assert Guard(tiny, "3-1B", threshold=1).judge(BAD).word == "safe"
 

@@ -13,7 +13,8 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from llama_ref.chat import ChatFormat
 from llama_ref.errors import RequestError
 from llama_ref.guard.categories import Category
-from llama_ref.guard.conversation import as_text, read_conversation
+from llama_ref.guard.conversation import read_conversation
+from llama_ref.guard.defusing import as_text
 from llama_ref.guard.judge import guard_prompt
 from llama_ref.guard.prompt import spelled
 from llama_ref.guard.versions import VERSIONS

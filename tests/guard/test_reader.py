@@ -32,7 +32,7 @@ def read(tokenizer: Tokenizer, threshold: float, *rows: dict[int, float]):
 
 @pytest.mark.parametrize(
     ("unsafe", "safe", "threshold", "chosen"),
-    [(0.6, 0.3, 0.5, UNSAFE), (0.3, 0.6, 0.5, EOT), (0.3, 0.6, 0.25, UNSAFE), (0.6, 0.3, 0.75, EOT), (0.45, 0.4, 0.5, EOT)],
+    [(0.6, 0.3, 0.5, UNSAFE), (0.3, 0.6, 0.5, EOT), (0.3, 0.6, 0.25, UNSAFE), (0.6, 0.3, 0.75, EOT), (0.45, 0.4, 0.5, UNSAFE)],
 )
 def test_the_threshold_decides_between_the_words(tokenizer, unsafe, safe, threshold, chosen):
     reader, ids = read(tokenizer, threshold, {UNSAFE: unsafe, SAFE: safe})

@@ -84,6 +84,15 @@ def test_without_tools_answers_have_metas_shape(shallow, monkeypatch):
         assert prediction == {"generation": {"role": "assistant", "content": "[f()]"}}
 
 
+def test_what_a_models_own_form_cannot_write_is_written_as_json(tokenizer):
+    formatter = ChatFormat(tokenizer, tool_format="python_list")
+    text = '{"type": "function", "name": "f g", "parameters": {"a": 1}}'
+    ids = [*tokenizer.encode(text, bos=False, eos=False), tokenizer.eot_id]
+    message = formatter.decode_assistant_message(ids)
+    assert message["tool_calls"] == [{"tool_name": "f g", "arguments": {"a": 1}}]
+    assert formatter.encode_message(message) == [*formatter.encode_header("assistant"), *ids]
+
+
 def test_a_stream_offers_tools_in_a_dialog_only(shallow, monkeypatch):
     llama = scripted(shallow, [CALL], monkeypatch)
     stream = llama.stream([QUESTION], tools=[add])

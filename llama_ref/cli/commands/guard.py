@@ -44,7 +44,7 @@ def guard(
     exclude: Annotated[
         list[str] | tuple[()], Flag("categories to leave out, such as S6,S14", metavar="CODES", read=codes)
     ] = (),
-    threshold: Annotated[float, Flag("P(unsafe) from which a message is unsafe")] = 0.5,
+    threshold: Annotated[float, Flag("share of P(unsafe) in P(safe) + P(unsafe) from which a message is unsafe")] = 0.5,
     guard_version: GuardVersion = None,
     show_prompt: Annotated[bool, Flag("print the guard's prompt instead of a verdict; loads no weights")] = False,
     encoding: Encoding = None,

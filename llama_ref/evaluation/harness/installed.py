@@ -17,9 +17,7 @@ FLAGS = {
 def prepare_harness() -> None:
     """Set what the harness's libraries read when imported. Raises RequestError without them."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise RequestError(
-            "evaluate needs lm-evaluation-harness: pip install 'llama-ref[eval]', or pip install lm-eval==0.4.13"
-        )
+        raise RequestError(f"evaluate needs lm-evaluation-harness: {OTHERWISE}")
     for name, value in FLAGS.items():
         os.environ.setdefault(name, value)
     offline_without_hub()

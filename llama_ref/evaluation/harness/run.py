@@ -1,12 +1,15 @@
 """Run tasks of lm-evaluation-harness over a model."""
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama_ref.checkpoint.fingerprint import fingerprint
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.errors import RequestError
+from llama_ref.device import is_out_of_memory
+from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.evaluation.harness.installed import prepare_harness
 from llama_ref.generation import Llama
 from llama_ref.parallel.agreement import digest
@@ -83,18 +86,36 @@ def run_tasks(
     from llama_ref.evaluation.harness.tasks import find_tasks
 
     silence_bars()
-    found = simple_evaluate(
-        model=LlamaRefLM(llama, batch=settings.batch, chat=settings.chat, progress=progress),
-        tasks=list(settings.tasks),
-        task_manager=tasks or find_tasks(settings.tasks, settings.include_path),
-        num_fewshot=settings.num_fewshot,
-        batch_size=settings.batch,
-        use_cache=settings.use_cache and f"{settings.use_cache}-{digest(identity.encode())}",
-        limit=settings.limit,
-        bootstrap_iters=BOOTSTRAP_ITERS,
-        apply_chat_template=settings.chat,
-        fewshot_as_multiturn=settings.chat,
-        system_instruction=settings.system_instruction,
-        log_samples=False,
-    )
+    with _failures_in_words():
+        found = simple_evaluate(
+            model=LlamaRefLM(llama, batch=settings.batch, chat=settings.chat, progress=progress),
+            tasks=list(settings.tasks),
+            task_manager=tasks or find_tasks(settings.tasks, settings.include_path),
+            num_fewshot=settings.num_fewshot,
+            batch_size=settings.batch,
+            use_cache=settings.use_cache and f"{settings.use_cache}-{digest(identity.encode())}",
+            limit=settings.limit,
+            bootstrap_iters=BOOTSTRAP_ITERS,
+            apply_chat_template=settings.chat,
+            fewshot_as_multiturn=settings.chat,
+            system_instruction=settings.system_instruction,
+            log_samples=False,
+        )
     return found or {}
+
+
+@contextmanager
+def _failures_in_words() -> Iterator[None]:
+    """Turn what the harness raises for a task's content, its data or its cache into a LlamaRefError."""
+    try:
+        yield
+    except LlamaRefError:
+        raise
+    except Exception as error:
+        *_, innermost = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        if innermost[0].f_globals.get("__name__", "").startswith("llama_ref"):
+            raise
+        said = next(iter(str(error).strip().splitlines()), "")
+        raise LlamaRefError(f"lm-evaluation-harness failed: {type(error).__name__}: {said:.300}") from error

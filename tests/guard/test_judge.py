@@ -97,7 +97,7 @@ def test_the_threshold_moves_the_border(tiny, tmp_path, meta_tokenizer_path):
     found = Guard(tiny, "3-1B", threshold=calm.unsafe_ratio / 2).judge(CALM)
     assert (found.word, found.unsafe_probability) == ("unsafe", calm.unsafe_probability)
     assert found.answer.startswith("unsafe\n") and found.categories
-    assert Guard(tiny, "3-1B", threshold=1).judge(BAD).word == "safe"
+    assert Guard(tiny, "3-1B", threshold=min(1, 2 * calm.unsafe_ratio)).judge(CALM).word == "safe"
 
 
 def test_own_and_excluded_categories(tiny):

@@ -135,10 +135,31 @@ def _lens(
     """Read one sequence's trace."""
     residuals = [traced[point][0, positions] for point in points]  # P × (T, D)
     last = traced[f"layers.{model.args.n_layers - 1}.residual_post"][0, positions]
-    chunks = [_read(model, [x[some] for x in residuals], last[some], target, top) for some in position_chunks(model, len(last))]
-    probability, rank, ids, probabilities, entropy, kl = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
+    read = _Readings(len(points), len(positions), top, last.device)
+    for some in position_chunks(model, len(positions)):
+        _read(model, residuals, last, some, target, read)
+    ids, probabilities, entropy, kl = (x.cpu() for x in (read.top_ids, read.top_probabilities, read.entropy, read.kl))
     found = LogitLens(traced.tokens[0].tolist(), positions, points, ids, probabilities, entropy, kl)
-    return found if target is None else replace(found, target=target, target_probability=probability, target_rank=rank)
+    if target is None:
+        return found
+    return replace(found, target=target, target_probability=read.probability.cpu(), target_rank=read.rank.cpu())
+
+
+class _Readings:
+    """What is read at P points and T positions: LogitLens's tensors, made before they are filled.
+
+    Small tensors that a loop makes and keeps lie among its large ones, whose memory then cannot be
+    reused once they are freed: a lens of 200 tokens took gigabytes.
+    """
+
+    def __init__(self, n_points: int, n_positions: int, top: int, device: torch.device):
+        shape = (n_points, n_positions)
+        self.top_ids = torch.zeros((*shape, top), dtype=torch.long, device=device)
+        self.top_probabilities = torch.zeros((*shape, top), device=device)
+        self.entropy = torch.zeros(shape, device=device)
+        self.kl = torch.zeros(shape, device=device)
+        self.probability = torch.zeros(shape, device=device)  # of the target
+        self.rank = torch.zeros(shape, dtype=torch.long, device=device)
 
 
 def _check_positions(positions: Sequence[int] | None, n_tokens: int) -> list[int]:
@@ -163,19 +184,18 @@ def _check_points(every: list[str], points: Sequence[str]) -> list[str]:
     return list(points)
 
 
-def _read(model: Transformer, residuals: list[Tensor], last: Tensor, target: int | None, top: int) -> tuple[Tensor, ...]:
-    """Read t positions at P points, (t, D) each: LogitLens's tensors, (P, t) or (P, t, k) each."""
-    final = log_probabilities(model, last)  # (t, V)
+def _read(model: Transformer, residuals: list[Tensor], last: Tensor, some: slice, target: int | None, read: _Readings) -> None:
+    """Fill in some positions of all points; the residuals are (T, D) each."""
+    final = log_probabilities(model, last[some])  # (t, V)
     p_final = final.exp()
     negative_entropy = vecdot(p_final, final)  # (t,)
-    targets = torch.full_like(last[:, 0], target or 0, dtype=torch.long)  # (t,)
-    rows = []
-    for residual in residuals:
-        logprobs = log_probabilities(model, residual)
-        kl = (negative_entropy - vecdot(p_final, logprobs)).clamp(min=0)  # rounding may give less than 0
-        entropy = -vecdot(logprobs.exp(), logprobs)
-        rows.append((*probability_and_rank(logprobs, targets), *top_tokens(logprobs, top), entropy, kl))
-    return tuple(torch.stack(column).cpu() for column in zip(*rows, strict=True))
+    targets = torch.full_like(last[some, 0], target or 0, dtype=torch.long)  # (t,)
+    for p, residual in enumerate(residuals):
+        logprobs = log_probabilities(model, residual[some])
+        read.probability[p, some], read.rank[p, some] = probability_and_rank(logprobs, targets)
+        read.top_ids[p, some], read.top_probabilities[p, some] = top_tokens(logprobs, read.top_ids.shape[-1])
+        read.kl[p, some] = (negative_entropy - vecdot(p_final, logprobs)).clamp(min=0)  # rounding may give less than 0
+        read.entropy[p, some] = -vecdot(logprobs.exp(), logprobs)
 
 
 # ---- the model's own predictions

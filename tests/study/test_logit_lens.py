@@ -2,6 +2,10 @@
 
 import importlib
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +119,16 @@ def test_lenses_of_texts_of_different_lengths_are_each_texts_own(model, monkeypa
         for name in ("top_probabilities", "entropy", "kl", *(() if target is None else ("target_probability",))):
             torch.testing.assert_close(getattr(found, name), getattr(alone, name), rtol=1e-3, atol=1e-5)
     assert [lens.target for lens in logit_lenses(model, texts, targets=TARGET, top=1)] == [TARGET] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is in another unit elsewhere")
+def test_a_lens_at_all_points_takes_little_memory():
+    """Results that the loop kept among its large tensors took 1.4 GB here."""
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    program = [sys.executable, str(Path(__file__).with_name("lens_memory.py"))]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path})
+    assert int(done.stdout) < 400, "MB"
 
 
 def test_the_last_point_is_the_model_itself(model):

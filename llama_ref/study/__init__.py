@@ -8,7 +8,8 @@ rows=…)`, or any function of a tensor. `patch_grid(model, clean, corrupted, me
 where in the model two texts are told apart, `attribution_patch` estimates that by a gradient, and
 `attribute_edges` scores the edges between parts, of which `run_circuit` runs some. A
 Trace becomes arrays (`numpy()`) or a safetensors file (`save`, `Trace.load`).
-`logit_lenses` and `patch_grids` take several texts at once.
+`collect(model, prompts, names, to=…)` stores the activations of thousands of prompts, and `Collected` reads
+them. `logit_lenses` and `patch_grids` take several texts at once.
 
 A vision release's images are given to `trace` and others as `images=`, and `image_attention` finds
 where in them a text looks.
@@ -26,6 +27,8 @@ from llama_ref.study.attribution import attribute
 from llama_ref.study.circuits.edges import attribute_edges
 from llama_ref.study.circuits.faithfulness import CircuitCurve, circuit_curve, run_circuit
 from llama_ref.study.circuits.graph import Edge, EdgeScores
+from llama_ref.study.collect import collect
+from llama_ref.study.collected import Collected
 from llama_ref.study.image_attention import image_attention
 from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
 from llama_ref.study.names import all_names, axes
@@ -47,6 +50,7 @@ __all__ = [
     "CircuitCurve",
     "Edge",
     "EdgeScores",
+    "Collected",
     "Edit",
     "Grid",
     "Noise",
@@ -61,6 +65,7 @@ __all__ = [
     "attribution_patches",
     "axes",
     "circuit_curve",
+    "collect",
     "edit",
     "image_attention",
     "logit_difference",

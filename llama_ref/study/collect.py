@@ -1,0 +1,175 @@
+"""Collect activations of many prompts into a folder, in memory for one shard.
+
+    study.collect(llama, prompts, "layers.12.residual_post", to="activations")
+    study.Collected("activations").select("layers.12.residual_post", positions=-1)
+
+collection.py says what is in the folder, collected.py reads it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_ref.checkpoint.formats.atomic import check_free_space
+from llama_ref.checkpoint.formats.safetensors_writer import safetensors_pieces
+from llama_ref.errors import RequestError
+from llama_ref.generation import Llama
+from llama_ref.model import Transformer
+from llama_ref.progress import Progress, ProgressCounter
+from llama_ref.study.collected import Collected
+from llama_ref.study.collection import DTYPES, INDEX, Collection, Shard, check_dtype, plan, read_index, row_shapes
+from llama_ref.study.hooks import Pass, attached, check_model
+from llama_ref.study.inputs import check_index, prompt_tokens
+from llama_ref.study.model_digest import weights_digest
+from llama_ref.study.report.output import write_output
+from llama_ref.study.texts import Batch, as_texts, split_passes
+
+Prompt = str | Sequence[int] | Tensor
+Positions = str | Sequence[int] | Callable[[list[int]], Sequence[int]]
+
+
+@torch.no_grad()
+def collect(
+    model: Llama | Transformer,
+    prompts: Sequence[Prompt],
+    names: str | Sequence[str],
+    *,
+    to: str | Path,
+    positions: Positions = "last",
+    dtype: str | torch.dtype | None = None,
+    special_tokens: bool = False,
+    progress: Progress | None = None,
+) -> Collected:
+    """Store activations of prompts, texts or ids, in the folder `to`, and open it.
+
+    `names` may be globs. `positions` are "last", "all", a list for every prompt (-1 is its last
+    token), or a function of a prompt's ids that returns such a list. `dtype`: float32, bfloat16 or
+    float16; default: the model's. Texts that occur twice are run once. `special_tokens` as in
+    `Llama.encode`. `progress` is called with (texts done, all texts).
+
+    A run that was interrupted continues where it was when it is called again with the same
+    arguments; finished shards are not computed again. Raises RequestError for other arguments than
+    the folder's, names or positions that do not exist, and files that cannot be written,
+    CheckpointError for a full disk or a damaged folder.
+    """
+    transformer = model.model if isinstance(model, Llama) else model
+    check_model(transformer)
+    shapes = row_shapes(transformer.args, names)
+    stored = check_dtype(transformer.dtype if dtype is None else dtype)
+    ids = _as_ids(model, prompts, special_tokens)
+    kept = [_kept(positions, text.tolist(), i) for i, text in enumerate(ids)]
+    collection, texts = plan(weights_digest(transformer), shapes, stored, ids, kept)
+    folder = _open(to, collection)
+    missing = [shard for shard in collection.shards if not (folder / shard.file).exists()]
+    check_free_space(folder, sum(map(collection.n_rows, missing)) * collection.row_bytes)
+    counter = ProgressCounter(len(texts), progress)
+    counter.advance(len(texts) - sum(shard.end - shard.first for shard in missing))
+    for shard in missing:
+        tensors = _run(transformer, collection, shard, texts, counter)
+        write_output(folder / shard.file, safetensors_pieces(tensors, {}))
+    return Collected(folder)
+
+
+def _run(
+    model: Transformer, collection: Collection, shard: Shard, texts: Sequence[Tensor], counter: ProgressCounter
+) -> dict[str, Tensor]:
+    """Compute a shard's tensors, whose memory is taken once."""
+    n_rows, dtype = collection.n_rows(shard), DTYPES[collection.dtype]
+    tensors = {name: torch.empty(n_rows, *shape, dtype=dtype, device="cpu") for name, shape in collection.names.items()}
+    begin = 0
+    for some in split_passes(collection.lengths[shard.first : shard.end]):
+        own = slice(shard.first + some.start, shard.first + some.stop)
+        picker = _Picker(tensors, begin, collection.positions[own])
+        with attached(model, picker):
+            Batch.of(model, texts[own]).hidden(model)
+        begin = picker.end
+        counter.advance(len(some))
+    numbers = range(shard.first, shard.end)
+    return tensors | {"tokens": torch.cat([texts[i][collection.positions[i]] for i in numbers])}
+
+
+class _Picker:
+    """A visitor that copies the kept positions of one pass into a shard's tensors."""
+
+    edits, in_path = False, False
+
+    def __init__(self, tensors: dict[str, Tensor], begin: int, positions: list[list[int]]):
+        self.tensors, self.start = tensors, begin
+        self.rows = torch.tensor([row for row, own in enumerate(positions) for _ in own], device="cpu")
+        self.columns = torch.tensor([position for own in positions for position in own], device="cpu")
+        self.end = begin + len(self.rows)
+
+    def wants(self, name: str) -> bool:
+        return name in self.tensors
+
+    def begin(self, run: Pass) -> None:
+        self.rows, self.columns = self.rows.to(run.tokens.device), self.columns.to(run.tokens.device)
+
+    def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
+        target = self.tensors[name][self.start : self.end]
+        target.copy_(value[self.rows, self.columns])
+        if target.dtype == torch.float16 and not target.isfinite().all():
+            raise RequestError(f"{name} has values that float16 cannot hold: choose dtype bfloat16 or float32")
+        return value
+
+
+# ---- checks
+
+
+def _as_ids(model: Llama | Transformer, prompts: Sequence[Prompt], special_tokens: bool) -> list[Tensor]:
+    """Every prompt's ids (T,) on the CPU. Raises RequestError, which names the prompt."""
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
+        raise RequestError(f"prompts is {prompts!r:.60}, expected a list of texts, or of lists of ids")
+    return [_ids_of(model, prompt, i, special_tokens) for i, prompt in enumerate(prompts)]
+
+
+def _ids_of(model: Llama | Transformer, prompt: Prompt, number: int, special_tokens: bool) -> Tensor:
+    transformer = model.model if isinstance(model, Llama) else model
+    if isinstance(prompt, str):
+        if not isinstance(model, Llama):
+            raise RequestError(f"prompt {number} is a text, which needs a tokenizer: pass the Llama, or ids")
+        prompt = prompt_tokens(model, prompt, f"prompt {number}", special_tokens=special_tokens)
+    try:
+        texts = as_texts(transformer, prompt)
+    except RequestError as error:
+        raise RequestError(f"prompt {number}: {error}") from error
+    if len(texts) != 1:
+        raise RequestError(f"prompt {number} is {len(texts)} texts, expected one")
+    return texts[0]
+
+
+def _kept(positions: Positions, ids: list[int], number: int) -> list[int]:
+    """The positions of one prompt that are kept, counted from 0. Raises RequestError."""
+    if isinstance(positions, str) and positions in ("last", "all"):
+        return list(range(len(ids)))[-1 if positions == "last" else 0 :]
+    wanted: object = positions(ids) if callable(positions) else positions
+    if isinstance(wanted, Tensor | np.ndarray):
+        wanted = wanted.tolist()
+    if isinstance(wanted, str) or not isinstance(wanted, Sequence) or not wanted:
+        expected = 'expected "last", "all", a list of positions, or a function of ids that returns one'
+        raise RequestError(f"positions of prompt {number} is {wanted!r:.60}, {expected}")
+    return [check_index(f"position of prompt {number}", position, len(ids)) for position in wanted]
+
+
+def _open(to: str | Path, collection: Collection) -> Path:
+    """The folder, with this index. Raises RequestError if it holds something else."""
+    try:
+        folder = Path(os.path.realpath(Path(to).expanduser()))
+        entries = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(f"cannot use {to!r:.200} as a folder: {getattr(error, 'strerror', None) or error}") from error
+    if INDEX in entries:
+        difference = collection.difference(read_index(folder))
+        if difference is not None:
+            raise RequestError(f"{folder} was collected with another {difference}: choose another folder, or remove it")
+        return folder
+    others = [name for name in entries if not name.startswith(".")]
+    if others:
+        raise RequestError(f"{folder} already holds {', '.join(others[:4])}: choose another folder")
+    write_output(folder / INDEX, [json.dumps(collection.as_json()).encode()])
+    return folder

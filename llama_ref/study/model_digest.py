@@ -1,0 +1,21 @@
+"""Tell two models in memory apart, without reading all their weights."""
+
+import hashlib
+
+import torch
+
+from llama_ref.formatting import dtype_name
+from llama_ref.model import Transformer
+
+SAMPLES = 1024  # of each tensor
+
+
+def weights_digest(model: Transformer) -> str:
+    """A SHA-256 of every weight's name, shape, dtype and some values; equal on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {dtype_name(tensor.dtype)}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

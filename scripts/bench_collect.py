@@ -1,0 +1,81 @@
+"""Measure `study.collect` beside plain prefill of the same prompts, in one run.
+
+    python scripts/bench_collect.py [--folder checkpoints/SmolLM2-135M-Instruct] [--prompts 10000]
+
+Prompts are 4 to 19 words of scripts/quality_texts/english.txt. They are taken in parts, each run by
+both, one after the other, so that a busy machine slows both down. Plain prefill runs the passes that
+`collect` makes (right-padded, of at most 1,024 tokens) and keeps nothing.
+"""
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import fire
+import torch
+
+from llama_ref import study
+from llama_ref.errors import LlamaRefError
+from llama_ref.generation import Llama
+from llama_ref.study.texts import Batch, split_passes
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEXT = REPOSITORY / "scripts" / "quality_texts" / "english.txt"
+DEMO = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
+PART = 500  # prompts
+
+
+def main(
+    folder: str | Path = DEMO,
+    prompts: int = 10000,
+    names: str = "layers.*.residual_post",
+    positions: str = "last",
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> None:
+    """Print seconds of both, and how fast ours is beside plain prefill."""
+    llama = Llama.build(folder, device=device, dtype=dtype)
+    texts = [llama.encode(text) for text in some_prompts(prompts)]
+    plain(llama, texts[:50])
+    ours = theirs = 0.0
+    for begin in range(0, len(texts), PART):
+        part = texts[begin : begin + PART]
+        theirs += seconds(lambda part=part: plain(llama, part))
+        ours += seconds(lambda part=part: collected(llama, part, names, positions))
+    tokens = sum(map(len, texts))
+    print(f"{len(texts):,} prompts, {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; {names}, {positions}")
+    print(f"collect {ours:.1f} s, plain prefill {theirs:.1f} s: {theirs / ours:.3f} of its speed")
+
+
+def some_prompts(n: int) -> list[str]:
+    """Texts that are all different."""
+    words = TEXT.read_text(encoding="utf-8").split()
+    starts = [(7 * i) % (len(words) - 20) for i in range(n)]
+    return [f"{i} " + " ".join(words[start : start + 4 + i % 16]) for i, start in enumerate(starts)]
+
+
+def plain(llama: Llama, texts: list[list[int]]) -> None:
+    in_order = sorted((torch.tensor(text) for text in texts), key=len, reverse=True)
+    with torch.no_grad():
+        for some in split_passes([len(text) for text in in_order]):
+            llama.model.hidden(Batch.of(llama.model, in_order[some.start : some.stop]).ids)
+    if llama.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def collected(llama: Llama, texts: list[list[int]], names: str, positions: str) -> None:
+    with TemporaryDirectory() as folder:
+        study.collect(llama, texts, names.split(","), to=folder, positions=positions)
+
+
+def seconds(run) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(main)
+    except LlamaRefError as error:
+        raise SystemExit(f"bench_collect: {error}") from None

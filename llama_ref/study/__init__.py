@@ -14,6 +14,9 @@ them. `logit_lenses` and `patch_grids` take several texts at once.
 A vision release's images are given to `trace` and others as `images=`, and `image_attention` finds
 where in them a text looks.
 
+`mean_difference`, `principal_components` and `fit_probe` find directions, `steer` and `ablate` add
+and remove them, `log_likelihoods` and `answer_margins` score that.
+
 `logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`,
 `spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
 text, and `write_report` writes the answers as an HTML page (pictures: `llama_ref.study.figures`).
@@ -29,6 +32,8 @@ from llama_ref.study.circuits.faithfulness import CircuitCurve, circuit_curve, r
 from llama_ref.study.circuits.graph import Edge, EdgeScores
 from llama_ref.study.collect import collect
 from llama_ref.study.collected import Collected
+from llama_ref.study.control_vector import read_control_vector, write_control_vector
+from llama_ref.study.directions import mean_difference, principal_components
 from llama_ref.study.image_attention import image_attention
 from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
 from llama_ref.study.names import all_names, axes
@@ -39,9 +44,11 @@ from llama_ref.study.patching.gradient import attribution_patch, attribution_pat
 from llama_ref.study.patching.grid import Agreement, Grid
 from llama_ref.study.patching.metrics import logit_difference, probability
 from llama_ref.study.patching.noise import Noise, noise
+from llama_ref.study.probes import fit_probe
 from llama_ref.study.report.writer import write_report
 from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
+from llama_ref.study.steering import ablate, answer_margins, log_likelihoods, share_of_tokens, steer
 from llama_ref.study.trace import Recording, Trace, recording, trace
 from llama_ref.study.weights import quantization_errors, spectra
 
@@ -57,7 +64,9 @@ __all__ = [
     "Overview",
     "Recording",
     "Trace",
+    "ablate",
     "all_names",
+    "answer_margins",
     "attention_pattern",
     "attribute",
     "attribute_edges",
@@ -67,29 +76,37 @@ __all__ = [
     "circuit_curve",
     "collect",
     "edit",
+    "fit_probe",
     "image_attention",
+    "log_likelihoods",
     "logit_difference",
     "logit_lens",
     "logit_lenses",
     "mean",
+    "mean_difference",
     "noise",
     "overview",
     "patch",
     "patch_grid",
     "patch_grids",
     "predict",
+    "principal_components",
     "probability",
     "quantization_errors",
+    "read_control_vector",
     "recording",
     "residual_stream",
     "rope_waves",
     "run_circuit",
     "scale",
     "set_to",
+    "share_of_tokens",
     "spectra",
+    "steer",
     "summarize_attention",
     "swap_from",
     "trace",
+    "write_control_vector",
     "write_report",
     "zero",
 ]

@@ -26,7 +26,7 @@ def collect(
     An interrupted run continues when it is started again. Python reads the folder with
     study.Collected.
 
-      llama-ref collect Llama3.2-1B prompts.txt --names "layers.*.residual_post" --to acts
+      llama-ref collect Llama3.2-1B prompts.txt --names "*.residual_post" --to acts
     """
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.formatting import human_bytes, printable

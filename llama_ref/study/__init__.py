@@ -55,9 +55,9 @@ from llama_ref.study.weights import quantization_errors, spectra
 __all__ = [
     "Agreement",
     "CircuitCurve",
+    "Collected",
     "Edge",
     "EdgeScores",
-    "Collected",
     "Edit",
     "Grid",
     "Noise",

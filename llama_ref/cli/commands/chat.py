@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.guarding import GuardVersion, load_guard
 from llama_ref.cli.options import Loading, Name, Sampling, build
+from llama_ref.cli.steering import Steer, parse, steering
 from llama_ref.cli.text_input import Encoding, decode_stdin, text_word
 from llama_ref.errors import CheckpointError, RequestError
 
@@ -27,6 +28,7 @@ def chat(
     ] = None,
     guard_version: GuardVersion = None,
     tools: Annotated[str | None, Flag("JSON file with tools that the model may call", unset="none")] = None,
+    steer: Steer = None,
     encoding: Encoding = None,
     sampling: Sampling,
     loading: Loading,
@@ -57,10 +59,13 @@ def chat(
         raise RequestError("--tools and --guard are given, expected one of them: Llama Guard has no form for calls and results")
     check_stream_options(**asdict(sampling))  # before the guard is loaded
     decode_stdin(encoding)
+    if steer is not None:
+        parse(steer)  # before a long load
     offered = None if tools is None else _read_tools(tools)
     judge = None if guard is None else load_guard(guard, guard_version, loading)
     session = Session(build(name, sampling, loading), system, tools=offered)
-    conversation.chat(session, asdict(sampling), None if judge is None else Gate(judge, session))
+    with steering(session.llama, steer):
+        conversation.chat(session, asdict(sampling), None if judge is None else Gate(judge, session))
 
 
 def _read_tools(file: str) -> "ToolSet":

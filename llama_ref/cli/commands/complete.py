@@ -6,6 +6,7 @@ from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Images, Loading, Name, Sampling, SpecialTokens, build, check_images
+from llama_ref.cli.steering import Steer, parse, steering
 from llama_ref.cli.text_input import Encoding, read_stdin, text_word
 from llama_ref.errors import RequestError
 
@@ -20,6 +21,7 @@ def complete(
     image: Images = (),
     echo: Annotated[bool, Flag("print the prompt first", short="e")] = False,
     special_tokens: SpecialTokens = False,
+    steer: Steer = None,
     encoding: Encoding = None,
     sampling: Sampling,
     loading: Loading,
@@ -39,13 +41,16 @@ def complete(
     if prompt is None and is_first_process():  # torchrun's processes have one standard input
         prompt = _read_prompt(encoding)
     check_images(image)
+    if steer is not None:
+        parse(steer)  # before a long load
     llama = build(name, sampling, loading)
     text = from_first(llama.job, lambda: prompt or "")
     timing = Timing(llama.stream(text, images=image, special_tokens=special_tokens, **asdict(sampling)))
     if echo:
         print(text, end="", flush=True)
-    for piece in timing:
-        print(piece, end="", flush=True)
+    with steering(llama, steer):
+        for piece in timing:
+            print(piece, end="", flush=True)
     print(flush=True)
     note(str(timing))
     if hint := timing.hint(llama.device):

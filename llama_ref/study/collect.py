@@ -26,8 +26,9 @@ from llama_ref.study.collection import DTYPES, INDEX, Collection, Shard, check_d
 from llama_ref.study.hooks import Pass, attached, check_model
 from llama_ref.study.inputs import check_index, prompt_tokens
 from llama_ref.study.model_digest import weights_digest
+from llama_ref.study.pass_size import split_passes
 from llama_ref.study.report.output import write_output
-from llama_ref.study.texts import Batch, as_texts, split_passes
+from llama_ref.study.texts import Batch, as_texts
 
 Prompt = str | Sequence[int] | Tensor
 Positions = str | Sequence[int] | Callable[[list[int]], Sequence[int]]

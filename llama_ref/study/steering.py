@@ -16,8 +16,9 @@ from llama_ref.model import Transformer
 from llama_ref.study.directions import check_direction
 from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index, one_each
+from llama_ref.study.pass_size import split_passes
 from llama_ref.study.patch import Edit, edit, patch
-from llama_ref.study.texts import Batch, Text, as_texts, split_passes
+from llama_ref.study.texts import Batch, Text, as_texts
 
 WRITES = ("attention.output", "ffn.output")  # what a layer adds to the residual stream
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import exit_code
-from llama_ref.cli.chat import _answer, chat
+from llama_ref.cli.chat import _used_up, chat
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.session import Session
@@ -112,7 +112,7 @@ def test_a_line_that_shows_no_image_is_explained_and_the_conversation_goes_on(ll
 def test_an_image_that_is_gone_does_not_stop_the_conversation(llama, tmp_path):
     session, images = Session(llama), [str(tmp_path / "gone.png")]
     with pytest.raises(RequestError, match="cannot read the image"):
-        _answer(session, "What?", images, {}, False)
+        session.say("What?", _used_up(images))
     assert images == [] and session.dialog == []
 
 

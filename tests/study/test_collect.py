@@ -38,7 +38,7 @@ def model() -> Transformer:
 @pytest.fixture
 def small_shards(monkeypatch) -> None:
     """A pass of at most 12 tokens, a shard of one."""
-    monkeypatch.setattr("llama_ref.study.texts.PASS_TOKENS", 12)
+    monkeypatch.setattr("llama_ref.study.pass_size.PASS_TOKENS", 12)
     monkeypatch.setattr(collection, "SHARD_PASSES", 1)
 
 

@@ -80,7 +80,7 @@ def test_several_images_share_the_attention(model):
 
 def test_what_makes_no_sense_is_told(model, monkeypatch):
     for wrong, images, head, problem in (
-        (random_model(ARGS, 0), [picture(9, 9)], None, "this model reads no images"),
+        (random_model(ARGS.text_only(), 0), [picture(9, 9)], None, "this model reads no images"),
         (model, [], None, "tokens has 1 places for images"),
         (model, [picture(9, 9)], 4, "head is 4, expected a whole number from 0 to 3"),
         (model, ["/nowhere"], None, "cannot read the image"),

@@ -260,7 +260,7 @@ def test_images_that_do_not_fit_the_texts(model, tokens, images, problem):
 
 def test_a_text_model_reads_no_images():
     with pytest.raises(RequestError, match="this model reads no images; use a vision release"):
-        study.trace(random_model(ARGS, 0), [5, 6], "logits", images=[WIDE])
+        study.trace(random_model(ARGS.text_only(), 0), [5, 6], "logits", images=[WIDE])
 
 
 def test_images_come_without_gradients_and_without_a_cache(model):

@@ -10,7 +10,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama_ref.errors import CheckpointError, UnsupportedModel
+from llama_ref.errors import CheckpointError, RequestError, UnsupportedModel
 from llama_ref.formatting import short
 from llama_ref.opened_files import open_file
 
@@ -94,6 +94,15 @@ def check_head_of(file: BinaryIO, expected: str) -> bytes:
     if found:
         raise CheckpointError(f"{file.name} is {found}, not {expected}: {ADVICE[found]}")
     return head
+
+
+@contextmanager
+def named_in_request(file: str | Path, what: str) -> Iterator[Path]:
+    """The path of a file that a request names; the block reads it. Raises RequestError if it cannot be read."""
+    try:
+        yield Path(file).expanduser()
+    except (CheckpointError, UnicodeDecodeError, RuntimeError) as error:  # the last: an unknown home directory
+        raise RequestError(f"cannot read {what} in {file}: {error}") from error
 
 
 def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:

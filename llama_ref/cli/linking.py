@@ -4,12 +4,11 @@ import getpass
 import os
 import sys
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from llama_ref.cli.flags import Flag
 from llama_ref.cli.terminal import note
-from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.errors import RequestError
 
 if TYPE_CHECKING:
     from llama_ref.download.link import SignedLink
@@ -78,12 +77,10 @@ def _text(file: str | None) -> str:
 
 
 def _text_of(file: str) -> str:
-    from llama_ref.files import read_limited
+    from llama_ref.files import named_in_request, read_limited
 
-    try:
-        return read_limited(Path(file).expanduser(), LINK_LIMIT_BYTES, "a signed link").decode("utf-8", "replace")
-    except (CheckpointError, RuntimeError) as error:  # the last: an unknown home directory
-        raise RequestError(f"cannot read the link in {file}: {error}") from error
+    with named_in_request(file, "the link") as path:
+        return read_limited(path, LINK_LIMIT_BYTES, "a signed link").decode("utf-8", "replace")
 
 
 def _hosts(words: str) -> list[str]:

@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.files import read_small
+from llama_ref.errors import RequestError
+from llama_ref.files import named_in_request, read_small
 
 CODE = re.compile(r"[A-Z]\d+")
 LINE = re.compile(r"([A-Z]\d+)\s*:\s*(\S.*)")
@@ -78,10 +78,8 @@ def read_categories(path: str | Path) -> tuple[Category, ...]:
     Empty lines, and lines that begin with "#", are left out. Raises RequestError for a file that cannot
     be read, holds something else or no category at all.
     """
-    try:
-        text = read_small(Path(path).expanduser(), FILE_LIMIT_BYTES, "a list of categories").decode()
-    except (CheckpointError, UnicodeDecodeError, RuntimeError) as error:  # the last: an unknown home directory
-        raise RequestError(f"cannot read the categories in {path}: {error}") from error
+    with named_in_request(path, "the categories") as file:
+        text = read_small(file, FILE_LIMIT_BYTES, "a list of categories").decode()
     found: list[tuple[str, str, list[str]]] = []  # code, name, lines of the description
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):

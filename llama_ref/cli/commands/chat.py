@@ -1,7 +1,6 @@
 """`llama-ref chat`."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
@@ -9,7 +8,7 @@ from llama_ref.cli.guarding import GuardVersion, load_guard
 from llama_ref.cli.options import Loading, Name, Sampling, build
 from llama_ref.cli.steering import Steer, parse, steering
 from llama_ref.cli.text_input import Encoding, decode_stdin, text_word
-from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.errors import RequestError
 
 if TYPE_CHECKING:
     from llama_ref.tools.toolset import ToolSet
@@ -70,11 +69,11 @@ def chat(
 
 def _read_tools(file: str) -> "ToolSet":
     """The tools in a JSON file. Raises RequestError."""
-    from llama_ref.files import read_json
+    from llama_ref.files import named_in_request, read_json
     from llama_ref.tools.toolset import ToolSet
 
-    try:
-        tools = read_json(Path(file).expanduser(), TOOLS_LIMIT_BYTES, "a list of tools")
-    except (CheckpointError, RuntimeError) as error:  # the last: an unknown home directory
-        raise RequestError(f"cannot read the tools in {file or 'an empty name'}: {error}") from error
+    if not file:
+        raise RequestError("cannot read the tools in an empty name: --tools takes a JSON file")
+    with named_in_request(file, "the tools") as path:
+        tools = read_json(path, TOOLS_LIMIT_BYTES, "a list of tools")
     return ToolSet.of(tools)

@@ -2,7 +2,6 @@
 
 import sys
 from json import loads as parse_json  # --json is a parameter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 from llama_ref.cli.flags import Flag, Section, command
@@ -10,7 +9,7 @@ from llama_ref.cli.guarding import GuardVersion, told_version
 from llama_ref.cli.options import Json, WholeModel, check_images, load
 from llama_ref.cli.outcome import EXIT_BAD
 from llama_ref.cli.text_input import Encoding, read_stdin, text_word
-from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.errors import RequestError
 
 if TYPE_CHECKING:
     from llama_ref.chat import ChatFormat, ContentItem, Dialog
@@ -141,9 +140,7 @@ def _read_dialog(file: str, encoding: str | None) -> "Dialog":
 
 
 def _text_of(file: str) -> str:
-    from llama_ref.files import read_small
+    from llama_ref.files import named_in_request, read_small
 
-    try:
-        return read_small(Path(file).expanduser(), FILE_LIMIT_BYTES, "a list of messages").decode()
-    except (CheckpointError, UnicodeDecodeError, RuntimeError) as error:  # the last: an unknown home directory
-        raise RequestError(f"cannot read the dialog in {file}: {error}") from error
+    with named_in_request(file, "the dialog") as path:
+        return read_small(path, FILE_LIMIT_BYTES, "a list of messages").decode()

@@ -22,15 +22,7 @@ from llama_ref.study.patching.cells import CellAxes
 from llama_ref.study.patching.grid import Grid
 from llama_ref.study.patching.metrics import Metric, measure
 from llama_ref.study.patching.noise import Noise
-from llama_ref.study.patching.pairs import (
-    Corrupted,
-    Pair,
-    as_pairs,
-    clean_streams,
-    corrupted_streams,
-    mean_over_seeds,
-    run_metrics,
-)
+from llama_ref.study.patching.pairs import Baselines, Corrupted, Pair, as_pairs, run_owners
 from llama_ref.study.patching.streams import Streams
 from llama_ref.study.texts import Text, Texts
 
@@ -76,13 +68,9 @@ def patch_grids(
     pairs = as_pairs(model, clean, corrupted, metrics)
     axes = CellAxes.of(model, over, name)
     pass_tokens = tokens_that_fit(model, axes.name, max(len(pair.clean) for pair in pairs))
-    ours, theirs = (streams(model, pairs, pass_tokens) for streams in (clean_streams, corrupted_streams))
-    baselines = (
-        ours.measure([pair.metric for pair in pairs]),
-        torch.stack(mean_over_seeds(theirs.measure(run_metrics(pairs)), pairs)),
-    )
-    values = _run_cells(ours, theirs, pairs, axes, progress)
-    return [axes.grid(*each) for each in zip(values, *(each.tolist() for each in baselines), strict=True)]
+    ends = Baselines.of(model, pairs, pass_tokens)
+    values = _run_cells(ends.clean, ends.corrupted, pairs, axes, progress)
+    return [axes.grid(*each) for each in zip(values, ends.clean_metrics, ends.corrupted_metrics, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -99,8 +87,7 @@ def _run_cells(
 ) -> list[Tensor]:
     """The metric of every cell in every layer: of each pair float32 (n_layers, …), on the CPU."""
     shapes = [axes.shape(len(pair.clean)) for pair in pairs]
-    owners = [i for i, pair in enumerate(pairs) for _ in range(pair.n_runs)]
-    cells = [_Cell(run, pair, index) for run, pair in enumerate(owners) for index in np.ndindex(shapes[pair])]
+    cells = [_Cell(run, pair, index) for run, pair in enumerate(run_owners(pairs)) for index in np.ndindex(shapes[pair])]
     runs = [cell.run for cell in cells]
     values = torch.empty(clean.model.args.n_layers, len(cells), device="cpu")
     counter = ProgressCounter(values.numel(), progress)

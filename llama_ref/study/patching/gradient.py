@@ -26,15 +26,7 @@ from llama_ref.study.patching.cells import CellAxes
 from llama_ref.study.patching.grid import Grid
 from llama_ref.study.patching.metrics import Metric, measure, measure_hidden
 from llama_ref.study.patching.noise import Noise
-from llama_ref.study.patching.pairs import (
-    Corrupted,
-    Pair,
-    as_pairs,
-    clean_streams,
-    corrupted_streams,
-    mean_over_seeds,
-    run_metrics,
-)
+from llama_ref.study.patching.pairs import Baselines, Corrupted, Pair, as_pairs, run_metrics, run_owners
 from llama_ref.study.patching.streams import Streams
 from llama_ref.study.texts import Batch, Text, Texts
 from llama_ref.study.trace import trace
@@ -96,17 +88,13 @@ def attribution_patches(
     with torch.no_grad():
         longest = max(len(pair.clean) for pair in pairs)
         pass_tokens = tokens_that_fit(model, axes.name, longest, gradients=True)
-        ours, theirs = (streams(model, pairs, pass_tokens) for streams in (clean_streams, corrupted_streams))
-        baselines = (
-            ours.measure([pair.metric for pair in pairs]),
-            torch.stack(mean_over_seeds(theirs.measure(run_metrics(pairs)), pairs)),
-        )
-        estimate = _Estimate(model, axes, ours, theirs, pairs, shares)
+        ends = Baselines.of(model, pairs, pass_tokens)
+        estimate = _Estimate(model, axes, ends.clean, ends.corrupted, pairs, shares)
         effects = estimate.along_inputs(progress) if along == "inputs" else estimate.along_activation(progress)
         means = _mean_effects(effects, pairs)
     return [
         axes.grid(effect + theirs, ours, theirs)
-        for effect, ours, theirs in zip(means, *(each.tolist() for each in baselines), strict=True)
+        for effect, ours, theirs in zip(means, ends.clean_metrics, ends.corrupted_metrics, strict=True)
     ]
 
 
@@ -149,7 +137,7 @@ class _Estimate:
     shares: Sequence[float]
 
     def __post_init__(self) -> None:
-        self.owners = [i for i, pair in enumerate(self.pairs) for _ in range(pair.n_runs)]
+        self.owners = run_owners(self.pairs)
         self.metrics = run_metrics(self.pairs)
 
     def along_inputs(self, progress: Progress | None) -> list[Tensor]:

@@ -67,6 +67,22 @@ def _check(pair: Pair, where: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Baselines:
+    """The streams of all runs of some pairs, before layer 0, and the metric of each pair's two texts: (pairs,)."""
+
+    clean: Streams
+    corrupted: Streams
+    clean_metrics: list[float]
+    corrupted_metrics: list[float]
+
+    @classmethod
+    def of(cls, model: Transformer, pairs: Sequence[Pair], pass_tokens: int) -> "Baselines":
+        clean, corrupted = clean_streams(model, pairs, pass_tokens), corrupted_streams(model, pairs, pass_tokens)
+        means = mean_over_seeds(corrupted.measure(run_metrics(pairs)), pairs)
+        return cls(clean, corrupted, clean.measure([pair.metric for pair in pairs]).tolist(), [mean.item() for mean in means])
+
+
 def clean_streams(model: Transformer, pairs: Iterable[Pair], pass_tokens: int) -> Streams:
     """The residual streams of all clean texts, before layer 0."""
     return Streams.of(model, [pair.clean for pair in pairs], pass_tokens)
@@ -80,6 +96,11 @@ def corrupted_streams(model: Transformer, pairs: Iterable[Pair], pass_tokens: in
         texts += [pair.corrupted] * pair.n_runs
         added += pair.noise.on(model, len(pair.clean)) if pair.noise else [None]
     return Streams.of(model, texts, pass_tokens, added)
+
+
+def run_owners(pairs: Iterable[Pair]) -> list[int]:
+    """The number of the pair of every corrupted run."""
+    return [i for i, pair in enumerate(pairs) for _ in range(pair.n_runs)]
 
 
 def run_metrics(pairs: Iterable[Pair]) -> list[Metric]:

@@ -1,4 +1,4 @@
-"""Memory of this process: freed blocks that the C library keeps, and huge pages for matrices."""
+"""Memory of this process: what is free, freed blocks that the C library keeps, and huge pages for matrices."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,7 @@ import math
 import mmap
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,18 @@ KEPT = 64 << 20
 # Reading quantized weights is 7 to 15 % faster from huge pages. Mapped files have them if the file
 # system does. KV caches must not: they would take all their memory at the first token.
 HUGE_PAGE = 2 << 20  # bytes
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a device has left for this process; None if it does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return None
 
 
 def give_back_memory() -> None:

@@ -23,6 +23,7 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.loop import prefill, steps
 from llama_ref.decoding.row import Row
 from llama_ref.images import Tiles
+from llama_ref.memory import free_bytes
 from llama_ref.model import Transformer
 from llama_ref.plan import count_parameters
 from llama_ref.sampling import Sampler, SamplingParams
@@ -224,11 +225,7 @@ def free_memory(device: torch.device) -> None:
 
 def memory_available() -> int:
     """Bytes of main memory that are free or in caches; 0 if the system does not report it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    return free_bytes(torch.device("cpu")) or 0
 
 
 def bytes_per_step(model: Transformer) -> int:

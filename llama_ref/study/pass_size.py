@@ -1,10 +1,8 @@
 """How many tokens run in one pass: as many as keep the device busy and fit its memory."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-import torch
-
+from llama_ref.memory import free_bytes
 from llama_ref.model import Transformer
 from llama_ref.study.names import LAYER_AXES, SCORES
 
@@ -55,15 +53,3 @@ def bytes_per_token(model: Transformer, name: str, longest: int, *, gradients: b
         layer += 4 * args.n_heads * longest  # of attention's backward, where it has no fused kernel
     logits = 4 * 4 * args.vocab_size // longest
     return layer * (args.n_layers if gradients else 1) + logits
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that a device has left for this process; None if it does not say."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return None

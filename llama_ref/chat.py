@@ -113,16 +113,14 @@ class ChatFormat:
         tools_warning: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._warning = warning
         self.image_id = image_id
         self.tool_format = tool_format
-        self._tools_warning = tools_warning
+        self._warnings = {"format": warning, "tools": tools_warning}  # those not logged yet
 
-    def warn_once(self) -> None:
-        """Log the warning, if there is one and it was not logged before."""
-        if self._warning:
-            logger.warning("%s", self._warning)
-            self._warning = None
+    def warn_once(self, of: Literal["format", "tools"] = "format") -> None:
+        """Log a warning, if there is one and it was not logged before."""
+        if warning := self._warnings.pop(of, None):
+            logger.warning("%s", warning)
 
     def encode_header(self, message: Message | str) -> list[int]:
         """`<|start_header_id|>role<|end_header_id|>\\n\\n` for a message or a role name."""
@@ -145,9 +143,7 @@ class ChatFormat:
         chosen = ToolSet.of(tools or (), tool_format)
         if not chosen.names:
             return None
-        if self._tools_warning:
-            logger.warning("%s", self._tools_warning)
-            self._tools_warning = None
+        self.warn_once("tools")
         return replace(chosen, format=chosen.format or self.tool_format)
 
     def encode_message(self, message: Message, tool_format: ToolFormat | None = None) -> list[int]:

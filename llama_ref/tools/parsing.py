@@ -43,7 +43,7 @@ def parse_tool_calls(
     else:
         segments = list(_segments(ids, tokenizer))
     parts = [_read(segment, after_tag=number > 0) for number, segment in enumerate(segments)]
-    offered = None if tools is None else ToolSet.of(tools)
+    offered = None if tools is None else set(ToolSet.of(tools).names)
     return Answer(
         tuple(_marked(call, offered) for part in parts for call in part.calls),
         "".join(part.text for part in parts),
@@ -110,5 +110,5 @@ def _usable(call: Call) -> Call | None:
     return None if arguments is None else replace(call, arguments=arguments)
 
 
-def _marked(call: Call, offered: ToolSet | None) -> Call:
-    return call if offered is None or call.name in offered.names else replace(call, is_offered=False)
+def _marked(call: Call, offered: set[str] | None) -> Call:
+    return call if offered is None or call.name in offered else replace(call, is_offered=False)

@@ -62,7 +62,7 @@ class Flag:
     short: str | None = None
     metavar: str | None = None
     unset: str | None = None
-    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)  # Python 3.10 hashes annotations
+    aliases: Mapping[str, str] = field(default_factory=dict)
     read: Callable[[str], Any] | None = None
     many: bool = False
 

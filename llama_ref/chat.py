@@ -136,7 +136,7 @@ class ChatFormat:
         ]
 
     def offered(self, tools: "ToolSet | Iterable[ToolLike] | None", tool_format: str | None = None) -> ToolSet | None:
-        """Tools as a ToolSet, in this model's form unless it has another; None if there are none.
+        """Tools as a ToolSet, in this model's form unless it has another; None for no tools.
 
         Raises RequestError for tools that cannot be offered.
         """

@@ -223,7 +223,7 @@ class _Release:
         return self.fetched
 
     def _find_folder(self) -> str:
-        """The server's folder. Raises Refused if there is none of those that may be."""
+        """The server's folder. Raises Refused if the server has none of the possible ones."""
         *others, last = remote_folders(self.release)
         for candidate in others:
             self.fetcher.folder = candidate

@@ -30,17 +30,19 @@ class Remote:
 
 
 def part_path(path: Path) -> Path:
+    """Where a file is until it is whole."""
     return path.with_name(f"{path.name}.part")
 
 
 def state_path(path: Path) -> Path:
+    """Where it is written what has arrived of a file."""
     return path.with_name(f"{path.name}.part.json")
 
 
 def load_segments(path: Path, remote: Remote) -> list[Segment]:
     """The ranges of an unfinished file at `path` with what has arrived of them.
 
-    Empty if there is none, or if it belongs to another version: then it is begun again.
+    Empty without such a file, or if it belongs to another version: then it is started again.
     """
     try:
         status = part_path(path).lstat()

@@ -95,7 +95,7 @@ def read_categories(path: str | Path) -> tuple[Category, ...]:
 
 
 def checked(categories: Sequence[Category], where: str = "the list") -> tuple[Category, ...]:
-    """The categories. Raises RequestError if there are none, or two with one code."""
+    """The categories. Raises RequestError for an empty list, or two with one code."""
     codes = [category.code for category in categories]
     if not codes:
         raise RequestError(f'{where} holds no categories, expected lines such as "S1: Violent Crimes"')

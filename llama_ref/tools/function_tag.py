@@ -49,5 +49,6 @@ def write(name: str, arguments: Any) -> str:
 
 
 def check_name(name: str) -> None:
+    """Raise RequestError for a name that a tag cannot hold."""
     if not NAME.fullmatch(name):
         raise RequestError(f"a function tag cannot hold the name {name!r}: leave out <, > and line breaks, or use json")

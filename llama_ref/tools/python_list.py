@@ -61,5 +61,6 @@ def _argument(key: str, value: Any) -> str:
 
 
 def check_name(name: str) -> None:
+    """Raise RequestError for a name that Python's syntax cannot call."""
     if not NAME.fullmatch(name):
         raise RequestError(f"Python cannot call {name!r}: use a name of letters, digits, _ and dots, or another tool_format")

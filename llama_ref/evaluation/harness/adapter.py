@@ -37,7 +37,7 @@ TokenRequest = tuple[tuple[str, str], list[int], list[int]]
 
 
 def silence_bars() -> None:
-    """Let the harness draw no progress bars: whoever calls it is told of the progress."""
+    """Let the harness draw no progress bars: progress is reported to the caller."""
     for module in (lm_eval.api.metrics, lm_eval.api.model, lm_eval.api.task):
         module.tqdm = functools.partial(tqdm, disable=True)
 

@@ -67,7 +67,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class EdgeScores:
-    """A score for every edge: float32 (receivers, senders) on the CPU, 0 where there is none.
+    """A score for every edge: float32 (receivers, senders) on the CPU, 0 for pairs that are no edges.
 
     `mask` says which are edges. `clean` and `corrupted` are the metric of the texts (means, for several).
     """

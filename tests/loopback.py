@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -200,13 +201,15 @@ class Listener(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(files: dict[str, bytes]) -> Iterator[Loopback]:
-    """Serve these files on a free port of this machine while the block runs."""
+def serve(files: dict[str, bytes], tls: ssl.SSLContext | None = None) -> Iterator[Loopback]:
+    """Serve these files on a free port of this machine while the block runs, over TLS if a context is given."""
     loopback = Loopback(files)
     handler = type("Bound", (Handler,), {"loopback": loopback})
     with Listener(("127.0.0.1", 0), handler) as listener:
+        if tls is not None:  # the handshake is left to the connection's own thread
+            listener.socket = tls.wrap_socket(listener.socket, server_side=True, do_handshake_on_connect=False)
         loopback.host = f"127.0.0.1:{listener.server_address[1]}"
-        loopback.link = make_link(loopback.host)
+        loopback.link = make_link(loopback.host, scheme="http" if tls is None else "https")
         thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
         thread.start()
         try:

@@ -36,7 +36,8 @@ def question(llama: Llama, text: str) -> list[int]:
 def assert_same_at_once(llama: Llama, stream: Stream) -> None:
     """That the conversation's ids without any cache give this answer, and with the same certainty."""
     list(stream)
-    [tokens], [logprobs] = llama.generate([stream.row.prompt], GREEDY["max_gen_len"], 0.0, logprobs=True)
+    assert stream.tokens, "an empty answer shows nothing"
+    [tokens], [logprobs] = llama.generate([stream.row.prompt], len(stream.tokens), 0.0, logprobs=True)
     assert stream.tokens == tokens
     assert stream.row.logprobs == pytest.approx(logprobs, abs=1e-4)
 
@@ -71,16 +72,17 @@ def passed(monkeypatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("system", [None, "You answer in one word."])
-def test_a_turn_costs_only_its_new_tokens_and_changes_nothing(small, passed, system):
+@pytest.mark.parametrize(("model", "system"), [("small", None), ("quick", "You answer in one word.")])
+def test_a_turn_costs_only_its_new_tokens_and_changes_nothing(model, system, passed, request):
+    small: Llama = request.getfixturevalue(model)
     session = Session(small, system)
     ids = [small.tokenizer.bos_id]
     if system:
         ids += small.formatter.encode_message({"role": "system", "content": system})
     uncached = len(ids)
-    for text in (SUM, CAPITAL, HI):
+    for text, length in ((SUM, 8), (CAPITAL, 3), (HI, 2)):
         passed.clear()
-        stream = session.say(text, **GREEDY)
+        stream = session.say(text, **GREEDY | {"max_gen_len": length})
         said = "".join(stream)
         prefill, *decode = passed
         asked = question(small, text)
@@ -143,7 +145,7 @@ def test_an_answer_broken_off_stays_as_far_as_it_was_shown(small, leave):
     assert "France" not in left.text and len(left.tokens) < GREEDY["max_gen_len"], "it was not broken off"
     assert session.dialog[1:] == [{"role": "user", "content": CAPITAL}, {"role": "assistant", "content": left.text}]
 
-    stream = session.say(HI, **GREEDY)
+    stream = session.say(HI, **GREEDY | {"max_gen_len": 2})
     assert_same_at_once(small, stream)
     asked = [small.tokenizer.eot_id, *question(small, HI)]
     kept = stream.row.prompt[len(left.row.prompt) : -len(asked)]
@@ -191,7 +193,7 @@ def test_an_interrupt_amid_a_character_leaves_no_half_of_it(small):
     stream = interrupt(session, "Write one emoji.", broken)
     assert stream.tokens == tokens[:broken]
     assert "\ufffd" not in session.dialog[-1]["content"]
-    after = session.say(HI, **GREEDY)
+    after = session.say(HI, **GREEDY | {"max_gen_len": 2})
     assert "\ufffd" not in small.tokenizer.decode(after.row.prompt)
     assert_same_at_once(small, after)
 
@@ -235,8 +237,8 @@ def test_the_end_mark_goes_into_the_conversation(quick, name, stop_reason):
 
 
 @pytest.mark.parametrize("n_pieces", [0, 1, None])
-def test_a_withdrawn_turn_never_was(small, n_pieces):
-    session, other = Session(small), Session(small)
+def test_a_withdrawn_turn_never_was(quick, n_pieces):
+    session, other = Session(quick), Session(quick)
     for each in (session, other):
         ask(each, SUM)
     kept = session.dialog
@@ -245,7 +247,7 @@ def test_a_withdrawn_turn_never_was(small, n_pieces):
     assert session.dialog == kept
     streams = [each.say(HI, **GREEDY) for each in (session, other)]
     assert streams[0].row.prompt == streams[1].row.prompt
-    assert_same_at_once(small, streams[0])
+    assert_same_at_once(quick, streams[0])
 
 
 def test_reset_and_system_prompts(quick):

@@ -170,7 +170,7 @@ def names(axes, axis: str) -> list[str]:
 # ---- the files
 
 
-@pytest.mark.parametrize("n", [1, 500])
+@pytest.mark.parametrize("n", [1, 150])
 def test_every_picture_is_a_png_that_a_screen_can_show(tmp_path, tokenizer, n):
     text = "\n".join([*PROSE.values(), *CODE.values()])
     for path in draw_all(tmp_path / "made" / "here", tokenizer.encode(text, bos=True, eos=False)[:n], tokenizer):
@@ -481,7 +481,7 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path, tokenizer):
 
 def test_the_head_that_wrote_most_is_drawn_from_its_whole_pattern(tmp_path):
     llama = Llama.build(tiny_folder(tmp_path / "Tiny"), device="cpu", dtype="float32", max_seq_len=128)
-    tokens = llama.encode("a text of which the page keeps only the larger shares " * 2)
+    tokens = llama.encode("a text of which the page keeps only the larger shares of them all")
     found = overview(llama.model, tokens)
     draw_overview(found, llama.tokenizer, tmp_path / "all")
     layer, head = found.attribution.strongest_head
@@ -518,7 +518,7 @@ def test_a_token_is_drawn_as_it_is_whatever_matplotlib_makes_of_such_text(tokeni
 
 
 def test_any_text_can_be_drawn(tokenizer, only_dejavu, tmp_path):
-    encoded = (tokenizer.encode(text, bos=True, eos=False)[:20] for text in (PROSE | ODD).values())
+    encoded = (tokenizer.encode(text, bos=True, eos=False)[:8] for text in (PROSE | ODD).values())
     tokens = list(dict.fromkeys(token for some in encoded for token in some))
     for start in range(0, len(tokens), MOST_WORDS):
         draw_lens(a_lens(tokens[start : start + MOST_WORDS]), tokenizer, tmp_path / "lens.png")
@@ -624,7 +624,7 @@ def test_a_share_is_drawn_over_its_part_of_the_image(tokenizer):
     assert axes.get_title().endswith("%") and "class" in axes.get_title()
 
 
-@pytest.mark.parametrize("size", [(9, 300), (300, 9), (2000, 1500)])
+@pytest.mark.parametrize("size", [(9, 300), (300, 9), (800, 600)])
 def test_images_of_any_shape_are_drawn(tokenizer, tmp_path, size):
     found = an_image_attention(40, 30, size)
     draw_image_attention(found, tokenizer, tmp_path / "image.png")

@@ -17,6 +17,9 @@ where in them a text looks.
 `mean_difference`, `principal_components` and `fit_probe` find directions, `steer` and `ablate` add
 and remove them, `log_likelihoods` and `answer_margins` score that.
 
+`open_features` reads sparse autoencoders and transcoders, whose features `set_features` and others change in
+`patch`; `measure_reconstruction` and `top_contexts` judge and describe them.
+
 `logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`,
 `spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
 text, and `write_report` writes the answers as an HTML page (pictures: `llama_ref.study.figures`).
@@ -34,6 +37,18 @@ from llama_ref.study.collect import collect
 from llama_ref.study.collected import Collected
 from llama_ref.study.control_vector import read_control_vector, write_control_vector
 from llama_ref.study.directions import mean_difference, principal_components
+from llama_ref.study.features.active import Active
+from llama_ref.study.features.contexts import Context, top_contexts
+from llama_ref.study.features.dictionary import Features
+from llama_ref.study.features.edits import (
+    ablate_features,
+    clamp_features,
+    scale_features,
+    set_features,
+    steer_features,
+)
+from llama_ref.study.features.opening import open_features
+from llama_ref.study.features.reconstruction import Reconstruction, measure_reconstruction
 from llama_ref.study.image_attention import image_attention
 from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
 from llama_ref.study.names import all_names, axes
@@ -53,18 +68,23 @@ from llama_ref.study.trace import Recording, Trace, recording, trace
 from llama_ref.study.weights import quantization_errors, spectra
 
 __all__ = [
+    "Active",
     "Agreement",
     "CircuitCurve",
     "Collected",
+    "Context",
     "Edge",
     "EdgeScores",
     "Edit",
+    "Features",
     "Grid",
     "Noise",
     "Overview",
+    "Reconstruction",
     "Recording",
     "Trace",
     "ablate",
+    "ablate_features",
     "all_names",
     "answer_margins",
     "attention_pattern",
@@ -74,6 +94,7 @@ __all__ = [
     "attribution_patches",
     "axes",
     "circuit_curve",
+    "clamp_features",
     "collect",
     "edit",
     "fit_probe",
@@ -84,7 +105,9 @@ __all__ = [
     "logit_lenses",
     "mean",
     "mean_difference",
+    "measure_reconstruction",
     "noise",
+    "open_features",
     "overview",
     "patch",
     "patch_grid",
@@ -99,12 +122,16 @@ __all__ = [
     "rope_waves",
     "run_circuit",
     "scale",
+    "scale_features",
+    "set_features",
     "set_to",
     "share_of_tokens",
     "spectra",
     "steer",
+    "steer_features",
     "summarize_attention",
     "swap_from",
+    "top_contexts",
     "trace",
     "write_control_vector",
     "write_report",

@@ -1,0 +1,1 @@
+"""Sparse dictionaries of a model's activations: autoencoders and transcoders, read and used."""

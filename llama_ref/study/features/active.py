@@ -1,0 +1,48 @@
+"""Features that fire, as a list: few of many do."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Active:
+    """Values that are not zero, of `n_tokens` tokens: `tokens`, `features`, int64 (n,), and `values`, float32 (n,).
+
+    They are ordered by token, and the strongest of a token is first.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    values: Tensor
+    n_tokens: int
+    n_features: int
+
+    @classmethod
+    def of(cls, tokens: Tensor, features: Tensor, values: Tensor, n_tokens: int, n_features: int) -> "Active":
+        """Put values into order."""
+        order = values.abs().argsort(descending=True, stable=True)
+        order = order[tokens[order].argsort(stable=True)]
+        return cls(tokens[order], features[order], values[order], n_tokens, n_features)
+
+    def dense(self) -> Tensor:
+        """All features of every token: float32 (n_tokens, n_features)."""
+        out = self.values.new_zeros(self.n_tokens, self.n_features)
+        out[self.tokens, self.features] = self.values
+        return out
+
+    def counts(self) -> Tensor:
+        """How many features fire at each token: (n_tokens,)."""
+        return torch.bincount(self.tokens, minlength=self.n_tokens)
+
+    def strongest(self, most: int) -> list[tuple[int, int, float]]:
+        """(token, feature, value) of the largest values, the largest first."""
+        best = self.values.abs().argsort(descending=True, stable=True)[:most]
+        parts = (self.tokens[best].tolist(), self.features[best].tolist(), self.values[best].tolist())
+        return list(zip(*parts, strict=True))
+
+    def at(self, token: int, most: int | None = None) -> list[tuple[int, float]]:
+        """(feature, value) at one token, the strongest first."""
+        here = self.tokens == token
+        return list(zip(self.features[here].tolist()[:most], self.values[here].tolist()[:most], strict=True))

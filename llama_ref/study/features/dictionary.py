@@ -1,0 +1,298 @@
+"""A dictionary of features: encode an activation as features that fire, and decode it again.
+
+    u = x · into − input_bias            f = activation(u W_encᵀ + b_enc)
+    y = (f W_dec + b_dec) · out + x W_skipᵀ
+
+Weights stay as they are stored, mapped from their file; blocks of them are computed with in float32.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_ref.args import ModelArgs
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.model import Transformer
+from llama_ref.study.features.activations import Activation, Scaling, Threshold, TopK
+from llama_ref.study.features.active import Active
+from llama_ref.study.features.sites import Site
+from llama_ref.study.hooks import check_model
+from llama_ref.study.inputs import check_index
+from llama_ref.study.trace import Trace
+
+BLOCK_NUMBERS = 1 << 24  # of a matrix that are float32 at a time: 64 MB
+BLOCK_TOKENS = 1024
+EPSILON = 1e-5  # of the norms of every Llama 3
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A dictionary's matrices, S features of D dimensions, in any floating-point dtype.
+
+    `encoder` (S, D), `encoder_bias` (S,), `decoder` (S, D), `decoder_bias` (D,); `input_bias` (D,) is
+    subtracted before encoding, `skip` (D, D) leads from the input to the output. A cross-layer
+    transcoder's `decoder` is (S, W, D), for the W layers that it writes to.
+    """
+
+    encoder: Tensor
+    encoder_bias: Tensor
+    decoder: Tensor
+    decoder_bias: Tensor | None = None
+    input_bias: Tensor | None = None
+    skip: Tensor | None = None
+
+
+class Features:
+    """Features of a model's activation: a sparse autoencoder, or a transcoder.
+
+    `reads` and `writes` are the activations' names. An autoencoder writes what it reads; a
+    transcoder writes what the feed-forward made of it, a cross-layer one in several layers. `len` is
+    the number of features. `path` and `form` say where they are from.
+    """
+
+    def __init__(
+        self, weights: Weights, activation: Activation, site: Site, scaling: Scaling | None = None, *, path: Path, form: str
+    ):
+        self.weights, self.activation, self.site = weights, activation, site
+        self.scaling = scaling or Scaling()
+        self.path, self.form = path, form
+
+    @property
+    def reads(self) -> str:
+        return self.site.reads
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Names of what is written: one, but for a cross-layer transcoder."""
+        if self.weights.decoder.dim() == 2:
+            return (self.site.writes,)
+        own, ending = self.site.layer, self.site.writes.split(".", 2)[2]
+        return tuple(f"layers.{own + i}.{ending}" for i in range(self.weights.decoder.shape[1]))
+
+    @property
+    def dim(self) -> int:
+        return self.weights.encoder.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the stored matrices; values of features are float32."""
+        return self.weights.encoder.dtype
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.writes != (self.reads,)
+
+    def __len__(self) -> int:
+        return self.weights.encoder.shape[0]
+
+    def __repr__(self) -> str:
+        where = self.reads if not self.is_transcoder else f"{self.reads} → {', '.join(self.writes)}"
+        return f"Features({len(self):,} of {where}, {self.form})"
+
+    def check(self, model: Transformer) -> None:
+        """Raise RequestError unless the features are of a model of this shape."""
+        check_model(model)
+        self.check_args(model.args)
+
+    def check_args(self, args: ModelArgs) -> None:
+        """The same for a model's shape alone."""
+        last = int(self.writes[-1].split(".")[1])
+        if self.dim != args.dim or last >= args.n_layers:
+            raise RequestError(
+                f"{self.path} has features of {self.dim} dimensions, up to layer {last}, but the model has {args.dim}"
+                f" and layers 0 to {args.n_layers - 1}: use features of this model"
+            )
+
+    # ---- encode and decode
+
+    @torch.no_grad()
+    def encode(self, x: Tensor | Trace) -> Tensor:
+        """The features' values, 0 where they do not fire: (…, D) -> float32 (…, S).
+
+        `x` are activations called `reads`, or a trace that has them. `active` is the same as a list,
+        for many tokens. Raises RequestError for another shape, CheckpointError for weights that are
+        not finite.
+        """
+        given = self._input(x)
+        return self.active(given).dense().unflatten(0, given.shape[:-1])
+
+    @torch.no_grad()
+    def active(self, x: Tensor | Trace) -> Active:
+        """The features that fire; tokens are numbered through all but the last axis."""
+        rows = self._input(x).flatten(0, -2)
+        parts = [(start, self._fire(rows[start : start + BLOCK_TOKENS])) for start in range(0, len(rows), BLOCK_TOKENS)]
+        tokens = torch.cat([found[0] + start for start, found in parts]) if parts else rows.new_zeros(0).long()
+        features = torch.cat([found[1] for _, found in parts]) if parts else tokens
+        values = torch.cat([found[2] for _, found in parts]) if parts else rows.new_zeros(0).float()
+        return Active.of(tokens, features, values, len(rows), len(self))
+
+    @torch.no_grad()
+    def encode_some(self, x: Tensor | Trace, features: Sequence[int]) -> Tensor:
+        """The values of some features: float32 (…, n). Only their rows are read, but for TopK, which compares all."""
+        chosen = torch.tensor([check_index("feature", each, len(self)) for each in features], dtype=torch.long, device="cpu")
+        given = self._input(x)
+        if isinstance(self.activation, TopK):
+            return self.encode(given)[..., chosen.to(given.device)]
+        return self._values(self._prepared(given), chosen)
+
+    @torch.no_grad()
+    def decode(self, f: Tensor, x: Tensor | Trace | None = None) -> Tensor:
+        """Features' values (…, S) as an activation: float32 (…, D); (…, W, D) of a cross-layer transcoder.
+
+        `x`, what was encoded, is needed with a skip matrix and with scaling by token. Only rows of
+        features that fire are read. Raises RequestError.
+        """
+        if not isinstance(f, Tensor) or f.dim() < 1 or f.shape[-1] != len(self):
+            shown = f"a tensor {tuple(f.shape)}" if isinstance(f, Tensor) else f"a {type(f).__name__}"
+            raise RequestError(f"f is {shown}, expected values of features (…, {len(self)})")
+        flat = f.reshape(-1, len(self)).float()
+        fire = flat.any(0).nonzero()[:, 0]
+        total = flat.new_zeros(len(flat), self._width)
+        for some in fire.split(self._block):
+            total += flat[:, some] @ self.rows(some).to(f.device)
+        out = self._leave(total.unflatten(0, f.shape[:-1]) if f.dim() > 1 else total[0], self._needed(x))
+        return out if self.weights.decoder.dim() == 2 else out.unflatten(-1, self.weights.decoder.shape[1:])
+
+    def reconstruct(self, x: Tensor | Trace) -> Tensor:
+        """What is left of an activation: `decode` of its `encode`, without the large tensor between."""
+        return self.decode_active(self.active(x), x)
+
+    @torch.no_grad()
+    def decode_active(self, found: Active, x: Tensor | Trace) -> Tensor:
+        """`decode` of features that fire for `x`, which may have been changed."""
+        given = self._input(x)
+        total = given.new_zeros(found.n_tokens, self._width, dtype=torch.float32)
+        for some in torch.arange(len(found.values), device=given.device).split(self._block):
+            rows = self.rows(found.features[some]).to(given.device)
+            total.index_add_(0, found.tokens[some], rows * found.values[some, None])
+        out = self._leave(total.unflatten(0, given.shape[:-1]), given)
+        return out if self.weights.decoder.dim() == 2 else out.unflatten(-1, self.weights.decoder.shape[1:])
+
+    def rows(self, features: Sequence[int] | Tensor) -> Tensor:
+        """Decoder rows as they are stored, in the dictionary's own scale: float32 (n, D), or (n, W · D).
+
+        Only these are read. Raises CheckpointError if they are not finite.
+        """
+        chosen = torch.as_tensor(features, dtype=torch.long).to(self.weights.decoder.device)
+        return self._finite("decoder", self.weights.decoder[chosen].flatten(1).float())
+
+    def direction(self, feature: int) -> Tensor:
+        """What one unit of a feature adds to the activation: float32 (D,), or (W, D)."""
+        if self.scaling.by_token:
+            raise RequestError(f"{self.path} scales each token by its own length: a feature has no one direction")
+        row = self.rows([check_index("feature", feature, len(self))])[0] * self.scaling.out
+        return row if self.weights.decoder.dim() == 2 else row.unflatten(0, self.weights.decoder.shape[1:])
+
+    # ---- steps
+
+    @property
+    def _width(self) -> int:
+        return self.weights.decoder[0].numel()
+
+    @property
+    def _block(self) -> int:
+        """Rows of a matrix that are float32 at a time."""
+        return max(1, BLOCK_NUMBERS // max(self.dim, self._width))
+
+    def _input(self, x: Tensor | Trace) -> Tensor:
+        given = x[self.reads] if isinstance(x, Trace) else x
+        if not isinstance(given, Tensor) or given.dim() < 2 or given.shape[-1] != self.dim or not given.is_floating_point():
+            shown = f"a tensor {tuple(given.shape)} of {given.dtype}" if isinstance(given, Tensor) else f"{given!r:.60}"
+            raise RequestError(f"x is {shown}, expected activations {self.reads} (…, {self.dim})")
+        return given.detach()
+
+    def _needed(self, x: Tensor | Trace | None) -> Tensor | None:
+        if x is None and (self.weights.skip is not None or self.scaling.by_token):
+            raise RequestError(f"{self.path} decodes with the input too: pass x, what was encoded")
+        return None if x is None else self._input(x)
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What the dictionary is given, before its own scale: float32."""
+        wide = x.float()
+        if self.site.reads_unscaled_norm:
+            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
+        return wide
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        wide = self._read(x)
+        wide = wide * self.scaling.factors(wide)[0]
+        return wide if self.weights.input_bias is None else wide - self.weights.input_bias.to(wide)
+
+    def _leave(self, total: Tensor, x: Tensor | None) -> Tensor:
+        """Add the bias to decoded features, and bring them back to the model's scale."""
+        read = None if x is None else self._read(x)
+        out = total if self.weights.decoder_bias is None else total + self.weights.decoder_bias.to(total)
+        out = out * (self.scaling.factors(read)[1] if read is not None else self.scaling.out)
+        if self.weights.skip is not None and read is not None:
+            out = out + F.linear(read, self._finite("skip", self.weights.skip.float()).to(read.device))
+        return out
+
+    def _fire(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, features, values) that fire for activations (n, D)."""
+        prepared = self._prepared(rows)
+        blocks = (
+            (start, self._linear(prepared, slice(start, start + self._block))) for start in range(0, len(self), self._block)
+        )
+        if isinstance(self.activation, TopK):
+            return _largest(blocks, self.activation)
+        found = []
+        for start, values in blocks:
+            some = slice(start, start + values.shape[1])
+            tokens, features = (values > self._least(some).to(values)).nonzero(as_tuple=True)
+            found.append((tokens, features + start, values[tokens, features]))
+        tokens, features, values = (torch.cat(each) for each in zip(*found, strict=True))
+        kept = values != 0  # a threshold below zero
+        return tokens[kept], features[kept], values[kept]
+
+    def _values(self, prepared: Tensor, chosen: Tensor) -> Tensor:
+        """The values of chosen features that fire by a threshold."""
+        values = self._linear(prepared, chosen)
+        return torch.where(values > self._least(chosen).to(values), values, 0)
+
+    def _linear(self, prepared: Tensor, some: slice | Tensor) -> Tensor:
+        """Values before the activation. Raises CheckpointError if weights make them not finite."""
+        weight, bias = self.weights.encoder[some].float(), self.weights.encoder_bias[some].float()
+        out = F.linear(prepared, weight.to(prepared.device), bias.to(prepared.device))
+        if not out.isfinite().all():
+            self._finite("encoder", weight)
+            raise RequestError(f"x has values that are not finite, or too large, at {self.reads}")
+        return out
+
+    def _least(self, some: slice | Tensor) -> Tensor:
+        assert isinstance(self.activation, Threshold)
+        least = self.activation.of(some).float()
+        if not self.activation.by_decoder_norm:
+            return least
+        return least / (self.rows(some).norm(dim=-1) if isinstance(some, Tensor) else self._norms[some])
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        """Norms of all decoder rows."""
+        blocks: Iterator[Tensor] = (self.rows(some) for some in torch.arange(len(self), device="cpu").split(self._block))
+        return torch.cat([block.norm(dim=-1) for block in blocks])
+
+    def _finite(self, what: str, values: Tensor) -> Tensor:
+        if not values.isfinite().all():
+            raise CheckpointError(f"{self.path} has values that are not finite in its {what}: fetch it again")
+        return values
+
+
+def _largest(blocks: Iterator[tuple[int, Tensor]], top: TopK) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, features, values) of the k largest of each token, over blocks of features."""
+    best: tuple[Tensor, Tensor] | None = None
+    for start, values in blocks:
+        own = values.topk(min(top.k, values.shape[1]), dim=-1)
+        candidates = (own.values, own.indices + start)
+        if best is not None:
+            candidates = (torch.cat([best[0], candidates[0]], -1), torch.cat([best[1], candidates[1]], -1))
+        kept = candidates[0].topk(min(top.k, candidates[0].shape[1]), dim=-1)
+        best = kept.values, candidates[1].gather(-1, kept.indices)
+    assert best is not None
+    fires = best[0] != 0 if top.signed else best[0] > 0
+    tokens, columns = fires.nonzero(as_tuple=True)
+    return tokens, best[1][tokens, columns], best[0][tokens, columns]

@@ -1,0 +1,169 @@
+"""Change features while a model runs: edits for `study.patch`, which add the difference they make.
+
+    with study.patch(llama.model, set_features(features, {123: 8.0})):
+        llama.generate(…)
+
+The activation becomes x + (f' − f) W_dec: what the dictionary does not explain stays, and tokens whose
+features do not change keep every bit.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from llama_ref.errors import RequestError
+from llama_ref.study.features.dictionary import Features
+from llama_ref.study.inputs import check_index
+from llama_ref.study.patch import Edit, Indices
+
+Edits = dict[str, Edit]
+Change = Callable[[Tensor], Tensor]  # values of the chosen features (…, n) -> the new ones
+
+
+def set_features(
+    features: Features, values: Mapping[int, float], *, positions: Indices | None = None, rows: Indices | None = None
+) -> Edits:
+    """Give features these values at every token, or at some positions and rows as in `Edit.at`.
+
+    Raises RequestError for features that do not exist.
+    """
+    chosen, wanted = _numbers(features, "values", values)
+    return _edits(features, chosen, lambda now: wanted.to(now).expand_as(now), positions, rows)
+
+
+def ablate_features(
+    features: Features, chosen: int | Sequence[int], *, positions: Indices | None = None, rows: Indices | None = None
+) -> Edits:
+    """Keep features from firing. Raises RequestError for features that do not exist."""
+    return _edits(features, chosen_features(features, chosen), torch.zeros_like, positions, rows)
+
+
+def scale_features(
+    features: Features, factors: Mapping[int, float], *, positions: Indices | None = None, rows: Indices | None = None
+) -> Edits:
+    """Multiply features' values where they fire. Raises RequestError for features that do not exist."""
+    chosen, wanted = _numbers(features, "factors", factors)
+    return _edits(features, chosen, lambda now: now * wanted.to(now), positions, rows)
+
+
+def clamp_features(
+    features: Features,
+    chosen: int | Sequence[int],
+    least: float | None = None,
+    most: float | None = None,
+    *,
+    positions: Indices | None = None,
+    rows: Indices | None = None,
+) -> Edits:
+    """Hold features' values between two bounds, one of which may be None. Raises RequestError."""
+    for what, bound in (("least", least), ("most", most)):
+        if bound is not None:
+            _number(what, bound)
+    bounds = [bound for bound in (least, most) if bound is not None]
+    if not bounds or bounds != sorted(bounds):
+        raise RequestError(f"least is {least!r:.40} and most is {most!r:.40}, expected a bound, or two in order")
+    return _edits(features, chosen_features(features, chosen), lambda now: now.clamp(least, most), positions, rows)
+
+
+def steer_features(
+    features: Features, amounts: Mapping[int, float], *, positions: Indices | None = None, rows: Indices | None = None
+) -> Edits:
+    """Add so many units of features' directions, whatever their values are: nothing is encoded.
+
+    Raises RequestError for features that do not exist.
+    """
+    chosen, wanted = _numbers(features, "amounts", amounts)
+    return _edits(features, chosen, None, positions, rows, wanted)
+
+
+def replace_by_reconstruction(features: Features, *, positions: Indices | None = None, rows: Indices | None = None) -> Edits:
+    """Put the dictionary's output in place of the activation: what it does not explain is lost.
+
+    Raises RequestError for a layer of a cross-layer transcoder, which is only a part of an output.
+    """
+    if len(features.writes) > 1 or features.weights.decoder.dim() > 2:
+        raise RequestError(f"{features.path} writes to many layers: one layer of it is no whole reconstruction")
+    exchange = _Exchange(features.reads)
+    return exchange.edits(features.writes, lambda name, x, value: features.reconstruct(x).to(value), positions, rows)
+
+
+class _Exchange:
+    """What was read of the pass that a thread runs, until it is written."""
+
+    def __init__(self, reads: str):
+        self.reads, self.local = reads, threading.local()
+
+    def edits(
+        self,
+        writes: Sequence[str],
+        change: Callable[[str, Tensor, Tensor], Tensor],
+        positions: Indices | None,
+        rows: Indices | None,
+    ) -> Edits:
+        """Edits that keep the activation read, and change those written by `change(name, read, value)`."""
+        if list(writes) == [self.reads]:
+            return {self.reads: Edit(lambda value, name: change(name, value, value)).at(positions=positions, rows=rows)}
+        writing = Edit(lambda value, name: change(name, self.local.seen, value)).at(positions=positions, rows=rows)
+        return {self.reads: Edit(self._see), **dict.fromkeys(writes, writing)}
+
+    def _see(self, value: Tensor, name: str) -> Tensor:
+        self.local.seen = value
+        return value
+
+
+def _edits(
+    features: Features,
+    chosen: list[int],
+    change: Change | None,
+    positions: Indices | None,
+    rows: Indices | None,
+    amounts: Tensor | None = None,
+) -> Edits:
+    """Edits that add the difference of the chosen features' values times their decoder rows."""
+    decoder = features.rows(chosen).unflatten(1, (len(features.writes), -1))  # (n, W, D); only these are read
+    place = {name: i for i, name in enumerate(features.writes)}
+
+    def add(name: str, x: Tensor, value: Tensor) -> Tensor:
+        if value.shape[-1] != features.dim:
+            raise RequestError(f"{name} has {value.shape[-1]} dimensions, but {features.path} has features of {features.dim}")
+        if change is None:
+            assert amounts is not None
+            difference = amounts.to(value.device).expand(*value.shape[:-1], -1)
+        else:
+            now = features.encode_some(x, chosen)
+            difference = change(now) - now
+        factor = features.scaling.factors(x.float())[1]
+        added = (difference @ decoder[:, place[name]].to(value.device)) * factor
+        return torch.where(difference.any(-1, keepdim=True), (value.float() + added).to(value.dtype), value)
+
+    return _Exchange(features.reads).edits(features.writes, add, positions, rows)
+
+
+# ---- checks
+
+
+def chosen_features(features: Features, given: int | Sequence[int]) -> list[int]:
+    """The numbers of features, each once. Raises RequestError."""
+    each = [given] if isinstance(given, int) else given
+    if isinstance(each, str) or not isinstance(each, Sequence) or not each:
+        raise RequestError(f"features are {given!r:.60}, expected the number of one, or a list of them")
+    found = [check_index("feature", one, len(features)) for one in each]
+    if len(set(found)) < len(found):
+        raise RequestError(f"features are {given!r:.60}: one is there twice")
+    return found
+
+
+def _numbers(features: Features, what: str, given: Mapping[int, float]) -> tuple[list[int], Tensor]:
+    if not isinstance(given, Mapping) or not given:
+        raise RequestError(f"{what} is {given!r:.60}, expected numbers by feature, such as {{123: 8.0}}")
+    chosen = chosen_features(features, list(given))
+    return chosen, torch.tensor([_number(what, value) for value in given.values()], device="cpu")
+
+
+def _number(what: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(float(value)) < float("inf"):
+        raise RequestError(f"{what} has {value!r:.40}, expected a number")
+    return float(value)

@@ -1,0 +1,120 @@
+"""circuit-tracer's transcoders: config.yaml, with layer_N.safetensors, or W_enc_N and W_dec_N of a cross-layer one.
+
+The first has a transcoder for each layer. A cross-layer one writes to its own and all later layers:
+`W_dec_N` is (S, layers left, D).
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.files import BadValue, read_small
+from llama_ref.study.features.activations import Activation, Threshold, TopK, relu
+from llama_ref.study.features.dictionary import Features, Weights
+from llama_ref.study.features.sites import Claims
+from llama_ref.study.features.stored import CONFIG_LIMIT_BYTES, Stored, check_k, refuse
+
+CONFIG = "config.yaml"
+LAYER = re.compile(r"layer_(\d{1,3})\.safetensors")
+ENTRY = re.compile(r"([A-Za-z_]\w*):[ \t]+(?:\"([^\"]*)\"|'([^']*)'|([^\s#][^#]*?))[ \t]*(?:#.*)?")
+
+
+def read_transcoder(folder: Path, claims: Claims, k: int | None = None) -> Features:
+    """The transcoder of the layer that the claims name. Raises CheckpointError, RequestError."""
+    config = read_config(folder)
+    _claim_hooks(folder, config, claims)
+    if not claims.layers:
+        raise RequestError(f"{folder} has transcoders of many layers: pass layer=…")
+    site = claims.settle(folder)
+    stored = Stored(folder / f"layer_{site.layer}.safetensors")
+    encoder = stored.matrix("W_enc")
+    n_features, dim = encoder.shape
+    weights = Weights(
+        encoder,
+        stored.vector("b_enc", n_features),
+        stored.shaped("W_dec", (n_features, dim)),
+        stored.vector("b_dec", dim),
+        skip=stored.shaped("W_skip", (dim, dim)) if "W_skip" in stored else None,
+    )
+    activation = _activation(config, stored, n_features, k, "")
+    return Features(weights, activation, site, path=stored.path, form="circuit-tracer")
+
+
+def read_cross_layer(folder: Path, claims: Claims) -> Features:
+    """One layer of a cross-layer transcoder, which decodes without the layers' biases. Raises as above."""
+    config = read_config(folder)
+    _claim_hooks(folder, config, claims)
+    if not claims.layers:
+        raise RequestError(f"{folder} has a cross-layer transcoder: pass layer=…, or open all with study.open_cross_layer")
+    site = claims.settle(folder)
+    n = site.layer
+    first, second = Stored(folder / f"W_enc_{n}.safetensors"), Stored(folder / f"W_dec_{n}.safetensors")
+    encoder = first.matrix(f"W_enc_{n}")
+    n_features, dim = encoder.shape
+    decoder = second.matrix(f"W_dec_{n}", 3)
+    if decoder.shape[::2] != (n_features, dim):
+        raise CheckpointError(
+            f"{second.path}: W_dec_{n} is {tuple(decoder.shape)}, expected ({n_features}, layers left, {dim})"
+        )
+    weights = Weights(encoder, first.vector(f"b_enc_{n}", n_features), decoder)
+    activation = _activation(config, first, n_features, None, f"_{n}")
+    return Features(weights, activation, site, path=first.path, form="circuit-tracer, cross-layer")
+
+
+def read_config(folder: Path) -> dict[str, str]:
+    """The texts and numbers at the top of config.yaml, as words; {} without the file.
+
+    No YAML library is needed for these. Raises CheckpointError for a file that is something else.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        return {}
+    try:
+        text = read_small(path, CONFIG_LIMIT_BYTES, "config.yaml of transcoders").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 ({error}); fetch it again") from error
+    found = {}
+    for line in text.splitlines():
+        entry = ENTRY.fullmatch(line)
+        if entry:
+            found[entry[1]] = next(word for word in entry.groups()[1:] if word is not None)
+    return found
+
+
+def _claim_hooks(folder: Path, config: dict[str, str], claims: Claims) -> None:
+    reads, writes = config.get("feature_input_hook"), config.get("feature_output_hook")
+    if reads is not None and writes is not None:
+        claims.hooks(str(folder / CONFIG), reads, writes)
+
+
+def _activation(config: dict[str, str], stored: Stored, n_features: int, k: int | None, suffix: str) -> Activation:
+    """By what the config says; else by the tensors that are there."""
+    given = config.get("activation")
+    names = [name for name in (f"threshold{suffix}", f"activation_function.threshold{suffix}") if name in stored]
+    if given == "topk":
+        return TopK(_k(config, stored, n_features, k))
+    if given not in (None, "relu", "jump_relu", "jumprelu"):
+        raise refuse(f"{stored.path}: activation is {given!r:.40}")
+    if given == "relu" or not names:
+        if given in ("jump_relu", "jumprelu"):
+            raise CheckpointError(f"{stored.path} lacks threshold{suffix}, but {CONFIG} says {given}")
+        return relu()
+    values = stored.tensors[names[0]]
+    if values.numel() not in (1, n_features):
+        raise CheckpointError(f"{stored.path}: {names[0]} is {tuple(values.shape)}, expected one, or ({n_features},)")
+    return Threshold(stored.finite(names[0], values.reshape(() if values.numel() == 1 else (-1,)).to(torch.float32)))
+
+
+def _k(config: dict[str, str], stored: Stored, n_features: int, k: int | None) -> int:
+    said = config.get("k", "")
+    found = k if k is not None else int(said) if said.isdecimal() else None
+    if found is None and "k" in stored:
+        found = int(stored.scalar("k"))
+    if found is None or found < 1:
+        raise RequestError(f"{stored.path} does not say how many features fire at a token: pass k=…")
+    try:
+        return check_k(found, n_features)
+    except BadValue as error:
+        raise CheckpointError(f"{stored.path}: {error}") from None

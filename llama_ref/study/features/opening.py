@@ -1,0 +1,86 @@
+"""Open a dictionary of features from its files, in any of the public formats."""
+
+import os
+from pathlib import Path
+
+from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.study.features.dictionary import Features
+from llama_ref.study.features.formats import dictionary_learning, llama_scope, sparsify
+from llama_ref.study.features.formats.dictionary_learning import read_dictionary_learning
+from llama_ref.study.features.formats.goodfire import read_goodfire
+from llama_ref.study.features.formats.llama_scope import read_llama_scope
+from llama_ref.study.features.formats.sparsify import read_sparsify
+from llama_ref.study.features.formats.transcoders import CONFIG, LAYER, read_cross_layer, read_transcoder
+from llama_ref.study.features.sites import claims_of
+
+MOST_LISTED = 6
+EXPECTED = (
+    "expected hyperparams.json (Llama Scope), cfg.json (sparsify), a .pth (Goodfire), ae.pt (dictionary_learning), or"
+    " layer_N.safetensors or W_enc_N.safetensors (circuit-tracer)"
+)
+
+
+def open_features(
+    path: str | os.PathLike[str], *, layer: int | None = None, site: str | None = None, k: int | None = None
+) -> Features:
+    """Open a sparse autoencoder or a transcoder: a folder, or a file of it.
+
+    Read are Llama Scope, EleutherAI's sparsify, Goodfire, dictionary_learning (BatchTopK, TopK), and
+    circuit-tracer's transcoders and cross-layer transcoders (one layer of it). Matrices are mapped, and
+    only what is used is read; nothing in a pickle is executed.
+
+    `layer` and `site` (a key of sites.ENDINGS: "residual_post", "attention", "ffn", "transcoder", …)
+    are needed where names and configs do not say them. `k`: of TopK, where the files do not say it.
+    Raises RequestError where they are missing, or contradict each other; CheckpointError for files that
+    are missing, damaged or something else, UnsupportedModel for kinds that are not read.
+    """
+    claims = claims_of(layer, site)
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+        raise RequestError(f"k is {k!r:.40}, expected a positive whole number")
+    where = _existing(path)
+    folder = where if where.is_dir() else where.parent
+    if (folder / llama_scope.CONFIG).exists():
+        return read_llama_scope(folder, claims)
+    if folder.name == "checkpoints" and (folder.parent / llama_scope.CONFIG).exists():
+        return read_llama_scope(folder.parent, claims)
+    if (folder / sparsify.CONFIG).exists():
+        return read_sparsify(folder, claims)
+    if (folder / dictionary_learning.FILE).exists():
+        return read_dictionary_learning(folder, claims)
+    pickles = [where] if not where.is_dir() and where.suffix in (".pth", ".pt") else _ending(where, (".pth", ".pt"))
+    if len(pickles) == 1:
+        return read_goodfire(pickles[0], claims)
+    files = _ending(folder, (".safetensors",))
+    if any(file.name.startswith("W_enc_") for file in files):
+        return read_cross_layer(folder, claims)
+    if any(map(LAYER.fullmatch, (file.name for file in files))) or (folder / CONFIG).exists():
+        named = None if where.is_dir() else LAYER.fullmatch(where.name)
+        if named:
+            claims.layers["the file's name"] = int(named[1])
+        return read_transcoder(folder, claims, k)
+    raise CheckpointError(f"{where} has no features: {EXPECTED}{_inside(folder)}")
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    try:
+        where = Path(path).expanduser().absolute()  # keeps the name of a link, which may say the layer
+        if not where.exists():
+            raise CheckpointError(f"no features at {where}: there is no such folder or file")
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise RequestError(f"path is {path!r:.80}, expected a folder of features: {error}") from error
+    return where
+
+
+def _ending(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    try:
+        return sorted(file for file in folder.iterdir() if file.suffix in endings) if folder.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def _inside(folder: Path) -> str:
+    """A hint: folders that may be meant."""
+    marks = (llama_scope.CONFIG, sparsify.CONFIG, dictionary_learning.FILE)
+    found = sorted(each.name for each in folder.iterdir() if each.is_dir() and any((each / mark).exists() for mark in marks))
+    more = ", …" if len(found) > MOST_LISTED else ""
+    return f"; did you mean one of its folders {', '.join(found[:MOST_LISTED])}{more}?" if found else ""

@@ -1,0 +1,124 @@
+"""How much of a model a dictionary keeps: loss with its reconstruction in place, L0, unexplained variance."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_ref.errors import RequestError
+from llama_ref.model import Transformer
+from llama_ref.progress import Progress, ProgressCounter
+from llama_ref.study.features.dictionary import Features
+from llama_ref.study.features.edits import Edits, replace_by_reconstruction
+from llama_ref.study.pass_size import split_passes
+from llama_ref.study.patch import patch, zero
+from llama_ref.study.texts import Batch, Texts, as_texts
+from llama_ref.study.trace import recording
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Means over the tokens of texts; losses of the next token, in nats.
+
+    `loss` is the model's, `loss_reconstructed` with the activation replaced by the dictionary's output,
+    `loss_zero` with zero in its place. `l0` is the number of features that fire at a token, `alive` of
+    those that fire anywhere. `unexplained` is the squared error by the activation's variance over all
+    tokens.
+    """
+
+    loss: float
+    loss_reconstructed: float
+    loss_zero: float
+    l0: float
+    alive: int
+    unexplained: float
+    n_tokens: int
+
+    @property
+    def loss_recovered(self) -> float:
+        """1 for a perfect dictionary, 0 for one as bad as zero: (zero − reconstructed) / (zero − loss)."""
+        lost = self.loss_zero - self.loss
+        return (self.loss_zero - self.loss_reconstructed) / lost if lost else float("nan")
+
+
+@torch.no_grad()
+def measure_reconstruction(
+    model: Transformer, features: Features, texts: Texts, *, skip: int = 0, progress: Progress | None = None
+) -> Reconstruction:
+    """Measure a dictionary on texts of ids.
+
+    The first `skip` tokens of each text keep their activation and count nowhere: many dictionaries were
+    not trained on begin-of-text, whose residual is far longer than others. `progress` is called with
+    (texts done, all texts). Raises RequestError for texts without a token to predict, features of
+    another model, or a layer of a cross-layer transcoder.
+    """
+    features.check(model)
+    if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
+        raise RequestError(f"skip is {skip!r:.40}, expected a whole number from 0")
+    ids = as_texts(model, texts)
+    if min(map(len, ids)) < skip + 2:
+        raise RequestError(f"a text has {min(map(len, ids))} tokens, expected {skip + 2} or more: one to read, one to predict")
+    replace_by_reconstruction(features)  # raises now
+    losses, variance = torch.zeros(3, dtype=torch.float64), _Variance(features)
+    n_predicted, counter = 0, ProgressCounter(len(ids), progress)
+    for some in split_passes(list(map(len, ids))):
+        batch = Batch.of(model, ids[some.start : some.stop])
+        positions = list(range(skip, batch.ids.shape[1]))
+        with recording(model, [features.reads, *features.writes]) as seen:
+            losses[0] += _loss(model, batch, skip)
+        variance.add(seen.trace[features.reads], seen.trace[features.writes[0]], batch.lengths, skip)
+        replaced = replace_by_reconstruction(features, positions=positions)
+        for i, edits in enumerate((replaced, {features.writes[0]: zero().at(positions=positions)}), 1):
+            losses[i] += _loss(model, batch, skip, edits)
+        n_predicted += sum(length - 1 - skip for length in batch.lengths)
+        counter.advance(len(some))
+    loss, reconstructed, zeroed = (losses / n_predicted).tolist()
+    return Reconstruction(
+        loss,
+        reconstructed,
+        zeroed,
+        variance.n_active / variance.n,
+        int(variance.fired.sum()),
+        variance.unexplained(),
+        variance.n,
+    )
+
+
+def _loss(model: Transformer, batch: Batch, skip: int, edits: Edits | None = None) -> float:
+    """The sum of the losses of all tokens after position `skip`."""
+    with nullcontext() if edits is None else patch(model, edits):
+        hidden = batch.hidden(model)
+    total = 0.0
+    for row, length in enumerate(batch.lengths):
+        logits = model.logits(hidden[row, skip : length - 1]).float()
+        total += float(F.cross_entropy(logits, batch.ids[row, skip + 1 : length], reduction="sum"))
+    return total
+
+
+class _Variance:
+    """Sums over tokens, as they come."""
+
+    def __init__(self, features: Features):
+        self.features = features
+        self.n = self.n_active = 0
+        self.error = self.squares = 0.0
+        self.total = torch.zeros(features.dim, dtype=torch.float64, device="cpu")
+        self.fired = torch.zeros(len(features), dtype=torch.bool, device="cpu")
+
+    def add(self, read: Tensor, written: Tensor, lengths: Sequence[int], skip: int) -> None:
+        for row, length in enumerate(lengths):
+            x, y = read[row, skip:length], written[row, skip:length].double()
+            found = self.features.active(x)
+            self.n += len(y)
+            self.n_active += len(found.values)
+            self.fired[found.features.cpu()] = True
+            self.error += float((y - self.features.decode_active(found, x).double()).square().sum())
+            self.squares += float(y.square().sum())
+            self.total += y.sum(0).cpu()
+
+    def unexplained(self) -> float:
+        spread = self.squares - float(self.total.square().sum()) / self.n
+        return self.error / spread if spread > 0 else float("nan")

@@ -1,0 +1,160 @@
+"""Features changed while a model runs: exactly the difference that they make, and nothing else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_ref import study
+from llama_ref.args import ModelArgs
+from llama_ref.compiled.caches import new_cache
+from llama_ref.errors import RequestError
+from llama_ref.model import Transformer
+from llama_ref.quantization.apply import quantize_model
+from random_models import random_model
+from study import feature_folders
+
+ARGS = ModelArgs.from_dict(
+    {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 60, "multiple_of": 32, "norm_eps": 1e-5}
+    | {"rope_theta": 500000.0, "use_scaled_rope": True}
+)
+N = 128
+MAKERS = {
+    "llama_scope": feature_folders.llama_scope,
+    "sparsify": lambda folder, dim, n: feature_folders.sparsify(folder, dim, n, k=16),
+    "transcoder": lambda folder, dim, n: feature_folders.transcoders(folder, dim, n, skip=True),
+    "unscaled transcoder": lambda folder, dim, n: feature_folders.llama_scope(folder, dim, n, kind="TC"),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return random_model(ARGS, seed=0)
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def features(request, tmp_path_factory) -> study.Features:
+    return study.open_features(MAKERS[request.param](tmp_path_factory.mktemp("features"), ARGS.dim, N).path)
+
+
+def ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(ARGS.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def firing(features: study.Features, trace: study.Trace) -> list[int]:
+    """Features that fire at some tokens, but not at all."""
+    share = (features.encode(trace) != 0).float().mean((0, 1))
+    return ((share > 0) & (share < 1)).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_edits_that_change_no_feature_change_no_bit(features, dtype, scheme):
+    model = random_model(ARGS, seed=1).to(dtype)
+    if scheme:
+        quantize_model(model, scheme)
+    tokens = ids(2, 7)
+    seen = study.trace(model, tokens, [features.reads, "logits"])
+    some = firing(features, seen)[:4]
+    silent = (features.encode(seen) == 0).all(0).all(0).nonzero()[:, 0].tolist()[:3] or [some[0]]
+    same = [
+        study.scale_features(features, dict.fromkeys(some, 1.0)),
+        study.clamp_features(features, some, least=-1e6, most=1e6),
+        study.steer_features(features, {some[0]: 0.0}),
+        study.ablate_features(features, some, positions=[]),
+        *([study.ablate_features(features, silent)] if silent != [some[0]] else []),
+    ]
+    for edits in same:
+        with study.patch(model, edits):
+            assert torch.equal(model(tokens), seen["logits"])
+
+
+def test_the_activation_moves_by_the_decoders_rows_alone(model, features):
+    tokens = ids(2, 7)
+    names = [features.reads, *features.writes]
+    before = study.trace(model, tokens, names)
+    f = features.encode(before)
+    one, other, *_ = firing(features, before)
+    changed = {
+        "set": (study.set_features(features, {one: 5.0, other: 0.0}), {one: 5.0, other: 0.0}),
+        "ablate": (study.ablate_features(features, [one, other]), {one: 0.0, other: 0.0}),
+        "scale": (study.scale_features(features, {one: 3.0}), {one: f[..., one] * 3}),
+        "clamp": (study.clamp_features(features, one, most=0.1), {one: f[..., one].clamp(max=0.1)}),
+        "steer": (study.steer_features(features, {one: 2.0}), {one: f[..., one] + 2}),
+    }
+    name = features.writes[0]
+    for kind, (edits, wanted) in changed.items():
+        with study.patch(model, edits):
+            after = study.trace(model, tokens, names)
+        expected = before[name].clone()
+        for feature, values in wanted.items():
+            expected += (values - f[..., feature])[..., None] * features.direction(feature)
+        assert torch.allclose(after[name], expected, atol=1e-5), kind
+        if not features.is_transcoder and kind == "steer":
+            assert not torch.equal(after[name], before[name])
+    assert torch.equal(study.trace(model, tokens, name)[name], before[name])  # nothing stays
+
+
+def test_positions_and_rows_limit_an_edit(model, features):
+    tokens, name = ids(3, 6), features.writes[0]
+    before = study.trace(model, tokens, name)[name]
+    with study.patch(model, study.steer_features(features, {3: 4.0}, positions=[2, -1], rows=1)):
+        moved = (study.trace(model, tokens, name)[name] != before).any(-1)
+    assert moved.nonzero().tolist() == [[1, 2], [1, 5]]
+
+
+def test_texts_of_different_lengths_and_a_cache_give_the_same(model, features):
+    """Every text alone, in a padded batch, and token by token with a cache."""
+    texts = [ids(1, n, seed=n)[0] for n in (3, 8, 5)]
+    edits = study.set_features(features, {1: 3.0, 2: 0.0})
+    with study.patch(model, edits):
+        alone = [model(text[None])[0] for text in texts]
+        together = study.trace(model, texts, "logits")
+        for i, text in enumerate(texts):
+            cache = new_cache(model, 1, 16)
+            steps = torch.cat([model(token[None, None], cache)[0] for token in text])
+            assert torch.allclose(together.row(i)["logits"][0], alone[i], atol=1e-5)
+            assert torch.allclose(steps, alone[i], atol=1e-4)
+
+
+def test_a_feature_of_a_cross_layer_transcoder_moves_all_its_layers(model, tmp_path):
+    made = feature_folders.cross_layer(tmp_path, ARGS.dim, N, ARGS.n_layers)
+    features = study.open_features(made.path, layer=1)
+    tokens = ids(1, 5)
+    x = study.trace(model, tokens, features.reads)[features.reads]
+    f = features.encode(x)
+    one = int(f[0, -1].argmax())
+    with study.patch(model, study.ablate_features(features, one)):
+        within = study.trace(model, tokens, features.writes)
+    by_hand = {
+        name: lambda value, i=i: value - f[..., one, None] * torch.from_numpy(made.w_dec[1][one, i])
+        for i, name in enumerate(features.writes)
+    }
+    with study.patch(model, by_hand):
+        expected = study.trace(model, tokens, features.writes)
+    assert all(torch.allclose(within[name], expected[name], atol=1e-5) for name in features.writes)
+
+
+def test_misuse(model, features, tmp_path):
+    wrong = [
+        lambda: study.set_features(features, {N: 1.0}),
+        lambda: study.set_features(features, {}),
+        lambda: study.set_features(features, {1: float("nan")}),
+        lambda: study.ablate_features(features, [1, 1]),
+        lambda: study.ablate_features(features, "12"),
+        lambda: study.clamp_features(features, 1),
+        lambda: study.clamp_features(features, 1, least=2, most=1),
+        lambda: features.encode(torch.ones(2, 3)),
+        lambda: features.encode(torch.ones(2, ARGS.dim, dtype=torch.long)),
+        lambda: features.decode(torch.ones(2, 3)),
+    ]
+    for call in wrong:
+        with pytest.raises(RequestError):
+            call()
+    small = study.open_features(feature_folders.goodfire(tmp_path, 16, 8).path)
+    with pytest.raises(RequestError, match="has features of 16 dimensions, up to layer 1, but the model has 64"):
+        small.check(model)
+    with study.patch(model, study.steer_features(small, {1: 1.0})), pytest.raises(RequestError, match="has 64 dimensions, but"):
+        model(ids(1, 3))
+    high = study.open_features(feature_folders.sparsify(tmp_path, ARGS.dim, N, name="layers.7").path)
+    with pytest.raises(RequestError, match=r"up to layer 7, .* layers 0 to 2"):
+        high.check(model)

@@ -17,8 +17,9 @@ where in them a text looks.
 `mean_difference`, `principal_components` and `fit_probe` find directions, `steer` and `ablate` add
 and remove them, `log_likelihoods` and `answer_margins` score that.
 
-`open_features` reads sparse autoencoders and transcoders, whose features `set_features` and others change in
-`patch`; `measure_reconstruction` and `top_contexts` judge and describe them.
+`open_features` reads sparse autoencoders and transcoders. `firing` has the features that fire in a text,
+`set_features`, `ablate_features` and others change them in `patch`; `measure_reconstruction` and
+`top_contexts` judge and describe them.
 
 `logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`,
 `spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
@@ -47,6 +48,7 @@ from llama_ref.study.features.edits import (
     set_features,
     steer_features,
 )
+from llama_ref.study.features.firing import Firing, firing
 from llama_ref.study.features.opening import open_features
 from llama_ref.study.features.reconstruction import Reconstruction, measure_reconstruction
 from llama_ref.study.image_attention import image_attention
@@ -77,6 +79,7 @@ __all__ = [
     "EdgeScores",
     "Edit",
     "Features",
+    "Firing",
     "Grid",
     "Noise",
     "Overview",
@@ -97,6 +100,7 @@ __all__ = [
     "clamp_features",
     "collect",
     "edit",
+    "firing",
     "fit_probe",
     "image_attention",
     "log_likelihoods",

@@ -94,6 +94,7 @@ WORDS = {
     "diff": ("FOLDER", "OTHER"),
     "download": ("Llama3.2-1B", "--file", "OUT"),
     "evaluate": ("OUT", "--tasks", "a"),
+    "features": ("FOLDER", "OUT", HOSTILE),
     "guard": ("FOLDER", HOSTILE, "--guard_version", "3-1B", "--show_prompt"),
     "info": ("FOLDER",),
     "lens": ("FOLDER", HOSTILE, "--target", "z", "--out", "OUT.html"),

@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from llama_ref.study.attribution import Attribution
+from llama_ref.study.features.firing import Firing
 from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.inputs import label
 from llama_ref.study.logit_lens import LogitLens, Predictions
 from llama_ref.study.overview import Overview
+from llama_ref.study.report.features import firing_data
 from llama_ref.study.report.image_packing import PackedImage
 from llama_ref.study.residual import ResidualStream, quartiles_of_others
 from llama_ref.tokenizer import Tokenizer
@@ -20,7 +22,13 @@ from llama_ref.tokenizer import Tokenizer
 DIGITS = 5  # significant ones: more than the page shows
 
 
-def page_data(found: Overview, tokenizer: Tokenizer, model_name: str, image: PackedImage | None = None) -> dict[str, Any]:
+def page_data(
+    found: Overview,
+    tokenizer: Tokenizer,
+    model_name: str,
+    image: PackedImage | None = None,
+    features: Firing | None = None,
+) -> dict[str, Any]:
     """Everything but the attention patterns and the image; numbers that are not finite are None."""
     measures = ("sink", "previous", "induction", "entropy")
     return {
@@ -37,6 +45,7 @@ def page_data(found: Overview, tokenizer: Tokenizer, model_name: str, image: Pac
         "attribution": None if found.attribution is None else _attribution(found.attribution),
         "not_attributed": found.not_attributed,
         "residual": _residual(found.residual),
+        "features": None if features is None else firing_data(features),
         "image": None if found.image is None or image is None else _image(found.image, image),
     }
 

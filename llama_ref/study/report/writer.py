@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 from llama_ref.errors import RequestError
+from llama_ref.study.features.firing import Firing
 from llama_ref.study.overview import Overview
 from llama_ref.study.report.data import packed_layers, page_data, to_json
 from llama_ref.study.report.image_packing import pack_image
@@ -34,6 +35,7 @@ SCRIPTS = (
     "attention",
     "image",
     "attribution",
+    "features",
     "norms",
     "main",
 )  # in this order
@@ -67,10 +69,17 @@ def _problem(target: Path) -> str | None:
     return None
 
 
-def write_report(found: Overview, tokenizer: Tokenizer, path: str | Path, *, model_name: str) -> None:
-    """Write or replace the page, atomically. Raises RequestError if it cannot be written."""
+def write_report(
+    found: Overview, tokenizer: Tokenizer, path: str | Path, *, model_name: str, features: Firing | None = None
+) -> None:
+    """Write or replace the page, atomically, with the features that fire in the same text, if given.
+
+    Raises RequestError if it cannot be written, or if the features are of another text.
+    """
     check_report(path)
-    page = _page(found, tokenizer, model_name)
+    if features is not None and features.tokens != found.tokens:
+        raise RequestError("features are of another text than the overview: pass both the same tokens")
+    page = _page(found, tokenizer, model_name, features)
     write_output(_target(path), (piece.encode() for piece in page))
 
 
@@ -79,7 +88,7 @@ def _target(path: str | Path) -> Path:
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
-def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[str]:
+def _page(found: Overview, tokenizer: Tokenizer, model_name: str, features: Firing | None) -> Iterator[str]:
     """The page in pieces: report.html with each {{name}} filled in. Reads all sources at once."""
     frame, style = _source("report.html"), _source("report.css")
     script = '"use strict";\n' + "\n".join(_source(f"{name}.js") for name in SCRIPTS)
@@ -88,7 +97,7 @@ def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[st
         "policy": [_policy(style, script)],
         "style": [style],
         "script": [script],
-        "data": [to_json(page_data(found, tokenizer, model_name, image))],
+        "data": [to_json(page_data(found, tokenizer, model_name, image, features))],
         "patterns": _blocks(chain(packed_layers(found), () if image is None else image.blocks())),
     }
     pieces = enumerate(re.split(r"\{\{(\w+)\}\}", frame))

@@ -17,12 +17,15 @@ import pytest
 import torch
 
 from folders import byte_tokenizer, tiny_folder
+from llama_ref import study
+from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.study.attention import attention_pattern
 from llama_ref.study.logit_lens import logit_lens, predict
 from llama_ref.study.overview import Overview, overview
 from llama_ref.study.report.writer import write_report
 from llama_ref.tokenizer import Tokenizer
+from study import feature_folders
 from study.pictured import IMAGE, picture, random_vision_model
 
 CAPITAL = "The capital of France is"
@@ -783,3 +786,55 @@ def test_the_image_is_a_part_of_the_logit(open_page, seeing):
         assert page.locator("#by-layer rect.cross").count() == 2
         page.locator("#strip .chip").nth(1).hover()
         assert "An image stands here, which no token foretells." in card(page)
+
+
+# ---- features
+
+
+@pytest.fixture(scope="module")
+def fired(peaked, tmp_path_factory) -> tuple[Path, study.Firing]:
+    """A page with the features of a random autoencoder, and what they are."""
+    folder = tmp_path_factory.mktemp("fired")
+    features = study.open_features(
+        feature_folders.sparsify(folder, peaked.model.args.dim, 4 * peaked.model.args.dim, k=20).path
+    )
+    tokens = [256, *b"The capital of"]
+    found = study.firing(peaked.model, features, tokens)
+    seen = overview(peaked.model, tokens, ids=range(256))
+    write_report(seen, peaked.tokenizer, folder / "report.html", model_name="A model", features=found)
+    return folder / "report.html", found
+
+
+def test_the_features_of_a_token_and_where_else_one_fires(open_page, fired):
+    path, found = fired
+    with open_page(path) as page:
+        lead = page.locator("#features-lead").inner_text()
+        assert lead.startswith("layers.1 (sparsify): ") and "features of layers.1.residual_post. 20.0 fire at a token." in lead
+        last = len(found.tokens) - 1
+        listed = page.locator("#features-list button").all_inner_texts()
+        assert listed == [str(feature) for feature, _ in found.active.at(last, 12)]
+        assert "… and 8 more" in page.locator("#features-list").inner_text()
+        page.locator("#features-strip .chip").nth(3).hover()
+        assert page.locator("#features-list h3").inner_text() == "Features at e @3"
+        values = [float(text) for text in page.locator("#features-list .share").all_inner_texts()]
+        assert values == pytest.approx([value for _, value in found.active.at(3, 12)], rel=0.006)
+        page.mouse.move(5, 5)
+        feature = int(page.locator("#features-list button").nth(4).inner_text())
+        page.locator("#features-list button").nth(4).click()
+        assert f"feature {feature}" in page.locator("#features-legend").inner_text()
+        own = found.active.dense()[:, feature]
+        shaded = page.locator("#features-strip .chip").evaluate_all(
+            "(all) => all.map((one) => one.style.backgroundColor !== '')"
+        )
+        assert shaded == (own != 0).tolist() and 0 < sum(shaded) < len(shaded)
+
+
+def test_a_page_without_features_has_no_section_of_them(open_page, paris):
+    with open_page(paris) as page:
+        assert page.locator("#features").count() == page.locator("#features-link").count() == 0
+
+
+def test_features_of_another_text_are_refused(peaked, fired, tmp_path):
+    seen = overview(peaked.model, [256, 65], ids=range(256))
+    with pytest.raises(RequestError, match="features are of another text"):
+        write_report(seen, peaked.tokenizer, tmp_path / "a.html", model_name="A model", features=fired[1])

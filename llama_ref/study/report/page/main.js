@@ -40,5 +40,6 @@ startLens();
 startAttention();
 startImage();
 startAttribution();
+startFeatures();
 startNorms();
 startPaper();

@@ -1,0 +1,94 @@
+"""`llama-ref features`."""
+
+from typing import Annotated
+
+from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.options import Json, Name, SpecialTokens, WholeModel
+from llama_ref.cli.studying import check_outputs, open_to_study, text_ids
+from llama_ref.cli.text_input import text_word
+from llama_ref.errors import RequestError
+
+
+@command(Section.STUDY)
+def features(
+    name: Name,
+    dictionary: Annotated[str, Flag("folder or file of a sparse autoencoder or a transcoder")],
+    prompt: Annotated[str | None, Flag("text for the model to read", unset="with --contexts", read=text_word)] = None,
+    *,
+    top: Annotated[int, Flag("features to show at each token, or contexts of each feature")] = 5,
+    feature: Annotated[str | None, Flag("whose contexts to find: a number, or several such as 12,345", metavar="N")] = None,
+    contexts: Annotated[
+        str | None, Flag("find where --feature fires in the texts of this file, one a line", metavar="FILE")
+    ] = None,
+    layer: Annotated[int | None, Flag("layer of the features", unset="as their files say")] = None,
+    site: Annotated[
+        str | None,
+        Flag("what they are of: residual_post, attention, ffn, transcoder …", unset="as their files say"),
+    ] = None,
+    k: Annotated[int | None, Flag("how many fire at a token, of TopK", unset="as their files say")] = None,
+    out: Annotated[str | None, Flag("write an HTML page about the text, with its features", metavar="FILE")] = None,
+    special_tokens: SpecialTokens = False,
+    json: Json = False,
+    loading: WholeModel,
+) -> None:
+    """Show which features of a sparse autoencoder fire where.
+
+    Reads Llama Scope, sparsify, Goodfire, dictionary_learning and circuit-tracer files.
+
+      llama-ref features Llama3.1-8B Llama3_1-8B-Base-L15R-8x "The capital of"
+    """
+    from llama_ref.checkpoint.folder import find_folder, open_folder
+    from llama_ref.checkpoint.spelling import model_name
+    from llama_ref.cli.terminal import note, progress_bar
+    from llama_ref.cli.views.study.features import print_contexts, print_firing
+    from llama_ref.study.features.contexts import top_contexts
+    from llama_ref.study.features.edits import chosen_features
+    from llama_ref.study.features.firing import firing
+    from llama_ref.study.features.opening import open_features
+    from llama_ref.study.inputs import prompt_tokens
+    from llama_ref.study.overview import overview
+    from llama_ref.study.prompt_file import read_prompts
+    from llama_ref.study.report.writer import write_report
+
+    _check(prompt, feature, contexts, out, top)
+    check_outputs(out)
+    prompts = [] if contexts is None else read_prompts(contexts)
+    opened = open_features(dictionary, layer=layer, site=site, k=k)
+    opened.check_args(open_folder(name).read_args())
+    chosen = [] if feature is None else chosen_features(opened, _numbers(feature))
+    llama = open_to_study(name, loading, prompt=prompt)
+    if contexts is not None:
+        texts = [prompt_tokens(llama, text, f"text {i}", special_tokens=special_tokens) for i, text in enumerate(prompts, 1)]
+        with progress_bar("reading") as progress:
+            found = top_contexts(opened, chosen, texts, model=llama.model, n=top, progress=progress)
+        print_contexts(opened, found, llama.tokenizer, as_json=json)
+        return
+    assert prompt is not None
+    tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
+    fired = firing(llama.model, opened, tokens)
+    if out is not None:
+        with progress_bar("studying") as progress:
+            seen = overview(llama.model, tokens, bos=llama.tokenizer.bos_id, ids=text_ids(llama), progress=progress)
+        write_report(seen, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()), features=fired)
+        note(f"wrote {out}: open it in a browser")
+    print_firing(fired, llama.tokenizer, top, as_json=json)
+
+
+def _check(prompt: str | None, feature: str | None, contexts: str | None, out: str | None, top: int) -> None:
+    """Raise RequestError for words that do not go together: before a long load."""
+    if (feature is None) != (contexts is None):
+        raise RequestError("--feature and --contexts go together: a feature, and the texts to look for it in")
+    if (prompt is None) == (contexts is None):
+        raise RequestError("pass a text, to see which features fire in it, or --contexts and --feature")
+    if contexts is not None and out is not None:
+        raise RequestError("--out is given, but the page is about one text: pass a text instead of --contexts")
+    if top < 1:
+        raise RequestError(f"--top is {top}, expected a whole number from 1")
+
+
+def _numbers(word: str) -> list[int]:
+    """Read --feature. Raises RequestError."""
+    parts = word.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise RequestError(f"--feature is {word!r:.60}, expected a number, or several such as 12,345")
+    return [int(part) for part in parts]

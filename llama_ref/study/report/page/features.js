@@ -1,0 +1,77 @@
+// Which features of a sparse dictionary fire at a token, and where else in the text one of them does.
+
+/** A feature's value at every token: 0 where it does not fire. */
+function valuesOf(feature) {
+  const values = new Float32Array(nTokens);
+  for (const [position, value] of data.features.values[feature] ?? []) values[position] = value;
+  return values;
+}
+
+const figure = (value) => String(Number(value.toPrecision(3)));
+
+function featuresLead() {
+  const { name, form, reads, writes, n_features: all, counts } = data.features;
+  const mean = counts.reduce((sum, count) => sum + count, 0) / nTokens;
+  const made = writes.length === 1 && writes[0] === reads ? "" : `, made into ${writes.join(", ")}`;
+  return `${name} (${form}): ${whole(all)} features of ${reads}${made}. ${number(mean, 1)} fire at a token.`;
+}
+
+function startFeatures() {
+  for (const own of [byId("features"), byId("features-link")]) {
+    if (data.features) own.hidden = false;
+    else own.remove();
+  }
+  if (!data.features) return;
+  byId("features-lead").textContent = featuresLead();
+  const { strongest, counts } = data.features;
+  const view = { feature: null, hovered: null };
+  const at = () => view.hovered ?? selection.position;
+  const strip = new Strip(byId("features-strip"), {
+    label: "Tokens of the text, shaded by a feature",
+    hover: (position) => {
+      view.hovered = position;
+      show();
+      if (position !== null) say(byId("features-list").innerText);
+    },
+  });
+
+  /** Without a chosen feature, the strongest of the selected token is shaded. */
+  const shaded = () => view.feature ?? strongest[selection.position][0] ?? null;
+
+  function row(feature) {
+    const value = valuesOf(feature)[at()];
+    const label = make("button", { type: "button", title: "Shade the text by it", "data-feature": feature }, `${feature}`);
+    label.addEventListener("click", () => {
+      view.feature = feature;
+      show();
+      say(`Feature ${feature} shades the text`);
+    });
+    return { label, share: value, text: figure(value), marked: feature === shaded() };
+  }
+
+  function show() {
+    const feature = shaded();
+    const values = feature === null ? null : valuesOf(feature);
+    const high = values ? extent([...values].map(Math.abs))[1] : 0;
+    strip.shade((position) => (values && values[position] !== 0 ? Math.abs(values[position]) / (high || 1) : null));
+    for (const [position, chip] of strip.chips.entries()) chip.classList.toggle("source", position === at());
+    byId("features-legend").hidden = feature === null;
+    if (feature !== null) drawLegend(byId("features-legend"), `feature ${feature}`, scales.linear(high, figure(high)));
+    const listed = strongest[at()];
+    const head = make("h3", {}, "Features at ", ...tokenAt(at()));
+    const left = counts[at()] - listed.length;
+    byId("features-list").replaceChildren(
+      head,
+      ...(listed.length ? [barList(listed.map(row))] : [quiet("No feature fires here.")]),
+      ...(left > 0 ? [quiet(`… and ${whole(left)} more`)] : []),
+    );
+  }
+
+  onSelect(({ position }) => {
+    if (position === undefined) return;
+    view.feature = null;
+    show();
+  });
+  strip.mark();
+  onTheme(show);
+}

@@ -141,6 +141,8 @@ def test_a_direction_is_one_unit_of_a_feature_in_the_models_scale(tmp_path):
 
 def test_a_cross_layer_transcoder_s_layer(tmp_path):
     made = feature_folders.cross_layer(tmp_path, DIM, N, n_layers=3)
+    with pytest.raises(RequestError, match="has a cross-layer transcoder: pass layer="):
+        study.open_features(made.path)
     features = study.open_features(made.path, layer=1)
     assert features.reads == "layers.1.ffn.norm"
     assert features.writes == ("layers.1.ffn.output", "layers.2.ffn.output")

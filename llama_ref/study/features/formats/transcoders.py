@@ -47,7 +47,7 @@ def read_cross_layer(folder: Path, claims: Claims) -> Features:
     config = read_config(folder)
     _claim_hooks(folder, config, claims)
     if not claims.layers:
-        raise RequestError(f"{folder} has a cross-layer transcoder: pass layer=…, or open all with study.open_cross_layer")
+        raise RequestError(f"{folder} has a cross-layer transcoder: pass layer=…, of which to read the features")
     site = claims.settle(folder)
     n = site.layer
     first, second = Stored(folder / f"W_enc_{n}.safetensors"), Stored(folder / f"W_dec_{n}.safetensors")

@@ -6,7 +6,8 @@ block, generation included. `patch(model, {name: edit})` changes activations in 
 `mean()`, `scale(2)`, `set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…,
 rows=…)`, or any function of a tensor. `patch_grid(model, clean, corrupted, metric, over=…)` finds
 where in the model two texts are told apart, `attribution_patch` estimates that by a gradient, and
-`attribute_edges` scores the edges between parts, of which `run_circuit` runs some. A
+`attribute_edges` scores the edges between parts, of which `run_circuit` runs some. `patch_path` changes
+what chosen parts hear of another directly, `cut` hides tokens from others. A
 Trace becomes arrays (`numpy()`) or a safetensors file (`save`, `Trace.load`).
 `collect(model, prompts, names, to=…)` stores the activations of thousands of prompts, and `Collected` reads
 them. `logit_lenses` and `patch_grids` take several texts at once.
@@ -34,6 +35,8 @@ from llama_ref.study.attribution import attribute
 from llama_ref.study.circuits.edges import attribute_edges
 from llama_ref.study.circuits.faithfulness import CircuitCurve, circuit_curve, run_circuit
 from llama_ref.study.circuits.graph import Edge, EdgeScores
+from llama_ref.study.circuits.knockout import CutWindows, cut, cut_windows
+from llama_ref.study.circuits.paths import PathEffects, patch_path
 from llama_ref.study.collect import collect
 from llama_ref.study.collected import Collected
 from llama_ref.study.control_vector import read_control_vector, write_control_vector
@@ -75,6 +78,7 @@ __all__ = [
     "CircuitCurve",
     "Collected",
     "Context",
+    "CutWindows",
     "Edge",
     "EdgeScores",
     "Edit",
@@ -83,6 +87,7 @@ __all__ = [
     "Grid",
     "Noise",
     "Overview",
+    "PathEffects",
     "Reconstruction",
     "Recording",
     "Trace",
@@ -99,6 +104,8 @@ __all__ = [
     "circuit_curve",
     "clamp_features",
     "collect",
+    "cut",
+    "cut_windows",
     "edit",
     "firing",
     "fit_probe",
@@ -116,6 +123,7 @@ __all__ = [
     "patch",
     "patch_grid",
     "patch_grids",
+    "patch_path",
     "predict",
     "principal_components",
     "probability",

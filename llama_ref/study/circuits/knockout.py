@@ -1,0 +1,195 @@
+"""Attention knockout: some tokens cannot look at some others, in some layers and heads.
+
+with study.cut(llama.model, queries=-1, keys=[3, 4], layers=range(10, 20)):
+    llama.generate(…)
+
+Where an answer gets lost shows when a token reads what it needs. Source: Geva et al., arXiv:2304.14767.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from llama_ref.errors import RequestError
+from llama_ref.model import Transformer
+from llama_ref.progress import Progress, ProgressCounter
+from llama_ref.study.hooks import Pass, attached, check_model
+from llama_ref.study.inputs import check_index, one_each
+from llama_ref.study.pass_size import tokens_that_fit
+from llama_ref.study.patch import Indices
+from llama_ref.study.patching.metrics import Metric, measure
+from llama_ref.study.patching.streams import Streams
+from llama_ref.study.texts import Texts, as_texts
+
+
+@contextmanager
+def cut(
+    model: Transformer,
+    *,
+    queries: Indices | None = None,
+    keys: Indices | None = None,
+    layers: Indices | None = None,
+    heads: Indices | None = None,
+) -> Iterator[None]:
+    """Let the tokens `queries` not look at the tokens `keys`, in the block, in this thread.
+
+    Their scores become −∞ before the softmax, in these layers and query heads; what is None means all.
+    Positions count from the beginning of the text, with a cache too; -1 is the last token of a pass, in
+    each text of a batch its own. A token that has nothing left to look at gets 0 from that head. Raises
+    RequestError for a layer or head that the model does not have, and during a pass without a cache for
+    a position outside the text.
+    """
+    check_model(model)
+    own_queries = None if queries is None else [_indices("queries", queries)]
+    own_keys = None if keys is None else [_indices("keys", keys)]
+    chosen = _numbers("layer", layers, model.args.n_layers)
+    with attached(model, _Cut(own_queries, own_keys, chosen, _head_mask(model, heads))):
+        yield
+
+
+@dataclass(frozen=True)
+class CutWindows:
+    """The metric of each text with attention cut in a window of layers: `values`, float32 (n_layers, texts).
+
+    `windows` are the layers of each row, `whole` (texts,) is the metric without a cut. On the CPU.
+    """
+
+    windows: list[range]
+    values: Tensor
+    whole: Tensor
+
+    @property
+    def relative(self) -> Tensor:
+        """Mean relative change over the texts: (n_layers,); -1 if nothing of a probability is left."""
+        return (self.values / self.whole - 1).mean(1)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """That of `relative`: (n_layers,); NaN for one text."""
+        return (self.values / self.whole - 1).std(1) / math.sqrt(len(self.whole))
+
+
+@torch.no_grad()
+def cut_windows(
+    model: Transformer,
+    texts: Texts,
+    metrics: Metric | Sequence[Metric],
+    *,
+    queries: Indices | Sequence[Sequence[int]],
+    keys: Indices | Sequence[Sequence[int]],
+    heads: Indices | None = None,
+    width: int = 1,
+    progress: Progress | None = None,
+) -> CutWindows:
+    """Cut attention in a window of `width` layers around each layer, and measure the texts.
+
+    A window is cut off at the first and last layer. Positions as in `cut`, for all texts or a list for
+    each; metrics as in `patch_grids`. A window runs from its first layer on. `progress` is called with
+    the windows done and their number. Raises RequestError.
+    """
+    check_model(model)
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise RequestError(f"width is {width!r:.40}, expected a number of layers from 1")
+    ids, n_layers = as_texts(model, texts), model.args.n_layers
+    measured = one_each("metrics", metrics, len(ids))
+    own_queries, own_keys = _for_each("queries", queries, len(ids)), _for_each("keys", keys, len(ids))
+    windows = [range(max(0, i), min(i + width, n_layers)) for i in range(-(width // 2), n_layers - width // 2)]
+    streams = Streams.of(model, ids, tokens_that_fit(model, "attention.scores", max(map(len, ids))))
+    whole, counter, wanted = streams.measure(measured), ProgressCounter(n_layers, progress), _head_mask(model, heads)
+    values = torch.empty(n_layers, len(ids), device="cpu")
+    for window, found in zip(windows, values, strict=True):
+        while streams.layer < window.start:
+            streams.advance()
+        for some in streams.passes(range(len(ids))):
+            rows = slice(some.start, some.stop)
+            with streams.resumed(some) as batch, attached(model, _Cut(own_queries[rows], own_keys[rows], window, wanted)):
+                found[rows] = measure(model, batch, measured[rows])
+        counter.advance()
+    return CutWindows(windows, values, whole)
+
+
+class _Cut:
+    """A visitor that hides keys from queries; the positions are those of each row, or of all in one list."""
+
+    edits, in_path = True, False
+
+    def __init__(
+        self,
+        queries: Sequence[Sequence[int]] | None,
+        keys: Sequence[Sequence[int]] | None,
+        layers: Sequence[int],
+        heads: Tensor | None,
+    ):
+        self.queries, self.keys, self.heads = queries, keys, heads
+        self.names = {f"layers.{layer}.attention.{part}" for layer in layers for part in ("scores", "pattern")}
+        self.blind = torch.zeros(0, device="cpu")  # queries with nothing left to look at: bool (B, H, T, 1)
+
+    def wants(self, name: str) -> bool:
+        return name in self.names
+
+    def begin(self, run: Pass) -> None:
+        pass
+
+    def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
+        assert run is not None
+        if name.endswith("pattern"):  # whose rows of nothing but -inf are NaN
+            return value.masked_fill(self.blind, 0)
+        queries = _there("queries", self.queries, run.positions, run)
+        keys = _there("keys", self.keys, torch.arange(value.shape[-1], device=value.device)[None], run)
+        hidden = queries[:, None, :, None] & keys[:, None, None]  # (B or 1, 1, T, S)
+        if self.heads is not None:
+            hidden = hidden & self.heads.to(value.device)[:, None, None]
+        scores = value.masked_fill(hidden, -torch.inf)
+        self.blind = (scores == -torch.inf).all(-1, keepdim=True)
+        return scores
+
+
+def _there(what: str, wanted: Sequence[Sequence[int]] | None, positions: Tensor, run: Pass) -> Tensor:
+    """Which of the positions (B or 1, n) are wanted: bool (B or 1, n). Raises RequestError."""
+    if wanted is None:
+        return positions >= 0
+    ends = (run.positions.amax(1) + 1).tolist()  # of each row's text, or of all
+    n_rows = max(len(wanted), len(ends))
+    out = torch.zeros(n_rows, positions.shape[1], dtype=torch.bool, device=positions.device)
+    for row in range(n_rows):
+        end, own = ends[row % len(ends)], wanted[row % len(wanted)]
+        if run.cache is None:
+            for position in own:
+                if not -end <= position < end:
+                    raise RequestError(f"cannot cut {what} at position {position}: the text has 0 to {end - 1}")
+        chosen = torch.tensor([i if i >= 0 else end + i for i in own], dtype=torch.long, device=positions.device)
+        out[row] = torch.isin(positions[row % len(positions)], chosen)
+    return out
+
+
+def _for_each(what: str, given: Indices | Sequence[Sequence[int]], n: int) -> list[list[int]]:
+    """Positions for each of n texts."""
+    if not isinstance(given, Sequence) or not any(isinstance(own, Sequence) for own in given):
+        return [_indices(what, given)] * n  # type: ignore[arg-type]
+    each: list[Indices] = one_each(what, given, n)
+    return [_indices(what, own) for own in each]
+
+
+def _numbers(what: str, given: Indices | None, count: int) -> list[int]:
+    return list(range(count)) if given is None else [check_index(what, i, count) for i in _indices(what, given)]
+
+
+def _head_mask(model: Transformer, heads: Indices | None) -> Tensor | None:
+    """Which query heads are meant: bool (H,), or None for all."""
+    if heads is None:
+        return None
+    out = torch.zeros(model.args.n_heads, dtype=torch.bool, device="cpu")
+    out[_numbers("head", heads, model.args.n_heads)] = True
+    return out
+
+
+def _indices(what: str, given: Indices) -> list[int]:
+    found = [given] if isinstance(given, Integral) else given
+    if not isinstance(found, Sequence) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in found):
+        raise RequestError(f"{what} is {given!r:.60}, expected a whole number or a list of them")
+    return [int(i) for i in found]

@@ -7,7 +7,8 @@ block, generation included. `patch(model, {name: edit})` changes activations in 
 rows=…)`, or any function of a tensor. `patch_grid(model, clean, corrupted, metric, over=…)` finds
 where in the model two texts are told apart, `attribution_patch` estimates that by a gradient, and
 `attribute_edges` scores the edges between parts, of which `run_circuit` runs some. `patch_path` changes
-what chosen parts hear of another directly, `cut` hides tokens from others. A
+what chosen parts hear of another directly, `cut` hides tokens from others. `composition`, `copying` and
+`HeadCircuit` say what heads do by their weights alone. A
 Trace becomes arrays (`numpy()`) or a safetensors file (`save`, `Trace.load`).
 `collect(model, prompts, names, to=…)` stores the activations of thousands of prompts, and `Collected` reads
 them. `logit_lenses` and `patch_grids` take several texts at once.
@@ -32,11 +33,13 @@ change a bit of the logits.
 
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
+from llama_ref.study.circuits.composition import Composition, composition
 from llama_ref.study.circuits.edges import attribute_edges
 from llama_ref.study.circuits.faithfulness import CircuitCurve, circuit_curve, run_circuit
 from llama_ref.study.circuits.graph import Edge, EdgeScores
 from llama_ref.study.circuits.knockout import CutWindows, cut, cut_windows
 from llama_ref.study.circuits.paths import PathEffects, patch_path
+from llama_ref.study.circuits.vocabulary import Copying, HeadCircuit, copying
 from llama_ref.study.collect import collect
 from llama_ref.study.collected import Collected
 from llama_ref.study.control_vector import read_control_vector, write_control_vector
@@ -78,6 +81,8 @@ __all__ = [
     "CircuitCurve",
     "Collected",
     "Context",
+    "Composition",
+    "Copying",
     "CutWindows",
     "Edge",
     "EdgeScores",
@@ -85,6 +90,7 @@ __all__ = [
     "Features",
     "Firing",
     "Grid",
+    "HeadCircuit",
     "Noise",
     "Overview",
     "PathEffects",
@@ -104,6 +110,8 @@ __all__ = [
     "circuit_curve",
     "clamp_features",
     "collect",
+    "composition",
+    "copying",
     "cut",
     "cut_windows",
     "edit",

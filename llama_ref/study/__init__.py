@@ -8,7 +8,8 @@ rows=…)`, or any function of a tensor. `patch_grid(model, clean, corrupted, me
 where in the model two texts are told apart, `attribution_patch` estimates that by a gradient, and
 `attribute_edges` scores the edges between parts, of which `run_circuit` runs some. `patch_path` changes
 what chosen parts hear of another directly, `cut` hides tokens from others. `composition`, `copying` and
-`HeadCircuit` say what heads do by their weights alone. A
+`HeadCircuit` say what heads do by their weights alone. `sweep` measures what is lost without each part,
+`ablate_together` without several, and `contrast_units` finds units that tell two kinds of texts apart. A
 Trace becomes arrays (`numpy()`) or a safetensors file (`save`, `Trace.load`).
 `collect(model, prompts, names, to=…)` stores the activations of thousands of prompts, and `Collected` reads
 them. `logit_lenses` and `patch_grids` take several texts at once.
@@ -31,6 +32,9 @@ model.py knows nothing of this: hooks are installed on a model and removed again
 change a bit of the logits.
 """
 
+from llama_ref.study.ablation.contrast import UnitContrast, contrast_units
+from llama_ref.study.ablation.resample import resample
+from llama_ref.study.ablation.sweep import Joint, Sweep, ablate_together, sweep
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
 from llama_ref.study.circuits.composition import Composition, composition
@@ -91,14 +95,18 @@ __all__ = [
     "Firing",
     "Grid",
     "HeadCircuit",
+    "Joint",
     "Noise",
     "Overview",
     "PathEffects",
     "Reconstruction",
     "Recording",
+    "Sweep",
     "Trace",
+    "UnitContrast",
     "ablate",
     "ablate_features",
+    "ablate_together",
     "all_names",
     "answer_margins",
     "attention_pattern",
@@ -111,6 +119,7 @@ __all__ = [
     "clamp_features",
     "collect",
     "composition",
+    "contrast_units",
     "copying",
     "cut",
     "cut_windows",
@@ -138,6 +147,7 @@ __all__ = [
     "quantization_errors",
     "read_control_vector",
     "recording",
+    "resample",
     "residual_stream",
     "rope_waves",
     "run_circuit",
@@ -152,6 +162,7 @@ __all__ = [
     "summarize_attention",
     "swap_from",
     "top_contexts",
+    "sweep",
     "trace",
     "write_control_vector",
     "write_report",

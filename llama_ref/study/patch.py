@@ -48,6 +48,10 @@ class Edit:
             rows=self.rows if rows is None else _indices("rows", rows),
         )
 
+    def over(self, pool: Tensor) -> "Edit":
+        """The same edit, taking what it takes of a pass's tokens from these values (tokens, …) instead."""
+        return self
+
     def apply(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
         """The edited value, of the same shape."""
         mask = self.mask(value, name, run)
@@ -125,6 +129,9 @@ class _Swap(Edit):
 
 @dataclass(frozen=True)
 class _Mean(Edit):
+    def over(self, pool: Tensor) -> Edit:
+        return set_to(pool.float().mean(0)).at(heads=self.heads, positions=self.positions, rows=self.rows)
+
     def changed(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
         if name.endswith(".scores"):
             raise RequestError(f"{name} has no mean: it is -inf where masked; take the pattern's, or scale(0)")

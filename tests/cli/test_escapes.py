@@ -81,6 +81,7 @@ def folder(tmp_path_factory) -> Path:
 
 # By command; FOLDER is the hostile folder, OUT one to be written. None of them may print HOSTILE as it is.
 WORDS = {
+    "ablate": ("FOLDER", HOSTILE),
     "attention": ("FOLDER", "a\x1b[2Jb"),
     "attribute": ("FOLDER", "a", "--target", "\x1b[7m"),
     "bench": ("OUT",),
@@ -110,7 +111,7 @@ WORDS = {
     "spectra": ("FOLDER",),
     "verify": ("FOLDER",),
 }
-WITHOUT_NAMES = {"attention", "attribute", "completion", "norms", "patch", "rope", "spectra"}
+WITHOUT_NAMES = {"ablate", "attention", "attribute", "completion", "norms", "patch", "rope", "spectra"}
 
 
 @pytest.mark.parametrize("name", commands.names())

@@ -251,7 +251,7 @@ def test_a_reader_of_its_own_may_refuse():
 
 
 @pytest.mark.parametrize(
-    "name", ["complete", "chat", "bench", "lens", "attention", "attribute", "patch", "norms", "spectra", "quantize"]
+    "name", ["complete", "chat", "bench", "lens", "attention", "attribute", "patch", "norms", "ablate", "spectra", "quantize"]
 )
 def test_every_command_that_computes_takes_threads(name):
     parameter = commands.load(name).parameters["threads"]

@@ -93,6 +93,19 @@ def test_the_stream_of_the_real_model_grows_and_its_first_token_most(run, demo_f
     assert len(rows) == 31 and float(rows[25][1]) > 20 * float(rows[25][2]) > 20 * float(rows[1][2])
 
 
+def test_what_a_text_loses_without_each_layer_and_unit(run, tiny):
+    code, out, err = run("ablate", tiny, "abab", "--over", "layers", "--edit", "zero")
+    assert (code, err) == (0, "")
+    rows = re.findall(r"^ layer (\d) +(\d+\.\d\d) +([+-]\d+\.\d\d)", out, re.MULTILINE)
+    whole = float(re.search(r"whole model: (\d+\.\d\d)", out)[1])
+    assert len(rows) == 2 and all(float(loss) - whole == pytest.approx(float(change), abs=0.011) for _, loss, change in rows)
+    found = parsed(run("ablate", tiny, "abab", "--over", "units", "--json")[1])
+    changes = [part["change"] for part in found["parts"]]
+    assert len(changes) == 32 and changes == sorted(changes, reverse=True)
+    assert found["loss"] == pytest.approx(whole, abs=0.006) and found["parts"][0]["name"].startswith("layers.")
+    assert run("ablate", tiny, "", "--over", "heads")[2].count("prompt is empty") == 1
+
+
 def test_what_four_bits_cost_each_matrix_and_how_many_directions_it_has(run, demo_folder):
     code, out, err = run("spectra", str(demo_folder), "--matrices", "layers.[03].attention.w[qk].weight")
     assert (code, err) == (0, "")
@@ -510,7 +523,7 @@ def test_words_that_are_missing_or_too_many_are_misuse(run, words):
     assert (code, out) == (2, "") and re.match("llama-ref: (missing|unexpected) .*\n$", err)
 
 
-@pytest.mark.parametrize("command", ["lens", "attention", "attribute", "patch", "norms"])
+@pytest.mark.parametrize("command", ["lens", "attention", "attribute", "patch", "norms", "ablate"])
 def test_several_processes_are_refused(run, tiny, monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = {"patch": ("y", "--target", "z"), "attribute": ("--target", "z")}.get(command, ())

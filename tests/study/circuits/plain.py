@@ -12,10 +12,18 @@ Hook = Callable[[str, Tensor], Tensor]
 
 
 def forward(model: Transformer, ids: list[int], hook: Hook = lambda name, value: value, mask: Tensor | None = None) -> Tensor:
-    """Logits after the last token: (V,). `mask`, bool (T, T) or (H, T, T), says who may look at whom.
+    """Logits after the last token: (V,); arguments as those of `all_logits`."""
+    return all_logits(model, ids, hook, mask)[-1]
+
+
+def all_logits(
+    model: Transformer, ids: list[int], hook: Hook = lambda name, value: value, mask: Tensor | None = None
+) -> Tensor:
+    """Logits after every token: (T, V). `mask`, bool (T, T) or (H, T, T), says who may look at whom.
 
     Names: "embedding" (T, D); of each layer "0.q", "0.k", "0.v" (T, heads, hd) before rotation, "0.scores"
-    (H, T, T), "0.heads" (T, H, hd), "0.mid" (T, D), "0.ffn" (T, D); "last" (T, D).
+    (H, T, T), "0.heads" (T, H, hd), "0.attention" (T, D), "0.mid" (T, D), the stream behind it, "0.read"
+    (T, D), its norm, "0.hidden" (T, F), "0.ffn" (T, D), "0.post" (T, D).
     """
     w, args, T = model.state_dict(), model.args, len(ids)
     cos, sin = (x[0, :, 0] for x in rope_rotations(torch.arange(T)[None], rope_frequencies(args)))
@@ -30,12 +38,13 @@ def forward(model: Transformer, ids: list[int], hook: Hook = lambda name, value:
         scores = torch.einsum("qhd,khd->hqk", q, k) / args.head_dim**0.5
         pattern = hook(f"{layer}.scores", scores.masked_fill(~mask, -torch.inf)).softmax(-1)
         heads = hook(f"{layer}.heads", torch.einsum("hqk,khd->qhd", pattern, v))
-        x = hook(f"{layer}.mid", x + heads.flatten(1) @ own["attention.wo.weight"].T)
+        x = hook(f"{layer}.mid", x + hook(f"{layer}.attention", heads.flatten(1) @ own["attention.wo.weight"].T))
         read = hook(f"{layer}.read", rms(x, own["ffn_norm.weight"], args.norm_eps))
         hidden = F.silu(read @ own["feed_forward.w1.weight"].T) * (read @ own["feed_forward.w3.weight"].T)
+        hidden = hook(f"{layer}.hidden", hidden)
         x = x + hook(f"{layer}.ffn", hidden @ own["feed_forward.w2.weight"].T)
         x = hook(f"{layer}.post", x)
-    return rms(x, w["norm.weight"], args.norm_eps)[-1] @ w["output.weight"].T
+    return rms(x, w["norm.weight"], args.norm_eps) @ w["output.weight"].T
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,114 @@
+"""The parts of a model that can be ablated, and which activations they are."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from llama_ref.args import ModelArgs
+from llama_ref.errors import RequestError
+from llama_ref.study.hooks import Pass
+from llama_ref.study.patch import Edit
+
+Over = Literal["heads", "kv_groups", "attention", "feed_forward", "layers", "units"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of one layer: `activations` by their names, with the indices of heads or units, or None for all."""
+
+    name: str
+    over: Over
+    layer: int
+    activations: Mapping[str, tuple[int, ...] | None]
+
+    def edits(self, edit: Edit, pools: Mapping[str, Tensor]) -> dict[str, Edit]:
+        """An edit of this part alone, for `patch`; `pools` as in `Edit.over`."""
+        out = {}
+        for name, indices in self.activations.items():
+            own = edit.over(pools[name])
+            if indices is not None:
+                own = _OfUnits(own.change, units=indices, whole=own) if self.over == "units" else own.at(heads=indices)
+            out[name] = own
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfUnits(Edit):
+    """An edit of some units, indices of the last axis."""
+
+    units: tuple[int, ...]
+    whole: Edit
+
+    def apply(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
+        out = value.clone()
+        out[..., list(self.units)] = self.whole.apply(value, name, run)[..., list(self.units)]
+        return out
+
+
+def parts_of(args: ModelArgs, over: Over) -> list[Part]:
+    """All parts of a kind, in the model's order. Raises RequestError for an unknown kind."""
+    return [part for layer in range(args.n_layers) for part in layer_parts(args, check_kind(over), layer)]
+
+
+def check_kind(over: str) -> Over:
+    if over not in get_args(Over):
+        raise RequestError(f"over is {over!r:.60}, expected {', '.join(get_args(Over))}")
+    return over  # type: ignore[return-value]
+
+
+def layer_parts(args: ModelArgs, over: Over, layer: int) -> list[Part]:
+    """layers.3.heads.0, layers.3.groups.0, layers.3.attention, layers.3.ffn, layers.3 or layers.3.units.0, and so on."""
+    at, group = f"layers.{layer}", args.n_heads // args.n_kv_heads
+    heads, attention, ffn, hidden = (
+        f"{at}.{name}" for name in ("attention.head_output", "attention.output", "ffn.output", "ffn.hidden")
+    )
+    makers: dict[str, Callable[[], list[Part]]] = {
+        "heads": lambda: [Part(f"{at}.heads.{i}", "heads", layer, {heads: (i,)}) for i in range(args.n_heads)],
+        "kv_groups": lambda: [
+            Part(f"{at}.groups.{i}", "kv_groups", layer, {heads: tuple(range(i * group, (i + 1) * group))})
+            for i in range(args.n_kv_heads)
+        ],
+        "attention": lambda: [Part(f"{at}.attention", "attention", layer, {attention: None})],
+        "feed_forward": lambda: [Part(f"{at}.ffn", "feed_forward", layer, {ffn: None})],
+        "layers": lambda: [Part(at, "layers", layer, {attention: None, ffn: None})],
+        "units": lambda: [Part(f"{at}.units.{i}", "units", layer, {hidden: (i,)}) for i in range(args.ffn_dim)],
+    }
+    return makers[over]()
+
+
+def named_part(args: ModelArgs, name: str) -> Part:
+    """The part of a name. Raises RequestError for a name that the model does not have."""
+    kinds = {"heads": "heads", "groups": "kv_groups", "attention": "attention", "ffn": "feed_forward", "units": "units"}
+    words = name.split(".") if isinstance(name, str) else []
+    if len(words) >= 2 and words[0] == "layers" and words[1].isdecimal() and int(words[1]) < args.n_layers:
+        over = kinds.get(words[2]) if len(words) > 2 else "layers"
+        for part in layer_parts(args, check_kind(over), int(words[1])) if over else []:
+            if part.name == name:
+                return part
+    raise RequestError(
+        f"no part is called {name!r:.60}; names are such as layers.0.heads.1, layers.0.groups.1, layers.0.attention,"
+        f" layers.0.ffn, layers.0 and layers.0.units.1, and the model has layers 0 to {args.n_layers - 1}"
+    )
+
+
+def draw_parts(args: ModelArgs, like: list[Part], n: int, seed: int) -> list[list[Part]]:
+    """`n` sets of other parts, as many of each kind as in `like`, drawn at random. Raises RequestError for too few."""
+    generator, taken = torch.Generator("cpu").manual_seed(seed), {part.name for part in like}
+    pools: dict[Over, list[Part]] = {
+        over: [part for part in parts_of(args, over) if part.name not in taken] for over in {part.over for part in like}
+    }
+    counts = {over: sum(part.over == over for part in like) for over in pools}
+    for over, count in counts.items():
+        if n and count > len(pools[over]):
+            raise RequestError(f"{count} {over} leave {len(pools[over])} others to draw {count} controls from: choose fewer")
+    sets = []
+    for _ in range(n):
+        chosen: list[Part] = []
+        for over, pool in pools.items():
+            order = torch.randperm(len(pool), generator=generator, device="cpu")[: counts[over]]
+            chosen += [pool[i] for i in order.tolist()]
+        sets.append(chosen)
+    return sets

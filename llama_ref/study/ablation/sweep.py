@@ -1,0 +1,214 @@
+"""Ablation sweeps: how much is lost without each part of a model, one by one; or without some together."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ref.model import Transformer
+from llama_ref.progress import Progress, ProgressCounter
+from llama_ref.study.ablation.losses import check_count, losses_of, mean_and_error, names_of, texts_to_predict
+from llama_ref.study.ablation.parts import Over, Part, check_kind, draw_parts, named_part, parts_of
+from llama_ref.study.gradients import gradients
+from llama_ref.study.hooks import check_model
+from llama_ref.study.layer_window import layer_window
+from llama_ref.study.pass_size import tokens_that_fit
+from llama_ref.study.patch import Edit, mean, patch
+from llama_ref.study.patching.streams import Streams
+from llama_ref.study.texts import Batch, Texts
+from llama_ref.study.trace import trace
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The loss of each text without each part: `losses`, float32 (parts, texts), nats, on the CPU.
+
+    `whole` (texts,) are those of the whole model. Of units, `estimated` (n_layers, F) has the mean changes
+    that a gradient predicts, and `controls` the exact ones of units drawn at random.
+    """
+
+    over: Over
+    parts: list[str]
+    losses: Tensor
+    whole: Tensor
+    estimated: Tensor | None = None
+    controls: "Sweep | None" = None
+
+    @property
+    def changes(self) -> Tensor:
+        """By how much the loss of each text rises: (parts, texts)."""
+        return self.losses - self.whole
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of `changes` over the texts: (parts,)."""
+        return mean_and_error(self.changes)[0]
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Standard error of `mean`: (parts,); NaN for one text."""
+        return mean_and_error(self.changes)[1]
+
+    def top(self, n: int | None = None) -> list[tuple[str, float, float]]:
+        """The n parts, or all, whose loss changes most: name, mean, standard error; highest loss first."""
+        order = self.mean.nan_to_num(torch.inf).argsort(descending=True, stable=True)[:n]
+        means, errors = self.mean.tolist(), self.standard_error.tolist()
+        return [(self.parts[i], means[i], errors[i]) for i in order.tolist()]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The loss of each text without some parts together: `losses` (texts,), `whole` (texts,), nats, on the CPU.
+
+    `controls` (sets, texts) are those without random others, as many of each kind.
+    """
+
+    parts: list[str]
+    losses: Tensor
+    whole: Tensor
+    controls: Tensor
+
+    @property
+    def mean(self) -> float:
+        """By how much the mean loss rises."""
+        return (self.losses - self.whole).mean().item()
+
+    @property
+    def control_means(self) -> list[float]:
+        """The same for each set of controls."""
+        return [(own - self.whole).mean().item() for own in self.controls]
+
+
+@torch.no_grad()
+def sweep(
+    model: Transformer,
+    texts: Texts,
+    over: Over = "heads",
+    edit: Edit | None = None,
+    *,
+    n_exact: int = 32,
+    controls: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Measure the loss of texts without each part: heads, kv_groups, attention, feed_forward, layers or units.
+
+    `edit` says what takes a part's place: `mean()`, the default, and `resample()` take values of all
+    tokens of all texts; or `zero()`, or any other. A group's part are the outputs of its heads, a layer's
+    those of attention and feed-forward. Units of feed-forwards are too many to be run: a gradient
+    estimates all of them, and the `n_exact` with the largest estimates are run, with `controls` others
+    drawn by `seed`. Runs start at the part's layer. Memory: one layer's outputs of all texts; for units
+    ffn.hidden of all layers. `progress` is called with the runs done and their number. Raises
+    RequestError.
+    """
+    check_model(model)
+    ids, wanted = texts_to_predict(model, texts), mean() if edit is None else edit
+    check_count("n_exact", n_exact, 1)
+    check_count("controls", controls)
+    if check_kind(over) != "units":
+        parts = parts_of(model.args, over)
+        return Sweep(over, [part.name for part in parts], *_losses(model, ids, parts, wanted, progress))
+    estimated = _estimate_units(model, ids, wanted)
+    units = parts_of(model.args, "units")
+    order = estimated.flatten().abs().argsort(descending=True, stable=True).tolist()
+    rest = torch.tensor(order[n_exact:], device="cpu")
+    drawn = torch.randperm(len(rest), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:controls]
+    groups = [order[:n_exact], rest[drawn].tolist()]
+    parts = [units[i] for group in groups for i in sorted(group)]
+    losses, whole = _losses(model, ids, parts, wanted, progress)
+    names = [part.name for part in parts]
+    n = len(groups[0])
+    others = Sweep("units", names[n:], losses[n:], whole) if controls else None
+    return Sweep("units", names[:n], losses[:n], whole, estimated, others)
+
+
+@torch.no_grad()
+def ablate_together(
+    model: Transformer,
+    texts: Texts,
+    parts: str | Sequence[str],
+    edit: Edit | None = None,
+    *,
+    controls: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Joint:
+    """Measure the loss of texts without several parts at once, and without `controls` random sets of others.
+
+    Names are those of a `Sweep`, whose other arguments these are. Raises RequestError.
+    """
+    check_model(model)
+    ids, chosen = texts_to_predict(model, texts), [named_part(model.args, name) for name in names_of(parts)]
+    sets = [chosen, *draw_parts(model.args, chosen, check_count("controls", controls), seed)]
+    streams = Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
+    names = sorted({name for own in sets for part in own for name in part.activations})
+    pools = _pools(streams, names)
+    counter = ProgressCounter(len(sets), progress)
+    whole, losses = _run(streams, []), []
+    for own in sets:
+        losses.append(_run(streams, [part.edits(mean() if edit is None else edit, pools) for part in own]))
+        counter.advance()
+    return Joint([part.name for part in chosen], losses[0], whole, torch.stack(losses)[1:])
+
+
+def _losses(
+    model: Transformer, ids: Sequence[Tensor], parts: Sequence[Part], edit: Edit, progress: Progress | None
+) -> tuple[Tensor, Tensor]:
+    """Losses without each part (parts, texts), and with all (texts,)."""
+    streams = Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
+    whole, counter = _run(streams, []), ProgressCounter(len(parts), progress)
+    out = torch.empty(len(parts), len(ids), device="cpu")
+    for layer in range(model.args.n_layers):
+        own = [i for i, part in enumerate(parts) if part.layer == layer]
+        pools = _pools(streams, sorted({name for i in own for name in parts[i].activations})) if own else {}
+        for i in own:
+            out[i] = _run(streams, [parts[i].edits(edit, pools)])
+            counter.advance()
+        streams.advance()
+    return out, whole
+
+
+def _run(streams: Streams, edits: Sequence[Mapping[str, Edit]]) -> Tensor:
+    """Run the texts from the streams' layer on with all of the edits: their losses (texts,), on the CPU."""
+    found = []
+    for some in streams.passes(range(len(streams.texts))):
+        with ExitStack() as block:
+            batch = block.enter_context(streams.resumed(some))
+            for each in edits:
+                block.enter_context(patch(streams.model, each))
+            found.append(losses_of(streams.model, batch, batch.hidden(streams.model)).cpu())
+    return torch.cat(found)
+
+
+def _pools(streams: Streams, names: Sequence[str]) -> dict[str, Tensor]:
+    """The values of activations at all tokens of all texts: (tokens, …) by name; of the streams' layer or later."""
+    if not names:
+        return {}
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    last = max(int(name.split(".")[1]) for name in names)
+    for some in streams.passes(range(len(streams.texts))):
+        with layer_window(streams.model, range(streams.layer, last + 1), streams.stacked(some)):
+            traced = trace(streams.model, [streams.texts[i] for i in some], names)
+        for row in map(traced.row, range(len(some))):
+            for name in names:
+                found[name].append(row[name][0])
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def _estimate_units(model: Transformer, ids: Sequence[Tensor], edit: Edit) -> Tensor:
+    """Mean change of the loss without each unit, to first order: float32 (n_layers, F), on the CPU."""
+    names = [f"layers.{layer}.ffn.hidden" for layer in range(model.args.n_layers)]
+    pools = _pools(Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids)))), names)
+    edits = {name: edit.over(pools[name]) for name in names}
+    total = torch.zeros(model.args.n_layers, model.args.ffn_dim, device=model.device)
+    for text in ids:
+        traced = trace(model, text, [*names, "norm"], requires_grad=True)
+        with gradients(model):
+            loss = losses_of(model, Batch.of(model, [text]), traced["norm"]).sum()
+            grads = torch.autograd.grad(loss, [traced[name] for name in names])
+        for row, name, grad in zip(total, names, grads, strict=True):
+            value = traced[name].detach()
+            row += ((edits[name].apply(value, name, None).float() - value.float()) * grad.float()).sum((0, 1))
+    return (total / len(ids)).cpu()

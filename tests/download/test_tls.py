@@ -122,7 +122,7 @@ def test_a_certificate_for_another_host_is_not_trusted(downloads, loopback, trus
     link = parse_link(make_link(other, scheme="https"), [other])
     with (
         opened(link, [other], 1) as server,
-        pytest.raises(DownloadError, match="certificate is not trusted .*localhost"),
+        pytest.raises(DownloadError, match=r"certificate is not trusted .*localhost"),
         server.get(f"{REMOTE}/{SHARD}", {}),
     ):
         pass

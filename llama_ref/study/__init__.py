@@ -23,6 +23,7 @@ and remove them, `log_likelihoods` and `answer_margins` score that.
 `open_features` reads sparse autoencoders and transcoders. `firing` has the features that fire in a text,
 `set_features`, `ablate_features` and others change them in `patch`; `measure_reconstruction` and
 `top_contexts` judge and describe them.
+`TunedLens.fit` fits a tuned lens for `logit_lens(…, lens=…)`, and `score_lens` compares the two.
 
 `logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`,
 `spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
@@ -77,6 +78,8 @@ from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
 from llama_ref.study.steering import ablate, answer_margins, log_likelihoods, share_of_tokens, steer
 from llama_ref.study.trace import Recording, Trace, recording, trace
+from llama_ref.study.tuned.lens import TunedLens
+from llama_ref.study.tuned.scores import LensScores, score_lens
 from llama_ref.study.weights import quantization_errors, spectra
 
 __all__ = [
@@ -96,6 +99,7 @@ __all__ = [
     "Grid",
     "HeadCircuit",
     "Joint",
+    "LensScores",
     "Noise",
     "Overview",
     "PathEffects",
@@ -104,6 +108,7 @@ __all__ = [
     "Sweep",
     "Trace",
     "UnitContrast",
+    "TunedLens",
     "ablate",
     "ablate_features",
     "ablate_together",
@@ -154,6 +159,7 @@ __all__ = [
     "scale",
     "scale_features",
     "set_features",
+    "score_lens",
     "set_to",
     "share_of_tokens",
     "spectra",

@@ -8,6 +8,7 @@ is the model's own prediction, which `predict` returns. Source: nostalgebraist, 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class LogitLens:
     `points` are names of activations. `top_ids` and `top_probabilities` (P, T, k), most likely
     first. `entropy` and `kl` (P, T) are in nats; `kl` is KL(the model's distribution ‖ the point's).
     `target_probability` and `target_rank` (P, T), rank 1 being the most likely, are None without a
-    target.
+    target. `is_tuned`: whether a lens translated the stream first.
     """
 
     tokens: list[int]
@@ -44,6 +45,7 @@ class LogitLens:
     target: int | None = None
     target_probability: Tensor | None = None
     target_rank: Tensor | None = None
+    is_tuned: bool = False
 
     @property
     def followed(self) -> "Followed | None":
@@ -62,10 +64,26 @@ class Followed:
     rank: Tensor
 
 
+class Lens(Protocol):
+    """What translates the residual stream before it is read: a TunedLens (tuned/lens.py)."""
+
+    @property
+    def points(self) -> list[str]: ...  # those that it reads
+
+    def check(self, model: Transformer) -> None: ...  # raises RequestError for a model that it does not fit
+
+    def translate(self, point: str, residual: Tensor) -> Tensor: ...  # (t, D) -> (t, D)
+
+
 def residual_points(n_layers: int) -> list[str]:
     """Names of all 2 · n_layers + 1 points of the residual stream, in order."""
     parts = [f"layers.{layer}.residual_{part}" for layer in range(n_layers) for part in ("mid", "post")]
     return ["embedding", *parts]
+
+
+def layer_ends(n_layers: int) -> list[str]:
+    """Names of the n_layers + 1 points that are the embedding or the end of a layer, in order."""
+    return residual_points(n_layers)[::2]
 
 
 def depth(point: str) -> float:
@@ -89,16 +107,18 @@ def logit_lens(
     positions: Sequence[int] | None = None,
     points: Sequence[str] | None = None,
     images: Images | None = None,
+    lens: Lens | None = None,
 ) -> LogitLens:
     """Read the residual stream of one sequence through the final norm and the output matrix.
 
     `positions` (default: all) may count from the end. `points` are some of `residual_points`, in
-    their order (default: all). Memory: the stream, D numbers per point and token, and the logits of
+    their order (default: all). A tuned `lens` translates the stream first; it reads the embedding
+    and the ends of layers. Memory: the stream, D numbers per point and token, and the logits of
     a few positions. Time: one product with the output matrix per point and position. `images` as in
     `trace`. Raises RequestError.
     """
     row = one_row(model, tokens)
-    return logit_lenses(model, row, targets=target, top=top, positions=positions, points=points, images=images)[0]
+    return logit_lenses(model, row, targets=target, top=top, positions=positions, points=points, images=images, lens=lens)[0]
 
 
 @torch.no_grad()
@@ -111,6 +131,7 @@ def logit_lenses(
     positions: Sequence[int] | None = None,
     points: Sequence[str] | None = None,
     images: Images | None = None,
+    lens: Lens | None = None,
 ) -> list[LogitLens]:
     """Do `logit_lens` for several sequences, whose lengths may differ, many in one pass.
 
@@ -123,23 +144,35 @@ def logit_lenses(
     check_top(model, top)
     wanted = [None if target is None else check_token(model, target) for target in one_each("targets", targets, len(rows))]
     every = residual_points(model.args.n_layers)
+    if lens is not None:
+        lens.check(model)
+        every = lens.points
     points = every if points is None else _check_points(every, points)
     traces = trace_each(model, rows, [*points, every[-1]], images)
     each = zip(traces, at, wanted, strict=True)
-    return [_lens(model, traced, points, own_positions, target, top) for traced, own_positions, target in each]
+    return [_lens(model, traced, points, own_positions, target, top, lens) for traced, own_positions, target in each]
 
 
 def _lens(
-    model: Transformer, traced: Trace, points: list[str], positions: list[int], target: int | None, top: int
+    model: Transformer,
+    traced: Trace,
+    points: list[str],
+    positions: list[int],
+    target: int | None,
+    top: int,
+    lens: Lens | None,
 ) -> LogitLens:
     """Read one sequence's trace."""
     residuals = [traced[point][0, positions] for point in points]  # P × (T, D)
+    if lens is not None:
+        residuals = [lens.translate(point, residual) for point, residual in zip(points, residuals, strict=True)]
     last = traced[f"layers.{model.args.n_layers - 1}.residual_post"][0, positions]
     read = _Readings(len(points), len(positions), top, last.device)
     for some in position_chunks(model, len(positions)):
         _read(model, residuals, last, some, target, read)
     ids, probabilities, entropy, kl = (x.cpu() for x in (read.top_ids, read.top_probabilities, read.entropy, read.kl))
-    found = LogitLens(traced.tokens[0].tolist(), positions, points, ids, probabilities, entropy, kl)
+    tokens, is_tuned = traced.tokens[0].tolist(), lens is not None
+    found = LogitLens(tokens, positions, points, ids, probabilities, entropy, kl, is_tuned=is_tuned)
     if target is None:
         return found
     return replace(found, target=target, target_probability=read.probability.cpu(), target_rank=read.rank.cpu())

@@ -18,7 +18,7 @@ from llama_ref.study.attribution import Attribution, attribute
 from llama_ref.study.image_attention import ImageAttention, image_attention
 from llama_ref.study.images import Images, encoding_once
 from llama_ref.study.inputs import check_token, one_row
-from llama_ref.study.logit_lens import LogitLens, Predictions, block_ends, check_top, logit_lens, predict, residual_points
+from llama_ref.study.logit_lens import Lens, LogitLens, Predictions, block_ends, check_top, logit_lens, predict, residual_points
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.residual import ResidualStream, residual_stream
 
@@ -66,14 +66,16 @@ def overview(
     bos: int | None = None,
     ids: Sequence[int] | None = None,
     image: "ImageFile | None" = None,
+    lens: Lens | None = None,
     progress: Progress | None = None,
 ) -> Overview:
     """Measure one sequence with everything that the study has, `top` most likely tokens each.
 
     `target` is the token that the lens follows and whose logit is attributed (default: the model's
     most likely next token). `bos` and `ids` are for the induction score's random tokens. `image` stands
-    where the tokens have the model's `image_id`. `progress` is called with the steps done and their
-    number. Raises RequestError, also for more than 2,048 tokens.
+    where the tokens have the model's `image_id`. `lens`: a tuned lens in place of the logit lens.
+    `progress` is called with the steps done and their number. Raises RequestError, also for more
+    than 2,048 tokens.
     """
     row = one_row(model, tokens)
     _check_length(row.shape[1])
@@ -89,7 +91,7 @@ def overview(
     predictions = predict(model, row, top, images=images)
     steps.advance()
     target = int(predictions.top_ids[-1, 0]) if target is None else target
-    lens = logit_lens(model, row, target=target, top=top, points=ends, images=images)
+    read = logit_lens(model, row, target=target, top=top, points=ends, images=images, lens=lens)
     steps.advance(len(ends))
     attribution, not_attributed = _attribution(model, row, target, images)
     steps.advance()
@@ -104,7 +106,7 @@ def overview(
         target=target,
         dtype=_dtype(model),
         predictions=predictions,
-        lens=lens,
+        lens=read,
         attention=attention,
         patterns=patterns,
         attribution=attribution,

@@ -109,6 +109,7 @@ WORDS = {
     "reshard": ("FOLDER", "OUT", "--shards", "2"),
     "rope": ("FOLDER",),
     "spectra": ("FOLDER",),
+    "tune_lens": ("FOLDER", "OUT", "--to", "OUT"),
     "verify": ("FOLDER",),
 }
 WITHOUT_NAMES = {"ablate", "attention", "attribute", "completion", "norms", "patch", "rope", "spectra"}

@@ -18,6 +18,7 @@ from llama_ref.cli.studying import (
 if TYPE_CHECKING:
     from llama_ref.generation import Llama
     from llama_ref.study.overview import Overview
+    from llama_ref.study.tuned.lens import TunedLens
 
 
 @command(Section.STUDY)
@@ -27,6 +28,9 @@ def lens(
     *,
     target: Annotated[str | None, Flag(f"follow this {TARGET_HELP}")] = None,
     image: ImageFlag = None,
+    tuned: Annotated[
+        str | None, Flag("read it by this tuned lens: a folder of tune_lens or in the published form", metavar="DIR")
+    ] = None,
     top: Annotated[int, Flag("number of most likely tokens to show")] = 5,
     out: Annotated[
         str | None,
@@ -53,17 +57,19 @@ def lens(
     from llama_ref.study.inputs import prompt_tokens
     from llama_ref.study.logit_lens import logit_lens
     from llama_ref.study.report.writer import write_report
+    from llama_ref.study.tuned.lens import TunedLens
 
     check_outputs(out, png)
     if image is not None:
         check_image(open_folder(name).read_args(), image)
+    translators = None if tuned is None else TunedLens.load(tuned)
     llama = open_to_study(name, loading, prompt=prompt, target=target)
     tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens, has_image=image is not None)
     positions, images = None if json else [-1], None if image is None else [image]
     with encoding_once():
         wanted = None if target is None else first_token(llama, "target", target, tokens, image)
-        seen = None if out is None and png is None else _overview(llama, tokens, wanted, top, image)
-        found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions, images=images)
+        seen = None if out is None and png is None else _overview(llama, tokens, wanted, top, image, translators)
+        found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions, images=images, lens=translators)
     if seen is not None and out is not None:
         write_report(seen, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
         note(f"wrote {out}: open it in a browser")
@@ -74,7 +80,9 @@ def lens(
         note(f"wrote pictures into {png}")
 
 
-def _overview(llama: "Llama", tokens: list[int], target: int | None, top: int, image: str | None) -> "Overview":
+def _overview(
+    llama: "Llama", tokens: list[int], target: int | None, top: int, image: str | None, lens: "TunedLens | None"
+) -> "Overview":
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.study.overview import overview
 
@@ -87,5 +95,6 @@ def _overview(llama: "Llama", tokens: list[int], target: int | None, top: int, i
             bos=llama.tokenizer.bos_id,
             ids=text_ids(llama),
             image=image,
+            lens=lens,
             progress=progress,
         )

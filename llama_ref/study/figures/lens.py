@@ -95,8 +95,11 @@ def _lens_words(lens: LogitLens, tokenizer: Tokenizer) -> tuple[str, str]:
     if lens.target is not None:
         title, framed = f"How likely {quoted(tokenizer, lens.target)} is after each layer", "if it is that token"
     parts = f" Above: all {T:,} positions; below: the last {MOST_WORDS}." if T > MOST_WORDS else ""
+    how = "Logit lens: the residual stream after each layer, read"
+    if lens.is_tuned:
+        how = "Tuned lens: the residual stream after each layer, translated by a fitted matrix, then read"
     return title, (
-        "Logit lens: the residual stream after each layer, read through the final norm and the output matrix."
+        f"{how} through the final norm and the output matrix."
         f" In the cells: the most likely next token, framed {framed}.{parts}\n{prompt(tokenizer, lens.tokens)}"
     )
 

@@ -100,6 +100,7 @@ def _lens(lens: LogitLens) -> dict[str, Any]:
     followed = lens.followed
     assert followed is not None  # an overview's lens has a target
     return {
+        "tuned": lens.is_tuned,
         "top_ids": lens.top_ids.tolist(),
         "top_probabilities": _numbers(lens.top_probabilities),
         "entropy": _numbers(lens.entropy),

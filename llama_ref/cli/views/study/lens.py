@@ -32,9 +32,11 @@ def print_lens(lens: LogitLens, tokenizer: Tokenizer, *, as_json: bool) -> None:
         return
     print_rich(prompt(lens.tokens[: lens.positions[-1] + 1], tokenizer))
     print_rich(_lens_table(lens, tokenizer))
+    how = "translated by the tuned lens, then read" if lens.is_tuned else "read"
+    within = "" if lens.is_tuned else ", and points within layers"
     say(
-        "After the last token, read through the final norm and the output matrix. Entropy and KL in nats; KL: to the model's"
-        " own prediction. --json has all positions, and points within layers."
+        f"After the last token, {how} through the final norm and the output matrix. Entropy and KL in nats; KL: to the"
+        f" model's own prediction. --json has all positions{within}."
     )
     if lens.followed is not None:
         say(_when_first(lens, lens.followed, label(tokenizer, lens.followed.token)), "green")
@@ -80,6 +82,7 @@ def _when_first(lens: LogitLens, followed: Followed, target: str) -> str:
 def _lens_json(lens: LogitLens, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "tokens": tokens_json(lens.tokens, tokenizer),
+        "tuned": lens.is_tuned,
         "target": None if lens.target is None else token_json(lens.target, tokenizer),
         "points": [
             {"point": point, "positions": [_reading_json(lens, p, t, tokenizer) for t in range(len(lens.positions))]}

@@ -42,9 +42,13 @@ function likeliestAt(p, t) {
 function startLens() {
   const colours = lensColours();
   let { value, scale } = colours[0];
+  if (data.lens.tuned) {
+    byId("lens-how").textContent =
+      "translated by a matrix that was fitted to the layer, then read through the final norm and the output matrix: a tuned lens";
+  }
   let size = nTokens <= 12 || innerWidth < 600 ? "wide" : "narrow";
   const grid = new Grid(byId("lens-grid"), {
-    label: "Logit lens: layers by tokens",
+    label: `${data.lens.tuned ? "Tuned" : "Logit"} lens: layers by tokens`,
     rows: nLayers + 1,
     columns: nTokens,
     rowName: (row) => (row ? `${row - 1}` : "embedding"),

@@ -1,0 +1,1 @@
+"""Tuned lenses: fitted to a model, scored, read and written in the published form."""

@@ -1,0 +1,37 @@
+"""The hash by which a published tuned lens names the output matrix that it was fitted to.
+
+It is the SHA-256 of how NumPy prints the matrix in float32 with one decimal: of its corners, if it
+has more than 1,000 entries. Two fine-tunings of one model may share it.
+"""
+
+import hashlib
+import sys
+
+import numpy as np
+
+from llama_ref.model import Transformer
+from llama_ref.quantization.linear import QuantizedMatrix
+from llama_ref.study.attribution import matrix_rows
+
+EDGE, PRINTED_WHOLE = 3, 1000  # NumPy's own: rows and columns of a corner, and entries
+
+
+def unembed_hash(model: Transformer) -> str | None:
+    """The hash of a model's output matrix, in hex; None if it is quantized."""
+    if isinstance(model.output, QuantizedMatrix):
+        return None
+    V, D = model.args.vocab_size, model.args.dim
+    is_cut = V * D > PRINTED_WHOLE
+    # What lies between the corners is not printed: one row of it is enough.
+    rows = [*range(EDGE + 1), *range(V - EDGE, V)] if is_cut and V > 2 * EDGE else list(range(V))
+    printed = np.array2string(
+        matrix_rows(model.output, rows).cpu().numpy(),
+        precision=1,
+        max_line_width=75,
+        suppress_small=False,
+        threshold=0 if is_cut else sys.maxsize,
+        edgeitems=EDGE,
+        floatmode="maxprec",
+        sign="-",
+    )
+    return hashlib.sha256(printed.encode()).hexdigest()

@@ -1,0 +1,36 @@
+"""A long text as windows to fit a lens to: each begins as every text of the model does."""
+
+from pathlib import Path
+
+from llama_ref.errors import RequestError
+from llama_ref.generation import Llama
+
+LIMIT_BYTES = 1 << 30
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text. Raises RequestError for one that cannot be read, is not UTF-8, or is empty."""
+    try:
+        if Path(path).stat().st_size > LIMIT_BYTES:
+            raise RequestError(f"{path} is larger than {LIMIT_BYTES:,} bytes: fit to a part of it")
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 ({error}): convert it first, as by `iconv -t UTF-8`") from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not text.strip():
+        raise RequestError(f"{path} is empty, expected a text to fit to")
+    return text
+
+
+def windows_of(llama: Llama, text: str, context: int) -> list[list[int]]:
+    """The text's ids in windows of `context` tokens: begin-of-text, then the next `context` - 1.
+
+    A rest of fewer is left out, unless it is all. Raises RequestError for windows that the model
+    cannot read.
+    """
+    if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= llama.max_seq_len:
+        raise RequestError(f"context is {context!r:.40}, expected 2 to {llama.max_seq_len:,} (max_seq_len) tokens")
+    bos, *ids = llama.encode(text)
+    step = context - 1
+    return [[bos, *ids[start : start + step]] for start in range(0, max(1, len(ids) - step + 1), step)]

@@ -1,0 +1,70 @@
+"""`llama-ref tune_lens` and `lens --tuned`: tables, JSON, files, misuse."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from conftest import exit_code, parsed
+from folders import tiny_folder
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys) -> Run:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        return exit_code(words), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A checkpoint of two layers and four heads; each token is a byte."""
+    return str(tiny_folder(tmp_path_factory.mktemp("lenses") / "Tiny"))
+
+
+@pytest.fixture
+def book(tmp_path) -> str:
+    path = tmp_path / "book.txt"
+    path.write_text("the cat sat on the mat. " * 20, encoding="utf-8")
+    return str(path)
+
+
+def test_a_lens_is_fitted_and_read(run, tiny, book, tmp_path):
+    folder = str(tmp_path / "lens")
+    words = ("--context", "17", "--steps", "8", "--tokens_per_step", "64")
+    code, out, err = run("tune_lens", tiny, book, "--to", folder, *words)
+    assert (code, err) == (0, "")
+    rows = re.findall(r"^ (embedding|layer [01]) +([\d.]+) +([\d.]+) +[\d.e-]+% +[\d.e-]+% *$", out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["embedding", "layer 0", "layer 1"] and rows[2][1:] == ("0.00", "0.00")
+    assert f"llama-ref lens … --tuned {folder}" in out.replace("\n", " ")
+    code, out, err = run("lens", tiny, "the cat", "--tuned", folder, "--json")
+    found = parsed(out)
+    assert (code, err, found["tuned"]) == (0, "", True)
+    assert [each["point"] for each in found["points"]] == ["embedding", "layers.0.residual_post", "layers.1.residual_post"]
+    code, out, _ = run("lens", tiny, "the cat", "--tuned", folder, "--out", str(tmp_path / "a.html"))
+    assert code == 0 and "translated by the tuned lens" in out.replace("\n", " ")
+    assert '"tuned":true' in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+    found = parsed(run("tune_lens", tiny, book, "--to", f"{folder}-2", *words, "--json")[1])
+    assert found["n_tokens"] == 3 * 16 and found["points"][1]["tuned"].keys() == {"kl", "cross_entropy", "calibration_error"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("tune_lens", "{tiny}", "{book}", "--to", "{tiny}"), "already holds .*: choose another folder for the lens"),
+        (("tune_lens", "{tiny}", "nowhere.txt", "--to", "{new}"), "cannot read nowhere.txt: No such file"),
+        (("tune_lens", "{tiny}", "{book}", "--to", "{new}", "--steps", "0"), "steps is 0, expected a whole number from 1"),
+        (("tune_lens", "{tiny}", "{book}", "--to", "{new}", "--context", "1"), "context is 1, expected 2 to 8,192"),
+        (("tune_lens", "{tiny}", "{book}", "--to", "{new}", "--optimizer", "lion"), "optimizer is 'lion'"),
+        (("lens", "{tiny}", "x", "--tuned", "{new}"), "cannot read .*config.json"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(run, tiny, book, tmp_path, words, message):
+    code, out, err = run(*(word.format(tiny=tiny, book=book, new=tmp_path / "new") for word in words))
+    assert code in (1, 2) and out == "" and re.match(f"llama-ref: .*{message}", err) and err.count("\n") == 1

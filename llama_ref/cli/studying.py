@@ -11,11 +11,14 @@ from llama_ref.errors import RequestError
 if TYPE_CHECKING:
     from llama_ref.args import ModelArgs
     from llama_ref.generation import Llama
+    from llama_ref.study.logit_lens import Lens
+    from llama_ref.study.overview import Overview
 
 Prompt = Annotated[str, Flag("text for the model to read", read=text_word)]
 ImageFlag = Annotated[
     str | None, Flag("show this image before the text, or where --special_tokens finds <|image|>", metavar="FILE")
 ]
+Out = Annotated[str | None, Flag("write an HTML page with tokens, layers, attention, attribution", metavar="FILE")]
 TARGET_HELP = 'token with its leading space, such as " Paris"'
 
 
@@ -79,6 +82,32 @@ def first_token(llama: "Llama", name: str, text: str, prompt: list[int], image: 
             f" {meant} has {percent(other.probability)}: did you mean --{name} {meant}?"
         )
     return token
+
+
+def overview_of(
+    llama: "Llama",
+    tokens: list[int],
+    target: int | None,
+    top: int,
+    image: str | None = None,
+    lens: "Lens | None" = None,
+) -> "Overview":
+    """Measure what a page shows, with a progress bar."""
+    from llama_ref.cli.terminal import progress_bar
+    from llama_ref.study.overview import overview
+
+    with progress_bar("studying") as progress:
+        return overview(
+            llama.model,
+            tokens,
+            target=target,
+            top=top,
+            bos=llama.tokenizer.bos_id,
+            ids=text_ids(llama),
+            image=image,
+            lens=lens,
+            progress=progress,
+        )
 
 
 def text_ids(llama: "Llama") -> list[int]:

@@ -25,7 +25,7 @@ and remove them, `log_likelihoods` and `answer_margins` score that.
 `top_contexts` judge and describe them.
 `TunedLens.fit` fits a tuned lens for `logit_lens(…, lens=…)`, and `score_lens` compares the two.
 
-`logit_lens`, `predict`, `attribute`, `summarize_attention`, `residual_stream`, `rope_waves`,
+`logit_lens`, `predict`, `attribute`, `saliency`, `summarize_attention`, `residual_stream`, `rope_waves`,
 `spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
 text, and `write_report` writes the answers as an HTML page (pictures: `llama_ref.study.figures`).
 
@@ -76,6 +76,7 @@ from llama_ref.study.probes import fit_probe
 from llama_ref.study.report.writer import write_report
 from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
+from llama_ref.study.saliency import Saliency, saliency
 from llama_ref.study.steering import ablate, answer_margins, log_likelihoods, share_of_tokens, steer
 from llama_ref.study.trace import Recording, Trace, recording, trace
 from llama_ref.study.tuned.lens import TunedLens
@@ -106,6 +107,7 @@ __all__ = [
     "Reconstruction",
     "Recording",
     "Sweep",
+    "Saliency",
     "Trace",
     "UnitContrast",
     "TunedLens",
@@ -156,6 +158,7 @@ __all__ = [
     "residual_stream",
     "rope_waves",
     "run_circuit",
+    "saliency",
     "scale",
     "scale_features",
     "set_features",

@@ -21,6 +21,7 @@ from llama_ref.study.inputs import check_token, one_row
 from llama_ref.study.logit_lens import Lens, LogitLens, Predictions, block_ends, check_top, logit_lens, predict, residual_points
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.residual import ResidualStream, residual_stream
+from llama_ref.study.saliency import Saliency
 
 if TYPE_CHECKING:
     from llama_ref.images import ImageFile
@@ -38,7 +39,8 @@ class Overview:
     whole pattern, float32 (T, T), of the head with the largest share of the target's logit.
     `image` is where in the image the tokens look, None without one.
     `attribution` and `strongest` are None if the shares do not add up to the logit, as with weights
-    that are not finite; `not_attributed` then says why.
+    that are not finite; `not_attributed` then says why. `saliency` is of the same tokens; `overview`
+    leaves it None, and `dataclasses.replace` adds one.
     """
 
     tokens: list[int]
@@ -53,6 +55,7 @@ class Overview:
     strongest: tuple[int, int, Tensor] | None
     residual: ResidualStream
     image: ImageAttention | None = None
+    saliency: Saliency | None = None
 
 
 @torch.no_grad()

@@ -108,6 +108,7 @@ WORDS = {
     "quantize": ("FOLDER", "OUT", "--to", "int8", "--nocalibrate"),
     "reshard": ("FOLDER", "OUT", "--shards", "2"),
     "rope": ("FOLDER",),
+    "saliency": ("FOLDER", HOSTILE, "--target", "z", "--out", "OUT.html"),
     "spectra": ("FOLDER",),
     "tune_lens": ("FOLDER", "OUT", "--to", "OUT"),
     "verify": ("FOLDER",),

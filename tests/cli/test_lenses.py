@@ -68,3 +68,40 @@ def test_a_lens_is_fitted_and_read(run, tiny, book, tmp_path):
 def test_what_makes_no_sense_is_one_line(run, tiny, book, tmp_path, words, message):
     code, out, err = run(*(word.format(tiny=tiny, book=book, new=tmp_path / "new") for word in words))
     assert code in (1, 2) and out == "" and re.match(f"llama-ref: .*{message}", err) and err.count("\n") == 1
+
+
+# ---- saliency
+
+
+def test_tokens_have_shares_that_add_up(run, tiny, tmp_path):
+    words = ("saliency", tiny, "the cat", "--target", "s", "--other", "t")
+    code, out, err = run(*words, "--dtype", "float32")
+    assert (code, err) == (0, "") and out.startswith("<|begin_of_text|>│t│h│e│␣│c│a│t\n")
+    assert len(re.findall(r"^ \S+@[1-7] +[+-]\d\.\d\d", out, re.MULTILINE)) == 7 and "@0" not in out
+    assert re.search(r"logit of s above t: \S+, \S+ at the baseline\.", out.replace("\n", " "))
+    found = parsed(run(*words, "--dtype", "float32", "--json")[1])
+    assert found["shares"][0] == 0 and found["positions"] == list(range(1, 8))
+    assert sum(found["shares"]) == pytest.approx(found["total"], abs=1e-5)
+    assert found["value"] - found["baseline_value"] - found["total"] == pytest.approx(found["missing"], abs=1e-6)
+
+    page, folder = tmp_path / "a.html", tmp_path / "png"
+    code, _, err = run("saliency", tiny, "the", "--answer", "cat", "--out", str(page), "--png", str(folder))
+    assert code == 0 and err == f"wrote {page}: open it in a browser\n"
+    assert '"saliency":{"answer":"cat"' in page.read_text(encoding="utf-8")
+    assert [path.name for path in folder.iterdir()] == ["saliency.png"]
+    for method, said in (("gradient", "the length of its gradient"), ("gradient_x_input", "the shares add up to")):
+        assert said in run("saliency", tiny, "the", "--method", method)[1].replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--answer", "a", "--target", "b"), "--answer is given, and --target or --other"),
+        (("--answer", ""), "answer is empty"),
+        (("--steps", "0"), "steps is 0"),
+        (("--method", "magic"), "method is 'magic'"),
+    ],
+)
+def test_saliency_that_makes_no_sense_is_one_line(run, tiny, words, message):
+    code, out, err = run("saliency", tiny, "x", *words)
+    assert (code, out) == (2, "") and re.match(f"llama-ref: .*{message}", err) and err.count("\n") == 1

@@ -1,24 +1,20 @@
 """`llama-ref lens`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
 from llama_ref.cli.studying import (
     TARGET_HELP,
     ImageFlag,
+    Out,
     Prompt,
     check_image,
     check_outputs,
     first_token,
     open_to_study,
-    text_ids,
+    overview_of,
 )
-
-if TYPE_CHECKING:
-    from llama_ref.generation import Llama
-    from llama_ref.study.overview import Overview
-    from llama_ref.study.tuned.lens import TunedLens
 
 
 @command(Section.STUDY)
@@ -32,10 +28,7 @@ def lens(
         str | None, Flag("read it by this tuned lens: a folder of tune_lens or in the published form", metavar="DIR")
     ] = None,
     top: Annotated[int, Flag("number of most likely tokens to show")] = 5,
-    out: Annotated[
-        str | None,
-        Flag("write an HTML page with tokens, layers, attention, attribution", metavar="FILE"),
-    ] = None,
+    out: Out = None,
     png: Png = None,
     special_tokens: SpecialTokens = False,
     json: Json = False,
@@ -68,7 +61,7 @@ def lens(
     positions, images = None if json else [-1], None if image is None else [image]
     with encoding_once():
         wanted = None if target is None else first_token(llama, "target", target, tokens, image)
-        seen = None if out is None and png is None else _overview(llama, tokens, wanted, top, image, translators)
+        seen = None if out is None and png is None else overview_of(llama, tokens, wanted, top, image, translators)
         found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions, images=images, lens=translators)
     if seen is not None and out is not None:
         write_report(seen, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
@@ -78,23 +71,3 @@ def lens(
         figures.check_pictures(png)
         figures.draw_overview(seen, llama.tokenizer, png)
         note(f"wrote pictures into {png}")
-
-
-def _overview(
-    llama: "Llama", tokens: list[int], target: int | None, top: int, image: str | None, lens: "TunedLens | None"
-) -> "Overview":
-    from llama_ref.cli.terminal import progress_bar
-    from llama_ref.study.overview import overview
-
-    with progress_bar("studying") as progress:
-        return overview(
-            llama.model,
-            tokens,
-            target=target,
-            top=top,
-            bos=llama.tokenizer.bos_id,
-            ids=text_ids(llama),
-            image=image,
-            lens=lens,
-            progress=progress,
-        )

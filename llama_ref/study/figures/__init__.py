@@ -11,6 +11,7 @@ from llama_ref.study.figures.image_attention import draw_image_attention, draw_i
 from llama_ref.study.figures.lens import draw_lens, draw_target
 from llama_ref.study.figures.overview import draw_overview
 from llama_ref.study.figures.residual import draw_norms
+from llama_ref.study.figures.saliency import draw_saliency
 from llama_ref.study.figures.saving import check_folder, check_pictures
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "draw_norms",
     "draw_overview",
     "draw_pattern",
+    "draw_saliency",
     "draw_target",
 ]

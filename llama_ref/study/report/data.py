@@ -17,6 +17,7 @@ from llama_ref.study.overview import Overview
 from llama_ref.study.report.features import firing_data
 from llama_ref.study.report.image_packing import PackedImage
 from llama_ref.study.residual import ResidualStream, quartiles_of_others
+from llama_ref.study.saliency import Saliency
 from llama_ref.tokenizer import Tokenizer
 
 DIGITS = 5  # significant ones: more than the page shows
@@ -46,6 +47,7 @@ def page_data(
         "not_attributed": found.not_attributed,
         "residual": _residual(found.residual),
         "features": None if features is None else firing_data(features),
+        "saliency": None if found.saliency is None else _saliency(found.saliency, tokenizer),
         "image": None if found.image is None or image is None else _image(found.image, image),
     }
 
@@ -120,6 +122,17 @@ def _attribution(found: Attribution) -> dict[str, Any]:
         "ffns": _numbers(found.ffns),
         "cross": [[layer, _number(share)] for layer, share in found.cross.items()],
     }
+
+
+def _saliency(found: Saliency, tokenizer: Tokenizer) -> dict[str, Any]:
+    names = ("method", "of", "positions", "total", "value", "baseline_value", "missing")
+    values = {name: getattr(found, name) for name in names}
+    texts = {
+        "answer": "".join(label(tokenizer, token) for token in found.answer),
+        "other": None if found.other is None else label(tokenizer, found.other),
+        "shares": _numbers(found.shares),
+    }
+    return texts | {name: _number(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def _residual(found: ResidualStream) -> dict[str, Any]:

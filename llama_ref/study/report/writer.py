@@ -36,6 +36,7 @@ SCRIPTS = (
     "image",
     "attribution",
     "features",
+    "saliency",
     "norms",
     "main",
 )  # in this order
@@ -74,11 +75,13 @@ def write_report(
 ) -> None:
     """Write or replace the page, atomically, with the features that fire in the same text, if given.
 
-    Raises RequestError if it cannot be written, or if the features are of another text.
+    Raises RequestError if it cannot be written, or if features or `found`'s saliency are of another text.
     """
     check_report(path)
     if features is not None and features.tokens != found.tokens:
         raise RequestError("features are of another text than the overview: pass both the same tokens")
+    if found.saliency is not None and found.saliency.tokens != found.tokens:
+        raise RequestError("the saliency is of other tokens than the overview: measure both on the same text")
     page = _page(found, tokenizer, model_name, features)
     write_output(_target(path), (piece.encode() for piece in page))
 

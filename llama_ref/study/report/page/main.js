@@ -41,5 +41,6 @@ startAttention();
 startImage();
 startAttribution();
 startFeatures();
+startSaliency();
 startNorms();
 startPaper();

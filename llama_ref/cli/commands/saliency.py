@@ -1,0 +1,91 @@
+"""`llama-ref saliency`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
+from llama_ref.cli.studying import TARGET_HELP, Out, Prompt, check_outputs, first_token, open_to_study, overview_of
+from llama_ref.errors import RequestError
+
+
+@command(Section.STUDY)
+def saliency(
+    name: Name,
+    prompt: Prompt,
+    *,
+    target: Annotated[str | None, Flag(TARGET_HELP, unset="the likeliest next one")] = None,
+    other: Annotated[str | None, Flag("token to compare with: shares of the logit difference")] = None,
+    answer: Annotated[str | None, Flag("whole answer, in place of a token: shares of its tokens' mean")] = None,
+    method: Annotated[
+        Literal["integrated", "gradient_x_input", "gradient"],
+        Flag("integrated gradients, the gradient times the embedding, or its length"),
+    ] = "integrated",
+    of: Annotated[
+        Literal["logit", "log_probability"] | None,
+        Flag("what is shared out", unset="logit; log_probability of an answer"),
+    ] = None,
+    steps: Annotated[int, Flag("gradients between baseline and text")] = 32,
+    baseline: Annotated[
+        Literal["mean", "zero"], Flag("embedding from which tokens are moved: the mean of all, or zero")
+    ] = "mean",
+    out: Out = None,
+    png: Png = None,
+    special_tokens: SpecialTokens = False,
+    json: Json = False,
+    loading: WholeModel,
+) -> None:
+    """Show which tokens of a prompt made a prediction (gradients).
+
+    Begin-of-text stays what it is and has no share. With --out, the page of `lens --out` has the
+    shares too.
+
+      llama-ref saliency Llama3.2-1B "The capital of France is" --target " Paris" --other " Rome"
+    """
+    from llama_ref.checkpoint.folder import find_folder
+    from llama_ref.checkpoint.spelling import model_name
+    from llama_ref.cli.terminal import note, progress_bar
+    from llama_ref.cli.views.study.saliency import print_saliency
+    from llama_ref.study import figures
+    from llama_ref.study.inputs import check_not_empty, prompt_tokens
+    from llama_ref.study.logit_lens import predict
+    from llama_ref.study.report.writer import write_report
+    from llama_ref.study.saliency import Method
+    from llama_ref.study.saliency import saliency as measure
+
+    if answer is not None and (target is not None or other is not None):
+        raise RequestError("--answer is given, and --target or --other: take one of them")
+    check_not_empty(answer=answer)
+    check_outputs(out, png)
+    llama = open_to_study(name, loading, prompt=prompt, target=target, other=other)
+    tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
+    wanted: int | list[int]
+    if answer is not None:
+        wanted = llama.tokenizer.encode(answer, bos=False, eos=False)
+    elif target is not None:
+        wanted = first_token(llama, "target", target, tokens)
+    else:
+        wanted = int(predict(llama.model, tokens, 1).top_ids[-1, 0])
+    against = None if other is None else first_token(llama, "other", other, tokens)
+    with progress_bar("saliency") as progress:
+        found = measure(
+            llama.model,
+            tokens,
+            wanted,
+            against,
+            method=cast(Method, method.replace("_x_", "×")),
+            of=of,
+            positions=range(1, len(tokens)) if len(tokens) > 1 else None,
+            steps=steps,
+            baseline=baseline,
+            progress=progress,
+        )
+    if out is not None:
+        seen = overview_of(llama, tokens, found.answer[0], 5)
+        write_report(replace(seen, saliency=found), llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
+        note(f"wrote {out}: open it in a browser")
+    print_saliency(found, llama.tokenizer, as_json=json)
+    if png is not None:
+        figures.check_pictures(png)
+        figures.draw_saliency(found, llama.tokenizer, Path(png) / "saliency.png")

@@ -1,0 +1,71 @@
+// Which tokens made the prediction: shares by gradients, shaded on the text, and the strongest by name.
+
+const MOST_SALIENT = 14; // tokens in the list
+
+const SALIENCY_LEADS = {
+  integrated:
+    "Integrated gradients: the tokens’ embeddings are moved from a baseline to what they are, and the change of the " +
+    "prediction is shared out among them.",
+  "gradient×input": "Each token’s embedding times the gradient of the prediction by it.",
+  gradient: "The length of the prediction’s gradient by each token’s embedding: how much a small change there would do.",
+};
+
+function startSaliency() {
+  const found = data.saliency;
+  if (!found) return;
+  byId("saliency").hidden = byId("saliency-link").hidden = false;
+  const what = found.of === "logit" ? "logit" : "log-probability";
+  const of = make("span", { class: "token" }, found.answer);
+  const against = found.other === null ? [] : [" over ", make("span", { class: "token" }, found.other)];
+  byId("saliency-title").replaceChildren(`Which tokens made the ${what} of `, of, ...against);
+  const kept = found.positions.length < nTokens ? " Tokens without a share stay what they are." : "";
+  byId("saliency-lead").textContent = SALIENCY_LEADS[found.method] + " Underlined: a share below 0." + kept;
+  byId("saliency-sum").textContent = saliencySum(found);
+
+  const largest = found.shares.reduce((most, share) => Math.max(most, Math.abs(share ?? 0)), 0);
+  const scale = scales.linear(largest, largest.toFixed(2));
+  const shared = new Set(found.positions);
+  const strip = new Strip(byId("saliency-strip"), {
+    label: "Tokens, shaded by their shares",
+    describe: (position) =>
+      position === null
+        ? []
+        : [
+            ...identity(data.tokens[position], position),
+            make("p", {}, shared.has(position) ? `share ${signed(found.shares[position])}` : "no share: it stays what it is"),
+          ],
+  });
+  strip.mark();
+  for (const [position, chip] of strip.chips.entries()) {
+    chip.classList.toggle("unknown", !shared.has(position));
+    chip.classList.toggle("against", (found.shares[position] ?? 0) < 0);
+  }
+  onTheme(() => {
+    strip.shade((position) => {
+      const share = found.shares[position];
+      return share === null || !shared.has(position) ? null : scale.strength(Math.abs(share));
+    });
+    drawLegend(byId("saliency-legend"), "size of the share", scale);
+  });
+  const rows = found.positions.map((position) => ({ position, share: found.shares[position] }));
+  rows.sort((a, b) => Math.abs(b.share) - Math.abs(a.share));
+  byId("saliency-strongest").replaceChildren(
+    barList(
+      rows.slice(0, MOST_SALIENT).map(({ position, share }) => ({
+        label: make("span", {}, ...tokenAt(position)),
+        share,
+        text: signed(share),
+      })),
+    ),
+  );
+}
+
+/** What is shared out, and what the shares' sum lacks of it. */
+function saliencySum({ method, total, value, baseline_value: baseline, missing }) {
+  if (method === "gradient") return `The prediction is ${signed(value)}.`;
+  if (baseline === null) return `The shares add up to ${signed(total)}. The prediction is ${signed(value)}.`;
+  return (
+    `From the baseline’s ${signed(baseline)} to the text’s ${signed(value)}: the shares add up to ${signed(total)}; ` +
+    `${signed(missing)} is what more steps would share out.`
+  );
+}

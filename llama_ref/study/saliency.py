@@ -1,0 +1,272 @@
+"""Saliency: how much each token of a prompt adds to a prediction, by gradients of its embeddings.
+
+Integrated gradients move the tokens' embeddings from a baseline to what they are, and share out the
+change of the prediction: the shares add up to it, but for what a sum of few steps leaves out.
+Source: Sundararajan et al., "Axiomatic Attribution for Deep Networks", arXiv:1703.01365.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_ref.errors import RequestError
+from llama_ref.model import Transformer
+from llama_ref.progress import Progress, ProgressCounter
+from llama_ref.study.directions import check_direction
+from llama_ref.study.gradients import gradients
+from llama_ref.study.hooks import check_model
+from llama_ref.study.inputs import check_index, check_token, one_row
+from llama_ref.study.layer_window import layer_window
+from llama_ref.study.logit_lens import LOGITS_AT_A_TIME
+from llama_ref.study.pass_size import tokens_that_fit
+from llama_ref.study.texts import Text
+from llama_ref.study.trace import trace
+
+Method = Literal["integrated", "gradient×input", "gradient"]
+Measure = Literal["logit", "log_probability"]
+
+METHODS: tuple[Method, ...] = ("integrated", "gradient×input", "gradient")
+MEASURES: tuple[Measure, ...] = ("logit", "log_probability")
+EMBEDDED, EMBEDDED_ROWS = "layers.0.residual_pre", 4096
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Shares of T tokens in the prediction of `answer` after them: float32 (T,), on the CPU.
+
+    `value` is what is measured, `of` each token of the answer and averaged over them: its logit, that
+    logit less the `other` token's, or its log-probability in nats. Shares are in the same unit; by
+    method "gradient", the length of the gradient, per unit of the embedding. `baseline_value` is the
+    measure with the tokens at `positions` at their baseline: of integrated gradients alone.
+    """
+
+    tokens: list[int]
+    answer: list[int]
+    other: int | None
+    of: Measure
+    method: Method
+    positions: list[int]
+    shares: Tensor
+    value: float
+    baseline_value: float | None = None
+
+    @property
+    def total(self) -> float:
+        """The sum of the shares."""
+        return float(self.shares.double().sum())
+
+    @property
+    def missing(self) -> float | None:
+        """What the shares' sum lacks of the change from the baseline to the text; None without one.
+
+        With more steps it comes nearer to 0 (completeness).
+        """
+        return None if self.baseline_value is None else self.value - self.baseline_value - self.total
+
+
+@torch.no_grad()
+def saliency(
+    model: Transformer,
+    tokens: Text,
+    target: int | Sequence[int],
+    other: int | None = None,
+    *,
+    method: Method = "integrated",
+    of: Measure | None = None,
+    position: int = -1,
+    positions: Sequence[int] | None = None,
+    steps: int = 32,
+    baseline: str | int | Tensor = "mean",
+    progress: Progress | None = None,
+) -> Saliency:
+    """Share out a prediction among the tokens before it.
+
+    `target` is a token predicted after `position`, or an answer's ids after the whole prompt: the
+    mean over them, whose own embeddings stay. `of` "logit" (default for a token) or
+    "log_probability" (for an answer); with `other`, the two logits' difference. `method`:
+    "integrated"; "gradient×input", the embedding times its gradient; "gradient", the gradient's length.
+    `positions` are the tokens that get a share (default: all); the others stay what they are.
+
+    `baseline`: "mean" of all embeddings, "zero", the id of a token, or an embedding (D,). Near zero
+    the first norm blows up what little is left, so that a zero baseline needs many steps. `steps`
+    gradients are averaged by Gauss and Legendre's rule. `progress` is called with the gradients done
+    and their number. Memory: a backward pass of as many steps at once as fit. Images have no
+    embeddings in the text: a text that shows one is refused. Quantized models: see gradients.py.
+    Raises RequestError.
+    """
+    row = one_row(model, tokens)[0]
+    answer = _check_answer(model, target)
+    if not isinstance(target, Sequence | Tensor):
+        row = row[: 1 + check_index("position", position, len(row))]
+    elif position != -1:
+        raise RequestError(f"position is {position!r:.40}, but an answer's tokens come after the whole prompt: leave it out")
+    other = None if other is None else check_token(model, other)
+    if other is not None and len(answer) > 1:
+        raise RequestError("other is given, but the answer has several tokens: compare single tokens")
+    own_method, measure = _check_method(method), _check_measure(of, len(answer), other)
+    moved = _check_positions(positions, len(row))
+    rule = _rule(steps) if own_method == "integrated" else [(1.0, 1.0)]
+    path = _Path.of(model, row, answer, moved, _embedded_baseline(model, baseline) if own_method == "integrated" else None)
+    metric = _Metric(model, len(row) - 1, answer, other, measure)
+    gradient = path.mean_gradient(metric, rule, progress)  # (T, D)
+    shares = gradient.norm(dim=-1) if own_method == "gradient" else (path.change * gradient).sum(-1)
+    held = torch.ones(len(row), dtype=torch.bool, device=shares.device)
+    held[moved] = False
+    return Saliency(
+        tokens=row.tolist(),
+        answer=answer,
+        other=other,
+        of=measure,
+        method=own_method,
+        positions=moved,
+        shares=shares.masked_fill(held, 0).cpu(),
+        value=path.value(metric, 1.0),
+        baseline_value=path.value(metric, 0.0) if own_method == "integrated" else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """What is measured of the last norm (n, L, D) of a text of L tokens: (n,)."""
+
+    model: Transformer
+    begin: int  # the prompt's last token
+    answer: list[int]
+    other: int | None
+    of: Measure
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.model.logits(hidden[:, self.begin :])  # (n, A, V)
+        scores = logits if self.of == "logit" else logits.log_softmax(-1)
+        ids = torch.tensor(self.answer, device=logits.device).expand(len(logits), -1)[..., None]
+        own = scores.gather(-1, ids)[..., 0]  # (n, A)
+        return (own if self.other is None else own - scores[..., self.other]).mean(-1)
+
+
+@dataclass(frozen=True)
+class _Path:
+    """A text's embeddings, moved from a baseline (share 0) to what they are (share 1).
+
+    `ids` (L,) are those of the prompt and of all of the answer but its last token; `ends` (L, D) in
+    the model's dtype; `change` float32 (T, D), 0 at tokens that stay.
+    """
+
+    model: Transformer
+    ids: Tensor
+    ends: tuple[Tensor, Tensor]
+    change: Tensor
+    rows_at_once: int
+
+    @classmethod
+    def of(cls, model: Transformer, row: Tensor, answer: list[int], moved: list[int], baseline: Tensor | None) -> "_Path":
+        """`baseline` (D,) of the tokens that are moved; None: zero, for the product with one gradient."""
+        ids = torch.cat((row, torch.tensor(answer[:-1], dtype=row.dtype, device=row.device)))
+        embedded = model.embed(ids[None])[0]
+        begin = embedded.clone()
+        begin[moved] = 0 if baseline is None else baseline.to(embedded)
+        change = (embedded.float() - begin.float())[: len(row)]
+        tokens = tokens_that_fit(model, "residual_pre", len(ids), gradients=True)
+        logits = LOGITS_AT_A_TIME // (len(answer) * model.args.vocab_size)
+        return cls(model, ids, (begin, embedded), change, max(1, min(tokens // len(ids), logits)))
+
+    def at(self, shares: Sequence[float]) -> Tensor:
+        """The embeddings at some points of the way: (n, L, D)."""
+        begin, end = self.ends
+        along = torch.tensor(shares, dtype=torch.float32, device=end.device)[:, None, None]
+        return torch.where(along == 1, end, (begin.float() + along * (end.float() - begin.float())).to(end.dtype))
+
+    def value(self, metric: _Metric, share: float) -> float:
+        """The measure at one point of the way."""
+        with layer_window(self.model, range(self.model.args.n_layers), self.at([share])):
+            return float(metric(trace(self.model, self.ids, ["norm"])["norm"])[0])
+
+    def mean_gradient(self, metric: _Metric, rule: Sequence[tuple[float, float]], progress: Progress | None) -> Tensor:
+        """The mean of the measure's gradients by the prompt's embeddings, (share, weight) each: float32 (T, D)."""
+        total = torch.zeros_like(self.change)
+        counter = ProgressCounter(len(rule), progress)
+        for some in _chunks(rule, self.rows_at_once):
+            shares, weights = zip(*some, strict=True)
+            texts = self.ids.expand(len(some), -1)
+            with layer_window(self.model, range(self.model.args.n_layers), self.at(shares)):
+                traced = trace(self.model, texts, [EMBEDDED, "norm"], requires_grad=True)
+            with gradients(self.model):
+                (found,) = torch.autograd.grad(metric(traced["norm"]).sum(), traced[EMBEDDED])
+            total += torch.einsum("n,ntd->td", total.new_tensor(weights), found[:, : len(total)].float())
+            counter.advance(len(some))
+        return total
+
+
+def _chunks(rule: Sequence[tuple[float, float]], n: int) -> Iterator[Sequence[tuple[float, float]]]:
+    return (rule[start : start + n] for start in range(0, len(rule), n))
+
+
+def _rule(steps: int) -> list[tuple[float, float]]:
+    """Points from 0 to 1 and their weights, by Gauss and Legendre."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
+        raise RequestError(f"steps is {steps!r:.40}, expected a whole number from 1 to 10,000")
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    return [(float(1 + x) / 2, float(w) / 2) for x, w in zip(points, weights, strict=True)]
+
+
+def _embedded_baseline(model: Transformer, baseline: str | int | Tensor) -> Tensor:
+    """The embedding (D,) from which tokens are moved. Raises RequestError."""
+    if isinstance(baseline, Tensor):
+        return check_direction(baseline, model.args.dim).to(model.device)
+    if baseline == "zero":
+        return torch.zeros(model.args.dim, device=model.device)
+    if baseline == "mean":
+        return embedding_mean(model)
+    if isinstance(baseline, str):
+        raise RequestError(f"baseline is {baseline!r:.40}, expected mean, zero, the id of a token, or an embedding (D,)")
+    return model.embed(torch.tensor([[check_token(model, baseline)]], device=model.device))[0, 0].float()
+
+
+def embedding_mean(model: Transformer) -> Tensor:
+    """The mean of all tokens' embeddings, quantized or not: float32 (D,)."""
+    total = torch.zeros(model.args.dim, dtype=torch.float64, device=model.device)
+    for ids in torch.arange(model.args.vocab_size, device=model.device).split(EMBEDDED_ROWS):
+        total += model.embed(ids).double().sum(0)
+    return (total / model.args.vocab_size).float()
+
+
+# ---- checks
+
+
+def _check_answer(model: Transformer, target: int | Sequence[int]) -> list[int]:
+    if isinstance(target, str) or not isinstance(target, Sequence | Tensor):
+        check_model(model)
+        return [check_token(model, target)]
+    ids = target.tolist() if isinstance(target, Tensor) else list(target)
+    if not isinstance(ids, list) or not ids:
+        raise RequestError(f"target is {target!r:.60}, expected a token's id, or a list of an answer's")
+    return [check_token(model, token) for token in ids]
+
+
+def _check_method(method: str) -> Method:
+    for known in METHODS:
+        if method == known:
+            return known
+    raise RequestError(f"method is {method!r:.40}, expected {', '.join(METHODS)}")
+
+
+def _check_measure(of: str | None, n_tokens: int, other: int | None) -> Measure:
+    if of is None:
+        return "logit" if n_tokens == 1 else "log_probability"
+    if other is not None and of == "log_probability":
+        raise RequestError("of is log_probability, but other is given: of two tokens it is the logits that are compared")
+    for known in MEASURES:
+        if of == known:
+            return known
+    raise RequestError(f"of is {of!r:.40}, expected {' or '.join(MEASURES)}")
+
+
+def _check_positions(positions: Sequence[int] | None, n_tokens: int) -> list[int]:
+    if positions is None:
+        return list(range(n_tokens))
+    if isinstance(positions, str) or not isinstance(positions, Sequence) or not positions:
+        raise RequestError(f"positions is {positions!r:.60}, expected a list of them, or None for all")
+    return sorted({check_index("position", position, n_tokens) for position in positions})

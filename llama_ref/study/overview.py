@@ -19,6 +19,7 @@ from llama_ref.study.image_attention import ImageAttention, image_attention
 from llama_ref.study.images import Images, encoding_once
 from llama_ref.study.inputs import check_token, one_row
 from llama_ref.study.logit_lens import Lens, LogitLens, Predictions, block_ends, check_top, logit_lens, predict, residual_points
+from llama_ref.study.patching.grid import GridPair
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.residual import ResidualStream, residual_stream
 from llama_ref.study.saliency import Saliency
@@ -39,8 +40,8 @@ class Overview:
     whole pattern, float32 (T, T), of the head with the largest share of the target's logit.
     `image` is where in the image the tokens look, None without one.
     `attribution` and `strongest` are None if the shares do not add up to the logit, as with weights
-    that are not finite; `not_attributed` then says why. `saliency` is of the same tokens; `overview`
-    leaves it None, and `dataclasses.replace` adds one.
+    that are not finite; `not_attributed` then says why. `saliency` is of the same tokens, and so
+    is the clean text of `patched`; `overview` leaves both None, and `dataclasses.replace` adds them.
     """
 
     tokens: list[int]
@@ -56,6 +57,7 @@ class Overview:
     residual: ResidualStream
     image: ImageAttention | None = None
     saliency: Saliency | None = None
+    patched: GridPair | None = None
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`llama-ref tune_lens` and `lens --tuned`: tables, JSON, files, misuse."""
+"""`tune_lens`, `lens --tuned`, `saliency` and `patch --noise`: tables, JSON, files, misuse."""
 
 import re
 from collections.abc import Callable
@@ -7,6 +7,7 @@ import pytest
 
 from conftest import exit_code, parsed
 from folders import tiny_folder
+from llama_ref import Llama, study
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -104,4 +105,40 @@ def test_tokens_have_shares_that_add_up(run, tiny, tmp_path):
 )
 def test_saliency_that_makes_no_sense_is_one_line(run, tiny, words, message):
     code, out, err = run("saliency", tiny, "x", *words)
+    assert (code, out) == (2, "") and re.match(f"llama-ref: .*{message}", err) and err.count("\n") == 1
+
+
+# ---- causal tracing, and grids on the page
+
+
+def test_noise_on_a_piece_of_the_text_takes_the_place_of_another_text(run, tiny, tmp_path):
+    page = tmp_path / "a.html"
+    words = ("patch", tiny, "the cat", "--noise", "cat", "--target", "s", "--noise_seeds", "2", "--dtype", "float32")
+    code, out, err = run(*words, "--by", "both", "--out", str(page))
+    assert (code, err) == (0, f"wrote {page}: open it in a browser\n")
+    assert "with noise on c@5, a@6, t@7: 3 deviations of the embedding, mean of 2 runs" in out
+    assert '"patched":{"exact":[[' in page.read_text(encoding="utf-8")
+    found = parsed(run(*words, "--json")[1])
+    assert found["noise"] == {"positions": [5, 6, 7], "scale": 3.0, "seeds": [0, 1]}
+    llama = Llama.build(tiny, dtype="float32", device="cpu")
+    clean, noisy = llama.encode("the cat"), study.noise([5, 6, 7], 3.0, 2)
+    grid = study.patch_grid(llama.model, clean, noisy, study.probability(ord("s")))
+    assert found["values"] == grid.values.tolist() and found["corrupted"] == grid.corrupted
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("the cat", "the dog", "--noise", "cat"), "expected CORRUPTED or --noise, one of the two"),
+        (("the cat",), "expected CORRUPTED or --noise, one of the two"),
+        (("the cat", "--noise", "dog"), "--noise is 'dog', which is not in the text"),
+        (("the cat", "--noise", "t"), "--noise is 't', which is 2 times in the text"),
+        (("the cat", "--noise", ""), "--noise is empty"),
+        (("the cat", "--noise", "cat", "--noise_scale", "0"), "scale is 0.0, expected a number above 0"),
+        (("the cat", "--noise", "cat", "--noise_seeds", "0"), "seeds is"),
+        (("a", "b", "--over", "layer,position,head", "--out", "a.html"), "--out draws grids of two axes"),
+    ],
+)
+def test_noise_that_makes_no_sense_is_one_line(run, tiny, words, message):
+    code, out, err = run("patch", tiny, *words, "--target", "s")
     assert (code, out) == (2, "") and re.match(f"llama-ref: .*{message}", err) and err.count("\n") == 1

@@ -1,11 +1,12 @@
 """`llama-ref patch`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
-from llama_ref.cli.studying import TARGET_HELP, check_outputs, first_token, open_to_study
+from llama_ref.cli.studying import TARGET_HELP, Out, check_outputs, first_token, open_to_study, overview_of
 from llama_ref.errors import RequestError
 
 
@@ -13,13 +14,21 @@ from llama_ref.errors import RequestError
 def patch(
     name: Name,
     clean: Annotated[str, Flag('text that leads to the target: "The capital of France is"')],
-    corrupted: Annotated[str, Flag('text of as many tokens that does not: "The capital of Italy is"')],
+    corrupted: Annotated[
+        str | None, Flag('text of as many tokens that does not: "The capital of Italy is"', unset="CLEAN with --noise")
+    ] = None,
     *,
     target: Annotated[str, Flag(TARGET_HELP)],
     other: Annotated[
         str | None,
         Flag("measure the difference to this token's logit", unset="measure the probability"),
     ] = None,
+    noise: Annotated[
+        str | None,
+        Flag('piece of CLEAN, such as "France", whose embeddings get noise, in place of CORRUPTED (causal tracing)'),
+    ] = None,
+    noise_scale: Annotated[float, Flag("standard deviations of the embedding")] = 3.0,
+    noise_seeds: Annotated[int, Flag("runs to average")] = 10,
     over: Annotated[
         str,
         Flag(
@@ -35,6 +44,7 @@ def patch(
         int | None,
         Flag("gradients between the two texts to average for an estimate", unset="one, at the corrupted text"),
     ] = None,
+    out: Out = None,
     png: Png = None,
     special_tokens: SpecialTokens = False,
     json: Json = False,
@@ -43,32 +53,49 @@ def patch(
     """Find where a model tells two texts apart (activation patching).
 
     Runs the corrupted text with activations from the clean one, one cell of a grid at a time. With
-    --by gradient all cells are estimated at once (attribution patching).
+    --by gradient all cells are estimated at once (attribution patching). With --out, the page of
+    `lens --out` about the clean text has the grids too.
+
+      llama-ref patch Llama3.2-1B "The capital of France is" --noise "France" --target " Paris"
     """
-    from llama_ref.cli.terminal import progress_bar
+    from llama_ref.checkpoint.folder import find_folder
+    from llama_ref.checkpoint.spelling import model_name
+    from llama_ref.cli.terminal import note, progress_bar
     from llama_ref.cli.views.study.grid import print_grids
     from llama_ref.study import figures
     from llama_ref.study.inputs import check_over, check_same_length, prompt_tokens
     from llama_ref.study.patching.exact import patch_grid
     from llama_ref.study.patching.gradient import attribution_patch, path_shares
+    from llama_ref.study.patching.grid import GridPair
     from llama_ref.study.patching.metrics import logit_difference, probability
+    from llama_ref.study.patching.noise import noise as noise_on
+    from llama_ref.study.report.writer import write_report
+    from llama_ref.study.subject import positions_of
 
+    if (corrupted is None) == (noise is None):
+        raise RequestError("expected CORRUPTED or --noise, one of the two: what should the clean text be compared with?")
     axes = check_over(over)
     path_shares(steps)
     if steps is not None and by == "exact":
         raise RequestError("--steps is given, but --by is exact: take --by gradient or --by both")
-    if png is not None and axes == "layer×position×head":
-        raise RequestError(f"--png draws grids of two axes, but --over is {over}")
-    check_outputs(png=png)
+    for flag, given in (("--png", png), ("--out", out)):
+        if given is not None and axes == "layer×position×head":
+            raise RequestError(f"{flag} draws grids of two axes, but --over is {over}")
+    check_outputs(out, png)
+    noise_on(0, noise_scale, noise_seeds)
     llama = open_to_study(name, loading, clean=clean, corrupted=corrupted, target=target, other=other)
     tokenizer = llama.tokenizer
-    texts = (
-        prompt_tokens(llama, clean, "clean", special_tokens=special_tokens),
-        prompt_tokens(llama, corrupted, "corrupted", special_tokens=special_tokens),
-    )
-    check_same_length(tokenizer, *texts)
-    wanted = first_token(llama, "target", target, texts[0])
-    against = None if other is None else first_token(llama, "other", other, texts[1])
+    right = prompt_tokens(llama, clean, "clean", special_tokens=special_tokens)
+    if noise is not None:
+        wrong = right
+        against_clean = noise_on(positions_of(tokenizer, right, noise, "--noise"), noise_scale, noise_seeds)
+    else:
+        wrong = prompt_tokens(llama, corrupted or "", "corrupted", special_tokens=special_tokens)
+        check_same_length(tokenizer, right, wrong)
+        against_clean = None
+    other_text = wrong if against_clean is None else against_clean
+    wanted = first_token(llama, "target", target, right)
+    against = None if other is None else first_token(llama, "other", other, wrong)
     if against is None:
         metric = probability(wanted)
     else:
@@ -76,12 +103,18 @@ def patch(
     exact = estimate = None
     if by != "gradient":
         with progress_bar("patching") as progress:
-            exact = patch_grid(llama.model, *texts, metric, over=axes, progress=progress)
+            exact = patch_grid(llama.model, right, other_text, metric, over=axes, progress=progress)
     if by != "exact":
         with progress_bar("estimating") as progress:
-            estimate = attribution_patch(llama.model, *texts, metric, over=axes, steps=steps, progress=progress)
+            estimate = attribution_patch(llama.model, right, other_text, metric, axes, steps=steps, progress=progress)
+    pair = GridPair(exact, estimate, right, wrong, wanted, against, against_clean)
+    if out is not None:
+        seen = replace(overview_of(llama, right, wanted, 5), patched=pair)
+        write_report(seen, tokenizer, out, model_name=model_name(find_folder(name).resolve()))
+        note(f"wrote {out}: open it in a browser")
+    print_grids(pair, tokenizer, as_json=json)
     if png is not None:
+        figures.check_pictures(png)
         for grid, file in ((exact, "patch.png"), (estimate, "patch-gradient.png")):
             if grid is not None:
-                figures.draw_grid(grid, *texts, tokenizer, wanted, against, Path(png) / file)
-    print_grids(exact, estimate, *texts, tokenizer, wanted, against, as_json=json)
+                figures.draw_grid(grid, right, wrong, tokenizer, wanted, against, Path(png) / file)

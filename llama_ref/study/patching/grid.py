@@ -1,12 +1,14 @@
 """A grid of patched cells, exact or estimated, and how well two of them agree."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llama_ref.errors import RequestError
+from llama_ref.study.patching.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,32 @@ class Grid:
             "corrupted": self.corrupted,
             "values": self.values.tolist(),
         }
+
+
+@dataclass(frozen=True)
+class GridPair:
+    """A grid and its estimate, or one of the two, with the texts and tokens that they are of.
+
+    With `noise`, `corrupted` is the clean text.
+    """
+
+    exact: Grid | None
+    estimate: Grid | None
+    clean: Sequence[int]
+    corrupted: Sequence[int]
+    target: int
+    other: int | None
+    noise: Noise | None = None
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Those that are there, the exact one first."""
+        return [grid for grid in (self.exact, self.estimate) if grid is not None]
+
+    @property
+    def agreement(self) -> "Agreement | None":
+        """How well the two agree, where both are there."""
+        return None if self.exact is None or self.estimate is None else self.estimate.agreement(self.exact)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llama_ref.study.attribution import Attribution
@@ -14,6 +15,7 @@ from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.inputs import label
 from llama_ref.study.logit_lens import LogitLens, Predictions
 from llama_ref.study.overview import Overview
+from llama_ref.study.patching.grid import GridPair
 from llama_ref.study.report.features import firing_data
 from llama_ref.study.report.image_packing import PackedImage
 from llama_ref.study.residual import ResidualStream, quartiles_of_others
@@ -48,6 +50,7 @@ def page_data(
         "residual": _residual(found.residual),
         "features": None if features is None else firing_data(features),
         "saliency": None if found.saliency is None else _saliency(found.saliency, tokenizer),
+        "patched": None if found.patched is None else _patched(found.patched, tokenizer),
         "image": None if found.image is None or image is None else _image(found.image, image),
     }
 
@@ -133,6 +136,23 @@ def _saliency(found: Saliency, tokenizer: Tokenizer) -> dict[str, Any]:
         "shares": _numbers(found.shares),
     }
     return texts | {name: _number(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _patched(found: GridPair, tokenizer: Tokenizer) -> dict[str, Any]:
+    agreement, grid = found.agreement, found.grids[0]
+    grids = {"exact": found.exact, "estimate": found.estimate}
+    shares = {name: None if own is None else _numbers(torch.from_numpy(own.restored)) for name, own in grids.items()}
+    return shares | {
+        "correlation": None if agreement is None else _number(agreement.correlation),
+        "axes": list(grid.axes),
+        "activation": grid.name,
+        "clean": _number(grid.clean),
+        "corrupted": _number(grid.corrupted),
+        "text": [label(tokenizer, token) for token in found.corrupted],
+        "noise": None if found.noise is None else list(found.noise.positions),
+        "target": label(tokenizer, found.target),
+        "other": None if found.other is None else label(tokenizer, found.other),
+    }
 
 
 def _residual(found: ResidualStream) -> dict[str, Any]:

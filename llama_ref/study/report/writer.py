@@ -37,6 +37,7 @@ SCRIPTS = (
     "attribution",
     "features",
     "saliency",
+    "patching",
     "norms",
     "main",
 )  # in this order
@@ -75,13 +76,15 @@ def write_report(
 ) -> None:
     """Write or replace the page, atomically, with the features that fire in the same text, if given.
 
-    Raises RequestError if it cannot be written, or if features or `found`'s saliency are of another text.
+    Raises RequestError if it cannot be written, or if features, saliency or grids are of another text.
     """
     check_report(path)
     if features is not None and features.tokens != found.tokens:
         raise RequestError("features are of another text than the overview: pass both the same tokens")
     if found.saliency is not None and found.saliency.tokens != found.tokens:
         raise RequestError("the saliency is of other tokens than the overview: measure both on the same text")
+    if found.patched is not None and list(found.patched.clean) != found.tokens:
+        raise RequestError("the grids' clean text has other tokens than the overview: measure both on the same text")
     page = _page(found, tokenizer, model_name, features)
     write_output(_target(path), (piece.encode() for piece in page))
 

@@ -23,6 +23,7 @@ from llama_ref.generation import Llama
 from llama_ref.study.attention import attention_pattern
 from llama_ref.study.logit_lens import logit_lens, predict
 from llama_ref.study.overview import Overview, overview
+from llama_ref.study.patching.grid import GridPair
 from llama_ref.study.report.writer import write_report
 from llama_ref.tokenizer import Tokenizer
 from study import feature_folders
@@ -838,3 +839,26 @@ def test_features_of_another_text_are_refused(peaked, fired, tmp_path):
     seen = overview(peaked.model, [256, 65], ids=range(256))
     with pytest.raises(RequestError, match="features are of another text"):
         write_report(seen, peaked.tokenizer, tmp_path / "a.html", model_name="A model", features=fired[1])
+
+
+# ---- sections that not every page has
+
+
+def test_saliency_and_grids_have_sections_where_they_were_measured(peaked, paris, open_page, tmp_path):
+    model, tokens, other = peaked.model, peaked.encode("the cat"), peaked.encode("the dog")
+    metric = study.probability(115)
+    shares = study.saliency(model, tokens, 115, positions=range(1, len(tokens)), steps=4)
+    exact, estimate = (make(model, tokens, other, metric) for make in (study.patch_grid, study.attribution_patch))
+    pair = GridPair(exact, estimate, tokens, other, 115, None)
+    seen = replace(overview(model, tokens, bos=256, target=115), saliency=shares, patched=pair)
+    write_report(seen, peaked.tokenizer, tmp_path / "a.html", model_name="A model")
+    with open_page(tmp_path / "a.html") as page:
+        assert "Which tokens made the logit of s" in page.locator("#saliency h2").inner_text()
+        assert page.locator("#saliency-strip .chip").count() == len(tokens)
+        best = max(range(len(tokens)), key=lambda position: abs(float(shares.shares[position])))
+        assert page.locator("#saliency-strongest .bars > :first-child").inner_text().endswith(f"@{best}")
+        assert f"{estimate.agreement(exact).correlation:.2f}" in page.locator("#patching-sum").inner_text()
+        point_at(page, "#estimate-grid", 60, 32)
+        assert "layer 0" in card(page) and "exact" in card(page) and "estimate" in card(page)
+    with open_page(paris) as page:
+        assert not page.locator("#saliency").is_visible() and not page.locator("#patching").is_visible()

@@ -13,55 +13,55 @@ from rich.text import Text
 from llama_ref.cli.terminal import output_console, print_rich
 from llama_ref.cli.views.study.shared import finite, number, prompt, say, token_json, tokens_json
 from llama_ref.study.inputs import label
-from llama_ref.study.patching.grid import Grid
+from llama_ref.study.patching.grid import Grid, GridPair
 from llama_ref.tokenizer import Tokenizer
 
 CELL, GAP = 5, 2  # columns of a grid's cell, and between two
 BEST = 12  # cells shown of a grid of three axes
 
 
-def print_grids(
-    exact: Grid | None,
-    estimate: Grid | None,
-    clean: Sequence[int],
-    corrupted: Sequence[int],
-    tokenizer: Tokenizer,
-    target: int,
-    other: int | None,
-    *,
-    as_json: bool,
-) -> None:
+def print_grids(pair: GridPair, tokenizer: Tokenizer, *, as_json: bool) -> None:
     """Print how much of the metric each patched cell restores, in percent: exact, estimated, or both."""
-    metric = f"probability of {label(tokenizer, target)}"
-    if other is not None:
-        metric = f"logit of {label(tokenizer, target)} above {label(tokenizer, other)}"
-    agreement = estimate.agreement(exact) if exact is not None and estimate is not None else None
-    grids = [grid for grid in (exact, estimate) if grid is not None]
+    metric = f"probability of {label(tokenizer, pair.target)}"
+    if pair.other is not None:
+        metric = f"logit of {label(tokenizer, pair.target)} above {label(tokenizer, pair.other)}"
+    agreement, grids = pair.agreement, pair.grids
     if as_json:
         found = {
-            "clean_tokens": tokens_json(clean, tokenizer),
-            "corrupted_tokens": tokens_json(corrupted, tokenizer),
-            "target": token_json(target, tokenizer),
-            "other": None if other is None else token_json(other, tokenizer),
+            "clean_tokens": tokens_json(pair.clean, tokenizer),
+            "corrupted_tokens": tokens_json(pair.corrupted, tokenizer),
+            "noise": None if pair.noise is None else asdict(pair.noise),
+            "target": token_json(pair.target, tokenizer),
+            "other": None if pair.other is None else token_json(pair.other, tokenizer),
             "metric": metric,
-            "by": "exact" if exact is not None else "gradient",
+            "by": "exact" if pair.exact is not None else "gradient",
         }
         found |= grids[0].to_json()
-        if agreement is not None and estimate is not None:
-            found["estimate"] = {"values": estimate.values.tolist(), **asdict(agreement)}
+        if agreement is not None and pair.estimate is not None:
+            found["estimate"] = {"values": pair.estimate.values.tolist(), **asdict(agreement)}
         print(json.dumps(finite(found), indent=2))
         return
-    for name, tokens, value in (("clean", clean, grids[0].clean), ("corrupted", corrupted, grids[0].corrupted)):
-        print_rich(Text(f"{name}: ") + prompt(tokens, tokenizer))
-        print_rich(Text(f"    {metric}: {value:.4g}"))
+    print_rich(Text("clean: ") + prompt(pair.clean, tokenizer))
+    print_rich(Text(f"    {metric}: {grids[0].clean:.4g}"))
+    print_rich(_corrupted(pair, tokenizer))
+    print_rich(Text(f"    {metric}: {grids[0].corrupted:.4g}"))
     for grid in grids:
         if len(grids) > 1:
-            say("By the gradient:" if grid is estimate else "Exact:")
-        _print_grid(grid, corrupted, tokenizer, is_estimate=grid is estimate)
+            say("By the gradient:" if grid is pair.estimate else "Exact:")
+        _print_grid(grid, pair.corrupted, tokenizer, is_estimate=grid is pair.estimate)
     if agreement is not None:
         gap = abs(grids[0].clean - grids[0].corrupted)
         largest = f"{100 * agreement.largest_difference / gap:.0f}%" if gap else "–"
         say(f"Estimate and exact: correlation {number(agreement.correlation)}, largest difference {largest}.")
+
+
+def _corrupted(pair: GridPair, tokenizer: Tokenizer) -> Text:
+    """The corrupted text, or which of its tokens have noise."""
+    if pair.noise is None:
+        return Text("corrupted: ") + prompt(pair.corrupted, tokenizer)
+    tokens = ", ".join(f"{label(tokenizer, pair.clean[position])}@{position}" for position in pair.noise.positions)
+    n = len(pair.noise.seeds)
+    return Text(f"with noise on {tokens}: {pair.noise.scale:g} deviations of the embedding, mean of {n} runs")
 
 
 def _print_grid(grid: Grid, corrupted: Sequence[int], tokenizer: Tokenizer, *, is_estimate: bool) -> None:

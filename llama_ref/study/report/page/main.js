@@ -42,5 +42,6 @@ startImage();
 startAttribution();
 startFeatures();
 startSaliency();
+startPatching();
 startNorms();
 startPaper();

@@ -129,8 +129,8 @@ def test_noise_on_a_piece_of_the_text_takes_the_place_of_another_text(run, tiny,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("the cat", "the dog", "--noise", "cat"), "expected CORRUPTED or --noise, one of the two"),
-        (("the cat",), "expected CORRUPTED or --noise, one of the two"),
+        (("the cat", "the dog", "--noise", "cat"), "unexpected --noise beside CORRUPTED"),
+        (("the cat",), "missing CORRUPTED or --noise"),
         (("the cat", "--noise", "dog"), "--noise is 'dog', which is not in the text"),
         (("the cat", "--noise", "t"), "--noise is 't', which is 2 times in the text"),
         (("the cat", "--noise", ""), "--noise is empty"),

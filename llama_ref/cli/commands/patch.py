@@ -72,8 +72,10 @@ def patch(
     from llama_ref.study.report.writer import write_report
     from llama_ref.study.subject import positions_of
 
-    if (corrupted is None) == (noise is None):
-        raise RequestError("expected CORRUPTED or --noise, one of the two: what should the clean text be compared with?")
+    if corrupted is None and noise is None:
+        raise RequestError("missing CORRUPTED or --noise: what is the clean text to be compared with?")
+    if corrupted is not None and noise is not None:
+        raise RequestError("unexpected --noise beside CORRUPTED: take one of the two")
     axes = check_over(over)
     path_shares(steps)
     if steps is not None and by == "exact":

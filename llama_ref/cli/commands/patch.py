@@ -56,7 +56,7 @@ def patch(
     --by gradient all cells are estimated at once (attribution patching). With --out, the page of
     `lens --out` about the clean text has the grids too.
 
-      llama-ref patch Llama3.2-1B "The capital of France is" --noise "France" --target " Paris"
+      llama-ref patch Llama3.2-1B "Paris is in" --noise Paris --target " France"
     """
     from llama_ref.checkpoint.folder import find_folder
     from llama_ref.checkpoint.spelling import model_name

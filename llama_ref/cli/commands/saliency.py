@@ -41,7 +41,7 @@ def saliency(
     Begin-of-text stays what it is and has no share. With --out, the page of `lens --out` has the
     shares too.
 
-      llama-ref saliency Llama3.2-1B "The capital of France is" --target " Paris" --other " Rome"
+      llama-ref saliency Llama3.2-1B "The capital of France is" --target " Paris"
     """
     from llama_ref.checkpoint.folder import find_folder
     from llama_ref.checkpoint.spelling import model_name

@@ -15,6 +15,7 @@ from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.attention import AttentionSummary, attention_pattern, summarize_attention
 from llama_ref.study.attribution import Attribution, attribute
+from llama_ref.study.features.firing import Firing
 from llama_ref.study.image_attention import ImageAttention, image_attention
 from llama_ref.study.images import Images, encoding_once
 from llama_ref.study.inputs import check_token, one_row
@@ -40,8 +41,9 @@ class Overview:
     whole pattern, float32 (T, T), of the head with the largest share of the target's logit.
     `image` is where in the image the tokens look, None without one.
     `attribution` and `strongest` are None if the shares do not add up to the logit, as with weights
-    that are not finite; `not_attributed` then says why. `saliency` is of the same tokens, and so
-    is the clean text of `patched`; `overview` leaves both None, and `dataclasses.replace` adds them.
+    that are not finite; `not_attributed` then says why. `features` that fire and `saliency` are of the
+    same tokens, and so is the clean text of `patched`; `overview` leaves these None, and
+    `dataclasses.replace` adds them.
     """
 
     tokens: list[int]
@@ -56,6 +58,7 @@ class Overview:
     strongest: tuple[int, int, Tensor] | None
     residual: ResidualStream
     image: ImageAttention | None = None
+    features: Firing | None = None
     saliency: Saliency | None = None
     patched: GridPair | None = None
 

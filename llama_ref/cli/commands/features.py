@@ -1,5 +1,6 @@
 """`llama-ref features`."""
 
+from dataclasses import replace
 from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
@@ -37,6 +38,7 @@ def features(
 
       llama-ref features Llama3.1-8B Llama3_1-8B-Base-L15R-8x "The capital of"
     """
+
     from llama_ref.checkpoint.folder import find_folder, open_folder
     from llama_ref.checkpoint.spelling import model_name
     from llama_ref.cli.terminal import note, progress_bar
@@ -69,7 +71,7 @@ def features(
     if out is not None:
         with progress_bar("studying") as progress:
             seen = overview(llama.model, tokens, bos=llama.tokenizer.bos_id, ids=text_ids(llama), progress=progress)
-        write_report(seen, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()), features=fired)
+        write_report(replace(seen, features=fired), llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
         note(f"wrote {out}: open it in a browser")
     print_firing(fired, llama.tokenizer, top, as_json=json)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llama_ref.study.attribution import Attribution
-from llama_ref.study.features.firing import Firing
 from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.inputs import label
 from llama_ref.study.logit_lens import LogitLens, Predictions
@@ -25,13 +24,7 @@ from llama_ref.tokenizer import Tokenizer
 DIGITS = 5  # significant ones: more than the page shows
 
 
-def page_data(
-    found: Overview,
-    tokenizer: Tokenizer,
-    model_name: str,
-    image: PackedImage | None = None,
-    features: Firing | None = None,
-) -> dict[str, Any]:
+def page_data(found: Overview, tokenizer: Tokenizer, model_name: str, image: PackedImage | None = None) -> dict[str, Any]:
     """Everything but the attention patterns and the image; numbers that are not finite are None."""
     measures = ("sink", "previous", "induction", "entropy")
     return {
@@ -48,7 +41,7 @@ def page_data(
         "attribution": None if found.attribution is None else _attribution(found.attribution),
         "not_attributed": found.not_attributed,
         "residual": _residual(found.residual),
-        "features": None if features is None else firing_data(features),
+        "features": None if found.features is None else firing_data(found.features),
         "saliency": None if found.saliency is None else _saliency(found.saliency, tokenizer),
         "patched": None if found.patched is None else _patched(found.patched, tokenizer),
         "image": None if found.image is None or image is None else _image(found.image, image),

@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 
 from llama_ref.errors import RequestError
-from llama_ref.study.features.firing import Firing
 from llama_ref.study.overview import Overview
 from llama_ref.study.report.data import packed_layers, page_data, to_json
 from llama_ref.study.report.image_packing import pack_image
@@ -71,21 +70,19 @@ def _problem(target: Path) -> str | None:
     return None
 
 
-def write_report(
-    found: Overview, tokenizer: Tokenizer, path: str | Path, *, model_name: str, features: Firing | None = None
-) -> None:
-    """Write or replace the page, atomically, with the features that fire in the same text, if given.
+def write_report(found: Overview, tokenizer: Tokenizer, path: str | Path, *, model_name: str) -> None:
+    """Write or replace the page, atomically.
 
     Raises RequestError if it cannot be written, or if features, saliency or grids are of another text.
     """
     check_report(path)
-    if features is not None and features.tokens != found.tokens:
-        raise RequestError("features are of another text than the overview: pass both the same tokens")
+    if found.features is not None and found.features.tokens != found.tokens:
+        raise RequestError("the features fire in another text than the overview's: measure both on the same text")
     if found.saliency is not None and found.saliency.tokens != found.tokens:
         raise RequestError("the saliency is of other tokens than the overview: measure both on the same text")
     if found.patched is not None and list(found.patched.clean) != found.tokens:
         raise RequestError("the grids' clean text has other tokens than the overview: measure both on the same text")
-    page = _page(found, tokenizer, model_name, features)
+    page = _page(found, tokenizer, model_name)
     write_output(_target(path), (piece.encode() for piece in page))
 
 
@@ -94,7 +91,7 @@ def _target(path: str | Path) -> Path:
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
-def _page(found: Overview, tokenizer: Tokenizer, model_name: str, features: Firing | None) -> Iterator[str]:
+def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[str]:
     """The page in pieces: report.html with each {{name}} filled in. Reads all sources at once."""
     frame, style = _source("report.html"), _source("report.css")
     script = '"use strict";\n' + "\n".join(_source(f"{name}.js") for name in SCRIPTS)
@@ -103,7 +100,7 @@ def _page(found: Overview, tokenizer: Tokenizer, model_name: str, features: Firi
         "policy": [_policy(style, script)],
         "style": [style],
         "script": [script],
-        "data": [to_json(page_data(found, tokenizer, model_name, image, features))],
+        "data": [to_json(page_data(found, tokenizer, model_name, image))],
         "patterns": _blocks(chain(packed_layers(found), () if image is None else image.blocks())),
     }
     pieces = enumerate(re.split(r"\{\{(\w+)\}\}", frame))

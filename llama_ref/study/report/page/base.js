@@ -10,6 +10,15 @@ const byId = (id) => document.getElementById(id);
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
+// A section that not every page has: shown with its link, or taken out. Whether it is there.
+function hasSection(name, found) {
+  for (const own of [byId(name), byId(`${name}-link`)]) {
+    if (found) own.hidden = false;
+    else own.remove();
+  }
+  return Boolean(found);
+}
+
 // ---- what is selected; every section listens
 
 const selection = { position: nTokens - 1, layer: 0, head: 0 };

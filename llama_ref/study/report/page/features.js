@@ -17,11 +17,7 @@ function featuresLead() {
 }
 
 function startFeatures() {
-  for (const own of [byId("features"), byId("features-link")]) {
-    if (data.features) own.hidden = false;
-    else own.remove();
-  }
-  if (!data.features) return;
+  if (!hasSection("features", data.features)) return;
   byId("features-lead").textContent = featuresLead();
   const { strongest, counts } = data.features;
   const view = { feature: null, hovered: null };

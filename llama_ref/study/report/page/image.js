@@ -47,11 +47,7 @@ function patchMiddle(patch) {
 }
 
 async function startImage() {
-  for (const own of [byId("image"), byId("image-link")]) {
-    if (data.image) own.hidden = false;
-    else own.remove();
-  }
-  if (!data.image) return;
+  if (!hasSection("image", data.image)) return;
   const { before } = data.image;
   const layers = ["mean over layers", ...before.map((layer, i) => `cross layer ${i} (before layer ${layer})`)];
   fillOptions(byId("image-layer"), layers);

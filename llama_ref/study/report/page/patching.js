@@ -2,8 +2,7 @@
 
 function startPatching() {
   const found = data.patched;
-  if (!found) return;
-  byId("patching").hidden = byId("patching-link").hidden = false;
+  if (!hasSection("patching", found)) return;
   const measured = found.other === null ? `probability of ${found.target}` : `logit of ${found.target} above ${found.other}`;
   const place = found.axes[1];
   const noisy = found.noise?.map((position) => `${found.text[position]} @${position}`).join(", ");

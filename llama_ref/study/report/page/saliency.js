@@ -12,8 +12,7 @@ const SALIENCY_LEADS = {
 
 function startSaliency() {
   const found = data.saliency;
-  if (!found) return;
-  byId("saliency").hidden = byId("saliency-link").hidden = false;
+  if (!hasSection("saliency", found)) return;
   const what = found.of === "logit" ? "logit" : "log-probability";
   const of = make("span", { class: "token" }, found.answer);
   const against = found.other === null ? [] : [" over ", make("span", { class: "token" }, found.other)];

@@ -68,7 +68,7 @@ from llama_ref.study.names import all_names, axes
 from llama_ref.study.overview import Overview, overview
 from llama_ref.study.patch import Edit, edit, mean, patch, scale, set_to, swap_from, zero
 from llama_ref.study.patching.exact import patch_grid, patch_grids
-from llama_ref.study.patching.gradient import attribution_patch, attribution_patches
+from llama_ref.study.patching.gradient import attribution_grids, attribution_patch, attribution_patches
 from llama_ref.study.patching.grid import Agreement, Grid
 from llama_ref.study.patching.metrics import logit_difference, probability
 from llama_ref.study.patching.noise import Noise, noise
@@ -119,6 +119,7 @@ __all__ = [
     "attention_pattern",
     "attribute",
     "attribute_edges",
+    "attribution_grids",
     "attribution_patch",
     "attribution_patches",
     "axes",

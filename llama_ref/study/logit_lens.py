@@ -22,7 +22,7 @@ from llama_ref.study.inputs import check_index, check_token, one_each, one_row
 from llama_ref.study.texts import Text, Texts, as_texts
 from llama_ref.study.trace import Trace, trace, trace_each
 
-LOGITS_AT_A_TIME = 1 << 22  # float32: 16 MB; a handful of such tensors exist at once
+LOGITS_AT_A_TIME = 1 << 21  # float32: 8 MB; a handful of such tensors exist at once
 
 
 @dataclass(frozen=True)

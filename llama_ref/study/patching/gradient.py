@@ -5,9 +5,9 @@ difference times the metric's gradient, which one backward pass gives for every 
 "Attribution Patching" (2023); with integrated gradients, Sundararajan et al., arXiv:1703.01365.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,16 +20,27 @@ from llama_ref.study.gradients import gradients
 from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import one_row
 from llama_ref.study.layer_window import layer_window
+from llama_ref.study.names import LAYER_AXES
 from llama_ref.study.pass_size import tokens_that_fit
 from llama_ref.study.patch import patch, set_to
 from llama_ref.study.patching.cells import CellAxes
 from llama_ref.study.patching.grid import Grid
 from llama_ref.study.patching.metrics import Metric, measure, measure_hidden
 from llama_ref.study.patching.noise import Noise
-from llama_ref.study.patching.pairs import Baselines, Corrupted, Pair, as_pairs, run_metrics, run_owners
+from llama_ref.study.patching.pairs import (
+    Baselines,
+    Corrupted,
+    Pair,
+    as_pairs,
+    clean_streams,
+    corrupted_streams,
+    mean_over_seeds,
+    run_metrics,
+    run_owners,
+)
 from llama_ref.study.patching.streams import Streams
 from llama_ref.study.texts import Batch, Text, Texts
-from llama_ref.study.trace import trace
+from llama_ref.study.trace import Trace, trace
 
 Path = Literal["inputs", "activation"]
 
@@ -85,17 +96,29 @@ def attribution_patches(
     shares = path_shares(steps)
     if along not in ("inputs", "activation"):
         raise RequestError(f"along is {along!r:.40}, expected inputs or activation")
-    with torch.no_grad():
-        longest = max(len(pair.clean) for pair in pairs)
-        pass_tokens = tokens_that_fit(model, axes.name, longest, gradients=True)
-        ends = Baselines.of(model, pairs, pass_tokens)
-        estimate = _Estimate(model, axes, ends.clean, ends.corrupted, pairs, shares)
-        effects = estimate.along_inputs(progress) if along == "inputs" else estimate.along_activation(progress)
-        means = _mean_effects(effects, pairs)
-    return [
-        axes.grid(effect + theirs, ours, theirs)
-        for effect, ours, theirs in zip(means, ends.clean_metrics, ends.corrupted_metrics, strict=True)
-    ]
+    if along == "inputs":
+        return _along_inputs(model, pairs, [axes], shares, progress)[0]
+    return _along_activation(model, pairs, axes, shares, progress)
+
+
+def attribution_grids(
+    model: Transformer,
+    clean: Text,
+    corrupted: Text | Noise,
+    metric: Metric,
+    over: Sequence[str] = ("layer×position", "layer×head"),
+    *,
+    steps: int | None = None,
+    progress: Progress | None = None,
+) -> list[Grid]:
+    """Do `attribution_patch` over several kinds of cells at the cost of one: they share all passes."""
+    check_model(model)
+    others = corrupted if isinstance(corrupted, Noise) else one_row(model, corrupted)
+    pairs = as_pairs(model, one_row(model, clean), others, metric)
+    if isinstance(over, str) or not over:
+        raise RequestError(f"over is {over!r:.60}, expected a list such as ['layer×position', 'layer×head']")
+    axes = [CellAxes.of(model, each, None) for each in over]
+    return [grid for (grid,) in _along_inputs(model, pairs, axes, path_shares(steps), progress)]
 
 
 def path_shares(steps: int | None) -> list[float]:
@@ -119,90 +142,138 @@ def difference(clean: Tensor, corrupted: Tensor) -> Tensor:
     return torch.where(clean == corrupted, 0, clean.float() - corrupted.float())
 
 
-def _mean_effects(effects: Sequence[Tensor], pairs: Sequence[Pair]) -> list[Tensor]:
-    """Each pair's mean over its runs: float32 (n_layers, …), on the CPU."""
+# ---- the embeddings of a text move
+
+
+@torch.no_grad()
+def _along_inputs(
+    model: Transformer, pairs: Sequence[Pair], axes: Sequence[CellAxes], shares: Sequence[float], progress: Progress | None
+) -> list[list[Grid]]:
+    """The grids of each of `axes`: one for every pair."""
+    longest = max(len(pair.clean) for pair in pairs)
+    pass_tokens = min(tokens_that_fit(model, each.name, longest, gradients=True) for each in axes)
+    clean, corrupted = clean_streams(model, pairs, pass_tokens), corrupted_streams(model, pairs, pass_tokens)
+    owners = run_owners(pairs)
+    counter = ProgressCounter((1 + len(shares)) * len(owners), progress)
+    effects: list[list[Tensor]] = [[] for _ in axes]
+    baselines = []
+    for some in corrupted.passes(range(len(owners))):
+        ours, theirs = clean.stacked([owners[run] for run in some]), corrupted.stacked(some)
+        texts, metrics = [corrupted.texts[run] for run in some], [pairs[owners[run]].metric for run in some]
+        way = _Way(model, texts, ours, theirs, metrics, list(dict.fromkeys(each.name for each in axes)))
+        changes = way.changes(shares, partial(counter.advance, len(some)))
+        baselines.append(way.baselines)
+        for found, each in zip(effects, axes, strict=True):
+            found += [way.cells(changes[each.name], each, row) for row in range(len(some))]
+    ours, theirs = torch.cat(baselines, 1).cpu()
+    ends = [[value[0].item() for value in ours.split([pair.n_runs for pair in pairs])]]
+    ends.append([value.item() for value in mean_over_seeds(theirs, pairs)])
+    return [_grids(each, found, pairs, *ends) for each, found in zip(axes, effects, strict=True)]
+
+
+class _Way:
+    """From corrupted texts to clean ones: embeddings (B, T, D) at both ends, and what is kept of layers between."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        texts: Sequence[Tensor],
+        clean: Tensor,
+        corrupted: Tensor,
+        metrics: Sequence[Metric],
+        names: Sequence[str],
+    ):
+        self.model, self.texts, self.clean, self.corrupted, self.metrics = model, texts, clean, corrupted, metrics
+        self.batch = Batch.of(model, texts)
+        self.layers = range(model.args.n_layers)
+        self.keys = {name: [f"layers.{layer}.{name}" for layer in self.layers] for name in names}
+        self.baselines = torch.empty(2, len(texts), device=model.device)  # of the clean texts, of the corrupted ones
+
+    def changes(self, shares: Sequence[float], passed: Callable[[], None]) -> dict[str, list[Tensor]]:
+        """Each name's difference of the two texts times its mean gradient at `shares`, by layer."""
+        keys = [key for own in self.keys.values() for key in own]
+        clean = self._trace(1.0)
+        self.baselines[0] = self._measure(clean)
+        passed()
+        gradient = {key: torch.zeros_like(clean[key], dtype=torch.float32) for key in keys}
+        corrupted = None
+        for share in shares:
+            traced = self._trace(share, requires_grad=True)
+            with gradients(self.model):
+                metrics = self._measure(traced)
+                grads = gradient_of(metrics.sum(), [traced[key] for key in keys])
+            for key, grad in zip(keys, grads, strict=True):
+                gradient[key] += grad / len(shares)
+            if share == 0:  # the corrupted text itself
+                corrupted, self.baselines[1] = traced, metrics.detach()
+            passed()
+        if corrupted is None:
+            corrupted = self._trace(0.0)
+            self.baselines[1] = self._measure(corrupted)
+        changes = {key: difference(clean[key], corrupted[key].detach()) * gradient[key] for key in keys}
+        return {name: [changes[key] for key in own] for name, own in self.keys.items()}
+
+    def cells(self, changes: Sequence[Tensor], axes: CellAxes, row: int) -> Tensor:
+        """Sum one text's changes in every cell, without its padding: (n_layers, …), on the CPU."""
+        dim, n = LAYER_AXES[axes.name].index("position"), self.batch.lengths[row]
+        return torch.stack([axes.sum_cells(change[row : row + 1].narrow(dim, 0, n)) for change in changes]).cpu()
+
+    def _trace(self, share: float, *, requires_grad: bool = False) -> Trace:
+        stream = torch.lerp(self.corrupted, self.clean, share)
+        with layer_window(self.model, self.layers, stream):
+            names = [key for own in self.keys.values() for key in own]
+            return trace(self.model, self.texts, [*names, "norm"], requires_grad=requires_grad)
+
+    def _measure(self, traced: Trace) -> Tensor:
+        return measure_hidden(self.model, self.batch, traced["norm"], self.metrics)
+
+
+# ---- one activation moves
+
+
+@torch.no_grad()
+def _along_activation(
+    model: Transformer, pairs: Sequence[Pair], axes: CellAxes, shares: Sequence[float], progress: Progress | None
+) -> list[Grid]:
+    """The grid of every pair, where one layer's activation moves from the corrupted text's to the clean one's."""
+    longest = max(len(pair.clean) for pair in pairs)
+    ends = Baselines.of(model, pairs, tokens_that_fit(model, axes.name, longest, gradients=True))
+    owners, metrics = run_owners(pairs), run_metrics(pairs)
+    counter = ProgressCounter(model.args.n_layers * len(owners), progress)
+    effects: list[list[Tensor]] = [[] for _ in owners]
+    for layer in range(model.args.n_layers):
+        before = Streams(model, ends.corrupted.texts, ends.corrupted.values, ends.corrupted.pass_tokens)
+        before.layer = layer
+        ours, theirs = ends.clean.advance(axes.name), ends.corrupted.advance(axes.name)
+        for run, owner in enumerate(owners):
+            change = _change(before, run, f"layers.{layer}.{axes.name}", ours[owner], theirs[run], metrics[run], shares)
+            effects[run].append(axes.sum_cells(change).cpu())
+            counter.advance()
+    return _grids(axes, [torch.stack(layers) for layers in effects], pairs, ends.clean_metrics, ends.corrupted_metrics)
+
+
+def _change(
+    before: Streams, run: int, key: str, clean: Tensor, corrupted: Tensor, metric: Metric, shares: Sequence[float]
+) -> Tensor:
+    """One run's difference of an activation times the mean gradient at `shares` between its two values."""
+    change = difference(clean, corrupted)
+    total = torch.zeros_like(change)
+    for share in shares:
+        moved = torch.where(clean == corrupted, corrupted, corrupted + share * change.to(corrupted))
+        with ExitStack() as block:
+            block.enter_context(gradients(before.model))
+            batch = block.enter_context(before.resumed([run]))
+            point = moved.clone().requires_grad_()
+            block.enter_context(patch(before.model, {key: set_to(point)}))
+            found = measure(before.model, batch, [metric])
+            total += gradient_of(found.sum(), [point])[0] / len(shares)
+    return change * total
+
+
+def _grids(
+    axes: CellAxes, effects: Sequence[Tensor], pairs: Sequence[Pair], clean: Sequence[float], corrupted: Sequence[float]
+) -> list[Grid]:
+    """Each pair's grid, from the effects (n_layers, …) of every run and the metric of its two texts."""
     own = iter(effects)
-    return [torch.stack([next(own) for _ in range(pair.n_runs)]).double().mean(0).float() for pair in pairs]
-
-
-@dataclass
-class _Estimate:
-    """What a gradient's estimates are made of: the two texts of every run, and points between them."""
-
-    model: Transformer
-    axes: CellAxes
-    clean: Streams
-    corrupted: Streams
-    pairs: Sequence[Pair]
-    shares: Sequence[float]
-
-    def __post_init__(self) -> None:
-        self.owners = run_owners(self.pairs)
-        self.metrics = run_metrics(self.pairs)
-
-    def along_inputs(self, progress: Progress | None) -> list[Tensor]:
-        """The effects of every run's cells: (n_layers, …) each."""
-        layers = range(self.model.args.n_layers)
-        keys = [f"layers.{layer}.{self.axes.name}" for layer in layers]
-        counter = ProgressCounter((1 + len(self.shares)) * len(self.owners), progress)
-        out: list[Tensor] = []
-        for some in self.corrupted.passes(range(len(self.owners))):
-            theirs, ours = self.corrupted.stacked(some), self.clean.stacked([self.owners[run] for run in some])
-            texts = [self.corrupted.texts[run] for run in some]
-            batch = Batch.of(self.model, texts)
-            ends = []
-            for stream in (ours, theirs):
-                with layer_window(self.model, layers, stream):
-                    traced = trace(self.model, texts, keys)
-                ends.append([traced[key] for key in keys])
-            counter.advance(len(some))
-            total = [torch.zeros_like(value, dtype=torch.float32) for value in ends[0]]
-            for share in self.shares:
-                with layer_window(self.model, layers, theirs + share * (ours - theirs)):
-                    traced = trace(self.model, texts, [*keys, "norm"], requires_grad=True)
-                with gradients(self.model):
-                    found = measure_hidden(self.model, batch, traced["norm"], self.metrics[some.start : some.stop])
-                    grads = gradient_of(found.sum(), [traced[key] for key in keys])
-                for sum_so_far, grad in zip(total, grads, strict=True):
-                    sum_so_far += grad / len(self.shares)
-                counter.advance(len(some))
-            effects = [difference(*both) * grad for *both, grad in zip(*ends, total, strict=True)]
-            out += [torch.stack([self._cells(layer, i, batch) for layer in effects]).cpu() for i in range(len(some))]
-        return out
-
-    def along_activation(self, progress: Progress | None) -> list[Tensor]:
-        """The same, where one layer's activation moves from the corrupted text's to the clean one's."""
-        args = self.model.args
-        runs = range(len(self.owners))
-        counter = ProgressCounter(args.n_layers * len(self.owners), progress)
-        out: list[list[Tensor]] = [[] for _ in runs]
-        for layer in range(args.n_layers):
-            key = f"layers.{layer}.{self.axes.name}"
-            before = Streams(self.model, self.corrupted.texts, self.corrupted.values, self.corrupted.pass_tokens)
-            before.layer = layer
-            ours, theirs = self.clean.advance(self.axes.name), self.corrupted.advance(self.axes.name)
-            for some in before.passes(runs):
-                for run in some:
-                    out[run].append(self._effect(before, run, key, ours[self.owners[run]], theirs[run]))
-                counter.advance(len(some))
-        return [torch.stack(layers) for layers in out]
-
-    def _effect(self, before: Streams, run: int, key: str, clean: Tensor, corrupted: Tensor) -> Tensor:
-        """The effects of one run's cells in one layer."""
-        change = difference(clean, corrupted)
-        total = torch.zeros_like(change)
-        for share in self.shares:
-            moved = torch.where(clean == corrupted, corrupted, corrupted + share * change.to(corrupted))
-            with ExitStack() as block:
-                block.enter_context(gradients(self.model))
-                batch = block.enter_context(before.resumed([run]))
-                point = moved.clone().requires_grad_()
-                block.enter_context(patch(self.model, {key: set_to(point)}))
-                found = measure(self.model, batch, [self.metrics[run]])
-                total += gradient_of(found.sum(), [point])[0] / len(self.shares)
-        return self.axes.sum_cells(change * total).cpu()
-
-    def _cells(self, effect: Tensor, row: int, batch: Batch) -> Tensor:
-        """The sums of one text's cells, without its padding."""
-        cells = self.axes.sum_cells(effect[row : row + 1])
-        return cells[tuple(slice(n) for n in self.axes.shape(batch.lengths[row]))]
+    means = [torch.stack([next(own) for _ in range(pair.n_runs)]).double().mean(0).float() for pair in pairs]
+    return [axes.grid(effect + theirs, ours, theirs) for effect, ours, theirs in zip(means, clean, corrupted, strict=True)]

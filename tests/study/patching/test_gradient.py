@@ -204,3 +204,16 @@ def test_agreement_is_pearsons_correlation():
     assert np.isnan(grid([0, 0, 0]).agreement(grid([1, 2, 4])).correlation)
     with pytest.raises(RequestError, match="of the same cells"):
         grid([1, 2, 3]).agreement(grid([1, 2]))
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_grids_that_share_their_passes_are_those_of_each(steps):
+    model = random_model(ARGS, seed=0)
+    clean, corrupted = ids(1, 5), ids(1, 5, seed=1)
+    over = ["layer×position", "layer×head", "layer×position×head"]
+    for together, each in zip(study.attribution_grids(model, clean, corrupted, METRIC, over, steps=steps), over, strict=True):
+        alone = study.attribution_patch(model, clean, corrupted, METRIC, each, steps=steps)
+        assert together.values == pytest.approx(alone.values, abs=1e-6)
+        assert (together.axes, together.clean, together.corrupted) == (alone.axes, alone.clean, alone.corrupted)
+    with pytest.raises(RequestError, match="over is 'layer×head', expected a list"):
+        study.attribution_grids(model, clean, corrupted, METRIC, "layer×head")

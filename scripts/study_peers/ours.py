@@ -1,0 +1,70 @@
+"""The tasks of bench_study.py by `llama_ref.study`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from padding import passes
+
+from llama_ref import Llama, study
+
+MODULES = (  # what modules of a Llama put out, for peers that see no more
+    *("embedding", "norm", "logits"),
+    *(f"layers.*.attention.{part}" for part in ("norm", "q_unrotated", "k_unrotated", "v", "head_output", "output")),
+    *(f"layers.*.ffn.{part}" for part in ("norm", "gate", "up", "hidden", "output")),
+    "layers.*.residual_post",
+)
+
+
+class Ours:
+    """Each task returns what it keeps, and a number by which contestants are compared."""
+
+    def __init__(self, inputs: dict[str, Any], scratch: Path, task: str):
+        self.inputs, self.scratch = inputs, scratch
+        self.llama = Llama.build(inputs["folder"], device="cpu", dtype="float32")
+        self.model = self.llama.model
+        self.last = self.model.args.n_layers - 1
+
+    def module_outputs(self) -> tuple[Any, float]:
+        traced = study.trace(self.model, self.inputs["text"], MODULES)
+        return traced, traced[f"layers.{self.last}.residual_post"].mean().item()
+
+    def everything(self) -> tuple[Any, float]:
+        traced = study.trace(self.model, self.inputs["text"], [*MODULES, "layers.*.attention.pattern"])
+        return traced, traced[f"layers.{self.last}.attention.pattern"].square().mean().item()
+
+    def residual_grid(self) -> tuple[Any, float]:
+        grid = study.patch_grid(self.model, *self._pair(), "layer×position")
+        return grid, float(grid.values.mean())
+
+    def head_grid(self) -> tuple[Any, float]:
+        grid = study.patch_grid(self.model, *self._pair(), "layer×head")
+        return grid, float(grid.values.mean())
+
+    def attribution(self) -> tuple[Any, float]:
+        grids = study.attribution_grids(self.model, *self._pair())
+        return grids, sum(float(grid.values.mean()) for grid in grids)
+
+    def logit_lens(self) -> tuple[Any, float]:
+        points = ["embedding", *(f"layers.{layer}.residual_post" for layer in range(self.last + 1))]
+        lens = study.logit_lens(self.model, self.inputs["text"], points=points)
+        return lens, lens.entropy.mean().item()
+
+    def patterns(self) -> tuple[Any, float]:
+        prompts = self.inputs["prompts"]
+        found: list[Any] = [None] * len(prompts)
+        for numbers, _, _ in passes(prompts):
+            traced = study.trace(self.model, [prompts[i] for i in numbers], "layers.*.attention.pattern")
+            for row, i in enumerate(numbers):
+                found[i] = traced.row(row)
+        return found, sum(own[f"layers.{self.last}.attention.pattern"].square().mean().item() for own in found)
+
+    def collect(self) -> tuple[Any, float]:
+        name = f"layers.{self.last}.residual_post"
+        study.collect(self.llama, self.inputs["prompts"], "layers.*.residual_post", to=self.scratch / "ours", positions="all")
+        return None, study.Collected(self.scratch / "ours").select(name).abs().mean().item()
+
+    def _pair(self) -> tuple[Any, ...]:
+        names = ("clean", "corrupted")
+        metric = study.logit_difference(self.inputs["target"], self.inputs["other"])
+        return *(torch.tensor(self.inputs[name]) for name in names), metric

@@ -207,10 +207,10 @@ def show(parts: Sequence[Part], where: Shown) -> None:
 # ---- the notebook
 
 
-def notebook(parts: Sequence[Part]) -> str:
-    """The document as a notebook with outputs, reproducible. Raises RequestError."""
+def notebook(parts: Sequence[Part], name: str = "tour", first_cell: str = FROM_THE_ROOT) -> str:
+    """A document as a notebook with outputs, reproducible; `name` begins its cells' ids. Raises RequestError."""
     nb = _nbformat()
-    cells = [nb.new_code_cell(FROM_THE_ROOT.rstrip(), execution_count=1)]
+    cells = [nb.new_code_cell(first_cell.rstrip(), execution_count=1)]
     for part in with_prose(parts, is_demo=True):
         if part.is_code:
             printed = [nb.new_output("stream", name="stdout", text=part.output)] if part.output else []
@@ -220,7 +220,7 @@ def notebook(parts: Sequence[Part]) -> str:
             cells.append(nb.new_markdown_cell(part.text.strip()))
     cells[0], cells[1] = cells[1], cells[0]  # the title first
     for number, cell in enumerate(cells):
-        cell.id = f"tour-{number:02d}"
+        cell.id = f"{name}-{number:02d}"
     python = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return nb.writes(nb.new_notebook(cells=cells, metadata=python | {"language_info": {"name": "python"}})) + "\n"
 

@@ -5,6 +5,7 @@ little else: there, a file that imports a package the machine lacks is skipped.
 """
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -49,6 +50,12 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
             report.outcome = "skipped"
             report.longrepr = (str(collector.path), 0, f"Skipped: {missing[1]} is not installed")
     return report
+
+
+def pytest_collection_finish() -> None:
+    """Let no later collection of garbage look at the tests and modules that are there by now: a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,9 +20,9 @@ where in them a text looks.
 `mean_difference`, `principal_components` and `fit_probe` find directions, `steer` and `ablate` add
 and remove them, `log_likelihoods` and `answer_margins` score that.
 
-`open_features` reads sparse autoencoders and transcoders. `firing` has the features that fire in a text,
-`set_features`, `ablate_features` and others change them in `patch`; `measure_reconstruction` and
-`top_contexts` judge and describe them.
+`open_features` reads sparse autoencoders and transcoders, `open_cross_layer` all layers of a cross-layer
+one. `firing` has the features that fire in a text, `set_features`, `ablate_features` and others change
+them in `patch`; `measure_reconstruction` and `top_contexts` judge and describe them.
 `TunedLens.fit` fits a tuned lens for `logit_lens(…, lens=…)`, and `score_lens` compares the two.
 
 `logit_lens`, `predict`, `attribute`, `saliency`, `summarize_attention`, `residual_stream`, `rope_waves`,
@@ -51,6 +51,7 @@ from llama_ref.study.control_vector import read_control_vector, write_control_ve
 from llama_ref.study.directions import mean_difference, principal_components
 from llama_ref.study.features.active import Active
 from llama_ref.study.features.contexts import Context, top_contexts
+from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
 from llama_ref.study.features.edits import (
     ablate_features,
@@ -60,7 +61,7 @@ from llama_ref.study.features.edits import (
     steer_features,
 )
 from llama_ref.study.features.firing import Firing, firing
-from llama_ref.study.features.opening import open_features
+from llama_ref.study.features.opening import open_cross_layer, open_features
 from llama_ref.study.features.reconstruction import Reconstruction, measure_reconstruction
 from llama_ref.study.image_attention import image_attention
 from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
@@ -91,6 +92,7 @@ __all__ = [
     "Composition",
     "Context",
     "Copying",
+    "CrossLayerTranscoder",
     "CutWindows",
     "Edge",
     "EdgeScores",
@@ -143,6 +145,7 @@ __all__ = [
     "mean_difference",
     "measure_reconstruction",
     "noise",
+    "open_cross_layer",
     "open_features",
     "overview",
     "patch",

@@ -181,14 +181,16 @@ class CrossLayer:
         return self.b_dec[layer] + sum(f @ self.w_dec[n][:, layer - n] for n, f in enumerate(features[: layer + 1]))
 
 
-def cross_layer(folder: Path, dim: int, n: int, n_layers: int, seed: int = 0) -> CrossLayer:
+def cross_layer(folder: Path, dim: int, n: int, n_layers: int, seed: int = 0, *, biases: bool = True) -> CrossLayer:
     path = folder / "clt"
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(CONFIG.format(kind="cross_layer_transcoder"))
     made = CrossLayer(path, [], [], [], [])
     for i in range(n_layers):
         w_enc, b_enc, w_dec, b_dec = numbers(seed + i, (n, dim), (n,), (n, n_layers - i, dim), (dim,))
-        save_file(tensors(**{f"W_enc_{i}": w_enc, f"b_enc_{i}": b_enc, f"b_dec_{i}": b_dec}), path / f"W_enc_{i}.safetensors")
+        arrays = {f"W_enc_{i}": w_enc, f"b_enc_{i}": b_enc} | ({f"b_dec_{i}": b_dec} if biases else {})
+        save_file(tensors(**arrays), path / f"W_enc_{i}.safetensors")
+        b_dec = b_dec if biases else np.zeros_like(b_dec)
         save_file(tensors(**{f"W_dec_{i}": w_dec}), path / f"W_dec_{i}.safetensors")
         for own, array in zip((made.w_enc, made.b_enc, made.w_dec, made.b_dec), (w_enc, b_enc, w_dec, b_dec), strict=True):
             own.append(array)

@@ -166,20 +166,31 @@ class Features:
     def decode_active(self, found: Active, x: Tensor | Trace) -> Tensor:
         """`decode` of features that fire for `x`, which may have been changed."""
         given = self._input(x)
-        total = given.new_zeros(found.n_tokens, self._width, dtype=torch.float32)
-        for some in torch.arange(len(found.values), device=given.device).split(self._block):
-            rows = self.rows(found.features[some]).to(given.device)
-            total.index_add_(0, found.tokens[some], rows * found.values[some, None])
+        total = self.summed(found)
         out = self._leave(total.unflatten(0, given.shape[:-1]), given)
         return out if self.weights.decoder.dim() == 2 else out.unflatten(-1, self.weights.decoder.shape[1:])
 
-    def rows(self, features: Sequence[int] | Tensor) -> Tensor:
+    def summed(self, found: Active, place: int | None = None) -> Tensor:
+        """Decoder rows times the values that fire, without bias and scale: float32 (tokens, D), or (tokens, W · D).
+
+        With a `place`, only what a cross-layer transcoder writes to that one of its W layers: (tokens, D).
+        """
+        width = self._width if place is None else self.dim
+        total = found.values.new_zeros(found.n_tokens, width)
+        for some in torch.arange(len(found.values), device=total.device).split(max(1, BLOCK_NUMBERS // width)):
+            rows = self.rows(found.features[some], place).to(total.device)
+            total.index_add_(0, found.tokens[some], rows * found.values[some, None])
+        return total
+
+    def rows(self, features: Sequence[int] | Tensor, place: int | None = None) -> Tensor:
         """Decoder rows as they are stored, in the dictionary's own scale: float32 (n, D), or (n, W · D).
 
-        Only these are read. Raises CheckpointError if they are not finite.
+        With a `place`, those for one of a cross-layer transcoder's W layers: (n, D). Only these are read.
+        Raises CheckpointError if they are not finite.
         """
-        chosen = torch.as_tensor(features, dtype=torch.long).to(self.weights.decoder.device)
-        return self._finite("decoder", self.weights.decoder[chosen].flatten(1).float())
+        decoder = self.weights.decoder if place is None else self.weights.decoder[:, place]
+        chosen = torch.as_tensor(features, dtype=torch.long).to(decoder.device)
+        return self._finite("decoder", decoder[chosen].flatten(1).float())
 
     def direction(self, feature: int) -> Tensor:
         """What one unit of a feature adds to the activation: float32 (D,), or (W, D)."""

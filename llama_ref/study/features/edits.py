@@ -9,13 +9,17 @@ features do not change keep every bit.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from llama_ref.errors import RequestError
+from llama_ref.study.features.active import Active
+from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
+from llama_ref.study.hooks import Pass
 from llama_ref.study.inputs import check_index
 from llama_ref.study.patch import Edit, Indices
 
@@ -79,39 +83,88 @@ def steer_features(
     return _edits(features, chosen, None, positions, rows, wanted)
 
 
-def replace_by_reconstruction(features: Features, *, positions: Indices | None = None, rows: Indices | None = None) -> Edits:
+def replace_by_reconstruction(
+    features: Features | CrossLayerTranscoder, *, positions: Indices | None = None, rows: Indices | None = None
+) -> Edits:
     """Put the dictionary's output in place of the activation: what it does not explain is lost.
 
-    Raises RequestError for a layer of a cross-layer transcoder, which is only a part of an output.
+    A cross-layer transcoder replaces all feed-forwards' outputs, each by what fires in this very pass.
+    Raises RequestError for one layer of it, which is only a part of an output.
     """
+    if isinstance(features, CrossLayerTranscoder):
+        return _replace_all_layers(features, positions, rows)
     if len(features.writes) > 1 or features.weights.decoder.dim() > 2:
-        raise RequestError(f"{features.path} writes to many layers: one layer of it is no whole reconstruction")
-    exchange = _Exchange(features.reads)
-    return exchange.edits(features.writes, lambda name, x, value: features.reconstruct(x).to(value), positions, rows)
+        raise RequestError(
+            f"{features.path} writes to many layers: one layer of it is no whole reconstruction; use open_cross_layer"
+        )
+    return _edits_of(features.reads, features.writes, lambda name, x, value: features.reconstruct(x), positions, rows)
 
 
-class _Exchange:
-    """What was read of the pass that a thread runs, until it is written."""
+def _replace_all_layers(features: CrossLayerTranscoder, positions: Indices | None, rows: Indices | None) -> Edits:
+    local = threading.local()  # .found: what fires in the layers of the pass so far
 
-    def __init__(self, reads: str):
-        self.reads, self.local = reads, threading.local()
+    def replace(name: str, x: Tensor, value: Tensor) -> Tensor:
+        layer = features.writes.index(name)
+        found: list[Active] = [] if layer == 0 else getattr(local, "found", [])
+        local.found = found
+        if len(found) != layer:
+            raise RequestError(f"a pass skipped layers before {name}, but {features.path} replaces all: run whole passes")
+        found.append(features.layers[layer].active(x))
+        return features.decode_layer(layer, found)
 
-    def edits(
-        self,
-        writes: Sequence[str],
-        change: Callable[[str, Tensor, Tensor], Tensor],
-        positions: Indices | None,
-        rows: Indices | None,
-    ) -> Edits:
-        """Edits that keep the activation read, and change those written by `change(name, read, value)`."""
-        if list(writes) == [self.reads]:
-            return {self.reads: Edit(lambda value, name: change(name, value, value)).at(positions=positions, rows=rows)}
-        writing = Edit(lambda value, name: change(name, self.local.seen, value)).at(positions=positions, rows=rows)
-        return {self.reads: Edit(self._see), **dict.fromkeys(writes, writing)}
+    edits: Edits = {}
+    for reads, writes in zip(features.reads, features.writes, strict=True):
+        edits |= _edits_of(reads, [writes], replace, positions, rows)
+    return edits
 
-    def _see(self, value: Tensor, name: str) -> Tensor:
-        self.local.seen = value
+
+# ---- edits that need two activations
+
+
+@dataclass(frozen=True)
+class _TokenEdit(Edit):
+    """An edit whose function gets only the tokens that it may change: (name, read (n, D), value (n, D)) -> value.
+
+    `read` returns what was read in the pass for all of its tokens, or is None for the value itself.
+    """
+
+    change_tokens: Callable[[str, Tensor, Tensor], Tensor] = field(kw_only=True)
+    read: Callable[[], Tensor] | None = field(kw_only=True)
+
+    def apply(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
+        mask = self.mask(value, name, run)
+        whole = torch.ones((), dtype=torch.bool, device=value.device) if mask is None else mask
+        there = whole.expand(*value.shape[:-1], 1)[..., 0]
+        if not there.any():
+            return value
+        read = value if self.read is None else self.read()
+        out = value.clone()
+        out[there] = self.change_tokens(name, read[there], value[there]).to(value)
+        return out
+
+
+def _edits_of(
+    reads: str,
+    writes: Sequence[str],
+    change_tokens: Callable[[str, Tensor, Tensor], Tensor],
+    positions: Indices | None,
+    rows: Indices | None,
+) -> Edits:
+    """Edits that keep what is read of the pass that a thread runs, and change what is written."""
+    local = threading.local()
+
+    def see(value: Tensor, name: str) -> Tensor:
+        local.seen = value
         return value
+
+    same = list(writes) == [reads]
+    read = None if same else lambda: local.seen
+    writing = _TokenEdit(_unchanged, change_tokens=change_tokens, read=read).at(positions=positions, rows=rows)
+    return dict.fromkeys(writes, writing) if same else {reads: Edit(see), **dict.fromkeys(writes, writing)}
+
+
+def _unchanged(value: Tensor, name: str) -> Tensor:
+    return value
 
 
 def _edits(
@@ -139,7 +192,7 @@ def _edits(
         added = (difference @ decoder[:, place[name]].to(value.device)) * factor
         return torch.where(difference.any(-1, keepdim=True), (value.float() + added).to(value.dtype), value)
 
-    return _Exchange(features.reads).edits(features.writes, add, positions, rows)
+    return _edits_of(features.reads, features.writes, add, positions, rows)
 
 
 # ---- checks

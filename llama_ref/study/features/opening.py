@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
 from llama_ref.study.features.formats import dictionary_learning, llama_scope, sparsify
 from llama_ref.study.features.formats.dictionary_learning import read_dictionary_learning
 from llama_ref.study.features.formats.goodfire import read_goodfire
 from llama_ref.study.features.formats.llama_scope import read_llama_scope
 from llama_ref.study.features.formats.sparsify import read_sparsify
-from llama_ref.study.features.formats.transcoders import CONFIG, LAYER, read_cross_layer, read_transcoder
+from llama_ref.study.features.formats.transcoders import CONFIG, LAYER, read_all_layers, read_cross_layer, read_transcoder
 from llama_ref.study.features.sites import claims_of
 
 MOST_LISTED = 6
@@ -26,8 +27,8 @@ def open_features(
     """Open a sparse autoencoder or a transcoder: a folder, or a file of it.
 
     Read are Llama Scope, EleutherAI's sparsify, Goodfire, dictionary_learning (BatchTopK, TopK), and
-    circuit-tracer's transcoders and cross-layer transcoders (one layer of it). Matrices are mapped, and
-    only what is used is read; nothing in a pickle is executed.
+    circuit-tracer's transcoders and cross-layer transcoders (one layer; `open_cross_layer` has all).
+    Matrices are mapped, and only what is used is read; nothing in a pickle is executed.
 
     `layer` and `site` (a key of sites.ENDINGS: "residual_post", "attention", "ffn", "transcoder", …)
     are needed where names and configs do not say them. `k`: of TopK, where the files do not say it.
@@ -59,6 +60,18 @@ def open_features(
             claims.layers["the file's name"] = int(named[1])
         return read_transcoder(folder, claims, k)
     raise CheckpointError(f"{where} has no features: {EXPECTED}{_inside(folder)}")
+
+
+def open_cross_layer(path: str | os.PathLike[str], *, site: str | None = None) -> CrossLayerTranscoder:
+    """Open all layers of a cross-layer transcoder: circuit-tracer's folder of W_enc_N and W_dec_N.safetensors.
+
+    Matrices are mapped, and only what is used is read. `site` as for `open_features`. Raises
+    RequestError where it is missing or contradicts the config; CheckpointError for files that are
+    missing or damaged, or layers that do not fit each other.
+    """
+    claims_of(None, site)
+    where = _existing(path)
+    return read_all_layers(where if where.is_dir() else where.parent, site)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

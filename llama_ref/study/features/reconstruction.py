@@ -1,6 +1,6 @@
 """How much of a model a dictionary keeps: loss with its reconstruction in place, L0, unexplained variance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,12 +11,14 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
+from llama_ref.study.features.active import Active
+from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
 from llama_ref.study.features.edits import Edits, replace_by_reconstruction
 from llama_ref.study.pass_size import split_passes
 from llama_ref.study.patch import patch, zero
 from llama_ref.study.texts import Batch, Texts, as_texts
-from llama_ref.study.trace import recording
+from llama_ref.study.trace import Trace, recording
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Reconstruction:
     `loss` is the model's, `loss_reconstructed` with the activation replaced by the dictionary's output,
     `loss_zero` with zero in its place. `l0` is the number of features that fire at a token, `alive` of
     those that fire anywhere. `unexplained` is the squared error by the activation's variance over all
-    tokens.
+    tokens. Of a cross-layer transcoder all feed-forwards' outputs are replaced; features of all layers
+    count, and `unexplained` is the mean of the layers'.
     """
 
     loss: float
@@ -46,14 +49,19 @@ class Reconstruction:
 
 @torch.no_grad()
 def measure_reconstruction(
-    model: Transformer, features: Features, texts: Texts, *, skip: int = 0, progress: Progress | None = None
+    model: Transformer,
+    features: Features | CrossLayerTranscoder,
+    texts: Texts,
+    *,
+    skip: int = 0,
+    progress: Progress | None = None,
 ) -> Reconstruction:
     """Measure a dictionary on texts of ids.
 
     The first `skip` tokens of each text keep their activation and count nowhere: many dictionaries were
     not trained on begin-of-text, whose residual is far longer than others. `progress` is called with
     (texts done, all texts). Raises RequestError for texts without a token to predict, features of
-    another model, or a layer of a cross-layer transcoder.
+    another model, or one layer of a cross-layer transcoder.
     """
     features.check(model)
     if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
@@ -67,11 +75,11 @@ def measure_reconstruction(
     for some in split_passes(list(map(len, ids))):
         batch = Batch.of(model, ids[some.start : some.stop])
         positions = list(range(skip, batch.ids.shape[1]))
-        with recording(model, [features.reads, *features.writes]) as seen:
+        with recording(model, [*_reads(features), *features.writes]) as seen:
             losses[0] += _loss(model, batch, skip)
-        variance.add(seen.trace[features.reads], seen.trace[features.writes[0]], batch.lengths, skip)
+        variance.add(seen.trace, batch.lengths, skip)
         replaced = replace_by_reconstruction(features, positions=positions)
-        for i, edits in enumerate((replaced, {features.writes[0]: zero().at(positions=positions)}), 1):
+        for i, edits in enumerate((replaced, dict.fromkeys(features.writes, zero().at(positions=positions))), 1):
             losses[i] += _loss(model, batch, skip, edits)
         n_predicted += sum(length - 1 - skip for length in batch.lengths)
         counter.advance(len(some))
@@ -81,7 +89,7 @@ def measure_reconstruction(
         reconstructed,
         zeroed,
         variance.n_active / variance.n,
-        int(variance.fired.sum()),
+        sum(int(fired.sum()) for fired in variance.fired),
         variance.unexplained(),
         variance.n,
     )
@@ -99,26 +107,44 @@ def _loss(model: Transformer, batch: Batch, skip: int, edits: Edits | None = Non
 
 
 class _Variance:
-    """Sums over tokens, as they come."""
+    """Sums over tokens, as they come: of each activation that is written."""
 
-    def __init__(self, features: Features):
+    def __init__(self, features: Features | CrossLayerTranscoder):
         self.features = features
         self.n = self.n_active = 0
-        self.error = self.squares = 0.0
-        self.total = torch.zeros(features.dim, dtype=torch.float64, device="cpu")
-        self.fired = torch.zeros(len(features), dtype=torch.bool, device="cpu")
+        n_written = len(features.writes)
+        self.error, self.squares = torch.zeros(2, n_written, dtype=torch.float64, device="cpu")
+        self.total = torch.zeros(n_written, features.dim, dtype=torch.float64, device="cpu")
+        each = features.layers if isinstance(features, CrossLayerTranscoder) else [features]
+        self.fired = [torch.zeros(len(own), dtype=torch.bool, device="cpu") for own in each]
 
-    def add(self, read: Tensor, written: Tensor, lengths: Sequence[int], skip: int) -> None:
+    def add(self, seen: Trace, lengths: Sequence[int], skip: int) -> None:
         for row, length in enumerate(lengths):
-            x, y = read[row, skip:length], written[row, skip:length].double()
-            found = self.features.active(x)
-            self.n += len(y)
-            self.n_active += len(found.values)
-            self.fired[found.features.cpu()] = True
-            self.error += float((y - self.features.decode_active(found, x).double()).square().sum())
-            self.squares += float(y.square().sum())
-            self.total += y.sum(0).cpu()
+            tokens = slice(skip, length)
+            found, outputs = _explain(self.features, [seen[name][row, tokens] for name in _reads(self.features)])
+            self.n += length - skip
+            for fired, active in zip(self.fired, found, strict=True):
+                self.n_active += len(active.values)
+                fired[active.features.cpu()] = True
+            for i, (name, output) in enumerate(zip(self.features.writes, outputs, strict=True)):
+                y = seen[name][row, tokens].double()
+                self.error[i] += (y - output.double()).square().sum().cpu()
+                self.squares[i] += y.square().sum().cpu()
+                self.total[i] += y.sum(0).cpu()
 
     def unexplained(self) -> float:
-        spread = self.squares - float(self.total.square().sum()) / self.n
-        return self.error / spread if spread > 0 else float("nan")
+        spread = self.squares - self.total.square().sum(1) / self.n
+        return float((self.error / spread.where(spread > 0, float("nan"))).mean())
+
+
+def _reads(features: Features | CrossLayerTranscoder) -> tuple[str, ...]:
+    return features.reads if isinstance(features, CrossLayerTranscoder) else (features.reads,)
+
+
+def _explain(features: Features | CrossLayerTranscoder, x: list[Tensor]) -> tuple[list[Active], Iterator[Tensor]]:
+    """What fires in each dictionary, and the outputs (tokens, D) that it makes."""
+    if isinstance(features, CrossLayerTranscoder):
+        each = features.active(x)
+        return each, (features.decode_layer(layer, each) for layer in range(len(each)))
+    found = features.active(x[0])
+    return [found], iter([features.decode_active(found, x[0])])

@@ -1,22 +1,25 @@
 """circuit-tracer's transcoders: config.yaml, with layer_N.safetensors, or W_enc_N and W_dec_N of a cross-layer one.
 
 The first has a transcoder for each layer. A cross-layer one writes to its own and all later layers:
-`W_dec_N` is (S, layers left, D).
+`W_dec_N` is (S, layers left, D); W_enc_N.safetensors has the biases of the features and of layer N's output too.
 """
 
 import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import BadValue, read_small
 from llama_ref.study.features.activations import Activation, Threshold, TopK, relu
+from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features, Weights
-from llama_ref.study.features.sites import Claims
+from llama_ref.study.features.sites import Claims, Site, claims_of
 from llama_ref.study.features.stored import CONFIG_LIMIT_BYTES, Stored, check_k, refuse
 
 CONFIG = "config.yaml"
+ENCODER = re.compile(r"W_enc_(\d{1,3})\.safetensors")
 LAYER = re.compile(r"layer_(\d{1,3})\.safetensors")
 ENTRY = re.compile(r"([A-Za-z_]\w*):[ \t]+(?:\"([^\"]*)\"|'([^']*)'|([^\s#][^#]*?))[ \t]*(?:#.*)?")
 
@@ -47,10 +50,45 @@ def read_cross_layer(folder: Path, claims: Claims) -> Features:
     config = read_config(folder)
     _claim_hooks(folder, config, claims)
     if not claims.layers:
-        raise RequestError(f"{folder} has a cross-layer transcoder: pass layer=…, of which to read the features")
-    site = claims.settle(folder)
+        raise RequestError(
+            f"{folder} has a cross-layer transcoder: pass layer=…, of which to read the features, or open_cross_layer for all"
+        )
+    return _cross_layer(folder, config, claims.settle(folder))[0]
+
+
+def read_all_layers(folder: Path, site: str | None = None) -> CrossLayerTranscoder:
+    """A cross-layer transcoder as a whole. Raises CheckpointError, RequestError."""
+    config = read_config(folder)
+    try:
+        names = [file.name for file in folder.iterdir()]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from error
+    numbers = [int(found[1]) for found in map(ENCODER.fullmatch, names) if found]
+    if not numbers:
+        raise CheckpointError(f"{folder} has no cross-layer transcoder: expected W_enc_0.safetensors and W_dec_0.safetensors")
+    layers, biases = [], []
+    for n in range(max(numbers) + 1):
+        claims = claims_of(n, site)
+        _claim_hooks(folder, config, claims)
+        own = claims.settle(folder)
+        if not own.kind.startswith("transcoder"):
+            raise RequestError(
+                f"the site of {folder} is {own.kind}, expected transcoder: it reads what a feed-forward is given"
+            )
+        layer, bias = _cross_layer(folder, config, own)
+        layers.append(layer)
+        biases.append(bias)
+    for layer in layers:
+        _check_width(layer, len(layers), layers[0].dim)
+    return CrossLayerTranscoder(layers, biases, path=folder)
+
+
+def _cross_layer(folder: Path, config: dict[str, str], site: Site) -> tuple[Features, Tensor | None]:
+    """One layer's features, and the bias (D,) of its feed-forward's output."""
     n = site.layer
     first, second = Stored(folder / f"W_enc_{n}.safetensors"), Stored(folder / f"W_dec_{n}.safetensors")
+    if f"W_skip_{n}" in first or f"W_skip_{n}" in second:
+        raise refuse(f"{folder}: W_skip_{n} of a cross-layer transcoder")
     encoder = first.matrix(f"W_enc_{n}")
     n_features, dim = encoder.shape
     decoder = second.matrix(f"W_dec_{n}", 3)
@@ -60,7 +98,18 @@ def read_cross_layer(folder: Path, claims: Claims) -> Features:
         )
     weights = Weights(encoder, first.vector(f"b_enc_{n}", n_features), decoder)
     activation = _activation(config, first, n_features, None, f"_{n}")
-    return Features(weights, activation, site, path=first.path, form="circuit-tracer, cross-layer")
+    bias = first.vector(f"b_dec_{n}", dim) if f"b_dec_{n}" in first else None
+    return Features(weights, activation, site, path=first.path, form="circuit-tracer, cross-layer"), bias
+
+
+def _check_width(layer: Features, n_layers: int, dim: int) -> None:
+    """Raise CheckpointError unless the layer writes to itself and all later ones."""
+    n, shape = layer.site.layer, tuple(layer.weights.decoder.shape)
+    if shape[1:] != (n_layers - n, dim):
+        raise CheckpointError(
+            f"{layer.path.with_name(f'W_dec_{n}.safetensors')}: W_dec_{n} is {shape}, expected"
+            f" ({shape[0]}, {n_layers - n}, {dim}), as there are {n_layers} layers; are files missing?"
+        )
 
 
 def read_config(folder: Path) -> dict[str, str]:

@@ -111,20 +111,24 @@ def goodfire(folder: Path, dim: int, n: int, seed: int = 0, *, name: str = "Llam
     return Written(folder / name, lambda x: relu(x @ w_enc.T + b_enc), lambda f, x: f @ w_dec + b_dec, "Goodfire")
 
 
-def dictionary_learning(folder: Path, dim: int, n: int, seed: int = 0, *, layer: int = 1, **changed: object) -> Written:
+def dictionary_learning(
+    folder: Path, dim: int, n: int, seed: int = 0, *, layer: int = 1, k: int | None = None, **changed: object
+) -> Written:
+    """BatchTopK; with a k, AutoEncoderTopK, whose threshold the formula does not use."""
     path = folder / f"resid_post_layer_{layer}" / "trainer_1"
     w_enc, b_enc, w_dec, b_dec = numbers(seed, (n, dim), (n,), (n, dim), (dim,))
     threshold = 0.3
-    trainer = {"dict_class": "BatchTopKSAE", "layer": layer, "activation_dim": dim, "dict_size": n, "k": 64}
+    name = "BatchTopKSAE" if k is None else "AutoEncoderTopK"
+    trainer = {"dict_class": name, "layer": layer, "activation_dim": dim, "dict_size": n, "k": k or 64}
     trainer |= {"submodule_name": f"resid_post_layer_{layer}", "lm_name": "Llama"}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps({"trainer": trainer | changed, "buffer": {}}))
     found = tensors(b_dec=b_dec, **{"encoder.weight": w_enc, "encoder.bias": b_enc, "decoder.weight": w_dec.T})
-    torch.save(OrderedDict(found, k=torch.tensor(64), threshold=torch.tensor(threshold)), path / "ae.pt")
+    torch.save(OrderedDict(found, k=torch.tensor(k or 64, dtype=torch.int), threshold=torch.tensor(threshold)), path / "ae.pt")
 
     def encode(x: np.ndarray) -> np.ndarray:
         z = relu((x - b_dec) @ w_enc.T + b_enc)
-        return np.where(z > threshold, z, 0)
+        return np.where(z > threshold, z, 0) if k is None else largest(z, k)
 
     return Written(path, encode, lambda f, x: f @ w_dec + b_dec, "dictionary_learning")
 

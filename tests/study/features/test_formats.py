@@ -32,6 +32,7 @@ FORMATS: dict[str, Callable[..., Written]] = {
     "sparsify transcoder": partial(feature_folders.sparsify, name="layers.1.mlp", transcode=True, skip=True),
     "goodfire": feature_folders.goodfire,
     "dictionary_learning": feature_folders.dictionary_learning,
+    "dictionary_learning TopK": partial(feature_folders.dictionary_learning, k=5),
     "transcoder": feature_folders.transcoders,
     "transcoder, skip, thresholds": partial(feature_folders.transcoders, thresholds=True, skip=True),
 }

@@ -144,6 +144,7 @@ def test_a_pickle_that_runs_a_program_is_refused(tmp_path):
         ({"dict_class": "GatedAutoEncoder"}, "dict_class is 'GatedAutoEncoder', which is not supported"),
         ({"activation_dim": 9}, r"activation_dim is 9, but encoder.weight is \(16, 8\)"),
         ({"layer": "1"}, "layer is '1', expected a whole number"),
+        ({"k": 17}, "k is 17, but there are 16 features"),
         ({"submodule_name": "resid_post_layer_2"}, r"is not clear: config\.json says 1, but its submodule_name says 2"),
     ],
 )
@@ -151,6 +152,16 @@ def test_configs_of_dictionary_learning_that_are_wrong(changed, message, tmp_pat
     path = feature_folders.dictionary_learning(tmp_path, DIM, N, **changed).path
     with pytest.raises((CheckpointError, RequestError), match=message):
         study.open_features(path)
+
+
+def test_a_config_and_a_file_that_say_another_k(tmp_path):
+    path = feature_folders.dictionary_learning(tmp_path, DIM, N, k=4).path
+    config = path / "config.json"
+    config.write_text(config.read_text().replace('"k": 4', '"k": 3'))
+    with pytest.raises(CheckpointError, match=r"k is 3, but ae\.pt says 4"):
+        study.open_features(path)
+    config.write_text(config.read_text().replace('"k": 3, ', ""))
+    assert study.open_features(path).active(torch.randn(1, DIM).abs() * 9).counts().max() <= 4
 
 
 @pytest.mark.parametrize(

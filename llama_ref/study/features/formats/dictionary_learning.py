@@ -48,8 +48,18 @@ def _activation(config: dict[str, Any], stored: Stored) -> Activation:
         case "BatchTopKSAE":
             return Threshold(stored.scalar("threshold").clamp(min=0))
         case "AutoEncoderTopK":
-            return TopK(check_k(count(config, "k"), len(stored.matrix("encoder.weight"))))
+            return TopK(_k(config, stored))
     raise refuse(f"dict_class is {config['dict_class']!r:.40}")
+
+
+def _k(config: dict[str, Any], stored: Stored) -> int:
+    """The file's k, which the config must not contradict; the file's threshold is for training alone."""
+    found = int(stored.scalar("k")) if "k" in stored else count(config, "k")
+    if config.get("k") not in (None, found):
+        raise BadValue(f"k is {config['k']!r:.40}, but {FILE} says {found}")
+    if found < 1:
+        raise BadValue(f"k of {FILE} is {found}, expected a positive whole number")
+    return check_k(found, len(stored.matrix("encoder.weight")))
 
 
 def _weights(stored: Stored, config: dict[str, Any]) -> Weights:

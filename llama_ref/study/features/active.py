@@ -32,6 +32,13 @@ class Active:
         out[self.tokens, self.features] = self.values
         return out
 
+    def columns(self, features: Tensor) -> Tensor:
+        """The values of some features (n,), each once, at every token: float32 (n_tokens, n)."""
+        found, column = (self.features[:, None] == features).nonzero(as_tuple=True)
+        out = self.values.new_zeros(self.n_tokens, len(features))
+        out[self.tokens[found], column] = self.values[found]
+        return out
+
     def counts(self) -> Tensor:
         """How many features fire at each token: (n_tokens,)."""
         return torch.bincount(self.tokens, minlength=self.n_tokens)

@@ -133,12 +133,20 @@ class Features:
 
     @torch.no_grad()
     def encode_some(self, x: Tensor | Trace, features: Sequence[int]) -> Tensor:
-        """The values of some features: float32 (…, n). Only their rows are read, but for TopK, which compares all."""
+        """The values of some features: float32 (…, n). Only their rows are read.
+
+        TopK compares all features, at tokens where one of these may fire by its own value.
+        """
         chosen = torch.tensor([check_index("feature", each, len(self)) for each in features], dtype=torch.long, device="cpu")
         given = self._input(x)
-        if isinstance(self.activation, TopK):
-            return self.encode(given)[..., chosen.to(given.device)]
-        return self._values(self._prepared(given), chosen)
+        if not isinstance(self.activation, TopK):
+            return self._values(self._prepared(given), chosen)
+        rows = given.flatten(0, -2)
+        own = self._linear(self._prepared(rows), chosen)
+        candidates = (own != 0 if self.activation.signed else own > 0).any(-1)
+        out = torch.zeros_like(own)
+        out[candidates] = self.active(rows[candidates]).columns(chosen.to(given.device))
+        return out.unflatten(0, given.shape[:-1])
 
     @torch.no_grad()
     def decode(self, f: Tensor, x: Tensor | Trace | None = None) -> Tensor:

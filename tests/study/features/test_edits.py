@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from folders import tiny_folder
 from llama_ref import study
 from llama_ref.args import ModelArgs
 from llama_ref.compiled.caches import new_cache
 from llama_ref.errors import RequestError
+from llama_ref.generation import Llama
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
 from random_models import random_model
@@ -114,6 +116,57 @@ def test_texts_of_different_lengths_and_a_cache_give_the_same(model, features):
             steps = torch.cat([model(token[None, None], cache)[0] for token in text])
             assert torch.allclose(together.row(i)["logits"][0], alone[i], atol=1e-5)
             assert torch.allclose(steps, alone[i], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory) -> Llama:
+    folder = tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny")
+    return Llama.build(folder, max_seq_len=64, device="cpu", dtype="float32", verify="never")
+
+
+@pytest.mark.parametrize("kind", ["steer", "set", "ablate"])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_generation_with_a_cache_is_as_passes_without_one(talker, maker, kind, tmp_path):
+    """Prompts of different lengths in one batch: each answer is what whole passes make most probable."""
+    model, dim = talker.model, talker.model.args.dim
+    features = study.open_features(MAKERS[maker](tmp_path, dim, 2 * dim).path)
+    prompts = ["A cat", "The weather is"]
+    before = study.trace(model, talker.encode(prompts[1]), features.reads)
+    strongest = features.encode(before).amax((0, 1)).topk(4).indices.tolist()
+    edits = {
+        "steer": study.steer_features(features, {strongest[0]: 9.0}),
+        "set": study.set_features(features, {strongest[0]: 9.0, strongest[1]: 0.0}),
+        "ablate": study.ablate_features(features, strongest),
+    }[kind]
+    plain = talker.text_completion(prompts, 0.0, max_gen_len=6, logprobs=True)
+    with study.patch(model, edits):
+        found = talker.text_completion(prompts, 0.0, max_gen_len=6, logprobs=True)
+        for prompt, answer, unedited in zip(prompts, found, plain, strict=True):
+            whole, logprobs = talker.encode(prompt), []
+            for _ in answer["logprobs"]:
+                last = model(torch.tensor([whole]))[0, -1].log_softmax(-1)
+                whole.append(int(last.argmax()))
+                logprobs.append(float(last.max()))
+            assert talker.tokenizer.decode(whole[-len(logprobs) :]) == answer["generation"]
+            assert answer["logprobs"] == pytest.approx(logprobs, abs=1e-4)
+            assert answer["logprobs"] != pytest.approx(unedited["logprobs"], abs=1e-3)
+    assert talker.text_completion(prompts, 0.0, max_gen_len=6, logprobs=True) == plain
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_only_tokens_that_may_change_are_encoded(model, signed, tmp_path, monkeypatch):
+    """Those at the edit's positions; of TopK where a chosen feature's own value is above zero."""
+    features = study.open_features(feature_folders.sparsify(tmp_path, ARGS.dim, N, k=16, signed=signed).path)
+    tokens, counts, active = ids(3, 20), [], study.Features.active
+    x = study.trace(model, tokens, features.reads)[features.reads]
+    own = (x - features.weights.input_bias) @ features.weights.encoder[5] + features.weights.encoder_bias[5]
+    f = features.encode(x)
+    monkeypatch.setattr(study.Features, "active", lambda self, x: counts.append(len(x)) or active(self, x))
+    assert torch.allclose(features.encode_some(x, [5])[..., 0], f[..., 5], atol=1e-6)
+    assert 0 < int((own > 0).sum()) < 60 and counts == [60 if signed else int((own > 0).sum())]
+    with study.patch(model, study.ablate_features(features, 5, positions=[2, 3], rows=1)):
+        model(tokens)
+    assert counts[1:] == [2 if signed else int((own[1, 2:4] > 0).sum())]
 
 
 def test_a_feature_of_a_cross_layer_transcoder_moves_all_its_layers(model, tmp_path):

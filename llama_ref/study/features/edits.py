@@ -125,13 +125,16 @@ def _replace_all_layers(features: CrossLayerTranscoder, positions: Indices | Non
 class _TokenEdit(Edit):
     """An edit whose function gets only the tokens that it may change: (name, read (n, D), value (n, D)) -> value.
 
-    `read` returns what was read in the pass for all of its tokens, or is None for the value itself.
+    `read` returns the activation `reads` of the pass, for all tokens; None stands for the value itself.
     """
 
     change_tokens: Callable[[str, Tensor, Tensor], Tensor] = field(kw_only=True)
+    reads: str = field(kw_only=True)
     read: Callable[[], Tensor] | None = field(kw_only=True)
 
     def apply(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
+        if run is not None and run.layers is not None and int(self.reads.split(".")[1]) not in run.layers:
+            raise RequestError(f"a pass leaves out {self.reads}, which the edit of {name} reads: run whole passes")
         mask = self.mask(value, name, run)
         whole = torch.ones((), dtype=torch.bool, device=value.device) if mask is None else mask
         there = whole.expand(*value.shape[:-1], 1)[..., 0]
@@ -159,7 +162,7 @@ def _edits_of(
 
     same = list(writes) == [reads]
     read = None if same else lambda: local.seen
-    writing = _TokenEdit(_unchanged, change_tokens=change_tokens, read=read).at(positions=positions, rows=rows)
+    writing = _TokenEdit(_unchanged, change_tokens=change_tokens, reads=reads, read=read).at(positions=positions, rows=rows)
     return dict.fromkeys(writes, writing) if same else {reads: Edit(see), **dict.fromkeys(writes, writing)}
 
 

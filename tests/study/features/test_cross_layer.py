@@ -14,6 +14,7 @@ from llama_ref.errors import CheckpointError, RequestError, UnsupportedModel
 from llama_ref.model import Transformer
 from llama_ref.study.features import dictionary
 from llama_ref.study.features.edits import replace_by_reconstruction
+from llama_ref.study.layer_window import layer_window
 from random_models import random_model
 from study import feature_folders
 from study.feature_folders import CrossLayer
@@ -139,6 +140,20 @@ def test_its_layers_are_features_as_others(model, made):
         after = study.trace(model, tokens, layer.writes)
     moved = after[layer.writes[0]] - before[layer.writes[0]]
     assert torch.allclose(moved, 2 * torch.from_numpy(made.w_dec[1][3, 0]).expand_as(moved), atol=1e-5)
+
+
+def test_passes_without_the_first_layers_are_refused(model, made):
+    transcoder, tokens = study.open_cross_layer(made.path), torch.tensor(texts(4))
+    residual = study.trace(model, tokens, "layers.1.residual_pre")["layers.1.residual_pre"]
+    steered = study.steer_features(transcoder.layers[0], {3: 2.0})
+    for edits, message in (
+        (steered, "leaves out layers.0.ffn.norm"),
+        (replace_by_reconstruction(transcoder), "skipped layers"),
+    ):
+        with study.patch(model, edits):
+            model(tokens)
+            with layer_window(model, range(1, L), residual), pytest.raises(RequestError, match=message):
+                model(tokens)
 
 
 def test_misuse(model, made, tmp_path):

@@ -12,6 +12,7 @@ from torch.distributed.run import parse_args
 
 import chat_completion
 import text_completion
+from conftest import REPOSITORY
 from folders import tiny_folder
 from llama_ref.cli import main
 from llama_ref.formatting import human_bytes
@@ -112,7 +113,7 @@ def test_the_command_runs(warm, run, tmp_path):
     _, out, _ = run(folder, "--max_seq_len", 200)
     command = out[out.index("torchrun") :].split("\n\n")[0].replace("torchrun", str(warm / "torchrun"), 1)
     done = subprocess.run(
-        ["bash", "-c", f"{command} --max_gen_len 1 --device cpu"], capture_output=True, text=True, check=False
+        ["bash", "-c", f"{command} --max_gen_len 1 --device cpu"], capture_output=True, text=True, check=False, cwd=REPOSITORY
     )
     assert done.returncode == 0, done.stderr
     assert "I believe the meaning of life is" in done.stdout

@@ -38,11 +38,11 @@ from llama_ref.images import Tiles, load_tiles
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.numbers import plain_list, plain_number
+from llama_ref.parallel.division import connect
 from llama_ref.parallel.facts import generation_facts
 from llama_ref.parallel.job import ALONE, Job, join_job, naming_a_lost_process
-from llama_ref.parallel.pipeline import split_layers
 from llama_ref.parallel.sharding import check_divisible
-from llama_ref.parallel.tensor import broadcast_choice, split_matrices
+from llama_ref.parallel.tensor import broadcast_choice
 from llama_ref.progress import Progress
 from llama_ref.quantization.apply import use_fast_kernels
 from llama_ref.quantization.scheme import Scheme
@@ -205,7 +205,7 @@ class Llama:
                 in_memory=in_memory,
                 progress=progress,
             )
-        _split(model, job)
+        connect(model, args, job)
         if compile:
             compile_decode(model)
         use_fast_kernels(model)  # for quantized matrices that were not compiled
@@ -613,14 +613,6 @@ def _generator(seed: int | None) -> torch.Generator:
         generator.seed()
         return generator
     return generator.manual_seed(seed)
-
-
-def _split(model: Transformer, job: Job) -> None:
-    """Connect a process's part of a model to the other processes."""
-    if job.tensor_group:
-        split_matrices(model, job.share, job.tensor_group)
-    if job.pipeline_group:
-        split_layers(model, job.share, job.pipeline_group)
 
 
 def _check_speculation(speculate: str | None, draft: str | Path | None, job: Job) -> None:

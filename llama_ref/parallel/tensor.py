@@ -56,13 +56,20 @@ class RowParallelLinear(nn.Module):
         self.group = group
         self.sizes: list[int] | None = None  # inputs of each process, if they are gathered
         if isinstance(linear, QuantizedMatrix) and linear.takes_whole_input:
-            self.sizes = _sizes(linear.shape[1], group)
+            self.sizes = part_sizes(linear.shape[1], group)
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = x if self.sizes is None else _gathered(x, self.sizes, self.group)  # (…, in)
+        inputs = x if self.sizes is None else gathered(x, self.sizes, self.group)  # (…, in)
         out = self.linear(inputs).contiguous()
         dist.all_reduce(out, group=self.group)
         return out
+
+    def part_of(self, matrix: Tensor) -> Tensor:
+        """The columns of this process's inputs, of the linear layer's dequantized matrix (out, in)."""
+        if self.sizes is None:
+            return matrix
+        rank = self.group.rank()
+        return matrix.narrow(1, sum(self.sizes[:rank]), self.sizes[rank])
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -89,20 +96,21 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.linear = linear  # (V / W, D)
         self.group = group
-        self.sizes = _sizes(n_outputs, group)
+        self.sizes = part_sizes(n_outputs, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _gathered(self.linear(x), self.sizes, self.group)  # (…, V / W) -> (…, V)
+        return gathered(self.linear(x), self.sizes, self.group)  # (…, V / W) -> (…, V)
 
 
-def _sizes(total: int, group: ProcessGroup) -> list[int]:
+def part_sizes(total: int, group: ProcessGroup) -> list[int]:
     """Each process's number of `total` features."""
     return [len(Share(rank, group.size()).of(total)) for rank in range(group.size())]
 
 
-def _gathered(local: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
-    """The features (…, size) of every process side by side, on all of them."""
-    local = F.pad(local, (0, max(sizes) - local.shape[-1])).contiguous()  # all_gather wants equal sizes
+def gathered(local: Tensor, sizes: list[int], group: ProcessGroup, dim: int = -1) -> Tensor:
+    """The parts of every process side by side, on all of them; `dim` is negative, their `sizes` are along it."""
+    padding = [0, 0] * (-1 - dim) + [0, max(sizes) - local.shape[dim]]  # all_gather wants equal sizes
+    local = F.pad(local, padding).contiguous()
     parts = [torch.empty_like(local) for _ in sizes]
     dist.all_gather(parts, local, group=group)
-    return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llama_ref.errors import LlamaRefError
 from llama_ref.model import Transformer
 from llama_ref.quantization.linear import QuantizedMatrix
+from llama_ref.study.hooks import check_model
 from llama_ref.study.images import Images
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.trace import trace
@@ -81,6 +82,7 @@ def attribute(
     `images` as in `trace`. Raises RequestError for an unknown token or position, and LlamaRefError if the shares do not add
     up to the logit within rounding, as with weights that are not finite.
     """
+    check_model(model)
     row = one_row(model, tokens)
     position = check_index("position", position, row.shape[1])
     target, other = check_token(model, target), None if other is None else check_token(model, other)

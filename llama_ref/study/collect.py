@@ -9,6 +9,7 @@ collection.py says what is in the folder, collected.py reads it.
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ from llama_ref.checkpoint.formats.safetensors_writer import safetensors_pieces
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import division_of
+from llama_ref.parallel.job import from_first
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.collected import Collected
 from llama_ref.study.collection import DTYPES, INDEX, Collection, Shard, check_dtype, plan, read_index, row_shapes
-from llama_ref.study.hooks import Pass, attached, check_model
+from llama_ref.study.hooks import Pass, attached, check_part
 from llama_ref.study.inputs import check_index, prompt_tokens
 from llama_ref.study.model_digest import weights_digest
 from llama_ref.study.pass_size import split_passes
@@ -56,24 +59,37 @@ def collect(
     A run that was interrupted continues where it was when it is called again with the same
     arguments; finished shards are not computed again. Raises RequestError for other arguments than
     the folder's, names or positions that do not exist, and files that cannot be written,
-    CheckpointError for a full disk or a damaged folder.
+    CheckpointError for a full disk or a damaged folder. Under torchrun all processes must call it
+    alike; rank 0 writes, and a folder is continued by as many processes as began it.
     """
     transformer = model.model if isinstance(model, Llama) else model
-    check_model(transformer)
-    shapes = row_shapes(transformer.args, names)
+    check_part(transformer)
+    division = division_of(transformer)
+    job, shapes = division.job, row_shapes(division.args, names)
     stored = check_dtype(transformer.dtype if dtype is None else dtype)
     ids = _as_ids(model, prompts, special_tokens)
     kept = [_kept(positions, text.tolist(), i) for i, text in enumerate(ids)]
     collection, texts = plan(weights_digest(transformer), shapes, stored, ids, kept)
-    folder = _open(to, collection)
-    missing = [shard for shard in collection.shards if not (folder / shard.file).exists()]
-    check_free_space(folder, sum(map(collection.n_rows, missing)) * collection.row_bytes)
+    job.check_same("collecting activations", {"what is collected": json.dumps(collection.as_json())})
+    folder, missing = from_first(job, partial(_prepare, to, collection))
     counter = ProgressCounter(len(texts), progress)
     counter.advance(len(texts) - sum(shard.end - shard.first for shard in missing))
     for shard in missing:
         tensors = _run(transformer, collection, shard, texts, counter)
-        write_output(folder / shard.file, safetensors_pieces(tensors, {}))
-    return Collected(folder)
+        from_first(job, partial(_write, folder / shard.file, tensors))
+    return from_first(job, partial(Collected, folder))
+
+
+def _prepare(to: str | Path, collection: Collection) -> tuple[Path, list[Shard]]:
+    """The folder, and the shards that it does not have yet. Raises RequestError, CheckpointError."""
+    folder = _open(to, collection)
+    missing = [shard for shard in collection.shards if not (folder / shard.file).exists()]
+    check_free_space(folder, sum(map(collection.n_rows, missing)) * collection.row_bytes)
+    return folder, missing
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    write_output(path, safetensors_pieces(tensors, {}))
 
 
 def _run(

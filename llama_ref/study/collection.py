@@ -22,7 +22,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_json
 from llama_ref.formatting import dtype_name
-from llama_ref.study.names import axes, matching
+from llama_ref.study.names import axes, is_of_key_heads, matching
 from llama_ref.study.pass_size import split_passes
 
 INDEX = "index.json"
@@ -136,7 +136,7 @@ def row_shapes(args: ModelArgs, globs: str | Sequence[str]) -> dict[str, list[in
                 f"{name} cannot be collected: it has no fixed number of values at each token of a text; choose others,"
                 " such as layers.*.residual_post, or record it with study.trace"
             )
-        heads = args.n_kv_heads if name.rpartition(".")[2] in ("k", "k_unrotated", "v") else args.n_heads
+        heads = args.n_kv_heads if is_of_key_heads(name) else args.n_heads
         shapes[name] = [heads if axis == "head" else sizes[axis] for axis in own_axes[2:]]
     return shapes
 

@@ -6,7 +6,7 @@ model's instances, not of its classes, and see only passes of the thread that in
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -19,12 +19,19 @@ from llama_ref.compiled.forward import CompiledForward
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Attention, Context, FeedForward, Transformer, TransformerBlock, attend, rotate
+from llama_ref.parallel.division import division_of
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
-from llama_ref.study.names import is_of_an_image
+from llama_ref.study.names import all_names, is_of_an_image
+from llama_ref.study.parts import Parts
 from llama_ref.study.steps import add_by_head, attend_in_steps
 from llama_ref.study.vision_hooks import VisionForwards
 from llama_ref.vision import VisionTransformer
+
+SPLIT = (
+    "the model is split across processes: only trace, recording, collect, predict, the logit lens, attention patterns and"
+    " residual_stream work there, without edits or gradients; load it in one process, without torchrun, for all else"
+)
 
 
 class Pass:
@@ -75,10 +82,11 @@ _lock = threading.RLock()
 def attached(model: Transformer, visitor: Visitor) -> Iterator[None]:
     """Pass a model's values to a visitor while the block runs, for passes of this thread.
 
-    A compiled model runs uncompiled in the block. Blocks may be nested. Raises RequestError for a
-    model that is split across processes.
+    A compiled model runs uncompiled in the block. Blocks may be nested. Of a model that is split
+    across processes, all of them must attach alike, and every visitor gets whole values. Raises
+    RequestError for a visitor of such a model that edits, or wants gradients.
     """
-    check_model(model)
+    (check_model if visitor.edits or visitor.in_path else check_part)(model)
     key = (threading.get_ident(), visitor)
     try:
         with _lock:
@@ -102,11 +110,19 @@ def _leave(model: Transformer, key: tuple[int, Visitor]) -> None:
 
 def check_model(model: Transformer) -> None:
     """Raise RequestError unless `model` is a Transformer that is whole in this process."""
+    check_part(model)
+    if division_of(model).job.is_parallel:
+        raise RequestError(SPLIT)
+
+
+def check_part(model: Transformer) -> None:
+    """Raise RequestError unless `model` is a Transformer, or this process's part of one."""
     if not isinstance(model, Transformer):
         hint = ": pass its .model" if isinstance(getattr(model, "model", None), Transformer) else ""
         raise RequestError(f"model is of type {type(model).__name__}, expected a llama_ref Transformer{hint}")
-    if any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules()):
-        raise RequestError("the model is split across processes: load it in one, without torchrun, to study it")
+    is_split = any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules())
+    if is_split and not division_of(model).job.is_parallel:  # nobody has said of what it is a part
+        raise RequestError(SPLIT)
 
 
 class Attached:
@@ -116,6 +132,7 @@ class Attached:
         self.visitors: list[tuple[int, Visitor]] = []  # with the thread of each
         self.local = threading.local()  # .tokens, .run, .in_pass: each thread has its own pass
         self.model = model
+        self.parts = Parts(model) if division_of(model).job.is_parallel else None
         self.instrumented: list[nn.Module] = []
         self.removed: list[tuple[nn.Module, str, CompiledForward]] = []  # to be restored
         self.beginning: RemovableHandle | None = None
@@ -140,13 +157,13 @@ class Attached:
             if attribute in vars(model):
                 self._remove(model, attribute)
         model.embed = self.embed  # type: ignore[method-assign]
-        for i, block in enumerate(model.layers):
+        for i, block in enumerate(model.layers, division_of(model).first_layer):
             assert isinstance(block, TransformerBlock)
             self.instrument(block, self.block, f"layers.{i}")
             self.instrument(block.attention, self.attention, f"layers.{i}")
             self.instrument(block.feed_forward, self.feed_forward, f"layers.{i}")
         if isinstance(model, VisionTransformer):
-            VisionForwards(self).install(model)
+            VisionForwards(self).install(model, division_of(model).first_cross_layer)
         self.instrument(model.norm, self.norm)
         self.instrument(model.output, self.output)
         # Before layer 0, and before the cross-attention layer that may stand before it.
@@ -191,9 +208,19 @@ class Attached:
 
     def see(self, name: str, value: Tensor) -> Tensor:
         """Pass a value through all visitors that want it."""
-        for visitor in self.watching(name):
+        watching = self.watching(name)
+        if self.parts and watching:
+            self._pass_on(self.parts.show(name, value))
+            return value
+        for visitor in watching:
             value = visitor.visit(name, value, None if is_of_an_image(name) else self.local.run)
         return value
+
+    def _pass_on(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Show whole values of a model that is split across processes."""
+        for name, value in values:
+            for visitor in self.watching(name):
+                visitor.visit(name, value, None if is_of_an_image(name) else self.local.run)
 
     def watching_steps(self, where: str) -> list[Visitor]:
         """This thread's visitors that want an attention's scores or pattern."""
@@ -211,6 +238,9 @@ class Attached:
 
     def embed(self, tokens: Tensor) -> Tensor:
         self.local.tokens = tokens
+        if self.parts and any(owner == threading.get_ident() for owner, _ in self.visitors):
+            names = all_names(self.parts.args)
+            self.parts.begin(tokens, [name for name in names if self.watching(name)])
         return type(self.model).embed(self.model, tokens)
 
     def _begin(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -222,7 +252,8 @@ class Attached:
         for owner, visitor in self.visitors:
             if owner == thread:
                 visitor.begin(self.local.run)
-        return self.see("embedding", x), context, *rest
+        is_embedded_here = self.parts is None or self.parts.job.share.is_first_stage
+        return self.see("embedding", x) if is_embedded_here else x, context, *rest
 
     def block(self, block: TransformerBlock, where: str, x: Tensor, context: Context, layer: int) -> Tensor:
         layers = self.local.run.layers
@@ -271,7 +302,10 @@ class Attached:
         out = _class_forward(module, x)
         if not getattr(self.local, "in_pass", False):  # a direct call of the norm
             return out
-        out = self.see("norm", out)
+        if self.parts is None or self.parts.job.share.is_last_stage:
+            out = self.see("norm", out)
+        if self.parts:
+            self._pass_on(self.parts.end())
         self.local.in_pass = False
         # Generation computes logits of few positions; recorders get those of all, computed here.
         recorders = [visitor for visitor in self.watching("logits") if not visitor.edits]

@@ -19,6 +19,7 @@ from llama_ref.formatting import human_bytes
 from llama_ref.images import best_canvas, fitted_size, open_image, tiles_of
 from llama_ref.model import Transformer
 from llama_ref.study.attention import LARGEST_LAYER
+from llama_ref.study.hooks import check_model
 from llama_ref.study.images import check_reads_images
 from llama_ref.study.inputs import check_index, one_row
 from llama_ref.study.report.packing import watch_patterns
@@ -75,6 +76,7 @@ def image_attention(
     patterns at a time. Raises RequestError for a model that reads no images, what is no image, and
     images and tokens that do not fit each other.
     """
+    check_model(model)
     row, model = one_row(model, tokens), check_reads_images(model)
     args = model.args
     assert args.vision_chunk_size is not None

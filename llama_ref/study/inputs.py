@@ -11,7 +11,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
-from llama_ref.study.hooks import check_model
+from llama_ref.study.hooks import check_part
 from llama_ref.study.texts import Text, as_texts
 from llama_ref.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ MOST_SHOWN = 8  # tokens of a text in a message
 
 def one_row(model: Transformer, tokens: Text) -> Tensor:
     """One sequence of ids, (T,) or (1, T), as (1, T) on the model's device. Raises RequestError."""
-    check_model(model)
+    check_part(model)
     texts = as_texts(model, tokens)
     if len(texts) != 1:
         raise RequestError(

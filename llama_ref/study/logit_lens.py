@@ -16,7 +16,9 @@ from torch.linalg import vecdot
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.hooks import check_model
+from llama_ref.parallel.division import division_of
+from llama_ref.parallel.pipeline import SentState
+from llama_ref.study.hooks import check_part
 from llama_ref.study.images import Images
 from llama_ref.study.inputs import check_index, check_token, one_each, one_row
 from llama_ref.study.texts import Text, Texts, as_texts
@@ -138,12 +140,12 @@ def logit_lenses(
     `targets` is a token for each, or one for all. `positions` count in each sequence for itself, so
     that [-1] is the last token of each. Raises RequestError.
     """
-    check_model(model)
+    check_part(model)
     rows = as_texts(model, texts)
     at = [_check_positions(positions, len(row)) for row in rows]
     check_top(model, top)
     wanted = [None if target is None else check_token(model, target) for target in one_each("targets", targets, len(rows))]
-    every = residual_points(model.args.n_layers)
+    every = residual_points(division_of(model).args.n_layers)
     if lens is not None:
         lens.check(model)
         every = lens.points
@@ -166,7 +168,7 @@ def _lens(
     residuals = [traced[point][0, positions] for point in points]  # P × (T, D)
     if lens is not None:
         residuals = [lens.translate(point, residual) for point, residual in zip(points, residuals, strict=True)]
-    last = traced[f"layers.{model.args.n_layers - 1}.residual_post"][0, positions]
+    last = traced[residual_points(traced.model_args.n_layers)[-1]][0, positions]
     read = _Readings(len(points), len(positions), top, last.device)
     for some in position_chunks(model, len(positions)):
         _read(model, residuals, last, some, target, read)
@@ -255,7 +257,7 @@ def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5, *,
     """Predict every token of a sequence, in one pass; `images` as in `trace`. Raises RequestError."""
     row = one_row(model, tokens)
     check_top(model, top)
-    last = f"layers.{model.args.n_layers - 1}.residual_post"
+    last = residual_points(division_of(model).args.n_layers)[-1]
     residual = trace(model, row, [last], images=images)[last][0]  # (T, D)
     following = torch.cat((row[0, 1:], row[0, :1]))  # (T,) the token after each; the last has none, any id will do
     is_image = following == model.args.vocab_size  # a place that no text predicts
@@ -292,7 +294,8 @@ def position_chunks(model: Transformer, n: int) -> Iterator[slice]:
 
 def log_probabilities(model: Transformer, residual: Tensor) -> Tensor:
     """Apply the final norm and the output matrix: (t, D) -> float32 (t, V)."""
-    return model.logits(model.norm(residual)).log_softmax(-1)
+    has_norm = not isinstance(model.norm, SentState)  # else the last pipeline stage sends the logits
+    return model.logits(model.norm(residual) if has_norm else residual).log_softmax(-1)
 
 
 def probability_and_rank(logprobs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

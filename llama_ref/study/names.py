@@ -202,6 +202,11 @@ def is_of_an_image(name: str) -> bool:
     return name.startswith("vision.")
 
 
+def is_of_key_heads(name: str) -> bool:
+    """Whether its heads are the text model's key/value heads."""
+    return not is_of_an_image(name) and name.endswith((".attention.k", ".attention.k_unrotated", ".attention.v"))
+
+
 def broadcastable(tensor: Tensor, name: str, *own_axes: str) -> Tensor:
     """Reshape a tensor with some of an activation's axes so that it broadcasts to it."""
     sizes = dict(zip(own_axes, tensor.shape, strict=True))

@@ -16,6 +16,7 @@ from llama_ref.quantization.apply import is_quantized
 from llama_ref.study.attention import AttentionSummary, attention_pattern, summarize_attention
 from llama_ref.study.attribution import Attribution, attribute
 from llama_ref.study.features.firing import Firing
+from llama_ref.study.hooks import check_model
 from llama_ref.study.image_attention import ImageAttention, image_attention
 from llama_ref.study.images import Images, encoding_once
 from llama_ref.study.inputs import check_token, one_row
@@ -85,6 +86,7 @@ def overview(
     `progress` is called with the steps done and their number. Raises RequestError, also for more
     than 2,048 tokens.
     """
+    check_model(model)
     row = one_row(model, tokens)
     _check_length(row.shape[1])
     check_top(model, top)

@@ -98,6 +98,7 @@ def saliency(
     embeddings in the text: a text that shows one is refused. Quantized models: see gradients.py.
     Raises RequestError.
     """
+    check_model(model)
     row = one_row(model, tokens)[0]
     answer = _check_answer(model, target)
     if not isinstance(target, Sequence | Tensor):

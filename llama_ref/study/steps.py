@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.linear import QuantizedMatrix
 
 
@@ -38,7 +39,7 @@ def attend_in_steps(
 
 def add_by_head(added: Tensor, out: Tensor, wo: nn.Module, see: Callable[[Tensor], Tensor], in_path: bool) -> Tensor:
     """The model's `added` (B, T, D), replaced where a visitor changed a head's share."""
-    weight = wo.dequantize() if isinstance(wo, QuantizedMatrix) else wo.get_parameter("weight")  # (D, H · hd)
+    weight = _matrix(wo)  # (D, H · hd)
     by_head = weight.to(out.dtype).unflatten(1, out.shape[2:])  # (D, H, hd)
     own = torch.einsum("bthe,dhe->bthd", out, by_head)  # (B, T, H, D)
     shares = see(own)
@@ -46,6 +47,13 @@ def add_by_head(added: Tensor, out: Tensor, wo: nn.Module, see: Callable[[Tensor
     if changed is None and not in_path:
         return added
     return _replace(added, shares.sum(2), changed, in_path)
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    """A linear layer's matrix; of one that is split across processes the columns of this one's inputs."""
+    if isinstance(linear, RowParallelLinear):
+        return linear.part_of(_matrix(linear.linear))
+    return linear.dequantize() if isinstance(linear, QuantizedMatrix) else linear.get_parameter("weight")
 
 
 def _replace(own: Tensor, other: Tensor, changed: Tensor | None, in_path: bool) -> Tensor:

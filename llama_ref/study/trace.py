@@ -13,8 +13,9 @@ from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import division_of
 from llama_ref.study.gradients import gradients
-from llama_ref.study.hooks import Pass, attached, check_model
+from llama_ref.study.hooks import Pass, attached, check_model, check_part
 from llama_ref.study.images import Images, tiles_of_texts
 from llama_ref.study.inputs import check_index
 from llama_ref.study.names import IMAGE_SCORES, SCORES, all_names, axes, broadcastable, matching
@@ -116,9 +117,11 @@ def trace(
     padding then stay as they were computed. With frozen weights the graph starts at the first of the
     names; through quantized matrices gradients flow as if they were not (gradients.py). Raises
     RequestError for names that match nothing, ids outside the vocabulary, a cache that is too small, or
-    images with gradients or a cache.
+    images with gradients or a cache. Under torchrun all processes must call it alike; each gets the
+    whole trace, without gradients.
     """
-    check_model(model)
+    (check_model if requires_grad else check_part)(model)
+    args = division_of(model).args
     recording = Recording(names, requires_grad=requires_grad)
     texts = as_texts(model, tokens)
     _check_cache(cache, texts)
@@ -132,7 +135,7 @@ def trace(
         batch.hidden(model, cache)
         if cache is not None and batch.padding is not None:
             cache.truncate([old + new for old, new in zip(before, batch.lengths, strict=True)])
-        return recording.single(model.args)
+        return recording.single(args)
 
 
 def trace_each(
@@ -204,8 +207,9 @@ class Recording:
     @contextmanager
     def of(self, model: Transformer) -> Iterator[None]:
         """Record a model's passes during the block."""
-        check_model(model)
-        self._wanted = frozenset(matching(model.args, self.names))
+        check_part(model)
+        args = division_of(model).args
+        self._wanted = frozenset(matching(args, self.names))
         try:
             with attached(model, self):
                 yield
@@ -213,7 +217,7 @@ class Recording:
             texts, self._texts = self._texts, []
             for text in texts:
                 text.drop_incomplete()
-            self.traces += [_merge_passes(text, model.args) for text in texts if text.passes]
+            self.traces += [_merge_passes(text, args) for text in texts if text.passes]
 
     def single(self, args: ModelArgs) -> Trace:
         """Hand over the trace of the one pass that was run; it is not kept here."""

@@ -42,7 +42,7 @@ class VisionForwards:
     def __init__(self, hooks: Hooks):
         self.hooks, self.see = hooks, hooks.see
 
-    def install(self, model: VisionTransformer) -> None:
+    def install(self, model: VisionTransformer, first_cross_layer: int) -> None:
         instrument, encoder = self.hooks.instrument, model.vision_model.vision_encoder
         instrument(model.vision_model, self.image)
         for name, blocks in (("layers", encoder.transformer), ("global", encoder.global_transformer)):
@@ -51,7 +51,7 @@ class VisionForwards:
                 instrument(block, self.encoder_block, where)
                 instrument(block.attn, self.encoder_attention, where)
                 instrument(block.mlp, self.encoder_feed_forward, where)
-        for i, cross in enumerate(model.cross_attention_layers):
+        for i, cross in enumerate(model.cross_attention_layers, first_cross_layer):
             where = f"cross_layers.{i}"
             instrument(cross, self.cross_block, where)
             instrument(cross.feed_forward, self.hooks.feed_forward, where)

@@ -1,0 +1,118 @@
+"""A model on several processes is studied as on one: the same names, shapes and values, on all of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from folders import byte_tokenizer
+from jobs import torchrun
+from make_random_checkpoint import make_random_checkpoint
+from study_worker import TEXTS, build, measure, trace_briefly
+from vision_folders import IMAGE_ID, noise, vision_folder
+
+WORKER = Path(__file__).parents[1] / "study_worker.py"
+SHAPE = {"dim": 48, "n_layers": 3, "vocab_size": 512, "multiple_of": 10, "norm_eps": 1e-5, "rope_theta": 500000.0}
+SHAPES = {
+    "groups of 4": SHAPE | {"n_heads": 8, "n_kv_heads": 2},  # more processes than key heads, from 4 on
+    "groups of 3": SHAPE | {"n_heads": 12, "n_kv_heads": 4, "use_scaled_rope": True, "head_dim": 12},  # a border within a group
+}
+LOOKING = [[256, IMAGE_ID, 70, 71, IMAGE_ID], [256, 70, 72]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("studied")
+    tokenizer = byte_tokenizer(root / "tokenizer.model")
+    made = {
+        name: make_random_checkpoint(root / name, shape, tokenizer=tokenizer, dtype=torch.float32, tied=name == "groups of 4")
+        for name, shape in SHAPES.items()
+    }
+    return made | {"vision": vision_folder(root / "vision", dtype=torch.float32)}
+
+
+@pytest.fixture(scope="module")
+def images(folders) -> list[list[str]]:
+    files = [folders["vision"].parent / f"{n}.png" for n in range(2)]
+    for file, size in zip(files, [(100, 40), (50, 50)], strict=True):
+        noise(*size).save(file)
+    return [list(map(str, files)), []]
+
+
+@pytest.fixture(scope="module")
+def alone(folders, images, tmp_path_factory) -> dict[str, dict]:
+    place = tmp_path_factory.mktemp("alone")
+    return {name: measure_alone(folder, place / name, images) for name, folder in folders.items()}
+
+
+def measure_alone(folder: Path, to: Path, images: list[list[str]]) -> dict:
+    looks = to.name == "vision"
+    return measure(build(folder), to, LOOKING if looks else TEXTS, images if looks else None)
+
+
+def measure_together(warm: Path, place: Path, folders: dict[str, Path], images: list, n_parts: int, n_stages: int) -> dict:
+    """What the first of several processes has found, by folder."""
+    task = {
+        "folders": {name: str(folder) for name, folder in folders.items()},
+        "pipeline_parallel_size": n_stages,
+        "texts": {name: LOOKING if name == "vision" else TEXTS for name in folders},
+        "images": {"vision": images},
+        "to": str(place),
+    }
+    (place / "task.json").write_text(json.dumps(task))
+    done = torchrun(n_parts * n_stages, WORKER, place / "task.json", place / "out.pt", warm=warm)
+    assert done.returncode == 0, done.stderr
+    return torch.load(place / "out.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module", params=[(2, 1), (4, 1), (2, 2)], ids=["2 parts", "4 parts", "2 parts in 2 stages"])
+def together(request, warm, folders, images, tmp_path_factory) -> dict[str, dict]:
+    return measure_together(warm, tmp_path_factory.mktemp("job"), folders, images, *request.param)
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found["args"] == expected["args"] and found["answer"] == expected["answer"]
+    assert_close(found["values"], expected["values"])
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, value in found.items():
+        options = {"atol": 1e-4, "rtol": 1e-4, "equal_nan": True}
+        torch.testing.assert_close(value, expected[name], **options, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_names_shapes_and_values_are_those_of_one_process(together, alone):
+    assert together.keys() == alone.keys()
+    for name, found in together.items():
+        assert_same(found, alone[name])
+
+
+def test_all_processes_have_the_same(together):
+    assert all(found["equal"] for found in together.values())
+
+
+def test_the_shares_of_all_heads_add_up_to_what_attention_adds(together):
+    for found in together.values():
+        for name in [name for name in found["values"] if name.startswith("layers.") and name.endswith("head_result")]:
+            added = found["values"][name.replace("head_result", "output")]
+            torch.testing.assert_close(found["values"][name].sum(2), added, atol=1e-4, rtol=0)
+
+
+def test_edits_and_gradients_are_refused_with_what_works(together):
+    for found in together.values():
+        assert len(found["refused"]) == 5
+        for message in found["refused"]:
+            assert "split across processes: only trace, recording, collect, predict" in message
+            assert "load it in one process, without torchrun" in message
+
+
+def test_processes_that_trace_different_tokens_are_told(together):
+    for found in together.values():
+        assert "differ before a pass that is studied: the tokens is (1, 2) (digest" in found["differing"]
+
+
+def test_three_processes_study_the_demo_as_one_does(warm, demo_folder, llama, tmp_path):
+    found = measure_together(warm, tmp_path, {"demo": demo_folder}, [], 3, 1)["demo"]
+    assert_close(found, trace_briefly(llama))

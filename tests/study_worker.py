@@ -1,4 +1,4 @@
-"""What each process of tests/parallel/test_study.py does: study every folder, and let the first process write it down.
+"""What each process of tests/parallel/test_study.py does: study every folder; the first one writes it down.
 
 torchrun --nproc_per_node W study_worker.py TASK.json OUT
 """

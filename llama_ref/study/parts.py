@@ -30,14 +30,14 @@ class Parts:
         self._kept: dict[str, Tensor] = {}  # this stage's values of the pass
 
     def begin(self, tokens: Tensor, names: Sequence[str]) -> None:
-        """Start a pass. Raises JobError unless all processes run the same ids and want the same names."""
+        """Start a pass. Raises JobError unless all run the same ids and want the same names."""
         self._kept = {}
         ids = digest(tokens.cpu().numpy().tobytes())
         facts = {"the tokens": f"{tuple(tokens.shape)} (digest {ids})", "the names of activations": ", ".join(names)}
         self.job.check_same("a pass that is studied", facts)
 
     def show(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """A value that was computed now, whole; nothing, if it has to wait for the end of the pass."""
+        """A value that was just computed, whole; nothing, if it has to wait for the pass's end."""
         if is_of_an_image(name):  # every process has the whole encoder
             yield name, value
             return

@@ -29,6 +29,8 @@ them in `patch`; `measure_reconstruction` and `top_contexts` judge and describe 
 `spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
 text, and `write_report` writes the answers as an HTML page (pictures: `llama_ref.study.figures`).
 
+What only reads works on a model that is split across processes, too: each of them gets whole values.
+
 model.py knows nothing of this: hooks are installed on a model and removed again. Tracing does not
 change a bit of the logits.
 """

@@ -68,7 +68,9 @@ def check_one_process() -> None:
     """Raise RequestError if torchrun started several processes."""
     n_processes = os.environ.get("WORLD_SIZE", "1")
     if n_processes != "1":
-        raise RequestError(f"{n_processes} processes: a study needs the whole model in one; start it without torchrun")
+        raise RequestError(
+            f"{n_processes} processes: a study needs the whole model in one; start it without torchrun, or call study.trace in a script"
+        )
 
 
 def prompt_tokens(

@@ -79,12 +79,13 @@ _lock = threading.RLock()
 
 
 @contextmanager
-def attached(model: Transformer, visitor: Visitor) -> Iterator[None]:
+def attached(model: Transformer, visitor: Visitor, *, first: bool = False) -> Iterator[None]:
     """Pass a model's values to a visitor while the block runs, for passes of this thread.
 
-    A compiled model runs uncompiled in the block. Blocks may be nested. Of a model that is split
-    across processes, all of them must attach alike, and every visitor gets whole values. Raises
-    RequestError for a visitor of such a model that edits, or wants gradients.
+    A compiled model runs uncompiled in the block. Blocks may be nested: the visitors of outer blocks
+    come first, but for one that is to be the `first` of all. Of a model that is split across processes,
+    all of them must attach alike, and every visitor gets whole values. Raises RequestError for a visitor
+    of such a model that edits, or wants gradients.
     """
     (check_model if visitor.edits or visitor.in_path else check_part)(model)
     key = (threading.get_ident(), visitor)
@@ -92,7 +93,7 @@ def attached(model: Transformer, visitor: Visitor) -> Iterator[None]:
         with _lock:
             if model not in _attached:
                 _attached[model] = Attached(model)
-            _attached[model].enter(key)
+            _attached[model].enter(key, first=first)
         yield
     finally:
         try:
@@ -137,8 +138,9 @@ class Attached:
         self.removed: list[tuple[nn.Module, str, CompiledForward]] = []  # to be restored
         self.beginning: RemovableHandle | None = None
 
-    def enter(self, key: tuple[int, Visitor]) -> None:
-        self.visitors = [*self.visitors, key]  # a new list: other threads may be iterating over the old one
+    def enter(self, key: tuple[int, Visitor], *, first: bool = False) -> None:
+        # A new list: other threads may be iterating over the old one.
+        self.visitors = [key, *self.visitors] if first else [*self.visitors, key]
         if not self.instrumented:
             self._install()
 

@@ -1,12 +1,13 @@
 """Passes through some of a model's layers, from a residual stream that was computed before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from llama_ref.model import Transformer
 from llama_ref.study.hooks import Pass, attached
+from llama_ref.study.trace import trace_each
 
 
 @contextmanager
@@ -14,10 +15,17 @@ def layer_window(model: Transformer, layers: range, residual: Tensor) -> Iterato
     """Passes in the block run these layers alone, then the final norm, and no other layer.
 
     `residual` (B, T, D) replaces the residual stream before the first of them; the pass's ids have
-    the same B and T. From layer 3 on: `range(3, n_layers)`.
+    the same B and T. From layer 3 on: `range(3, n_layers)`. Edits of it, in blocks around this one
+    too, come after.
     """
-    with attached(model, _Window(layers, residual)):
+    with attached(model, _Window(layers, residual), first=True):
         yield
+
+
+def embedded(model: Transformer, texts: Sequence[Tensor]) -> list[Tensor]:
+    """The embeddings (T, D) of texts (T,), as patches around the call leave them: no layer is run."""
+    with attached(model, _Window(range(0), None)):
+        return [traced["embedding"][0] for traced in trace_each(model, texts, "embedding")]
 
 
 class _Window:
@@ -25,7 +33,7 @@ class _Window:
 
     edits, in_path = True, False
 
-    def __init__(self, layers: range, residual: Tensor):
+    def __init__(self, layers: range, residual: Tensor | None):
         self.layers, self.residual = layers, residual
         self.name = f"layers.{layers.start}.residual_pre"
 
@@ -36,4 +44,4 @@ class _Window:
         run.layers = self.layers
 
     def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
-        return self.residual
+        return value if self.residual is None else self.residual

@@ -20,7 +20,7 @@ from llama_ref.study.directions import check_direction
 from llama_ref.study.gradients import gradients
 from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index, check_token, one_row
-from llama_ref.study.layer_window import layer_window
+from llama_ref.study.layer_window import embedded, layer_window
 from llama_ref.study.logit_lens import LOGITS_AT_A_TIME
 from llama_ref.study.pass_size import tokens_that_fit
 from llama_ref.study.texts import Text
@@ -166,13 +166,13 @@ class _Path:
     def of(cls, model: Transformer, row: Tensor, answer: list[int], moved: list[int], baseline: Tensor | None) -> "_Path":
         """`baseline` (D,) of the tokens that are moved; None: zero, for the product with one gradient."""
         ids = torch.cat((row, torch.tensor(answer[:-1], dtype=row.dtype, device=row.device)))
-        embedded = model.embed(ids[None])[0]
-        begin = embedded.clone()
-        begin[moved] = 0 if baseline is None else baseline.to(embedded)
-        change = (embedded.float() - begin.float())[: len(row)]
+        (end,) = embedded(model, [ids])
+        begin = end.clone()
+        begin[moved] = 0 if baseline is None else baseline.to(end)
+        change = (end.float() - begin.float())[: len(row)]
         tokens = tokens_that_fit(model, "residual_pre", len(ids), gradients=True)
         logits = LOGITS_AT_A_TIME // (len(answer) * model.args.vocab_size)
-        return cls(model, ids, (begin, embedded), change, max(1, min(tokens // len(ids), logits)))
+        return cls(model, ids, (begin, end), change, max(1, min(tokens // len(ids), logits)))
 
     def at(self, shares: Sequence[float]) -> Tensor:
         """The embeddings at some points of the way: (n, L, D)."""

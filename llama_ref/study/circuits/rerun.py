@@ -61,10 +61,10 @@ class Rerun:
         """The metric where each row's senders, float32 (rows, senders) of 0 and 1, are changed: (rows,), on the CPU."""
         changes = self._through_ffn(rows) if self.through_ffn else self._direct(rows)
         first = min(self.layers)
-        start = self.senders.clean[f"layers.{first}.residual_pre"].expand(len(rows), -1, -1)
+        before = self.senders.clean[f"layers.{first - 1}.residual_post"] if first else self.run.clean[None]
         batch = Batch.of(self.model, [self.run.text] * len(rows))
         layers = range(first, self.model.args.n_layers)
-        with layer_window(self.model, layers, start), patch(self.model, self._readers(changes)):
+        with layer_window(self.model, layers, before.expand(len(rows), -1, -1)), patch(self.model, self._readers(changes)):
             return measure(self.model, batch, [self.run.metric] * len(rows)).cpu()
 
     # ---- what changes in the streams that the receivers read: float32 (rows, T, D) by the stream's name
@@ -89,7 +89,7 @@ class Rerun:
             edits[f"layers.{layer}.attention.output"] = _set_to(clean[f"layers.{layer}.attention.output"] + added)
             is_sender = rows[:, ffn, None, None].bool() & self.senders.changed[:, None]
             edits[f"layers.{layer}.ffn.output"] = _set_where(is_sender, clean[f"layers.{layer}.ffn.output"] + changes[ffn])
-        embedded = clean["layers.0.residual_pre"]
+        embedded = self.run.clean
         start = (embedded + rows[:, 0, None, None] * changes[0]).to(embedded)
         with layer_window(self.model, range(max(self.layers) + 1), start), patch(self.model, edits):
             found = trace(self.model, [self.run.text] * len(rows), streams)

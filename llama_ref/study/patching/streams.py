@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.model import Transformer
-from llama_ref.study.layer_window import layer_window
+from llama_ref.study.layer_window import embedded, layer_window
 from llama_ref.study.pass_size import split_passes
 from llama_ref.study.patching.metrics import Metric, measure
 from llama_ref.study.texts import Batch
@@ -33,7 +33,7 @@ class Streams:
         cls, model: Transformer, texts: Sequence[Tensor], pass_tokens: int, added: Sequence[Tensor | None] | None = None
     ) -> "Streams":
         """Those before layer 0: the embeddings of the texts, with what is `added` to them (T, D)."""
-        values = [model.embed(text.to(model.device)[None])[0] for text in texts]
+        values = embedded(model, texts)
         pairs = zip(values, added or [None] * len(values), strict=True)
         return cls(model, texts, [x if more is None else (x.float() + more).to(x) for x, more in pairs], pass_tokens)
 

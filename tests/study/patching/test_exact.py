@@ -170,3 +170,27 @@ def test_grids_that_cannot_be_are_refused(model, options, message):
     given = {"clean": [1, 2], "corrupted": [1, 3], "metric": study.probability(1)} | options
     with pytest.raises(RequestError, match=message):
         study.patch_grid(model, **given)
+
+
+@pytest.mark.parametrize("edited", ["embedding", "layers.0.residual_pre", "layers.1.residual_pre", "layers.1.residual_post"])
+def test_edits_around_act_once_where_passes_resume(model, edited):
+    clean, corrupted, metric = ids(1, 5), ids(1, 5, seed=1), study.logit_difference(3, 4)
+
+    def measured(tokens):
+        return metric(model.logits(model.hidden(tokens))[:, -1]).item()
+
+    with study.patch(model, {edited: lambda value: 0.5 * value + 0.1}), torch.no_grad():
+        grid = study.patch_grid(model, clean, corrupted, metric)
+        assert [grid.clean, grid.corrupted] == pytest.approx([measured(clean), measured(corrupted)], abs=1e-5)
+        source = study.trace(model, clean)
+        for layer in range(3):
+            with study.patch(model, {f"layers.{layer}.residual_pre": study.swap_from(source).at(positions=2)}):
+                assert grid.values[layer, 2] == pytest.approx(measured(corrupted), abs=1e-5)
+        found = study.sweep(model, clean, "layers", study.zero())
+        for layer in range(3):
+            joint = study.ablate_together(model, clean, f"layers.{layer}", study.zero())
+            assert found.losses[layer].item() == pytest.approx(joint.losses.item(), abs=1e-5)
+        paths = study.patch_path(model, clean, corrupted, metric, receivers="layers.1.ffn", positions=[])
+        assert paths.values.tolist() == pytest.approx([grid.clean] * len(paths.values), abs=1e-5)
+        shares = study.saliency(model, clean, 3, 4, steps=2)
+        assert shares.value == pytest.approx(grid.clean, abs=1e-5)

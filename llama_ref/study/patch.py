@@ -179,6 +179,11 @@ def edit(function: Callable[[Tensor], Tensor]) -> Edit:
     return Edit(lambda value, name: function(value))
 
 
+def as_edit(given: Edit | Callable[[Tensor], Tensor]) -> Edit:
+    """An edit, or a function as one. Raises RequestError for something else."""
+    return given if isinstance(given, Edit) else edit(given)
+
+
 def zero() -> Edit:
     """Replace the value by zero. Zeroed scores attend evenly to all visible tokens."""
     return Edit(lambda value, name: torch.zeros_like(value))
@@ -242,7 +247,7 @@ def patch(model: Transformer, edits: Mapping[str, Edit | Callable[[Tensor], Tens
         raise RequestError(f"edits is {edits!r:.60}, expected a dictionary such as {{'layers.0.attention.output': zero()}}")
     by_name: dict[str, list[Edit]] = {}
     for glob, change in edits.items():
-        change = change if isinstance(change, Edit) else edit(change)
+        change = as_edit(change)
         for name in matching(model.args, glob):
             if isinstance(change, _Swap):
                 change.source[name]  # raises now, not during a pass

@@ -46,4 +46,11 @@ def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def names_of(parts: Sequence[str] | str) -> list[str]:
-    return [parts] if isinstance(parts, str) else list(parts)
+    """A list of names, each once. Raises RequestError."""
+    names = [parts] if isinstance(parts, str) else parts
+    if not isinstance(names, Sequence) or not names:
+        raise RequestError(f"parts is {parts!r:.60}, expected the name of one, such as layers.0.ffn, or a list of them")
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise RequestError(f"parts has {twice[0]!r:.60} twice: a part can be left out once")
+    return list(names)

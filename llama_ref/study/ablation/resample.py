@@ -1,5 +1,6 @@
 """Resample ablation: a part says what it says elsewhere. Source: Chan et al., "Causal Scrubbing" (2022)."""
 
+import zlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,17 +23,28 @@ class _Resample(Edit):
     def changed(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
         if axes(name)[:2] != ("batch", "position"):
             raise RequestError(f"{name} cannot be resampled: it is not one value for each token")
+        assert run is not None
         pool = self.pool
         if pool is None:
-            padding = None if run is None else run.padding
-            pool = value.flatten(0, 1) if padding is None else value[~padding]
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        chosen = torch.randint(len(pool), value.shape[:2], generator=generator, device="cpu")
-        return pool.to(value)[chosen.to(value.device)]
+            pool = value.flatten(0, 1) if run.padding is None else value[~run.padding]
+        drawn = [self._draw(len(pool), ids) for ids in run.tokens.tolist()]
+        return pool.to(value)[torch.tensor(drawn, device="cpu").to(value.device)]
+
+    def _draw(self, n: int, ids: list[int]) -> list[int]:
+        """Which of n values each token of a text takes: the same whatever texts run beside it; padding has id -1."""
+        own = torch.tensor([id for id in ids if id >= 0], dtype=torch.int64, device="cpu")
+        seed = self.seed + zlib.crc32(own.numpy().tobytes())
+        chosen = torch.randint(n, (len(own),), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
+        return chosen + [0] * (len(ids) - len(own))
 
 
 def resample(seed: int = 0) -> Edit:
-    """Replace each token's value by that of a random token of the pass; in a `sweep`, of all its texts."""
+    """Replace each token's value by that of a random token of the pass; in a `sweep`, of all its texts.
+
+    What a text draws depends on the seed and its own ids alone.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise RequestError(f"seed is {seed!r:.40}, expected a whole number")
+    if abs(seed) >= 1 << 62:
+        raise RequestError(f"seed is {seed!r:.40}, expected one of at most 62 bits")
     return _Resample(lambda value, name: value, seed=seed)

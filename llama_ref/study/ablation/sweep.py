@@ -1,21 +1,21 @@
 """Ablation sweeps: how much is lost without each part of a model, one by one; or without some together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llama_ref.model import Transformer
+from llama_ref.model import Context, Transformer
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.ablation.losses import check_count, losses_of, mean_and_error, names_of, texts_to_predict
 from llama_ref.study.ablation.parts import Over, Part, check_kind, draw_parts, named_part, parts_of
 from llama_ref.study.gradients import gradients
-from llama_ref.study.hooks import check_model
+from llama_ref.study.hooks import Pass, check_model
 from llama_ref.study.layer_window import layer_window
 from llama_ref.study.pass_size import tokens_that_fit
-from llama_ref.study.patch import Edit, mean, patch
+from llama_ref.study.patch import Edit, as_edit, mean, patch
 from llama_ref.study.patching.streams import Streams
 from llama_ref.study.texts import Batch, Texts
 from llama_ref.study.trace import trace
@@ -86,7 +86,7 @@ def sweep(
     model: Transformer,
     texts: Texts,
     over: Over = "heads",
-    edit: Edit | None = None,
+    edit: Edit | Callable[[Tensor], Tensor] | None = None,
     *,
     n_exact: int = 32,
     controls: int = 0,
@@ -96,7 +96,7 @@ def sweep(
     """Measure the loss of texts without each part: heads, kv_groups, attention, feed_forward, layers or units.
 
     `edit` says what takes a part's place: `mean()`, the default, and `resample()` take values of all
-    tokens of all texts; or `zero()`, or any other. A group's part are the outputs of its heads, a layer's
+    tokens of all texts; or `zero()`, or any other that `patch` takes. A group's part are the outputs of its heads, a layer's
     those of attention and feed-forward. Units of feed-forwards are too many to be run: a gradient
     estimates all of them, and the `n_exact` with the largest estimates are run, with `controls` others
     drawn by `seed`. Runs start at the part's layer. Memory: one layer's outputs of all texts; for units
@@ -104,7 +104,7 @@ def sweep(
     RequestError.
     """
     check_model(model)
-    ids, wanted = texts_to_predict(model, texts), mean() if edit is None else edit
+    ids, wanted = texts_to_predict(model, texts), mean() if edit is None else as_edit(edit)
     check_count("n_exact", n_exact, 1)
     check_count("controls", controls)
     if check_kind(over) != "units":
@@ -129,7 +129,7 @@ def ablate_together(
     model: Transformer,
     texts: Texts,
     parts: str | Sequence[str],
-    edit: Edit | None = None,
+    edit: Edit | Callable[[Tensor], Tensor] | None = None,
     *,
     controls: int = 0,
     seed: int = 0,
@@ -145,10 +145,10 @@ def ablate_together(
     streams = Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
     names = sorted({name for own in sets for part in own for name in part.activations})
     pools = _pools(streams, names)
-    counter = ProgressCounter(len(sets), progress)
+    counter, wanted = ProgressCounter(len(sets), progress), mean() if edit is None else as_edit(edit)
     whole, losses = _run(streams, []), []
     for own in sets:
-        losses.append(_run(streams, [part.edits(mean() if edit is None else edit, pools) for part in own]))
+        losses.append(_run(streams, [part.edits(wanted, pools) for part in own]))
         counter.advance()
     return Joint([part.name for part in chosen], losses[0], whole, torch.stack(losses)[1:])
 
@@ -208,7 +208,9 @@ def _estimate_units(model: Transformer, ids: Sequence[Tensor], edit: Edit) -> Te
         with gradients(model):
             loss = losses_of(model, Batch.of(model, [text]), traced["norm"]).sum()
             grads = torch.autograd.grad(loss, [traced[name] for name in names])
-        for row, name, grad in zip(total, names, grads, strict=True):
+        row = text[None].to(model.device)
+        run = Pass(row, Context(model.args, row, None))
+        for change, name, grad in zip(total, names, grads, strict=True):
             value = traced[name].detach()
-            row += ((edits[name].apply(value, name, None).float() - value.float()) * grad.float()).sum((0, 1))
+            change += ((edits[name].apply(value, name, run).float() - value.float()) * grad.float()).sum((0, 1))
     return (total / len(ids)).cpu()

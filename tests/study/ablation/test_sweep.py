@@ -104,10 +104,13 @@ def test_statistics_are_over_texts(model):
 
 def test_passes_may_be_small_and_leave_nothing_behind(model, monkeypatch):
     before = model(torch.tensor(TEXTS[:1]))
-    whole = study.sweep(model, TEXTS, "kv_groups", study.resample())
+    edits = [study.resample(), study.mean(), study.zero().at(positions=-1)]
+    whole = [study.sweep(model, TEXTS, over, edit) for over in ("kv_groups", "units") for edit in edits]
     monkeypatch.setattr("llama_ref.study.ablation.sweep.tokens_that_fit", lambda *args: 1)
-    small = study.sweep(model, TEXTS, "kv_groups", study.mean())
-    torch.testing.assert_close(small.whole, whole.whole)
+    for i, over in enumerate(("kv_groups", "units")):
+        for each, edit in zip(whole[3 * i :], edits, strict=False):
+            small = study.sweep(model, TEXTS, over, edit)
+            torch.testing.assert_close((small.whole, small.losses), (each.whole, each.losses))
     assert torch.equal(model(torch.tensor(TEXTS[:1])), before)
 
 
@@ -130,6 +133,15 @@ def test_units_are_estimated_by_gradients_and_the_largest_are_run(model):
     assert found.estimated[layer, unit].item() == pytest.approx(slope, rel=0.05)
     assert len(found.controls.parts) == 4 and not set(found.controls.parts) & set(found.parts)
     assert found.controls.mean.abs().mean() < found.mean.abs().mean()
+
+
+def test_an_edit_may_be_a_function_and_act_at_positions_in_units_too(model):
+    def last(value):
+        return torch.cat([value[:, :-1], 0 * value[:, -1:]], 1)
+
+    found, same = (study.sweep(model, TEXTS[0], "units", edit) for edit in (last, study.zero().at(positions=-1)))
+    assert found.parts == same.parts and torch.equal(found.losses, same.losses)
+    torch.testing.assert_close(found.estimated, same.estimated)
 
 
 def test_resampled_values_are_those_of_other_tokens(model):
@@ -209,9 +221,13 @@ def test_units_that_tell_texts_apart():
         (lambda m: study.ablate_together(m, TEXTS, "layers.0.heads.4"), "no part is called 'layers.0.heads.4'; names are"),
         (lambda m: study.ablate_together(m, TEXTS, "layers.0.mlp"), "no part is called 'layers.0.mlp'"),
         (lambda m: study.ablate_together(m, TEXTS, ["layers.0", "layers.1"], controls=1), "2 layers leave 0 others"),
+        (lambda m: study.ablate_together(m, TEXTS, []), "parts is .., expected the name of one, such as layers.0.ffn"),
+        (lambda m: study.ablate_together(m, TEXTS, ["layers.0"] * 2), "parts has 'layers.0' twice"),
+        (lambda m: study.sweep(m, TEXTS, "heads", 0), "an edit is 0, expected a function of a tensor"),
         (lambda m: study.contrast_units(m, TEXTS, TEXTS), "texts has 3 texts, expected four or more"),
         (lambda m: study.contrast_units(m, TEXTS, TEXTS, at="first"), "at is 'first', expected mean or last"),
         (lambda m: study.resample("a"), "seed is 'a', expected a whole number"),
+        (lambda m: study.resample(1 << 63), "seed is 9223372036854775808, expected one of at most 62 bits"),
     ],
 )
 def test_what_does_not_fit_is_refused(model, call, error):

@@ -106,6 +106,8 @@ def _sender_groups(args: ModelArgs, sender: str | Sequence[str] | None, receiver
     if sender is None:
         sender = [name for name, is_heard in zip(names, heard.tolist(), strict=True) if is_heard]
     out = {}
+    if not sender or not isinstance(sender, str | Sequence):
+        raise RequestError(f"sender is {sender!r:.60}, expected a name such as {names[-2]}, a list of them, or None for all")
     for glob in [sender] if isinstance(sender, str) else sender:
         chosen = torch.tensor([name in _matches("sender", glob, names) for name in names], device="cpu")
         if not (chosen & heard).any():

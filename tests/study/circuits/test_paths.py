@@ -156,6 +156,8 @@ def test_quantized_models_and_noise_work():
         ({"receivers": "layers.9.ffn"}, "no receiver is called 'layers.9.ffn'; names are .*logits"),
         ({"receivers": "logits", "sender": "layers.0.mlp"}, "no sender is called 'layers.0.mlp'"),
         ({"receivers": "layers.1.ffn", "sender": "layers.2.ffn"}, "no path leads from 'layers.2.ffn'.*layers.1.heads.3"),
+        ({"receivers": "logits", "sender": []}, r"sender is \[\], expected a name such as"),
+        ({"receivers": "logits", "sender": 5}, "sender is 5, expected a name such as"),
         ({"receivers": []}, r"receiver is \[\], expected a name such as"),
         ({"receivers": "logits", "positions": 4}, "a position is 4, expected a whole number from 0 to 3"),
     ],

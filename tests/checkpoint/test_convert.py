@@ -600,9 +600,9 @@ MEASURE = textwrap.dedent("""
 @pytest.mark.parametrize(
     ("kind", "source"), [("8", "wide"), ("1", "wide8"), ("hf", "wide"), ("1", "widehf"), ("float32", "wide8")]
 )
-def test_memory_stays_near_the_largest_tensor(wide, kind, source):
+def test_memory_stays_near_the_largest_tensor(warm, wide, kind, source):
     target = wide / f"{source} to {kind}"
-    command = [sys.executable, "-c", MEASURE, wide, kind, source, target.name]
+    command = [warm / "python", "-c", MEASURE, wide, kind, source, target.name]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr
     taken = int(done.stdout)

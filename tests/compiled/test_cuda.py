@@ -130,7 +130,7 @@ def pair(kind) -> Iterator[tuple[Transformer, Transformer]]:
 # ---- the passes
 
 
-@pytest.mark.parametrize("prompts", ROWS, ids=["one", "one_token", "ragged"])
+@pytest.mark.parametrize("prompts", [ROWS[0], ROWS[2]], ids=["one", "ragged"])
 @pytest.mark.parametrize(
     ("scheme", "dtype", "tolerance"),
     [
@@ -152,7 +152,7 @@ def test_passes_give_the_plain_ones_logits(kind, prompts, dtype, tolerance, sche
     elif scheme:
         quantize_model(model, scheme)
     fast = FastPasses(model, unrecorded)
-    for n_tokens in (34, 37):
+    for n_tokens in (34, 37) if scheme is None else (37,):  # matrices know nothing of caches
         caches = [new_cache(model, len(prompts), n_tokens) for _ in range(2)]
         tokens = torch.tensor([(prompt * 7)[:7] for prompt in prompts])
         hidden = model.hidden(tokens, caches[0]), fast.hidden(tokens, caches[1])
@@ -479,21 +479,21 @@ def test_a_step_brings_one_tensor_to_the_host(pair):
 # ---- CUDA
 
 
-@pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize(
-    ("scheme", "cache_kind", "dtype"),
+    ("scheme", "n_rows", "cache_kind", "dtype"),
     [
-        (None, FlashKVCache, torch.bfloat16),
-        (None, KVCache, torch.float16),
-        ("int8", FlashKVCache, torch.float16),
-        ("int4", KVCache, torch.bfloat16),
+        (None, 1, FlashKVCache, torch.bfloat16),
+        (None, 3, KVCache, torch.float16),
+        ("int8", 3, FlashKVCache, torch.float16),
+        ("int4", 1, KVCache, torch.bfloat16),
+        ("int4", 3, FlashKVCache, torch.float16),
     ],
 )
 def test_on_cuda_everything_stays_on_the_device(monkeypatch, scheme, n_rows, cache_kind, dtype):
     monkeypatch.setattr(caches, "kv_cache_class", lambda *_: cache_kind)
     with fake_cuda():
         with torch.device("meta"):
-            model = Transformer(ModelArgs.from_dict(vars(ARGS) | {"dim": 256, "n_heads": 4}))
+            model = Transformer(ModelArgs.from_dict(vars(ARGS) | {"dim": 256, "n_heads": 4, "n_layers": 2}))
         weights = {name: torch.empty(p.shape, dtype=dtype, device="cuda") for name, p in model.named_parameters()}
         model.load_state_dict(weights, assign=True)
         model.requires_grad_(False)

@@ -150,35 +150,36 @@ def test_the_finish_reason_says_why(llama):
     assert (none.finish_reason, none.text, none.tokens) == ("length", "", [])
 
 
-def test_texts_ids_and_dialogs_are_all_prompts(llama):
-    ids = llama.tokenizer.encode(CAPITAL, bos=True, eos=False)
-    [expected], _ = llama.generate([ids], 5, 0.0)
+def test_texts_ids_and_dialogs_are_all_prompts(shallow):
+    ids = shallow.tokenizer.encode(CAPITAL, bos=True, eos=False)
+    [expected], _ = shallow.generate([ids], 5, 0.0)
     for prompt in (CAPITAL, ids):
-        stream = llama.stream(prompt, 5, 0.0)
-        assert "".join(stream) == llama.tokenizer.decode(expected)
+        stream = shallow.stream(prompt, 5, 0.0)
+        assert "".join(stream) == shallow.tokenizer.decode(expected)
         assert stream.tokens == expected
-    assert "".join(llama.stream(SUM, 12, 0.0)) == llama.chat_completion([SUM], 0.0, max_gen_len=12)[0]["generation"]["content"]
+    [answer] = shallow.chat_completion([SUM], 0.0, max_gen_len=5)
+    assert "".join(shallow.stream(SUM, 5, 0.0)) == answer["generation"]["content"] != ""
 
 
 @pytest.mark.parametrize(
     ("prompt", "beginning"), [("한국의 수도는", [" ", "어", "려", "면"]), ("😀😀😀😀😀", ["😀", "😀", "😀"])]
 )
 def test_korean_and_emoji_come_out_whole(llama, prompt, beginning):
-    stream = llama.stream(prompt, 15, 0.0)
+    stream = llama.stream(prompt, 10, 0.0)
     pieces = list(stream)
     assert pieces[: len(beginning)] == beginning
     assert "".join(pieces) == llama.tokenizer.decode(stream.tokens)
-    assert len(pieces) < len(stream.tokens) == 15, "no character was split among tokens; the prompt shows nothing"
+    assert len(pieces) < len(stream.tokens) == 10, "no character was split among tokens; the prompt shows nothing"
 
 
 @pytest.mark.parametrize("leave", [Stream.close, lambda stream: None], ids=["closed", "dropped"])
-def test_breaking_off_leaves_the_model_as_it_was(llama, leave):
-    [expected] = llama.text_completion([CAPITAL], 0.0, max_gen_len=4)
-    stream = llama.stream(CAPITAL, 20, 0.0)
-    assert next(stream) == " Paris"
+def test_breaking_off_leaves_the_model_as_it_was(shallow, leave):
+    [expected] = shallow.text_completion([CAPITAL], 0.0, max_gen_len=4)
+    stream = shallow.stream(CAPITAL, 20, 0.0)
+    assert expected["generation"].startswith(next(stream))
     assert stream.finish_reason is None
     leave(stream)
-    assert llama.text_completion([CAPITAL], 0.0, max_gen_len=4) == [expected]
+    assert shallow.text_completion([CAPITAL], 0.0, max_gen_len=4) == [expected]
 
 
 def test_a_closed_stream_makes_no_more(llama):
@@ -189,26 +190,27 @@ def test_a_closed_stream_makes_no_more(llama):
     assert (stream.text, len(stream.tokens), stream.finish_reason) == (" Paris", 1, None)
 
 
-def test_two_streams_run_side_by_side(llama):
-    alone = ["".join(llama.stream(prompt, 6, 0.0)) for prompt in (CAPITAL, SUM)]
-    one, other = (llama.stream(prompt, 6, 0.0) for prompt in (CAPITAL, SUM))
+def test_two_streams_run_side_by_side(shallow):
+    alone = ["".join(shallow.stream(prompt, 6, 0.0)) for prompt in (CAPITAL, SUM)]
+    one, other = (shallow.stream(prompt, 6, 0.0) for prompt in (CAPITAL, SUM))
     for pieces in zip(one, other, strict=True):
         assert all(pieces)
-    assert [one.text, other.text] == alone
+    assert [one.text, other.text] == alone and one.text != other.text
 
 
 # ---- with a cache
 
 
 @pytest.mark.parametrize("known", [0, 1, 5, 6])
-def test_a_cache_that_holds_the_prompts_beginning_changes_nothing(llama, known):
-    ids = llama.tokenizer.encode(CAPITAL, bos=True, eos=False)
-    cache = new_cache(llama.model, 1, 16)
+def test_a_cache_that_holds_the_prompts_beginning_changes_nothing(shallow, known):
+    ids = shallow.tokenizer.encode(CAPITAL, bos=True, eos=False)
+    cache = new_cache(shallow.model, 1, 16)
     if known:
-        list(llama.stream(ids[:known], 1, 0.0, cache=cache))
+        list(shallow.stream(ids[:known], 1, 0.0, cache=cache))
     assert cache.longest == known
-    alone, stream = llama.stream(ids, 4, 0.0), llama.stream(ids, 4, 0.0, cache=cache)
-    assert "".join(stream) == "".join(alone) == " Paris.\n\n"
+    alone, stream = shallow.stream(ids, 4, 0.0), shallow.stream(ids, 4, 0.0, cache=cache)
+    assert "".join(stream) == "".join(alone)
+    assert len(stream.tokens) == 4
     assert stream.row.logprobs == pytest.approx(alone.row.logprobs, abs=1e-4)
     assert cache.longest == len(ids) + 3  # all but the last token, which nothing had to follow
 

@@ -69,8 +69,8 @@ def check_one_process() -> None:
     n_processes = os.environ.get("WORLD_SIZE", "1")
     if n_processes != "1":
         raise RequestError(
-            f"{n_processes} processes: a study needs the whole model in one; start it without torchrun, or call study.trace in a"
-            " script"
+            f"{n_processes} processes: a study needs the whole model in one; start it without torchrun, or call study.trace"
+            " in a script"
         )
 
 

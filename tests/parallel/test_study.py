@@ -8,8 +8,11 @@ import torch
 
 from folders import byte_tokenizer
 from jobs import torchrun
+from llama_ref.parallel.tensor import RowParallelLinear
+from llama_ref.quantization.linear import Int4Linear
+from llama_ref.quantization.meta_int4 import MetaInt4Linear
+from llama_ref.quantization.rounding import pack
 from make_random_checkpoint import make_random_checkpoint
-from quantized_folders import fp8_folder
 from study_worker import TEXTS, build, measure, trace_briefly
 from vision_folders import IMAGE_ID, PARAMS, noise, vision_folder
 
@@ -31,8 +34,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         name: make_random_checkpoint(root / name, shape, tokenizer=tokenizer, dtype=torch.float32, tied=name == "groups of 4")
         for name, shape in SHAPES.items()
     }
-    rounded = fp8_folder(root / "fp8", 1, dtype=torch.float32)  # its matrices take the inputs of all
-    return made | {"fp8": rounded, "vision": vision_folder(root / "vision", VISION, dtype=torch.float32)}
+    return made | {"vision": vision_folder(root / "vision", VISION, dtype=torch.float32)}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,6 @@ def together(request, warm, folders, images, demo_folder, tmp_path_factory) -> d
     """What several processes have found, by folder; three of them, in the demo too."""
     n_parts, n_stages = request.param
     studied = folders | {"demo": demo_folder} if n_parts == 3 else folders
-    studied = {name: folder for name, folder in studied.items() if n_parts == 2 or name != "fp8"}  # it has eight heads
     return measure_together(warm, tmp_path_factory.mktemp("job"), studied, images, n_parts, n_stages)
 
 
@@ -96,7 +97,7 @@ def measured(together: dict[str, dict]) -> dict[str, dict]:
 
 
 def test_names_shapes_and_values_are_those_of_one_process(together, alone):
-    assert alone.keys() - together.keys() <= {"fp8"}
+    assert measured(together).keys() == alone.keys()
     for name, found in measured(together).items():
         assert_same(found, alone[name])
 
@@ -116,6 +117,24 @@ def test_the_shares_of_all_heads_add_up_to_what_attention_adds(together):
         for name in [name for name in found["values"] if name.startswith("layers.") and name.endswith("head_result")]:
             added = found["values"][name.replace("head_result", "output")]
             torch.testing.assert_close(found["values"][name].sum(2), added, atol=1e-4, rtol=0)
+
+
+class SecondOfTwo:
+    """A process group, as far as a layer asks it for its part."""
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 1
+
+
+def test_of_a_matrix_that_takes_the_inputs_of_all_processes_only_the_own_columns_are_read():
+    numbers = torch.randint(16, (5, 2, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    own = Int4Linear(pack(numbers), torch.rand(5, 2) + 1)
+    linear = MetaInt4Linear(own, rounds_inputs=True, columns=range(64, 128), n_inputs=128)
+    part = RowParallelLinear(linear, SecondOfTwo()).part_of(linear.dequantize())
+    assert torch.equal(part, own.dequantize())
 
 
 def test_edits_and_gradients_are_refused_with_what_works(together):

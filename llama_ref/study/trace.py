@@ -249,7 +249,7 @@ class Recording:
             self._images.setdefault(name, []).append(value.detach())
             return value
         if self.in_path and not value.requires_grad:
-            value = value.detach().requires_grad_()
+            value = (value.clone() if value.is_inference() else value).detach().requires_grad_()
         self._texts[-1].values[-1][name] = value if self.in_path else value.detach()
         return value
 

@@ -90,3 +90,23 @@ def test_gradients_change_no_bit_and_leave_no_hook(kind, dtype):
     assert torch.equal(traced["logits"], expected) and traced["logits"].requires_grad
     assert torch.equal(model(torch.tensor(TEXT)), expected)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_gradients_are_the_same_in_inference_mode():
+    model, metric, texts = random_model(ARGS, seed=0), study.logit_difference(3, 4), (TEXT[0], TEXT[1])
+
+    def found():
+        lens = study.TunedLens.fit(model, TEXT * 2, steps=2, tokens_per_step=8)
+        return [
+            study.saliency(model, TEXT[0], 3, steps=2).shares,
+            study.attribute_edges(model, *texts, metric).scores,
+            *(
+                torch.tensor(study.attribution_patch(model, *texts, metric, along=way).values)
+                for way in ("inputs", "activation")
+            ),
+            *lens.weights,
+        ]
+
+    with torch.inference_mode():
+        inside = found()
+    torch.testing.assert_close(inside, found())

@@ -266,7 +266,7 @@ def _change(
             point = moved.clone().requires_grad_()
             block.enter_context(patch(before.model, {key: set_to(point)}))
             found = measure(before.model, batch, [metric])
-            total += gradient_of(found.sum(), [point])[0] / len(shares)
+            total = total + gradient_of(found.sum(), [point])[0] / len(shares)
     return change * total
 
 

@@ -91,6 +91,7 @@ class TunedLens:
         return cls(stored.weights, stored.biases, stored.base_model, stored.unembed_hash)
 
     @classmethod
+    @torch.inference_mode(False)  # whatever the mode around it: gradients need tensors of no such mode
     def fit(
         cls,
         model: Transformer,
@@ -139,6 +140,8 @@ class TunedLens:
     @classmethod
     def _of(cls, fitting: Translators, base_model: str) -> "TunedLens":
         weights, biases = ([x.detach().cpu() for x in own] for own in (fitting.weights, fitting.biases))
+        if not all(x.isfinite().all() for x in (*weights, *biases)):
+            raise RequestError("the fit diverged, and its numbers are not finite: choose a smaller rate")
         return cls(weights, biases, base_model, unembed_hash(fitting.model))
 
 

@@ -87,7 +87,7 @@ class _Sums:
         confidence = best.values.exp()
         hits = (best.indices == following).to(confidence.dtype)
         counted = torch.stack((torch.ones_like(hits), confidence, hits), -1).double().cpu()
-        index = (confidence * BINS).long().clamp(max=BINS - 1).cpu()
+        index = (confidence.nan_to_num() * BINS).long().clamp(max=BINS - 1).cpu()
         self.bins[p].index_add_(0, index, counted)
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:

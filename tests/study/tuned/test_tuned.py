@@ -286,6 +286,14 @@ def test_what_makes_no_fit_is_refused(options, message):
         study.TunedLens.fit(model_of(), texts(2, 5), **options)
 
 
+def test_a_fit_that_diverges_is_refused_and_saves_nothing(tmp_path):
+    with pytest.raises(RequestError, match="the fit diverged, and its numbers are not finite: choose a smaller rate"):
+        study.TunedLens.fit(model_of(), texts(4, 5), steps=4, tokens_per_step=5, rate=1e38, to=tmp_path / "lens")
+    assert not (tmp_path / "lens").exists()
+    wild = study.TunedLens([torch.full((16, 16), 3e38)] * 3, [torch.zeros(16)] * 3)
+    assert study.score_lens(model_of(), texts(2, 5), wild).kl[0].isnan()
+
+
 def test_a_small_fit_comes_nearer_at_every_layer_of_the_real_model(llama):
     n = 2000  # tokens of its vocabulary, the commonest: the products with the output matrix are what takes time
     with torch.device("meta"):

@@ -60,7 +60,7 @@ def check_not_empty(**texts: str | None) -> None:
     """Raise RequestError for an empty text: before a long load."""
     for name, text in texts.items():
         if text == "":
-            example = '" Paris"' if name.lstrip("-") in ("target", "other") else '"The capital of France is"'
+            example = '" Paris"' if name.lstrip("-") in ("target", "other", "answer") else '"The capital of France is"'
             raise RequestError(f"{name} is empty, expected a text such as {example}")
 
 

@@ -207,9 +207,7 @@ def _chunks(rule: Sequence[tuple[float, float]], n: int) -> Iterator[Sequence[tu
 
 def _rule(steps: int) -> list[tuple[float, float]]:
     """Points from 0 to 1 and their weights, by Gauss and Legendre."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
-        raise RequestError(f"steps is {steps!r:.40}, expected a whole number from 1 to 10,000")
-    points, weights = np.polynomial.legendre.leggauss(steps)
+    points, weights = np.polynomial.legendre.leggauss(check_steps(steps))
     return [(float(1 + x) / 2, float(w) / 2) for x, w in zip(points, weights, strict=True)]
 
 
@@ -252,6 +250,13 @@ def _check_method(method: str) -> Method:
         if method == known:
             return known
     raise RequestError(f"method is {method!r:.40}, expected {', '.join(METHODS)}")
+
+
+def check_steps(steps: int) -> int:
+    """Raise RequestError for a number of steps that cannot be taken."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
+        raise RequestError(f"steps is {steps!r:.40}, expected a whole number from 1 to 10,000")
+    return steps
 
 
 def _check_measure(of: str | None, n_tokens: int, other: int | None) -> Measure:

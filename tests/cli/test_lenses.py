@@ -98,8 +98,10 @@ def test_tokens_have_shares_that_add_up(run, tiny, tmp_path):
     ("words", "message"),
     [
         (("--answer", "a", "--target", "b"), "--answer is given, and --target or --other"),
-        (("--answer", ""), "answer is empty"),
+        (("--answer", ""), 'answer is empty, expected a text such as " Paris"'),
         (("--steps", "0"), "steps is 0"),
+        (("--method", "gradient", "--steps", "8"), "--method is gradient, but --steps and --baseline are of integrated"),
+        (("--method", "gradient_x_input", "--baseline", "zero"), "--steps and --baseline are of integrated gradients"),
         (("--method", "magic"), "method is 'magic'"),
     ],
 )

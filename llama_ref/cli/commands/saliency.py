@@ -26,10 +26,11 @@ def saliency(
         Literal["logit", "log_probability"] | None,
         Flag("what is shared out", unset="logit; log_probability of an answer"),
     ] = None,
-    steps: Annotated[int, Flag("gradients between baseline and text")] = 32,
+    steps: Annotated[int | None, Flag("gradients between baseline and text", unset="32")] = None,
     baseline: Annotated[
-        Literal["mean", "zero"], Flag("embedding from which tokens are moved: the mean of all, or zero")
-    ] = "mean",
+        Literal["mean", "zero"] | None,
+        Flag("embedding from which tokens are moved: the mean of all, or zero", unset="mean"),
+    ] = None,
     out: Out = None,
     png: Png = None,
     special_tokens: SpecialTokens = False,
@@ -51,11 +52,14 @@ def saliency(
     from llama_ref.study.inputs import check_not_empty, prompt_tokens
     from llama_ref.study.logit_lens import predict
     from llama_ref.study.report.writer import write_report
-    from llama_ref.study.saliency import Method
+    from llama_ref.study.saliency import Method, check_steps
     from llama_ref.study.saliency import saliency as measure
 
     if answer is not None and (target is not None or other is not None):
         raise RequestError("--answer is given, and --target or --other: take one of them")
+    if method != "integrated" and (steps is not None or baseline is not None):
+        raise RequestError(f"--method is {method}, but --steps and --baseline are of integrated gradients: leave them out")
+    steps = check_steps(32 if steps is None else steps)
     check_not_empty(answer=answer)
     check_outputs(out, png)
     llama = open_to_study(name, loading, prompt=prompt, target=target, other=other)
@@ -78,7 +82,7 @@ def saliency(
             of=of,
             positions=range(1, len(tokens)) if len(tokens) > 1 else None,
             steps=steps,
-            baseline=baseline,
+            baseline=baseline or "mean",
             progress=progress,
         )
     if out is not None:

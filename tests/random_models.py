@@ -26,6 +26,26 @@ def random_model(args: ModelArgs, seed: int, *, tied: bool = False) -> Transform
     return model
 
 
+def grouped_model(
+    groups: int = 2,
+    kv_heads: int = 2,
+    layers: int = 2,
+    *,
+    scaled: bool = True,
+    tied: bool = False,
+    seed: int = 0,
+    vocab_size: int = 30,
+    rope_theta: float = 500000.0,
+) -> Transformer:
+    """A random model of heads of 8 dimensions, so many in a group; `scaled` is RoPE's."""
+    heads = groups * kv_heads
+    args = ModelArgs.from_dict(
+        {"dim": 8 * heads, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "vocab_size": vocab_size}
+        | {"multiple_of": 16, "norm_eps": 1e-5, "rope_theta": rope_theta, "use_scaled_rope": scaled}
+    )
+    return random_model(args, seed=seed, tied=tied)
+
+
 def as_int4_release(model: Transformer, *, rotates: bool = False, rank: int = 0, rounds_inputs: bool = True) -> None:
     """Make the layers' matrices those of Meta's int4 releases, in groups of 32, in place; always the same adaptors."""
     generator = torch.Generator().manual_seed(0)

@@ -11,24 +11,16 @@ from llama_ref import study
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.quantization.apply import quantize_model
-from random_models import random_model
+from random_models import grouped_model, random_model
 from study.circuits.plain import all_logits
 
 TEXTS = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 1, 9, 1]]
 KINDS = ("heads", "kv_groups", "attention", "feed_forward", "layers", "units")
 
 
-def model_of(groups=2, kv_heads=2, layers=2, scaled=True, tied=False, seed=0):
-    args = ModelArgs.from_dict(
-        {"dim": 8 * groups * kv_heads, "n_layers": layers, "n_heads": groups * kv_heads, "n_kv_heads": kv_heads}
-        | {"vocab_size": 30, "multiple_of": 16, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": scaled}
-    )
-    return random_model(args, seed=seed, tied=tied)
-
-
 @pytest.fixture(scope="module")
 def model():
-    return model_of()
+    return grouped_model()
 
 
 def losses(model, texts, hook=lambda name, value: value):
@@ -83,7 +75,7 @@ EDITS = {
     tied=st.booleans(), over=st.sampled_from(KINDS), edit=st.sampled_from(list(EDITS)), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_a_sweep_is_a_loop_of_hooks(groups, kv_heads, layers, scaled, tied, over, edit, seed):
-    model = model_of(groups, kv_heads, layers, scaled, tied, seed)
+    model = grouped_model(groups, kv_heads, layers, scaled=scaled, tied=tied, seed=seed)
     given_edit, replacement = EDITS[edit]
     found = study.sweep(model, TEXTS, over, given_edit, n_exact=5)
     expected = torch.tensor([without(model, TEXTS, part, replacement) for part in found.parts])
@@ -193,7 +185,7 @@ def test_quantized_models_are_swept():
 
 
 def test_units_that_tell_texts_apart():
-    model = model_of(layers=2)
+    model = grouped_model(layers=2)
     generator = torch.Generator().manual_seed(0)
     low, high = (torch.randint(a, a + 2, (8, 6), generator=generator).tolist() for a in (0, 15))
     found = study.contrast_units(model, low, high)

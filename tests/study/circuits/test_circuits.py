@@ -14,7 +14,7 @@ from llama_ref.errors import RequestError
 from llama_ref.model import rope_frequencies, rope_rotations
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.study.circuits.graph import edge_mask, receiver_names, sender_names
-from random_models import random_model
+from random_models import grouped_model, random_model
 
 ARGS = ModelArgs.from_dict(
     {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 40, "multiple_of": 32, "norm_eps": 1e-5}
@@ -84,12 +84,7 @@ def gate_gradients(model, clean, corrupted):
     scaled=st.booleans(), tied=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_scores_are_gradients_by_gates_and_circuits_are_closed_gates(groups, kv_heads, layers, length, scaled, tied, seed):
-    heads = groups * kv_heads
-    args = ModelArgs.from_dict(
-        {"dim": 8 * heads, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "vocab_size": 30}
-        | {"multiple_of": 16, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": scaled}
-    )
-    model = random_model(args, seed=seed, tied=tied)
+    model = grouped_model(groups, kv_heads, layers, scaled=scaled, tied=tied, seed=seed)
     clean, corrupted = torch.randint(30, (2, length), generator=torch.Generator().manual_seed(seed)).tolist()
     scores = study.attribute_edges(model, clean, corrupted, METRIC)
     torch.testing.assert_close(scores.scores, gate_gradients(model, clean, corrupted), atol=2e-3, rtol=1e-2)

@@ -6,26 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ref import study
-from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
-from random_models import random_model
+from random_models import grouped_model
 from study.circuits.plain import forward
 
 METRIC = study.probability(3)
 
 
-def model_of(groups=2, kv_heads=2, layers=3, scaled=True, tied=False, seed=0):
-    args = ModelArgs.from_dict(
-        {"dim": 8 * groups * kv_heads, "n_layers": layers, "n_heads": groups * kv_heads, "n_kv_heads": kv_heads}
-        | {"vocab_size": 30, "multiple_of": 16, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": scaled}
-    )
-    return random_model(args, seed=seed, tied=tied)
-
-
 @pytest.fixture(scope="module")
 def model():
-    return model_of()
+    return grouped_model(layers=3)
 
 
 def masked(model, ids, queries, keys, layers, heads):
@@ -48,7 +39,7 @@ def masked(model, ids, queries, keys, layers, heads):
     tied=st.booleans(), length=st.integers(1, 6), data=st.data(),
 )  # fmt: skip
 def test_a_cut_is_a_mask(groups, kv_heads, layers, scaled, tied, length, data):
-    model = model_of(groups, kv_heads, layers, scaled, tied)
+    model = grouped_model(groups, kv_heads, layers, scaled=scaled, tied=tied)
     ids = data.draw(st.lists(st.integers(0, 29), min_size=length, max_size=length))
     queries, keys = (data.draw(st.lists(st.integers(0, length - 1), max_size=3)) for _ in "qk")
     chosen = data.draw(st.lists(st.integers(0, layers - 1), max_size=2))

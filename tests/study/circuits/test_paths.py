@@ -10,7 +10,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.study.circuits.graph import edge_mask, receiver_names, sender_names
-from random_models import random_model
+from random_models import grouped_model, random_model
 from study.circuits.plain import forward, rms
 
 ARGS = ModelArgs.from_dict(
@@ -100,18 +100,13 @@ def test_a_path_is_two_passes_with_hooks(model, receiver, through_ffn):
     scaled=st.booleans(), tied=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_paths_are_a_circuit_without_these_edges(groups, kv_heads, layers, length, scaled, tied, seed):
-    heads = groups * kv_heads
-    args = ModelArgs.from_dict(
-        {"dim": 8 * heads, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "vocab_size": 30}
-        | {"multiple_of": 16, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": scaled}
-    )
-    model = random_model(args, seed=seed, tied=tied)
+    model = grouped_model(groups, kv_heads, layers, scaled=scaled, tied=tied, seed=seed)
     clean, corrupted = torch.randint(30, (2, length), generator=torch.Generator().manual_seed(seed)).tolist()
     generator = torch.Generator().manual_seed(seed)
-    receivers = [name for name in receiver_names(args)[:-1] if torch.rand(1, generator=generator) < 0.4] + ["logits"]
+    receivers = [name for name in receiver_names(model.args)[:-1] if torch.rand(1, generator=generator) < 0.4] + ["logits"]
     found = study.patch_path(model, clean, corrupted, METRIC, sender="layers.0.heads.*", receivers=receivers)
-    senders, mask = sender_names(args), edge_mask(args)
-    for r, receiver in enumerate(receiver_names(args)):
+    senders, mask = sender_names(model.args), edge_mask(model.args)
+    for r, receiver in enumerate(receiver_names(model.args)):
         for s, sender in enumerate(senders):
             if receiver in receivers and sender.startswith("layers.0.heads."):
                 mask[r, s] = False

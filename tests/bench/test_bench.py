@@ -81,9 +81,12 @@ def report() -> Report:
 
 
 @pytest.fixture(scope="module")
-def printed(tiny) -> dict:
+def printed(warm, tiny) -> dict:
     words = ["bench", str(tiny), *SMALL, "--dtype", "float32", "--against", "transformers,meta", "--context", "64,1", "--json"]
-    command = [sys.executable, "-m", "llama_ref.cli", *words]
+    program = (
+        f"import sys; sys.executable = {str(warm / 'python')!r}; from llama_ref.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [warm / "python", "-c", program, *words]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, timeout=240, check=True).stdout)
 
 

@@ -350,7 +350,7 @@ MEASURE = textwrap.dedent("""
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_little_memory_is_taken_whatever_the_size(originals):
+def test_little_memory_is_taken_whatever_the_size(warm, originals):
     """Folders of 128 MB: equal in 1 and 2 shards, with other values, in another dtype."""
     shapes = {EMBEDDING: (24_576, 2048), WO: (8192, 2048)}
     with tempfile.TemporaryDirectory() as root:  # pytest's outlives the test
@@ -363,7 +363,7 @@ def test_little_memory_is_taken_whatever_the_size(originals):
             written(Path(root) / "float16", {name: tensor.half() for name, tensor in whole.items()}),
         ]
         small = tiny_folder(Path(root) / "small", seed=1, dtype=torch.float16)
-        command = [sys.executable, "-c", MEASURE, originals[1], small, *folders]
+        command = [warm / "python", "-c", MEASURE, originals[1], small, *folders]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]

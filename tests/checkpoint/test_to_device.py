@@ -200,7 +200,7 @@ def in_memory() -> Iterator[Path]:
 
 @on_linux
 @pytest.mark.parametrize(("form", "quantize"), [("2 shards", ""), ("1 shard", "int4"), ("hf", ""), ("int4", "")])
-def test_loading_onto_a_gpu_holds_little_of_the_file_in_host_memory(in_memory, form, quantize):
+def test_loading_onto_a_gpu_holds_little_of_the_file_in_host_memory(warm, in_memory, form, quantize):
     tiny, large = in_memory / "tiny", in_memory / "1 shard"
     if form == "2 shards":
         large = to_meta(large, in_memory / "2 shards", shards=2)
@@ -210,9 +210,8 @@ def test_loading_onto_a_gpu_holds_little_of_the_file_in_host_memory(in_memory, f
         large = quantize_folder(large, in_memory / "int4", Scheme.parse("int4"), calibrate=False)
     n_bytes = sum(path.stat().st_size for path in open_folder(large).shards)
     assert n_bytes > (130 << 20) * (0.25 if form == "int4" else 1)
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, tiny, large, quantize]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    command = [warm / "python", "-c", MEASURE, tiny, large, quantize]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")  # where delayed_device is
     assert done.returncode == 0, done.stderr
     copies, taken = map(int, done.stdout.split())
     assert copies > n_bytes >> 20

@@ -212,11 +212,11 @@ def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused_with_th
     assert done.stderr.count("cannot hold equal parts") == 1
 
 
-def test_only_the_first_process_prints_and_warns(folders, small_tokenizer, tmp_path):
+def test_only_the_first_process_prints_and_warns(warm, folders, small_tokenizer, tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "text_completion.py"
     folder = shutil.copytree(folders["groups of 4 / 2"], tmp_path / "unlisted")
     (folder / "checklist.chk").unlink()
-    done = torchrun(2, script, "--ckpt_dir", folder, "--tokenizer_path", small_tokenizer, "--max_gen_len", "4")
+    done = torchrun(2, script, "--ckpt_dir", folder, "--tokenizer_path", small_tokenizer, "--max_gen_len", "4", warm=warm)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("I believe the meaning of life is") == 1
     assert done.stderr.count("has no checklist.chk") == 1

@@ -480,7 +480,8 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path, tokenizer):
 
 
 def test_the_head_that_wrote_most_is_drawn_from_its_whole_pattern(tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_ref.study.overview.how_many_kept", lambda n_tokens: 4)  # as of a text of thousands of tokens
+    module = importlib.import_module("llama_ref.study.overview")  # its name in the package is the function
+    monkeypatch.setattr(module, "how_many_kept", lambda n_tokens: 4)  # as of a text of thousands of tokens
     llama = Llama.build(tiny_folder(tmp_path / "Tiny"), device="cpu", dtype="float32", max_seq_len=128)
     tokens = llama.encode("a text of many tokens")
     found = overview(llama.model, tokens)

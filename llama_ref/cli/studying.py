@@ -110,6 +110,17 @@ def overview_of(
         )
 
 
+def write_page(seen: "Overview", llama: "Llama", name: str, out: str) -> None:
+    """Write the page of a model that was named so, and say where it is."""
+    from llama_ref.checkpoint.folder import find_folder
+    from llama_ref.checkpoint.spelling import model_name
+    from llama_ref.cli.terminal import note
+    from llama_ref.study.report.writer import write_report
+
+    write_report(seen, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
+    note(f"wrote {out}: open it in a browser")
+
+
 def text_ids(llama: "Llama") -> list[int]:
     """Ids of all tokens but the special ones, from which random tokens are drawn."""
     return sorted(llama.tokenizer.vocabulary.ranks.values())

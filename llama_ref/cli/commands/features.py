@@ -5,7 +5,7 @@ from typing import Annotated
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Json, Name, SpecialTokens, WholeModel
-from llama_ref.cli.studying import check_outputs, open_to_study, text_ids
+from llama_ref.cli.studying import check_outputs, open_to_study, overview_of, write_page
 from llama_ref.cli.text_input import text_word
 from llama_ref.errors import RequestError
 
@@ -39,18 +39,15 @@ def features(
       llama-ref features Llama3.1-8B Llama3_1-8B-Base-L15R-8x "The capital of"
     """
 
-    from llama_ref.checkpoint.folder import find_folder, open_folder
-    from llama_ref.checkpoint.spelling import model_name
-    from llama_ref.cli.terminal import note, progress_bar
+    from llama_ref.checkpoint.folder import open_folder
+    from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.features import print_contexts, print_firing
     from llama_ref.study.features.contexts import top_contexts
     from llama_ref.study.features.edits import chosen_features
     from llama_ref.study.features.firing import firing
     from llama_ref.study.features.opening import open_features
     from llama_ref.study.inputs import prompt_tokens
-    from llama_ref.study.overview import overview
     from llama_ref.study.prompt_file import read_prompts
-    from llama_ref.study.report.writer import write_report
 
     _check(prompt, feature, contexts, out, top)
     check_outputs(out)
@@ -69,10 +66,7 @@ def features(
     tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
     fired = firing(llama.model, opened, tokens)
     if out is not None:
-        with progress_bar("studying") as progress:
-            seen = overview(llama.model, tokens, bos=llama.tokenizer.bos_id, ids=text_ids(llama), progress=progress)
-        write_report(replace(seen, features=fired), llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
-        note(f"wrote {out}: open it in a browser")
+        write_page(replace(overview_of(llama, tokens, None, 5), features=fired), llama, name, out)
     print_firing(fired, llama.tokenizer, top, as_json=json)
 
 

@@ -14,6 +14,7 @@ from llama_ref.cli.studying import (
     first_token,
     open_to_study,
     overview_of,
+    write_page,
 )
 
 
@@ -41,15 +42,13 @@ def lens(
 
       llama-ref lens Llama3.2-1B "The capital of France is" --target " Paris"
     """
-    from llama_ref.checkpoint.folder import find_folder, open_folder
-    from llama_ref.checkpoint.spelling import model_name
+    from llama_ref.checkpoint.folder import open_folder
     from llama_ref.cli.terminal import note
     from llama_ref.cli.views.study.lens import print_lens
     from llama_ref.study import figures
     from llama_ref.study.images import encoding_once
     from llama_ref.study.inputs import prompt_tokens
     from llama_ref.study.logit_lens import logit_lens
-    from llama_ref.study.report.writer import write_report
     from llama_ref.study.tuned.lens import TunedLens
 
     check_outputs(out, png)
@@ -64,8 +63,7 @@ def lens(
         seen = None if out is None and png is None else overview_of(llama, tokens, wanted, top, image, translators)
         found = logit_lens(llama.model, tokens, target=wanted, top=top, positions=positions, images=images, lens=translators)
     if seen is not None and out is not None:
-        write_report(seen, llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
-        note(f"wrote {out}: open it in a browser")
+        write_page(seen, llama, name, out)
     print_lens(found, llama.tokenizer, as_json=json)
     if seen is not None and png is not None:  # last: without matplotlib all else is done
         figures.check_pictures(png)

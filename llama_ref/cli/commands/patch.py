@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
-from llama_ref.cli.studying import TARGET_HELP, Out, check_outputs, first_token, open_to_study, overview_of
+from llama_ref.cli.studying import TARGET_HELP, Out, check_outputs, first_token, open_to_study, overview_of, write_page
 from llama_ref.errors import RequestError
 
 
@@ -58,9 +58,7 @@ def patch(
 
       llama-ref patch Llama3.2-1B "Paris is in" --noise Paris --target " France"
     """
-    from llama_ref.checkpoint.folder import find_folder
-    from llama_ref.checkpoint.spelling import model_name
-    from llama_ref.cli.terminal import note, progress_bar
+    from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.grid import print_grids
     from llama_ref.study import figures
     from llama_ref.study.inputs import check_over, check_same_length, prompt_tokens
@@ -69,7 +67,6 @@ def patch(
     from llama_ref.study.patching.grid import GridPair
     from llama_ref.study.patching.metrics import logit_difference, probability
     from llama_ref.study.patching.noise import noise as noise_on
-    from llama_ref.study.report.writer import write_report
     from llama_ref.study.subject import positions_of
 
     if corrupted is None and noise is None:
@@ -112,8 +109,7 @@ def patch(
     pair = GridPair(exact, estimate, right, wrong, wanted, against, against_clean)
     if out is not None:
         seen = replace(overview_of(llama, right, wanted, 5), patched=pair)
-        write_report(seen, tokenizer, out, model_name=model_name(find_folder(name).resolve()))
-        note(f"wrote {out}: open it in a browser")
+        write_page(seen, llama, name, out)
     print_grids(pair, tokenizer, as_json=json)
     if png is not None:
         figures.check_pictures(png)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
-from llama_ref.cli.studying import TARGET_HELP, Out, Prompt, check_outputs, first_token, open_to_study, overview_of
+from llama_ref.cli.studying import TARGET_HELP, Out, Prompt, check_outputs, first_token, open_to_study, overview_of, write_page
 from llama_ref.errors import RequestError
 
 
@@ -44,14 +44,11 @@ def saliency(
 
       llama-ref saliency Llama3.2-1B "The capital of France is" --target " Paris"
     """
-    from llama_ref.checkpoint.folder import find_folder
-    from llama_ref.checkpoint.spelling import model_name
-    from llama_ref.cli.terminal import note, progress_bar
+    from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.saliency import print_saliency
     from llama_ref.study import figures
     from llama_ref.study.inputs import check_not_empty, prompt_tokens
     from llama_ref.study.logit_lens import predict
-    from llama_ref.study.report.writer import write_report
     from llama_ref.study.saliency import Method, check_steps
     from llama_ref.study.saliency import saliency as measure
 
@@ -87,8 +84,7 @@ def saliency(
         )
     if out is not None:
         seen = overview_of(llama, tokens, found.answer[0], 5)
-        write_report(replace(seen, saliency=found), llama.tokenizer, out, model_name=model_name(find_folder(name).resolve()))
-        note(f"wrote {out}: open it in a browser")
+        write_page(replace(seen, saliency=found), llama, name, out)
     print_saliency(found, llama.tokenizer, as_json=json)
     if png is not None:
         figures.check_pictures(png)

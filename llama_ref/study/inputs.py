@@ -47,6 +47,13 @@ def check_index(what: str, index: int, count: int) -> int:
     return int(index) % count
 
 
+def check_count(what: str, given: int, least: int = 0) -> int:
+    """Return the number. Raises RequestError unless it is a whole one from `least` on."""
+    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+        raise RequestError(f"{what} is {given!r:.40}, expected a whole number from {least}")
+    return given
+
+
 def one_each(what: str, given: T | Sequence[T], n: int) -> list[T]:
     """One value for each of n texts: as given, or the same for all. Raises RequestError."""
     if not isinstance(given, Sequence) or isinstance(given, str):

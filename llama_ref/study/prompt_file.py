@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 from llama_ref.errors import RequestError
-
-LIMIT_BYTES = 1 << 30
+from llama_ref.study.text_file import read_text
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -13,14 +12,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises RequestError for a file that cannot be read, is not UTF-8, or has no prompts.
     """
-    try:
-        if Path(path).stat().st_size > LIMIT_BYTES:
-            raise RequestError(f"{path} is larger than {LIMIT_BYTES:,} bytes: collect it in parts")
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 ({error}): convert it first, as by `iconv -t UTF-8`") from error
-    except (OSError, ValueError) as error:
-        raise RequestError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    text = read_text(path, "collect it in parts")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise RequestError(f"{path} has no prompts, expected one a line")

@@ -37,11 +37,11 @@ def tune_lens(
     from llama_ref.study.tuned.files import check_target
     from llama_ref.study.tuned.fit import FitSettings
     from llama_ref.study.tuned.lens import TunedLens
-    from llama_ref.study.tuned.windows import read_text, windows_of
+    from llama_ref.study.tuned.windows import read_long_text, windows_of
 
     FitSettings(steps, tokens_per_step, optimizer, rate, seed)
     check_target(to)
-    text = read_text(file)
+    text = read_long_text(file)
     llama = open_to_study(name, loading)
     with progress_bar("fitting") as progress:
         lens = TunedLens.fit(

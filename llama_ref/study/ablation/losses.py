@@ -1,16 +1,14 @@
-"""The loss of texts: what is measured of an ablation."""
+"""What an ablation measures: the mean loss of each text."""
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.study.losses import loss_sums
 from llama_ref.study.texts import Batch, Texts, as_texts
-
-POSITIONS = 256  # whose logits are made at a time
 
 
 def texts_to_predict(model: Transformer, texts: Texts) -> list[Tensor]:
@@ -24,18 +22,7 @@ def texts_to_predict(model: Transformer, texts: Texts) -> list[Tensor]:
 
 def losses_of(model: Transformer, batch: Batch, hidden: Tensor) -> Tensor:
     """Mean loss of each text's tokens after the first, from the last norm (n, T, D): nats, float32 (n,)."""
-    found = []
-    for ids, length, states in zip(batch.ids, batch.lengths, hidden, strict=True):
-        pieces = zip(states[: length - 1].split(POSITIONS), ids[1:length].split(POSITIONS), strict=True)
-        total = [F.cross_entropy(model.logits(some), wanted, reduction="sum") for some, wanted in pieces]
-        found.append(torch.stack(total).sum() / (length - 1))
-    return torch.stack(found)
-
-
-def check_count(what: str, given: int, least: int = 0) -> int:
-    if isinstance(given, bool) or not isinstance(given, int) or given < least:
-        raise RequestError(f"{what} is {given!r:.40}, expected a whole number from {least}")
-    return given
+    return loss_sums(model, batch, hidden) / torch.tensor([length - 1 for length in batch.lengths], device=hidden.device)
 
 
 def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:

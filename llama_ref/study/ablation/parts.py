@@ -14,6 +14,8 @@ from llama_ref.study.patch import Edit
 
 Over = Literal["heads", "kv_groups", "attention", "feed_forward", "layers", "units"]
 
+KINDS: tuple[Over, ...] = get_args(Over)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -54,9 +56,11 @@ def parts_of(args: ModelArgs, over: Over) -> list[Part]:
 
 
 def check_kind(over: str) -> Over:
-    if over not in get_args(Over):
-        raise RequestError(f"over is {over!r:.60}, expected {', '.join(get_args(Over))}")
-    return over  # type: ignore[return-value]
+    """Return the kind. Raises RequestError for an unknown one."""
+    for known in KINDS:
+        if over == known:
+            return known
+    raise RequestError(f"over is {over!r:.60}, expected {', '.join(KINDS)}")
 
 
 def layer_parts(args: ModelArgs, over: Over, layer: int) -> list[Part]:

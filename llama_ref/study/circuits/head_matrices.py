@@ -50,6 +50,7 @@ def turned(model: Transformer, q: Tensor, distance: int) -> Tensor:
 
 
 def check_distance(distance: int) -> int:
+    """Return the distance. Raises RequestError unless it is a whole number from 0."""
     if isinstance(distance, bool) or not isinstance(distance, int) or distance < 0:
         raise RequestError(f"distance is {distance!r:.40}, expected how many tokens a query is after its key, from 0")
     return distance

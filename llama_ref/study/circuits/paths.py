@@ -1,7 +1,7 @@
 """Path patching: what one part of a model says to others directly, without what lies between.
 
 A sender's output is that of another text; every part between it and the receivers stays as in the clean
-run; the receivers read the change, and everything behind them is computed anew. Sources: Wang et al.,
+run; the receivers read the change, and everything after them is computed again. Sources: Wang et al.,
 arXiv:2211.00593; Goldowsky-Dill et al., arXiv:2304.05969.
 """
 

@@ -13,6 +13,7 @@ from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.collected import Collected
 from llama_ref.study.features.dictionary import BLOCK_TOKENS, Features
 from llama_ref.study.features.edits import chosen_features
+from llama_ref.study.inputs import check_count
 from llama_ref.study.texts import Texts, as_texts
 from llama_ref.study.trace import trace_each
 
@@ -56,8 +57,7 @@ def top_contexts(
     """
     numbers = chosen_features(features, chosen)
     for what, value, least in (("n", n, 1), ("before", before, 0), ("after", after, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise RequestError(f"{what} is {value!r:.40}, expected a whole number from {least}")
+        check_count(what, value, least)
     best: list[list[tuple[float, int, Context]]] = [[] for _ in numbers]
     n_texts, blocks = _collected(features, texts) if isinstance(texts, Collected) else _run(features, texts, model)
     counter = ProgressCounter(n_texts, progress)

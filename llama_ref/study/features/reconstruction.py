@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ref.errors import RequestError
@@ -15,6 +14,8 @@ from llama_ref.study.features.active import Active
 from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
 from llama_ref.study.features.edits import Edits, replace_by_reconstruction
+from llama_ref.study.inputs import check_count
+from llama_ref.study.losses import loss_sums
 from llama_ref.study.pass_size import split_passes
 from llama_ref.study.patch import patch, zero
 from llama_ref.study.texts import Batch, Texts, as_texts
@@ -64,8 +65,7 @@ def measure_reconstruction(
     another model, or one layer of a cross-layer transcoder.
     """
     features.check(model)
-    if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
-        raise RequestError(f"skip is {skip!r:.40}, expected a whole number from 0")
+    check_count("skip", skip)
     ids = as_texts(model, texts)
     if min(map(len, ids)) < skip + 2:
         raise RequestError(f"a text has {min(map(len, ids))} tokens, expected {skip + 2} or more: one to read, one to predict")
@@ -99,11 +99,7 @@ def _loss(model: Transformer, batch: Batch, skip: int, edits: Edits | None = Non
     """The sum of the losses of all tokens after position `skip`."""
     with nullcontext() if edits is None else patch(model, edits):
         hidden = batch.hidden(model)
-    total = 0.0
-    for row, length in enumerate(batch.lengths):
-        logits = model.logits(hidden[row, skip : length - 1]).float()
-        total += float(F.cross_entropy(logits, batch.ids[row, skip + 1 : length], reduction="sum"))
-    return total
+    return float(loss_sums(model, batch, hidden, skip).double().sum())
 
 
 class _Variance:

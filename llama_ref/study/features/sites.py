@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from llama_ref.errors import RequestError
+from llama_ref.study.inputs import check_count
 
 T = TypeVar("T", int, str)
 
@@ -82,9 +83,9 @@ class Claims:
 
 
 def claims_of(layer: int | None, site: str | None) -> Claims:
-    """What the caller says. Raises RequestError for a layer that is none."""
-    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
-        raise RequestError(f"layer is {layer!r:.40}, expected a whole number from 0")
+    """What the caller says. Raises RequestError for a layer that is no whole number from 0, or an unknown site."""
+    if layer is not None:
+        check_count("layer", layer)
     if site is not None and site not in ENDINGS:
         raise RequestError(f"site is {site!r:.60}, expected one of {', '.join(ENDINGS)}")
     return Claims({} if layer is None else {"the caller": layer}, {} if site is None else {"the caller": site})

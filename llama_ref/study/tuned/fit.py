@@ -15,6 +15,7 @@ from torch.linalg import vecdot
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.gradients import gradients
+from llama_ref.study.inputs import check_count
 from llama_ref.study.logit_lens import log_probabilities, position_chunks
 from llama_ref.study.trace import trace_each
 
@@ -41,9 +42,7 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "tokens_per_step"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RequestError(f"{name} is {value!r:.40}, expected a whole number from 1")
+            check_count(name, getattr(self, name), 1)
         if self.optimizer not in RATES:
             raise RequestError(f"optimizer is {self.optimizer!r:.40}, expected sgd or adam")
         if self.rate is not None and not 0 < self.rate < float("inf"):

@@ -4,20 +4,12 @@ from pathlib import Path
 
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
+from llama_ref.study.text_file import read_text
 
-LIMIT_BYTES = 1 << 30
 
-
-def read_text(path: str | Path) -> str:
+def read_long_text(path: str | Path) -> str:
     """A file's text. Raises RequestError for one that cannot be read, is not UTF-8, or is empty."""
-    try:
-        if Path(path).stat().st_size > LIMIT_BYTES:
-            raise RequestError(f"{path} is larger than {LIMIT_BYTES:,} bytes: fit to a part of it")
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 ({error}): convert it first, as by `iconv -t UTF-8`") from error
-    except (OSError, ValueError) as error:
-        raise RequestError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    text = read_text(path, "fit to a part of it")
     if not text.strip():
         raise RequestError(f"{path} is empty, expected a text to fit to")
     return text

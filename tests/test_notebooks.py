@@ -1,4 +1,4 @@
-"""docs/notebooks: each page's blocks print what stands behind them, and its notebook is made from it."""
+"""docs/notebooks: each page's blocks print what stands below them, and its notebook is made from it."""
 
 import re
 

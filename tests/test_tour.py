@@ -1,4 +1,4 @@
-"""docs/tour.md: its blocks print what stands behind them, its links and numbers hold; scripts/tour.py and the notebook."""
+"""docs/tour.md: its blocks print what stands below them, its links and numbers hold; scripts/tour.py and the notebook."""
 
 import ast
 import re

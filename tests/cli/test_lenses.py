@@ -1,25 +1,12 @@
 """`tune_lens`, `lens --tuned`, `saliency` and `patch --noise`: tables, JSON, files, misuse."""
 
 import re
-from collections.abc import Callable
 
 import pytest
 
-from conftest import exit_code, parsed
+from conftest import parsed
 from folders import tiny_folder
 from llama_ref import Llama, study
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys) -> Run:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        return exit_code(words), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

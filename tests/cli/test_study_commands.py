@@ -10,29 +10,17 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import exit_code, parsed
+from conftest import parsed
 from folders import byte_tokenizer, tiny_folder
 from make_random_checkpoint import make_random_checkpoint
 from study.pictured import PARAMS, picture
 
 CAPITAL, ITALY, PARIS, ROME = "The capital of France is", "The capital of Italy is", " Paris", " Rome"
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys) -> Run:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        return exit_code(words), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A server with a release, a folder for it, and a watch over the link's secrets."""
 
 import logging
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from folders import tiny_folder
 from llama_ref.checkpoint.releases import find_release
 from llama_ref.download import ranges, retries, server
 from llama_ref.download.link import parse_link
+from llama_ref.download.outcomes import Transient
 from llama_ref.download.release import Outcome, download
+from llama_ref.download.server import Server
 from llama_ref.errors import LlamaRefError
 from loopback import Loopback, files_of, secrets_of, serve
 
@@ -99,3 +102,20 @@ def downloads(loopback, tmp_path, caplog, capfd) -> Iterator[Downloads]:
             texts.append(path.read_bytes().decode("latin-1"))
     for secret in secrets_of(loopback.link):
         assert [text for text in texts if secret in text] == [], secret
+
+
+def abort_a_wait(server: Server, loopback: Loopback, path: str) -> None:
+    """Ask in a thread for what the server, told to be silent, does not answer; `abort` ends that."""
+    ended = threading.Event()
+
+    def wait_for_it() -> None:
+        with pytest.raises(Transient), server.get(path, {}) as answer:
+            list(answer.chunks())
+        ended.set()
+
+    thread = threading.Thread(target=wait_for_it)
+    thread.start()
+    assert loopback.reached.wait(10)
+    server.abort()
+    assert ended.wait(10)
+    thread.join()

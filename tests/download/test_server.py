@@ -1,7 +1,6 @@
 """httpx's errors and logs hold addresses; none of them gets out."""
 
 import logging
-import threading
 import traceback
 
 import httpx
@@ -13,6 +12,8 @@ from llama_ref.download.outcomes import Transient
 from llama_ref.download.server import Server, opened
 from llama_ref.errors import DownloadError
 from loopback import make_link, secrets_of, silent, status
+
+from .conftest import abort_a_wait
 
 PATH = "Llama-3.2-1B-Instruct/params.json"
 
@@ -96,17 +97,5 @@ def test_a_host_that_does_not_answer_is_tried_again(link, loopback):
 def test_abort_wakes_a_thread_that_waits(link, loopback, monkeypatch):
     monkeypatch.setattr(servers, "STALLED_SECONDS", 600)
     loopback.fail("params.json", silent())
-    ended = threading.Event()
     with opened(link, [loopback.host], 1) as server:
-
-        def wait_for_it() -> None:
-            with pytest.raises(Transient):
-                ask(server)
-            ended.set()
-
-        thread = threading.Thread(target=wait_for_it)
-        thread.start()
-        assert loopback.reached.wait(10)
-        server.abort()
-        assert ended.wait(10)
-        thread.join()
+        abort_a_wait(server, loopback, PATH)

@@ -15,12 +15,11 @@ import trustme
 
 from llama_ref.download import server as servers
 from llama_ref.download.link import parse_link
-from llama_ref.download.outcomes import Transient
 from llama_ref.download.server import opened
 from llama_ref.errors import DownloadError
 from loopback import Loopback, files_of, make_link, secrets_of, serve, silent
 
-from .conftest import REMOTE, SHARD
+from .conftest import REMOTE, SHARD, abort_a_wait
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
@@ -148,20 +147,8 @@ def test_a_connection_that_is_cut_is_taken_up_again(downloads, loopback, trusted
 def test_abort_wakes_a_thread_that_waits(loopback, trusted, monkeypatch, through):
     monkeypatch.setattr(servers, "STALLED_SECONDS", 600)
     loopback.fail(SHARD, silent())
-    ended = threading.Event()
     with ExitStack() as stack:
         if through:
             monkeypatch.setenv("HTTPS_PROXY", stack.enter_context(proxy()).address)
         server = stack.enter_context(opened(parse_link(loopback.link, [loopback.host]), [loopback.host], 1))
-
-        def wait_for_it() -> None:
-            with pytest.raises(Transient), server.get(f"{REMOTE}/{SHARD}", {}):
-                pass
-            ended.set()
-
-        thread = threading.Thread(target=wait_for_it)
-        thread.start()
-        assert loopback.reached.wait(10)
-        server.abort()
-        assert ended.wait(10)
-        thread.join()
+        abort_a_wait(server, loopback, f"{REMOTE}/{SHARD}")

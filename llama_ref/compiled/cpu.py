@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from threading import Thread
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -87,11 +88,11 @@ def compile_decode(model: Transformer) -> None:
     if not _has_compiler():
         return logger.warning("no C++ compiler (c++, g++ or clang++) found: decoding stays uncompiled")
     _probe_vectors()
-    unpack = torch.compile(int4_layout.matrix, options=OPTIONS, dynamic=True)
+    unpack = torch.compile(_own(int4_layout.matrix), options=OPTIONS, dynamic=True)
     replace_matrices(model, Int4Linear, lambda matrix: PlanarInt4Linear(matrix, unpack))
     replace_matrices(model, Int8Linear, lambda matrix: PiecewiseInt8Linear(matrix) if in_pieces(matrix.shape[1]) else matrix)
-    step = torch.compile(_layer_step, options=OPTIONS, dynamic=False)
-    head = torch.compile(matvec, options=OPTIONS, dynamic=False)
+    step = torch.compile(_own(_layer_step), options=OPTIONS, dynamic=False)
+    head = torch.compile(_own(matvec), options=OPTIONS, dynamic=False)
     for block in model.layers:
         if not any(isinstance(module, Fp8Linear) for module in block.modules()):  # for which there is no step
             install(block, forward=_FastBlock(block, step))
@@ -108,6 +109,15 @@ def compile_decode(model: Transformer) -> None:
         logger.warning("cannot compile the decode step here (%s): decoding stays uncompiled", str(error).splitlines()[0])
     else:
         keep_scratch_memory()
+
+
+def _own(function: Callable) -> Callable:
+    """A copy of a function for one model: PyTorch compiles at most eight variants of a function's code.
+
+    The ninth of another shape would run uncompiled.
+    """
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def _probe_vectors() -> None:

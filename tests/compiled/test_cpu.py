@@ -107,6 +107,13 @@ def test_nothing_is_compiled_again_while_a_text_grows(fresh_compiler):
     assert not n_compiled()
 
 
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_models_do_not_share_the_variants_that_pytorch_allows_of_a_function(fresh_compiler):
+    for n_models, dtype in enumerate((torch.float32, torch.bfloat16), start=1):
+        compile_decode(random_model(dtype))
+        assert n_compiled() == 2 * n_models, "a layer and the output of each"
+
+
 @torch.inference_mode()
 def test_text_of_real_weights_stays_the_same_up_to_near_ties(fresh_compiler, demo_folder):
     options = {"max_seq_len": 128, "device": "cpu", "dtype": "bfloat16", "verify": "never"}

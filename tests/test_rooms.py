@@ -3,8 +3,10 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import permutations
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -94,15 +96,27 @@ def room(module: str) -> str:
     return module.partition(".")[0]
 
 
-MODULES = read_package()
-IMPORTS = {(name, found) for name, tree in MODULES.items() for found in imports(tree, MODULES)}
-OWN_IMPORTS = {(a, b) for a, b in IMPORTS if b in MODULES and a != b}
-PRINTS = {
-    (name, "print")
-    for name, tree in MODULES.items()
-    for node in ast.walk(tree)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
-}
+class House(NamedTuple):
+    """Every module with its tree, and pairs (importer, imported) of all imports and of those within the package."""
+
+    modules: dict[str, ast.Module]
+    imports: set[tuple[str, str]]
+    own_imports: set[tuple[str, str]]
+    prints: set[tuple[str, str]]  # (module, "print")
+
+
+@cache
+def house() -> House:
+    """Read when a test asks for it: collecting this file takes no time."""
+    modules = read_package()
+    pairs = {(name, found) for name, tree in modules.items() for found in imports(tree, modules)}
+    prints = {
+        (name, "print")
+        for name, tree in modules.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    return House(modules, pairs, {(a, b) for a, b in pairs if b in modules and a != b}, prints)
 
 
 # ---- rules
@@ -152,8 +166,8 @@ def circle(edges: set[tuple[str, str]]) -> list[str]:
 
 def wrong() -> set[tuple[str, str]]:
     """Every pair that breaks a rule by itself; circles are another matter."""
-    upward = {pair for pair in OWN_IMPORTS if goes_up(*pair)}
-    return upward | {pair for pair in IMPORTS | PRINTS if talks(*pair)}
+    upward = {pair for pair in house().own_imports if goes_up(*pair)}
+    return upward | {pair for pair in house().imports | house().prints if talks(*pair)}
 
 
 # ---- tests
@@ -164,31 +178,31 @@ def test_imports_go_down_and_only_the_command_line_prints():
 
 
 def test_there_is_no_circle():
-    assert " -> ".join(circle(OWN_IMPORTS - KNOWN)) == ""
+    assert " -> ".join(circle(house().own_imports - KNOWN)) == ""
 
 
 def test_every_known_pair_still_breaks_a_rule():
-    sound = OWN_IMPORTS - KNOWN
-    in_circles = {pair for pair in KNOWN & OWN_IMPORTS if circle(sound | {pair})}
+    sound = house().own_imports - KNOWN
+    in_circles = {pair for pair in KNOWN & house().own_imports if circle(sound | {pair})}
     assert sorted(KNOWN - wrong() - in_circles) == [], "mended: remove these from KNOWN"
 
 
 def test_the_whole_package_is_read():
-    assert (set(FLOOR_OF) | FILES) - set(map(room, MODULES)) <= {"kv_cache", "__main__"}
-    assert len(MODULES) > 100 and len(OWN_IMPORTS) > 300
+    assert (set(FLOOR_OF) | FILES) - set(map(room, house().modules)) <= {"kv_cache", "__main__"}
+    assert len(house().modules) > 100 and len(house().own_imports) > 300
 
 
 def test_every_module_named_in_a_string_exists():
     """Names such as "llama_ref.parallel.job" in sys.modules[...] are checked by no import."""
     named = {
         (name, found)
-        for name, tree in MODULES.items()
+        for name, tree in house().modules.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
         for found in re.findall(r"\bllama_ref(?:\.[a-z_]\w*)+", node.value)
     }
     assert named
-    assert sorted(pair for pair in named if own_name(pair[1]) not in MODULES) == []
+    assert sorted(pair for pair in named if own_name(pair[1]) not in house().modules) == []
 
 
 @pytest.mark.parametrize(

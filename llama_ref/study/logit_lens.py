@@ -24,7 +24,7 @@ from llama_ref.study.inputs import check_index, check_token, one_each, one_row
 from llama_ref.study.texts import Text, Texts, as_texts
 from llama_ref.study.trace import Trace, trace, trace_each
 
-LOGITS_AT_A_TIME = 1 << 21  # float32: 8 MB; a handful of such tensors exist at once
+LOGITS_AT_A_TIME = 5 << 20  # float32: 21 MB; four such tensors exist at once. Fewer rows make products slow
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def _lens(
     lens: Lens | None,
 ) -> LogitLens:
     """Read one sequence's trace."""
-    residuals = [traced[point][0, positions] for point in points]  # P × (T, D)
+    everywhere = positions == list(range(len(traced.tokens[0])))  # then views do
+    residuals = [traced[point][0] if everywhere else traced[point][0, positions] for point in points]  # P × (T, D)
     if lens is not None:
         residuals = [lens.translate(point, residual) for point, residual in zip(points, residuals, strict=True)]
     last = traced[residual_points(traced.model_args.n_layers)[-1]][0, positions]
@@ -221,16 +222,22 @@ def _check_points(every: list[str], points: Sequence[str]) -> list[str]:
 
 def _read(model: Transformer, residuals: list[Tensor], last: Tensor, some: slice, target: int | None, read: _Readings) -> None:
     """Fill in some positions of all points; the residuals are (T, D) each."""
-    final = log_probabilities(model, last[some])  # (t, V)
-    p_final = final.exp()
-    negative_entropy = vecdot(p_final, final)  # (t,)
-    targets = torch.full_like(last[some, 0], target or 0, dtype=torch.long)  # (t,)
+    p_final, negative_entropy = _probabilities(log_probabilities(model, last[some]))  # (t, V), (t,)
     for p, residual in enumerate(residuals):
         logprobs = log_probabilities(model, residual[some])
-        read.probability[p, some], read.rank[p, some] = probability_and_rank(logprobs, targets)
+        if target is not None:
+            targets = torch.full_like(last[some, 0], target, dtype=torch.long)  # (t,)
+            read.probability[p, some], read.rank[p, some] = probability_and_rank(logprobs, targets)
         read.top_ids[p, some], read.top_probabilities[p, some] = top_tokens(logprobs, read.top_ids.shape[-1])
         read.kl[p, some] = (negative_entropy - vecdot(p_final, logprobs)).clamp(min=0)  # rounding may give less than 0
-        read.entropy[p, some] = -vecdot(logprobs.exp(), logprobs)
+        read.entropy[p, some] = -_probabilities(logprobs)[1]
+        del logprobs  # before the next ones are made
+
+
+def _probabilities(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (t, V), and the negative entropy (t,) of each row."""
+    probabilities = logprobs.exp()
+    return probabilities, vecdot(probabilities, logprobs)
 
 
 # ---- the model's own predictions
@@ -301,8 +308,8 @@ def log_probabilities(model: Transformer, residual: Tensor) -> Tensor:
 def probability_and_rank(logprobs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Probability and rank of one token per row, (t,) each; a row of NaN ranks it last."""
     own = logprobs.gather(-1, ids[:, None])
-    before = (logprobs <= own).logical_not_()
-    return own[:, 0].exp(), 1 + torch.count_nonzero(before, dim=-1)
+    others = logprobs.shape[-1] - (logprobs <= own).float().sum(-1).long()  # float32 counts exactly up to 2**24
+    return own[:, 0].exp(), 1 + others
 
 
 def top_tokens(logprobs: Tensor, top: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ def attend_in_steps(
     hidden = ~visible[:, None]  # (B, 1, T, S)
     grouped = q.float().unflatten(2, (K, H // K))  # (B, T, K, G, hd)
     own = torch.einsum("btkgd,bskd->bkgts", grouped, k.float()).flatten(1, 2)  # (B, H, T, S)
-    own = (own * hd**-0.5).masked_fill(hidden, -torch.inf)
+    own = own.mul_(hd**-0.5).masked_fill_(hidden, -torch.inf)
     scores = see("scores", own)
     changed = None
     if scores is not own:

@@ -154,6 +154,7 @@ def _split(rows: list[Tensor], held_out: float, seed: int) -> tuple[list[Tensor]
         raise RequestError(f"held_out is {held_out!r:.40}, expected a share between 0 and 1")
     n_scored = max(1, round(share * len(rows)))
     if n_scored >= len(rows):
-        raise RequestError(f"there are {len(rows)} texts, too few to fit some and score {share:.0%} of them: give more")
+        found = f"{len(rows)} text{'s' if len(rows) > 1 else ''}"
+        raise RequestError(f"cannot score {share:.0%} of {found} and fit to the others: give more, or cut them shorter")
     order = torch.randperm(len(rows), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
     return [rows[i] for i in order[n_scored:]], [rows[i] for i in order[:n_scored]]

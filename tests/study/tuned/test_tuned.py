@@ -278,7 +278,7 @@ def test_an_interruption_keeps_what_was_learned(tmp_path, caplog):
         ({"rate": -1.0}, "rate is -1.0"),
         ({"held_out": 1.5}, "held_out is 1.5"),
         ({"held_out": None}, "held_out is None"),
-        ({"held_out": 0.9}, "there are 2 texts, too few"),
+        ({"held_out": 0.9}, "cannot score 90% of 2 texts"),
     ],
 )
 def test_what_makes_no_fit_is_refused(options, message):

@@ -8,6 +8,7 @@ model's instances, not of its classes, and see only passes of the thread that in
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -56,6 +57,14 @@ class Pass:
         self.padding = padding
         self.tokens = self.tokens.masked_fill(padding, -1)
         self.positions = self.positions.expand(padding.shape).masked_fill(padding, -1)
+
+    def of_rows(self, rows: slice) -> "Pass":
+        """The pass as some of its texts see it."""
+        own = copy(self)
+        own.tokens = self.tokens[rows]
+        own.positions = self.positions if len(self.positions) == 1 else self.positions[rows]
+        own.padding = None if self.padding is None else self.padding[rows]
+        return own
 
 
 class Visitor(Protocol):

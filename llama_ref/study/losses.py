@@ -15,10 +15,8 @@ def loss_sums(model: Transformer, batch: Batch, hidden: Tensor, skip: int = 0) -
 
     Every text has such a token.
     """
-    found = []
-    for ids, length, states in zip(batch.ids, batch.lengths, hidden, strict=True):
-        pieces = zip(states[skip : length - 1].split(POSITIONS), ids[skip + 1 : length].split(POSITIONS), strict=True)
-        found.append(
-            torch.stack([F.cross_entropy(model.logits(some), wanted, reduction="sum") for some, wanted in pieces]).sum()
-        )
-    return torch.stack(found)
+    states = torch.cat([own[skip : length - 1] for own, length in zip(hidden, batch.lengths, strict=True)])  # (N, D)
+    wanted = torch.cat([own[skip + 1 : length] for own, length in zip(batch.ids, batch.lengths, strict=True)])  # (N,)
+    pieces = zip(states.split(POSITIONS), wanted.split(POSITIONS), strict=True)
+    losses = torch.cat([F.cross_entropy(model.logits(some), own, reduction="none") for some, own in pieces])
+    return torch.stack([own.sum() for own in losses.split([length - 1 - skip for length in batch.lengths])])

@@ -26,7 +26,7 @@ def ablate(
 ) -> None:
     """Measure the loss of a text without each part of a model.
 
-      llama-ref ablate Llama3.2-1B "The capital of France is Paris." --over layers
+    llama-ref ablate Llama3.2-1B "The capital of France is Paris." --over layers
     """
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.sweep import print_sweep

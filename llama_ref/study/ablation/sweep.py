@@ -1,7 +1,6 @@
 """Ablation sweeps: how much is lost without each part of a model, one by one; or without some together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -100,9 +99,9 @@ def sweep(
     tokens of all texts; or `zero()`, or any other that `patch` takes. A group's part are the outputs of its heads, a layer's
     those of attention and feed-forward. Units of feed-forwards are too many to be run: a gradient
     estimates all of them, and the `n_exact` with the largest estimates are run, with `controls` others
-    drawn by `seed`. Runs start at the part's layer. Memory: one layer's outputs of all texts; for units
-    ffn.hidden of all layers. `progress` is called with the runs done and their number. Raises
-    RequestError.
+    drawn by `seed`. Runs start at the part's layer, those without different parts in one pass. Memory:
+    one layer's outputs of all texts; for units ffn.hidden of all layers. `progress` is called with the
+    runs of texts done and their number. Raises RequestError.
     """
     check_model(model)
     ids, wanted = texts_to_predict(model, texts), mean() if edit is None else as_edit(edit)
@@ -146,11 +145,9 @@ def ablate_together(
     streams = Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
     names = sorted({name for own in sets for part in own for name in part.activations})
     pools = _pools(streams, names)
-    counter, wanted = ProgressCounter(len(sets), progress), mean() if edit is None else as_edit(edit)
-    whole, losses = _run(streams, []), []
-    for own in sets:
-        losses.append(_run(streams, [part.edits(wanted, pools) for part in own]))
-        counter.advance()
+    wanted = mean() if edit is None else as_edit(edit)
+    edits = [[part.edits(wanted, pools) for part in own] for own in sets]
+    whole, *losses = _run(streams, [[], *edits], ProgressCounter((1 + len(sets)) * len(ids), progress))
     return Joint([part.name for part in chosen], losses[0], whole, torch.stack(losses)[1:])
 
 
@@ -159,28 +156,55 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:
     """Losses without each part (parts, texts), and with all (texts,)."""
     streams = Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
-    whole, counter = _run(streams, []), ProgressCounter(len(parts), progress)
+    counter = ProgressCounter((1 + len(parts)) * len(ids), progress)
+    (whole,) = _run(streams, [[]], counter)
     out = torch.empty(len(parts), len(ids), device="cpu")
     for layer in range(model.args.n_layers):
         own = [i for i, part in enumerate(parts) if part.layer == layer]
-        pools = _pools(streams, sorted({name for i in own for name in parts[i].activations})) if own else {}
-        for i in own:
-            out[i] = _run(streams, [parts[i].edits(edit, pools)])
-            counter.advance()
+        if own:
+            pools = _pools(streams, sorted({name for i in own for name in parts[i].activations}))
+            out[own] = _run(streams, [[parts[i].edits(edit, pools)] for i in own], counter)
         streams.advance()
     return out, whole
 
 
-def _run(streams: Streams, edits: Sequence[Mapping[str, Edit]]) -> Tensor:
-    """Run the texts from the streams' layer on with all of the edits: their losses (texts,), on the CPU."""
-    found = []
-    for some in streams.passes(range(len(streams.texts))):
-        with ExitStack() as block:
-            batch = block.enter_context(streams.resumed(some))
-            for each in edits:
-                block.enter_context(patch(streams.model, each))
+def _run(streams: Streams, sets: Sequence[Sequence[Mapping[str, Edit]]], counter: ProgressCounter) -> Tensor:
+    """Run the texts from the streams' layer on with each set of edits: losses (sets, texts), on the CPU.
+
+    Several sets share a pass, each with rows of its own.
+    """
+    n_texts, found = len(streams.texts), []
+    texts = list(range(n_texts)) * len(sets)
+    for some in streams.passes(texts):
+        edits = _by_rows(sets, n_texts, some)
+        with streams.resumed(texts[some.start : some.stop]) as batch, patch(streams.model, edits):
             found.append(losses_of(streams.model, batch, batch.hidden(streams.model)).cpu())
-    return torch.cat(found)
+        counter.advance(len(some))
+    return torch.cat(found).unflatten(0, (len(sets), n_texts))
+
+
+def _by_rows(sets: Sequence[Sequence[Mapping[str, Edit]]], n_texts: int, some: range) -> dict[str, Edit]:
+    """The edits of a pass with `some` of all runs, which are each set's texts in turn."""
+    found: dict[str, list[tuple[slice, Edit]]] = {}
+    for i in range(some.start // n_texts, (some.stop - 1) // n_texts + 1):
+        rows = slice(max(i * n_texts, some.start) - some.start, min((i + 1) * n_texts, some.stop) - some.start)
+        for edits in sets[i]:
+            for name, edit in edits.items():
+                found.setdefault(name, []).append((rows, edit))
+    return {name: _OfRows(lambda value, name: value, own=tuple(own)) for name, own in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfRows(Edit):
+    """Edits of some rows of a pass each, in turn."""
+
+    own: tuple[tuple[slice, Edit], ...]
+
+    def apply(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
+        out = value.clone()
+        for rows, edit in self.own:
+            out[rows] = edit.apply(out[rows], name, run and run.of_rows(rows))
+        return out
 
 
 def _pools(streams: Streams, names: Sequence[str]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import statistics
 import struct
 import subprocess
 import sys
@@ -92,6 +93,36 @@ def test_what_a_text_loses_without_each_layer_and_unit(run, tiny):
     assert len(changes) == 32 and changes == sorted(changes, reverse=True)
     assert found["loss"] == pytest.approx(whole, abs=0.006) and found["parts"][0]["name"].startswith("layers.")
     assert run("ablate", tiny, "", "--over", "heads")[2].count("prompt is empty") == 1
+
+
+def test_what_many_texts_lose_has_a_standard_error(run, tiny, tmp_path):
+    texts = ["abab", "the first", "bbbbbb"]
+    lines, objects = tmp_path / "texts.txt", tmp_path / "texts.jsonl"
+    lines.write_text("\n\n".join(texts))
+    objects.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    options = ("--over", "layers", "--edit", "zero")
+    each = [parsed(run("ablate", tiny, text, *options, "--json")[1]) for text in texts]
+    found = parsed(run("ablate", tiny, "--texts", str(objects), *options, "--json")[1])
+    assert (found["texts"], found["tokens"]) == (3, None)
+    errors = {}
+    for part in found["parts"]:
+        own = [next(other for other in text["parts"] if other["name"] == part["name"]) for text in each]
+        changes = [other["change"] for other in own]
+        assert part["change"] == pytest.approx(statistics.mean(changes), abs=1e-5)
+        assert part["standard_error"] == pytest.approx(statistics.stdev(changes) / 3**0.5, abs=1e-5)
+        assert {other["standard_error"] for other in own} == {None}
+        errors[part["name"]] = part["standard_error"]
+    code, out, err = run("ablate", tiny, "--texts", str(lines), *options)
+    assert (code, err) == (0, "") and out.startswith("3 texts of 22 tokens")
+    shown = re.findall(r"^ layer (\d) +\d+\.\d\d +[+-]\d+\.\d\d +(\d+\.\d\d)", out, re.MULTILINE)
+    assert len(shown) == 2 and all(float(error) == pytest.approx(errors[f"layers.{i}"], abs=0.006) for i, error in shown)
+
+
+def test_texts_to_ablate_that_are_not_there(run, tiny, tmp_path):
+    (tmp_path / "one.txt").write_text("abab\n")
+    assert "missing PROMPT or --texts" in run("ablate", tiny)[2]
+    assert "unexpected --texts beside PROMPT" in run("ablate", tiny, "a", "--texts", str(tmp_path / "one.txt"))[2]
+    assert "cannot read" in run("ablate", tiny, "--texts", str(tmp_path / "none.txt"))[2]
 
 
 def test_what_four_bits_cost_each_matrix_and_how_many_directions_it_has(run, demo_folder):

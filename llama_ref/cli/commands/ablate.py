@@ -4,14 +4,19 @@ from typing import Annotated, Literal
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Json, Name, SpecialTokens, WholeModel
-from llama_ref.cli.studying import Prompt, open_to_study
+from llama_ref.cli.studying import open_to_study
+from llama_ref.cli.text_input import text_word
+from llama_ref.errors import RequestError
 
 
 @command(Section.STUDY)
 def ablate(
     name: Name,
-    prompt: Prompt,
+    prompt: Annotated[str | None, Flag("text for the model to read", unset="with --texts", read=text_word)] = None,
     *,
+    texts: Annotated[
+        str | None, Flag("measure means over the texts of this file, one a line or a .jsonl", metavar="FILE")
+    ] = None,
     over: Annotated[
         Literal["heads", "kv_groups", "attention", "feed_forward", "layers", "units"],
         Flag("parts to leave out one by one; of units, the 32 with the largest estimates"),
@@ -24,9 +29,11 @@ def ablate(
     json: Json = False,
     loading: WholeModel,
 ) -> None:
-    """Measure the loss of a text without each part of a model.
+    """Measure the loss of texts without each part of a model.
 
-    llama-ref ablate Llama3.2-1B "The capital of France is Paris." --over layers
+    Texts of a file (--texts) give means and their standard errors.
+
+      llama-ref ablate Llama3.2-1B "The capital of France is Paris." --over layers
     """
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.sweep import print_sweep
@@ -35,11 +42,18 @@ def ablate(
     from llama_ref.study.ablation.sweep import sweep
     from llama_ref.study.inputs import prompt_tokens
     from llama_ref.study.patch import mean, zero
+    from llama_ref.study.prompt_file import read_prompts
 
+    if prompt is None and texts is None:
+        raise RequestError("missing PROMPT or --texts: what is the model to read?")
+    if prompt is not None and texts is not None:
+        raise RequestError("unexpected --texts beside PROMPT: take one of the two")
+    lines = None if texts is None else read_prompts(texts)
+    prompts = {"prompt": prompt or ""} if lines is None else {f"text {i}": line for i, line in enumerate(lines, 1)}
     llama = open_to_study(name, loading, prompt=prompt)
-    tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
-    texts_to_predict(llama.model, tokens)
+    rows = [prompt_tokens(llama, text, what, special_tokens=special_tokens) for what, text in prompts.items()]
+    texts_to_predict(llama.model, rows)
     made = {"mean": mean, "zero": zero, "resample": resample}[edit]()
     with progress_bar("ablating") as progress:
-        found = sweep(llama.model, tokens, over, made, progress=progress)
-    print_sweep(found, tokens, llama.tokenizer, edit, as_json=json)
+        found = sweep(llama.model, rows, over, made, progress=progress)
+    print_sweep(found, rows, llama.tokenizer, edit, as_json=json)

@@ -12,21 +12,26 @@ from llama_ref.tokenizer import Tokenizer
 LARGEST = 12  # changes shown
 
 
-def print_sweep(found: Sweep, tokens: Sequence[int], tokenizer: Tokenizer, edit: str, *, as_json: bool) -> None:
-    """Print the parts whose absence changes a text's loss most; as JSON, all."""
+def print_sweep(found: Sweep, texts: Sequence[list[int]], tokenizer: Tokenizer, edit: str, *, as_json: bool) -> None:
+    """Print the parts whose absence changes the loss most, of several texts with its standard error; as JSON, all."""
     whole = found.whole.mean().item()
     ranked = found.top()
     if as_json:
-        parts = [{"name": name, "change": change} for name, change, _ in ranked]
-        out = {"tokens": tokens_json(tokens, tokenizer), "over": found.over, "edit": edit, "loss": whole, "parts": parts}
+        tokens = tokens_json(texts[0], tokenizer) if len(texts) == 1 else None
+        parts = [{"name": name, "change": change, "standard_error": error} for name, change, error in ranked]
+        out = {"texts": len(texts), "tokens": tokens, "over": found.over, "edit": edit, "loss": whole, "parts": parts}
         print(json.dumps(finite(out), indent=2))
         return
-    print_rich(prompt(tokens, tokenizer))
-    table = new_table("without", "loss", "change")
+    if len(texts) == 1:
+        print_rich(prompt(texts[0], tokenizer))
+    else:
+        say(f"{len(texts):,} texts of {sum(map(len, texts)):,} tokens; ± is a standard error of the mean.")
+    table = new_table("without", "loss", "change", *(["±"] if len(texts) > 1 else []))
     table.add_column("", no_wrap=True)
     largest = sorted(ranked, key=lambda part: -abs(part[1]))
-    for name, change, _ in largest[:LARGEST]:
-        table.add_row(_label(name), f"{whole + change:.2f}", signed(change), bar(change, abs(largest[0][1])))
+    for name, change, error in largest[:LARGEST]:
+        errors = [f"{error:.2f}"] if len(texts) > 1 else []
+        table.add_row(_label(name), f"{whole + change:.2f}", signed(change), *errors, bar(change, abs(largest[0][1])))
     print_rich(table)
     helpful = sum(change > 0 for _, change, _ in ranked)
     say(f"Loss of the whole model: {whole:.2f} nats a token. {helpful} of {len(ranked)} parts lower it.", "green")

@@ -125,13 +125,13 @@ def leave_by_walking_away(session: Session) -> Stream:
 
 
 def leave_by_stop_string(session: Session) -> Stream:
-    stream = session.say(CAPITAL, **GREEDY, stop=[" of France"])
+    stream = session.say(CAPITAL, **GREEDY, stop=[" and,"])
     list(stream)
     return stream
 
 
 def leave_by_stop_string_within_a_token(session: Session) -> Stream:
-    stream = session.say(CAPITAL, **GREEDY, stop="pital")
+    stream = session.say(CAPITAL, **GREEDY, stop="(")
     list(stream)
     return stream
 
@@ -139,18 +139,19 @@ def leave_by_stop_string_within_a_token(session: Session) -> Stream:
 @pytest.mark.parametrize(
     "leave", [leave_by_close, leave_by_walking_away, leave_by_stop_string, leave_by_stop_string_within_a_token]
 )
-def test_an_answer_broken_off_stays_as_far_as_it_was_shown(small, leave):
-    session = Session(small, "Be brief.")
+def test_an_answer_broken_off_stays_as_far_as_it_was_shown(quick, leave):
+    """Unbroken, it would be " I I (  and, I I"."""
+    session = Session(quick, "Be brief.")
     left = leave(session)
-    assert "France" not in left.text and len(left.tokens) < GREEDY["max_gen_len"], "it was not broken off"
+    assert "," not in left.text and len(left.tokens) < GREEDY["max_gen_len"], "it was not broken off"
     assert session.dialog[1:] == [{"role": "user", "content": CAPITAL}, {"role": "assistant", "content": left.text}]
 
     stream = session.say(HI, **GREEDY | {"max_gen_len": 2})
-    assert_same_at_once(small, stream)
-    asked = [small.tokenizer.eot_id, *question(small, HI)]
+    assert_same_at_once(quick, stream)
+    asked = [quick.tokenizer.eot_id, *question(quick, HI)]
     kept = stream.row.prompt[len(left.row.prompt) : -len(asked)]
     assert stream.row.prompt == [*left.row.prompt, *left.tokens[: len(kept)], *asked]
-    texts = [small.tokenizer.decode(left.tokens[:n]) for n in range(len(left.tokens) + 1)]
+    texts = [quick.tokenizer.decode(left.tokens[:n]) for n in range(len(left.tokens) + 1)]
     assert texts[len(kept)] == max((text for text in texts if left.text.startswith(text)), key=len)
 
 
@@ -187,7 +188,7 @@ def test_an_interrupt_amid_the_layers_leaves_no_trace(quick, monkeypatch, n_pass
 
 def test_an_interrupt_amid_a_character_leaves_no_half_of_it(small):
     dialog = [{"role": "user", "content": "Write one emoji."}]
-    [tokens], _ = small.generate([small.formatter.encode_dialog_prompt(dialog)], 12, 0.0)
+    [tokens], _ = small.generate([small.formatter.encode_dialog_prompt(dialog)], 5, 0.0)
     broken = next(n for n in range(len(tokens)) if small.tokenizer.decode(tokens[:n]).endswith("\ufffd"))
     session = Session(small)
     stream = interrupt(session, "Write one emoji.", broken)
@@ -293,8 +294,8 @@ def test_a_conversation_that_outgrows_the_context_is_refused_and_stays(shallow):
     assert ask(session, HI) == without_cache(tight, before, HI)
 
 
-def test_an_answer_that_fills_the_context_is_the_last(llama):
-    tight = Llama(llama.model, llama.tokenizer, max_seq_len=40)
+def test_an_answer_that_fills_the_context_is_the_last(shallow):
+    tight = Llama(shallow.model, shallow.tokenizer, max_seq_len=40)
     session = Session(tight)
     stream = session.say(CAPITAL, temperature=0)
     list(stream)
@@ -303,7 +304,7 @@ def test_an_answer_that_fills_the_context_is_the_last(llama):
         session.say(HI)
     assert len(session.dialog) == 2
     session.reset()
-    assert ask(session, SUM) == "2 + 2 = 4"
+    assert ask(session, SUM) == without_cache(tight, [], SUM)
 
 
 # ---- files

@@ -37,16 +37,21 @@ def tasks(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def short(llama) -> Llama:
-    return Llama(llama.model, llama.tokenizer, max_seq_len=MAX_LENGTH)
+def short(shallow) -> Llama:
+    return Llama(shallow.model, shallow.tokenizer, max_seq_len=MAX_LENGTH)
 
 
 @pytest.fixture(scope="module")
-def theirs(demo_folder, tmp_path_factory) -> Any:
-    """The harness's own model, of transformers, with the demo's weights."""
+def theirs(short, demo_folder, tmp_path_factory) -> Any:
+    """The harness's own model, of transformers, with the same weights."""
     from lm_eval.models.huggingface import HFLM
 
-    folder = to_hugging_face(demo_folder, tmp_path_factory.mktemp("hf") / "demo")
+    native = tmp_path_factory.mktemp("native")
+    params = json.loads((demo_folder / "params.json").read_text())
+    (native / "params.json").write_text(json.dumps(params | {"n_layers": short.model.args.n_layers}))
+    (native / "tokenizer.model").symlink_to(demo_folder / "tokenizer.model")
+    torch.save(short.model.state_dict(), native / "consolidated.00.pth")
+    folder = to_hugging_face(native, tmp_path_factory.mktemp("hf") / "demo")
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, max_length=MAX_LENGTH)
 
 

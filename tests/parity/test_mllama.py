@@ -119,6 +119,29 @@ def converted(native) -> Path:
     return to_hugging_face(native, native.with_name("hf"))
 
 
+@pytest.fixture(scope="module")
+def processor(converted):
+    return AutoProcessor.from_pretrained(converted)
+
+
+@pytest.fixture(scope="module")
+def llama(converted) -> Llama:
+    return built(converted)
+
+
+@pytest.fixture(scope="module")
+def theirs(converted) -> MllamaForConditionalGeneration:
+    return corrected(transformers_model(converted))
+
+
+@pytest.fixture(scope="module")
+def metas(converted, one_process_group) -> MetasVisionModel:
+    """Meta's model on transformers' files, through our conversion."""
+    again = built(to_meta(converted, converted.with_name("again"))).model
+    assert isinstance(again, VisionTransformer)
+    return MetasVisionModel(again, 64, 1)
+
+
 @settings(max_examples=8)
 @given(shapes(), st.integers(0, 9), st.sampled_from([60_000, 5 * 10**9]))
 def test_transformers_opens_what_is_written_and_would_have_written_the_same(tmp_path_factory, params, seed, max_shard_bytes):
@@ -185,26 +208,23 @@ def prompt_and_images(processor, text: str) -> tuple[dict[str, Tensor], list]:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_logits_with_images_are_those_of_the_corrected_model(converted, text):
-    inputs, images = prompt_and_images(AutoProcessor.from_pretrained(converted), text)
+def test_logits_with_images_are_those_of_the_corrected_model(processor, llama, theirs, text):
+    inputs, images = prompt_and_images(processor, text)
     with torch.inference_mode():
-        expected = corrected(transformers_model(converted))(**inputs).logits[0]
-    torch.testing.assert_close(ours(built(converted), inputs["input_ids"][0].tolist(), images), expected, **CLOSE)
+        expected = theirs(**inputs).logits[0]
+    torch.testing.assert_close(ours(llama, inputs["input_ids"][0].tolist(), images), expected, **CLOSE)
 
 
-@pytest.mark.usefixtures("one_process_group")
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_logits_of_transformers_files_are_metas(converted, text):
-    inputs, images = prompt_and_images(AutoProcessor.from_pretrained(converted), text)
+def test_logits_of_transformers_files_are_metas(processor, llama, metas, text):
+    inputs, images = prompt_and_images(processor, text)
     prompt = inputs["input_ids"][0].tolist()
-    llama = built(to_meta(converted, converted.with_name("again"), force=True))
-    assert isinstance(llama.model, VisionTransformer)
-    expected = MetasVisionModel(llama.model, 64, 1).logits([prompt], [images], [metas_spans(prompt, IMAGE_ID)])[0]
-    torch.testing.assert_close(ours(built(converted), prompt, images), expected, **CLOSE)
+    expected = metas.logits([prompt], [images], [metas_spans(prompt, IMAGE_ID)])[0]
+    torch.testing.assert_close(ours(llama, prompt, images), expected, **CLOSE)
 
 
-def test_the_processor_makes_our_ids_and_tiles(converted):
-    processor, llama, image = AutoProcessor.from_pretrained(converted), built(converted), noise(100, 50)
+def test_the_processor_makes_our_ids_and_tiles(converted, processor, llama):
+    image = noise(100, 50)
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is in it?"}]
     dialog = [{"role": "system", "content": "Short."}, {"role": "user", "content": content}]
     text = processor.apply_chat_template(dialog, add_generation_prompt=True)
@@ -218,8 +238,7 @@ def test_the_processor_makes_our_ids_and_tiles(converted):
     assert set(config.eos_token_id) == set(llama.tokenizer.stop_tokens)
 
 
-def test_the_template_takes_images_of_users_alone(converted):
-    processor = AutoProcessor.from_pretrained(converted)
+def test_the_template_takes_images_of_users_alone(processor):
     for role, item in (("assistant", {"type": "image"}), ("user", {"type": "video"}), ("user", {"type": "text"})):
         with pytest.raises(Exception, match="an item of the content has the type text, of a user also image"):
             processor.apply_chat_template([{"role": role, "content": [item]}])

@@ -110,6 +110,7 @@ def _kind(value: Any) -> str:
 
 
 _MARK = object()
+_UINT8, _UINT16, _UINT32, _INT32, _FLOAT64 = map(struct.Struct, ("<B", "<H", "<I", "<i", ">d"))
 
 
 class _Machine:
@@ -138,8 +139,10 @@ class _Machine:
         self.at += n_bytes
         return self.data[self.at - n_bytes : self.at]
 
-    def number(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+    def number(self, layout: struct.Struct) -> Any:
+        (value,) = layout.unpack_from(self.data, self.at)
+        self.at += layout.size
+        return value
 
     def line(self) -> str:
         end = self.data.find(b"\n", self.at, self.at + TEXT_LIMIT_BYTES)
@@ -150,7 +153,7 @@ class _Machine:
         return text
 
     def text(self) -> None:
-        length = self.number("<I")
+        length = self.number(_UINT32)
         if length > TEXT_LIMIT_BYTES:
             raise RefusedPickle(f"its data.pkl holds a text of {length:,} bytes, expected short names of tensors")
         self.push(self.take(length).decode("utf-8", "backslashreplace"))
@@ -210,11 +213,11 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     ord("N"): lambda m: m.push(None),
     0x88: lambda m: m.push(True),
     0x89: lambda m: m.push(False),
-    ord("K"): lambda m: m.push(m.number("<B")),
-    ord("M"): lambda m: m.push(m.number("<H")),
-    ord("J"): lambda m: m.push(m.number("<i")),
-    0x8A: lambda m: m.push(int.from_bytes(m.take(m.number("<B")), "little", signed=True)),  # LONG1
-    ord("G"): lambda m: m.push(m.number(">d")),
+    ord("K"): lambda m: m.push(m.number(_UINT8)),
+    ord("M"): lambda m: m.push(m.number(_UINT16)),
+    ord("J"): lambda m: m.push(m.number(_INT32)),
+    0x8A: lambda m: m.push(int.from_bytes(m.take(m.number(_UINT8)), "little", signed=True)),  # LONG1
+    ord("G"): lambda m: m.push(m.number(_FLOAT64)),
     ord("X"): lambda m: m.text(),
     ord("t"): lambda m: m.push(tuple(m.pop_to_mark())),
     0x85: lambda m: m.tuple_of(1),
@@ -224,10 +227,10 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     ord("u"): lambda m: m.set_items(m.pop_to_mark()),
     ord("a"): lambda m: m.append_all([m.stack.pop()]),
     ord("e"): lambda m: m.append_all(m.pop_to_mark()),
-    ord("q"): lambda m: m.memo.__setitem__(m.number("<B"), m.stack[-1]),
-    ord("r"): lambda m: m.memo.__setitem__(m.number("<I"), m.stack[-1]),
-    ord("h"): lambda m: m.push(_recall(m.memo, m.number("<B"))),
-    ord("j"): lambda m: m.push(_recall(m.memo, m.number("<I"))),
+    ord("q"): lambda m: m.memo.__setitem__(m.number(_UINT8), m.stack[-1]),
+    ord("r"): lambda m: m.memo.__setitem__(m.number(_UINT32), m.stack[-1]),
+    ord("h"): lambda m: m.push(_recall(m.memo, m.number(_UINT8))),
+    ord("j"): lambda m: m.push(_recall(m.memo, m.number(_UINT32))),
     ord("c"): lambda m: m.push(_check_global(Global(m.line(), m.line()))),
     ord("R"): lambda m: m.call(),
     ord("Q"): lambda m: m.storage(),

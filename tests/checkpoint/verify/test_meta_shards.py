@@ -5,6 +5,7 @@ import collections
 import json
 import os
 import re
+import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -109,11 +110,15 @@ def llama_405b(tmp_path_factory, meta_tokenizer_path) -> Path:
     shapes = {name: shard_shape(name, tuple(parameter.shape), 16) for name, parameter in model.named_parameters()}
     # Never written, so they take no memory.
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    for rank in range(16):
-        with torch.serialization.skip_data():
-            torch.save(tensors, path := folder / f"consolidated.{rank:02d}.pth")
+    first = folder / "consolidated.00.pth"
+    with torch.serialization.skip_data():
+        torch.save(tensors, first)
+    weights_at = inspect_pth(first)["tok_embeddings.weight"].file_offset
+    for rank in range(1, 16):
+        path = folder / f"consolidated.{rank:02d}.pth"
+        subprocess.run(["cp", "--sparse=always", first, path], check=True)
         with path.open("r+b") as file:  # or they would be copies of one another
-            file.seek(inspect_pth(path)["tok_embeddings.weight"].file_offset)
+            file.seek(weights_at)
             file.write(bytes([rank]))
     return folder
 

@@ -55,7 +55,7 @@ def agent(n: int, name: str, folder: Path) -> subprocess.Popen:
     words = ["ip", "netns", "exec", name, *TORCHRUN, *meeting, "--local_addr", ADDRESSES[n]]
     environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"node{n}", VARIABLE: "5"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    return subprocess.Popen([*words, WORKER, folder, folder / "tokenizer.model"], **options)
+    return subprocess.Popen([*words, WORKER, folder, folder / "tokenizer.model", folder.parent], **options)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")

@@ -8,7 +8,9 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -32,47 +34,52 @@ def folder(tmp_path_factory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("job") / "tiny", shards=2)
 
 
+@dataclass(frozen=True)
+class Endless:
+    """A job of two processes that has begun to generate and would go on for hours; `workers` by rank."""
+
+    torchrun: subprocess.Popen
+    workers: list[psutil.Process]
+
+
 @pytest.fixture
-def endless(folder, request) -> Iterator[subprocess.Popen]:
-    """A job of two processes that has begun to generate and would go on for hours; `param`: environment variables."""
-    words = ["--standalone", "--nproc_per_node", "2", WORKER, folder, folder / "tokenizer.model"]
-    environment = ENVIRONMENT | getattr(request, "param", {})
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    with subprocess.Popen([*TORCHRUN, *words], start_new_session=True, **options) as job:
-        try:
+def start(folder, tmp_path) -> Iterator[Callable[..., Endless]]:
+    """Start an endless job: torchrun as a user does or the warm one, with environment variables."""
+    with ExitStack() as stack:
+
+        def start(command: Sequence[str | Path], **variables: str) -> Endless:
+            words = [*command, "--standalone", "--nproc_per_node", "2", WORKER, folder, folder / "tokenizer.model", tmp_path]
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT | variables}
+            job = stack.enter_context(subprocess.Popen(words, start_new_session=True, **options))
+            stack.callback(job.kill)
             assert job.stdout.readline() == "going\n", job.communicate()[1]
-            yield job
-        finally:
-            for process in processes_of(job):
-                process.kill()
+            workers = [psutil.Process(int((tmp_path / str(rank)).read_text())) for rank in range(2)]
+            for worker in workers:
+                stack.callback(end, worker)
+            return Endless(job, workers)
+
+        yield start
 
 
-def processes_of(job: subprocess.Popen) -> list[psutil.Process]:
-    """Torchrun itself first, then those that it has started."""
-    try:
-        return [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+def end(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
 
 
-def worker(job: subprocess.Popen, rank: int) -> psutil.Process:
-    return next(process for process in processes_of(job)[1:] if process.environ().get("RANK") == str(rank))
-
-
-def end_of(job: subprocess.Popen, processes: list[psutil.Process]) -> str:
+def end_of(job: Endless) -> str:
     """What a job that must end now says on stderr; all its processes are gone then."""
-    _, stderr = job.communicate(timeout=PATIENCE_SECONDS)
-    _, alive = psutil.wait_procs(processes, timeout=PATIENCE_SECONDS)
+    _, stderr = job.torchrun.communicate(timeout=PATIENCE_SECONDS)
+    _, alive = psutil.wait_procs(job.workers, timeout=PATIENCE_SECONDS)
     assert not alive
+    assert job.torchrun.returncode != 0
     return stderr
 
 
 @pytest.mark.parametrize("rank", [0, 1], ids=["the first", "another"])
-def test_a_killed_process_ends_the_job_with_one_message(endless, rank):
-    processes = processes_of(endless)
-    worker(endless, rank).kill()
-    stderr = end_of(endless, processes)
-    assert endless.returncode != 0
+def test_a_killed_process_ends_the_job_with_one_message(start, warm, rank):
+    job = start([warm / "torchrun"])
+    job.workers[rank].kill()
+    stderr = end_of(job)
     # Torchrun says which process was killed, and may end the others before they notice.
     assert "Signal 9 (SIGKILL) received" in stderr
     said = [line for line in stderr.splitlines() if line.startswith("llama-ref: ")]
@@ -80,25 +87,23 @@ def test_a_killed_process_ends_the_job_with_one_message(endless, rank):
     assert "[rank" not in stderr, "a worker's own traceback"
 
 
-@pytest.mark.parametrize("endless", [{VARIABLE: "5"}], indirect=True, ids=["after 5 s"])
-def test_a_stopped_process_ends_the_job_with_one_message(endless):
-    processes = processes_of(endless)
-    first, stopped = worker(endless, 0), worker(endless, 1)
+def test_a_stopped_process_ends_the_job_with_one_message(start, warm):
+    job = start([warm / "torchrun"], **{VARIABLE: "5"})
+    first, stopped = job.workers
     stopped.suspend()
     psutil.wait_procs([first], timeout=PATIENCE_SECONDS)
     stopped.resume()  # to die: torchrun would wait 30 s before it kills what does not end
-    stderr = end_of(endless, processes)
-    assert endless.returncode != 0
+    stderr = end_of(job)
     assert stderr.count("waiting for rank 1 (") == 1
     assert stderr.count("llama-ref: ") == 1
     assert re.search(r"llama-ref: nothing was heard from rank 1 \(.+\) for 5 s: stopped, or the link is down", stderr)
 
 
-def test_ctrl_c_ends_the_job_without_a_word_of_ours(endless):
-    processes = processes_of(endless)
-    os.killpg(endless.pid, signal.SIGINT)  # as a terminal does it: to all of them at once
-    stderr = end_of(endless, processes)
-    assert endless.returncode != 0
+def test_ctrl_c_ends_the_job_without_a_word_of_ours(start):
+    """Not with the warm torchrun, whose processes have no terminal of their own."""
+    job = start(TORCHRUN)
+    os.killpg(job.torchrun.pid, signal.SIGINT)  # as a terminal does it: to all of them at once
+    stderr = end_of(job)
     assert "llama-ref: " not in stderr
     assert "[rank" not in stderr
 

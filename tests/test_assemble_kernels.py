@@ -3,7 +3,7 @@
 import importlib.util
 import re
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,14 +13,14 @@ SCRIPT = REPOSITORY / "scripts" / "assemble_kernels.py"
 with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
 
-def assembled(*words: str) -> subprocess.CompletedProcess[str]:
+def assembled(warm: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: in this one Triton may be there for its interpreter."""
-    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, check=False)
+    return subprocess.run([warm / "python", SCRIPT, *words], capture_output=True, text=True, check=False)
 
 
 @with_triton
-def test_a_t4_holds_the_attention_kernel_without_spilling_and_an_h100_loads_16_bytes_at_a_time():
-    done = assembled("--cards", "75,90", "--release", "Llama3.2-1B", "--only", "attention")
+def test_a_t4_holds_the_attention_kernel_without_spilling_and_an_h100_loads_16_bytes_at_a_time(warm):
+    done = assembled(warm, "--cards", "75,90", "--release", "Llama3.2-1B", "--only", "attention")
     assert done.returncode == 0, done.stderr
     found = re.findall(r"^ +attention, (\w+) +(\d+) +(\d+) +([\d.]+) +(\d+) +(\d+)", done.stdout, re.MULTILINE)
     assert [row[0] for row in found] == ["look", "put_together"] * 2
@@ -31,12 +31,12 @@ def test_a_t4_holds_the_attention_kernel_without_spilling_and_an_h100_loads_16_b
 @pytest.mark.parametrize(
     ("words", "message"), [(("--cards", "70"), "expected some of 75, 80"), (("--release", "Llama9"), "unknown Llama 3 release")]
 )
-def test_a_card_or_release_that_is_not_known_is_misuse(words, message):
-    done = assembled(*words)
+def test_a_card_or_release_that_is_not_known_is_misuse(warm, words, message):
+    done = assembled(warm, *words)
     assert done.returncode == 2 and message in done.stderr and done.stdout == ""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="Triton is installed")
-def test_without_triton_it_says_so():
-    done = assembled()
+def test_without_triton_it_says_so(warm):
+    done = assembled(warm)
     assert done.returncode == 1 and "Triton is not installed" in done.stderr and done.stdout == ""

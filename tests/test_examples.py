@@ -141,9 +141,9 @@ def test_a_quantized_folder_is_half_as_large_and_loads(output, demo_folder, tmp_
 
 
 @pytest.fixture(scope="module")
-def web_app(demo_folder) -> Iterator[str]:
+def web_app(warm, demo_folder) -> Iterator[str]:
     """The address of a server that runs as a user starts it, on a free port."""
-    command = [sys.executable, str(EXAMPLES / "web_app.py"), str(demo_folder), "0"]
+    command = [warm / "python", EXAMPLES / "web_app.py", demo_folder, "0"]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, encoding="utf-8") as server:
         for line in server.stderr:
             if found := re.search(r"running on (http://\S+)", line):

@@ -41,7 +41,7 @@ def call(folder: str, words: list[str]) -> None:
     """Run the words and this process's arguments as `python` would, and end as they do."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as program:
         program.connect(f"{folder}/socket")
-        request = repr((words + sys.argv[1:], str(Path.cwd()), dict(os.environ, PYTHON_EXEC=f"{folder}/python")))
+        request = repr((words + sys.argv[1:], str(Path.cwd()), dict(os.environ)))
         socket.send_fds(program, [request.encode("utf-8", "surrogateescape")], (0, 1, 2))
         for each in SENT:
             signal.signal(each, lambda number, _: program.send(bytes([number])))
@@ -82,6 +82,7 @@ def begin(caller: socket.socket) -> list[str]:
         os.chdir(here)
         os.environ.clear()
         os.environ.update(environment)
+        sys.executable = os.environ["PYTHON_EXEC"] = f"{sys.argv[1]}/python"  # what it starts need not import torch either
         return words
     for file in files:
         os.close(file)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -258,13 +259,14 @@ class TestProcesses:
         assert err.startswith("llama-ref: ")
         assert len(err.splitlines()) == 1
 
-    def started(self, folder: Path, scratch: Path, *words: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "llama_ref.cli", "bench", str(folder), *SMALL, *words]
+    def started(self, program: Sequence[str | Path], folder: Path, scratch: Path, *words: str) -> subprocess.Popen:
+        command = [*program, "bench", folder, *SMALL, *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=os.environ | {"TMPDIR": str(scratch)}, start_new_session=True, **pipes)
 
     def test_ctrl_c_ends_all_and_leaves_nothing(self, tiny, tmp_path):
-        job = self.started(tiny, tmp_path, "--rounds", "1000", "--prompt_len", "512")
+        program = [sys.executable, "-m", "llama_ref.cli"]
+        job = self.started(program, tiny, tmp_path, "--rounds", "1000", "--prompt_len", "512")
         parent, children, deadline = psutil.Process(job.pid), [], time.monotonic() + 300
         while len(children) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -276,8 +278,9 @@ class TestProcesses:
         assert psutil.wait_procs(children, timeout=300)[1] == []
         assert list(tmp_path.glob("llama-ref-bench-*")) == []
 
-    def test_a_reader_that_goes_away_is_no_error(self, tiny, tmp_path):
-        job = self.started(tiny, tmp_path)
+    def test_a_reader_that_goes_away_is_no_error(self, warm, tiny, tmp_path):
+        code = f"import sys; sys.executable = {str(warm / 'python')!r}; from llama_ref.cli import main; sys.exit(main())"
+        job = self.started([sys.executable, "-c", code], tiny, tmp_path)
         job.stdout.close()
         assert (job.wait(timeout=300), job.stderr.read()) == (141, b"")
 

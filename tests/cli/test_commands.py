@@ -336,19 +336,16 @@ def test_a_damaged_folder_is_one_line_and_1(run, root, demo_folder, how):
 # ---- as a process
 
 
-def start(*words: str, **options: Any) -> subprocess.Popen:
+def start(*words: str, warm: Path | None = None, **options: Any) -> subprocess.Popen:
+    """`warm`: the fixture, where Python's own beginning and end do not matter."""
+    program = [warm / "llama-ref"] if warm else [sys.executable, "-m", "llama_ref.cli"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([sys.executable, "-m", "llama_ref.cli", *words], text=True, encoding="utf-8", **pipes)
+    return subprocess.Popen([*program, *words], text=True, encoding="utf-8", **pipes)
 
 
-def take_interrupts() -> None:
-    """Undo that a shell's background jobs, and their children, ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_ctrl_c_while_it_generates_is_130(name):
+def test_ctrl_c_while_it_generates_is_130(name, warm):
     words = ("complete", name, "A long story:", "--temperature", "0", "--repetition_penalty", "1.3")
-    with start(*words, preexec_fn=take_interrupts) as process:
+    with start(*words, warm=warm) as process:
         assert process.stdout.read(8)  # it is running
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)

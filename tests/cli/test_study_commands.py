@@ -9,7 +9,6 @@ import re
 import statistics
 import struct
 import subprocess
-import sys
 import termios
 from pathlib import Path
 
@@ -269,13 +268,12 @@ def test_texts_that_do_not_differ_have_nothing_to_bring_back(run, tiny):
 # ---- what is shown
 
 
-def on_a_terminal(columns: int, *words: str) -> list[str]:
+def on_a_terminal(warm: Path, columns: int, *words: str) -> list[str]:
     """What a command prints to a terminal of a known width."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "dumb"}
-    command = [sys.executable, "-m", "llama_ref.cli", *words]
-    with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen([warm / "llama-ref", *words], stdout=follower, stderr=subprocess.PIPE, env=environment) as process:
         os.close(follower)
         written = b""
         try:
@@ -289,8 +287,8 @@ def on_a_terminal(columns: int, *words: str) -> list[str]:
     return re.sub(r"\x1b\[[0-9;]*m", "", written.decode()).replace("\r", "").split("\n")
 
 
-def test_a_lens_fits_a_terminal_of_80_columns(tiny):
-    lines = on_a_terminal(80, "lens", tiny, "a long prompt", "--target", "z", "--top", "20")
+def test_a_lens_fits_a_terminal_of_80_columns(warm, tiny):
+    lines = on_a_terminal(warm, 80, "lens", tiny, "a long prompt", "--target", "z", "--top", "20")
     assert max(map(len, lines)) <= 80
     (head,) = (line for line in lines if line.startswith(" after"))
     assert head.split() == ["after", "z", "rank", "entropy", "KL", "likeliest", "next"]
@@ -298,8 +296,8 @@ def test_a_lens_fits_a_terminal_of_80_columns(tiny):
     assert len(rows) == 3 and all("…" in row and re.search(r" \d\.\d\d ", row) for row in rows)
 
 
-def test_a_grid_goes_on_below_where_a_line_ends(tiny):
-    lines = on_a_terminal(80, "patch", tiny, "0123456789abc", "0123456789abd", "--target", "z")
+def test_a_grid_goes_on_below_where_a_line_ends(warm, tiny):
+    lines = on_a_terminal(warm, 80, "patch", tiny, "0123456789abc", "0123456789abd", "--target", "z")
     assert max(map(len, lines)) <= 80
     heads = [re.findall(r"@(\d+)", line) for line in lines if re.match(r" *layer +@", line)]
     assert len(heads) == 2 and [int(head) for part in heads for head in part] == list(range(14))

@@ -106,31 +106,36 @@ def _figure(found: ImageAttention, panels: Sequence[_Panel], title: str, left_ou
     figure = canvas.new_figure(columns * (size[0] + 0.15) + 1, rows * (size[1] + LABELS), title, caption)
     norm = PowerNorm(0.5, 0, max(float(np.nanmax([panel.patches.max() for panel in panels])), 1e-6))
     grid = figure.subplots(rows, columns, squeeze=False)
+    grey = _pale(found.pixels)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        _draw_panel(axes, found, panel.patches.numpy(), norm)
+        _draw_panel(axes, found, grey, panel.patches.numpy(), norm)
         margin = (size[0] / inch - width) / 2
-        axes.set(xlim=(-margin, width + margin), ylim=(height, 0), xticks=[], yticks=[])
+        axes.set(xlim=(-margin, width + margin), ylim=(height, 0))
         text = f"{panel.name}\nclass {_share(panel.class_tokens)}, beside {_share(panel.beside)}"
         axes.set_title(text, fontsize=canvas.SMALL, **style(text))
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.set_axis_off()
+    for axes in grid.flat:
+        axes.set_axis_off()  # the title stays
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_visible(False)  # else the layout measures its ticks, for most of the time
     image = grid[0, 0].images[-1]
     canvas.color_bar(figure, image, grid, "share of attention", (columns * size[0], rows * size[1]))
     return figure
 
 
-def _draw_panel(axes: "Axes", found: ImageAttention, patches: np.ndarray, norm: "Normalize") -> None:
-    """The image, grey and pale, and over it a colour that is the stronger the more is looked at."""
+def _pale(pixels: Tensor) -> np.ndarray:
+    """The image, grey and pale, of at most so many pixels."""
+    step = -(-max(pixels.shape[:2]) // MOST_PIXELS)
+    return 1 - FADED * (1 - pixels[::step, ::step].float().mean(-1).numpy() / 255)
+
+
+def _draw_panel(axes: "Axes", found: ImageAttention, grey: np.ndarray, patches: np.ndarray, norm: "Normalize") -> None:
+    """The pale image, and over it a colour that is the stronger the more is looked at."""
     height, width = found.pixels.shape[:2]
-    step = -(-max(height, width) // MOST_PIXELS)
-    grey = found.pixels[::step, ::step].float().mean(-1).numpy() / 255
-    axes.imshow(1 - FADED * (1 - grey), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
     rows, columns = patches.shape
     reach = (0, columns * found.patch_size[0], rows * found.patch_size[1], 0)
     strength = np.clip(np.ma.filled(norm(patches), 0), 0, 1)
     axes.imshow(patches, cmap=canvas.SHARES, norm=norm, alpha=0.8 * strength, extent=reach, interpolation="nearest")
-    for side in axes.spines.values():
-        side.set_visible(False)
 
 
 def _share(share: Tensor) -> str:

@@ -507,8 +507,12 @@ def test_the_answer_rises_in_the_picture_of_the_real_model(llama):
 # ---- letters
 
 
-def test_a_token_is_drawn_as_it_is_whatever_matplotlib_makes_of_such_text(tokenizer, tmp_path):
-    tokens = [token for text in STRANGE for token in tokenizer.encode(text, bos=False, eos=False)]
+def strange_tokens(tokenizer: Tokenizer) -> list[int]:
+    return [token for text in STRANGE for token in tokenizer.encode(text, bos=False, eos=False)]
+
+
+def test_a_token_is_drawn_as_it_is_whatever_matplotlib_makes_of_such_text(tokenizer):
+    tokens = strange_tokens(tokenizer)
     figure = pattern_figure(rand(len(tokens), len(tokens)).tril(), tokens, tokenizer, 0, 0)
     figure.draw_without_rendering()
     ticks = figure.axes[0].get_yticklabels()
@@ -516,7 +520,6 @@ def test_a_token_is_drawn_as_it_is_whatever_matplotlib_makes_of_such_text(tokeni
     assert any(tick.get_text().startswith("_") for tick in ticks)
     assert {"$", "\\", "%", "{", "\\u200d"} <= {tick.get_text() for tick in ticks}
     assert not any(tick.get_parse_math() for tick in ticks) and all(tick.get_visible() for tick in ticks)
-    draw_all(tmp_path, tokens, tokenizer)
 
 
 def test_any_text_can_be_drawn(tokenizer, only_dejavu, tmp_path):
@@ -544,7 +547,7 @@ def test_what_a_font_has_is_drawn_in_it(tokenizer, korean_font, tmp_path):
     figure = pattern_figure(torch.ones(1, 1), tokens, tokenizer, 0, 0)
     (tick,) = figure.axes[0].get_xticklabels()
     assert tick.get_text() == "한" and tick.get_family() == ["DejaVu Sans", korean_font]
-    draw_all(tmp_path, tokens, tokenizer)
+    draw_all(tmp_path, [*tokens, *strange_tokens(tokenizer)], tokenizer)
 
 
 def test_words_that_run_to_the_left_keep_their_place(tokenizer, only_dejavu):
@@ -626,15 +629,24 @@ def test_a_share_is_drawn_over_its_part_of_the_image(tokenizer):
     assert axes.get_title().endswith("%") and "class" in axes.get_title()
 
 
-@pytest.mark.parametrize("size", [(9, 300), (300, 9), (800, 600)])
-def test_images_of_any_shape_are_drawn(tokenizer, tmp_path, size):
-    found = an_image_attention(40, 30, size)
+@pytest.mark.parametrize(("size", "most"), [((9, 300), 40), ((300, 9), 2), ((1000, 600), 2)])
+def test_images_of_any_shape_are_drawn(tokenizer, tmp_path, size, most):
+    """As many as there may be of the tallest panels."""
+    found = an_image_attention(most, most, size)
     draw_image_attention(found, tokenizer, tmp_path / "image.png")
     draw_image_layers(found, tokenizer, tmp_path / "layers.png")
-    for name, words in (("image.png", "Only the last 24 of 39 tokens."), ("layers.png", "Only the last 23 of 30 layers.")):
-        assert max(struct.unpack(">II", (tmp_path / name).read_bytes()[16:24])) <= 150 * TALLEST, name
-        figure = tokens_figure(found, tokenizer) if name == "image.png" else layers_figure(found, tokenizer)
+    for path in tmp_path.iterdir():
+        assert max(struct.unpack(">II", path.read_bytes()[16:24])) <= 150 * TALLEST, path.name
+
+
+def test_only_the_last_of_many_panels_are_drawn(tokenizer):
+    found = an_image_attention(40, 30)
+    for figure, words in (
+        (tokens_figure(found, tokenizer), "Only the last 24 of 39 tokens."),
+        (layers_figure(found, tokenizer), "Only the last 23 of 30 layers."),
+    ):
         assert words in figure.get_supxlabel().replace("\n", " ")
+        assert len(panels_of(figure)) == 24
 
 
 def test_what_no_token_sees_is_not_drawn(tokenizer):

@@ -182,7 +182,7 @@ def test_the_web_app_says_what_is_wrong_with_a_question(web_app):
 
 
 @pytest.fixture(scope="module")
-def executed(demo_folder, tmp_path_factory) -> nbformat.NotebookNode:
+def executed(warm, demo_folder, tmp_path_factory) -> nbformat.NotebookNode:
     """The notebook as it comes out of a kernel that has the demo in place of the download."""
     scratch = tmp_path_factory.mktemp("colab")
     settings = {
@@ -190,11 +190,12 @@ def executed(demo_folder, tmp_path_factory) -> nbformat.NotebookNode:
     }
     settings["LLAMA_REF_FOLDER"] = str(demo_folder)
     settings["HF_HUB_OFFLINE"] = "1"
-    settings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    settings["PATH"] = f"{warm}{os.pathsep}{os.environ['PATH']}"
     settings["PYTHONPATH"] = str(REPOSITORY)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
+        patch.setattr(sys, "executable", str(warm / "python"))  # the kernel's
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         for cell in notebook.cells:
             cell.source = cell.source.replace("max_gen_len=256", "max_gen_len=16")

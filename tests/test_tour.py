@@ -107,7 +107,8 @@ def test_the_notebook_is_the_document():
     assert "".join(part.markdown for part in DOCUMENT) == tour.SOURCE.read_text(encoding="utf-8")
 
 
-def test_the_notebook_runs_to_the_same_outputs(demo_folder, tmp_path, monkeypatch):
+def test_the_notebook_runs_to_the_same_outputs(warm, demo_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(warm / "python"))  # the kernel's
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     shown = nbformat.read(tour.NOTEBOOK, as_version=4)

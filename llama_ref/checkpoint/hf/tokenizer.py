@@ -48,13 +48,17 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     if not isinstance(model, dict):
         raise _refused(path, 'has no section "model"')
     _check_pipeline(path, document, model)
-    vocab, merges = _vocab_and_merges(path, model)
+    vocab, listed = _vocab(path, model), model.get("merges")
+    if not isinstance(listed, list):
+        raise _refused(path, 'has no list "merges"')
+    spelled = {text: _to_bytes(text) for text in vocab}
+    merges = _merges(path, listed, vocab, spelled)
     added_tokens = _added_tokens(path, document.get("added_tokens", []), vocab)
 
     merged = {left + right for left, right in merges}
     ranks = {}
     for text, token_id in vocab.items():
-        token = _to_bytes(text)
+        token = spelled[text]
         if text in added_tokens and (not token or (len(token) > 1 and token not in merged)):
             continue  # an added token that is also in the vocab
         if not token:
@@ -93,31 +97,37 @@ def _check_pipeline(path: Path, document: Mapping[str, Any], model: Mapping[str,
         raise _unsupported(path, f"splits text by another pattern (pre_tokenizer {_shown(step)})")
 
 
-def _vocab_and_merges(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, int], list[Merge]]:
-    """The vocab, and the merges, which are pairs or, in older files, two words in one string."""
-    vocab, merges = model.get("vocab"), model.get("merges")
-    if not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise _refused(path, 'has no "vocab" with ids or no list "merges"')
+def _vocab(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
+    """Texts in the byte-level alphabet, each with an id of its own."""
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict):
+        raise _refused(path, 'has no "vocab" with ids')
     owner: dict[int, str] = {}
     for text, token_id in vocab.items():
         if type(token_id) is not int:
             raise _refused(path, f"gives {text!r:.80} the id {token_id!r:.80}, which is not a whole number")
         if owner.setdefault(token_id, text) != text:
             raise _refused(path, f"gives id {short(token_id)} to both {owner[token_id]!r:.80} and {text!r:.80}")
+    return vocab
 
+
+def _merges(path: Path, merges: list[Any], vocab: Mapping[str, int], spelled: Mapping[str, bytes | None]) -> list[Merge]:
+    """The merges, which are pairs or, in older files, two words in one string; `spelled` are the bytes of the vocab."""
     pairs: list[Merge] = []
     last_id = -1
     for number, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise _refused(path, f"has {_shown(merge)} as merge {number}, which is not a pair of tokens")
-        unknown = next((text for text in (*pair, "".join(pair)) if text not in vocab), None)
-        if unknown is not None:
+        first, second = pair
+        merged = first + second
+        if first not in vocab or second not in vocab or merged not in vocab:
+            unknown = next(text for text in (first, second, merged) if text not in vocab)
             raise _refused(path, f"has {_shown(merge)} as merge {number}, but {unknown!r:.80} is not in its vocab")
-        left, right = map(_to_bytes, pair)
+        left, right = spelled[first], spelled[second]
         if not left or not right:
             raise _refused(path, f"has {_shown(merge)} as merge {number}, which is not in the byte-level alphabet")
-        merged_id = vocab["".join(pair)]
+        merged_id = vocab[merged]
         if merged_id < last_id:
             raise _refused(
                 path,
@@ -125,7 +135,7 @@ def _vocab_and_merges(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, i
             )
         last_id = merged_id
         pairs.append((left, right))
-    return vocab, pairs
+    return pairs
 
 
 def _added_tokens(path: Path, entries: object, vocab: Mapping[str, int]) -> dict[str, tuple[int, bool]]:

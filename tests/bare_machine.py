@@ -6,7 +6,7 @@ from typing import Any
 
 LACKING = {
     *("llama_models", "fairscale", "playwright", "ruff", "hypothesis", "fire", "termcolor", "gguf", "scipy", "psutil"),
-    *("nbformat", "nbclient", "matplotlib", "fontTools"),
+    *("nbformat", "nbclient", "matplotlib", "fontTools", "transformers", "torchao", "accelerate", "lm_eval", "sklearn"),
 }
 
 

@@ -33,9 +33,10 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-def test_every_stage_gives_figures(tmp_path, monkeypatch):
+def test_every_stage_gives_figures(warm, tmp_path, monkeypatch):
     """All in this process; a process for each stage takes a minute more, and the next test has two."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setattr(sys, "executable", str(warm / "python"))  # the pytest's of one stage
     for stage in STAGES:
         words = [f"--stage={stage}", "--rehearse", f"--out={tmp_path}", f"--deadline={time.time() + 1000}"]
         assert run(main, words) == 0

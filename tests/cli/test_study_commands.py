@@ -325,7 +325,7 @@ def test_of_a_target_of_several_tokens_the_first_is_taken(run, tiny):
     [
         (("lens", "The opposite of hot is", "--target", "cold"), {"target": (" cold", "cold")}),
         (("attribute", CAPITAL, "--target", "Paris", "--other", " Rome"), {"target": (" Paris", "Paris")}),
-        (("patch", CAPITAL, ITALY, "--target", PARIS, "--other", "Rome"), {"other": (" Rome", "Rome")}),
+        (("patch", CAPITAL, ITALY, "--target", PARIS, "--other", "Rome", "--by", "gradient"), {"other": (" Rome", "Rome")}),
         (("lens", "The opposite of hot is", "--target", ","), {}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -84,21 +84,42 @@ def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, devic
     agreement = _meet(rank, n_processes)
     layout = {"pipeline_parallel_size": pipeline_parallel_size, "the kind of device": device.type}
     agreement.check("joining the job", layout | {"the version of llama_ref": sys.modules["llama_ref"].__version__})
-    if not dist.is_initialized():
-        options: dict[str, Any] = {"store": agreement.store, "rank": rank, "world_size": n_processes}
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device, **options)
-        else:
-            dist.init_process_group("gloo", **options)
-        atexit.register(_leave_group)
     n_parts = n_processes // pipeline_parallel_size
-    mesh = init_device_mesh(device.type, (pipeline_parallel_size, n_parts), mesh_dim_names=("pipeline", "tensor"))
+    with _stdout_kept():
+        if not dist.is_initialized():
+            options: dict[str, Any] = {"store": agreement.store, "rank": rank, "world_size": n_processes}
+            if device.type == "cuda":
+                dist.init_process_group("nccl", device_id=device, **options)
+            else:
+                dist.init_process_group("gloo", **options)
+            atexit.register(_leave_group)
+        mesh = init_device_mesh(device.type, (pipeline_parallel_size, n_parts), mesh_dim_names=("pipeline", "tensor"))
     return Job(
         Share(rank % n_parts, n_parts, rank // n_parts, pipeline_parallel_size),
         mesh.get_group("tensor") if n_parts > 1 else None,
         mesh.get_group("pipeline") if pipeline_parallel_size > 1 else None,
         agreement,
     )
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """In the block, what is written to file 1 goes to stderr: Gloo of PyTorch 2.8 tells there who connected.
+
+    A command's JSON is on stdout. Python's own output is flushed before.
+    """
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except (AttributeError, OSError, ValueError):  # one of them is closed
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _meet(rank: int, n_processes: int) -> Agreement:
@@ -177,7 +198,8 @@ def from_first(job: Job, call: Callable[[], T]) -> T:
 
 @functools.cache
 def _patient_group() -> ProcessGroup:
-    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+    with _stdout_kept():
+        return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def lost_a_process(error: RuntimeError) -> bool:

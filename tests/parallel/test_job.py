@@ -22,7 +22,7 @@ from jobs import ENVIRONMENT, TORCHRUN, torchrun
 from llama_ref.cli import main
 from llama_ref.errors import JobError, RequestError
 from llama_ref.parallel.heartbeat import VARIABLE
-from llama_ref.parallel.job import Job, join_job
+from llama_ref.parallel.job import Job, _stdout_kept, join_job
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WORKER = Path(__file__).parents[1] / "endless_worker.py"
@@ -183,3 +183,12 @@ def test_a_job_may_run_on_several_nodes(warm, folder, stages):
     said = [node.communicate(timeout=2 * PATIENCE_SECONDS) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert sorted(stdout.count("I believe the meaning of life is") for stdout, _ in said) == [0, 1]
+
+
+def test_what_gloo_writes_to_stdout_goes_to_stderr(capfd):
+    """PyTorch 2.8's tells there who connected, amid a command's JSON."""
+    print("before", flush=True)
+    with _stdout_kept():
+        os.write(1, b"[Gloo] connected\n")
+    print("after", flush=True)
+    assert capfd.readouterr() == ("before\nafter\n", "[Gloo] connected\n")

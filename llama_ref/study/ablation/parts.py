@@ -26,11 +26,11 @@ class Part:
     layer: int
     activations: Mapping[str, tuple[int, ...] | None]
 
-    def edits(self, edit: Edit, pools: Mapping[str, Tensor]) -> dict[str, Edit]:
-        """An edit of this part alone, for `patch`; `pools` as in `Edit.over`."""
+    def edits(self, whole: Mapping[str, Edit]) -> dict[str, Edit]:
+        """The edits of this part alone, for `patch`, of those of its whole activations."""
         out = {}
         for name, indices in self.activations.items():
-            own = edit.over(pools[name])
+            own = whole[name]
             if indices is not None:
                 own = _OfUnits(own.change, units=indices, whole=own) if self.over == "units" else own.at(heads=indices)
             out[name] = own

@@ -143,11 +143,9 @@ def ablate_together(
     ids, chosen = texts_to_predict(model, texts), [named_part(model.args, name) for name in names_of(parts)]
     sets = [chosen, *draw_parts(model.args, chosen, check_count("controls", controls), seed)]
     streams = Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
-    names = sorted({name for own in sets for part in own for name in part.activations})
-    pools = _pools(streams, names)
-    wanted = mean() if edit is None else as_edit(edit)
-    edits = [[part.edits(wanted, pools) for part in own] for own in sets]
-    whole, *losses = _run(streams, [[], *edits], ProgressCounter((1 + len(sets)) * len(ids), progress))
+    edits = _edits(streams, _names([part for own in sets for part in own]), mean() if edit is None else as_edit(edit))
+    wanted = [[part.edits(edits) for part in own] for own in sets]
+    whole, *losses = _run(streams, [[], *wanted], ProgressCounter((1 + len(sets)) * len(ids), progress))
     return Joint([part.name for part in chosen], losses[0], whole, torch.stack(losses)[1:])
 
 
@@ -162,8 +160,8 @@ def _losses(
     for layer in range(model.args.n_layers):
         own = [i for i, part in enumerate(parts) if part.layer == layer]
         if own:
-            pools = _pools(streams, sorted({name for i in own for name in parts[i].activations}))
-            out[own] = _run(streams, [[parts[i].edits(edit, pools)] for i in own], counter)
+            edits = _edits(streams, _names([parts[i] for i in own]), edit)
+            out[own] = _run(streams, [[parts[i].edits(edits)] for i in own], counter)
         streams.advance()
     return out, whole
 
@@ -207,10 +205,13 @@ class _OfRows(Edit):
         return out
 
 
-def _pools(streams: Streams, names: Sequence[str]) -> dict[str, Tensor]:
-    """The values of activations at all tokens of all texts: (tokens, …) by name; of the streams' layer or later."""
-    if not names:
-        return {}
+def _names(parts: Sequence[Part]) -> list[str]:
+    """The activations of parts, each once."""
+    return sorted({name for part in parts for name in part.activations})
+
+
+def _edits(streams: Streams, names: Sequence[str], edit: Edit) -> dict[str, Edit]:
+    """The edit of each activation over its values at all tokens of all texts; of the streams' layer or later."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     last = max(int(name.split(".")[1]) for name in names)
     for some in streams.passes(range(len(streams.texts))):
@@ -219,14 +220,13 @@ def _pools(streams: Streams, names: Sequence[str]) -> dict[str, Tensor]:
         for row in map(traced.row, range(len(some))):
             for name in names:
                 found[name].append(row[name][0])
-    return {name: torch.cat(values) for name, values in found.items()}
+    return {name: edit.over(torch.cat(values)) for name, values in found.items()}
 
 
 def _estimate_units(model: Transformer, ids: Sequence[Tensor], edit: Edit) -> Tensor:
     """Mean change of the loss without each unit, to first order: float32 (n_layers, F), on the CPU."""
     names = [f"layers.{layer}.ffn.hidden" for layer in range(model.args.n_layers)]
-    pools = _pools(Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids)))), names)
-    edits = {name: edit.over(pools[name]) for name in names}
+    edits = _edits(Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids)))), names, edit)
     total = torch.zeros(model.args.n_layers, model.args.ffn_dim, device=model.device)
     for text in ids:
         traced = trace(model, text, [*names, "norm"], requires_grad=True)

@@ -48,11 +48,9 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     if not isinstance(model, dict):
         raise _refused(path, 'has no section "model"')
     _check_pipeline(path, document, model)
-    vocab, listed = _vocab(path, model), model.get("merges")
-    if not isinstance(listed, list):
-        raise _refused(path, 'has no list "merges"')
+    vocab = _vocab(path, model)
     spelled = {text: _to_bytes(text) for text in vocab}
-    merges = _merges(path, listed, vocab, spelled)
+    merges = _merges(path, model, vocab, spelled)
     added_tokens = _added_tokens(path, document.get("added_tokens", []), vocab)
 
     merged = {left + right for left, right in merges}
@@ -111,8 +109,11 @@ def _vocab(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
     return vocab
 
 
-def _merges(path: Path, merges: list[Any], vocab: Mapping[str, int], spelled: Mapping[str, bytes | None]) -> list[Merge]:
+def _merges(path: Path, model: Mapping[str, Any], vocab: Mapping[str, int], spelled: Mapping[str, bytes | None]) -> list[Merge]:
     """The merges, which are pairs or, in older files, two words in one string; `spelled` are the bytes of the vocab."""
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise _refused(path, 'has no list "merges"')
     pairs: list[Merge] = []
     last_id = -1
     for number, merge in enumerate(merges):

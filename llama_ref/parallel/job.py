@@ -110,6 +110,7 @@ def _stdout_kept() -> Iterator[None]:
     """
     try:
         sys.stdout.flush()
+        os.fstat(2)
         kept = os.dup(1)
         os.dup2(2, 1)
     except (AttributeError, OSError, ValueError):  # one of them is closed

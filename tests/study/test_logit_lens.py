@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from folders import PARAMS, byte_tokenizer
@@ -72,9 +74,25 @@ def stream(model) -> list[Tensor]:
 # ---- logit lens
 
 
-@pytest.mark.parametrize("logits_at_a_time", [lens.LOGITS_AT_A_TIME, 3 * 512, 1])
-def test_every_point_says_what_norm_and_output_make_of_it(model, stream, monkeypatch, logits_at_a_time):
-    monkeypatch.setattr(lens, "LOGITS_AT_A_TIME", logits_at_a_time)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 12), st.integers(0, 1), st.integers(0, 2**16))
+def test_the_most_likely_tokens_are_those_of_topk(rows, top, n_blocks, rest, seed):
+    V = n_blocks * lens.BLOCK + rest * 5
+    assume(top <= V)
+    logprobs = torch.randn(rows, V, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+    logprobs[0, : V // 2] = -torch.inf
+    ids, probabilities = lens.top_tokens(logprobs, top)
+    expected = logprobs.exp().topk(top)
+    torch.testing.assert_close(probabilities, expected.values)
+    torch.testing.assert_close(logprobs.exp().gather(1, ids), expected.values)
+    assert all(len(set(own)) == top for own in ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("made", "read"), [(lens.LOGITS_AT_A_TIME, lens.LOGITS_TO_READ), (7 * 512, 3 * 512), (3 * 512, 1), (1, 1)]
+)
+def test_every_point_says_what_norm_and_output_make_of_it(model, stream, monkeypatch, made, read):
+    monkeypatch.setattr(lens, "LOGITS_AT_A_TIME", made)
+    monkeypatch.setattr(lens, "LOGITS_TO_READ", read)
     found = logit_lens(model, TOKENS, target=TARGET, top=3)
     final = model(torch.tensor([TOKENS]))[0].softmax(-1)
     assert found.points == residual_points(2) and len(found.points) == len(stream) == 5

@@ -97,7 +97,8 @@ def inputs(folder: str | Path, scratch: Path, tokens: int, prompts: int, threads
     tokenizer = found.open_tokenizer(found.read_args())
     converted = folder if found.is_hugging_face else to_hugging_face(folder, scratch / "hf")
     words = TEXT.read_text(encoding="utf-8").split()
-    texts = [" ".join(words[i * 29 : i * 29 + 10 + i * 7 % 30]) for i in range(prompts)]
+    starts = [i * 29 % (len(words) - 40) for i in range(prompts)]
+    texts = [" ".join(words[start : start + 10 + i * 7 % 30]) for i, start in enumerate(starts)]
     target, other = (tokenizer.encode(name, bos=False, eos=False)[0] for name in NAMES)
     return {
         "folder": str(folder),

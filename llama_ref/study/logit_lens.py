@@ -171,10 +171,13 @@ def _lens(
     residuals = [traced[point][0] if everywhere else traced[point][0, positions] for point in points]  # P × (T, D)
     if lens is not None:
         residuals = [lens.translate(point, residual) for point, residual in zip(points, residuals, strict=True)]
-    last = traced[residual_points(traced.model_args.n_layers)[-1]][0, positions]
+    last_point = residual_points(traced.model_args.n_layers)[-1]
+    last = traced[last_point][0, positions]
     read = _Readings(len(points), len(positions), top, last.device)
     for some in position_chunks(model, len(positions)):
         _read(model, residuals, last, some, target, read)
+    if lens is None and points[-1] == last_point:
+        read.kl[-1] *= 0  # of one distribution; its two products may differ in rounding. A NaN stays
     ids, probabilities, entropy, kl = (x.cpu() for x in (read.top_ids, read.top_probabilities, read.entropy, read.kl))
     tokens, is_tuned = traced.tokens[0].tolist(), lens is not None
     found = LogitLens(tokens, positions, points, ids, probabilities, entropy, kl, is_tuned=is_tuned)
@@ -225,18 +228,23 @@ def _check_points(every: list[str], points: Sequence[str]) -> list[str]:
 def _read(model: Transformer, residuals: list[Tensor], last: Tensor, some: slice, target: int | None, read: _Readings) -> None:
     """Fill in some positions of all points; the residuals are (T, D) each."""
     p_final, negative_entropy = _probabilities(_logits(model, last[some]))  # (t, V), (t,)
-    for p, residual in enumerate(residuals):
-        logits = _logits(model, residual[some])
-        for rows in _row_blocks(logits):
-            at = slice(some.start + rows.start, some.start + rows.stop)
-            logprobs = logits[rows].log_softmax(-1)
-            if target is not None:
-                targets = torch.full_like(read.rank[p, at], target)
-                read.probability[p, at], read.rank[p, at] = probability_and_rank(logprobs, targets)
-            read.top_ids[p, at], read.top_probabilities[p, at] = top_tokens(logprobs, read.top_ids.shape[-1])
-            read.kl[p, at] = (negative_entropy[rows] - vecdot(p_final[rows], logprobs)).clamp(min=0)  # rounding may give less
-            read.entropy[p, at] = -vecdot(logprobs.exp(), logprobs)
-        del logits  # before the next ones are made
+    at_once = max(1, LOGITS_AT_A_TIME // p_final.numel())  # points: of few positions a product reads little but the matrix
+    for first in range(0, len(residuals), at_once):
+        group = torch.stack([residual[some] for residual in residuals[first : first + at_once]])  # (p, t, D)
+        logits = _logits(model, group)  # (p, t, V)
+        for p, own in enumerate(logits, first):
+            for rows in _row_blocks(own):
+                at = slice(some.start + rows.start, some.start + rows.stop)
+                logprobs = own[rows].log_softmax(-1)
+                if target is not None:
+                    targets = torch.full_like(read.rank[p, at], target)
+                    read.probability[p, at], read.rank[p, at] = probability_and_rank(logprobs, targets)
+                read.top_ids[p, at], read.top_probabilities[p, at] = top_tokens(logprobs, read.top_ids.shape[-1])
+                read.kl[p, at] = (negative_entropy[rows] - vecdot(p_final[rows], logprobs)).clamp(
+                    min=0
+                )  # rounding may give less
+                read.entropy[p, at] = -vecdot(logprobs.exp(), logprobs)
+        del logits, own  # before the next ones are made
 
 
 def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,10 @@
 
 PYTHON is the contestant's own. Before the measured run the task runs on shorter inputs, so that what is
 imported or made at the first call does not count. Extra memory is the peak of resident pages beyond those
-before the run; what a task returns is still held then.
+before the run, when freed ones have gone back to the system; what a task returns is still held then.
 """
 
+import ctypes
 import gc
 import importlib
 import json
@@ -51,6 +52,7 @@ def shortened(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def measure(task: Any) -> dict[str, float]:
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else who freed much before, and kept it, would seem to need less
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes the current size
     begin, cpu = time.perf_counter(), time.process_time()

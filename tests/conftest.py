@@ -93,11 +93,10 @@ def llama(demo_folder) -> "Llama":
 @pytest.fixture(scope="session")
 def shallow(llama) -> "Llama":
     """Its first layers alone: for what must be so whatever the text, in a quarter of the time."""
+    from llama_ref.checkpoint.empty_model import model_without_memory
     from llama_ref.generation import Llama
-    from llama_ref.model import Transformer
 
-    with torch.device("meta"):
-        model = Transformer(replace(llama.model.args, n_layers=4))
+    model = model_without_memory(replace(llama.model.args, n_layers=4))
     kept = {name: value for name, value in llama.model.state_dict().items() if name in model.state_dict()}
     model.load_state_dict(kept, assign=True)
     return Llama(model.requires_grad_(False), llama.tokenizer, max_seq_len=512)

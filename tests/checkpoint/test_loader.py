@@ -22,6 +22,7 @@ from torch import Tensor
 
 from attempts import attempts
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.safetensors_writer import write_safetensors
@@ -513,8 +514,8 @@ MEASURE = textwrap.dedent("""
 @pytest.fixture(scope="module")
 def measured() -> dict[tuple[str, str, str], tuple[int, int]]:
     """(peak bytes of loading 85 million weights, their bytes) by shards, dtype and share."""
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Transformer(ModelArgs.from_dict(LARGE)).named_parameters()}
+    model = model_without_memory(ModelArgs.from_dict(LARGE))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     # In /dev/shm, Linux maps little more than the pages that are read. From a disk's page cache it
     # maps about 2 MB at a time, which would count as memory. pytest's folder would be kept.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:

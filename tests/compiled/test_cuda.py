@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fake_cuda import fake_cuda
 from folders import tiny_folder
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.compiled import caches, cuda, cuda_cache
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda import FastForward, FastHidden, FastPasses, compile_cuda_decode, next_width
@@ -492,8 +493,7 @@ def test_a_step_brings_one_tensor_to_the_host(pair):
 def test_on_cuda_everything_stays_on_the_device(monkeypatch, scheme, n_rows, cache_kind, dtype):
     monkeypatch.setattr(caches, "kv_cache_class", lambda *_: cache_kind)
     with fake_cuda():
-        with torch.device("meta"):
-            model = Transformer(ModelArgs.from_dict(vars(ARGS) | {"dim": 256, "n_heads": 4, "n_layers": 2}))
+        model = model_without_memory(ModelArgs.from_dict(vars(ARGS) | {"dim": 256, "n_heads": 4, "n_layers": 2}))
         weights = {name: torch.empty(p.shape, dtype=dtype, device="cuda") for name, p in model.named_parameters()}
         model.load_state_dict(weights, assign=True)
         model.requires_grad_(False)

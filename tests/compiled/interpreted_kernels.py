@@ -25,8 +25,20 @@ def kernels() -> Iterator[SimpleNamespace]:
     """The modules, imported for the interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        from triton import language
+        from triton.runtime import interpreter
+
         from llama_ref.compiled import triton_attention, triton_elementwise, triton_products
 
+        if hasattr(interpreter, "_LangPatchScope"):
+            # What a kernel calls finds the language patched. To look for more takes a third of the time.
+            patch_lang, nothing = interpreter._patch_lang, interpreter._LangPatchScope
+
+            def once(fn):
+                used = [each for each in (language, language.core) if any(each is value for value in fn.__globals__.values())]
+                return patch_lang(fn) if any(language.core.is_builtin(each.load) for each in used) else nothing()
+
+            patch.setattr(interpreter, "_patch_lang", once)
         yield SimpleNamespace(attention=triton_attention, elementwise=triton_elementwise, products=triton_products)
 
 
@@ -62,7 +74,7 @@ def test_a_row_times_a_matrix_with_what_stands_around_it(kernels, kind, seed):
     draw, dtype = random.Random(seed), dtypes(seed)
     group = draw.choice([32, 64, 128])
     K = group * draw.randint(1, 4)
-    head_dim, n_heads, n_kv_heads = draw.choice([(8, 4, 2), (24, 2, 1), (96, 1, 1)])
+    head_dim, n_heads, n_kv_heads = draw.choice([(8, 4, 2), (24, 2, 1), (48, 1, 1)])
     gain = torch.rand(K).add(0.5).to(dtype) if draw.random() < 0.5 else None
     x = torch.randn(K).to(dtype)
     normed = x.double()

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from conftest import REPOSITORY
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run here")
-def test_the_kernels_compute_what_the_model_does():
+def test_the_kernels_compute_what_the_model_does(warm):
     path = Path(__file__).with_name("interpreted_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+    command = [warm / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,6 +19,7 @@ from fake_cuda import fake_cuda
 from folders import PARAMS, tiny_folder
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
+from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.checkpoint.first_load import verified
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.loader import load_model
@@ -422,7 +423,7 @@ def test_damaged_and_cut_short_files_are_refused(quantized):
 
 # ---- memory
 
-LARGE = PARAMS | {"dim": 1024, "n_layers": 6, "n_heads": 16, "n_kv_heads": 4, "vocab_size": 16384, "multiple_of": 256}
+LARGE = PARAMS | {"dim": 1024, "n_layers": 4, "n_heads": 16, "n_kv_heads": 4, "vocab_size": 16384, "multiple_of": 256}
 MEASURE = textwrap.dedent("""
     import sys, threading, time
     from pathlib import Path
@@ -464,10 +465,10 @@ def large(tmp_path_factory) -> Path:
 
 @on_linux
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_quantizing_while_loading_takes_little_memory_beyond_the_quantized_weights(tmp_path, large, scheme):
+def test_quantizing_while_loading_takes_little_memory_beyond_the_quantized_weights(warm, tmp_path, large, scheme):
     tiny = tiny_folder(tmp_path / "tiny")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", MEASURE, tiny, large, scheme]
+    command = [warm / "python", "-c", MEASURE, tiny, large, scheme]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2], env=environment)
     assert done.returncode == 0, done.stderr
     taken, expected = map(int, done.stdout.split())
@@ -495,8 +496,7 @@ def test_an_8b_fits_as_the_shapes_say(scheme, gigabytes):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_on_cuda_everything_stays_on_the_device(scheme, dtype):
     with fake_cuda():
-        with torch.device("meta"):
-            model = Transformer(ModelArgs.from_dict(PARAMS | {"dim": 256}))
+        model = model_without_memory(ModelArgs.from_dict(PARAMS | {"dim": 256}))
         weights = {name: torch.empty(p.shape, dtype=dtype, device="cuda") for name, p in model.named_parameters()}
         model.load_state_dict(weights, assign=True)
         model.requires_grad_(False)
@@ -517,18 +517,24 @@ def test_on_cuda_everything_stays_on_the_device(scheme, dtype):
 
 
 def test_real_text_loses_little(llama):
-    """Code, read by the real small model; four bits cost it much, as it is small (less where it reads before: test_gptq.py)."""
+    """Code, read by the real small model with a third of its layers and its vocabulary's matrices rounded.
+
+    Four bits cost it much, as it is small (less where it reads before: test_gptq.py).
+    """
     tokens = torch.tensor([llama.tokenizer.encode(texts()["code"], bos=True, eos=False)[:128]])
     expected = log_probabilities(llama.model, tokens)
     plain = quality(expected, tokens, expected)
     found = {}
     for scheme in SCHEMES:
         model = copy.deepcopy(llama.model)
+        layers = model.layers
+        model.layers = layers[:10]  # the same blocks
         quantize_model(model, scheme)
+        model.layers = layers
         found[scheme] = quality(log_probabilities(model, tokens), tokens, expected)
     assert plain.kl == 0
-    assert 0 < found["int8"].kl < 0.012
+    assert 0 < found["int8"].kl < 0.0075
     assert found["int8"].agreement > 0.9
     assert found["int8"].perplexity == pytest.approx(plain.perplexity, rel=0.03)
-    assert found["int4"].kl < 0.7
+    assert found["int4"].kl < 0.3
     assert found["int4:group=32"].kl < 0.005  # whose steps the weights had once before

@@ -23,9 +23,9 @@ def main(task_file: str, out: str) -> None:
     for name, folder in task["folders"].items():
         opened.clear()
         llama = Llama.build(folder, task["tokenizer"], max_seq_len=64, device="cpu", verify="never", **task["build"])
-        results[name] = _compute(llama, torch.tensor(task["tokens"]), task["n_tokens"], task["n_sampled"]) | {
-            "opened": _of_all(sorted(opened))
-        }
+        results[name] = _logits(llama, torch.tensor(task["tokens"])) | {"opened": _of_all(sorted(opened))}
+        if name not in task.get("without_text", []):
+            results[name] |= _text(llama, task["tokens"], task["n_tokens"], task["n_sampled"])
         if task.get("images"):
             looked = llama.generate(task["prompts"], task["n_tokens"], 0.0, logprobs=True, echo=True, images=task["images"])
             results[name] |= {"looked": looked}
@@ -34,25 +34,23 @@ def main(task_file: str, out: str) -> None:
     end_process(0)
 
 
-def _compute(llama: Llama, tokens: Tensor, n_tokens: int, n_sampled: int) -> dict:
-    """Logits at once and step by step, whether all processes have the same ones, and sampled and greedy text."""
+def _logits(llama: Llama, tokens: Tensor) -> dict:
+    """Logits at once, and whether all processes have the same ones."""
     with torch.inference_mode():
         logits = llama.model(tokens)
-    ragged = [tokens[0].tolist(), tokens[1, :3].tolist()]
+    n_parameters = _of_all(sum(parameter.numel() for parameter in llama.model.parameters()))
+    return {"logits": logits, "equal": _of_all(bool((_from_first(logits) == logits).all())), "n_parameters": n_parameters}
+
+
+def _text(llama: Llama, tokens: list[list[int]], n_tokens: int, n_sampled: int) -> dict:
+    """Greedy, sampled and streamed text, step by step."""
+    ragged = [tokens[0], tokens[1][:3]]
     greedy, logprobs = llama.generate(ragged, n_tokens, temperature=0, logprobs=True, echo=True)
     options = {"temperature": 1.5, "top_p": 0.99, "seed": dist.get_rank()}  # the first one's seed must win
     sampled, _ = llama.generate(ragged, n_sampled, **options)
-    streamed = llama.stream(tokens[0].tolist(), n_sampled, temperature=0)
+    streamed = llama.stream(tokens[0], n_sampled, temperature=0)
     list(streamed)
-    return {
-        "logits": logits,
-        "equal": _of_all(bool((_from_first(logits) == logits).all())),
-        "greedy": greedy,
-        "logprobs": logprobs,
-        "sampled": _of_all(sampled),
-        "streamed": streamed.tokens,
-        "n_parameters": _of_all(sum(parameter.numel() for parameter in llama.model.parameters())),
-    }
+    return {"greedy": greedy, "logprobs": logprobs, "sampled": _of_all(sampled), "streamed": streamed.tokens}
 
 
 def _from_first(tensor: Tensor) -> Tensor:

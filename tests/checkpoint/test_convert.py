@@ -548,14 +548,14 @@ def test_a_source_that_changes_while_it_is_read_is_reported(tiny, tmp_path, writ
 
 # Runs that break off, and memory ---------------------------------------------------------------------------------------------
 
-WIDE = PARAMS | {"dim": 1024, "n_layers": 1, "n_heads": 8, "n_kv_heads": 2, "ffn_dim_multiplier": 12.0, "multiple_of": 1024}
+WIDE = PARAMS | {"dim": 1024, "n_layers": 1, "n_heads": 8, "n_kv_heads": 2, "ffn_dim_multiplier": 6.0, "multiple_of": 1024}
 SHAPES = expected_shapes(ModelArgs.from_dict(WIDE))
 LARGEST_BYTES = 2 * max(map(math.prod, SHAPES.values()))
 
 
 @pytest.fixture(scope="module")
 def wide() -> Iterator[Path]:
-    """Three matrices of 64 MB each: one shard, eight shards, Hugging Face's format."""
+    """Three matrices of 32 MB each: one shard, eight shards, Hugging Face's format."""
     with tempfile.TemporaryDirectory() as root:  # pytest keeps the folders of three runs
         small, folder = tiny_folder(Path(root) / "tiny"), Path(root) / "wide"
         folder.mkdir()
@@ -606,7 +606,8 @@ def test_memory_stays_near_the_largest_tensor(warm, wide, kind, source):
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr
     taken = int(done.stdout)
-    assert taken < LARGEST_BYTES + (100 << 20), f"{taken >> 20} MB"
+    largest = LARGEST_BYTES * (2 if kind == "float32" else 1)
+    assert taken < largest + (60 << 20), f"{taken >> 20} MB"
     differing = {tensor.name.split(".")[-2]: tensor.max_abs for tensor in compare(wide / "wide", target).tensors}
     assert all(name in ("wk", "wv") if kind == "8" else distance == 0 for name, distance in differing.items())
     shutil.rmtree(target)

@@ -1,7 +1,6 @@
 """Weight files written block by block: read back by torch and safetensors, cleaned up on errors."""
 
 import errno
-import os
 import random
 import re
 import shutil
@@ -227,17 +226,12 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_near_one_block(tmp_path):
-    assert int(run_python(MEMORY, tmp_path).stdout) < 40_000  # kB, of files of 192 MB in blocks of 8 MB
+def test_memory_stays_near_one_block(warm, tmp_path):
+    assert int(run_python(warm, MEMORY, tmp_path).stdout) < 40_000  # kB, of files of 192 MB in blocks of 8 MB
 
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'scripts'}"},
-    )
+def run_python(warm: Path, code: str, *arguments: object) -> subprocess.CompletedProcess:
+    done = subprocess.run([warm / "python", "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -344,14 +338,14 @@ for act in (
 """
 
 
-def refusals(target: Path, how: str) -> list[str]:
-    env_path = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
-    return run_python(env_path + LIMITED, target, how).stdout.splitlines()
+def refusals(warm: Path, target: Path, how: str) -> list[str]:
+    paths = [str(REPOSITORY / folder) for folder in ("tests", "scripts")]
+    return run_python(warm, f"import sys; sys.path[:0] = {paths}\n{LIMITED}", target, how).stdout.splitlines()
 
 
-def test_a_file_that_grows_too_large_leaves_nothing(tmp_path):
+def test_a_file_that_grows_too_large_leaves_nothing(warm, tmp_path):
     names = ["a.pth", "a.safetensors", "model/model.safetensors", "model", "random/consolidated.00.pth"]
-    refused = refusals(tmp_path, "limit")
+    refused = refusals(warm, tmp_path, "limit")
     assert len(refused) == len(names)
     for name, line in zip(names, refused, strict=True):
         needed = "it needs [4-6].* MB; " if "." in name else ""
@@ -371,8 +365,8 @@ def small_disk(tmp_path) -> Path:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_disk_that_is_too_small_is_named_and_left_clean(small_disk):
-    refused = refusals(small_disk, "no limit")
+def test_a_disk_that_is_too_small_is_named_and_left_clean(warm, small_disk):
+    refused = refusals(warm, small_disk, "no limit")
     assert len(refused) == 5
     message = rf"cannot write {small_disk}/\S+: it needs .* MB and 2\.\d+ MB are free there; free some space there or .* \[\]"
     assert all(re.fullmatch(message, line) for line in refused if "No space left" not in line)

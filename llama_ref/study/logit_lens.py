@@ -240,9 +240,8 @@ def _read(model: Transformer, residuals: list[Tensor], last: Tensor, some: slice
                     targets = torch.full_like(read.rank[p, at], target)
                     read.probability[p, at], read.rank[p, at] = probability_and_rank(logprobs, targets)
                 read.top_ids[p, at], read.top_probabilities[p, at] = top_tokens(logprobs, read.top_ids.shape[-1])
-                read.kl[p, at] = (negative_entropy[rows] - vecdot(p_final[rows], logprobs)).clamp(
-                    min=0
-                )  # rounding may give less
+                kl = negative_entropy[rows] - vecdot(p_final[rows], logprobs)
+                read.kl[p, at] = kl.clamp(min=0)  # rounding may give less
                 read.entropy[p, at] = -vecdot(logprobs.exp(), logprobs)
         del logits, own  # before the next ones are made
 

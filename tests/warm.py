@@ -1,8 +1,9 @@
 """A Python that has imported torch and llama_ref: its programs start in a twentieth of the time.
 
 A server does the imports once and forks for each program. The commands of `warm_commands`,
-`python`, `llama-ref` and `torchrun`, hand it their words, folder, environment and three open files,
-pass on signals, and end as the program does. Only where pidfds are: elsewhere they are the real ones.
+`python`, `llama-ref` and `torchrun`, hand it their words, folder, environment and three open files
+(warm_call.py), pass on signals, and end as the program does. Only where pidfds are: elsewhere they
+are the real ones.
 """
 
 import os
@@ -16,7 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 COMMANDS = {"python": [], "llama-ref": ["-m", "llama_ref.cli"], "torchrun": ["-m", "torch.distributed.run"]}
-SENT = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -27,29 +27,14 @@ def warm_commands(folder: Path) -> Iterator[Path]:
         yield real
         return
     for name, words in COMMANDS.items():
-        code = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport warm\n"
-        (folder / name).write_text(f"#!{sys.executable} -IS\n{code}warm.call({str(folder)!r}, {words})\n")
+        code = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport warm_call\n"
+        (folder / name).write_text(f"#!{sys.executable} -IS\n{code}warm_call.call({str(folder)!r}, {words})\n")
         (folder / name).chmod(0o755)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, __file__, folder], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as server:
         assert server.stdout.readline() == b"ready\n"
         yield folder
         server.stdin.close()
-
-
-def call(folder: str, words: list[str]) -> None:
-    """Run the words and this process's arguments as `python` would, and end as they do."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as program:
-        program.connect(f"{folder}/socket")
-        request = repr((words + sys.argv[1:], str(Path.cwd()), dict(os.environ)))
-        socket.send_fds(program, [request.encode("utf-8", "surrogateescape")], (0, 1, 2))
-        for each in SENT:
-            signal.signal(each, lambda number, _: program.send(bytes([number])))
-        code = int(program.recv(16) or 1)
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
-        os.kill(os.getpid(), -code)
-    os._exit(code)
 
 
 def serve(folder: str) -> list[str]:
@@ -137,7 +122,7 @@ if __name__ == "__main__":
     import llama_ref.cli
 
     modules = [each.name for each in pkgutil.walk_packages(llama_ref.cli.__path__, "llama_ref.cli.")]
-    for name in ("torch.distributed.run", "llama_ref.generation", *modules):
+    for name in ("fire", "torch.distributed.run", "llama_ref.generation", *modules):
         if not name.endswith("__main__"):
             importlib.import_module(name)
     gc.freeze()

@@ -225,7 +225,7 @@ def matching(args: ModelArgs, globs: str | Sequence[str]) -> list[str]:
     known = all_names(args)
     found = set()
     for glob in globs:
-        matches = [name for name in known if fnmatchcase(name, glob)]
+        matches = [glob] if glob in known else [name for name in known if fnmatchcase(name, glob)]
         if not matches:
             raise RequestError(f"no activation is called {glob!r:.80}{_advice(args, glob)}")
         found.update(matches)

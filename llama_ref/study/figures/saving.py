@@ -66,8 +66,11 @@ def save(path: str | Path, make: Callable[..., "Figure"], *arguments: Any) -> No
     Raises RequestError if it cannot be written.
     """
     from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     picture = BytesIO()
     with style.context("default"), any_weight():
-        make(*arguments).savefig(picture, format="png", dpi=DPI)
+        figure = make(*arguments)
+        figure.set_dpi(DPI)
+        FigureCanvasAgg(figure).print_png(picture)  # savefig would draw all twice: to arrange it, and to write it
     write_output(Path(path).expanduser(), [picture.getvalue()])

@@ -152,8 +152,7 @@ def draw_all(folder: Path, tokens: list[int], tokenizer: Tokenizer) -> list[Path
 
 
 def texts(figure: Figure) -> list[str]:
-    """All texts in a figure."""
-    figure.draw_without_rendering()
+    """All texts in a figure, but for the labels of ticks."""
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_visible()]
 
 
@@ -483,7 +482,7 @@ def test_the_head_that_wrote_most_is_drawn_from_its_whole_pattern(tmp_path, monk
     module = importlib.import_module("llama_ref.study.overview")  # its name in the package is the function
     monkeypatch.setattr(module, "how_many_kept", lambda n_tokens: 4)  # as of a text of thousands of tokens
     llama = Llama.build(tiny_folder(tmp_path / "Tiny"), device="cpu", dtype="float32", max_seq_len=128)
-    tokens = llama.encode("a text of many tokens")
+    tokens = llama.encode("many tokens")
     found = overview(llama.model, tokens)
     draw_overview(found, llama.tokenizer, tmp_path / "all")
     layer, head = found.attribution.strongest_head

@@ -281,10 +281,10 @@ def test_numbers_that_are_none_are_null(tmp_path_factory, tmp_path):
 # ---- texts
 
 
-def test_tokens_have_their_text_bytes_and_what_they_are_parts_of(llama, tmp_path):
+def test_tokens_have_their_text_bytes_and_what_they_are_parts_of(shallow, tmp_path):
     text = "서울 👍"
-    tokens = llama.encode(text)
-    data = written(llama, tokens, tmp_path).data
+    tokens = shallow.encode(text)
+    data = written(shallow, tokens, tmp_path).data
     label, written_bytes = data["vocabulary"][str(tokens[0])]
     assert (label, bytes.fromhex(written_bytes)) == ("<|begin_of_text|>", b"<|begin_of_text|>")
     assert b"".join(bytes.fromhex(data["vocabulary"][str(token)][1]) for token in tokens[1:]).decode() == text
@@ -491,7 +491,7 @@ def test_a_page_keeps_the_last_tokens_of_a_long_text_and_a_smaller_image():
     assert len(zlib.decompress(packed.layers[0])) == 128 * 20 and len(zlib.decompress(packed.pixels)) == 334 * 234
 
 
-def test_a_page_without_an_image_has_none(llama, tmp_path):
-    page = written(llama, [256, 84], tmp_path)
+def test_a_page_without_an_image_has_none(peaked, tmp_path):
+    page = written(peaked, [256, 84], tmp_path)
     assert page.data["image"] is None and page.data["attribution"]["cross"] == []
     assert not [attributes for attributes, _ in page.scripts if (attributes.get("id") or "").startswith("image")]

@@ -206,7 +206,7 @@ GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, ho
     "log-probabilities of the prompt": (LARGE_VOCABULARY, [500], 504, {"logprobs": True, "echo": True}),
     "an image and a long prompt": (VISION, [1000], 1004, {"images": [[noise(400, 400)]]}),
     "an image for many layers": (MANY_CROSS, [9], 13, {"images": [[noise(400, 400)]]}),
-    "a large image and a short prompt": (VISION | {"vision_chunk_size": 560}, [9], 13, {"images": [[noise(900, 900)]]}),
+    "a large image and a short prompt": (VISION | {"vision_chunk_size": 448}, [9], 13, {"images": [[noise(900, 900)]]}),
 }
 
 

@@ -28,6 +28,7 @@ from vision_folders import IMAGE_ID, PARAMS, noise, vision_folder
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_gen_len": 6}
 A, B, C = noise(100, 40, 1), noise(50, 50, 2), noise(60, 200, 3)
 BOS = 256
+FEW_LAYERS = {"n_layers": 2, "vision_num_cross_attention_layers": 1, "vision_n_layers": 2, "vision_kept_layers": [1]}
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +349,7 @@ def test_spans_have_no_gap_and_no_overlap_of_texts():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_prompts_with_images_stay_on_the_device(dtype):
     """By PyTorch's rules of devices and dtypes; see fake_cuda.py."""
-    args = ModelArgs.from_dict(PARAMS)
+    args = ModelArgs.from_dict(PARAMS | FEW_LAYERS)
     with fake_cuda(), torch.inference_mode():
         model = model_without_memory(args)
         weights = {name: torch.empty(p.shape, dtype=dtype, device="cuda") for name, p in model.named_parameters()}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_ref import Llama, study
+from llama_ref import study
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.model import rope_frequencies, rope_rotations
@@ -117,7 +117,7 @@ def test_a_linear_metric_of_what_is_read_linearly_is_exact():
 def test_along_an_activation_estimates_add_up_to_the_patched_layer(name):
     model = random_model(ARGS, seed=0)
     clean, corrupted = ids(1, 5), ids(1, 5, seed=1)
-    grid = study.attribution_patch(model, clean, corrupted, METRIC, name=name, steps=64, along="activation")
+    grid = study.attribution_patch(model, clean, corrupted, METRIC, name=name, steps=32, along="activation")
     source = study.trace(model, clean)
     for layer in range(3):
         with study.patch(model, {f"layers.{layer}.{name}": study.swap_from(source)}):
@@ -127,9 +127,9 @@ def test_along_an_activation_estimates_add_up_to_the_patched_layer(name):
 
 def test_along_inputs_the_embeddings_estimates_add_up_to_the_gap():
     model = random_model(ARGS, seed=0)
-    grid = study.attribution_patch(model, ids(1, 5), ids(1, 5, seed=1), METRIC, steps=64)
+    grid = study.attribution_patch(model, ids(1, 5), ids(1, 5, seed=1), METRIC, steps=32)
     assert (grid.values[0] - grid.corrupted).sum() == pytest.approx(grid.clean - grid.corrupted, abs=0.01)
-    short = study.attribution_patch(model, ids(1, 5), ids(1, 5, seed=1), METRIC, steps=64, along="activation")
+    short = study.attribution_patch(model, ids(1, 5), ids(1, 5, seed=1), METRIC, steps=32, along="activation")
     assert short.values[0] == pytest.approx(grid.values[0], abs=1e-3)
 
 
@@ -165,9 +165,8 @@ def test_a_quantized_model_is_estimated_by_its_own_weights():
     assert found.values[-1] == pytest.approx(exact.values[-1], abs=0.05)
 
 
-def test_estimates_of_the_demo_rank_heads_as_exact_patching_does(demo_folder):
+def test_estimates_of_the_demo_rank_heads_as_exact_patching_does(llama):
     """The finding: in "When Mary and John …" one gradient finds the heads that name the right person."""
-    llama = Llama.build(demo_folder, dtype="float32", device="cpu")
     clean, corrupted = (
         llama.encode(f"When Mary and John went to the store, {giver} gave a drink to") for giver in ("John", "Mary")
     )

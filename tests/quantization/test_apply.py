@@ -465,10 +465,10 @@ def large(tmp_path_factory) -> Path:
 
 @on_linux
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_quantizing_while_loading_takes_little_memory_beyond_the_quantized_weights(warm, tmp_path, large, scheme):
+def test_quantizing_while_loading_takes_little_memory_beyond_the_quantized_weights(tmp_path, large, scheme):
     tiny = tiny_folder(tmp_path / "tiny")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [warm / "python", "-c", MEASURE, tiny, large, scheme]
+    command = [sys.executable, "-c", MEASURE, tiny, large, scheme]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2], env=environment)
     assert done.returncode == 0, done.stderr
     taken, expected = map(int, done.stdout.split())

@@ -1,9 +1,9 @@
 """A pretended CUDA device for tests on machines without one.
 
 FakeTensorMode gives tensors a device and runs PyTorch's rules of shapes, dtypes and devices without computing anything; it
-raises when tensors of two devices meet. A PyTorch without CUDA still refuses a few Python-level calls on such tensors, which
-ask the absent driver to make their device current: indexing, `to` and `copy_`. `FakeCuda` sends those to the operators that
-the calls stand for, where the rules are checked all the same.
+raises when tensors of two devices meet. Without a driver PyTorch still refuses a few Python-level calls on such tensors, which
+ask it to make their device current, or what the card can: indexing, `to`, `copy_` and attention. `FakeCuda` sends those to the
+operators that the calls stand for, where the rules are checked all the same.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -31,6 +32,7 @@ class FakeCuda(TorchFunctionMode):
             Tensor.__setitem__: _set_item,
             Tensor.to: _to,
             Tensor.copy_: aten.copy_.default,
+            F.scaled_dot_product_attention: _attention,
         }
         return instead.get(func, func)(*args, **(kwargs or {}))
 
@@ -75,3 +77,8 @@ def _to(x: Tensor, *args: Any, device: Any = None, dtype: Any = None, **_: Any) 
         else:
             device = arg
     return aten._to_copy(x, device=torch.device(device) if device is not None else None, dtype=dtype)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: bool) -> Tensor:
+    """By its definition: to choose a kernel PyTorch looks at the card."""
+    return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, **options)[0]

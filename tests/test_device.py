@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
-from llama_ref.device import choose_device, choose_dtype
+from llama_ref.device import MPS_RIGHT_SINCE, choose_device, choose_dtype
 from llama_ref.errors import RequestError
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -13,7 +14,8 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 def machine(monkeypatch):
     """Pretend to be a machine with so many CUDA devices, with or without MPS, that computes bfloat16 or only emulates it."""
 
-    def pretend(cuda: int = 0, mps: bool = False, bfloat16: bool = True) -> None:
+    def pretend(cuda: int = 0, mps: bool = False, bfloat16: bool = True, version: str = MPS_RIGHT_SINCE) -> None:
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if bfloat16 else (7, 5))
@@ -40,6 +42,15 @@ def test_without_a_wish_the_best_device_is_taken(machine, monkeypatch, cuda, mps
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert choose_device() == choose_device(None) == torch.device(chosen)
+
+
+@pytest.mark.parametrize(
+    ("version", "chosen"), [("2.8.0", "cpu"), ("2.9.1+cpu", "cpu"), ("2.12.0", "mps"), ("2.13.0+cpu", "mps")]
+)
+def test_mps_is_taken_where_this_pytorch_computes_right_on_it(machine, version, chosen):
+    machine(mps=True, version=version)
+    assert choose_device() == torch.device(chosen)
+    assert choose_device("mps") == MPS
 
 
 def test_this_very_machine_gets_a_device_that_computes():

@@ -44,6 +44,17 @@ def random_release(**options) -> Transformer:
     return model
 
 
+def random_int4() -> Transformer:
+    """Attention in our int4, the rest as in Meta's releases: each kind of matrix is compiled once.
+
+    Inputs are not rounded: one more or less in the last place would move a number to the next step, and all after it.
+    """
+    model = random_release(rank=4, rotates=True, rounds_inputs=False)
+    for block, ours in zip(model.layers, random_model(torch.float32, "int4").layers, strict=True):
+        block.attention = ours.attention
+    return model
+
+
 @pytest.fixture
 def fresh_compiler() -> None:
     """Forget what other tests compiled: a function of eight variants runs the ninth uncompiled, and nothing fails."""
@@ -65,10 +76,10 @@ def decoded(model: Transformer, prompt: list[int], tokens: list[int]) -> torch.T
             return torch.cat([model(torch.tensor([[token]]), cache)[0] for token in tokens])
 
 
-@pytest.fixture(scope="module", params=[None, "int8", "int4"])  # groups of 32 are those of Meta's releases below
+@pytest.fixture(scope="module", params=[None, "int8", "int4"])
 def plain_and_compiled(request) -> tuple[Transformer, Transformer]:
     """Two models of the same numbers."""
-    plain, fast = random_model(torch.float32, request.param), random_model(torch.float32, request.param)
+    plain, fast = (random_int4() if request.param == "int4" else random_model(torch.float32, request.param) for _ in range(2))
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     compile_decode(fast)
@@ -95,17 +106,6 @@ def test_nothing_is_compiled_again_while_a_text_grows(plain_and_compiled):
         for _ in steps(model, [Row([7] * n_prompt, n_tokens)], lambda logits: logits.argmax(-1), stop_tokens=()):
             pass
     assert not n_compiled()
-
-
-def test_compiled_steps_of_metas_int4_releases_give_the_plain_ones_logits(fresh_compiler):
-    """Inputs are not rounded: one more or less in the last place would move a number to the next step, and all after it."""
-    plain, fast = (random_release(rank=4, rotates=True, rounds_inputs=False) for _ in range(2))
-    compile_decode(fast)
-    assert "forward" in vars(fast.layers[0]), "nothing was put on"
-    assert n_compiled() >= 2, "a layer and the output"
-    for prompt in ([5, 7], list(range(1, 312))):
-        expected, found = (decoded(model, prompt, [3, 1, 4, 1, 5]) for model in (plain, fast))
-        assert (found - expected).std() < 1e-5 * expected.std()
 
 
 @pytest.mark.parametrize("release", [{"rank": 4}, {"rotates": True}], ids=["QLoRA", "SpinQuant"])
@@ -187,7 +187,9 @@ def test_a_divided_model_is_refused():
         compile_decode(model)
 
 
-@pytest.mark.parametrize(("columns", "group"), [(128, 128), (384, 64), (576, 64), (2048, 32), (512, 256), (96, 32)])
+@pytest.mark.parametrize(
+    ("columns", "group"), [(128, 128), (384, 64), (576, 64), (2048, 32), (512, 256), (96, 32), (5120, 128)]
+)
 def test_planes_hold_the_same_numbers_and_multiply_alike(columns, group):
     torch.manual_seed(1)
     matrix = Int4Linear.of(torch.randn(24, columns), group)

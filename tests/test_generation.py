@@ -572,8 +572,5 @@ def test_a_default_device_changes_nothing(tiny_on_disk, quantize):
         return [*found, "".join(llama.stream([1, 2, 3], **options)), logits]
 
     expected = everything()
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):  # as by set_default_device, which PyTorch 2.8 cannot take back
         assert everything() == expected
-    finally:
-        torch.set_default_device(None)

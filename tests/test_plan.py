@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+from bounds import fused_attention
 from folders import PARAMS, byte_tokenizer, tiny_folder
 from llama_ref import plan
 from llama_ref.args import ModelArgs
@@ -213,17 +214,6 @@ GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, ho
 @pytest.fixture(scope="module")
 def tokenizer_of_bytes(tmp_path_factory) -> Tokenizer:
     return Tokenizer(byte_tokenizer(tmp_path_factory.mktemp("plan") / "tokenizer.model"))
-
-
-def holds_all_scores() -> bool:
-    """Whether this PyTorch's attention on a CPU has no fused kernel for groups of query heads: 2.8 has none."""
-    q, k = torch.zeros(1, 2, 8, 8), torch.zeros(1, 1, 8, 8)
-    return torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True) == 0  # `math`
-
-
-fused_attention = pytest.mark.skipif(
-    holds_all_scores(), reason="attention on a CPU holds all scores in this PyTorch; a GPU's does not"
-)
 
 
 @fused_attention

@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from llama_ref.errors import RequestError
@@ -50,13 +50,19 @@ def _parameter(function: str, parameter: inspect.Parameter, hint: Any, described
         raise RequestError(f"{where} is {parameter.kind.description}: a call names its arguments, so this one cannot be given")
     if hint is None:
         raise RequestError(f"{where} has no type: annotate it, {EXPECTED}")
-    notes = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, str)]
     schema = _schema(where, hint)
-    if text := (notes[0] if notes else described):
+    if text := next(_notes(hint), described):
         schema["description"] = text
     if parameter.default not in (parameter.empty, None):
         schema["default"] = _json_default(where, parameter.default)
     return Parameter(parameter.name, schema, parameter.default is parameter.empty)
+
+
+def _notes(hint: Any) -> Iterator[str]:
+    """The texts of `Annotated`, also within a union: Python 3.10 makes one where the default is None."""
+    inner = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    for each in (hint, *inner):
+        yield from (note for note in getattr(each, "__metadata__", ()) if isinstance(note, str))
 
 
 def _schema(where: str, hint: Any) -> dict[str, Any]:
@@ -103,4 +109,4 @@ def _joined(text: str) -> str:
 
 
 def _shown(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint)
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -29,7 +29,8 @@ class Interrupt:
 
 sys.meta_path.insert(0, Interrupt)
 """
-AT_EXIT = "import atexit, os, signal, sys; atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+# Python 3.10 looks for signals only between two operations of its own.
+AT_EXIT = "import atexit, os, signal, sys; atexit.register(lambda: [os.kill(os.getpid(), signal.SIGINT), len('more')])\n"
 CONSOLE_SCRIPT = "from llama_ref.cli import main; sys.exit(main())"
 MODULE = "import runpy; runpy.run_module('llama_ref', run_name='__main__')"
 SCRIPT = f"import runpy; runpy.run_path({str(REPOSITORY / 'scripts' / 'text_completion.py')!r}, run_name='__main__')"

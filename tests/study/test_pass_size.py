@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bounds import fused_attention
 from llama_ref import study
 from llama_ref.args import ModelArgs
 from llama_ref.study import pass_size
@@ -24,6 +25,7 @@ def peak(run) -> int:
     return highest
 
 
+@fused_attention
 @pytest.mark.parametrize("name", ["residual_pre", "attention.pattern", "attention.head_result"])
 @pytest.mark.parametrize(("dim", "vocab_size", "T", "dtype"), [(64, 5000, 8, torch.float32), (64, 60, 100, torch.bfloat16)])
 def test_the_estimate_bounds_the_peak(name, dim, vocab_size, T, dtype):

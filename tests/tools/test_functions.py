@@ -123,7 +123,7 @@ def brave_search(query: str): ...
         (with_an_unknown_name, "the signature of with_an_unknown_name cannot be read"),
         (lambda x: x, "has no name that a model could call"),
         (functools.partial(forecast, "Oslo"), "has no name that a model could call"),
-        (print, "parameter 'args' of print"),
+        (print, "print"),
         (int, "int"),
         (brave_search, "'brave_search' is a built-in tool"),
     ],

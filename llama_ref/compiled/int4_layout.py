@@ -101,21 +101,20 @@ def product(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None = None)
     offsets = materialize((x * eights).unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
     sums = materialize(x.unflatten(1, (n_groups, per_group)).sum(2)).view(*by_piece, n_groups, LANES)
 
-    def rows(words: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def rows(words: Tensor, scale: Tensor, *zero: Tensor) -> Tensor:
         def dots(g: int) -> Tensor:  # (P, N/2, blocks, 16)
             planes = range(g * per_group, (g + 1) * per_group)
             return reduce(add, [(words & MASKS[p]).float() * scaled[..., p, :] for p in planes])
 
         if n_groups == 1:
             out = (dots(0) + offsets[..., 0, :]) * scale.float()
-            if zero is not None:
-                out = out + sums[..., 0, :] * zero.float()
+            if zero:
+                out = out + sums[..., 0, :] * zero[0].float()
         else:
             out = reduce(add, [dots(g) * scale[..., g, None].float() for g in range(n_groups)])
         return out.sum((-1, -2)).sum(0)
 
-    zeros = (None, None) if zero is None else zero.chunk(2, dim=1)
-    halves = zip(words.chunk(2, dim=1), scale.chunk(2, dim=1), zeros, strict=False)  # a single row has one half
+    halves = zip(*(part.chunk(2, dim=1) for part in (words, scale, zero) if part is not None), strict=True)
     out = torch.cat([rows(*half) for half in halves])
     if n_groups > 1:  # with several scales per block, offsets are a smaller product of their own
         offsets, sums = (

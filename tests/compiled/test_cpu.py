@@ -90,6 +90,7 @@ def test_compiled_steps_give_the_plain_ones_logits(plain_and_compiled):
     plain, fast = plain_and_compiled
     assert "forward" in vars(fast.layers[0]), "nothing was put on"
     assert n_compiled() >= 2, "a layer and the output"
+    assert not torch._dynamo.utils.counters["graph_break"], "a part runs uncompiled"
     for prompt in ([5], [5, 7], list(range(1, 40)), list(range(1, 312))):  # from one token in the cache to five blocks of them
         expected, found = (decoded(model, prompt, [3, 1, 4, 1, 5]) for model in (plain, fast))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

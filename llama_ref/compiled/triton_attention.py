@@ -77,7 +77,7 @@ def _look(
             s = start + tl.arange(0, BLOCK)
             inside = s < n
             place = first + s.to(tl.int64) * stride_s
-            k = tl.load(keys + place + d[:, None], mask=inside, other=0)  # (HD, BLOCK)
+            k = tl.load(keys + place + d[:, None], mask=inside[None, :], other=0)  # (HD, BLOCK)
             scores = tl.dot(q_at, k, input_precision="ieee") * scale
             scores = tl.where(inside, scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))

@@ -77,7 +77,7 @@ def _dot4(words, x, COUNT: tl.constexpr):
 def _scales(scale, zero, row, first, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Scales and zeros of some rows, (rows, GROUPS), from a group on; without zeros, the scales twice."""
     group = first + tl.arange(0, GROUPS)
-    inside = group < K // GROUP
+    inside = (group < K // GROUP)[None, :]
     places = row[:, None] * (K // GROUP) + group
     s = tl.load(scale + places, mask=inside, other=0)
     z = s
@@ -106,7 +106,7 @@ def _matvec(
         stored = stored % 2 * (N // 2) + stored // 2
     column = tl.arange(0, BLOCK)
     pointers = w + stored[:, None].to(tl.int64) * COLUMNS + column
-    tile = tl.load(pointers, mask=column < COLUMNS, other=0, eviction_policy="evict_first")
+    tile = tl.load(pointers, mask=(column < COLUMNS)[None, :], other=0, eviction_policy="evict_first")
     # What comes from far is asked for early: weights and scales now, then what the end needs.
     if GROUP:
         s, z = _scales(scale, zero, stored, 0, K, GROUP, GROUPS)
@@ -131,7 +131,8 @@ def _matvec(
             step = s.to(tl.float32)
             offset = -8 * step if zero is None else z.to(tl.float32) - 8 * step
         if BLOCK < COLUMNS:  # load the next tile while this one is multiplied
-            tile = tl.load(pointers + (start + BLOCK), mask=at + BLOCK < COLUMNS, other=0, eviction_policy="evict_first")
+            inside = (at + BLOCK < COLUMNS)[None, :]
+            tile = tl.load(pointers + (start + BLOCK), mask=inside, other=0, eviction_policy="evict_first")
             if GROUP:
                 s, z = _scales(scale, zero, stored, (start + BLOCK) // WIDTH, K, GROUP, GROUPS)
         if GROUP:
@@ -212,7 +213,7 @@ def _matmul(
     for step in range(0, COLUMNS, SPLIT * BLOCK):
         start = step + tl.program_id(1) * BLOCK
         at = start + column
-        weights = tl.load(pointers + start, mask=at < COLUMNS, other=0, eviction_policy="evict_first")
+        weights = tl.load(pointers + start, mask=(at < COLUMNS)[None, :], other=0, eviction_policy="evict_first")
         k = at // HALF * GROUP + at % HALF if GROUP else at
         x_at = tl.load(x + token * K + k[:, None], mask=(token < M) & (k < K)[:, None], other=0)  # (BLOCK, TOKENS)
         if GROUP:

@@ -10,6 +10,7 @@ fit, not that they are right or fast. Cards are compute capabilities: 75 is a T4
 """
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -178,11 +179,12 @@ def pretended(card: int) -> Iterator[list[Any]]:
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
     )
+    active = "_active" if hasattr(driver, "_active") else "active"  # the second: Triton 3.4
     with (
-        mock.patch.object(driver, "_active", no_card),
+        mock.patch.object(driver, active, no_card),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(triton_products, "has_pdl", lambda device: card >= 90),
-        mock.patch.object(triton_attention, "has_pdl", lambda device: card >= 90),
+        mock.patch.object(triton_products, "has_pdl", lambda device: card >= 90 and triton_products.PDL_COMPILES),
+        mock.patch.object(triton_attention, "has_pdl", lambda device: card >= 90 and triton_products.PDL_COMPILES),
         mock.patch.object(triton_attention, "has_tensor_cores", lambda device: card >= 80),
     ):
         yield compiled
@@ -192,11 +194,12 @@ def measured(name: str, kernel: Any, card: int) -> Assembled:
     """What ptxas says of a compiled kernel, and how often its machine code loads 16 bytes."""
     from triton.backends.nvidia.compiler import get_ptxas
 
+    ptxas = get_ptxas(*[card][: len(inspect.signature(get_ptxas).parameters)])  # Triton 3.4 has one for all cards
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
         arch = f"sm_{card}a" if card >= 90 else f"sm_{card}"
-        words = [get_ptxas(card).path, "-v", f"--gpu-name={arch}", source, "-o", Path(scratch) / "kernel.cubin"]
+        words = [ptxas.path, "-v", f"--gpu-name={arch}", source, "-o", Path(scratch) / "kernel.cubin"]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LlamaRefError(f"{name} cannot be assembled for {arch}: {done.stderr.strip()}")

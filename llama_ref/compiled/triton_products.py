@@ -6,6 +6,7 @@ to 64 rows of a quantized matrix, dequantizes in registers, and is fused with wh
 accumulate in float32.
 """
 
+import inspect
 from functools import cache
 
 import torch
@@ -22,6 +23,7 @@ MOST_ROWS = 64  # of `matmul`
 BLOCK_WEIGHTS = 1 << 26  # dequantized at a time for more rows
 JOINED = 1024  # sums joined by a program
 FEW_ROWS, MANY_ROWS = 2048, 16384  # of a matrix
+PDL_COMPILES = "_semantic" in inspect.signature(gdc_wait).parameters  # not so in Triton 3.4
 LARGE = 1 << 25  # weights of a matrix with several rounds of programs for a whole card
 
 
@@ -312,7 +314,8 @@ def has_tensor_cores(device: torch.device) -> bool:
 @cache
 def has_pdl(device: torch.device) -> bool:
     """Programmatic dependent launch: a kernel loads weights before the previous one has finished (Hopper)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= HOPPER
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and PDL_COMPILES and torch.cuda.get_device_capability(device) >= HOPPER
 
 
 def _group(scale: Tensor | None, K: int) -> int:

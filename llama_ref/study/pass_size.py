@@ -8,18 +8,26 @@ from llama_ref.study.names import LAYER_AXES, SCORES
 
 PASS_TOKENS = 1024  # padding included, of several texts in one pass; on two CPU cores more are not faster
 CUDA_PASS_TOKENS = 1 << 15  # small passes leave a GPU idle
+LIKE = 0.8  # length of a text to that of one like it
 SHARE = 0.5  # of the free memory
 
 
 def split_passes(lengths: Sequence[int], most: int | None = None) -> Iterator[range]:
-    """Split texts of these lengths, in their order, into passes of at most `most` tokens (PASS_TOKENS)."""
+    """Split texts of these lengths, in their order, into passes of at most `most` tokens (PASS_TOKENS).
+
+    A pass of a quarter of these also ends before a text of another length, which would be padded or
+    make the others be.
+    """
     most = PASS_TOKENS if most is None else most
     start, longest = 0, 0
     for i, length in enumerate(lengths):
-        longest = max(longest, length)
-        if i > start and (i + 1 - start) * longest > most:
+        held, shorter, longer = (i - start) * longest, min(length, longest), max(length, longest)
+        is_full = (i + 1 - start) * longer > most
+        if i > start and (is_full or (held >= most // 4 and shorter < LIKE * longer)):
             yield range(start, i)
             start, longest = i, length
+        else:
+            longest = longer
     yield range(start, len(lengths))
 
 

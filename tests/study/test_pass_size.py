@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from bounds import fused_attention
@@ -57,6 +59,24 @@ def test_a_pass_takes_half_of_the_free_memory_at_most(monkeypatch):
 def test_free_memory_is_less_than_all_of_it():
     free = pass_size.free_bytes(torch.device("cpu"))
     assert free is None or 0 < free < 1 << 50
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(1, 400))
+def test_passes_have_all_texts_once_and_are_bounded(lengths, most):
+    passes = list(pass_size.split_passes(lengths, most))
+    assert [i for own in passes for i in own] == list(range(len(lengths)))
+    for own, following in zip(passes, [*passes[1:], None], strict=True):
+        taken = [lengths[i] for i in own]
+        held = len(taken) * max(taken)
+        assert held <= most or len(taken) == 1
+        if following and held < most // 4:  # it ends for want of room alone
+            assert (len(taken) + 1) * max(*taken, lengths[following.start]) > most
+
+
+def test_sorted_texts_are_padded_little():
+    lengths = sorted((1 + i * 37 % 200 for i in range(400)), reverse=True)
+    held = sum(len(own) * lengths[own.start] for own in pass_size.split_passes(lengths))
+    assert sum(lengths) <= held < 1.1 * sum(lengths)
 
 
 def test_passes_are_filled_in_order():

@@ -233,9 +233,8 @@ def _read(model: Transformer, residuals: list[Tensor], last: Tensor, some: slice
         group = torch.stack([residual[some] for residual in residuals[first : first + at_once]])  # (p, t, D)
         logits = _logits(model, group)  # (p, t, V)
         for p, own in enumerate(logits, first):
-            for rows in _row_blocks(own):
+            for rows, logprobs in _log_probabilities_in_blocks(own):
                 at = slice(some.start + rows.start, some.start + rows.stop)
-                logprobs = own[rows].log_softmax(-1)
                 if target is not None:
                     targets = torch.full_like(read.rank[p, at], target)
                     read.probability[p, at], read.rank[p, at] = probability_and_rank(logprobs, targets)
@@ -249,17 +248,17 @@ def _read(model: Transformer, residuals: list[Tensor], last: Tensor, some: slice
 def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities (t, V), and the negative entropy (t,) of each row."""
     probabilities, negative_entropy = torch.empty_like(logits), torch.empty_like(logits[:, 0])
-    for rows in _row_blocks(logits):
-        logprobs = logits[rows].log_softmax(-1)
+    for rows, logprobs in _log_probabilities_in_blocks(logits):
         torch.exp(logprobs, out=probabilities[rows])
         negative_entropy[rows] = vecdot(probabilities[rows], logprobs)
     return probabilities, negative_entropy
 
 
-def _row_blocks(logits: Tensor) -> Iterator[slice]:
-    """Split the rows of logits (t, V) into blocks that a CPU's caches hold; on other devices, one."""
+def _log_probabilities_in_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of logits (t, V) with their log-probabilities: as many as a CPU's caches hold; on other devices, all."""
     n, V = logits.shape
-    return _pieces(n, max(1, LOGITS_TO_READ // V) if logits.device.type == "cpu" else n)
+    for rows in _pieces(n, max(1, LOGITS_TO_READ // V) if logits.device.type == "cpu" else n):
+        yield rows, logits[rows].log_softmax(-1)
 
 
 # ---- the model's own predictions

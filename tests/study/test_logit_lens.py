@@ -88,7 +88,7 @@ def test_the_most_likely_tokens_are_those_of_topk(rows, top, n_blocks, rest, see
 
 
 @pytest.mark.parametrize(
-    ("made", "read"), [(lens.LOGITS_AT_A_TIME, lens.LOGITS_TO_READ), (7 * 512, 3 * 512), (3 * 512, 1), (1, 1)]
+    ("made", "read"), [(lens.LOGITS_AT_A_TIME, lens.LOGITS_TO_READ), (25 * 512, 3 * 512), (7 * 512, 512), (3 * 512, 1), (1, 1)]
 )
 def test_every_point_says_what_norm_and_output_make_of_it(model, stream, monkeypatch, made, read):
     monkeypatch.setattr(lens, "LOGITS_AT_A_TIME", made)

@@ -179,12 +179,13 @@ def pretended(card: int) -> Iterator[list[Any]]:
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
     )
+    has_pdl = mock.Mock(return_value=card >= 90 and triton_products.PDL_COMPILES)
     active = "_active" if hasattr(driver, "_active") else "active"  # the second: Triton 3.4
     with (
         mock.patch.object(driver, active, no_card),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(triton_products, "has_pdl", lambda device: card >= 90 and triton_products.PDL_COMPILES),
-        mock.patch.object(triton_attention, "has_pdl", lambda device: card >= 90 and triton_products.PDL_COMPILES),
+        mock.patch.object(triton_products, "has_pdl", has_pdl),
+        mock.patch.object(triton_attention, "has_pdl", has_pdl),
         mock.patch.object(triton_attention, "has_tensor_cores", lambda device: card >= 80),
     ):
         yield compiled
@@ -194,7 +195,8 @@ def measured(name: str, kernel: Any, card: int) -> Assembled:
     """What ptxas says of a compiled kernel, and how often its machine code loads 16 bytes."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    ptxas = get_ptxas(*[card][: len(inspect.signature(get_ptxas).parameters)])  # Triton 3.4 has one for all cards
+    is_for_all_cards = not inspect.signature(get_ptxas).parameters  # Triton 3.4's
+    ptxas = get_ptxas() if is_for_all_cards else get_ptxas(card)
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])

@@ -2,10 +2,12 @@
 
 import time
 import tracemalloc
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def _holds_all_scores() -> bool:
@@ -29,3 +31,15 @@ def little_memory_and_time(megabytes: int = 100, seconds: float = 20):
         tracemalloc.stop()
     assert peak < megabytes << 20, f"{peak >> 20} MB"
     assert time.process_time() - begun < seconds
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that tensors, those inside PyTorch's own functions included, held at a time while it ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()  # negative where memory is given back
+        most = max(most, live)
+    return most

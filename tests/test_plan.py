@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 
-from bounds import fused_attention
+from bounds import fused_attention, peak_bytes
 from folders import PARAMS, byte_tokenizer, tiny_folder
 from llama_ref import plan
 from llama_ref.args import ModelArgs
@@ -253,18 +252,6 @@ def taken_and_planned(
     workload = Workload(1, max_seq_len, len(lengths))
     beside_the_cache = taken - plan.kv_cache_bytes(args, Share(), workload, SIZE[dtype])
     return beside_the_cache, plan.activation_bytes(args, Share(), workload, SIZE[dtype], is_quantized=scheme is not None)
-
-
-def peak_bytes(function) -> int:
-    """The most that tensors, those inside PyTorch's own functions included, held at a time while it ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        function()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()  # negative where memory is given back
-        most = max(most, live)
-    return most
 
 
 # ---- of a job

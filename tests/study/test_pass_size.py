@@ -4,27 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
 
-from bounds import fused_attention
+from bounds import fused_attention, peak_bytes
 from llama_ref import study
 from llama_ref.args import ModelArgs
 from llama_ref.study import pass_size
 from random_models import random_model
 
 SHAPE = {"n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5, "rope_theta": 5e5}
-
-
-def peak(run) -> int:
-    """Bytes that PyTorch held at once, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        highest = max(highest, live)
-    return highest
 
 
 @fused_attention
@@ -45,7 +32,7 @@ def test_the_estimate_bounds_the_peak(name, dim, vocab_size, T, dtype):
 
     for run, with_gradients in ((patched, False), (gradients, True)):
         estimate = text.numel() * pass_size.bytes_per_token(model, name, T, gradients=with_gradients)
-        assert 0.15 * estimate < peak(run) < estimate
+        assert 0.15 * estimate < peak_bytes(run) < estimate
 
 
 def test_a_pass_takes_half_of_the_free_memory_at_most(monkeypatch):

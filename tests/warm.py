@@ -75,6 +75,8 @@ def begin(caller: socket.socket) -> list[str]:
     while end not in select.select([caller, end], [], [])[0]:
         number = caller.recv(1)  # nothing if the command was killed
         os.kill(program, number[0] if number else signal.SIGKILL)
+        if not number:
+            break
     code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
     with suppress(BrokenPipeError):  # the command was killed
         caller.send(b"%d" % code)

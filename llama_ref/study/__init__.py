@@ -1,10 +1,11 @@
 """Study a model: record its activations, change them, and measure what its parts do.
 
 Every activation has a name (names.py). `trace(model, tokens, names)` runs a text, or several of any
-lengths, and keeps the activations that the names match; `recording(model, names)` keeps those of whatever runs in its
-block, generation included. `patch(model, {name: edit})` changes activations in its block: `zero()`,
-`mean()`, `scale(2)`, `set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…,
-rows=…)`, or any function of a tensor. `patch_grid(model, clean, corrupted, metric, over=…)` finds
+lengths, and keeps the activations that the names match, `trace_each` those of many texts in turn;
+`recording(model, names)` keeps those of whatever runs in its block, generation included.
+`patch(model, {name: edit})` changes activations in its block: `zero()`, `mean()`, `scale(2)`,
+`set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…, rows=…)`, or any function of a
+tensor. `patch_grid(model, clean, corrupted, metric, over=…)` finds
 where in the model two texts are told apart, `attribution_patch` estimates that by a gradient, and
 `attribute_edges` scores the edges between parts, of which `run_circuit` runs some. `patch_path` changes
 what chosen parts hear of another directly, `cut` hides tokens from others. `composition`, `copying` and
@@ -81,7 +82,7 @@ from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
 from llama_ref.study.saliency import Saliency, saliency
 from llama_ref.study.steering import ablate, answer_margins, log_likelihoods, share_of_tokens, steer
-from llama_ref.study.trace import Recording, Trace, recording, trace
+from llama_ref.study.trace import Recording, Trace, recording, trace, trace_each
 from llama_ref.study.tuned.lens import TunedLens
 from llama_ref.study.tuned.scores import LensScores, score_lens
 from llama_ref.study.weights import quantization_errors, spectra
@@ -179,6 +180,7 @@ __all__ = [
     "sweep",
     "top_contexts",
     "trace",
+    "trace_each",
     "write_control_vector",
     "write_report",
     "zero",

@@ -23,7 +23,7 @@ from llama_ref.model import Attention, Context, FeedForward, Transformer, Transf
 from llama_ref.parallel.division import division_of
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
-from llama_ref.study.names import all_names, is_of_an_image
+from llama_ref.study.names import LAYER_AXES, all_names, is_of_an_image
 from llama_ref.study.parts import Parts
 from llama_ref.study.steps import add_by_head, attend_in_steps
 from llama_ref.study.vision_hooks import VisionForwards
@@ -39,7 +39,8 @@ class Pass:
     """One forward pass: ids (B, T), their positions (B, T) or (1, T), and the cache, if any.
 
     `padding`, bool (B, T), is set for texts of different lengths; ids and positions there are -1.
-    `layers`: those that the pass runs, None for all (layer_window.py).
+    `layers`: those that the pass runs, None for all (layer_window.py). Unless its output `is_read`, it
+    runs none after the last that a visitor watches.
     """
 
     def __init__(self, tokens: Tensor, context: Context):
@@ -51,6 +52,7 @@ class Pass:
         self.first = self.cache is None or self.cache.longest == 0  # of its text
         self.padding: Tensor | None = None
         self.layers: range | None = None
+        self.is_read = True
 
     def mark_padding(self, padding: Tensor) -> None:
         """Say which places are padding, before any value is visited."""
@@ -263,8 +265,18 @@ class Attached:
         for owner, visitor in self.visitors:
             if owner == thread:
                 visitor.begin(self.local.run)
+        if not self.local.run.is_read:
+            self._leave_out_unwatched(self.local.run)
         is_embedded_here = self.parts is None or self.parts.job.share.is_first_stage
         return self.see("embedding", x) if is_embedded_here else x, context, *rest
+
+    def _leave_out_unwatched(self, run: Pass) -> None:
+        """Cut a pass short whose output nobody reads, of a text without images on one process."""
+        if self.parts or run.cache is not None or self.watching("norm") or self.watching("logits"):
+            return
+        layers = run.layers if run.layers is not None else range(self.model.args.n_layers)
+        watched = (i for i in reversed(layers) if any(self.watching(f"layers.{i}.{part}") for part in LAYER_AXES))
+        run.layers = range(layers.start, next(watched, layers.start - 1) + 1)
 
     def block(self, block: TransformerBlock, where: str, x: Tensor, context: Context, layer: int) -> Tensor:
         layers = self.local.run.layers

@@ -152,7 +152,7 @@ def logit_lenses(
         lens.check(model)
         every = lens.points
     points = every if points is None else _check_points(every, points)
-    traces = trace_each(model, rows, [*points, every[-1]], images)
+    traces = trace_each(model, rows, [*points, every[-1]], images=images)
     each = zip(traces, at, wanted, strict=True)
     return [_lens(model, traced, points, own_positions, target, top, lens) for traced, own_positions, target in each]
 

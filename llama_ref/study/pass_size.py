@@ -1,6 +1,8 @@
 """How many tokens run in one pass: as many as keep the device busy and fit its memory."""
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from llama_ref.memory import free_bytes
 from llama_ref.model import Transformer
@@ -8,27 +10,31 @@ from llama_ref.study.names import LAYER_AXES, SCORES
 
 PASS_TOKENS = 1024  # padding included, of several texts in one pass; on two CPU cores more are not faster
 CUDA_PASS_TOKENS = 1 << 15  # small passes leave a GPU idle
-LIKE = 0.8  # length of a text to that of one like it
+EACH_PASS = 32  # tokens that take as long as what a pass costs besides: weights are read once
 SHARE = 0.5  # of the free memory
 
 
 def split_passes(lengths: Sequence[int], most: int | None = None) -> Iterator[range]:
-    """Split texts of these lengths, in their order, into passes of at most `most` tokens (PASS_TOKENS).
+    """Split texts of these lengths, in their order, into the passes that take the least time.
 
-    A pass of a quarter of these also ends before a text of another length, which would be padded or
-    make the others be.
+    A pass has at most `most` tokens (PASS_TOKENS), the padding included, or a single text.
     """
     most = PASS_TOKENS if most is None else most
-    start, longest = 0, 0
-    for i, length in enumerate(lengths):
-        held, shorter, longer = (i - start) * longest, min(length, longest), max(length, longest)
-        is_full = (i + 1 - start) * longer > most
-        if i > start and (is_full or (held >= most // 4 and shorter < LIKE * longer)):
-            yield range(start, i)
-            start, longest = i, length
-        else:
-            longest = longer
-    yield range(start, len(lengths))
+    times, starts = [0.0], []  # of the first n texts: in tokens, and where their last pass starts
+    for end in range(1, len(lengths) + 1):
+        longest, best = 0, (math.inf, 0)
+        for start in range(end - 1, -1, -1):
+            longest = max(longest, lengths[start])
+            held = (end - start) * longest
+            if held > most and start < end - 1:
+                break
+            best = min(best, (times[start] + EACH_PASS + held, start))
+        times.append(best[0])
+        starts.append(best[1])
+    borders = [len(lengths)]
+    while borders[-1]:
+        borders.append(starts[borders[-1] - 1])
+    return (range(start, end) for end, start in reversed(list(pairwise(borders))))
 
 
 def tokens_that_fit(model: Transformer, name: str, longest: int, *, gradients: bool = False) -> int:

@@ -5,7 +5,7 @@ that its values are as finite as the text's own: a masked NaN still spreads.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -55,13 +55,18 @@ class Batch:
 
         Images are read from a cache, so texts that have some get one of their own.
         """
+        padding = self.padding
+        return self._run(model, cache, None if padding is None else _Marker(padding))
+
+    def show(self, model: Transformer, cache: Cache | None = None) -> None:
+        """Run all texts for visitors alone: no layer after the last that one watches, where there is no cache."""
+        self._run(model, cache, _Marker(self.padding, is_read=False))
+
+    def _run(self, model: Transformer, cache: Cache | None, marker: "_Marker | None") -> Tensor:
         if any(self.images):
             texts = [row[:length] for row, length in zip(self.ids, self.lengths, strict=True)]
             cache = cache_showing(model, texts, self.images)
-        padding = self.padding
-        if padding is None:
-            return model.hidden(self.ids, cache)
-        with attached(model, _PaddingMarker(padding)):
+        with attached(model, marker) if marker else nullcontext():
             return model.hidden(self.ids, cache)
 
     def last(self, values: Tensor) -> Tensor:
@@ -70,19 +75,21 @@ class Batch:
         return values[rows, torch.tensor(self.lengths, device="cpu").to(values.device) - 1]
 
 
-class _PaddingMarker:
-    """A visitor that tells the others which places of a pass are padding."""
+class _Marker:
+    """A visitor that tells the others which places of a pass are padding, and whether its output is read."""
 
     edits, in_path = False, False
 
-    def __init__(self, padding: Tensor):
-        self.padding = padding
+    def __init__(self, padding: Tensor | None, *, is_read: bool = True):
+        self.padding, self.is_read = padding, is_read
 
     def wants(self, name: str) -> bool:
         return False
 
     def begin(self, run: Pass) -> None:
-        run.mark_padding(self.padding)
+        if self.padding is not None:
+            run.mark_padding(self.padding)
+        run.is_read = self.is_read
 
     def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
         return value

@@ -110,7 +110,7 @@ def trace(
     """Run ids (B, T), or a list of them, and keep the activations that the names match.
 
     Names may be globs. A list of lists may have texts of different lengths, which do not see their
-    padding. Logits are computed only if asked for. `images` stand where the ids have the model's
+    padding. Layers after the last name are not run, and logits are computed only if asked for. `images` stand where the ids have the model's
     `image_id`: a list for one text, a list of lists for several, of paths, files' bytes or Pillow
     images. With a `cache` the tokens continue its text, and it grows. `requires_grad` keeps the graph:
     `torch.autograd.grad` of a value made from the trace reaches every activation before it; values at
@@ -132,19 +132,24 @@ def trace(
     with gradients(model) if requires_grad else torch.no_grad(), recording.of(model):
         batch = Batch.of(model, texts, images)  # here: autograd cannot save tensors made in inference mode
         before = [] if cache is None else cache.lengths.tolist()
-        batch.hidden(model, cache)
+        batch.show(model, cache)
         if cache is not None and batch.padding is not None:
             cache.truncate([old + new for old, new in zip(before, batch.lengths, strict=True)])
         return recording.single(args)
 
 
 def trace_each(
-    model: Transformer, texts: Sequence[Tensor], names: str | Sequence[str], images: Images | None = None
+    model: Transformer, texts: Texts, names: str | Sequence[str] = "*", *, images: Images | None = None
 ) -> Iterator[Trace]:
-    """Trace texts (T,), many in one pass, and yield each one's trace, without padding."""
-    each = tiles_of_texts(model, texts, images)
-    for some in split_passes(list(map(len, texts))):
-        traced = trace(model, texts[some.start : some.stop], names, images=each[some.start : some.stop])
+    """Trace any number of texts and yield each one's trace (1, T), in their order, without padding.
+
+    Several run in one pass, whose activations are in memory until its last trace is let go. It costs
+    the least if texts of like lengths follow each other. Arguments and errors are those of `trace`.
+    """
+    rows = as_texts(model, texts)
+    each = tiles_of_texts(model, rows, images)
+    for some in split_passes(list(map(len, rows))):
+        traced = trace(model, rows[some.start : some.stop], names, images=each[some.start : some.stop])
         yield from map(traced.row, range(len(some)))
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from padding import passes
 
 from llama_ref import Llama, study
 
@@ -53,10 +52,10 @@ class Ours:
     def patterns(self) -> tuple[Any, float]:
         prompts = self.inputs["prompts"]
         found: list[Any] = [None] * len(prompts)
-        for numbers, _, _ in passes(prompts):
-            traced = study.trace(self.model, [prompts[i] for i in numbers], "layers.*.attention.pattern")
-            for row, i in enumerate(numbers):
-                found[i] = traced.row(row)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        traces = study.trace_each(self.model, [prompts[i] for i in order], "layers.*.attention.pattern")
+        for i, traced in zip(order, traces, strict=True):
+            found[i] = traced
         return found, sum(own[f"layers.{self.last}.attention.pattern"].square().mean().item() for own in found)
 
     def collect(self) -> tuple[Any, float]:

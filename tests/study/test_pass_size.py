@@ -1,5 +1,8 @@
 """How many tokens run together: the estimate bounds what a pass takes, and is not far above it."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,12 +55,20 @@ def test_free_memory_is_less_than_all_of_it():
 def test_passes_have_all_texts_once_and_are_bounded(lengths, most):
     passes = list(pass_size.split_passes(lengths, most))
     assert [i for own in passes for i in own] == list(range(len(lengths)))
-    for own, following in zip(passes, [*passes[1:], None], strict=True):
-        taken = [lengths[i] for i in own]
-        held = len(taken) * max(taken)
-        assert held <= most or len(taken) == 1
-        if following and held < most // 4:  # it ends for want of room alone
-            assert (len(taken) + 1) * max(*taken, lengths[following.start]) > most
+    for own in passes:
+        assert len(own) * max(lengths[i] for i in own) <= most or len(own) == 1
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(60, 400))
+def test_no_other_passes_take_less(lengths, most):
+    def taken(passes: list[range]) -> float:
+        held = [len(own) * max(lengths[i] for i in own) for own in passes]
+        return sum(held) + pass_size.EACH_PASS * len(held) if max(held) <= most else math.inf
+
+    n = len(lengths)
+    inner = [cut for k in range(n) for cut in itertools.combinations(range(1, n), k)]
+    possible = [[range(*pair) for pair in itertools.pairwise((0, *cut, n))] for cut in inner]
+    assert taken(list(pass_size.split_passes(lengths, most))) == min(map(taken, possible))
 
 
 def test_sorted_texts_are_padded_little():

@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -355,6 +356,57 @@ def test_other_names_are_gone_before_the_pass_ends(name):
 RAGGED = [[5, 6, 7, 8, 9], [1], [11, 12, 13]]
 
 
+@pytest.fixture
+def ran() -> tuple[Transformer, list[int]]:
+    """A model of four layers, and the numbers of those that run."""
+    model, numbers = random_model(replace(ARGS, n_layers=4), seed=0), []
+    for i, block in enumerate(model.layers):
+        block.attention.wq.register_forward_hook(lambda *_, i=i: numbers.append(i))
+    return model, numbers
+
+
+@pytest.mark.parametrize(
+    ("names", "n_layers"),
+    [
+        ("embedding", 0),
+        ("layers.0.ffn.up", 1),
+        (["layers.2.residual_pre", "layers.1.attention.pattern"], 3),
+        ("layers.*.attention.v", 4),
+        (["embedding", "norm"], 4),
+        ("logits", 4),
+    ],
+)
+@pytest.mark.parametrize("lengths", [[5, 5], [4, 7]], ids=["one length", "padded"])
+def test_layers_after_the_last_name_are_not_run(ran, names, n_layers, lengths):
+    model, numbers = ran
+    texts = [ids(1, length)[0] for length in lengths]
+    found = study.trace(model, texts, names)
+    assert numbers == list(range(n_layers))
+    whole = study.trace(model, texts)
+    assert numbers[n_layers:] == [0, 1, 2, 3]
+    assert all(torch.equal(found[name], whole[name]) for name in found)
+
+
+def test_what_others_watch_is_run_too(ran):
+    model, numbers = ran
+    with study.recording(model, "layers.2.ffn.up") as others:
+        study.trace(model, ids(1, 5), "embedding")
+    assert others.trace["layers.2.ffn.up"].shape[1] == 5
+    shown = []
+    with study.patch(model, {"layers.1.residual_post": lambda value: shown.append(value) or value}):
+        study.trace(model, ids(1, 5), "embedding")
+    assert len(shown) == 1
+    assert numbers == [0, 1, 2, 0, 1]
+
+
+def test_a_text_that_goes_on_is_run_through_all_layers(ran):
+    model, _ = ran
+    cache = new_cache(model, 1, 20)
+    study.trace(model, ids(1, 5), "embedding", cache=cache)
+    following = torch.cat([ids(1, 5), ids(1, 3)], 1)
+    torch.testing.assert_close(model(ids(1, 3), cache), model(following)[:, 5:])
+
+
 @pytest.mark.parametrize("scheme", [None, "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_texts_of_different_lengths_are_as_each_alone(dtype, scheme):
@@ -378,6 +430,18 @@ def test_texts_of_different_lengths_are_as_each_alone(dtype, scheme):
     assert repr(together.row(-1)) == repr(alone) == f"Trace({len(alone)} activations of 1 × 3 tokens)"
     with pytest.raises(RequestError, match="row is 3, expected a whole number from 0 to 2"):
         together.row(3)
+
+
+def test_many_texts_are_traced_in_turn_a_few_in_memory(model, monkeypatch):
+    monkeypatch.setattr("llama_ref.study.pass_size.PASS_TOKENS", 40)
+    texts = [[(7 * i + j) % ARGS.vocab_size for j in range(1 + i * 5 % 13)] for i in range(30)]
+    kept, most = [], 0
+    for text, traced in zip(texts, study.trace_each(model, texts, "layers.*.residual_post"), strict=True):
+        assert traced.tokens.tolist() == [text]
+        torch.testing.assert_close(dict(traced), dict(study.trace(model, text, "layers.*.residual_post")))
+        kept.append(weakref.ref(traced["layers.0.residual_post"].untyped_storage()))
+        most = max(most, len({id(storage) for ref in kept if (storage := ref()) is not None}))
+    assert most <= 2, "a pass and the one before"
 
 
 def test_texts_of_different_lengths_go_on_from_a_cache(model):

@@ -73,7 +73,7 @@ def watch_patterns(
     They are float32 (H, T, T); those of cross-attention layers (H, T, vision tokens).
     """
     with torch.no_grad(), attached(model, _Watch(see, layers)):
-        Batch.of(model, list(row.cpu()), images).hidden(model)
+        Batch.of(model, list(row.cpu()), images).show(model)
 
 
 class _Watch:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST_BLOCK = 32 << 20  # the most that glibc takes for M_MMAP_THRESHOLD
-KEPT = 64 << 20
+KEPT = 256 << 20
 
 # Reading quantized weights is 7 to 15 % faster from huge pages. Mapped files have them if the file
 # system does. KV caches must not: they would take all their memory at the first token.
@@ -43,11 +43,11 @@ def give_back_memory() -> None:
 
 
 def keep_scratch_memory() -> bool:
-    """Let glibc keep up to 64 MB of freed memory for reuse from now on; True if it does.
+    """Let glibc keep up to 256 MB of freed memory for reuse from now on; True if it does.
 
-    After some thousand tokens, attention needs a few MB of scratch memory. By default glibc returns these
-    at once, and the system clears them again for the next layer: after 32k tokens that took longer than
-    the attention itself.
+    A prompt's layers need some MB of scratch memory each. By default glibc may return these at once, and the
+    system clears them again for the next layer: a tenth of a 1B's prefill in bfloat16, and after 32k tokens
+    more time than the attention of a decode step.
     """
     option = _of_glibc("mallopt")
     return option is not None and option(M_MMAP_THRESHOLD, LARGEST_BLOCK) == option(M_TRIM_THRESHOLD, KEPT) == 1

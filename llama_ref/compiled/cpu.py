@@ -26,7 +26,6 @@ from llama_ref.compiled.forward import CompiledForward, install
 from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, materialize
 from llama_ref.compiled.int8_layout import PIECE, PiecewiseInt8Linear, in_pieces
 from llama_ref.errors import RequestError
-from llama_ref.memory import keep_scratch_memory
 from llama_ref.model import Context, Transformer, TransformerBlock, rotate
 from llama_ref.onednn import onednn_for
 from llama_ref.parallel.pipeline import LogitsForAll
@@ -70,9 +69,8 @@ def compile_decode(model: Transformer) -> None:
     """Make a model's decode steps faster, in place; on a CPU those of one row.
 
     Compiling takes some seconds, fewer if PyTorch's cache on disk has it from an earlier run. If it
-    fails, for example without a C++ compiler, the model stays unchanged and a warning is logged. From
-    then on the process keeps up to 64 MB of freed memory (memory.py). Raises RequestError for a model
-    that is split among processes, or on neither a CPU nor CUDA.
+    fails, for example without a C++ compiler, the model stays unchanged and a warning is logged. Raises
+    RequestError for a model that is split among processes, or on neither a CPU nor CUDA.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # lazily: importing the compiler takes a second
     from torch._inductor.exc import InductorError
@@ -107,8 +105,6 @@ def compile_decode(model: Transformer) -> None:
             if isinstance(module, PlanarInt4Linear):
                 module.matrix = int4_layout.matrix
         logger.warning("cannot compile the decode step here (%s): decoding stays uncompiled", str(error).splitlines()[0])
-    else:
-        keep_scratch_memory()
 
 
 def _own(function: Callable) -> Callable:

@@ -110,15 +110,15 @@ def trace(
     """Run ids (B, T), or a list of them, and keep the activations that the names match.
 
     Names may be globs. A list of lists may have texts of different lengths, which do not see their
-    padding. Layers after the last name are not run, and logits are computed only if asked for. `images` stand where the ids have the model's
-    `image_id`: a list for one text, a list of lists for several, of paths, files' bytes or Pillow
-    images. With a `cache` the tokens continue its text, and it grows. `requires_grad` keeps the graph:
-    `torch.autograd.grad` of a value made from the trace reaches every activation before it; values at
-    padding then stay as they were computed. With frozen weights the graph starts at the first of the
-    names; through quantized matrices gradients flow as if they were not (gradients.py). Raises
-    RequestError for names that match nothing, ids outside the vocabulary, a cache that is too small, or
-    images with gradients or a cache. Under torchrun all processes must call it alike; each gets the
-    whole trace, without gradients.
+    padding. Layers after the last name are not run, and logits are computed only if asked for. `images`
+    stand where the ids have the model's `image_id`: a list for one text, a list of lists for several, of
+    paths, files' bytes or Pillow images. With a `cache` the tokens continue its text, and it grows.
+    `requires_grad` keeps the graph: `torch.autograd.grad` of a value made from the trace reaches every
+    activation before it; values at padding then stay as they were computed. With frozen weights the graph
+    starts at the first of the names; through quantized matrices gradients flow as if they were not
+    (gradients.py). Raises RequestError for names that match nothing, ids outside the vocabulary, a cache
+    that is too small, or images with gradients or a cache. Under torchrun all processes must call it
+    alike; each gets the whole trace, without gradients.
     """
     (check_model if requires_grad else check_part)(model)
     args = division_of(model).args

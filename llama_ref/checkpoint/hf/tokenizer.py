@@ -1,6 +1,7 @@
 """Read and write Hugging Face's `tokenizer.json` of a Llama 3 vocabulary."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,8 @@ def _byte_alphabet() -> list[str]:
 
 
 CHARACTER_OF = _byte_alphabet()
-BYTE_OF = {character: byte for byte, character in enumerate(CHARACTER_OF)}
+OUTSIDE = "\uffff"  # of the alphabet, and of Latin-1
+TO_LATIN_1 = dict.fromkeys(range(256), OUTSIDE) | {ord(character): chr(byte) for byte, character in enumerate(CHARACTER_OF)}
 
 SPLIT_STEP = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
 BYTE_LEVEL_STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -53,11 +55,12 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     merges = _merges(path, model, vocab, spelled)
     added_tokens = _added_tokens(path, document.get("added_tokens", []), vocab)
 
-    merged = {left + right for left, right in merges}
+    both = added_tokens.keys() & vocab.keys()
+    merged = set(merges.values()) if both else set()
     ranks = {}
     for text, token_id in vocab.items():
         token = spelled[text]
-        if text in added_tokens and (not token or (len(token) > 1 and token not in merged)):
+        if text in both and (not token or (len(token) > 1 and token not in merged)):
             continue  # an added token that is also in the vocab
         if not token:
             raise _refused(path, f"has the token {text!r}, which is not written in the byte-level alphabet")
@@ -109,33 +112,37 @@ def _vocab(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
     return vocab
 
 
-def _merges(path: Path, model: Mapping[str, Any], vocab: Mapping[str, int], spelled: Mapping[str, bytes | None]) -> list[Merge]:
-    """The merges, which are pairs or, in older files, two words in one string; `spelled` are the bytes of the vocab."""
+def _merges(
+    path: Path, model: Mapping[str, Any], vocab: Mapping[str, int], spelled: Mapping[str, bytes | None]
+) -> dict[Merge, bytes]:
+    """The merges, which are pairs or, in older files, two words in one string, with the token that each makes.
+
+    `spelled` are the bytes of the vocab.
+    """
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise _refused(path, 'has no list "merges"')
-    pairs: list[Merge] = []
+    pairs: dict[Merge, bytes] = {}
     last_id = -1
     for number, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
             raise _refused(path, f"has {_shown(merge)} as merge {number}, which is not a pair of tokens")
         first, second = pair
-        merged = first + second
-        if first not in vocab or second not in vocab or merged not in vocab:
-            unknown = next(text for text in (first, second, merged) if text not in vocab)
-            raise _refused(path, f"has {_shown(merge)} as merge {number}, but {unknown!r:.80} is not in its vocab")
-        left, right = spelled[first], spelled[second]
-        if not left or not right:
-            raise _refused(path, f"has {_shown(merge)} as merge {number}, which is not in the byte-level alphabet")
-        merged_id = vocab[merged]
+        text = first + second
+        left, right, merged = spelled.get(first), spelled.get(second), spelled.get(text)
+        if not left or not right or not merged:
+            unknown = next((each for each in (first, second, text) if each not in vocab), None)
+            fault = "which is not in the byte-level alphabet" if unknown is None else f"but {unknown!r:.80} is not in its vocab"
+            raise _refused(path, f"has {_shown(merge)} as merge {number}, {fault}")
+        merged_id = vocab[text]
         if merged_id < last_id:
             raise _refused(
                 path,
                 f"has token {merged_id} as merge {number}, after token {last_id}: its ids are not in merge order",
             )
         last_id = merged_id
-        pairs.append((left, right))
+        pairs[left, right] = merged
     return pairs
 
 
@@ -160,7 +167,7 @@ def _added_tokens(path: Path, entries: object, vocab: Mapping[str, int]) -> dict
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _check_merges(path: Path, merges: list[Merge], ranks: Mapping[bytes, int]) -> None:
+def _check_merges(path: Path, merges: Mapping[Merge, bytes], ranks: Mapping[bytes, int]) -> None:
     """Raise CheckpointError if merging by these pairs and by rank encode any text differently.
 
     Merging by rank joins any two neighbours that together are a token; the file joins only listed
@@ -168,9 +175,11 @@ def _check_merges(path: Path, merges: list[Merge], ranks: Mapping[bytes, int]) -
     listed pair. Nothing was merged across the ends of a + b, so the bytes of a + b alone also end
     up as a, b. It is therefore enough to merge each token's own bytes.
     """
-    priorities = {pair: ranks[pair[0] + pair[1]] for pair in merges}
+    listed = Counter([merged for (left, right), merged in merges.items() if left in ranks and right in ranks])
+    priorities: dict[Merge, int] = {}
     for token in ranks:
-        if any(split not in priorities for split in splits(token, ranks)):
+        if listed[token] != len(splits(token, ranks)):
+            priorities = priorities or {pair: ranks[merged] for pair, merged in merges.items()}
             parts = _merge_alone(token, priorities)
             if len(parts) == 2:
                 left, right = (_to_text(part) for part in parts)
@@ -189,19 +198,16 @@ def _merge_alone(token: bytes, priorities: Mapping[Merge, int]) -> list[bytes]:
     return parts
 
 
-def splits(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[Merge]:
+def splits(token: bytes, ranks: Mapping[bytes, int]) -> list[Merge]:
     """All pairs of tokens that join to this token."""
-    for i in range(1, len(token)):
-        left, right = token[:i], token[i:]
-        if left in ranks and right in ranks:
-            yield left, right
+    return [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
 
 
 def _to_bytes(text: str) -> bytes | None:
     """The bytes that `text` spells in the byte-level alphabet; None if it is not in it."""
     try:
-        return bytes([BYTE_OF[character] for character in text])
-    except KeyError:
+        return text.translate(TO_LATIN_1).encode("latin-1")
+    except UnicodeEncodeError:
         return None
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from llama_ref.checkpoint.formats.safetensors import map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name, to_hf_rope
 from llama_ref.checkpoint.integrity import verify
 from llama_ref.checkpoint.loader import load_model
-from llama_ref.checkpoint.reader import Stored, is_tied, open_stored
+from llama_ref.checkpoint.reader import Stored, TensorSlice, is_tied, open_stored
 from llama_ref.checkpoint.shapes import OUTPUT, expected_shapes
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import split_dim
@@ -186,6 +187,25 @@ def folders(tmp_path) -> dict[str, Path]:
 def stored_in(folder: Path) -> Stored:
     opened = open_folder(folder)
     return open_stored(opened, opened.read_args())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("columns", [slice(None), slice(1024, 3072)], ids=["rows", "cut columns"])
+def test_a_copied_matrix_leaves_no_pages_of_its_file_in_memory(tmp_path, columns):
+    save_file({"w": torch.ones(8192, 4096, dtype=torch.bfloat16)}, tmp_path / "a.safetensors")  # 64 MB
+    mapped = map_safetensors(tmp_path / "a.safetensors")["w"]
+    target = torch.zeros_like(mapped[:, columns], memory_format=torch.contiguous_format)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what there is now
+    TensorSlice(mapped[:, columns], mapped).copy_to(target)
+    assert status("VmHWM") - before < 24 << 20
+    assert torch.equal(target, mapped[:, columns])
+
+
+def status(name: str) -> int:
+    """Bytes of this process's memory that the kernel tells under a name."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def test_every_form_gives_the_same_slices(folders):

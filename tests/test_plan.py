@@ -191,6 +191,8 @@ VISION = {
     "vision_n_global_layers": 1,
     "vision_kept_layers": [1, 2],
 }
+PIXELS = VISION | {"vision_chunk_size": 448, "vision_dim": 16, "vision_kept_layers": [], "dim": 64}
+MANY_STATES = VISION | {"vision_n_layers": 20, "vision_kept_layers": list(range(20)), "dim": 64}
 MANY_CROSS = VISION | {"n_layers": 8, "vision_num_cross_attention_layers": 8, "n_kv_heads": 8}
 HOT = {"temperature": 5.0, "top_p": 0.999}  # nothing is left out of the sort
 GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, how to generate
@@ -206,6 +208,8 @@ GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, ho
     "log-probabilities of the prompt": (LARGE_VOCABULARY, [500], 504, {"logprobs": True, "echo": True}),
     "an image and a long prompt": (VISION, [1000], 1004, {"images": [[noise(400, 400)]]}),
     "an image for many layers": (MANY_CROSS, [9], 13, {"images": [[noise(400, 400)]]}),
+    "an image of more pixels than states": (PIXELS, [9], 13, {"images": [[noise(900, 900)]]}),
+    "an image of many kept states": (MANY_STATES, [9], 13, {"images": [[noise(400, 400)]]}),
     "a large image and a short prompt": (VISION | {"vision_chunk_size": 448}, [9], 13, {"images": [[noise(900, 900)]]}),
 }
 

@@ -77,6 +77,8 @@ def main(
         raise RequestError(f"only has {unknown[0]!r}, expected some of {', '.join(TASKS)}")
     pythons = {"ours": sys.executable, "nnsight": nnsight, "transformer-lens": transformer_lens}
     pythons = {name: path for name, path in pythons.items() if path}
+    if missing := [path for path in pythons.values() if not Path(str(path)).is_file()]:
+        raise RequestError(f"{missing[0]} is no file, expected the Python of the peer's environment")
     print(f"{tokens} tokens of text, {prompts} prompts, float32, {threads} threads, torch {torch.__version__}")
     print(f"load of the machine before: {os.getloadavg()[0]:.1f}")
     print("seconds and extra megabytes, each the least of", repeats, "fresh processes; times ours\n", flush=True)

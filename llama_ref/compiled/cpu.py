@@ -8,7 +8,8 @@ takes their weights as arguments and compiles in seconds. Prompts and batches ru
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from threading import Thread
 from types import FunctionType
@@ -68,7 +69,7 @@ Norm = tuple[Tensor, float]  # weight, eps
 def compile_decode(model: Transformer) -> None:
     """Make a model's decode steps faster, in place; on a CPU those of one row.
 
-    Compiling takes some seconds, fewer if PyTorch's cache on disk has it from an earlier run. If it
+    Compiling takes some seconds (int4: half a minute), fewer if PyTorch's cache on disk has it. If it
     fails, for example without a C++ compiler, the model stays unchanged and a warning is logged. Raises
     RequestError for a model that is split among processes, or on neither a CPU nor CUDA.
     """
@@ -85,7 +86,19 @@ def compile_decode(model: Transformer) -> None:
         raise RequestError(f"compile works on the CPU and on CUDA, not on {device.type}; leave it out")
     if not _has_compiler():
         return logger.warning("no C++ compiler (c++, g++ or clang++) found: decoding stays uncompiled")
-    _probe_vectors()
+    with _vectors_probed():
+        _install_steps(model)
+        logger.info("compiling the decode step: some seconds, for int4 half a minute, fewer the next time")
+        try:
+            _warm_up(model)
+        except (BackendCompilerFailed, InductorError) as error:
+            _remove_steps(model)
+            cause = str(error).splitlines()[0]
+            logger.warning("cannot compile the decode step here (%s): decoding stays uncompiled", cause)
+
+
+def _install_steps(model: Transformer) -> None:
+    """Put in place what is compiled when it first runs, with the matrices in its layout."""
     unpack = torch.compile(_own(int4_layout.matrix), options=OPTIONS, dynamic=True)
     replace_matrices(model, Int4Linear, lambda matrix: PlanarInt4Linear(matrix, unpack))
     replace_matrices(model, Int8Linear, lambda matrix: PiecewiseInt8Linear(matrix) if in_pieces(matrix.shape[1]) else matrix)
@@ -95,16 +108,15 @@ def compile_decode(model: Transformer) -> None:
         if not any(isinstance(module, Fp8Linear) for module in block.modules()):  # for which there is no step
             install(block, forward=_FastBlock(block, step))
     install(model.output, forward=_FastOutput(model.output, head))
-    logger.info("compiling the decode step: some seconds, fewer the next time")
-    try:
-        _warm_up(model)
-    except (BackendCompilerFailed, InductorError) as error:
-        for module in (*model.layers, model.output):
-            vars(module).pop("forward", None)
-        for module in model.modules():
-            if isinstance(module, PlanarInt4Linear):
-                module.matrix = int4_layout.matrix
-        logger.warning("cannot compile the decode step here (%s): decoding stays uncompiled", str(error).splitlines()[0])
+
+
+def _remove_steps(model: Transformer) -> None:
+    """Compute as model.py does, with matrices in the layout that they have by now."""
+    for module in (*model.layers, model.output):
+        vars(module).pop("forward", None)
+    for module in model.modules():
+        if isinstance(module, PlanarInt4Linear):
+            module.matrix = int4_layout.matrix
 
 
 def _own(function: Callable) -> Callable:
@@ -116,13 +128,20 @@ def _own(function: Callable) -> Callable:
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
-def _probe_vectors() -> None:
-    """Let Inductor detect vector instructions in the background: it starts processes and waits for them."""
+@contextmanager
+def _vectors_probed() -> Iterator[None]:
+    """Let Inductor detect vector instructions beside the block: it starts processes and waits for them."""
     try:
         from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-    except ImportError:
-        return  # another version: it detects them when needed
-    Thread(target=valid_vec_isa_list, daemon=True).start()
+    except ImportError:  # another version: it detects them when needed
+        yield
+        return
+    probing = Thread(target=valid_vec_isa_list, daemon=True)
+    probing.start()
+    try:
+        yield
+    finally:
+        probing.join()
 
 
 def _warm_up(model: Transformer) -> None:

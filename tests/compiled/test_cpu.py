@@ -1,7 +1,11 @@
 """The compiled decode step gives what the plain one gives, on full, eight-bit and four-bit weights."""
 
+import threading
+import time
+
 import pytest
 import torch
+import torch._inductor.cpu_vec_isa
 
 import random_models
 from llama_ref.args import ModelArgs
@@ -122,6 +126,15 @@ def test_compiled_products_of_metas_int4_releases_round_their_inputs(fresh_compi
     assert n_compiled() == 1
     # An input that is rounded the other way, for a sum in another order, moves results by a 25th of what rounding does.
     assert (found - expected).std() < (exact - expected).std() / 10
+
+
+def test_no_thread_outlives_the_call(monkeypatch):
+    """One that imports modules in the background would add loggers while pytest looks at all of them."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch._inductor.cpu_vec_isa, "valid_vec_isa_list", lambda: time.sleep(0.5))
+    before = set(threading.enumerate())
+    compile_decode(random_model(torch.float32))
+    assert set(threading.enumerate()) <= before
 
 
 @torch._dynamo.config.patch(recompile_limit=1)

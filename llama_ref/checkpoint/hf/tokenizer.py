@@ -176,11 +176,9 @@ def _check_merges(path: Path, merges: Mapping[Merge, bytes], ranks: Mapping[byte
     up as a, b. It is therefore enough to merge each token's own bytes.
     """
     listed = Counter([merged for (left, right), merged in merges.items() if left in ranks and right in ranks])
-    priorities: dict[Merge, int] = {}
     for token in ranks:
         if listed[token] != len(splits(token, ranks)):
-            priorities = priorities or {pair: ranks[merged] for pair, merged in merges.items()}
-            parts = _merge_alone(token, priorities)
+            parts = _merge_alone(token, merges, ranks)
             if len(parts) == 2:
                 left, right = (_to_text(part) for part in parts)
                 raise _refused(
@@ -189,10 +187,10 @@ def _check_merges(path: Path, merges: Mapping[Merge, bytes], ranks: Mapping[byte
                 )  # fmt: skip
 
 
-def _merge_alone(token: bytes, priorities: Mapping[Merge, int]) -> list[bytes]:
+def _merge_alone(token: bytes, merges: Mapping[Merge, bytes], ranks: Mapping[bytes, int]) -> list[bytes]:
     """The tokens that a token's own bytes are merged into."""
     parts = [token[i : i + 1] for i in range(len(token))]
-    while candidates := [(priorities[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in priorities]:
+    while candidates := [(ranks[merges[pair]], i) for i, pair in enumerate(pairwise(parts)) if pair in merges]:
         _, i = min(candidates)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts

@@ -42,15 +42,16 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def keep_scratch_memory() -> bool:
-    """Let glibc keep up to 256 MB of freed memory for reuse from now on; True if it does.
+def keep_scratch_memory() -> None:
+    """Let glibc keep up to 256 MB of freed memory for reuse from now on; does nothing with other C libraries.
 
     A prompt's layers need some MB of scratch memory each. By default glibc may return these at once, and the
     system clears them again for the next layer: a tenth of a 1B's prefill in bfloat16, and after 32k tokens
     more time than the attention of a decode step.
     """
-    option = _of_glibc("mallopt")
-    return option is not None and option(M_MMAP_THRESHOLD, LARGEST_BLOCK) == option(M_TRIM_THRESHOLD, KEPT) == 1
+    if option := _of_glibc("mallopt"):
+        option(M_MMAP_THRESHOLD, LARGEST_BLOCK)
+        option(M_TRIM_THRESHOLD, KEPT)
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

@@ -132,6 +132,8 @@ def check_part(model: Transformer) -> None:
     if not isinstance(model, Transformer):
         hint = ": pass its .model" if isinstance(getattr(model, "model", None), Transformer) else ""
         raise RequestError(f"model is of type {type(model).__name__}, expected a llama_ref Transformer{hint}")
+    if model in _attached:
+        return  # looked at before
     is_split = any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules())
     if is_split and not division_of(model).job.is_parallel:  # nobody has said of what it is a part
         raise RequestError(SPLIT)

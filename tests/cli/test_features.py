@@ -33,6 +33,11 @@ def autoencoder(tmp_path_factory) -> str:
     return str(feature_folders.sparsify(tmp_path_factory.mktemp("features"), 32, 64, k=3).path)
 
 
+@pytest.fixture(scope="module")
+def transcoder(tmp_path_factory) -> str:
+    return str(feature_folders.cross_layer(tmp_path_factory.mktemp("transcoder"), 32, 48, 2).path)
+
+
 def test_features_at_each_token(run, tiny, autoencoder):
     code, out, err = run(tiny, autoencoder, "abc", "--dtype", "float32", "--top", "2")
     assert (code, err) == (0, "")
@@ -79,11 +84,44 @@ def test_the_best_contexts_in_a_file(run, tiny, autoencoder, tmp_path):
     assert context["tokens"][context["at"]]["value"] == context["value"]
 
 
+def test_all_layers_of_a_cross_layer_transcoder(run, tiny, transcoder, tmp_path):
+    llama = Llama.build(tiny, dtype="float32")
+    opened, tokens = study.open_cross_layer(transcoder), llama.encode("abc")
+    values = opened.encode(study.trace(llama.model, tokens, opened.reads))
+    code, out, err = run(tiny, transcoder, "abc", "--dtype", "float32", "--json")
+    found = parsed(out)
+    assert (code, err, found["reads"], found["writes"]) == (0, "", list(opened.reads), list(opened.writes))
+    assert found["n_features"] == 2 * 48
+    for position, token in enumerate(found["tokens"]):
+        fired = [(each["layer"], each["feature"], each["value"]) for each in token["features"]]
+        expected = [(layer, i, float(own[0, position, i])) for layer, own in enumerate(values) for i in range(48)]
+        expected = [(layer, i, pytest.approx(value, abs=1e-5)) for layer, i, value in expected if value]
+        assert sorted(fired) == expected and {layer for layer, _, _ in fired} == {0, 1}
+        assert fired == sorted(fired, key=lambda each: -abs(each[2])), "the strongest of all layers first"
+    code, out, _ = run(tiny, transcoder, "abc", "--dtype", "float32", "--top", "1", "--out", str(tmp_path / "page.html"))
+    strongest = [token["features"][0] for token in found["tokens"]]
+    shown = re.findall(r"@\d +\d+ +(\d+):(\d+) [\d.]+ *$", out, re.MULTILINE)
+    assert shown == [(str(each["layer"]), str(each["feature"])) for each in strongest]
+    assert "96 features of layers.0.ffn.norm to layers.1.ffn.norm, which make layers.0.ffn.output to" in " ".join(out.split())
+    first = parsed(run(tiny, f"{transcoder}/W_enc_0.safetensors", "abc", "--json")[1])
+    assert (first["reads"], first["n_features"]) == (opened.reads[0], 48), "a file is of its layer"
+    label = f"{strongest[0]['layer']}:{strongest[0]['feature']}"
+    assert f'"{label}":[[0,' in (tmp_path / "page.html").read_text()
+    file = tmp_path / "texts.txt"
+    file.write_text("abc")
+    code, out, _ = run(tiny, transcoder, "--contexts", str(file), "--feature", label, "--dtype", "float32", "--json")
+    contexts = parsed(out)
+    assert contexts["reads"] == opened.reads[strongest[0]["layer"]]
+    [context] = contexts["features"][0]["contexts"]
+    assert context["tokens"][0]["value"] == pytest.approx(strongest[0]["value"], abs=1e-5)
+    assert run(tiny, transcoder, "--contexts", str(file), "--feature", f"{label},{label[0]}:0", "--json")[0] == 0
+
+
 def test_a_page_with_features(run, tiny, autoencoder, tmp_path):
     page = tmp_path / "page.html"
     code, _, err = run(tiny, autoencoder, "abc", "--out", str(page))
     assert code == 0 and err.endswith(f"wrote {page}: open it in a browser\n")
-    assert '"reads":"layers.1.residual_post"' in page.read_text()
+    assert '"where":"layers.1.residual_post"' in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -98,6 +136,14 @@ def test_a_page_with_features(run, tiny, autoencoder, tmp_path):
         ),
         (("{}", "{sae}", "--contexts", "{}/params.json", "--feature", "-1"), "--feature is '-1', expected a number"),
         (("{}", "{sae}", "--contexts", "/no", "--feature", "1"), "cannot read /no"),
+        (("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "0:1,1:2"), "--feature is '0:1,1:2', of several layers"),
+        (("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "0:1", "--layer", "1"), "--feature is '0:1', of several"),
+        (
+            ("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "1"),
+            "{clt} has features of each layer: say which layer's, such as",
+        ),
+        (("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "0:1:2"), "--feature is '0:1:2', expected a number"),
+        (("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "2:1"), "cannot read {clt}/W_enc_2.safetensors"),
         (("{}", "{sae}", "abc", "--top", "0"), "--top is 0"),
         (("{}", "{sae}", "abc", "--layer", "0"), "is not clear: the caller says 0, but the folder's name says 1"),
         (("{}", "{sae}", ""), "prompt is empty"),
@@ -106,11 +152,11 @@ def test_a_page_with_features(run, tiny, autoencoder, tmp_path):
         (("nowhere-at-all", "{sae}", "abc"), "nowhere-at-all"),
     ],
 )
-def test_misuse_is_a_line(run, tiny, autoencoder, tmp_path, words, message):
-    wide = feature_folders.sparsify(tmp_path, 48, 96).path
-    code, out, err = run(
-        *(word.replace("{}", tiny).replace("{sae}", autoencoder).replace("{wide}", str(wide)) for word in words)
-    )
+def test_misuse_is_a_line(run, tiny, autoencoder, transcoder, tmp_path, words, message):
+    wide = str(feature_folders.sparsify(tmp_path, 48, 96).path)
+    places = {"{}": tiny, "{sae}": autoencoder, "{clt}": transcoder, "{wide}": wide}
+    message, *words = (re.sub(r"{\w*}", lambda found: places[found[0]], word) for word in (message, *words))
+    code, out, err = run(*words)
     assert (code in (1, 2), out) == (True, "")
     assert re.match(f"llama-ref: .*{message}", err) and err.count("\n") == 1
 

@@ -1,5 +1,6 @@
 """`llama-ref features`."""
 
+import re
 from dataclasses import replace
 from typing import Annotated
 
@@ -17,11 +18,16 @@ def features(
     prompt: Annotated[str | None, Flag("text for the model to read", unset="with --contexts", read=text_word)] = None,
     *,
     top: Annotated[int, Flag("features to show at each token, or contexts of each feature")] = 5,
-    feature: Annotated[str | None, Flag("whose contexts to find: a number, or several such as 12,345", metavar="N")] = None,
+    feature: Annotated[
+        str | None,
+        Flag("whose contexts to find: a number, or several such as 12,345; 3:12 is of layer 3", metavar="N"),
+    ] = None,
     contexts: Annotated[
         str | None, Flag("find where --feature fires in the texts of this file, one a line", metavar="FILE")
     ] = None,
-    layer: Annotated[int | None, Flag("layer of the features", unset="as their files say")] = None,
+    layer: Annotated[
+        int | None, Flag("layer of the features", unset="as their files say; all of a cross-layer transcoder")
+    ] = None,
     site: Annotated[
         str | None,
         Flag("what they are of: residual_post, attention, ffn, transcoder …", unset="as their files say"),
@@ -45,26 +51,34 @@ def features(
     from llama_ref.study.features.contexts import top_contexts
     from llama_ref.study.features.edits import chosen_features
     from llama_ref.study.features.firing import firing
-    from llama_ref.study.features.opening import open_features
+    from llama_ref.study.features.opening import is_cross_layer, open_cross_layer, open_features
     from llama_ref.study.inputs import prompt_tokens
     from llama_ref.study.prompt_file import read_prompts
 
     _check(prompt, feature, contexts, out, top)
     check_outputs(out)
-    prompts = [] if contexts is None else read_prompts(contexts)
-    opened = open_features(dictionary, layer=layer, site=site, k=k)
-    opened.check_args(open_folder(name).read_args())
-    chosen = [] if feature is None else chosen_features(opened, _numbers(feature))
-    llama = open_to_study(name, loading, prompt=prompt)
-    if contexts is not None:
+    args = open_folder(name).read_args()
+    if contexts is not None and feature is not None:
+        prompts = read_prompts(contexts)
+        layer, numbers = _chosen(feature, layer)
+        if layer is None and is_cross_layer(dictionary):
+            raise RequestError(f"{dictionary} has features of each layer: say which layer's, such as --feature 3:{numbers[0]}")
+        opened = open_features(dictionary, layer=layer, site=site, k=k)
+        opened.check_args(args)
+        chosen = chosen_features(opened, numbers)
+        llama = open_to_study(name, loading)
         texts = [prompt_tokens(llama, text, f"text {i}", special_tokens=special_tokens) for i, text in enumerate(prompts, 1)]
         with progress_bar("reading") as progress:
             found = top_contexts(opened, chosen, texts, model=llama.model, n=top, progress=progress)
         print_contexts(opened, found, llama.tokenizer, as_json=json)
         return
     assert prompt is not None
+    all_layers = layer is None and is_cross_layer(dictionary)
+    features = open_cross_layer(dictionary, site=site) if all_layers else open_features(dictionary, layer=layer, site=site, k=k)
+    features.check_args(args)
+    llama = open_to_study(name, loading, prompt=prompt)
     tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
-    fired = firing(llama.model, opened, tokens)
+    fired = firing(llama.model, features, tokens)
     if out is not None:
         write_page(replace(overview_of(llama, tokens, None, 5), features=fired), llama, name, out)
     print_firing(fired, llama.tokenizer, top, as_json=json)
@@ -82,9 +96,18 @@ def _check(prompt: str | None, feature: str | None, contexts: str | None, out: s
         raise RequestError(f"--top is {top}, expected a whole number from 1")
 
 
-def _numbers(word: str) -> list[int]:
-    """Read --feature. Raises RequestError."""
-    parts = word.split(",")
-    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise RequestError(f"--feature is {word!r:.60}, expected a number, or several such as 12,345")
-    return [int(part) for part in parts]
+def _chosen(word: str, layer: int | None) -> tuple[int | None, list[int]]:
+    """Read --feature: the layer, if it or --layer says one, and the features. Raises RequestError."""
+    layers, numbers = [], []
+    for part in word.split(","):
+        found = re.fullmatch(r"(?:(\d{1,3}):)?(\d{1,9})", part, re.ASCII)
+        if not found:
+            raise RequestError(
+                f"--feature is {word!r:.60}, expected a number, or several such as 12,345; of a cross-layer transcoder a layer"
+                " and a number, such as 3:12"
+            )
+        layers.append(layer if found[1] is None else int(found[1]))
+        numbers.append(int(found[2]))
+    if len({layer, *layers} - {None}) > 1:
+        raise RequestError(f"--feature is {word!r:.60}, of several layers: look for those of one layer at a time")
+    return layers[0], numbers

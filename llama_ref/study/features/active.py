@@ -1,6 +1,8 @@
 """Features that fire, as a list: few of many do."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,6 +27,14 @@ class Active:
         order = values.abs().argsort(descending=True, stable=True)
         order = order[tokens[order].argsort(stable=True)]
         return cls(tokens[order], features[order], values[order], n_tokens, n_features)
+
+    @classmethod
+    def together(cls, parts: Sequence["Active"]) -> "Active":
+        """Those of several dictionaries at the same tokens; a dictionary's features are numbered behind the one's before."""
+        starts = [0, *accumulate(part.n_features for part in parts)]
+        numbers = [part.features + start for part, start in zip(parts, starts, strict=False)]
+        tokens, values = (torch.cat(own) for own in ([part.tokens for part in parts], [part.values for part in parts]))
+        return cls.of(tokens, torch.cat(numbers), values, parts[0].n_tokens, starts[-1])
 
     def dense(self) -> Tensor:
         """All features of every token: float32 (n_tokens, n_features)."""

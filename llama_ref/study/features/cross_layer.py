@@ -24,11 +24,15 @@ class CrossLayerTranscoder:
 
     `layers` has each layer's Features, which can be edited as any other. `biases` are the outputs'
     (D,), or None. `reads` and `writes` are the activations' names, one a layer; `len` is the number of
-    all features.
+    all features. `path` and `form` say where they are from.
     """
 
     def __init__(self, layers: Sequence[Features], biases: Sequence[Tensor | None], *, path: Path):
         self.layers, self.biases, self.path = tuple(layers), tuple(biases), path
+
+    @property
+    def form(self) -> str:
+        return self.layers[0].form
 
     @property
     def reads(self) -> tuple[str, ...]:

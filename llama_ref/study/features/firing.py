@@ -1,12 +1,15 @@
 """Which features of a dictionary fire at each token of a text."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
 from llama_ref.model import Transformer
 from llama_ref.study.features.active import Active
+from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
 from llama_ref.study.inputs import one_row
 from llama_ref.study.trace import trace
@@ -14,19 +17,58 @@ from llama_ref.study.trace import trace
 
 @dataclass(frozen=True)
 class Firing:
-    """A text's ids and the features that fire at them. `name`, `form`, `reads` and `writes` are the dictionary's."""
+    """A text's ids and the features that fire at them. `name`, `form`, `reads` and `writes` are the dictionary's.
+
+    `sizes`, of a cross-layer transcoder: the number of features of each layer. `active` numbers them
+    through, layer by layer.
+    """
 
     tokens: list[int]
     active: Active
     name: str
     form: str
-    reads: str
+    reads: tuple[str, ...]
     writes: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
+
+    def place(self, feature: int) -> tuple[int | None, int]:
+        """The layer of a feature of a cross-layer transcoder, else None, and its number there."""
+        if not self.sizes:
+            return None, feature
+        starts = [0, *accumulate(self.sizes)]
+        layer = bisect_right(starts, feature) - 1
+        return layer, feature - starts[layer]
+
+    def label(self, feature: int) -> str:
+        """A feature as it is shown: "12"; "3:12" is of layer 3."""
+        layer, number = self.place(feature)
+        return f"{number}" if layer is None else f"{layer}:{number}"
+
+    @property
+    def legend(self) -> str:
+        """What a label with a layer means; nothing where there is none."""
+        return "3:12 is feature 12 of layer 3." if self.sizes else ""
+
+    @property
+    def where(self) -> str:
+        """What is read, and what is made of it, in words."""
+        reads = _span(self.reads)
+        return reads if self.writes == self.reads else f"{reads}, which make {_span(self.writes)}"
 
 
-def firing(model: Transformer, features: Features, tokens: Sequence[int] | Tensor) -> Firing:
+def firing(model: Transformer, features: Features | CrossLayerTranscoder, tokens: Sequence[int] | Tensor) -> Firing:
     """Run a text's ids, and encode what the features read. Raises RequestError."""
     features.check(model)
     row = one_row(model, tokens)
-    active = features.active(trace(model, row, features.reads))
-    return Firing(row[0].tolist(), active, features.path.name, features.form, features.reads, features.writes)
+    if isinstance(features, CrossLayerTranscoder):
+        reads, sizes = features.reads, tuple(map(len, features.layers))
+        active = Active.together(features.active(trace(model, row, reads)))
+    else:
+        reads, sizes = (features.reads,), ()
+        active = features.active(trace(model, row, features.reads))
+    return Firing(row[0].tolist(), active, features.path.name, features.form, reads, features.writes, sizes)
+
+
+def _span(names: Sequence[str]) -> str:
+    """One name, or the first and the last of a layer each."""
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

@@ -11,7 +11,14 @@ from llama_ref.study.features.formats.dictionary_learning import read_dictionary
 from llama_ref.study.features.formats.goodfire import read_goodfire
 from llama_ref.study.features.formats.llama_scope import read_llama_scope
 from llama_ref.study.features.formats.sparsify import read_sparsify
-from llama_ref.study.features.formats.transcoders import CONFIG, LAYER, read_all_layers, read_cross_layer, read_transcoder
+from llama_ref.study.features.formats.transcoders import (
+    CONFIG,
+    ENCODER,
+    LAYER,
+    read_all_layers,
+    read_cross_layer,
+    read_transcoder,
+)
 from llama_ref.study.features.sites import claims_of
 
 MOST_LISTED = 6
@@ -51,13 +58,12 @@ def open_features(
     pickles = [where] if not where.is_dir() and where.suffix in (".pth", ".pt") else _ending(where, (".pth", ".pt"))
     if len(pickles) == 1:
         return read_goodfire(pickles[0], claims)
-    files = _ending(folder, (".safetensors",))
-    if any(file.name.startswith("W_enc_") for file in files):
+    if named := (LAYER.fullmatch(where.name) or ENCODER.fullmatch(where.name)):
+        claims.layers["the file's name"] = int(named[1])
+    if is_cross_layer(folder):
         return read_cross_layer(folder, claims)
+    files = _ending(folder, (".safetensors",))
     if any(map(LAYER.fullmatch, (file.name for file in files))) or (folder / CONFIG).exists():
-        named = None if where.is_dir() else LAYER.fullmatch(where.name)
-        if named:
-            claims.layers["the file's name"] = int(named[1])
         return read_transcoder(folder, claims, k)
     raise CheckpointError(f"{where} has no features: {EXPECTED}{_inside(folder)}")
 
@@ -72,6 +78,11 @@ def open_cross_layer(path: str | os.PathLike[str], *, site: str | None = None) -
     claims_of(None, site)
     where = _existing(path)
     return read_all_layers(where if where.is_dir() else where.parent, site)
+
+
+def is_cross_layer(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder with the layers of a cross-layer transcoder."""
+    return any(ENCODER.fullmatch(file.name) for file in _ending(_existing(path), (".safetensors",)))
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

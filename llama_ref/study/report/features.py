@@ -11,7 +11,7 @@ DIGITS = 4
 def firing_data(found: Firing) -> dict[str, Any]:
     """What the dictionary is; each token's strongest features; and where else in the text these fire.
 
-    `values` has, by feature, the tokens at which it fires and its values.
+    `values` has, by a feature's label, the tokens at which it fires and its values.
     """
     strongest = [found.active.at(position, MOST) for position in range(len(found.tokens))]
     listed = {feature for own in strongest for feature, _ in own}
@@ -23,10 +23,10 @@ def firing_data(found: Firing) -> dict[str, Any]:
     return {
         "name": found.name,
         "form": found.form,
-        "reads": found.reads,
-        "writes": list(found.writes),
+        "where": found.where,
+        "legend": found.legend,
         "n_features": found.active.n_features,
         "counts": found.active.counts().tolist(),
-        "strongest": [[feature for feature, _ in own] for own in strongest],
-        "values": values,
+        "strongest": [[found.label(feature) for feature, _ in own] for own in strongest],
+        "values": {found.label(feature): own for feature, own in values.items()},
     }

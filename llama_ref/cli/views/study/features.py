@@ -24,13 +24,13 @@ def print_firing(found: Firing, tokenizer: Tokenizer, top: int, *, as_json: bool
     table.add_column("strongest: feature and value")
     counts = found.active.counts().tolist()
     for position, token in enumerate(found.tokens):
-        strongest = "  ".join(f"{feature} {value:.3g}" for feature, value in found.active.at(position, top))
+        strongest = "  ".join(f"{found.label(feature)} {value:.3g}" for feature, value in found.active.at(position, top))
         name = f"{cut(label(tokenizer, token))}@{position}"
         table.add_row(Text(name), f"{counts[position]:,}", elastic(strongest))
     print_rich(table)
     mean = sum(counts) / len(counts)
-    where = found.reads if list(found.writes) == [found.reads] else f"{found.reads}, which make {', '.join(found.writes)}"
-    say(f"{found.form}: {found.active.n_features:,} features of {where}; {mean:.1f} fire at a token. --json has all.")
+    features = f"{found.form}: {found.active.n_features:,} features of {found.where}"
+    say(" ".join([f"{features}; {mean:.1f} fire at a token.", *filter(None, [found.legend]), "--json has all."]))
 
 
 def print_contexts(features: Features, found: Mapping[int, Sequence[Context]], tokenizer: Tokenizer, *, as_json: bool) -> None:
@@ -64,14 +64,19 @@ def _window(found: Context, tokenizer: Tokenizer) -> Text:
 
 
 def _firing_json(found: Firing, tokenizer: Tokenizer) -> dict[str, Any]:
+    """`reads` is a name, of a cross-layer transcoder the names; there each feature has its `layer`."""
+
+    def entry(feature: int, value: float) -> dict[str, Any]:
+        layer, number = found.place(feature)
+        return ({} if layer is None else {"layer": layer}) | {"feature": number, "value": value}
+
     return {
         "format": found.form,
-        "reads": found.reads,
+        "reads": list(found.reads) if found.sizes else found.reads[0],
         "writes": list(found.writes),
         "n_features": found.active.n_features,
         "tokens": [
-            token_json(token, tokenizer)
-            | {"features": [{"feature": feature, "value": value} for feature, value in found.active.at(position)]}
+            token_json(token, tokenizer) | {"features": [entry(*each) for each in found.active.at(position)]}
             for position, token in enumerate(found.tokens)
         ],
     }

@@ -10,10 +10,9 @@ function valuesOf(feature) {
 const figure = (value) => String(Number(value.toPrecision(3)));
 
 function featuresLead() {
-  const { name, form, reads, writes, n_features: all, counts } = data.features;
+  const { name, form, where, legend, n_features: all, counts } = data.features;
   const mean = counts.reduce((sum, count) => sum + count, 0) / nTokens;
-  const made = writes.length === 1 && writes[0] === reads ? "" : `, made into ${writes.join(", ")}`;
-  return `${name} (${form}): ${whole(all)} features of ${reads}${made}. ${number(mean, 1)} fire at a token.`;
+  return `${name} (${form}): ${whole(all)} features of ${where}. ${number(mean, 1)} fire at a token. ${legend}`;
 }
 
 function startFeatures() {

@@ -21,6 +21,8 @@ from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantized_bytes
 from vision_folders import PARAMS, vision_folder
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 SHARDS = (1, 2, 8)
 # How Meta's shards split the tensors of the 90B, as its converters have it.
 SPLIT = {

@@ -28,6 +28,8 @@ from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import Share
 from vision_folders import IMAGE_ID, PARAMS, noise, vision_folder
 
+pytestmark = pytest.mark.usefixtures("settled")
+
 TABLE = "vision_model.gated_positional_embedding.tile_embedding.weight"
 GATE = "language_model.model.layers.4.cross_attn_attn_gate"
 

@@ -66,17 +66,25 @@ def test_every_stage_gives_figures(warm, tmp_path, monkeypatch):
 
 def test_only_some_stages_and_the_bandwidth_they_need(warm, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "executable", str(warm / "python"))
-    assert run(main, ["--rehearse", "--only", "memory", "--out", str(tmp_path)]) == 0
-    assert {line["stage"] for line in lines(tmp_path)} == {"env", "memory"}
-    assert "memory" in capfd.readouterr().out.partition("summary of")[2]
+    assert run(main, ["--rehearse", "--only", "load", "--out", str(tmp_path)]) == 0
+    assert {line["stage"] for line in lines(tmp_path)} == {"env", "load"}
+    assert "load" in capfd.readouterr().out.partition("summary of")[2]
+
+
+def test_a_rehearsal_runs_no_compiler(warm, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "executable", str(warm / "python"))
+    monkeypatch.setattr(bench_cuda, "STAGES", {"memory": 50})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    assert run(main, ["--rehearse", "--out", str(tmp_path)]) == 0
+    assert not list(tmp_path.glob("compiled/**/*.cpp"))
 
 
 def test_a_stage_that_takes_too_long_is_stopped_and_the_next_begins(warm, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "executable", str(warm / "python"))
-    monkeypatch.setattr(bench_cuda, "STAGES", {"env": 0.05, "memory": 50})
+    monkeypatch.setattr(bench_cuda, "STAGES", {"env": 0.05, "load": 50})
     assert run(main, ["--rehearse", f"--out={tmp_path}"]) == 0
     assert [line["what"] for line in lines(tmp_path) if line["stage"] == "env"] == ["stopped at its limit"]
-    assert lines(tmp_path)[-1]["stage"] == "memory"
+    assert lines(tmp_path)[-1]["stage"] == "load"
 
 
 def test_a_total_that_is_used_up_skips_stages(tmp_path, capfd):

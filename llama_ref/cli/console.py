@@ -33,6 +33,7 @@ class SafeConsole(Console):
 
     def print_safely(self, renderable: RenderableType, **options: Any) -> None:
         """Print as `print` does: Console.print would exit with 1 when the reader of a pipe has gone."""
+        self.file.flush()  # earlier lines: the capture would flush them, and exit with 1 too
         with self.capture() as captured:
             self.print(renderable, **options)
         print(captured.get(), end="", file=self.file, flush=True)

@@ -82,18 +82,12 @@ def report() -> Report:
 
 
 @pytest.fixture(scope="module")
-def printed(warm, tiny) -> dict:
+def at_once(warm, tiny) -> tuple[dict, Report, float]:
+    """Two benchmarks that disturb each other: one's JSON, the other's report and the seconds that count as its own."""
     words = ["bench", str(tiny), *SMALL, "--dtype", "float32", "--against", "transformers,meta", "--context", "64,1", "--json"]
     program = (
         f"import sys; sys.executable = {str(warm / 'python')!r}; from llama_ref.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    command = [warm / "python", "-c", program, *words]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, timeout=240, check=True).stdout)
-
-
-@pytest.fixture(scope="module")
-def disturbed(tiny) -> tuple[Report, float]:
-    """A report of int8 weights, made while another program keeps a core busy, and the seconds that count as our own."""
     counted = []
 
     class Watched(OtherPrograms):
@@ -101,15 +95,26 @@ def disturbed(tiny) -> tuple[Report, float]:
             counted.append(self._own())
             return super().hint(threads)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen([warm / "python", "-c", program, *words], stdout=subprocess.PIPE) as other,
+    ):
         patch.setattr(runner, "OtherPrograms", Watched)
-        spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        try:
-            found = compare(small_settings(tiny, quantize="int8", threads=cpu_count()))
-        finally:
-            spinning.kill()
-            spinning.wait()
-    return found, counted[0]
+        found = compare(small_settings(tiny, quantize="int8", threads=cpu_count()))
+        out, _ = other.communicate(timeout=240)
+    assert other.returncode == 0
+    return json.loads(out), found, counted[0]
+
+
+@pytest.fixture(scope="module")
+def printed(at_once) -> dict:
+    return at_once[0]
+
+
+@pytest.fixture(scope="module")
+def disturbed(at_once) -> tuple[Report, float]:
+    """A report of int8 weights, made while another program keeps a core busy, and the seconds that count as our own."""
+    return at_once[1:]
 
 
 class TestMeasuring:
@@ -231,7 +236,8 @@ class TestProcesses:
             process.ask("read")
         process.end()
 
-    def test_one_that_cannot_start_says_why_in_a_line(self, tmp_path):
+    def test_one_that_cannot_start_says_why_in_a_line(self, warm, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "executable", str(warm / "python"))
         process = Process("nobody", 1, tmp_path)
         with pytest.raises(Failed, match=r"^KeyError: 'nobody'$"):
             process.ask("load", settings=asdict(small_settings(tiny_folder(tmp_path / "t"))), scratch="")
@@ -280,7 +286,7 @@ class TestProcesses:
 
     def test_a_reader_that_goes_away_is_no_error(self, warm, tiny, tmp_path):
         code = f"import sys; sys.executable = {str(warm / 'python')!r}; from llama_ref.cli import main; sys.exit(main())"
-        job = self.started([sys.executable, "-c", code], tiny, tmp_path)
+        job = self.started([warm / "python", "-c", code], tiny, tmp_path)
         job.stdout.close()
         assert (job.wait(timeout=300), job.stderr.read()) == (141, b"")
 

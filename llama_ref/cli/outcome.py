@@ -31,10 +31,11 @@ def guarded(action: Callable[[], int | None]) -> int:
     except LlamaRefError as error:
         return report_error(error, EXIT_BAD)
     except BrokenPipeError:
-        # Else the flush at exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_CLOSED_PIPE
     except OSError as error:
+        if _is_full_disk(error):
+            _drop_output()
         return report_error(_known_os_error(error), EXIT_BAD)
     except RuntimeError as error:
         known = _known_failure(error)
@@ -48,6 +49,16 @@ def guarded(action: Callable[[], int | None]) -> int:
         return EXIT_INTERRUPTED
 
 
+def _drop_output() -> None:
+    """Send what standard output still holds to /dev/null: else the flush at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_full_disk(error: OSError) -> bool:
+    """Whether standard output cannot be written; other errors name their file."""
+    return error.errno == errno.ENOSPC and error.filename is None
+
+
 def _known_os_error(error: OSError) -> Exception:
     """Explain a full disk under standard output, and a process that cannot be started.
 
@@ -55,9 +66,9 @@ def _known_os_error(error: OSError) -> Exception:
     """
     if thread_limit.caused(error):
         return LlamaRefError(thread_limit.MESSAGE)
-    if error.errno != errno.ENOSPC or error.filename is not None:
-        return error
-    return LlamaRefError(f"cannot write the output: {error.strerror}; send it elsewhere or free some space there")
+    if _is_full_disk(error):
+        return LlamaRefError(f"cannot write the output: {error.strerror}; send it elsewhere or free some space there")
+    return error
 
 
 def _known_failure(error: RuntimeError) -> LlamaRefError | None:

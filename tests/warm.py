@@ -88,7 +88,10 @@ def run(words: list[str]) -> None:
     import runpy
     import types
 
-    kind, *sys.argv = words[1:] if words[0] == "-u" else words
+    if words[0] == "-u":
+        sys.stdout.reconfigure(write_through=True)
+        words = words[1:]
+    kind, *sys.argv = words
     sys.path[0] = str(Path.cwd())
     if kind == "-c":
         sys.path[0], code, sys.argv[0] = "", sys.argv[0], "-c"

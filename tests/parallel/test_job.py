@@ -110,12 +110,11 @@ def test_ctrl_c_ends_the_job_without_a_word_of_ours(start):
 
 @pytest.mark.parametrize("fault", ["a damaged shard", "a full disk behind stdout"])
 def test_a_fault_that_one_process_alone_meets_ends_the_job_with_one_message(warm, folder, tmp_path, fault):
-    options = {"timeout": PATIENCE_SECONDS}
+    options = {"timeout": PATIENCE_SECONDS, "warm": warm}
     if fault == "a damaged shard":  # the first process does not open it, and would wait for the other's part of a sum
         folder = shutil.copytree(folder, tmp_path / "damaged")
         os.truncate(folder / "consolidated.01.pth", 5000)
         says = f"{folder}/consolidated.01.pth cannot be used"
-        options["warm"] = warm
     else:
         options["stdout"] = os.open("/dev/full", os.O_WRONLY)
         says = "No space left on device"

@@ -20,8 +20,8 @@ COMMANDS = {"python": [], "llama-ref": ["-m", "llama_ref.cli"], "torchrun": ["-m
 
 
 @contextmanager
-def warm_commands(folder: Path) -> Iterator[Path]:
-    """Make the commands in the folder; they work until this ends."""
+def warm_commands(folder: Path, *prefix: str) -> Iterator[Path]:
+    """Make the commands in the folder; they work until this ends. `prefix` starts the server, such as `ip netns exec NAME`."""
     real = Path(sys.executable).parent
     if not hasattr(os, "pidfd_open"):
         yield real
@@ -30,8 +30,8 @@ def warm_commands(folder: Path) -> Iterator[Path]:
         code = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport warm_call\n"
         (folder / name).write_text(f"#!{sys.executable} -IS\n{code}warm_call.call({str(folder)!r}, {words})\n")
         (folder / name).chmod(0o755)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, __file__, folder], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as server:
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    with subprocess.Popen([*prefix, sys.executable, __file__, folder], **options) as server:
         assert server.stdout.readline() == b"ready\n"
         yield folder
         server.stdin.close()

@@ -1,6 +1,5 @@
 """Two nodes whose link goes down, and the time after which a silent process counts as lost."""
 
-import contextlib
 import logging
 import os
 import queue
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -15,10 +15,11 @@ import pytest
 from torch.distributed import FileStore, HashStore
 
 from folders import tiny_folder
-from jobs import ENVIRONMENT, TORCHRUN
+from jobs import ENVIRONMENT
 from llama_ref.errors import RequestError
 from llama_ref.parallel import heartbeat, peers
 from llama_ref.parallel.heartbeat import LEFT, VARIABLE, Heartbeat, end_at_once, limit_seconds
+from warm import warm_commands
 
 WORKER = Path(__file__).parents[1] / "endless_worker.py"
 ADDRESSES = ("10.213.17.1", "10.213.17.2")  # in namespaces of their own
@@ -49,10 +50,15 @@ def nodes() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
-def agent(n: int, name: str, folder: Path) -> subprocess.Popen:
-    """One node's torchrun, in its namespace."""
+def end(process: subprocess.Popen | psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+def agent(n: int, warm: Path, folder: Path) -> subprocess.Popen:
+    """One node's torchrun, of the commands that run in its namespace."""
     meeting = ["--nnodes", "2", "--node_rank", str(n), "--nproc_per_node", "1", "--master_addr", ADDRESSES[0]]
-    words = ["ip", "netns", "exec", name, *TORCHRUN, *meeting, "--local_addr", ADDRESSES[n]]
+    words = [warm / "torchrun", *meeting, "--local_addr", ADDRESSES[n]]
     environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"node{n}", VARIABLE: "5"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     return subprocess.Popen([*words, WORKER, folder, folder / "tokenizer.model", folder.parent], **options)
@@ -61,17 +67,18 @@ def agent(n: int, name: str, folder: Path) -> subprocess.Popen:
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
 def test_a_link_that_goes_down_ends_both_nodes_with_one_message_each(nodes, tmp_path):
     folder = tiny_folder(tmp_path / "tiny")
-    agents = [agent(n, name, folder) for n, name in enumerate(nodes)]
-    started = []
-    try:
+    with ExitStack() as stack:
+        agents = []
+        for n, name in enumerate(nodes):
+            (tmp_path / name).mkdir()
+            warm = stack.enter_context(warm_commands(tmp_path / name, "ip", "netns", "exec", name))
+            agents.append(agent(n, warm, folder))
+            stack.callback(end, agents[-1])
         assert agents[0].stdout.readline() == "going\n", agents[0].communicate()[1]
-        started = [each for process in agents for each in psutil.Process(process.pid).children(recursive=True)]
+        for rank in range(2):
+            stack.callback(end, psutil.Process(int((tmp_path / str(rank)).read_text())))
         ip("-n", nodes[0], "link", "set", "node0", "down")
         said = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in agents]
-    finally:
-        for process in [*agents, *started]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
     for n, stderr in enumerate(said):
         assert agents[n].returncode != 0
         assert stderr.count("llama-ref: ") == 1, stderr

@@ -512,7 +512,7 @@ MEASURE = textwrap.dedent("""
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[tuple[str, str, str], tuple[int, int]]:
+def measured(warm) -> dict[tuple[str, str, str], tuple[int, int]]:
     """(peak bytes of loading 85 million weights, their bytes) by shards, dtype and share."""
     model = model_without_memory(ModelArgs.from_dict(LARGE))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -539,7 +539,7 @@ def measured() -> dict[tuple[str, str, str], tuple[int, int]]:
         del tensors
         make_random_checkpoint(Path(folder) / "tiny", TINY, shards=4)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads do not survive a fork
-        command = [sys.executable, "-c", MEASURE, folder]
+        command = [warm / "python", "-c", MEASURE, folder]
         root = Path(__file__).resolve().parents[2]
         done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ HF_NAMES = {"n_layers": "num_hidden_layers", "hidden": "intermediate_size"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory use as Linux counts it")
-def test_claims_are_compared_with_the_headers_before_anything_is_built(tmp_path):
+def test_claims_are_compared_with_the_headers_before_anything_is_built(warm, tmp_path):
     meta = tiny_folder(tmp_path / "meta")
     hf = to_hugging_face(meta, tmp_path / "hf")
     folders = []
@@ -45,7 +45,7 @@ def test_claims_are_compared_with_the_headers_before_anything_is_built(tmp_path)
                 (folders[-1] / path.name).symlink_to(path)
             (folders[-1] / params).unlink()
             (folders[-1] / params).write_text(json.dumps(json.loads((source / params).read_text()) | {name: value}))
-    ran = subprocess.run([sys.executable, "-c", BUILD, *folders], capture_output=True, text=True, check=True)
+    ran = subprocess.run([warm / "python", "-c", BUILD, *folders], capture_output=True, text=True, check=True)
     figures = [list(map(float, line.split())) for line in ran.stdout.splitlines()]
     assert len(figures) == len(folders), "each of them was refused"
     for length, seconds, megabytes in figures:

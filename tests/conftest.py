@@ -144,6 +144,16 @@ def tokenizer(meta_tokenizer_path) -> "Tokenizer":
     return Tokenizer(meta_tokenizer_path)
 
 
+@pytest.fixture(scope="session")
+def guard_tokenizer_path(tmp_path_factory, meta_tokenizer_path) -> Path:
+    """The first tokens of Llama 3's tokenizer.model, which a Llama Guard needs."""
+    from guard_folders import N_RANKS
+
+    path = tmp_path_factory.mktemp("guard_tokenizer") / "tokenizer.model"
+    path.write_bytes(b"".join(meta_tokenizer_path.read_bytes().splitlines(keepends=True)[:N_RANKS]))
+    return path
+
+
 @pytest.fixture
 def hashed(monkeypatch, tmp_path) -> list[str]:
     """The names of files that verified loading hashed, as it goes on, with a cache of this test's own."""

@@ -9,17 +9,19 @@ import torch
 from llama_ref.checkpoint.integrity import write_checklist
 from make_random_checkpoint import make_random_checkpoint
 
+BOMB, UNSAFE, SAFE = 13054, 39257, 19193  # Llama 3's tokenizer
+N_RANKS = UNSAFE + 1  # tokens that a guard needs: the file opens in a fifth of the time
+BOS, EOT = N_RANKS, N_RANKS + 9
 PARAMS: dict[str, Any] = {
     "dim": 16,
     "n_layers": 1,
     "n_heads": 2,  # splits into two processes
     "n_kv_heads": 2,
-    "vocab_size": 128256,
+    "vocab_size": N_RANKS + 256,
     "multiple_of": 16,
     "norm_eps": 1e-5,
     "rope_theta": 500000.0,
 }
-BOMB, UNSAFE, SAFE, EOT = 13054, 39257, 19193, 128009  # Llama 3's tokenizer
 LAST = (271, 60)  # the prompt's last token: "\n\n" after Guard 3's header, "]" of Guard 2's "[/INST]"
 ANSWER = (UNSAFE, 198, 50, 24, 21861, 17, EOT)  # "unsafe\nS9,S2"
 

@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from guard_folders import EOT, SAFE, UNSAFE
+from guard_folders import SAFE, UNSAFE
 from llama_ref.errors import RequestError
 from llama_ref.guard.reader import VerdictReader, word_id
 from llama_ref.tokenizer import Tokenizer
 
-NEWLINES, HELLO = 271, 9906
+EOT, NEWLINES, HELLO = 128009, 271, 9906
 about = partial(pytest.approx, rel=1e-3)  # float32 sums of 128,256 small terms
 
 

@@ -145,11 +145,11 @@ def tokenizer(meta_tokenizer_path) -> "Tokenizer":
 
 
 @pytest.fixture(scope="session")
-def guard_tokenizer_path(tmp_path_factory, meta_tokenizer_path) -> Path:
-    """The first tokens of Llama 3's tokenizer.model, which a Llama Guard needs."""
+def shorter_tokenizer_path(tmp_path_factory, meta_tokenizer_path) -> Path:
+    """The first tokens of Llama 3's tokenizer.model, down to those of a Llama Guard: it opens in a fifth of the time."""
     from guard_folders import N_RANKS
 
-    path = tmp_path_factory.mktemp("guard_tokenizer") / "tokenizer.model"
+    path = tmp_path_factory.mktemp("shorter") / "tokenizer.model"
     path.write_bytes(b"".join(meta_tokenizer_path.read_bytes().splitlines(keepends=True)[:N_RANKS]))
     return path
 

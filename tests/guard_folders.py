@@ -10,7 +10,7 @@ from llama_ref.checkpoint.integrity import write_checklist
 from make_random_checkpoint import make_random_checkpoint
 
 BOMB, UNSAFE, SAFE = 13054, 39257, 19193  # Llama 3's tokenizer
-N_RANKS = UNSAFE + 1  # tokens that a guard needs: the file opens in a fifth of the time
+N_RANKS = UNSAFE + 1  # of the fixture `shorter_tokenizer_path`
 BOS, EOT = N_RANKS, N_RANKS + 9
 PARAMS: dict[str, Any] = {
     "dim": 16,

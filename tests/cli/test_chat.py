@@ -267,8 +267,8 @@ def test_at_a_terminal_ctrl_c_breaks_off_and_ctrl_d_leaves(demo_folder):
         terminal.close()
 
 
-def test_at_a_terminal_ctrl_c_drops_a_guarded_turn(demo_folder, tmp_path, guard_tokenizer_path):
-    guard = guard_folder(tmp_path / "Llama-Guard-3-1B", guard_tokenizer_path)
+def test_at_a_terminal_ctrl_c_drops_a_guarded_turn(demo_folder, tmp_path, shorter_tokenizer_path):
+    guard = guard_folder(tmp_path / "Llama-Guard-3-1B", shorter_tokenizer_path)
     terminal = Terminal(str(demo_folder), "--max_seq_len", "1024", "--temperature", "0", "--guard", str(guard))
     try:
         terminal.wait_for(r"Type a message, or /help\.\s+> ")

@@ -27,8 +27,8 @@ LOADING = ["--device", "cpu", "--dtype", "float32", "--max_seq_len", "1024"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, guard_tokenizer_path) -> Path:
-    return guard_folder(tmp_path_factory.mktemp("guard") / "Llama-Guard-3-1B", guard_tokenizer_path)
+def folder(tmp_path_factory, shorter_tokenizer_path) -> Path:
+    return guard_folder(tmp_path_factory.mktemp("guard") / "Llama-Guard-3-1B", shorter_tokenizer_path)
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_the_exit_code_is_the_verdict(judge):
     assert judge(CALM, "Take flour.")[0] == 0
 
 
-def test_a_model_that_is_no_guard_gives_no_verdict(tmp_path, guard_tokenizer_path, capsys):
-    other = guard_folder(tmp_path / "Llama-Guard-2-8B", guard_tokenizer_path, answer=(9906, EOT), calm=9906)
+def test_a_model_that_is_no_guard_gives_no_verdict(tmp_path, shorter_tokenizer_path, capsys):
+    other = guard_folder(tmp_path / "Llama-Guard-2-8B", shorter_tokenizer_path, answer=(9906, EOT), calm=9906)
     assert exit_code(["guard", str(other), CALM, *LOADING]) == 3
     out, err = capsys.readouterr()
     assert out.startswith("unexpected  P(unsafe) ") and out.endswith("answer: 'Hello'\n")
@@ -118,9 +118,9 @@ def test_the_prompt_is_shown_without_weights(judge, monkeypatch):
     assert out.startswith("<|begin_of_text|>[INST] Task: Check") and out.endswith("violated categories. [/INST]\n")
 
 
-def test_an_image_is_judged(tmp_path, guard_tokenizer_path, capsys):
+def test_an_image_is_judged(tmp_path, shorter_tokenizer_path, capsys):
     params = VISION_PARAMS | {"vocab_size": PARAMS["vocab_size"]}
-    vision = make_random_checkpoint(tmp_path / "guard", params, tokenizer=guard_tokenizer_path, dtype=torch.float32)
+    vision = make_random_checkpoint(tmp_path / "guard", params, tokenizer=shorter_tokenizer_path, dtype=torch.float32)
     noise(80, 60).save(tmp_path / "a.png")
     found = []
     for flags in ([], ["--image", str(tmp_path / "a.png")]):
@@ -238,8 +238,8 @@ def test_an_answer_is_shown_as_without_a_guard(talk):
     assert talk("Name three colors.")[0] == "1. Red\n2. Blue\n3. Green\n"
 
 
-def test_no_verdict_holds_back_too(llama, tmp_path, guard_tokenizer_path, monkeypatch, capsys):
-    other = guard_folder(tmp_path / "Llama-Guard-3-1B", guard_tokenizer_path, answer=(9906, EOT), calm=9906)
+def test_no_verdict_holds_back_too(llama, tmp_path, shorter_tokenizer_path, monkeypatch, capsys):
+    other = guard_folder(tmp_path / "Llama-Guard-3-1B", shorter_tokenizer_path, answer=(9906, EOT), calm=9906)
     guard = Guard(Llama.build(other, device="cpu", dtype="float32", max_seq_len=1024), "3-1B")
     session = Session(llama)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{SUM}\n"))

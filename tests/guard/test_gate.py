@@ -14,8 +14,8 @@ SUM = "What is 2+2?"
 
 
 @pytest.fixture(scope="module")
-def guard(tmp_path_factory, guard_tokenizer_path) -> Guard:
-    folder = guard_folder(tmp_path_factory.mktemp("guard") / "Llama-Guard-3-1B", guard_tokenizer_path)
+def guard(tmp_path_factory, shorter_tokenizer_path) -> Guard:
+    folder = guard_folder(tmp_path_factory.mktemp("guard") / "Llama-Guard-3-1B", shorter_tokenizer_path)
     return Guard(Llama.build(folder, device="cpu", dtype="float32", max_seq_len=1024), "3-1B")
 
 

@@ -21,8 +21,8 @@ FORGIVEN = [*BAD, {"role": "assistant", "content": "I cannot help with that."}, 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, guard_tokenizer_path) -> Path:
-    return guard_folder(tmp_path_factory.mktemp("guard") / "Llama-Guard-3-1B", guard_tokenizer_path)
+def folder(tmp_path_factory, shorter_tokenizer_path) -> Path:
+    return guard_folder(tmp_path_factory.mktemp("guard") / "Llama-Guard-3-1B", shorter_tokenizer_path)
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,10 @@ def tiny(folder) -> Llama:
 
 
 @pytest.fixture(scope="module")
-def random(tmp_path_factory, guard_tokenizer_path) -> Llama:
+def random(tmp_path_factory, shorter_tokenizer_path) -> Llama:
     """Random weights, large enough for probabilities to differ."""
     params = PARAMS | {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2}
-    folder = make_random_checkpoint(tmp_path_factory.mktemp("random") / "Guard", params, tokenizer=guard_tokenizer_path)
+    folder = make_random_checkpoint(tmp_path_factory.mktemp("random") / "Guard", params, tokenizer=shorter_tokenizer_path)
     llama = Llama.build(folder, device="cpu", dtype="float32", max_seq_len=1024, max_batch_size=3)
     for name, parameter in llama.model.named_parameters():
         if "norm" not in name:
@@ -92,7 +92,7 @@ def test_a_verdict_costs_one_prefill_and_a_safe_one_no_more(tiny, monkeypatch):
     assert shapes[1:] == [1] * (len(ANSWER) - 1)
 
 
-def test_the_threshold_moves_the_border(tiny, tmp_path, guard_tokenizer_path):
+def test_the_threshold_moves_the_border(tiny, tmp_path, shorter_tokenizer_path):
     calm = Guard(tiny, "3-1B").judge(CALM)
     found = Guard(tiny, "3-1B", threshold=calm.unsafe_ratio / 2).judge(CALM)
     assert (found.word, found.unsafe_probability) == ("unsafe", calm.unsafe_probability)
@@ -110,17 +110,17 @@ def test_own_and_excluded_categories(tiny):
     assert (found.word, found.excluded) == ("safe", ("S9", "S2"))
 
 
-def test_an_answer_to_nothing_is_unexpected(tmp_path, guard_tokenizer_path):
-    folder = guard_folder(tmp_path / "Talker", guard_tokenizer_path, answer=(271, 9906, EOT), calm=9906)
+def test_an_answer_to_nothing_is_unexpected(tmp_path, shorter_tokenizer_path):
+    folder = guard_folder(tmp_path / "Talker", shorter_tokenizer_path, answer=(271, 9906, EOT), calm=9906)
     guard = Guard(Llama.build(folder, device="cpu", dtype="float32", max_seq_len=512), "3-1B")
     found = guard.judge(BAD)
     assert (found.word, found.answer, found.is_safe, found.is_expected) == ("unexpected", "Hello", False, False)
     assert guard.judge(CALM).word == "unexpected"
 
 
-def test_an_image_is_judged_by_the_guard_that_sees_it(tmp_path, guard_tokenizer_path):
+def test_an_image_is_judged_by_the_guard_that_sees_it(tmp_path, shorter_tokenizer_path):
     params = VISION_PARAMS | {"vocab_size": PARAMS["vocab_size"]}
-    folder = make_random_checkpoint(tmp_path / "Vision", params, tokenizer=guard_tokenizer_path, dtype=torch.float32)
+    folder = make_random_checkpoint(tmp_path / "Vision", params, tokenizer=shorter_tokenizer_path, dtype=torch.float32)
     llama = Llama.build(folder, device="cpu", dtype="float32", max_seq_len=512)
     guard = Guard(llama)
     assert guard.version.name == "3-11B"

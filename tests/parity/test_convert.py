@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from guard_folders import PARAMS
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.diff import compare
@@ -95,9 +96,8 @@ def test_transformers_opens_what_is_written_and_its_logits_are_ours(tmp_path_fac
     shutil.rmtree(root)
 
 
-def test_tokenizer_and_generation_config_open_as_they_are(tmp_path, meta_tokenizer_path):
-    shape = {"dim": 8, "n_layers": 1, "n_heads": 2, "vocab_size": 128256, "multiple_of": 8, "norm_eps": 1e-5, "rope_theta": 5e5}
-    source = make_random_checkpoint(tmp_path / "source", shape, tokenizer=meta_tokenizer_path)
+def test_tokenizer_and_generation_config_open_as_they_are(tmp_path, shorter_tokenizer_path):
+    source = make_random_checkpoint(tmp_path / "source", PARAMS, tokenizer=shorter_tokenizer_path)
     folder = to_hugging_face(source, tmp_path / "hf")
     llama, tokenizer = Llama.build(folder, max_seq_len=64, device="cpu", dtype="float32"), AutoTokenizer.from_pretrained(folder)
     dialog = [{"role": "system", "content": "짧게 답해."}, {"role": "user", "content": "What is 2 + 2?\n\n"}]
@@ -108,7 +108,7 @@ def test_tokenizer_and_generation_config_open_as_they_are(tmp_path, meta_tokeniz
     assert (config.do_sample, config.temperature, config.top_p) == (True, 0.6, 0.9)
     assert set(config.eos_token_id) == set(llama.tokenizer.stop_tokens)
     assert config.bos_token_id == AutoConfig.from_pretrained(folder).bos_token_id == llama.tokenizer.bos_id
-    assert (to_meta(folder, tmp_path / "back") / "tokenizer.model").read_bytes() == meta_tokenizer_path.read_bytes()
+    assert (to_meta(folder, tmp_path / "back") / "tokenizer.model").read_bytes() == shorter_tokenizer_path.read_bytes()
 
 
 def saved_by_transformers(folder: Path, params: dict, tied: bool, seed: int, **options) -> Path:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait take 7 times as long on busy cores
+os.environ.pop("PYTHONUNBUFFERED", None)  # a user's programs write late: what fails then, fails at exit
 
 import pytest
 import torch

@@ -31,11 +31,8 @@ def guarded(action: Callable[[], int | None]) -> int:
     except LlamaRefError as error:
         return report_error(error, EXIT_BAD)
     except BrokenPipeError:
-        _drop_output()
         return EXIT_CLOSED_PIPE
     except OSError as error:
-        if _is_full_disk(error):
-            _drop_output()
         return report_error(_known_os_error(error), EXIT_BAD)
     except RuntimeError as error:
         known = _known_failure(error)
@@ -47,16 +44,16 @@ def guarded(action: Callable[[], int | None]) -> int:
             return report_error(LlamaRefError(thread_limit.MESSAGE), EXIT_BAD)
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        _drop_what_cannot_be_written()
 
 
-def _drop_output() -> None:
-    """Send what standard output still holds to /dev/null: else the flush at exit would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _is_full_disk(error: OSError) -> bool:
-    """Whether standard output cannot be written; other errors name their file."""
-    return error.errno == errno.ENOSPC and error.filename is None
+def _drop_what_cannot_be_written() -> None:
+    """Send what standard output still holds to /dev/null if it takes no more: else the flush at exit would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _known_os_error(error: OSError) -> Exception:
@@ -66,9 +63,9 @@ def _known_os_error(error: OSError) -> Exception:
     """
     if thread_limit.caused(error):
         return LlamaRefError(thread_limit.MESSAGE)
-    if _is_full_disk(error):
-        return LlamaRefError(f"cannot write the output: {error.strerror}; send it elsewhere or free some space there")
-    return error
+    if error.errno != errno.ENOSPC or error.filename is not None:
+        return error
+    return LlamaRefError(f"cannot write the output: {error.strerror}; send it elsewhere or free some space there")
 
 
 def _known_failure(error: RuntimeError) -> LlamaRefError | None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,22 @@ def test_a_full_disk_is_1(name):
     with Path("/dev/full").open("w") as full, start("info", name, "--json", stdout=full) as process:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.startswith("llama-ref: cannot write the output: No space left on device; ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_an_error_keeps_its_exit_code_when_lines_before_it_cannot_be_written(warm):
+    code = """
+        import sys
+        from llama_ref.cli.outcome import guarded
+        from llama_ref.errors import CheckpointError
+        def action():
+            print("a line, which is written at the end")
+            raise CheckpointError("it is damaged")
+        sys.exit(guarded(action))
+    """
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([warm / "python", "-c", textwrap.dedent(code)], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "llama-ref: it is damaged\n")
 
 
 def test_letters_that_cannot_be_shown_end_nothing(name):

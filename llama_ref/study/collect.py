@@ -75,8 +75,8 @@ def collect(
     counter = ProgressCounter(len(texts), progress)
     counter.advance(len(texts) - sum(shard.end - shard.first for shard in missing))
     for shard in missing:
-        tensors = _run(transformer, collection, shard, texts, counter)
-        from_first(job, partial(_write, folder / shard.file, tensors))
+        # One expression: a name would keep this shard's tensors while the next ones are computed.
+        from_first(job, partial(_write, folder / shard.file, _run(transformer, collection, shard, texts, counter)))
     return from_first(job, partial(Collected, folder))
 
 

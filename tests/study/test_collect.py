@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,23 @@ def test_values_are_those_of_a_trace(model, prompts, tmp_path, positions, one_sh
         assert found.positions(i) == kept and found.tokens(i).tolist() == [ids[p] for p in kept]
         for name, values in found.prompt(i).items():
             torch.testing.assert_close(values, alone[name][0, kept])
+
+
+def test_a_shard_is_let_go_before_the_next_is_computed(model, prompts, tmp_path, small_shards, monkeypatch):
+    held = []  # by shard, at its beginning: tensors of those before
+    made: list[weakref.ref[torch.Tensor]] = []
+    empty = torch.empty
+
+    def spy(*shape, **options):
+        tensor = empty(*shape, **options)
+        if shape[1:] == (ARGS.dim,):
+            held.append(sum(one() is not None for one in made))
+            made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", spy)
+    study.collect(model, prompts, "layers.0.residual_post", to=tmp_path / "a", positions="all")
+    assert len(held) == len(shards(tmp_path / "a")) > 2 and set(held) == {0}
 
 
 def test_some_of_it_is_read(model, prompts, tmp_path, small_shards):

@@ -49,39 +49,35 @@ def features(
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.features import print_contexts, print_firing
     from llama_ref.study.features.contexts import top_contexts
+    from llama_ref.study.features.cross_layer import CrossLayerTranscoder
     from llama_ref.study.features.edits import chosen_features
     from llama_ref.study.features.firing import firing
-    from llama_ref.study.features.opening import is_cross_layer, open_cross_layer, open_features
+    from llama_ref.study.features.opening import open_dictionary
     from llama_ref.study.inputs import prompt_tokens
     from llama_ref.study.prompt_file import read_prompts
 
     _check(prompt, feature, contexts, out, top)
     check_outputs(out)
-    args = open_folder(name).read_args()
-    if contexts is not None and feature is not None:
-        prompts = read_prompts(contexts)
-        layer, numbers = _chosen(feature, layer)
-        if layer is None and is_cross_layer(dictionary):
-            raise RequestError(f"{dictionary} has features of each layer: say which layer's, such as --feature 3:{numbers[0]}")
-        opened = open_features(dictionary, layer=layer, site=site, k=k)
-        opened.check_args(args)
-        chosen = chosen_features(opened, numbers)
-        llama = open_to_study(name, loading)
-        texts = [prompt_tokens(llama, text, f"text {i}", special_tokens=special_tokens) for i, text in enumerate(prompts, 1)]
-        with progress_bar("reading") as progress:
-            found = top_contexts(opened, chosen, texts, model=llama.model, n=top, progress=progress)
-        print_contexts(opened, found, llama.tokenizer, as_json=json)
+    prompts = [] if contexts is None else read_prompts(contexts)
+    layer, numbers = (layer, []) if feature is None else _chosen(feature, layer)
+    opened = open_dictionary(dictionary, layer=layer, site=site, k=k)
+    opened.check_args(open_folder(name).read_args())
+    if prompt is not None:
+        llama = open_to_study(name, loading, prompt=prompt)
+        tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
+        fired = firing(llama.model, opened, tokens)
+        if out is not None:
+            write_page(replace(overview_of(llama, tokens, None, 5), features=fired), llama, name, out)
+        print_firing(fired, llama.tokenizer, top, as_json=json)
         return
-    assert prompt is not None
-    all_layers = layer is None and is_cross_layer(dictionary)
-    features = open_cross_layer(dictionary, site=site) if all_layers else open_features(dictionary, layer=layer, site=site, k=k)
-    features.check_args(args)
-    llama = open_to_study(name, loading, prompt=prompt)
-    tokens = prompt_tokens(llama, prompt, special_tokens=special_tokens)
-    fired = firing(llama.model, features, tokens)
-    if out is not None:
-        write_page(replace(overview_of(llama, tokens, None, 5), features=fired), llama, name, out)
-    print_firing(fired, llama.tokenizer, top, as_json=json)
+    if isinstance(opened, CrossLayerTranscoder):
+        raise RequestError(f"{dictionary} has features of each layer: say which layer's, such as --feature 3:{numbers[0]}")
+    chosen = chosen_features(opened, numbers)
+    llama = open_to_study(name, loading)
+    texts = [prompt_tokens(llama, text, f"text {i}", special_tokens=special_tokens) for i, text in enumerate(prompts, 1)]
+    with progress_bar("reading") as progress:
+        found = top_contexts(opened, chosen, texts, model=llama.model, n=top, progress=progress)
+    print_contexts(opened, found, llama.tokenizer, as_json=json)
 
 
 def _check(prompt: str | None, feature: str | None, contexts: str | None, out: str | None, top: int) -> None:

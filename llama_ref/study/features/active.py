@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,12 +28,12 @@ class Active:
         return cls(tokens[order], features[order], values[order], n_tokens, n_features)
 
     @classmethod
-    def together(cls, parts: Sequence["Active"]) -> "Active":
-        """Those of several dictionaries at the same tokens; a dictionary's features are numbered behind the one's before."""
-        starts = [0, *accumulate(part.n_features for part in parts)]
-        numbers = [part.features + start for part, start in zip(parts, starts, strict=False)]
-        tokens, values = (torch.cat(own) for own in ([part.tokens for part in parts], [part.values for part in parts]))
-        return cls.of(tokens, torch.cat(numbers), values, parts[0].n_tokens, starts[-1])
+    def together(cls, parts: Sequence["Active"], starts: Sequence[int]) -> "Active":
+        """Those of several dictionaries at the same tokens; the features of each are numbered from its start."""
+        tokens = torch.cat([part.tokens for part in parts])
+        features = torch.cat([part.features + start for part, start in zip(parts, starts, strict=True)])
+        values = torch.cat([part.values for part in parts])
+        return cls.of(tokens, features, values, parts[0].n_tokens, starts[-1] + parts[-1].n_features)
 
     def dense(self) -> Tensor:
         """All features of every token: float32 (n_tokens, n_features)."""

@@ -19,6 +19,11 @@ from llama_ref.study.hooks import check_model
 from llama_ref.study.trace import Trace
 
 
+def reads_of(features: "Features | CrossLayerTranscoder") -> tuple[str, ...]:
+    """Names of the activations that a dictionary reads."""
+    return features.reads if isinstance(features, CrossLayerTranscoder) else (features.reads,)
+
+
 class CrossLayerTranscoder:
     """Features of all L layers of a model; those of a layer write to it and to all later ones.
 

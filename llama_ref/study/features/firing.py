@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama_ref.model import Transformer
 from llama_ref.study.features.active import Active
-from llama_ref.study.features.cross_layer import CrossLayerTranscoder
+from llama_ref.study.features.cross_layer import CrossLayerTranscoder, reads_of
 from llama_ref.study.features.dictionary import Features
 from llama_ref.study.inputs import one_row
 from llama_ref.study.trace import trace
@@ -19,8 +19,8 @@ from llama_ref.study.trace import trace
 class Firing:
     """A text's ids and the features that fire at them. `name`, `form`, `reads` and `writes` are the dictionary's.
 
-    `sizes`, of a cross-layer transcoder: the number of features of each layer. `active` numbers them
-    through, layer by layer.
+    `active` numbers a cross-layer transcoder's features through, layer by layer; `starts` are the first
+    of each layer.
     """
 
     tokens: list[int]
@@ -29,15 +29,14 @@ class Firing:
     form: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    sizes: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
 
     def place(self, feature: int) -> tuple[int | None, int]:
         """The layer of a feature of a cross-layer transcoder, else None, and its number there."""
-        if not self.sizes:
+        if not self.starts:
             return None, feature
-        starts = [0, *accumulate(self.sizes)]
-        layer = bisect_right(starts, feature) - 1
-        return layer, feature - starts[layer]
+        layer = bisect_right(self.starts, feature) - 1
+        return layer, feature - self.starts[layer]
 
     def label(self, feature: int) -> str:
         """A feature as it is shown: "12"; "3:12" is of layer 3."""
@@ -46,8 +45,8 @@ class Firing:
 
     @property
     def legend(self) -> str:
-        """What a label with a layer means; nothing where there is none."""
-        return "3:12 is feature 12 of layer 3." if self.sizes else ""
+        """Explains labels such as 3:12; empty if labels have no layer."""
+        return "3:12 is feature 12 of layer 3." if self.starts else ""
 
     @property
     def where(self) -> str:
@@ -59,14 +58,15 @@ class Firing:
 def firing(model: Transformer, features: Features | CrossLayerTranscoder, tokens: Sequence[int] | Tensor) -> Firing:
     """Run a text's ids, and encode what the features read. Raises RequestError."""
     features.check(model)
-    row = one_row(model, tokens)
+    row, reads = one_row(model, tokens), reads_of(features)
+    seen = trace(model, row, reads)
+    starts: tuple[int, ...] = ()
     if isinstance(features, CrossLayerTranscoder):
-        reads, sizes = features.reads, tuple(map(len, features.layers))
-        active = Active.together(features.active(trace(model, row, reads)))
+        starts = tuple(accumulate(map(len, features.layers[:-1]), initial=0))
+        active = Active.together(features.active(seen), starts)
     else:
-        reads, sizes = (features.reads,), ()
-        active = features.active(trace(model, row, features.reads))
-    return Firing(row[0].tolist(), active, features.path.name, features.form, reads, features.writes, sizes)
+        active = features.active(seen)
+    return Firing(row[0].tolist(), active, features.path.name, features.form, reads, features.writes, starts)
 
 
 def _span(names: Sequence[str]) -> str:

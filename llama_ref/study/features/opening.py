@@ -60,7 +60,7 @@ def open_features(
         return read_goodfire(pickles[0], claims)
     if named := (LAYER.fullmatch(where.name) or ENCODER.fullmatch(where.name)):
         claims.layers["the file's name"] = int(named[1])
-    if is_cross_layer(folder):
+    if _is_cross_layer(folder):
         return read_cross_layer(folder, claims)
     files = _ending(folder, (".safetensors",))
     if any(map(LAYER.fullmatch, (file.name for file in files))) or (folder / CONFIG).exists():
@@ -80,9 +80,18 @@ def open_cross_layer(path: str | os.PathLike[str], *, site: str | None = None) -
     return read_all_layers(where if where.is_dir() else where.parent, site)
 
 
-def is_cross_layer(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder with the layers of a cross-layer transcoder."""
-    return any(ENCODER.fullmatch(file.name) for file in _ending(_existing(path), (".safetensors",)))
+def open_dictionary(
+    path: str | os.PathLike[str], *, layer: int | None = None, site: str | None = None, k: int | None = None
+) -> Features | CrossLayerTranscoder:
+    """Open as `open_features` does, but the folder of a cross-layer transcoder as a whole, if no `layer` is named."""
+    if layer is None and _is_cross_layer(_existing(path)):
+        return open_cross_layer(path, site=site)
+    return open_features(path, layer=layer, site=site, k=k)
+
+
+def _is_cross_layer(folder: Path) -> bool:
+    """Whether a folder has the layers of a cross-layer transcoder; a file has not."""
+    return any(ENCODER.fullmatch(file.name) for file in _ending(folder, (".safetensors",)))
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

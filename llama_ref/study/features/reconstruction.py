@@ -11,7 +11,7 @@ from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.features.active import Active
-from llama_ref.study.features.cross_layer import CrossLayerTranscoder
+from llama_ref.study.features.cross_layer import CrossLayerTranscoder, reads_of
 from llama_ref.study.features.dictionary import Features
 from llama_ref.study.features.edits import Edits, replace_by_reconstruction
 from llama_ref.study.inputs import check_count
@@ -75,7 +75,7 @@ def measure_reconstruction(
     for some in split_passes(list(map(len, ids))):
         batch = Batch.of(model, ids[some.start : some.stop])
         positions = list(range(skip, batch.ids.shape[1]))
-        with recording(model, [*_reads(features), *features.writes]) as seen:
+        with recording(model, [*reads_of(features), *features.writes]) as seen:
             losses[0] += _loss(model, batch, skip)
         variance.add(seen.trace, batch.lengths, skip)
         replaced = replace_by_reconstruction(features, positions=positions)
@@ -117,7 +117,7 @@ class _Variance:
     def add(self, seen: Trace, lengths: Sequence[int], skip: int) -> None:
         for row, length in enumerate(lengths):
             tokens = slice(skip, length)
-            found, outputs = _explain(self.features, [seen[name][row, tokens] for name in _reads(self.features)])
+            found, outputs = _explain(self.features, [seen[name][row, tokens] for name in reads_of(self.features)])
             self.n += length - skip
             for fired, active in zip(self.fired, found, strict=True):
                 self.n_active += len(active.values)
@@ -131,10 +131,6 @@ class _Variance:
     def unexplained(self) -> float:
         spread = self.squares - self.total.square().sum(1) / self.n
         return float((self.error / spread.where(spread > 0, float("nan"))).mean())
-
-
-def _reads(features: Features | CrossLayerTranscoder) -> tuple[str, ...]:
-    return features.reads if isinstance(features, CrossLayerTranscoder) else (features.reads,)
 
 
 def _explain(features: Features | CrossLayerTranscoder, x: list[Tensor]) -> tuple[list[Active], Iterator[Tensor]]:

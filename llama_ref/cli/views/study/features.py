@@ -29,8 +29,8 @@ def print_firing(found: Firing, tokenizer: Tokenizer, top: int, *, as_json: bool
         table.add_row(Text(name), f"{counts[position]:,}", elastic(strongest))
     print_rich(table)
     mean = sum(counts) / len(counts)
-    features = f"{found.form}: {found.active.n_features:,} features of {found.where}"
-    say(" ".join([f"{features}; {mean:.1f} fire at a token.", *filter(None, [found.legend]), "--json has all."]))
+    what = f"{found.form}: {found.active.n_features:,} features of {found.where}; {mean:.1f} fire at a token."
+    say(" ".join(filter(None, (what, found.legend, "--json has all."))))
 
 
 def print_contexts(features: Features, found: Mapping[int, Sequence[Context]], tokenizer: Tokenizer, *, as_json: bool) -> None:
@@ -72,7 +72,7 @@ def _firing_json(found: Firing, tokenizer: Tokenizer) -> dict[str, Any]:
 
     return {
         "format": found.form,
-        "reads": list(found.reads) if found.sizes else found.reads[0],
+        "reads": list(found.reads) if found.starts else found.reads[0],
         "writes": list(found.writes),
         "n_features": found.active.n_features,
         "tokens": [

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,7 @@ from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import printable
 from llama_ref.opened_files import FileIdentity, Opened, open_file, watch_opened
 from llama_ref.vocabulary import ADDED_TOKENS
+from llama_ref.waiting import as_they_end, interrupt_held, result_of
 
 Verify = Literal["auto", "always", "never"]
 
@@ -70,12 +71,14 @@ def verified(
         opened = stack.enter_context(watch_opened())
         pool = stack.enter_context(ThreadPoolExecutor(cpu_count(), thread_name_prefix="verify"))
         try:
-            checks: list[Future[None]] = [pool.submit(file.check, verify, started_ns, cancel) for file in files]
-            for params in checks[:1]:
-                params.result()  # before anything is loaded by it
+            with interrupt_held():
+                checks: list[Future[None]] = [pool.submit(file.check, verify, started_ns, cancel) for file in files]
+                for params in checks[:1]:
+                    result_of(params)  # before anything is loaded by it
             yield
-            for check in as_completed(checks):
-                check.result()
+            with interrupt_held():
+                for check in as_they_end(checks):
+                    check.result()
             opened_paths = {*opened, *(opened_before or {})}
             _check_added_tokens(tokenizer, {file.path for file in files}, opened_paths)
             for file in files:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from llama_ref.download.server import opened
 from llama_ref.download.state import Remote, bytes_here
 from llama_ref.errors import CheckpointError, DownloadError, RequestError
 from llama_ref.progress import FileProgress
+from llama_ref.waiting import as_they_end, interrupt_held, result_of
 
 FILES_AT_ONCE = 2  # the second begins while the first waits for its last bytes and its sum
 HEADROOM = 1.01  # of the disk, for the file system's own needs
@@ -84,7 +85,7 @@ def download(
             missing = [name for name in to_fetch if name in replace or not (folder / name).exists()]
             fetched, n_bytes = {}, 0
             if missing:
-                with opened(link, allowed_hosts, jobs) as server, ThreadPoolExecutor(jobs) as requests:
+                with interrupt_held(), opened(link, allowed_hosts, jobs) as server, ThreadPoolExecutor(jobs) as requests:
                     fetcher = Fetcher(server, "", jobs, requests, progress)
                     fetched = _Release(release, folder, fetcher, missing).fetch()
                     n_bytes = fetcher.fetched_bytes
@@ -208,7 +209,7 @@ class _Release:
         """The files' sums. Raises DownloadError, with the first of several reasons."""
         with ThreadPoolExecutor(FILES_AT_ONCE) as files:
             try:
-                self.fetcher.folder = files.submit(self._find_folder).result()
+                self.fetcher.folder = result_of(files.submit(self._find_folder))
                 small = [name for name in self.names if not is_weights(name)]
                 weights = [name for name in self.names if is_weights(name)]
                 for name in small:  # the list first
@@ -255,7 +256,7 @@ class _Release:
     def _all(self, futures: Iterable[Future[Any]]) -> None:
         """Wait for all; stop them at an error that is final. Raises the first error."""
         errors: list[Exception] = []
-        for future in as_completed(futures):
+        for future in as_they_end(futures):
             try:
                 future.result()
             except Stopped:

@@ -53,6 +53,7 @@ class Server:
     def __init__(self, link: SignedLink, allowed_hosts: Collection[str], jobs: int):
         self.link, self._allowed = link, allowed_hosts
         self._streams: set[Any] = set()
+        self._is_aborted = False
         self._client = httpx.Client(
             headers={"User-Agent": "llama_ref", "Accept": "*/*", "Accept-Encoding": "identity"},
             timeout=httpx.Timeout(STALLED_SECONDS, connect=CONNECT_SECONDS),
@@ -82,13 +83,10 @@ class Server:
             answer.close()
 
     def abort(self) -> None:
-        """Let all threads that wait for the network go on, with an error."""
+        """Let all threads that wait for the network go on, with Transient, and those that ask later."""
+        self._is_aborted = True  # before the look at the streams: one that connects meanwhile looks at this
         for stream in list(self._streams):
-            with suppress(OSError, ValueError):
-                sock = stream.get_extra_info("socket")
-                if sock is not None and sock.fileno() >= 0:  # of TLS, the connection beneath
-                    with socket.socket(fileno=os.dup(sock.fileno())) as own:
-                        own.shutdown(socket.SHUT_RDWR)
+            _shut_down(stream)
 
     def close(self) -> None:
         _shielded(self._client.close, self.link.host)
@@ -116,9 +114,11 @@ class Server:
         raise Refused(f"{answer.address} leads {problem}, which is not followed: a login page? Is it the right link?")
 
     def _note_stream(self, event: str, info: dict[str, Any]) -> None:
-        """Remember connections, for `abort`."""
+        """Remember connections, for `abort`; end those that come after it."""
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             self._streams.add(info["return_value"])
+            if self._is_aborted:
+                _shut_down(info["return_value"])
 
 
 @contextmanager
@@ -135,6 +135,15 @@ def opened(link: SignedLink, allowed_hosts: Collection[str], jobs: int) -> Itera
         server.close()
         for logger in loggers:
             logger.disabled = False
+
+
+def _shut_down(stream: Any) -> None:
+    """End a connection that httpx has, in whatever thread; of TLS, the connection beneath."""
+    with suppress(OSError, ValueError):
+        sock = stream.get_extra_info("socket")
+        if sock is not None and sock.fileno() >= 0:
+            with socket.socket(fileno=os.dup(sock.fileno())) as own:
+                own.shutdown(socket.SHUT_RDWR)
 
 
 def _shielded(action: Callable[[], T], address: str) -> T:

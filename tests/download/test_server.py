@@ -99,3 +99,12 @@ def test_abort_wakes_a_thread_that_waits(link, loopback, monkeypatch):
     loopback.fail("params.json", silent())
     with opened(link, [loopback.host], 1) as server:
         abort_a_wait(server, loopback, PATH)
+
+
+def test_a_connection_that_comes_after_abort_does_not_wait(link, loopback, monkeypatch):
+    monkeypatch.setattr(servers, "STALLED_SECONDS", 600)
+    loopback.fail("params.json", silent())
+    with opened(link, [loopback.host], 1) as server:
+        server.abort()
+        with pytest.raises(Transient):
+            ask(server)

@@ -15,6 +15,7 @@ from pathlib import Path
 from llama_ref.checkpoint.verify.presence import size_of
 from llama_ref.cores import cpu_count
 from llama_ref.progress import FileProgress
+from llama_ref.waiting import as_they_end, interrupt_held
 
 READ_BYTES = 1 << 20  # large enough to hide the cost of a call, small enough for the cache
 
@@ -84,10 +85,10 @@ def hash_files(
 
 def run_all(tasks: list[Callable[[], None]], jobs: int | None, cancel: threading.Event) -> None:
     """Run `tasks` on `jobs` threads; on an exception set `cancel`, wait and raise it."""
-    with ThreadPoolExecutor(max_workers=jobs or cpu_count(), thread_name_prefix="hash") as pool:
+    with interrupt_held(), ThreadPoolExecutor(max_workers=jobs or cpu_count(), thread_name_prefix="hash") as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
-            for future in futures:
+            for future in as_they_end(futures):
                 future.result()
         except BaseException:
             cancel.set()

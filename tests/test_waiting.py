@@ -1,0 +1,106 @@
+"""Ctrl-C at any step of the main thread, while it waits for others."""
+
+import os
+import signal
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from llama_ref.waiting import as_they_end, interrupt_held, result_of
+
+AT_MANY_STEPS = """
+import signal, sys, threading
+from llama_ref import waiting
+from llama_ref.checkpoint.verify.hashing import run_all
+
+waiting.TICK_SECONDS = 0.001
+
+def interrupted_at(step):
+    cancel, steps = threading.Event(), 0
+
+    def count(frame, event, argument):
+        nonlocal steps
+        frame.f_trace_opcodes = True
+        steps += 1
+        if steps == step:
+            signal.raise_signal(signal.SIGINT)
+        return count
+
+    sys.settrace(count)
+    try:
+        run_all([cancel.wait] * 3, 2, cancel)
+    except KeyboardInterrupt:
+        return threading.active_count() == 1
+    finally:
+        sys.settrace(None)
+
+print([step for step in range(1, 4000, 13) if not interrupted_at(step)])
+"""
+
+
+def test_ctrl_c_at_any_step_ends_the_wait_and_the_threads(warm):
+    done = subprocess.run([warm / "python", "-c", AT_MANY_STEPS], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr[-1000:]
+
+
+def test_ctrl_c_is_raised_where_the_block_waits():
+    go, reached = threading.Event(), []
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(go.wait)
+        with pytest.raises(KeyboardInterrupt), interrupt_held():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the wait")
+            result_of(future)
+            reached.append("more")
+        go.set()
+    assert reached == ["the wait"]
+
+
+def test_ctrl_c_is_raised_at_the_blocks_end():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupt_held():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end")
+    assert reached == ["the end"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_is_raised_at_once():
+    with pytest.raises(KeyboardInterrupt, match="the second"), interrupt_held():
+        signal.raise_signal(signal.SIGINT)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the second") from None
+
+
+def test_another_thread_and_an_own_handler_are_left_alone():
+    came = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        with interrupt_held():
+            signal.raise_signal(signal.SIGINT)
+            assert came == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    def in_a_thread() -> int:
+        with interrupt_held(), ThreadPoolExecutor(1) as pool:
+            return result_of(pool.submit(os.getpid))
+
+    with ThreadPoolExecutor(1) as pool:
+        assert result_of(pool.submit(in_a_thread)) == os.getpid()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_futures_come_as_they_end():
+    first, second = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        futures = {"later": pool.submit(second.wait), "sooner": pool.submit(first.wait)}
+        ended = as_they_end(futures.values())
+        first.set()
+        assert next(ended) is futures["sooner"]
+        second.set()
+        assert list(ended) == [futures["later"]]

@@ -38,7 +38,7 @@ OWN = {"llama_ref", "scripts", *(path.stem for folder in ("tests", "scripts") fo
 with contextlib.suppress(ImportError):
     from hypothesis import settings
 
-    settings.register_profile("suite", deadline=None, derandomize=True)  # a busy machine is no failure, nor is a day's luck
+    settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)  # no failure by load or luck
     settings.load_profile("suite")
 
 

@@ -240,6 +240,7 @@ def test_a_wrong_argument_is_refused(answer, message):
 
 # ---- answers made to hurt
 
+MEGABYTE = 1_000_000
 HURTFUL = [
     *("[", "{", "[{", '{"a":', '{"name":', '[{"', '[{"name":[', '{  "', "[ ", "<function=a>", "<function=f>{", "<function="),
     *('{"name":"f","parameters":{}}', '{"a":1}', '{"name":1,', '{"name":"f"}', "<|python_tag|>", "<|eot_id|> "),
@@ -289,7 +290,7 @@ def test_time_is_linear_and_nothing_raises(beginning, unit):
         finally:
             gc.enable()
 
-    assert seconds(200_000) < 30 * seconds(20_000) + 0.5
+    assert seconds(MEGABYTE // 2) < 30 * seconds(MEGABYTE // 20) + 0.5
 
 
 @given(st.lists(st.sampled_from([*HURTFUL, *BEGINNINGS, *MALFORMED, *PARTS]), max_size=4).map("".join), st.text())

@@ -7,7 +7,7 @@ it began to wait for as the signal came. So Ctrl-C is held back, and raised wher
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from types import FrameType
@@ -19,48 +19,52 @@ T = TypeVar("T")
 
 
 class _Held:
-    """Takes the place of the handler of Ctrl-C; the second one is raised at once."""
+    """Takes the place of the handler of Ctrl-C, and calls it later; for the second Ctrl-C at once."""
 
-    has_come = False
+    def __init__(self, handler: Callable[[int, FrameType | None], object]):
+        self._handler = handler
+        self._has_come = self._is_passed_on = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.has_come:
-            raise KeyboardInterrupt
-        self.has_come = True
+        if self._has_come:
+            self._handler(number, frame)
+        self._has_come = True
 
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if it has come."""
-        if self.has_come:
-            raise KeyboardInterrupt
+    def pass_on(self) -> None:
+        """Call the handler, once, if Ctrl-C has come."""
+        if self._has_come and not self._is_passed_on:
+            self._is_passed_on = True
+            self._handler(signal.SIGINT, None)
 
 
 @contextmanager
 def interrupt_held() -> Iterator[None]:
-    """Hold Ctrl-C back while the block runs: `as_they_end`, or else the block's end, raises it.
+    """Hold Ctrl-C back while the block runs: `as_they_end`, or else the block's end, calls its handler.
 
-    Where it would not be raised anyway, in another thread or with an own handler, nothing changes.
+    Nothing changes where it is ignored, in a block within such a block, and in other threads.
     """
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not callable(before) or isinstance(before, _Held):
         yield
         return
-    held = _Held()
+    held = _Held(before)
     signal.signal(signal.SIGINT, held)
     try:
         yield
-        held.check()
+        held.pass_on()
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def as_they_end(futures: Iterable[Future[T]]) -> Iterator[Future[T]]:
-    """The futures, each when it is done. Raises KeyboardInterrupt if that was held back."""
+    """The futures, each when it is done. Raises what the handler of a held Ctrl-C does."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
         held = signal.getsignal(signal.SIGINT)
         if isinstance(held, _Held) and threading.current_thread() is threading.main_thread():
-            held.check()
+            held.pass_on()
         yield from done
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from llama_ref.cli import interrupt
 from llama_ref.waiting import as_they_end, interrupt_held, result_of
 
 AT_MANY_STEPS = """
@@ -58,6 +59,18 @@ def test_ctrl_c_is_raised_where_the_block_waits():
     assert reached == ["the wait"]
 
 
+def test_a_commands_ctrl_c_is_held_too():
+    before = signal.signal(signal.SIGINT, interrupt._exit)  # as commands set it; it would end this process
+    reached = []
+    try:
+        with interrupt.interruptible(), pytest.raises(KeyboardInterrupt), interrupt_held():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the end")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reached == ["the end"]
+
+
 def test_ctrl_c_is_raised_at_the_blocks_end():
     reached = []
     with pytest.raises(KeyboardInterrupt), interrupt_held():
@@ -76,13 +89,15 @@ def test_a_second_ctrl_c_is_raised_at_once():
             raise KeyboardInterrupt("the second") from None
 
 
-def test_another_thread_and_an_own_handler_are_left_alone():
+def test_an_own_handler_is_called_once_and_another_thread_left_alone():
     came = []
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
-        with interrupt_held():
+        with interrupt_held(), ThreadPoolExecutor(1) as pool:
             signal.raise_signal(signal.SIGINT)
+            assert result_of(pool.submit(os.getpid)) == os.getpid()
             assert came == [signal.SIGINT]
+        assert came == [signal.SIGINT]
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from llama_ref.errors import RequestError
-from llama_ref.study.text_file import read_text
+from llama_ref.text_file import read_text
 
 
 def read_prompts(path: str | Path) -> list[str]:

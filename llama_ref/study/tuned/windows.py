@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
-from llama_ref.study.text_file import read_text
+from llama_ref.text_file import read_text
 
 
 def read_long_text(path: str | Path) -> str:

@@ -178,11 +178,12 @@ def test_with_a_compiler_that_fails_a_model_computes_as_before(monkeypatch, capl
     plain, model = random_model(torch.float32, "int4"), random_model(torch.float32, "int4")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # with nothing in it that was compiled before
     torch.compiler.reset()
+    torch._inductor.cpu_vec_isa.valid_vec_isa_list()  # kept by PyTorch: not what the failing compiler shows
     with torch._inductor.config.patch({"cpp.cxx": (None, "false")}):
         compile_decode(model)
         expected, found = (decoded(each, [5, 7], [3, 1]) for each in (plain, model))
     torch.compiler.reset()
-    assert "decoding stays uncompiled" in caplog.messages[-1]
+    assert "decoding stays uncompiled" in [r.message for r in caplog.records if r.name.startswith("llama_ref")][-1]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

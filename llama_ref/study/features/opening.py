@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.study.features.activations import TopK
 from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
 from llama_ref.study.features.formats import dictionary_learning, llama_scope, sparsify
@@ -19,7 +20,7 @@ from llama_ref.study.features.formats.transcoders import (
     read_cross_layer,
     read_transcoder,
 )
-from llama_ref.study.features.sites import claims_of
+from llama_ref.study.features.sites import Claims, claims_of
 
 MOST_LISTED = 6
 EXPECTED = (
@@ -39,13 +40,15 @@ def open_features(
 
     `layer` and `site` (a key of sites.ENDINGS: "residual_post", "attention", "ffn", "transcoder", …)
     are needed where names and configs do not say them. `k`: of TopK, where the files do not say it.
-    Raises RequestError where they are missing, or contradict each other; CheckpointError for files that
-    are missing, damaged or something else, UnsupportedModel for kinds that are not read.
+    Raises RequestError where they are missing, or contradict each other or the files; CheckpointError for
+    files that are missing, damaged or something else, UnsupportedModel for kinds that are not read.
     """
-    claims = claims_of(layer, site)
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-        raise RequestError(f"k is {k!r:.40}, expected a positive whole number")
-    where = _existing(path)
+    features = _open(_existing(path), claims_of(layer, site), _positive(k))
+    _check_used(k, features)
+    return features
+
+
+def _open(where: Path, claims: Claims, k: int | None) -> Features:
     folder = where if where.is_dir() else where.parent
     if (folder / llama_scope.CONFIG).exists():
         return read_llama_scope(folder, claims)
@@ -61,23 +64,25 @@ def open_features(
     if named := (LAYER.fullmatch(where.name) or ENCODER.fullmatch(where.name)):
         claims.layers["the file's name"] = int(named[1])
     if _is_cross_layer(folder):
-        return read_cross_layer(folder, claims)
+        return read_cross_layer(folder, claims, k)
     files = _ending(folder, (".safetensors",))
     if any(map(LAYER.fullmatch, (file.name for file in files))) or (folder / CONFIG).exists():
         return read_transcoder(folder, claims, k)
     raise CheckpointError(f"{where} has no features: {EXPECTED}{_inside(folder)}")
 
 
-def open_cross_layer(path: str | os.PathLike[str], *, site: str | None = None) -> CrossLayerTranscoder:
+def open_cross_layer(path: str | os.PathLike[str], *, site: str | None = None, k: int | None = None) -> CrossLayerTranscoder:
     """Open all layers of a cross-layer transcoder: circuit-tracer's folder of W_enc_N and W_dec_N.safetensors.
 
-    Matrices are mapped, and only what is used is read. `site` as for `open_features`. Raises
-    RequestError where it is missing or contradicts the config; CheckpointError for files that are
+    Matrices are mapped, and only what is used is read. `site` and `k` as for `open_features`. Raises
+    RequestError where they are missing or contradict the files; CheckpointError for files that are
     missing or damaged, or layers that do not fit each other.
     """
     claims_of(None, site)
     where = _existing(path)
-    return read_all_layers(where if where.is_dir() else where.parent, site)
+    transcoder = read_all_layers(where if where.is_dir() else where.parent, site, _positive(k))
+    _check_used(k, transcoder.layers[0])
+    return transcoder
 
 
 def open_dictionary(
@@ -85,8 +90,25 @@ def open_dictionary(
 ) -> Features | CrossLayerTranscoder:
     """Open as `open_features` does, but the folder of a cross-layer transcoder as a whole, if no `layer` is named."""
     if layer is None and _is_cross_layer(_existing(path)):
-        return open_cross_layer(path, site=site)
+        return open_cross_layer(path, site=site, k=k)
     return open_features(path, layer=layer, site=site, k=k)
+
+
+def _positive(k: int | None) -> int | None:
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+        raise RequestError(f"k is {k!r:.40}, expected a positive whole number")
+    return k
+
+
+def _check_used(k: int | None, features: Features) -> None:
+    """Raise RequestError for a k that the features, as their files have them, do not go by."""
+    kind = features.activation
+    if k is None or (isinstance(kind, TopK) and kind.k == k):
+        return
+    says = (
+        f"of each token's features the {kind.k} largest fire" if isinstance(kind, TopK) else "features fire above a threshold"
+    )
+    raise RequestError(f"k is {k}, but by {features.path} {says}: leave k out")
 
 
 def _is_cross_layer(folder: Path) -> bool:

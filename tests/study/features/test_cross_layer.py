@@ -41,6 +41,25 @@ def texts(*lengths: int) -> list[list[int]]:
     return [torch.randint(ARGS.vocab_size, (n,), generator=random).tolist() for n in lengths]
 
 
+def test_how_many_features_of_a_layer_fire_at_a_token(made):
+    """The config's TopK needs a k, which the caller may give: of all layers, and of one."""
+    config = made.path / "config.yaml"
+    config.write_text(config.read_text() + "activation: topk\n")
+    with pytest.raises(RequestError, match="pass k="):
+        study.open_cross_layer(made.path)
+    with pytest.raises(RequestError, match="k is 0, expected a positive whole number"):
+        study.open_cross_layer(made.path, k=0)
+    found = study.open_cross_layer(made.path, k=3).active(torch.ones(L, 4, D))
+    assert [own.counts().tolist() for own in found] == [[3] * 4] * L
+    one = study.open_features(made.path, layer=1, k=3).active(torch.ones(4, D))
+    assert one.counts().tolist() == [3] * 4
+
+
+def test_a_k_that_the_features_do_not_go_by_is_refused(made):
+    with pytest.raises(RequestError, match=r"k is 3, but by .* features fire above a threshold: leave k out"):
+        study.open_cross_layer(made.path, k=3)
+
+
 @pytest.mark.parametrize("biases", [True, False])
 def test_every_layer_writes_to_itself_and_to_all_later_ones(biases, tmp_path):
     made = feature_folders.cross_layer(tmp_path, D, N, L, biases=biases)

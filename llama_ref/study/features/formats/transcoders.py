@@ -45,7 +45,7 @@ def read_transcoder(folder: Path, claims: Claims, k: int | None = None) -> Featu
     return Features(weights, activation, site, path=stored.path, form="circuit-tracer")
 
 
-def read_cross_layer(folder: Path, claims: Claims) -> Features:
+def read_cross_layer(folder: Path, claims: Claims, k: int | None = None) -> Features:
     """One layer of a cross-layer transcoder, which decodes without the layers' biases. Raises as above."""
     config = read_config(folder)
     _claim_hooks(folder, config, claims)
@@ -53,10 +53,10 @@ def read_cross_layer(folder: Path, claims: Claims) -> Features:
         raise RequestError(
             f"{folder} has a cross-layer transcoder: pass layer=…, of which to read the features, or open_cross_layer for all"
         )
-    return _cross_layer(folder, config, claims.settle(folder))[0]
+    return _cross_layer(folder, config, claims.settle(folder), k)[0]
 
 
-def read_all_layers(folder: Path, site: str | None = None) -> CrossLayerTranscoder:
+def read_all_layers(folder: Path, site: str | None = None, k: int | None = None) -> CrossLayerTranscoder:
     """A cross-layer transcoder as a whole. Raises CheckpointError, RequestError."""
     config = read_config(folder)
     try:
@@ -75,7 +75,7 @@ def read_all_layers(folder: Path, site: str | None = None) -> CrossLayerTranscod
             raise RequestError(
                 f"the site of {folder} is {own.kind}, expected transcoder: it reads what a feed-forward is given"
             )
-        layer, bias = _cross_layer(folder, config, own)
+        layer, bias = _cross_layer(folder, config, own, k)
         layers.append(layer)
         biases.append(bias)
     for layer in layers:
@@ -83,7 +83,7 @@ def read_all_layers(folder: Path, site: str | None = None) -> CrossLayerTranscod
     return CrossLayerTranscoder(layers, biases, path=folder)
 
 
-def _cross_layer(folder: Path, config: dict[str, str], site: Site) -> tuple[Features, Tensor | None]:
+def _cross_layer(folder: Path, config: dict[str, str], site: Site, k: int | None) -> tuple[Features, Tensor | None]:
     """One layer's features, and the bias (D,) of its feed-forward's output."""
     n = site.layer
     first, second = Stored(folder / f"W_enc_{n}.safetensors"), Stored(folder / f"W_dec_{n}.safetensors")
@@ -97,7 +97,7 @@ def _cross_layer(folder: Path, config: dict[str, str], site: Site) -> tuple[Feat
             f"{second.path}: W_dec_{n} is {tuple(decoder.shape)}, expected ({n_features}, layers left, {dim})"
         )
     weights = Weights(encoder, first.vector(f"b_enc_{n}", n_features), decoder)
-    activation = _activation(config, first, n_features, None, f"_{n}")
+    activation = _activation(config, first, n_features, k, f"_{n}")
     bias = first.vector(f"b_dec_{n}", dim) if f"b_dec_{n}" in first else None
     return Features(weights, activation, site, path=first.path, form="circuit-tracer, cross-layer"), bias
 
@@ -158,9 +158,7 @@ def _activation(config: dict[str, str], stored: Stored, n_features: int, k: int 
 
 def _k(config: dict[str, str], stored: Stored, n_features: int, k: int | None) -> int:
     said = config.get("k", "")
-    found = k if k is not None else int(said) if said.isdecimal() else None
-    if found is None and "k" in stored:
-        found = int(stored.scalar("k"))
+    found = int(said) if said.isdecimal() else int(stored.scalar("k")) if "k" in stored else k
     if found is None or found < 1:
         raise RequestError(f"{stored.path} does not say how many features fire at a token: pass k=…")
     try:

@@ -73,6 +73,16 @@ def imports(tree: ast.Module, modules: dict[str, ast.Module]) -> Iterator[str]:
                 yield inner if inner in modules and not hidden else outer
 
 
+def prints_by_itself(tree: ast.Module) -> bool:
+    """Whether a tree names `print`, or Python's stdout or stderr other than to flush them."""
+    nodes = list(ast.walk(tree))
+    flushed = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr == "flush"}
+    named = {node.id for node in nodes if isinstance(node, ast.Name)}
+    named |= {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute) and id(node) not in flushed}
+    named |= {f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return not named.isdisjoint({"print", *(f"sys.{end}{name}{end}" for name in ("stdout", "stderr") for end in ("", "__"))})
+
+
 def own_name(dotted: str) -> str:
     """A dotted name without the package's; of other packages the first part."""
     first, _, rest = dotted.partition(".")
@@ -110,12 +120,7 @@ def house() -> House:
     """Read when a test asks for it: collecting this file takes no time."""
     modules = read_package()
     pairs = {(name, found) for name, tree in modules.items() for found in imports(tree, modules)}
-    prints = {
-        (name, "print")
-        for name, tree in modules.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
-    }
+    prints = {(name, "print") for name, tree in modules.items() if prints_by_itself(tree)}
     return House(modules, pairs, {(a, b) for a, b in pairs if b in modules and a != b}, prints)
 
 
@@ -185,6 +190,17 @@ def test_every_known_pair_still_breaks_a_rule():
     sound = house().own_imports - KNOWN
     in_circles = {pair for pair in KNOWN & house().own_imports if circle(sound | {pair})}
     assert sorted(KNOWN - wrong() - in_circles) == [], "mended: remove these from KNOWN"
+
+
+def test_tests_import_no_tests():
+    """What several tests need lies in a file of its own: importing a test's file would run its tests twice."""
+    found = [
+        (path.name, line)
+        for path in Path(__file__).parent.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.match(r"\s*(from|import)\s", line) and re.search(r"\btest_", line)
+    ]
+    assert found == []
 
 
 def test_the_whole_package_is_read():
@@ -277,6 +293,15 @@ def lazy():
     assert set(imports(ast.parse(source), modules)) == own | {"os", "typing", "rich"}
     assert talks("study.grid", "rich") and talks("plan", "print")
     assert not talks("cli.parser", "rich") and not talks("cli.parser", "print")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["print()", "map(print, x)", "sys.stderr.write(x)", "f(file=sys.stdout)", "from sys import stdout", "sys.__stdout__"],
+)
+def test_every_way_to_print_is_seen(source):
+    assert prints_by_itself(ast.parse(source))
+    assert not prints_by_itself(ast.parse("sys.stdout.flush(); sys.stdin.read(); report(x); process.stdout.read()"))
 
 
 def test_a_circle_is_seen():

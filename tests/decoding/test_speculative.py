@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from distributions import EACH, INF, TOGETHER, assert_frequencies, exact, plain, random_logits
 from fake_cuda import fake_cuda
 from folders import PARAMS
 from jobs import run_worker
@@ -32,7 +33,6 @@ from llama_ref.sampling import Sampler, distribution
 from llama_ref.session import Session
 from make_random_checkpoint import make_random_checkpoint
 from random_models import random_model
-from test_sampling import EACH, INF, TOGETHER, assert_frequencies, exact, plain, random_logits
 
 ARGS_OF_32 = ModelArgs.from_dict(PARAMS)
 ARGS = ModelArgs.from_dict(

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from corpus import CODE, PROSE, WHOLE
+from dialogs import ASSISTANTS, DIALOGS, OTHERS
 from llama_ref.chat import ChatFormat
 from llama_ref.checkpoint.hf.chat_template import chat_template
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json, write_tokenizer_json
@@ -21,7 +22,6 @@ from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
-from test_chat import ASSISTANTS, DIALOGS, OTHERS
 from vocabularies import KOREAN, VOCABULARIES, vocabulary
 
 ORDINARY = [text for text in WHOLE.values() if "<|" not in text]

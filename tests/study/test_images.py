@@ -15,8 +15,8 @@ from llama_ref.images import tiles_of
 from llama_ref.study.names import all_names, axes
 from llama_ref.vision import VisionTransformer
 from random_models import random_model
+from study.leftovers import state_of
 from study.pictured import ALL_TILES, ARGS, IMAGE, PARAMS, TILE, picture, random_vision_model
-from study.test_trace import state_of
 
 TEXT = [5, IMAGE, 7, 8, 9]
 WIDE, SQUARE = picture(100, 50), picture(50, 50, seed=1)

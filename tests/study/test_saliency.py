@@ -14,8 +14,8 @@ from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.quantization.apply import quantize_model
 from random_models import random_model
-from study.patching.test_gradient import Plain
 from study.pictured import random_vision_model
+from study.plain_model import Plain
 
 ARGS = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 30, "multiple_of": 16}
 ARGS |= {"norm_eps": 1e-5, "rope_theta": 500000.0}

@@ -33,6 +33,7 @@ from llama_ref.study import names
 from llama_ref.study.names import all_names, axes, matching
 from parity.oracles import hugging_faces_model
 from random_models import random_model
+from study.leftovers import state_of
 
 ARGS = ModelArgs.from_dict(
     {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32, "norm_eps": 1e-5}
@@ -53,14 +54,6 @@ def model() -> Transformer:
 
 def ids(batch: int, length: int) -> Tensor:
     return torch.randint(ARGS.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
-
-
-def state_of(model: Transformer) -> list:
-    """Everything that a trace could leave behind on a model's modules."""
-    return [
-        (name, sorted(vars(module)), list(module._forward_hooks), list(module._forward_pre_hooks))
-        for name, module in model.named_modules()
-    ]
 
 
 # ---- names

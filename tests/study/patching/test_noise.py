@@ -9,7 +9,7 @@ from llama_ref.errors import RequestError
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.study.patching.noise import embedding_deviation
 from random_models import random_model
-from study.patching.test_exact import ARGS, ids
+from study.patched import ARGS, ids
 
 METRIC = study.probability(7)
 

@@ -5,6 +5,7 @@ import os
 import torch
 
 from llama_ref.errors import RequestError
+from llama_ref.formatting import did_you_mean
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -29,13 +30,15 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     """
     requested = _best() if device is None else device
     device = _own_card(requested)
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise RequestError(f"unknown device {device}; try cuda, mps or cpu") from error
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        raise RequestError(
+            f"unknown device {device}, expected cuda, mps or cpu{did_you_mean(str(device), available)}"
+        ) from error
     if chosen.type not in available:
-        raise RequestError(f"device {device} is not supported; try cuda, mps or cpu")
+        raise RequestError(f"device {device} is not supported, expected cuda, mps or cpu")
     if not available[chosen.type]:
         raise RequestError(f"device {requested} is not available here; leave it out to use one that is")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():

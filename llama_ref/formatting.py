@@ -1,8 +1,9 @@
 """Values as messages and tables show them: sizes, names, dtypes."""
 
+import difflib
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ def hide_queries(text: str) -> str:
 
 _QUERY = re.compile(r"(https?:[^\s?'\"]*\?)[^\s'\"]+", re.IGNORECASE)
 _SIGNED = re.compile(r"((?:Policy|Signature|Key-Pair-Id)=)[^\s'\"&]+")
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Give "; did you mean x?" for the known word nearest to this one, or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def comma_list(names: Sequence[object], most: int) -> str:

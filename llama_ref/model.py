@@ -26,11 +26,15 @@ from torch import Tensor, nn
 from llama_ref.args import HIGH_FREQ_FACTOR, LOW_FREQ_FACTOR, ORIGINAL_CONTEXT, ModelArgs
 
 
-class RMSNorm(nn.Module):
-    """Divide by the root mean square over the last dimension, in float32, then scale by a weight.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide by the root mean square over the last dimension, in float32, then scale: (…, D) -> (…, D)."""
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.type_as(x) * weight
 
-    arXiv:1910.07467.
-    """
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned weight (arXiv:1910.07467)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -38,9 +42,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_frequencies(args: ModelArgs, device: torch.device | None = None) -> Tensor:

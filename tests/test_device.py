@@ -70,8 +70,15 @@ def test_a_wish_is_granted_where_it_can_be(machine, wish):
         ("cuda:0", "device cuda:0 is not available here"),
         (CUDA, "device cuda is not available here"),
         ("mps", "device mps is not available here"),
-        *((stranger, f"device {stranger} is not supported; try cuda, mps or cpu") for stranger in ("xpu", "meta", "hpu:1")),
-        *((nonsense, f"unknown device {nonsense}; try cuda, mps or cpu") for nonsense in ("gpu", "cuda:x", "CPU", "", 1.5)),
+        *(
+            (stranger, f"device {stranger} is not supported, expected cuda, mps or cpu")
+            for stranger in ("xpu", "meta", "hpu:1")
+        ),
+        ("cdua", "unknown device cdua, expected cuda, mps or cpu; did you mean cuda?"),
+        *(
+            (nonsense, f"unknown device {nonsense}, expected cuda, mps or cpu")
+            for nonsense in ("gpu", "cuda:x", "CPU", "", 1.5)
+        ),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(machine, wish, says):

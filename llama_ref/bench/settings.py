@@ -14,7 +14,7 @@ from llama_ref.checkpoint.meta_quantized.matrices import Activations
 from llama_ref.checkpoint.reader import stored_kind
 from llama_ref.device import choose_device, choose_dtype
 from llama_ref.errors import RequestError
-from llama_ref.formatting import dtype_name
+from llama_ref.formatting import did_you_mean, dtype_name
 from llama_ref.plan import find_model
 from llama_ref.quantization.scheme import Scheme
 
@@ -176,5 +176,7 @@ def _peers(text: str | None) -> tuple[str, ...]:
     words = [word.strip() for word in text.split(",")] if text else []
     unknown = [word for word in words if word not in PEERS]
     if unknown:
-        raise RequestError(f"against is {unknown[0]!r:.60}, expected one or more of {','.join(PEERS)}")
+        raise RequestError(
+            f"against is {unknown[0]!r:.60}, expected one or more of {','.join(PEERS)}{did_you_mean(unknown[0], PEERS)}"
+        )
     return tuple(dict.fromkeys(words))

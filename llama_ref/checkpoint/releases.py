@@ -194,5 +194,6 @@ def find_release(name: str) -> Release:
             return release
     by_lower = {candidate.lower(): candidate for candidate in RELEASES}
     close = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.5)]
+    close = close or [by_lower[each] for each in by_lower if len(name) > 1 and name.lower() in each]  # "8B"
     hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(RELEASES)}"
     raise RequestError(f"unknown Llama 3 release {name!r}; {hint}")

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from llama_ref.chat import ToolCall
-from llama_ref.cli.flags import did_you_mean
 from llama_ref.cli.terminal import note
 from llama_ref.cli.text_input import checked, readable
 from llama_ref.cli.timing import Timing
 from llama_ref.cli.views.guard import reasons
 from llama_ref.decoding.stream import Stream
 from llama_ref.errors import RequestError
+from llama_ref.formatting import did_you_mean
 from llama_ref.guard.gate import Gate
 from llama_ref.parallel.job import Job, from_first
 from llama_ref.session import Session

@@ -29,6 +29,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from llama_ref.errors import RequestError
+from llama_ref.formatting import did_you_mean
 
 REQUIRED = inspect.Parameter.empty
 SWITCH_VALUES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -118,7 +119,7 @@ class Parameter:
             return word
         *most, last = self.choices
         expected = f"{', '.join(most)} or {last}" if most else last
-        guess = did_you_mean(word, self.choices) if len(self.choices) > 1 else ""
+        guess = did_you_mean(word, self.choices) if most else ""
         raise RequestError(f"{self.label} is {word!r:.60}, expected {expected}{guess}")
 
     def _read_switch(self, word: str) -> bool:
@@ -209,14 +210,6 @@ def command(
 ) -> Callable[[Callable[..., int | None]], Command]:
     """Make a function a command; a script's `main` needs no section."""
     return lambda function: Command(function, section)
-
-
-def did_you_mean(word: str, known: Mapping[str, Any] | tuple[str, ...], prefix: str = "") -> str:
-    """Give "; did you mean x?" for the known word nearest to this one, or nothing."""
-    import difflib
-
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _docstring(documented: Any) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from llama_ref.cli.flags import Command, Parameter, command, did_you_mean
+from llama_ref.cli.flags import Command, Parameter, command
 from llama_ref.cli.interrupt import exit_on_interrupt
 from llama_ref.cli.outcome import (
     EXIT_BAD,
@@ -25,6 +25,7 @@ from llama_ref.cli.outcome import (
     report_error,
 )
 from llama_ref.errors import RequestError
+from llama_ref.formatting import did_you_mean
 
 __all__ = [  # what scripts need, in one place
     "EXIT_BAD",
@@ -71,7 +72,13 @@ def run_command(chosen: Command, words: list[str], program: str) -> int | None:
     if wants_help(words):
         print(command_help(chosen, program))
         return 0
-    return chosen.call(parse(chosen, words, program))
+    try:
+        return chosen.call(parse(chosen, words, program))
+    except RequestError as error:
+        name = str(error).partition(" is ")[0]
+        if name in chosen.parameters and not chosen.parameters[name].positional:
+            error.args = (f"--{error}",)  # the library names its argument, a command line its flag
+        raise
 
 
 def wants_help(words: list[str]) -> bool:
@@ -113,7 +120,7 @@ def _assign(chosen: Command, words: list[str], program: str) -> dict[str, str]:
     waiting = list(before)
     while waiting:
         word = waiting.pop(0)
-        if not _is_flag(word, chosen):
+        if not _is_flag(word):
             texts.append(word)
             continue
         flag, equals, value = word.partition("=")
@@ -126,7 +133,7 @@ def _assign(chosen: Command, words: list[str], program: str) -> dict[str, str]:
                 raise RequestError(f"{flag} takes no value; write --{parameter.name}={value}")
             given = waiting.pop(0) if waiting and waiting[0] in ("True", "False") else "True"
             found[parameter.name] = value_of_no or given
-        elif not waiting or _is_flag(waiting[0], chosen):
+        elif not waiting or _is_flag(waiting[0]):
             raise RequestError(f"{flag} needs a value: {_form(flag, parameter, waiting)}")
         else:
             found[parameter.name] = parameter.joined(before_it, waiting.pop(0))
@@ -154,7 +161,7 @@ def _assign_texts(chosen: Command, texts: list[str], found: dict[str, str], prog
         texts = [*texts[:own], *([json.dumps(texts[own:])] if texts[own:] else [])]
     if len(texts) > len(free):
         hint = "; a text of several words goes into quotes" if arguments else ""
-        hint = "; flags go before --" if _is_flag(texts[len(free)], chosen) else hint
+        hint = "; flags go before --" if _is_flag(texts[len(free)]) else hint
         raise RequestError(f"unexpected argument {texts[len(free)]!r:.60}{hint}{_see(program)}")
     found |= {each.name: text for each, text in zip(free, texts, strict=False)}
     for each in chosen.parameters.values():
@@ -164,11 +171,10 @@ def _assign_texts(chosen: Command, texts: list[str], found: dict[str, str], prog
             raise RequestError(f"missing {form}{what and f', {what}'}{_see(program)}")
 
 
-def _is_flag(word: str, chosen: Command) -> bool:
-    """Whether a word is meant as a flag: two dashes and a name, or a dash and a declared flag.
+def _is_flag(word: str) -> bool:
+    """Whether a word is meant as a flag, perhaps a mistyped one: one or two dashes and a name.
 
-    "-5", "- item" and "--- title" are texts, and so is a word with a space before any "=". An
-    unknown letter alone ("-x") is a flag as well: a mistyped one.
+    "-5", "- item" and "--- title" are texts, and so is a word with a space before any "=".
     """
     name = word.partition("=")[0]
     return re.fullmatch(r"--?[A-Za-z][\w-]*", name) is not None
@@ -186,7 +192,7 @@ def _find(chosen: Command, flag: str, program: str) -> tuple[Parameter, str | No
         if denied is not None and denied.is_switch:
             return denied, "False"
     guess = did_you_mean(name, chosen.parameters, "--")
-    if not guess and any(each.positional for each in chosen.parameters.values()):
+    if not guess and sum(each.positional for each in chosen.parameters.values()) > 1:  # a name, and a text
         guess = "; a text that begins with a dash goes last, after --"
     raise RequestError(f"unknown flag {flag}{guess}{_see(program)}")
 

@@ -28,7 +28,7 @@ from llama_ref.compiled.forward import CompiledForward, install
 from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, materialize
 from llama_ref.compiled.int8_layout import PIECE, PiecewiseInt8Linear, in_pieces
 from llama_ref.errors import RequestError
-from llama_ref.model import Context, Transformer, TransformerBlock, rotate
+from llama_ref.model import Context, Transformer, TransformerBlock, rms_norm, rotate
 from llama_ref.onednn import onednn_for
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
@@ -231,12 +231,12 @@ def _layer_step(
     """
     wq, wk, wv, wo, w1, w2, w3 = matrices
     n_kv_heads, head_dim = keys.shape[0], keys.shape[-1]
-    h = _norm(x, *norms[0])
+    h = rms_norm(x, *norms[0])
     q, k, v = (matvec(w, h).view(-1, head_dim) for w in (wq, wk, wv))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     keys, values = keys[:, : len(mask)], values[:, : len(mask)]
     x = x + matvec(wo, _attend(q.view(n_kv_heads, -1, head_dim), k, v, keys, values, mask))
-    h = _norm(x, *norms[1])
+    h = rms_norm(x, *norms[1])
     return x + matvec(w2, F.silu(matvec(w1, h)) * matvec(w3, h)), k, v
 
 
@@ -263,11 +263,6 @@ def _product(matrix: PlainMatrix, x: Tensor) -> Tensor:
     x32 = materialize(x.float()).view(len(w), 1, -1)  # (P, 1, K/P)
     sums = torch.cat([(rows.float() * x32).sum(-1).sum(0) for rows in w.chunk(STREAMS, dim=1)])
     return (sums * scale[0] if scale else sums).to(x.dtype)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ PRIOR_RATE = 0.7  # acceptance rate of a draft model, until the text provides it
 class DraftModel:
     """Speculation with a smaller model, which keeps a KV cache of each row's text."""
 
-    def __init__(self, model: Transformer, target: Transformer, pass_time: PassTime | None = None):
+    def __init__(self, model: Transformer, target: Transformer):
         self.model = model
-        self.pass_time = pass_time or PassTime.of(target)
+        self.pass_time = PassTime.of(target)
         self.cost = _bytes_read(model) / _bytes_read(target)  # of a guess, in decode steps of the target
         # The last drafter of a single row: a conversation's next turn continues with its cache.
         self._idle: list[ModelDrafter] = []

@@ -14,6 +14,7 @@ from llama_ref.compiled.forward import compiled_forward
 from llama_ref.decoding.image_prompts import show_images
 from llama_ref.decoding.row import Row
 from llama_ref.errors import LlamaRefError
+from llama_ref.formatting import dtype_name
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.onednn import onednn_for
@@ -157,4 +158,4 @@ def check_not_nan(logprob: float, dtype: torch.dtype, whose: str = "the model") 
     """Raise LlamaRefError for NaN: one NaN among the logits makes every log-probability NaN."""
     if math.isnan(logprob):
         advice = "try dtype=bfloat16 or float32" if dtype == torch.float16 else "check the weights with `llama-ref verify`"
-        raise LlamaRefError(f"{whose}'s logits are not numbers (NaN) in {str(dtype).removeprefix('torch.')}: {advice}")
+        raise LlamaRefError(f"{whose}'s logits are not numbers (NaN) in {dtype_name(dtype)}: {advice}")

@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from llama_ref.errors import RequestError
+from llama_ref.formatting import did_you_mean
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
 from llama_ref.study.hooks import check_part
@@ -122,7 +123,8 @@ def check_over(over: str) -> str:
     """
     axes = "×".join(part.strip() for part in re.split(r"[,*×]|\sx\s", str(over)))
     if axes not in GRIDS:
-        raise RequestError(f"over is {over!r:.60}, expected layer,position or layer,head or layer,position,head")
+        words = [grid.replace("×", ",") for grid in GRIDS]
+        raise RequestError(f"over is {over!r:.60}, expected {' or '.join(words)}{did_you_mean(axes.replace('×', ','), words)}")
     return axes
 
 

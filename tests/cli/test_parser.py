@@ -1,5 +1,6 @@
 """Parsing of command lines: forms of flags, misuse, suggestions."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -38,6 +39,8 @@ def sample(
 ) -> int | None:
     """Record how it is called."""
     CALLS.append(dict(locals()))
+    if name == "refused":
+        raise RequestError(f"{text} is wrong, expected another")
     return 1 if name == "bad" else None
 
 
@@ -155,6 +158,24 @@ def test_misuse_is_one_line_and_2(words, message, capfd, monkeypatch):
     assert run(sample, words.split()) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.startswith(f"llama-ref: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"), [("group", "group"), ("count", "--count"), ("name", "name"), ("mode", "--mode"), ("a b", "a b")]
+)
+def test_an_argument_that_the_library_names_is_shown_as_the_flag_it_is(argument, shown, capfd):
+    assert run(sample, ["refused", f"--text={argument}"]) == 2
+    assert capfd.readouterr().err == f"llama-ref: {shown} is wrong, expected another\n"
+
+
+@command()
+def listing(name: str) -> None:
+    """A command that takes no text."""
+
+
+def test_a_command_without_a_text_gets_no_advice_about_one(capfd):
+    assert run(listing, ["--zzz"]) == 2
+    assert re.fullmatch(r"llama-ref: unknown flag --zzz \(see .* --help\)\n", capfd.readouterr().err)
 
 
 def test_what_a_function_returns_is_the_exit_code(capfd):

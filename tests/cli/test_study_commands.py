@@ -478,7 +478,7 @@ def test_where_nothing_can_be_written_is_told_before_anything_is_loaded(run, tmp
         (("--png", str(tmp_path / "file")), "which is a file, expected a folder for pictures"),
     ):
         code, out, err = run("lens", "nowhere-at-all", "x", *words)
-        assert (code, out) == (2, "") and re.fullmatch(f"llama-ref: (out|png) is .*{message}.*\n", err)
+        assert (code, out) == (2, "") and re.fullmatch(f"llama-ref: --(out|png) is .*{message}.*\n", err)
 
 
 # ---- misuse

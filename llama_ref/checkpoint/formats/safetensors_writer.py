@@ -13,21 +13,13 @@ from torch import Tensor
 
 from llama_ref.checkpoint.formats.atomic import new_file
 from llama_ref.checkpoint.formats.lazy_tensor import BytesWritten, LazyTensor, bytes_of, check_writable
+from llama_ref.checkpoint.formats.safetensors import DTYPES, LENGTH_BYTES
 
-LENGTH_BYTES = 8  # size of the length field before the header
 ALIGNMENT_BYTES = 64  # of the first tensor: a cache line, for kernels on memory-mapped tensors
+TWO_VALUES_A_BYTE = "F4"  # whose shape in the header counts values, unlike torch's
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+DTYPE_NAMES = {  # torch's dtype: name in the file
+    getattr(torch, torchs): name for name, (torchs, _) in DTYPES.items() if name != TWO_VALUES_A_BYTE and hasattr(torch, torchs)
 }
 
 

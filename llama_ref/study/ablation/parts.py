@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
+from llama_ref.formatting import did_you_mean
 from llama_ref.study.hooks import Pass
 from llama_ref.study.patch import Edit
 
@@ -60,7 +61,7 @@ def check_kind(over: str) -> Over:
     for known in KINDS:
         if over == known:
             return known
-    raise RequestError(f"over is {over!r:.60}, expected {', '.join(KINDS)}")
+    raise RequestError(f"over is {over!r:.60}, expected {', '.join(KINDS)}{did_you_mean(str(over), KINDS)}")
 
 
 def layer_parts(args: ModelArgs, over: Over, layer: int) -> list[Part]:

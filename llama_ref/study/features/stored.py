@@ -78,9 +78,9 @@ def number(config: Mapping[str, Any], key: str) -> float:
     return float(found)
 
 
-def count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def count(config: Mapping[str, Any], key: str) -> int:
     """A positive whole number. Raises BadValue."""
-    found = config.get(key, default)
+    found = config.get(key)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise BadValue(f"{key} is {found!r:.40}, expected a positive whole number")
     return found

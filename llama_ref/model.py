@@ -46,7 +46,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(args: ModelArgs, device: torch.device | None = None) -> Tensor:
-    """Radians per position for each pair of a head's dimensions: float32 (hd/2,)."""
+    """Radians per position for each pair of a head's dimensions: float32 (hd/2,).
+
+    From 3.1 on, long wavelengths are slowed: llama-models' `apply_scaling`, which no model card describes.
+    """
     exponents = torch.arange(0, args.head_dim, 2, device=device, dtype=torch.float32) / args.head_dim
     freqs = 1.0 / args.rope_theta**exponents
     if not args.use_scaled_rope:

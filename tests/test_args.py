@@ -266,12 +266,12 @@ def test_a_huge_file_is_refused_at_once_and_in_little_memory(tmp_path, head):
         file.write(head)
         file.truncate(1 << 30)  # sparse
     tracemalloc.start()
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(CheckpointError, match=f"larger than {PARAMS_LIMIT_BYTES:,} bytes"):
         ModelArgs.from_json(path)
-    elapsed, (_, peak) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
+    busy, (_, peak) = time.process_time() - begin, tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert elapsed < 1
+    assert busy < 1
     assert peak < 4 * PARAMS_LIMIT_BYTES
 
 

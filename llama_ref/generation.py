@@ -36,7 +36,7 @@ from llama_ref.errors import RequestError
 from llama_ref.formatting import comma_list, dtype_name
 from llama_ref.images import Tiles, load_tiles
 from llama_ref.kv_cache import KVCache
-from llama_ref.memory import keep_scratch_memory
+from llama_ref.machine.memory import keep_scratch_memory
 from llama_ref.model import Transformer
 from llama_ref.numbers import plain_list, plain_number
 from llama_ref.parallel.division import connect
@@ -152,7 +152,7 @@ class Llama:
         every file with checklist.chk the first time it is used, "always" each time, "never" does not.
         in_memory: copy the weights instead of mapping the files, which may then change while the model is
         used. progress: called with (bytes done, total bytes).
-        On a CPU the process keeps up to 256 MB of freed memory from then on (memory.py).
+        On a CPU the process keeps up to 256 MB of freed memory from then on (machine/memory.py).
         Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call,
         JobError if torchrun's processes have different files or options.
         """

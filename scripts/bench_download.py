@@ -25,11 +25,11 @@ from pathlib import Path
 import fire
 
 from bench_verify import bytes_of, make_file
-from llama_ref.busy import OtherPrograms
 from llama_ref.checkpoint.releases import find_release
-from llama_ref.cores import cpu_count
 from llama_ref.download.link import SignedLink, parse_link
 from llama_ref.download.release import download
+from llama_ref.machine.busy import OtherPrograms
+from llama_ref.machine.cores import cpu_count
 
 RELEASE = find_release("Llama3.2-1B")
 PIECE_BYTES = 1 << 20

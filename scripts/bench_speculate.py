@@ -24,7 +24,7 @@ from llama_ref.cli.parser import command, run
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.drafting import LONGEST_DRAFT, PassTime
 from llama_ref.decoding.row import Row
-from llama_ref.onednn import onednn_for
+from llama_ref.machine.onednn import onednn_for
 
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Lisbon", "Dublin", "Athens", "Oslo", "Prague", "Warsaw")
 LIST = "\n".join(f"{i}. {city}" for i, city in enumerate(CITIES, 1))

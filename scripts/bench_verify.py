@@ -19,8 +19,8 @@ from pathlib import Path
 import fire
 
 from llama_ref.checkpoint.verify.hashing import hash_files
-from llama_ref.cores import cpu_count
 from llama_ref.errors import RequestError
+from llama_ref.machine.cores import cpu_count
 
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 BLOCK_BYTES = 1 << 20

@@ -23,7 +23,7 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.loop import prefill, steps
 from llama_ref.decoding.row import Row
 from llama_ref.images import Tiles
-from llama_ref.memory import free_bytes
+from llama_ref.machine.memory import free_bytes
 from llama_ref.model import Transformer
 from llama_ref.plan import count_parameters
 from llama_ref.sampling import Sampler, SamplingParams

@@ -253,12 +253,13 @@ def test_the_table_of_commands_names_every_command(environment):
         assert missing == set(), name
 
 
-def test_the_map_of_rooms_names_every_folder():
+def test_the_map_names_every_folder_once_and_every_file_at_the_top():
     text = DOCUMENTS["docs/architecture.md"]
     package = REPOSITORY / "llama_ref"
     rooms = {path.parent for path in package.rglob("*.py")} - {package}
-    names = {f"{path.relative_to(package)}/" for path in rooms}
-    assert {name for name in names if f"`{name}`" not in text} == set()
+    links = [f"[`{path.relative_to(package)}/`](" for path in rooms]
+    links += [f"[`{path.name}`](" for path in package.glob("[a-z]*.py")]
+    assert {link: text.count(link) for link in links} == dict.fromkeys(links, 1)
 
 
 def test_readme_is_short():

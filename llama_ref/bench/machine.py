@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llama_ref.bench.results import Machine
-from llama_ref.cores import cpu_count
+from llama_ref.machine.cores import cpu_count
 
 PACKAGES = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp_python",), "meta": ("llama_models", "fairscale")}
 

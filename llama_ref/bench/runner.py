@@ -18,9 +18,9 @@ from llama_ref.bench.process import Failed, Process
 from llama_ref.bench.results import LongResult, Report, Result, Round, Spread, Work
 from llama_ref.bench.settings import OURS, Settings, missing_packages
 from llama_ref.bench.worker import PROBE
-from llama_ref.busy import OtherPrograms
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.machine.busy import OtherPrograms
 
 WARMUP_TOKENS = 8
 Status = Callable[[str], None]

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from llama_ref import thread_limit
 from llama_ref.bench.settings import OURS, Settings
 from llama_ref.errors import LlamaRefError, RequestError
+from llama_ref.machine import thread_limit
 
 PROBE = "bandwidth"
 CONTESTANTS = {  # name: (module of llama_ref.bench.peers, class)

@@ -26,12 +26,12 @@ from llama_ref.checkpoint.hash_lock import NO_LINK, Beat, hash_lock
 from llama_ref.checkpoint.size_limits import check_limit
 from llama_ref.checkpoint.verify.checklist import Entry, read_checklist
 from llama_ref.checkpoint.verify.hashing import Cancelled, hash_open_file
-from llama_ref.cores import cpu_count
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import printable
+from llama_ref.machine.cores import cpu_count
+from llama_ref.machine.waiting import as_they_end, interrupt_held, result_of
 from llama_ref.opened_files import FileIdentity, Opened, open_file, watch_opened
 from llama_ref.vocabulary import ADDED_TOKENS
-from llama_ref.waiting import as_they_end, interrupt_held, result_of
 
 Verify = Literal["auto", "always", "never"]
 

@@ -22,7 +22,7 @@ from llama_ref.checkpoint.reader import Stored, Wanted, join, open_stored
 from llama_ref.checkpoint.shapes import EMBEDDING, LEARNABLE, OUTPUT, VISION, expected_shapes
 from llama_ref.checkpoint.to_device import Target, pinned_copier
 from llama_ref.errors import RequestError
-from llama_ref.memory import give_back_memory
+from llama_ref.machine.memory import give_back_memory
 from llama_ref.model import Transformer
 from llama_ref.modules import replace_module
 from llama_ref.parallel.sharding import WHOLE, Share, kv_heads, part_shape, split_dim, wanted_ranges

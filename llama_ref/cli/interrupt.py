@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llama_ref import thread_limit
+from llama_ref.machine import thread_limit
 
 EXIT_INTERRUPTED = 130
 SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides

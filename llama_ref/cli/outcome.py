@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama_ref import thread_limit
 from llama_ref.cli.escapes import escape_on_terminals
 from llama_ref.cli.interrupt import EXIT_INTERRUPTED, interruptible
 from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
+from llama_ref.machine import thread_limit
 
 EXIT_BAD, EXIT_MISUSE, EXIT_CLOSED_PIPE = 1, 2, 141  # verify also has 3
 

@@ -25,8 +25,8 @@ def steering(llama: "Llama", word: str | None) -> Iterator[None]:
     if word is None:
         yield
         return
-    from llama_ref.study.control_vector import read_control_vector
-    from llama_ref.study.steering import steer
+    from llama_ref.study.directions.control_vector import read_control_vector
+    from llama_ref.study.directions.steering import steer
 
     file, scale, layers = parse(word)
     with steer(llama.model, read_control_vector(file), scale, layers):

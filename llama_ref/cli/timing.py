@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from llama_ref.busy import OtherPrograms
 from llama_ref.decoding.stream import Stream
+from llama_ref.machine.busy import OtherPrograms
 
 
 class Timing:

@@ -28,8 +28,8 @@ from llama_ref.compiled.forward import CompiledForward, install
 from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, materialize
 from llama_ref.compiled.int8_layout import PIECE, PiecewiseInt8Linear, in_pieces
 from llama_ref.errors import RequestError
+from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Context, Transformer, TransformerBlock, rms_norm, rotate
-from llama_ref.onednn import onednn_for
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import replace_matrices, use_fast_kernels

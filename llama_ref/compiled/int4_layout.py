@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_ref import memory
 from llama_ref.compiled.int8_layout import PIECE, in_pieces
+from llama_ref.machine import memory
 from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtype
 
 PLANES, LANES = 8, 16

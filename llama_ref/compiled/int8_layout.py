@@ -8,7 +8,7 @@ were read at three quarters of the speed.
 import torch
 from torch import Tensor
 
-from llama_ref import memory
+from llama_ref.machine import memory
 from llama_ref.quantization.linear import FEW_ROWS, Int8Linear, Int8Matrix, fits_int8_kernel, wide_dtype
 
 LONG_ROW, PIECE = 4096, 1024  # longer rows are cut into pieces

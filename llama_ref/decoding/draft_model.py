@@ -12,8 +12,8 @@ from llama_ref.decoding.drafting import AcceptanceRate, Draft, PassTime
 from llama_ref.decoding.loop import check_not_nan, prefill_tokens
 from llama_ref.decoding.row import Row
 from llama_ref.kv_cache import KVCache
+from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
-from llama_ref.onednn import onednn_for
 from llama_ref.sampling import Sampler
 
 PRIOR_RATE = 0.7  # acceptance rate of a draft model, until the text provides its own

@@ -8,8 +8,8 @@ from torch import Tensor
 from llama_ref.decoding.row import Row
 from llama_ref.images import Tiles
 from llama_ref.kv_cache import ImageKeys, KVCache
+from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
-from llama_ref.onednn import onednn_for
 from llama_ref.vision import VisionTransformer
 
 ALWAYS = 1 << 40  # a position after every text's end

@@ -16,8 +16,8 @@ from llama_ref.decoding.row import Row
 from llama_ref.errors import LlamaRefError
 from llama_ref.formatting import dtype_name
 from llama_ref.kv_cache import KVCache
+from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
-from llama_ref.onednn import onednn_for
 
 PREFILL_TOKENS = 1024  # per pass, of all rows together: bounds activations and masks
 IGNORED = -100  # a target without a loss

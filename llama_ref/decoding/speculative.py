@@ -19,8 +19,8 @@ from llama_ref.decoding.drafting import Draft, Drafter, Speculation
 from llama_ref.decoding.loop import check_not_nan, finished, prefill
 from llama_ref.decoding.row import Row
 from llama_ref.kv_cache import KVCache
+from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
-from llama_ref.onednn import onednn_for
 from llama_ref.sampling import Sampler
 
 

@@ -24,8 +24,8 @@ from llama_ref.download.part import remove_empty
 from llama_ref.download.server import opened
 from llama_ref.download.state import Remote, bytes_here
 from llama_ref.errors import CheckpointError, DownloadError, RequestError
+from llama_ref.machine.waiting import as_they_end, interrupt_held, result_of
 from llama_ref.progress import FileProgress
-from llama_ref.waiting import as_they_end, interrupt_held, result_of
 
 FILES_AT_ONCE = 2  # the second begins while the first waits for its last bytes and its sum
 HEADROOM = 1.01  # of the disk, for the file system's own needs

@@ -16,8 +16,8 @@ from llama_ref.compiled.caches import kv_cache_class, new_cache
 from llama_ref.compiled.cuda_cache import MASKLESS_PREFILL_TOKENS
 from llama_ref.decoding.loop import LOGPROB_POSITIONS, PREFILL_TOKENS, check_not_nan, prefill_tokens
 from llama_ref.kv_cache import KVCache
+from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
-from llama_ref.onednn import onednn_for
 
 
 @dataclass(frozen=True)

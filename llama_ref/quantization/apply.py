@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from llama_ref.memory import give_back_memory
+from llama_ref.machine.memory import give_back_memory
 from llama_ref.model import Transformer
 from llama_ref.modules import replace_module
 from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix

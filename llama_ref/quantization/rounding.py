@@ -10,7 +10,7 @@ A few rows are rounded at a time to bound memory; each row's numbers depend on t
 import torch
 from torch import Tensor
 
-from llama_ref import memory
+from llama_ref.machine import memory
 
 # Rounded at a time. On a CPU float32 copies of a block stay in a core's cache. A GPU needs large
 # blocks, as each costs up to 90 launches. int4 takes 18 bytes of temporary memory per weight of a

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llama_ref import memory
+from llama_ref.machine import memory
 from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtype
 
 aten = torch.ops.aten

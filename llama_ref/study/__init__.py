@@ -48,10 +48,12 @@ from llama_ref.study.circuits.graph import Edge, EdgeScores
 from llama_ref.study.circuits.knockout import CutWindows, cut, cut_windows
 from llama_ref.study.circuits.paths import PathEffects, patch_path
 from llama_ref.study.circuits.vocabulary import Copying, HeadCircuit, copying
-from llama_ref.study.collect import collect
-from llama_ref.study.collected import Collected
-from llama_ref.study.control_vector import read_control_vector, write_control_vector
-from llama_ref.study.directions import mean_difference, principal_components
+from llama_ref.study.datasets.collect import collect
+from llama_ref.study.datasets.collected import Collected
+from llama_ref.study.directions.control_vector import read_control_vector, write_control_vector
+from llama_ref.study.directions.extraction import mean_difference, principal_components
+from llama_ref.study.directions.probes import fit_probe
+from llama_ref.study.directions.steering import ablate, answer_margins, log_likelihoods, share_of_tokens, steer
 from llama_ref.study.features.active import Active
 from llama_ref.study.features.contexts import Context, top_contexts
 from llama_ref.study.features.cross_layer import CrossLayerTranscoder
@@ -66,7 +68,6 @@ from llama_ref.study.features.edits import (
 from llama_ref.study.features.firing import Firing, firing
 from llama_ref.study.features.opening import open_cross_layer, open_features
 from llama_ref.study.features.reconstruction import Reconstruction, measure_reconstruction
-from llama_ref.study.image_attention import image_attention
 from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
 from llama_ref.study.names import all_names, axes
 from llama_ref.study.overview import Overview, overview
@@ -76,15 +77,14 @@ from llama_ref.study.patching.gradient import attribution_grids, attribution_pat
 from llama_ref.study.patching.grid import Agreement, Grid
 from llama_ref.study.patching.metrics import logit_difference, probability
 from llama_ref.study.patching.noise import Noise, noise
-from llama_ref.study.probes import fit_probe
 from llama_ref.study.report.writer import write_report
 from llama_ref.study.residual import residual_stream
 from llama_ref.study.rope import rope_waves
 from llama_ref.study.saliency import Saliency, saliency
-from llama_ref.study.steering import ablate, answer_margins, log_likelihoods, share_of_tokens, steer
 from llama_ref.study.trace import Recording, Trace, recording, trace, trace_each
 from llama_ref.study.tuned.lens import TunedLens
 from llama_ref.study.tuned.scores import LensScores, score_lens
+from llama_ref.study.vision.image_attention import image_attention
 from llama_ref.study.weights import quantization_errors, spectra
 
 __all__ = [

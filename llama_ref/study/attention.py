@@ -18,10 +18,10 @@ from llama_ref.errors import RequestError
 from llama_ref.formatting import human_bytes
 from llama_ref.model import Transformer
 from llama_ref.parallel.division import division_of
-from llama_ref.study.images import Images
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.report.packing import watch_patterns
 from llama_ref.study.trace import trace
+from llama_ref.study.vision.images import Images
 
 LARGEST_LAYER = 1 << 32  # bytes of one layer's patterns; up to three copies exist at once
 REPEATED_TOKENS = 50

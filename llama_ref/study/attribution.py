@@ -17,9 +17,9 @@ from llama_ref.errors import LlamaRefError
 from llama_ref.model import Transformer
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.study.hooks import check_model
-from llama_ref.study.images import Images
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.trace import trace
+from llama_ref.study.vision.images import Images
 
 # Tolerance of the sum, in machine epsilons of all that was added: the model rounds its residual
 # stream at every addition, and each part before that.

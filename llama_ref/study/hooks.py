@@ -26,7 +26,7 @@ from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.study.names import LAYER_AXES, all_names, is_of_an_image
 from llama_ref.study.parts import Parts
 from llama_ref.study.steps import add_by_head, attend_in_steps
-from llama_ref.study.vision_hooks import VisionForwards
+from llama_ref.study.vision.hooks import VisionForwards
 from llama_ref.vision import VisionTransformer
 
 SPLIT = (

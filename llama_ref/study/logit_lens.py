@@ -19,10 +19,10 @@ from llama_ref.model import Transformer
 from llama_ref.parallel.division import division_of
 from llama_ref.parallel.pipeline import SentState
 from llama_ref.study.hooks import check_part
-from llama_ref.study.images import Images
 from llama_ref.study.inputs import check_index, check_token, one_each, one_row
 from llama_ref.study.texts import Text, Texts, as_texts
 from llama_ref.study.trace import Trace, trace, trace_each
+from llama_ref.study.vision.images import Images
 
 LOGITS_AT_A_TIME = 7 << 20  # float32: 29 MB; a lens holds two such tensors. Fewer rows make products slow
 LOGITS_TO_READ = 1 << 20  # of them, on a CPU: what its caches hold, since every reading looks at them again

@@ -17,14 +17,14 @@ from llama_ref.study.attention import AttentionSummary, attention_pattern, summa
 from llama_ref.study.attribution import Attribution, attribute
 from llama_ref.study.features.firing import Firing
 from llama_ref.study.hooks import check_model
-from llama_ref.study.image_attention import ImageAttention, image_attention
-from llama_ref.study.images import Images, encoding_once
 from llama_ref.study.inputs import check_token, one_row
 from llama_ref.study.logit_lens import Lens, LogitLens, Predictions, block_ends, check_top, logit_lens, predict, residual_points
 from llama_ref.study.patching.grid import GridPair
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.residual import ResidualStream, residual_stream
 from llama_ref.study.saliency import Saliency
+from llama_ref.study.vision.image_attention import ImageAttention, image_attention
+from llama_ref.study.vision.images import Images, encoding_once
 
 if TYPE_CHECKING:
     from llama_ref.images import ImageFile

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from llama_ref.memory import free_bytes
+from llama_ref.machine.memory import free_bytes
 from llama_ref.model import Transformer
 from llama_ref.study.names import LAYER_AXES, SCORES
 

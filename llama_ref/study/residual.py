@@ -10,10 +10,10 @@ from torch import Tensor
 
 from llama_ref.model import Transformer
 from llama_ref.parallel.division import division_of
-from llama_ref.study.images import Images
 from llama_ref.study.inputs import one_row
 from llama_ref.study.logit_lens import residual_points
 from llama_ref.study.trace import trace
+from llama_ref.study.vision.images import Images
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.study.directions import check_direction
+from llama_ref.study.directions.extraction import check_direction
 from llama_ref.study.gradients import gradients
 from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index, check_token, one_row

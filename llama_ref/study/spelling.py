@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from llama_ref.model import Transformer
-from llama_ref.study.images import Images
 from llama_ref.study.texts import Batch, as_texts
+from llama_ref.study.vision.images import Images
 from llama_ref.tokenizer import Tokenizer
 
 

@@ -24,11 +24,11 @@ from llama_ref.bench.results import LongResult, Machine, Report, Result, Spread,
 from llama_ref.bench.roofline import draw_roofline
 from llama_ref.bench.runner import compare
 from llama_ref.bench.settings import OURS, PEERS, Settings
-from llama_ref.busy import OtherPrograms, busy_seconds
 from llama_ref.cli import main
 from llama_ref.cli.views.bench import WIDTH, print_report
-from llama_ref.cores import cpu_count
 from llama_ref.generation import Llama
+from llama_ref.machine.busy import OtherPrograms, busy_seconds
+from llama_ref.machine.cores import cpu_count
 from llama_ref.quantization.apply import quantized_bytes
 from make_random_checkpoint import make_random_checkpoint
 

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import REPOSITORY
 from folders import tiny_folder
-from llama_ref import thread_limit
+from llama_ref.machine import thread_limit
 
 AT_IMPORT = """
 import os, signal, sys

@@ -17,8 +17,8 @@ from llama_ref.decoding.loop import steps
 from llama_ref.decoding.row import Row
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
+from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
-from llama_ref.onednn import onednn_for
 from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.quantization.linear import Int4Linear, Int8Linear

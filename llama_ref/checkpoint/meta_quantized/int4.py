@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llama_ref import memory
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.meta_quantized.kinds import Int4Params
@@ -18,6 +17,7 @@ from llama_ref.checkpoint.reader import Stored, tables_are_equal
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
 from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.machine import memory
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.quantization.linear import Int4Linear, Int8Embedding, Int8Linear, QuantizedMatrix
 from llama_ref.quantization.meta_int4 import LowRank, MetaInt4Linear

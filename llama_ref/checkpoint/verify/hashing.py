@@ -13,9 +13,9 @@ from io import FileIO
 from pathlib import Path
 
 from llama_ref.checkpoint.verify.presence import size_of
-from llama_ref.cores import cpu_count
+from llama_ref.machine.cores import cpu_count
+from llama_ref.machine.waiting import as_they_end, interrupt_held
 from llama_ref.progress import FileProgress
-from llama_ref.waiting import as_they_end, interrupt_held
 
 READ_BYTES = 1 << 20  # large enough to hide the cost of a call, small enough for the cache
 

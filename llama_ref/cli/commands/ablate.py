@@ -40,9 +40,9 @@ def ablate(
     from llama_ref.study.ablation.losses import texts_to_predict
     from llama_ref.study.ablation.resample import resample
     from llama_ref.study.ablation.sweep import sweep
+    from llama_ref.study.datasets.prompt_file import read_prompts
     from llama_ref.study.inputs import prompt_tokens
     from llama_ref.study.patch import mean, zero
-    from llama_ref.study.prompt_file import read_prompts
 
     if prompt is None and texts is None:
         raise RequestError("missing PROMPT or --texts: what is the model to read?")

@@ -35,8 +35,8 @@ def attention(
     from llama_ref.cli.views.study.image_attention import print_image_attention
     from llama_ref.study import figures
     from llama_ref.study.attention import attention_pattern, summarize_attention
-    from llama_ref.study.image_attention import image_attention
     from llama_ref.study.inputs import check_index, prompt_tokens
+    from llama_ref.study.vision.image_attention import image_attention
 
     if head is not None and layer is None and image is None:
         raise RequestError(f"--head {head} needs --layer: heads are counted in a layer")

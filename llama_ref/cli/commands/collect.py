@@ -30,8 +30,8 @@ def collect(
     """
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.formatting import human_bytes, printable
-    from llama_ref.study.collect import collect as run
-    from llama_ref.study.prompt_file import read_prompts
+    from llama_ref.study.datasets.collect import collect as run
+    from llama_ref.study.datasets.prompt_file import read_prompts
 
     prompts, wanted = read_prompts(file), _positions(positions)
     llama = open_to_study(name, loading)

@@ -48,13 +48,13 @@ def features(
     from llama_ref.checkpoint.folder import open_folder
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.features import print_contexts, print_firing
+    from llama_ref.study.datasets.prompt_file import read_prompts
     from llama_ref.study.features.contexts import top_contexts
     from llama_ref.study.features.cross_layer import CrossLayerTranscoder
     from llama_ref.study.features.edits import chosen_features
     from llama_ref.study.features.firing import firing
     from llama_ref.study.features.opening import open_dictionary
     from llama_ref.study.inputs import prompt_tokens
-    from llama_ref.study.prompt_file import read_prompts
 
     _check(prompt, feature, contexts, out, top)
     check_outputs(out)

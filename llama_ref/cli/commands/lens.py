@@ -46,10 +46,10 @@ def lens(
     from llama_ref.cli.terminal import note
     from llama_ref.cli.views.study.lens import print_lens
     from llama_ref.study import figures
-    from llama_ref.study.images import encoding_once
     from llama_ref.study.inputs import prompt_tokens
     from llama_ref.study.logit_lens import logit_lens
     from llama_ref.study.tuned.lens import TunedLens
+    from llama_ref.study.vision.images import encoding_once
 
     check_outputs(out, png)
     if image is not None:

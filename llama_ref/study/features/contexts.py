@@ -10,7 +10,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.study.collected import Collected
+from llama_ref.study.datasets.collected import Collected
 from llama_ref.study.features.dictionary import BLOCK_TOKENS, Features
 from llama_ref.study.features.edits import chosen_features
 from llama_ref.study.inputs import check_count

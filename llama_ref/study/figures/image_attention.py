@@ -11,8 +11,8 @@ from llama_ref.errors import RequestError
 from llama_ref.study.figures import canvas
 from llama_ref.study.figures.fonts import prompt, style, token_label
 from llama_ref.study.figures.saving import save
-from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.inputs import check_index
+from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llama_ref.study.attribution import Attribution
-from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.inputs import label
 from llama_ref.study.logit_lens import LogitLens, Predictions
 from llama_ref.study.overview import Overview
@@ -19,6 +18,7 @@ from llama_ref.study.report.features import firing_data
 from llama_ref.study.report.image_packing import PackedImage
 from llama_ref.study.residual import ResidualStream, quartiles_of_others
 from llama_ref.study.saliency import Saliency
+from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
 
 DIGITS = 5  # significant ones: more than the page shows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from llama_ref.study.image_attention import ImageAttention
+from llama_ref.study.vision.image_attention import ImageAttention
 
 LONGEST_SIDE = 480  # pixels of the image that a page shows
 MOST_TOKENS = 128  # whose shares a page has: the last that see the image

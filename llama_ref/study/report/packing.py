@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llama_ref.model import Transformer
 from llama_ref.study.hooks import Pass, attached
-from llama_ref.study.images import Images
 from llama_ref.study.texts import Batch
+from llama_ref.study.vision.images import Images
 
 KEPT_PER_HEAD = 5500  # about 15 kB; 500 tokens have 11 each
 FEWEST = 8  # per token, however long the text

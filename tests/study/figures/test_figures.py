@@ -46,11 +46,11 @@ from llama_ref.study.figures.grid import grid_figure
 from llama_ref.study.figures.image_attention import layers_figure, tokens_figure
 from llama_ref.study.figures.lens import LEAST, MOST_WORDS, lens_figure, target_figure
 from llama_ref.study.figures.residual import norms_figure
-from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.logit_lens import LogitLens, logit_lens, residual_points
 from llama_ref.study.overview import overview
 from llama_ref.study.patching.grid import Grid
 from llama_ref.study.residual import ResidualStream
+from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns about missing glyphs, and draws boxes

@@ -29,7 +29,6 @@ from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.study.attention import attention_pattern, summarize_attention
 from llama_ref.study.attribution import attribute
-from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.logit_lens import logit_lens, predict, residual_points
 from llama_ref.study.overview import MOST_TOKENS, overview
 from llama_ref.study.report import packing, writer
@@ -37,6 +36,7 @@ from llama_ref.study.report.image_packing import pack_image
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.report.writer import check_report, write_report
 from llama_ref.study.residual import residual_stream
+from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
 from study.pictured import IMAGE, picture, random_vision_model
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from llama_ref.cli.terminal import print_rich
 from llama_ref.cli.views.study.shared import cut, elastic, new_table, percent, plain, prompt, say, tokens_json
-from llama_ref.study.image_attention import ImageAttention
 from llama_ref.study.inputs import label
+from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
 
 LOOKED_AT = 4  # patches shown per token

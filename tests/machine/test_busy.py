@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_ref.busy import OtherPrograms, hint
+from llama_ref.machine.busy import OtherPrograms, hint
 
 
 @pytest.mark.parametrize(

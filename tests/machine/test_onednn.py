@@ -9,7 +9,7 @@ import torch
 from llama_ref.args import ModelArgs
 from llama_ref.decoding.loop import steps
 from llama_ref.decoding.row import Row
-from llama_ref.onednn import onednn_for
+from llama_ref.machine.onednn import onednn_for
 from random_models import random_model
 
 # Matrices large enough for oneDNN, whose products differ from PyTorch's in the last bits.

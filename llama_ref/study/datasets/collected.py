@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llama_ref.checkpoint.formats.safetensors import REFETCH, map_safetensors
 from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.study.collection import DTYPES, Shard, read_index
+from llama_ref.study.datasets.collection import DTYPES, Shard, read_index
 from llama_ref.study.inputs import check_index
 
 

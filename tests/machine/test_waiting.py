@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from llama_ref.cli import interrupt
-from llama_ref.waiting import as_they_end, interrupt_held, result_of
+from llama_ref.machine.waiting import as_they_end, interrupt_held, result_of
 
 AT_MANY_STEPS = """
 import signal, sys, threading
-from llama_ref import waiting
+from llama_ref.machine import waiting
 from llama_ref.checkpoint.verify.hashing import run_all
 
 waiting.TICK_SECONDS = 0.001

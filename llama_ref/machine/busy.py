@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_ref.cores import cpu_count
+from llama_ref.machine.cores import cpu_count
 
 STAT = Path("/proc/stat")
 NICE, IDLE, IOWAIT, STEAL = 1, 3, 4, 7  # columns of its cpuN lines

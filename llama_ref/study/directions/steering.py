@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.directions import check_direction
+from llama_ref.study.directions.extraction import check_direction
 from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index, one_each
 from llama_ref.study.pass_size import split_passes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.errors import RequestError
-from llama_ref.study.directions import check_rows
+from llama_ref.study.directions.extraction import check_rows
 
 
 @dataclass(frozen=True)

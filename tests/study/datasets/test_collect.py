@@ -20,7 +20,7 @@ from llama_ref import study
 from llama_ref.args import ModelArgs
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.model import Transformer
-from llama_ref.study import collection
+from llama_ref.study.datasets import collection
 from random_models import random_model
 
 ARGS = ModelArgs.from_dict(

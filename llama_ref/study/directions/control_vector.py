@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.errors import CheckpointError, RequestError
-from llama_ref.study.directions import check_direction
+from llama_ref.study.directions.extraction import check_direction
 
 ARCHITECTURE = "controlvector"
 PREFIX = "direction."

@@ -9,8 +9,8 @@ from PIL import Image
 from llama_ref import study
 from llama_ref.errors import RequestError
 from llama_ref.images import tiles_of
-from llama_ref.study.image_attention import image_attention
-from llama_ref.study.images import encoding_once
+from llama_ref.study.vision.image_attention import image_attention
+from llama_ref.study.vision.images import encoding_once
 from random_models import random_model
 from study.pictured import ARGS, IMAGE, TILE, picture, random_vision_model
 
@@ -88,7 +88,7 @@ def test_what_makes_no_sense_is_told(model, monkeypatch):
         tokens = TEXT if wrong is model else [5, 7]
         with pytest.raises(RequestError, match=problem):
             image_attention(wrong, tokens, images, head=head)
-    monkeypatch.setattr(sys.modules["llama_ref.study.image_attention"], "LARGEST_LAYER", 1000)
+    monkeypatch.setattr(sys.modules["llama_ref.study.vision.image_attention"], "LARGEST_LAYER", 1000)
     with pytest.raises(RequestError, match=r"the text has 5 tokens, and every head's attention is .* by 17 vision tokens"):
         image_attention(model, TEXT, [picture(50, 50)])
 

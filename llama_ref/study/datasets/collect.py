@@ -24,8 +24,8 @@ from llama_ref.model import Transformer
 from llama_ref.parallel.division import division_of
 from llama_ref.parallel.job import from_first
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.study.collected import Collected
-from llama_ref.study.collection import DTYPES, INDEX, Collection, Shard, check_dtype, plan, read_index, row_shapes
+from llama_ref.study.datasets.collected import Collected
+from llama_ref.study.datasets.collection import DTYPES, INDEX, Collection, Shard, check_dtype, plan, read_index, row_shapes
 from llama_ref.study.hooks import Pass, attached, check_part
 from llama_ref.study.inputs import check_index, prompt_tokens
 from llama_ref.study.model_digest import weights_digest

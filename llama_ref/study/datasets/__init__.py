@@ -1,0 +1,1 @@
+"""Activations of many prompts: collected into a folder, and read back."""

@@ -1,0 +1,1 @@
+"""Directions in the residual stream: extracted, probed for, steered by, stored."""

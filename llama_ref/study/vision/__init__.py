@@ -1,0 +1,1 @@
+"""Studying models that read images."""

@@ -262,6 +262,15 @@ def test_the_map_names_every_folder_once_and_every_file_at_the_top():
     assert {link: text.count(link) for link in links} == dict.fromkeys(links, 1)
 
 
+def test_both_readmes_have_the_same_sections_tables_and_figures():
+    def outline(name: str) -> tuple[int, int, list[str]]:
+        prose = BLOCK.sub("", DOCUMENTS[name])
+        headings, rows = (len(re.findall(start, prose, re.MULTILINE)) for start in (r"^#+ ", r"^\|"))
+        return headings, rows, sorted(re.findall(r"\d+[.,]\d+|\d{3,}", prose))
+
+    assert outline("README.ko.md") == outline("README.md")
+
+
 def test_readme_is_short():
     assert len(DOCUMENTS["README.md"].split()) <= 900
 

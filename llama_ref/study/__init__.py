@@ -1,39 +1,42 @@
 """Study a model: record its activations, change them, and measure what its parts do.
 
-Every activation has a name (names.py). `trace(model, tokens, names)` runs a text, or several of any
-lengths, and keeps the activations that the names match, `trace_each` those of many texts in turn;
-`recording(model, names)` keeps those of whatever runs in its block, generation included.
+Every activation has a name (names.py). `trace(model, tokens, names)` runs one text, or several of any
+lengths, and keeps the activations whose names match; `trace_each` does so for many texts in turn, and
+`recording(model, names)` for every pass in its block, generation included. A Trace converts to arrays
+(`numpy()`) or a safetensors file (`save`, `Trace.load`). `collect(model, prompts, names, to=…)` stores the
+activations of thousands of prompts, and `Collected` reads them.
+
 `patch(model, {name: edit})` changes activations in its block: `zero()`, `mean()`, `scale(2)`,
 `set_to(tensor)`, `swap_from(trace)`, each `.at(heads=…, positions=…, rows=…)`, or any function of a
-tensor. `patch_grid(model, clean, corrupted, metric, over=…)` finds
-where in the model two texts are told apart, `attribution_patch` estimates that by a gradient, and
-`attribute_edges` scores the edges between parts, of which `run_circuit` runs some. `patch_path` changes
-what chosen parts hear of another directly, `cut` hides tokens from others. `composition`, `copying` and
-`HeadCircuit` say what heads do by their weights alone. `sweep` measures what is lost without each part,
-`ablate_together` without several, and `contrast_units` finds units that tell two kinds of texts apart. A
-Trace becomes arrays (`numpy()`) or a safetensors file (`save`, `Trace.load`).
-`collect(model, prompts, names, to=…)` stores the activations of thousands of prompts, and `Collected` reads
-them. `logit_lenses` and `patch_grids` take several texts at once.
+tensor. `patch_grid(model, clean, corrupted, metric, over=…)` finds the activations that carry the
+difference between two texts, and `attribution_patch` estimates this with a gradient. `logit_lenses` and
+`patch_grids` take several texts at once.
 
-A vision release's images are given to `trace` and others as `images=`, and `image_attention` finds
-where in them a text looks.
+`attribute_edges` scores the edges between parts, and `run_circuit` runs only some of them. `patch_path`
+measures the direct effect of one part on others, and `cut` hides tokens from others. `composition`,
+`copying` and `HeadCircuit` analyze heads by their weights alone. `sweep` measures what is lost without each
+part, `ablate_together` without several, and `contrast_units` finds units that tell two kinds of texts apart.
 
-`mean_difference`, `principal_components` and `fit_probe` find directions, `steer` and `ablate` add
-and remove them, `log_likelihoods` and `answer_margins` score that.
+`trace` and other functions take a vision release's images as `images=`, and `image_attention` finds where
+in an image a text looks.
+
+`mean_difference`, `principal_components` and `fit_probe` find directions, `steer` adds and `ablate`
+removes them, and `log_likelihoods` and `answer_margins` measure the effect.
 
 `open_features` reads sparse autoencoders and transcoders, `open_cross_layer` all layers of a cross-layer
-one. `firing` has the features that fire in a text, `set_features`, `ablate_features` and others change
-them in `patch`; `measure_reconstruction` and `top_contexts` judge and describe them.
-`TunedLens.fit` fits a tuned lens for `logit_lens(…, lens=…)`, and `score_lens` compares the two.
+transcoder. `firing` finds the features that fire in a text; `set_features`, `ablate_features` and others
+make edits for `patch`; `measure_reconstruction` and `top_contexts` evaluate and describe features.
+`TunedLens.fit` fits a tuned lens for `logit_lens(…, lens=…)`, and `score_lens` compares it with the logit lens.
 
 `logit_lens`, `predict`, `attribute`, `saliency`, `summarize_attention`, `residual_stream`, `rope_waves`,
-`spectra` and `quantization_errors` each answer one common question. `overview` answers them for one
+`spectra` and `quantization_errors` each answer one common question. `overview` answers most of them for one
 text, and `write_report` writes the answers as an HTML page (pictures: `llama_ref.study.figures`).
 
-What only reads works on a model that is split across processes, too: each of them gets whole values.
+Functions that only read activations also work on a model that is split across processes: each process
+gets whole values.
 
-model.py knows nothing of this: hooks are installed on a model and removed again. Tracing does not
-change a bit of the logits.
+model.py does not depend on this package: hooks are installed on a model and removed again. Tracing does
+not change a bit of the logits.
 """
 
 from llama_ref.study.ablation.contrast import UnitContrast, contrast_units

@@ -2,8 +2,8 @@
 
 A head that finds nothing to attend to attends to the first token, the sink (Xiao et al., "Efficient
 Streaming Language Models with Attention Sinks", 2023). An induction head, at the second `A` of
-`A B … A`, attends to `B`. On a random sequence that is repeated nothing else predicts the next
-token (Olsson et al., "In-context Learning and Induction Heads", 2022).
+`A B … A`, attends to `B`. On a repeated random sequence, only induction predicts the next token
+(Olsson et al., "In-context Learning and Induction Heads", 2022).
 """
 
 import math
@@ -60,7 +60,7 @@ def attention_entropy(pattern: Tensor) -> Tensor:
 
 
 def induction_score(pattern: Tensor, period: int) -> Tensor:
-    """Mean attention of the last `period` tokens to what followed each before: (…, T, T) -> (…)."""
+    """Mean attention of the last `period` tokens to the token after each one's first occurrence: (…, T, T) -> (…)."""
     return pattern.diagonal(offset=1 - period, dim1=-2, dim2=-1)[..., -period:].mean(-1)
 
 
@@ -99,7 +99,7 @@ def repeated_tokens(
 ) -> Tensor:
     """Draw `n_tokens` random ids and repeat them, after `bos` if given: (1, T).
 
-    `ids` are those to draw from (default: the whole vocabulary).
+    The ids are drawn from `ids` (default: the whole vocabulary).
     """
     if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 2:
         raise RequestError(f"n_tokens is {n_tokens!r:.40}, expected a whole number of 2 or more")

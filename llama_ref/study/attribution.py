@@ -21,8 +21,8 @@ from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.trace import trace
 from llama_ref.study.vision.images import Images
 
-# Tolerance of the sum, in machine epsilons of all that was added: the model rounds its residual
-# stream at every addition, and each part before that.
+# Tolerance of the sum, in machine epsilons of the total of all absolute summands: the model rounds
+# each part, and the residual stream after every addition.
 ROUNDINGS = 16
 
 
@@ -30,9 +30,9 @@ ROUNDINGS = 16
 class Attribution:
     """Shares of `target`'s logit at one position, or of its difference to `other`'s; float32, CPU.
 
-    `embedding` is a number, `heads` (n_layers, H), `ffns` (n_layers,); `cross` has each
-    cross-attention layer's share by the layer before which it stands, if an image is seen. They add up
-    to `total`, which differs from the model's own `logit` only by rounding.
+    `embedding` is a number, `heads` (n_layers, H), `ffns` (n_layers,). With an image, `cross` has each
+    cross-attention layer's share; its key is the layer that follows it. The shares add up to `total`,
+    which differs from the model's own `logit` only by rounding.
     """
 
     tokens: list[int]
@@ -79,8 +79,8 @@ def attribute(
 ) -> Attribution:
     """Split a token's logit after one position, or its difference to `other`'s, into shares.
 
-    `images` as in `trace`. Raises RequestError for an unknown token or position, and LlamaRefError if the shares do not add
-    up to the logit within rounding, as with weights that are not finite.
+    `images` as in `trace`. Raises RequestError for an unknown token or position, and LlamaRefError if
+    the shares do not add up to the logit within rounding, for example because a weight is not finite.
     """
     check_model(model)
     row = one_row(model, tokens)
@@ -151,7 +151,7 @@ def matrix(module: nn.Module) -> Tensor:
 
 
 def matrix_rows(module: nn.Module, rows: list[int]) -> Tensor:
-    """Some rows of `matrix(module)`; without quantization only they are converted."""
+    """Some rows of `matrix(module)`; only these are converted unless the matrix is quantized."""
     if isinstance(module, QuantizedMatrix):
         return module.dequantize()[rows]
     weight = module.get_parameter("weight").detach()

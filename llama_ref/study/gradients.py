@@ -1,8 +1,8 @@
 """Gradients of a model's activations, through quantized matrices too.
 
-The kernels of quantized matrices have no backward. In the block of `gradients` their outputs stay what
-they are, bit for bit, and the gradient of their inputs is that of a product with the dequantized matrix:
-where inputs are rounded too, as if they were not.
+The kernels of quantized matrices have no backward pass. Inside `gradients` their outputs stay
+bit-identical, and the gradient of their input is that of a product with the dequantized matrix; the
+rounding of inputs, where a kernel has it, is ignored.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from llama_ref.quantization.linear import QuantizedMatrix
 
 @contextmanager
 def gradients(model: Transformer) -> Iterator[None]:
-    """Record gradients in the block, whatever the mode around it."""
+    """Record gradients in the block, even inside no_grad or inference mode."""
     matrices = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
     handles = [matrix.register_forward_hook(_with_gradient) for matrix in matrices]
     try:
@@ -30,7 +30,7 @@ def gradients(model: Transformer) -> Iterator[None]:
 
 
 def _with_gradient(matrix: QuantizedMatrix, inputs: tuple[Tensor], out: Tensor) -> Tensor | None:
-    """A hook after a matrix's forward: the same output, with a gradient. An embedding's ids have none."""
+    """A hook after a matrix's forward: the same output, with a gradient if its input has one (ids do not)."""
     (x,) = inputs
     return _Through.apply(x, out.detach(), matrix) if x.requires_grad else None
 

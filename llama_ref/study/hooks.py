@@ -31,7 +31,7 @@ from llama_ref.vision import VisionTransformer
 
 SPLIT = (
     "the model is split across processes: only trace, recording, collect, predict, the logit lens, attention patterns and"
-    " residual_stream work there, without edits or gradients; load it in one process, without torchrun, for all else"
+    " residual_stream work there, without edits or gradients; load it in one process, without torchrun, for anything else"
 )
 
 
@@ -39,8 +39,8 @@ class Pass:
     """One forward pass: ids (B, T), their positions (B, T) or (1, T), and the cache, if any.
 
     `padding`, bool (B, T), is set for texts of different lengths; ids and positions there are -1.
-    `layers`: those that the pass runs, None for all (layer_window.py). Unless its output `is_read`, it
-    runs none after the last that a visitor watches.
+    `layers` are the layers that the pass runs, None for all (layer_window.py). If its output is not read
+    (`is_read`), the pass stops after the last layer that a visitor watches.
     """
 
     def __init__(self, tokens: Tensor, context: Context):
@@ -48,20 +48,20 @@ class Pass:
         self.positions = context.positions
         assert context.cache is None or isinstance(context.cache, KVCache)
         self.cache = context.cache
-        self.complete = False  # until the last norm has run
-        self.first = self.cache is None or self.cache.longest == 0  # of its text
+        self.complete = False  # until the final norm has run
+        self.first = self.cache is None or self.cache.longest == 0  # the first pass of its text
         self.padding: Tensor | None = None
         self.layers: range | None = None
         self.is_read = True
 
     def mark_padding(self, padding: Tensor) -> None:
-        """Say which places are padding, before any value is visited."""
+        """Mark the positions that are padding, before any value is visited."""
         self.padding = padding
         self.tokens = self.tokens.masked_fill(padding, -1)
         self.positions = self.positions.expand(padding.shape).masked_fill(padding, -1)
 
     def of_rows(self, rows: slice) -> "Pass":
-        """The pass as some of its texts see it."""
+        """The pass, limited to some of its texts."""
         own = copy(self)
         own.tokens = self.tokens[rows]
         own.positions = self.positions if len(self.positions) == 1 else self.positions[rows]
@@ -70,13 +70,13 @@ class Pass:
 
 
 class Visitor(Protocol):
-    """Gets the values of a pass: an editor may return others, a recorder runs after all editors.
+    """Receives the values of a pass. An editor may return other values; recorders run after all editors.
 
-    Images are encoded before the pass of the text that shows them: their values have no `run`.
+    Images are encoded before the pass of the text that has them, so their values have no `run`.
     """
 
     edits: bool
-    in_path: bool  # whether gradients should reach the values that it keeps
+    in_path: bool  # whether gradients must reach the values that it keeps
 
     def wants(self, name: str) -> bool: ...
 
@@ -94,9 +94,9 @@ def attached(model: Transformer, visitor: Visitor, *, first: bool = False) -> It
     """Pass a model's values to a visitor while the block runs, for passes of this thread.
 
     A compiled model runs uncompiled in the block. Blocks may be nested: the visitors of outer blocks
-    come first, but for one that is to be the `first` of all. Of a model that is split across processes,
-    all of them must attach alike, and every visitor gets whole values. Raises RequestError for a visitor
-    of such a model that edits, or wants gradients.
+    come first, unless one asks to be the `first` of all. If the model is split across processes, all of
+    them must attach the same visitors, each visitor gets whole values, and one that edits or wants
+    gradients raises RequestError.
     """
     (check_model if visitor.edits or visitor.in_path else check_part)(model)
     key = (threading.get_ident(), visitor)
@@ -133,9 +133,9 @@ def check_part(model: Transformer) -> None:
         hint = ": pass its .model" if isinstance(getattr(model, "model", None), Transformer) else ""
         raise RequestError(f"model is of type {type(model).__name__}, expected a llama_ref Transformer{hint}")
     if model in _attached:
-        return  # looked at before
+        return  # checked before
     is_split = any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules())
-    if is_split and not division_of(model).job.is_parallel:  # nobody has said of what it is a part
+    if is_split and not division_of(model).job.is_parallel:  # a part of an unknown model
         raise RequestError(SPLIT)
 
 
@@ -143,7 +143,7 @@ class Attached:
     """The forwards installed on one model, and the visitors that they call."""
 
     def __init__(self, model: Transformer):
-        self.visitors: list[tuple[int, Visitor]] = []  # with the thread of each
+        self.visitors: list[tuple[int, Visitor]] = []  # (thread id, visitor)
         self.local = threading.local()  # .tokens, .run, .in_pass: each thread has its own pass
         self.model = model
         self.parts = Parts(model) if division_of(model).job.is_parallel else None
@@ -158,7 +158,7 @@ class Attached:
             self._install()
 
     def leave(self, key: tuple[int, Visitor]) -> bool:
-        """Remove a visitor; whether it was the last, and the model is as before."""
+        """Remove a visitor; return whether it was the last, so that the model is restored."""
         self.visitors = [other for other in self.visitors if other is not key]
         if not self.visitors:
             self._uninstall()
@@ -181,7 +181,7 @@ class Attached:
             VisionForwards(self).install(model, division_of(model).first_cross_layer)
         self.instrument(model.norm, self.norm)
         self.instrument(model.output, self.output)
-        # Before layer 0, and before the cross-attention layer that may stand before it.
+        # Prepended: it must also run before a cross-attention layer in front of layer 0.
         self.beginning = model.layers[0].register_forward_pre_hook(self._begin, prepend=True)
 
     def instrument(self, module: nn.Module, forward: Callable[..., Tensor], *where: str) -> None:
@@ -242,7 +242,7 @@ class Attached:
         return self.watching(f"{where}.attention.scores") + self.watching(f"{where}.attention.pattern")
 
     def see_shares(self, where: str, added: Tensor, out: Tensor, wo: nn.Module) -> Tensor:
-        """Show the shares of an attention's heads, if a visitor wants them; `added` with what was edited."""
+        """Show each head's share of an attention's output, if a visitor wants them; return `added` with its edits."""
         name = f"{where}.attention.head_result"
         watching = self.watching(name)
         if not watching:
@@ -259,7 +259,7 @@ class Attached:
         return type(self.model).embed(self.model, tokens)
 
     def _begin(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Start a pass at layer 0, the first to get the context; x is the embedding's output."""
+        """Start a pass at layer 0, the first module that receives the context; x is the embedding's output."""
         x, context, *rest = inputs
         self.local.run = Pass(self.local.tokens, context)
         self.local.in_pass = True
@@ -273,7 +273,7 @@ class Attached:
         return self.see("embedding", x) if is_embedded_here else x, context, *rest
 
     def _leave_out_unwatched(self, run: Pass) -> None:
-        """Cut a pass short whose output nobody reads, of a text without images on one process."""
+        """End a pass early if its output is not read; only for texts without images, in one process."""
         if self.parts or run.cache is not None or self.watching("norm") or self.watching("logits"):
             return
         layers = run.layers if run.layers is not None else range(self.model.args.n_layers)
@@ -314,7 +314,7 @@ class Attached:
         return see("output", self.see_shares(where, module.wo(out.flatten(-2)), out, module.wo))  # (B, T, D)
 
     def feed_forward(self, module: FeedForward, where: str, x: Tensor) -> Tensor:
-        """Its output is shown by the block, which may have a gate for it."""
+        """Run a feed-forward. The caller shows the output to visitors, since a block may apply a gate to it."""
 
         def see(name: str, value: Tensor) -> Tensor:
             return self.see(f"{where}.ffn.{name}", value)
@@ -332,7 +332,7 @@ class Attached:
         if self.parts:
             self._pass_on(self.parts.end())
         self.local.in_pass = False
-        # Generation computes logits of few positions; recorders get those of all, computed here.
+        # Generation computes logits only at some positions; recorders get all, computed here.
         recorders = [visitor for visitor in self.watching("logits") if not visitor.edits]
         if recorders:
             logits = self.model.logits(out)
@@ -355,7 +355,7 @@ class Attached:
 
 
 class _Forward:
-    """An instrumented forward of a module; its type tells it from others."""
+    """An instrumented forward of a module, recognized by its type."""
 
     def __init__(self, forward: Callable[..., Tensor], module: nn.Module, *where: str):
         self.forward, self.bound = forward, (module, *where)

@@ -1,4 +1,4 @@
-"""Check what a study is given (tokens, layers, heads, prompts), and show tokens as text."""
+"""Check a study's arguments (tokens, layers, heads, prompts), and show tokens as text."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def check_token(model: Transformer, token: int) -> int:
 
 
 def check_index(what: str, index: int, count: int) -> int:
-    """Return the index as one from 0. Raises RequestError unless -count <= index < count."""
+    """Return the index, counted from 0. Raises RequestError unless -count <= index < count."""
     if isinstance(index, bool) or not isinstance(index, Integral) or not -count <= index < count:
         expected = f"a whole number from 0 to {count - 1}" if count > 1 else "0"
         raise RequestError(f"{what} is {index!r:.40}, expected {expected}")
@@ -49,7 +49,7 @@ def check_index(what: str, index: int, count: int) -> int:
 
 
 def check_count(what: str, given: int, least: int = 0) -> int:
-    """Return the number. Raises RequestError unless it is a whole one from `least` on."""
+    """Return the number. Raises RequestError unless it is a whole number of at least `least`."""
     if isinstance(given, bool) or not isinstance(given, int) or given < least:
         raise RequestError(f"{what} is {given!r:.40}, expected a whole number from {least}")
     return given
@@ -65,7 +65,7 @@ def one_each(what: str, given: T | Sequence[T], n: int) -> list[T]:
 
 
 def check_not_empty(**texts: str | None) -> None:
-    """Raise RequestError for an empty text: before a long load."""
+    """Raise RequestError for an empty text, before a model is loaded."""
     for name, text in texts.items():
         if text == "":
             example = '" Paris"' if name.lstrip("-") in ("target", "other", "answer") else '"The capital of France is"'
@@ -141,7 +141,7 @@ def check_same_length(tokenizer: Tokenizer, clean: list[int], corrupted: list[in
 def label(tokenizer: Tokenizer, token: int) -> str:
     """A token as text on one line: `␣Paris`, `\\n`, `한`, `<0xEC>` for part of a character.
 
-    The id after the tokenizer's is an image's place in a vision release.
+    In a vision release the id after the tokenizer's last one marks an image's place.
     """
     if token == tokenizer.n_words:
         return "<|image|>"

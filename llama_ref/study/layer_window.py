@@ -1,4 +1,4 @@
-"""Passes through some of a model's layers, from a residual stream that was computed before."""
+"""Run only some of a model's layers, starting from a given residual stream."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,24 +12,24 @@ from llama_ref.study.trace import trace_each
 
 @contextmanager
 def layer_window(model: Transformer, layers: range, residual: Tensor) -> Iterator[None]:
-    """Passes in the block run these layers alone, then the final norm, and no other layer.
+    """Limit passes in the block to these layers, followed by the final norm.
 
     `residual` (B, T, D) replaces the residual stream before the first of them; the pass's ids have
-    the same B and T. From layer 3 on: `range(3, n_layers)`. Edits of it, in blocks around this one
-    too, come after.
+    the same B and T. From layer 3 on: `range(3, n_layers)`. Edits of this stream, also those of outer
+    blocks, apply after the replacement.
     """
     with attached(model, _Window(layers, residual), first=True):
         yield
 
 
 def embedded(model: Transformer, texts: Sequence[Tensor]) -> list[Tensor]:
-    """The embeddings (T, D) of texts (T,), as patches around the call leave them: no layer is run."""
+    """The embeddings (T, D) of texts (T,), with active patches applied; no layer is run."""
     with attached(model, _Window(range(0), None)):
         return [traced["embedding"][0] for traced in trace_each(model, texts, "embedding")]
 
 
 class _Window:
-    """A visitor that sets which layers a pass runs, and what it starts with."""
+    """A visitor that sets a pass's layers and its initial residual stream."""
 
     edits, in_path = True, False
 

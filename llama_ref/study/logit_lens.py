@@ -25,18 +25,18 @@ from llama_ref.study.trace import Trace, trace, trace_each
 from llama_ref.study.vision.images import Images
 
 LOGITS_AT_A_TIME = 7 << 20  # float32: 29 MB; a lens holds two such tensors. Fewer rows make products slow
-LOGITS_TO_READ = 1 << 20  # of them, on a CPU: what its caches hold, since every reading looks at them again
-BLOCK = 128  # tokens of the vocabulary, whose maximum is found before the largest are looked for
+LOGITS_TO_READ = 1 << 20  # at a time on a CPU: they stay in its caches, and each measure reads them again
+BLOCK = 128  # tokens of the vocabulary; top-k compares the blocks' maxima first
 
 
 @dataclass(frozen=True)
 class LogitLens:
-    """Predictions of P points of the residual stream after the T tokens at `positions`; on the CPU.
+    """Predictions at P points of the residual stream after the T tokens at `positions`; on the CPU.
 
     `points` are names of activations. `top_ids` and `top_probabilities` (P, T, k), most likely
     first. `entropy` and `kl` (P, T) are in nats; `kl` is KL(the model's distribution ‖ the point's).
     `target_probability` and `target_rank` (P, T), rank 1 being the most likely, are None without a
-    target. `is_tuned`: whether a lens translated the stream first.
+    target. `is_tuned`: whether a tuned lens translated the stream first.
     """
 
     tokens: list[int]
@@ -69,10 +69,10 @@ class Followed:
 
 
 class Lens(Protocol):
-    """What translates the residual stream before it is read: a TunedLens (tuned/lens.py)."""
+    """Translates the residual stream before it is read: a TunedLens (tuned/lens.py)."""
 
     @property
-    def points(self) -> list[str]: ...  # those that it reads
+    def points(self) -> list[str]: ...  # the points that it can read
 
     def check(self, model: Transformer) -> None: ...  # raises RequestError for a model that it does not fit
 
@@ -96,7 +96,7 @@ def depth(point: str) -> float:
 
 
 def block_ends(points: Sequence[str]) -> list[int]:
-    """Indices of the points that are the embedding or the end of a layer; of all, if none is."""
+    """Indices of the points that are the embedding or the end of a layer; if there are none, of all points."""
     ends = [p for p, point in enumerate(points) if depth(point).is_integer()]
     return ends or list(range(len(points)))
 
@@ -139,8 +139,8 @@ def logit_lenses(
 ) -> list[LogitLens]:
     """Do `logit_lens` for several sequences, whose lengths may differ, many in one pass.
 
-    `targets` is a token for each, or one for all. `positions` count in each sequence for itself, so
-    that [-1] is the last token of each. Raises RequestError.
+    `targets` is a token for each, or one for all. `positions` are relative to each sequence, so that
+    [-1] is the last token of each. Raises RequestError.
     """
     check_part(model)
     rows = as_texts(model, texts)
@@ -167,7 +167,7 @@ def _lens(
     lens: Lens | None,
 ) -> LogitLens:
     """Read one sequence's trace."""
-    everywhere = positions == list(range(len(traced.tokens[0])))  # then views do
+    everywhere = positions == list(range(len(traced.tokens[0])))  # then no copies are needed
     residuals = [traced[point][0] if everywhere else traced[point][0, positions] for point in points]  # P × (T, D)
     if lens is not None:
         residuals = [lens.translate(point, residual) for point, residual in zip(points, residuals, strict=True)]
@@ -177,7 +177,7 @@ def _lens(
     for some in position_chunks(model, len(positions)):
         _read(model, residuals, last, some, target, read)
     if lens is None and points[-1] == last_point:
-        read.kl[-1] *= 0  # of one distribution; its two products may differ in rounding. A NaN stays
+        read.kl[-1] *= 0  # both are the same distribution, but two products may round differently; keeps NaN
     ids, probabilities, entropy, kl = (x.cpu() for x in (read.top_ids, read.top_probabilities, read.entropy, read.kl))
     tokens, is_tuned = traced.tokens[0].tolist(), lens is not None
     found = LogitLens(tokens, positions, points, ids, probabilities, entropy, kl, is_tuned=is_tuned)
@@ -187,10 +187,10 @@ def _lens(
 
 
 class _Readings:
-    """What is read at P points and T positions: LogitLens's tensors, made before they are filled.
+    """LogitLens's tensors for P points and T positions, allocated before they are filled.
 
-    Small tensors that a loop makes and keeps lie among its large ones, whose memory then cannot be
-    reused once they are freed: a lens of 200 tokens took gigabytes.
+    Small tensors that a loop allocates and keeps fragment the memory between its large ones, which then
+    cannot be reused: a lens of 200 tokens took gigabytes.
     """
 
     def __init__(self, n_points: int, n_positions: int, top: int, device: torch.device):
@@ -228,7 +228,7 @@ def _check_points(every: list[str], points: Sequence[str]) -> list[str]:
 def _read(model: Transformer, residuals: list[Tensor], last: Tensor, some: slice, target: int | None, read: _Readings) -> None:
     """Fill in some positions of all points; the residuals are (T, D) each."""
     p_final, negative_entropy = _probabilities(_logits(model, last[some]))  # (t, V), (t,)
-    at_once = max(1, LOGITS_AT_A_TIME // p_final.numel())  # points: of few positions a product reads little but the matrix
+    at_once = max(1, LOGITS_AT_A_TIME // p_final.numel())  # points: with few rows, reading the matrix takes most of the time
     for first in range(0, len(residuals), at_once):
         group = torch.stack([residual[some] for residual in residuals[first : first + at_once]])  # (p, t, D)
         logits = _logits(model, group)  # (p, t, V)
@@ -240,7 +240,7 @@ def _read(model: Transformer, residuals: list[Tensor], last: Tensor, some: slice
                     read.probability[p, at], read.rank[p, at] = probability_and_rank(logprobs, targets)
                 read.top_ids[p, at], read.top_probabilities[p, at] = top_tokens(logprobs, read.top_ids.shape[-1])
                 kl = negative_entropy[rows] - vecdot(p_final[rows], logprobs)
-                read.kl[p, at] = kl.clamp(min=0)  # rounding may give less
+                read.kl[p, at] = kl.clamp(min=0)  # rounding may make it negative
                 read.entropy[p, at] = -vecdot(logprobs.exp(), logprobs)
         del logits, own  # before the next ones are made
 
@@ -255,7 +255,7 @@ def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_probabilities_in_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of logits (t, V) with their log-probabilities: as many as a CPU's caches hold; on other devices, all."""
+    """Yield rows of logits (t, V) with their log-probabilities: blocks that fit a CPU's caches; on other devices, all."""
     n, V = logits.shape
     for rows in _pieces(n, max(1, LOGITS_TO_READ // V) if logits.device.type == "cpu" else n):
         yield rows, logits[rows].log_softmax(-1)
@@ -266,11 +266,11 @@ def _log_probabilities_in_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor
 
 @dataclass(frozen=True)
 class Predictions:
-    """How likely a model found each of the T tokens of a text, given those before it; on the CPU.
+    """The model's probability of each of the T tokens of a text, given the tokens before it; on the CPU.
 
-    `probability` and `rank` (T,) are those of each token, rank 1 being the most likely; NaN and 0
-    for the first, and for an image's place. `top_ids` and `top_probabilities` (T, k) are the most likely tokens after each,
-    most likely first: row t - 1 has the alternatives to token t, the last row what comes next.
+    `probability` and `rank` (T,), rank 1 being the most likely; NaN and 0 for the first token, and for an
+    image's place. `top_ids` and `top_probabilities` (T, k) are the most likely tokens after each, most
+    likely first: row t - 1 has the alternatives to token t, the last row the next token.
     """
 
     tokens: list[int]
@@ -287,7 +287,7 @@ def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5, *,
     check_top(model, top)
     last = residual_points(division_of(model).args.n_layers)[-1]
     residual = trace(model, row, [last], images=images)[last][0]  # (T, D)
-    following = torch.cat((row[0, 1:], row[0, :1]))  # (T,) the token after each; the last has none, any id will do
+    following = torch.cat((row[0, 1:], row[0, :1]))  # (T,) the token after each; the last has none, so any id will do
     is_image = following == model.args.vocab_size  # a place that no text predicts
     following = following.masked_fill(is_image, 0)
     chunks = []
@@ -309,7 +309,7 @@ def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5, *,
 
 
 def check_top(model: Transformer, top: int) -> None:
-    """Raise RequestError unless `top` is a number of tokens that the vocabulary has."""
+    """Raise RequestError unless `top` is from 1 to the size of the vocabulary."""
     if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= model.args.vocab_size:
         raise RequestError(f"top is {top!r:.40}, expected a whole number from 1 to {model.args.vocab_size}")
 
@@ -320,7 +320,7 @@ def position_chunks(model: Transformer, n: int) -> Iterator[slice]:
 
 
 def _pieces(n: int, most: int) -> Iterator[slice]:
-    """Split range(n) into as few pieces of at most `most` as can be, about equally long."""
+    """Split range(n) into as few pieces of at most `most` as possible, of about equal lengths."""
     count = -(-n // most)
     return (slice(n * i // count, n * (i + 1) // count) for i in range(count))
 
@@ -331,7 +331,7 @@ def log_probabilities(model: Transformer, residual: Tensor) -> Tensor:
 
 
 def _logits(model: Transformer, residual: Tensor) -> Tensor:
-    has_norm = not isinstance(model.norm, SentState)  # else the last pipeline stage sends the logits
+    has_norm = not isinstance(model.norm, SentState)  # otherwise the last pipeline stage sends the logits
     return model.logits(model.norm(residual) if has_norm else residual)
 
 
@@ -347,7 +347,7 @@ def top_tokens(logprobs: Tensor, top: int) -> tuple[Tensor, Tensor]:
     n_blocks, rest = divmod(logprobs.shape[-1], BLOCK)
     if rest or n_blocks < 4 * top:
         values, ids = logprobs.topk(top)
-    else:  # from the blocks with the largest maxima: on a CPU a sixth of the time
+    else:  # only search the blocks with the largest maxima: on a CPU this takes a sixth of the time
         blocks = logprobs.unflatten(-1, (n_blocks, BLOCK))  # (t, blocks, 128)
         best = blocks.amax(-1).topk(top).indices  # (t, top)
         values, places = blocks.gather(1, best[..., None].expand(-1, -1, BLOCK)).flatten(1).topk(top)

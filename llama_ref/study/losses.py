@@ -1,4 +1,4 @@
-"""The losses of texts, by which ablations and reconstructions are measured."""
+"""The loss of each text, which ablations and reconstructions report."""
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +7,13 @@ from torch import Tensor
 from llama_ref.model import Transformer
 from llama_ref.study.texts import Batch
 
-POSITIONS = 256  # whose logits are made at a time
+POSITIONS = 256  # logits are computed for this many positions at a time
 
 
 def loss_sums(model: Transformer, batch: Batch, hidden: Tensor, skip: int = 0) -> Tensor:
     """The summed losses of each text's tokens after position `skip`, from the last norm (n, T, D): nats, float32 (n,).
 
-    Every text has such a token.
+    Every text must have such a token.
     """
     states = torch.cat([own[skip : length - 1] for own, length in zip(hidden, batch.lengths, strict=True)])  # (N, D)
     wanted = torch.cat([own[skip + 1 : length] for own, length in zip(batch.ids, batch.lengths, strict=True)])  # (N,)

@@ -1,4 +1,4 @@
-"""Tell two models in memory apart, without reading all their weights."""
+"""A digest that tells models in memory apart without reading all their weights."""
 
 import hashlib
 
@@ -9,13 +9,13 @@ from llama_ref.formatting import dtype_name
 from llama_ref.model import Transformer
 from llama_ref.parallel.division import division_of
 
-SAMPLES = 1024  # of each tensor
+SAMPLES = 1024  # approximate number of values read from each tensor
 
 
 def weights_digest(model: Transformer) -> str:
     """A SHA-256 of every weight's name, shape, dtype and some values; equal on every device.
 
-    Of a model that is split across processes it is that of all their parts.
+    For a model that is split across processes, it is the digest of all parts.
     """
     own = _digest(model)
     if not division_of(model).job.is_parallel:

@@ -28,9 +28,9 @@ heads, K key/value heads, hd = head_dim, F = ffn_dim, V = vocab_size; layers cou
 | `norm` | (B, T, D) | the final norm of the last residual |
 | `logits` | (B, T, V) | float32 |
 
-A model that reads images (vision.py) has more. I images, of all texts in order; E tokens of all an
-image's tiles, with padding and empty tiles after its own; M of its own alone; N vision tokens of a
-text's images; W = vision_dim, A = vision_n_heads, C features that the encoder gives.
+A model that reads images (vision.py) has more. I = images of all texts, in order; E = tokens of an
+image's tiles, followed by padding and empty tiles; M = tokens of its own tiles only; N = vision tokens of
+a text's images; W = vision_dim, A = vision_n_heads, C = features of the encoder's output.
 
 | name | shape | what it is |
 |---|---|---|
@@ -49,7 +49,7 @@ text's images; W = vision_dim, A = vision_n_heads, C features that the encoder g
 | `vision.layers.i.ffn.hidden` | (I, E, 4W) | gelu(up), `c_proj`'s input |
 | `vision.layers.i.ffn.output` | (I, E, W) | what the feed-forward adds to the residual |
 | `vision.layers.i.residual_post` | (I, E, W) | the encoder's residual stream after local block i |
-| `vision.global.i.…` | | the same of global block i; outputs are behind its gates |
+| `vision.global.i.…` | | the same for global block i; outputs are after its gates |
 | `vision.features` | (I, M, C) | the encoder's output |
 | `vision.tokens` | (I, M, D) | projected: what cross-attention layers read |
 | `cross_layers.i.residual_pre` | (B, T, D) | the residual stream before cross-attention layer i |
@@ -70,8 +70,8 @@ text's images; W = vision_dim, A = vision_n_heads, C features that the encoder g
 | `cross_layers.i.ffn.output` | (B, T, D) | what it adds: gated; 0 where no image is seen |
 | `cross_layers.i.residual_post` | (B, T, D) | the residual stream after cross-attention layer i |
 
-They are there once an image is shown. Zeros (scores: −∞) follow the vision tokens of an image or text
-that has fewer than another. All but scores, pattern and logits are in the model's dtype.
+They exist once an image is shown. Where images or texts have different numbers of vision tokens, zeros
+(scores: −∞) pad the shorter ones. All but scores, pattern and logits are in the model's dtype.
 """
 
 import difflib
@@ -198,17 +198,17 @@ def axes(name: str) -> tuple[str, ...]:
 
 
 def is_of_an_image(name: str) -> bool:
-    """Whether the encoder computes it, from an image alone."""
+    """Whether an activation is computed by the image encoder, from an image alone."""
     return name.startswith("vision.")
 
 
 def is_of_key_heads(name: str) -> bool:
-    """Whether its heads are the text model's key/value heads."""
+    """Whether an activation's heads are the text model's key/value heads."""
     return not is_of_an_image(name) and name.endswith((".attention.k", ".attention.k_unrotated", ".attention.v"))
 
 
 def broadcastable(tensor: Tensor, name: str, *own_axes: str) -> Tensor:
-    """Reshape a tensor with some of an activation's axes so that it broadcasts to it."""
+    """Reshape a tensor that has some of an activation's axes so that it broadcasts to the activation."""
     sizes = dict(zip(own_axes, tensor.shape, strict=True))
     return tensor.reshape([sizes.get(axis, 1) for axis in axes(name)])
 

@@ -40,11 +40,10 @@ class Overview:
 
     `patterns` has the largest attention weights of every head. `strongest` is the layer, head and
     whole pattern, float32 (T, T), of the head with the largest share of the target's logit.
-    `image` is where in the image the tokens look, None without one.
-    `attribution` and `strongest` are None if the shares do not add up to the logit, as with weights
-    that are not finite; `not_attributed` then says why. `features` that fire and `saliency` are of the
-    same tokens, and so is the clean text of `patched`; `overview` leaves these None, and
-    `dataclasses.replace` adds them.
+    `image` is where in the image the tokens look, None without an image. `attribution` and `strongest`
+    are None if the shares do not add up to the logit, for example because a weight is not finite;
+    `not_attributed` then says why. `overview` leaves `features`, `saliency` and `patched` None;
+    `dataclasses.replace` can add them if they are of the same tokens (for `patched`: its clean text).
     """
 
     tokens: list[int]
@@ -78,10 +77,10 @@ def overview(
     lens: Lens | None = None,
     progress: Progress | None = None,
 ) -> Overview:
-    """Measure one sequence with everything that the study has, `top` most likely tokens each.
+    """Run all of a report's measurements on one sequence, with the `top` most likely tokens at each point.
 
     `target` is the token that the lens follows and whose logit is attributed (default: the model's
-    most likely next token). `bos` and `ids` are for the induction score's random tokens. `image` stands
+    most likely next token). `bos` and `ids` are for the induction score's random tokens. `image` is placed
     where the tokens have the model's `image_id`. `lens`: a tuned lens in place of the logit lens.
     `progress` is called with the steps done and their number. Raises RequestError, also for more
     than 2,048 tokens.
@@ -170,6 +169,6 @@ def _pattern_of(model: Transformer, row: Tensor, layer: int, head: int, images: 
 
 
 def _dtype(model: Transformer) -> str:
-    """The data type that the model computes in, for people."""
+    """The data type that the model computes in, for display."""
     dtype = dtype_name(model.norm.weight.dtype)
     return f"{dtype}, quantized matrices" if is_quantized(model) else dtype

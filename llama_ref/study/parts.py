@@ -1,8 +1,8 @@
-"""The values of a model that is split across processes, made whole for its visitors on all of them.
+"""Gather the activations of a model that is split across processes, so that every visitor gets whole values.
 
 A process has some heads, key/value heads and feed-forward features of every layer of its stage.
-They are gathered as soon as they are computed. Values of the other stages come after the pass, when
-no stage waits for another.
+They are gathered as soon as they are computed. Values of other pipeline stages are exchanged after the
+pass, when no stage waits for another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from llama_ref.study.names import axes, is_of_an_image, is_of_key_heads
 
 
 class Parts:
-    """This process's part of a model, with what joins its values to those of the others."""
+    """This process's part of a model; gathers its activations with those of the other processes."""
 
     def __init__(self, model: Transformer):
         self.division = division_of(model)
@@ -30,14 +30,14 @@ class Parts:
         self._kept: dict[str, Tensor] = {}  # this stage's values of the pass
 
     def begin(self, tokens: Tensor, names: Sequence[str]) -> None:
-        """Start a pass. Raises JobError unless all run the same ids and want the same names."""
+        """Start a pass. Raises JobError unless all processes run the same ids and want the same names."""
         self._kept = {}
         ids = digest(tokens.cpu().numpy().tobytes())
         facts = {"the tokens": f"{tuple(tokens.shape)} (digest {ids})", "the names of activations": ", ".join(names)}
         self.job.check_same("a pass that is studied", facts)
 
     def show(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """A value that was just computed, whole; nothing, if it has to wait for the pass's end."""
+        """Yield a value that was just computed, whole; nothing if it has to wait for the end of the pass."""
         if is_of_an_image(name):  # every process has the whole encoder
             yield name, value
             return
@@ -48,7 +48,7 @@ class Parts:
             self._kept[name] = whole
 
     def end(self) -> Iterator[tuple[str, Tensor]]:
-        """The values that had to wait, of all stages, in the model's order."""
+        """Yield the values that had to wait, of all stages, in the model's order."""
         group = self.job.pipeline_group
         if group is None:
             return

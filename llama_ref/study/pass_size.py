@@ -8,19 +8,19 @@ from llama_ref.machine.memory import free_bytes
 from llama_ref.model import Transformer
 from llama_ref.study.names import LAYER_AXES, SCORES
 
-PASS_TOKENS = 1024  # padding included, of several texts in one pass; on two CPU cores more are not faster
+PASS_TOKENS = 1024  # maximum for several texts, padding included; on two CPU cores more are not faster
 CUDA_PASS_TOKENS = 1 << 15  # small passes leave a GPU idle
-EACH_PASS = 32  # tokens that take as long as what a pass costs besides: weights are read once
-SHARE = 0.5  # of the free memory
+EACH_PASS = 32  # fixed cost of a pass (reading the weights), as a number of tokens that takes as long
+SHARE = 0.5  # of the free memory that a pass may use
 
 
 def split_passes(lengths: Sequence[int], most: int | None = None) -> Iterator[range]:
     """Split texts of these lengths, in their order, into the passes that take the least time.
 
-    A pass has at most `most` tokens (PASS_TOKENS), the padding included, or a single text.
+    A pass has at most `most` tokens (default: PASS_TOKENS), padding included, or a single text.
     """
     most = PASS_TOKENS if most is None else most
-    times, starts = [0.0], []  # of the first n texts: in tokens, and where their last pass starts
+    times, starts = [0.0], []  # for the first n texts: their time in tokens, and the start of their last pass
     for end in range(1, len(lengths) + 1):
         longest, best = 0, (math.inf, 0)
         for start in range(end - 1, -1, -1):
@@ -38,10 +38,10 @@ def split_passes(lengths: Sequence[int], most: int | None = None) -> Iterator[ra
 
 
 def tokens_that_fit(model: Transformer, name: str, longest: int, *, gradients: bool = False) -> int:
-    """Tokens of one pass that edits or records activation `name` of a layer, in texts of up to `longest`.
+    """How many tokens fit in a pass that edits or records a layer's activation `name`, in texts of up to `longest`.
 
     At most PASS_TOKENS on a CPU and CUDA_PASS_TOKENS on CUDA; fewer if they would take more than half
-    of the free memory. With `gradients`, of a pass that keeps the values of all layers.
+    of the free memory. With `gradients`, the pass keeps the values of all layers.
     """
     most = CUDA_PASS_TOKENS if model.device.type == "cuda" else PASS_TOKENS
     free = free_bytes(model.device)
@@ -51,10 +51,10 @@ def tokens_that_fit(model: Transformer, name: str, longest: int, *, gradients: b
 
 
 def bytes_per_token(model: Transformer, name: str, longest: int, *, gradients: bool = False) -> int:
-    """Memory that a pass takes for each token, at most: its activations at their peak.
+    """An upper bound on a pass's peak activation memory per token.
 
     A layer's norms and rotations are float32, its other activations in the model's dtype. Logits are
-    of the last token alone, in float32: some copies, as a softmax makes them.
+    computed only for the last token, in float32, with the copies that a softmax makes.
     """
     args, size = model.args, model.dtype.itemsize
     layer = size * (3 * args.ffn_dim + 5 * args.dim) + 4 * 5 * args.dim
@@ -64,6 +64,6 @@ def bytes_per_token(model: Transformer, name: str, longest: int, *, gradients: b
         watched *= shown.get(axis, 1)
     layer += 4 * 4 * watched
     if gradients and LAYER_AXES[name] != SCORES:
-        layer += 4 * args.n_heads * longest  # of attention's backward, where it has no fused kernel
+        layer += 4 * args.n_heads * longest  # scores in attention's backward pass without a fused kernel
     logits = 4 * 4 * args.vocab_size // longest
     return layer * (args.n_layers if gradients else 1) + logits

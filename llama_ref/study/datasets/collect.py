@@ -1,9 +1,9 @@
-"""Collect activations of many prompts into a folder, in memory for one shard.
+"""Collect activations of many prompts into a folder, with one shard in memory at a time.
 
     study.collect(llama, prompts, "layers.12.residual_post", to="activations")
     study.Collected("activations").select("layers.12.residual_post", positions=-1)
 
-collection.py says what is in the folder, collected.py reads it.
+collection.py defines the folder's format, collected.py reads it.
 """
 
 import json
@@ -49,18 +49,18 @@ def collect(
     special_tokens: bool = False,
     progress: Progress | None = None,
 ) -> Collected:
-    """Store activations of prompts, texts or ids, in the folder `to`, and open it.
+    """Store activations of prompts (texts or ids) in the folder `to`, and open it.
 
-    `names` may be globs. `positions` are "last", "all", a list for every prompt (-1 is its last
+    `names` may be globs. `positions` is "last", "all", one list for all prompts (-1 is a prompt's last
     token), or a function of a prompt's ids that returns such a list. `dtype`: float32, bfloat16 or
-    float16; default: the model's. Texts that occur twice are run once. `special_tokens` as in
+    float16; default: the model's. Duplicate texts are run once. `special_tokens` as in
     `Llama.encode`. `progress` is called with (texts done, all texts).
 
-    A run that was interrupted continues where it was when it is called again with the same
-    arguments; finished shards are not computed again. Raises RequestError for other arguments than
-    the folder's, names or positions that do not exist, and files that cannot be written,
-    CheckpointError for a full disk or a damaged folder. Under torchrun all processes must call it
-    alike; rank 0 writes, and a folder is continued by as many processes as began it.
+    An interrupted run continues when it is called again with the same arguments; finished shards are
+    not computed again. Raises RequestError for a folder that was written with other arguments, names or
+    positions that do not exist, and files that cannot be written; CheckpointError for a full disk or a
+    damaged folder. Under torchrun all processes must call it with the same arguments; rank 0 writes, and
+    a folder must be continued with the same number of processes.
     """
     transformer = model.model if isinstance(model, Llama) else model
     check_part(transformer)
@@ -75,7 +75,7 @@ def collect(
     counter = ProgressCounter(len(texts), progress)
     counter.advance(len(texts) - sum(shard.end - shard.first for shard in missing))
     for shard in missing:
-        # One expression: a name would keep this shard's tensors while the next ones are computed.
+        # One expression: a variable would keep this shard's tensors alive while the next ones are computed.
         from_first(job, partial(_write, folder / shard.file, _run(transformer, collection, shard, texts, counter)))
     return from_first(job, partial(Collected, folder))
 
@@ -95,7 +95,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 def _run(
     model: Transformer, collection: Collection, shard: Shard, texts: Sequence[Tensor], counter: ProgressCounter
 ) -> dict[str, Tensor]:
-    """Compute a shard's tensors, whose memory is taken once."""
+    """Compute a shard's tensors, in memory that is allocated once."""
     n_rows, dtype = collection.n_rows(shard), DTYPES[collection.dtype]
     tensors = {name: torch.empty(n_rows, *shape, dtype=dtype, device="cpu") for name, shape in collection.names.items()}
     begin = 0
@@ -139,7 +139,7 @@ class _Picker:
 
 
 def _as_ids(model: Llama | Transformer, prompts: Sequence[Prompt], special_tokens: bool) -> list[Tensor]:
-    """Every prompt's ids (T,) on the CPU. Raises RequestError, which names the prompt."""
+    """Every prompt's ids (T,) on the CPU. Raises RequestError with the number of the prompt."""
     if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
         raise RequestError(f"prompts is {prompts!r:.60}, expected a list of texts, or of lists of ids")
     return [_ids_of(model, prompt, i, special_tokens) for i, prompt in enumerate(prompts)]
@@ -174,7 +174,7 @@ def _kept(positions: Positions, ids: list[int], number: int) -> list[int]:
 
 
 def _open(to: str | Path, collection: Collection) -> Path:
-    """The folder, with this index. Raises RequestError if it holds something else."""
+    """Create the folder with this index, or check the index that it has. Raises RequestError if it holds something else."""
     try:
         folder = Path(os.path.realpath(Path(to).expanduser()))
         entries = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []

@@ -1,4 +1,4 @@
-"""Read what `collect` stored: by prompt, position or name, mapped from the files."""
+"""Read what `collect` stored, by prompt, position or name, from memory-mapped files."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +15,8 @@ from llama_ref.study.inputs import check_index
 class Collected:
     """Activations of prompts in a folder; `len` is the number of prompts.
 
-    `names` are the activations', in the model's order. Shards are mapped: a value is read from the
-    disk when it is used. Raises CheckpointError for a folder that is damaged or not yet complete.
+    `names` are the names of the activations, in the model's order. Shards are memory-mapped: a value is
+    read from disk when it is used. Raises CheckpointError for a folder that is damaged or incomplete.
     """
 
     def __init__(self, folder: str | Path):
@@ -37,12 +37,12 @@ class Collected:
 
     @property
     def n_texts(self) -> int:
-        """Prompts that are different."""
+        """Number of distinct prompts."""
         return len(self._index.texts)
 
     @property
     def n_rows(self) -> int:
-        """Kept positions of all different prompts."""
+        """Number of kept positions in all distinct prompts."""
         return self._index.offsets[-1]
 
     @property
@@ -57,7 +57,7 @@ class Collected:
         return f"Collected({len(self.names)} activations of {len(self)} prompts)"
 
     def positions(self, prompt: int) -> list[int]:
-        """The positions of a prompt that are kept."""
+        """The kept positions of a prompt."""
         return self._index.positions[self._text(prompt)]
 
     def tokens(self, prompt: int) -> Tensor:
@@ -74,8 +74,8 @@ class Collected:
     ) -> Tensor:
         """One activation of some prompts (default: all), one after the other: (rows, …).
 
-        `positions` in each prompt's text (default: those that are kept); -1 is its last token. Only
-        what is asked for is read. Raises RequestError for what was not collected.
+        `positions` in each prompt's text (default: all kept ones); -1 is its last token. Only the
+        requested values are read. Raises RequestError for values that were not collected.
         """
         chosen = range(len(self))[prompts] if isinstance(prompts, slice) else prompts
         chosen = range(len(self)) if chosen is None else chosen
@@ -90,7 +90,7 @@ class Collected:
         return out
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """One activation of every text that is different, shard by shard: views (rows, …)."""
+        """One activation of every distinct text, shard by shard: views (rows, …)."""
         self._shape(name)
         for shard in self._index.shards:
             yield self._map(shard)[name]
@@ -102,7 +102,7 @@ class Collected:
         return self._map(shard)[name][rows]
 
     def _map(self, shard: Shard) -> dict[str, Tensor]:
-        """A shard's tensors. Raises CheckpointError if they are not those of the index."""
+        """A shard's tensors. Raises CheckpointError if they do not match the index."""
         if shard.file not in self._mapped:
             path = self.folder / shard.file
             try:

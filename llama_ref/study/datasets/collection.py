@@ -1,8 +1,8 @@
-"""What a collected data set holds: its texts, their kept positions, and which shard has which.
+"""The index of a collected data set: its texts, their kept positions, and the shard of each text.
 
-A folder has `index.json`, written first, and shards, each written at once: a shard that is there is
-whole. The texts are those of the prompts, each once, longest first. A shard has the kept positions
-of successive texts in one dimension: a tensor (rows, …) for every name, and `tokens` (rows,).
+A folder has `index.json`, written first, and shards, each written atomically: a shard that exists is
+complete. The texts are the distinct prompts, longest first. A shard has the kept positions of
+successive texts in one dimension: a tensor (rows, …) for every name, and `tokens` (rows,).
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from llama_ref.study.pass_size import split_passes
 INDEX = "index.json"
 FORMAT = "llama_ref collection 1"
 INDEX_LIMIT_BYTES = 1 << 30
-SHARD_BYTES = 64 << 20  # of a shard, at least one pass; this much is in memory
-SHARD_PASSES = 32  # at most: a run that was killed repeats no more than these
+SHARD_BYTES = 64 << 20  # target size of a shard, held in memory; a shard has at least one pass
+SHARD_PASSES = 32  # maximum per shard: a run that was killed repeats no more than these
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file with the texts from `first` up to, not including, `end`."""
+    """A file with the texts `first` to `end` (exclusive)."""
 
     file: str
     first: int
@@ -44,11 +44,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Collection:
-    """An index: everything that is known before the first pass.
+    """The index of a collection: everything that is known before the first pass.
 
-    `names` are those of activations, with the shape of one position of each. `texts` are SHA-256
-    sums of ids; `lengths` and `positions` their tokens and the positions that are kept. `prompts`
-    are the numbers of the prompts' texts.
+    `names` maps an activation's name to the shape of one position. `texts` are SHA-256 sums of ids,
+    `lengths` their numbers of tokens, `positions` their kept positions. `prompts` has the number of
+    each prompt's text.
     """
 
     model: str  # the digest of its weights
@@ -62,12 +62,12 @@ class Collection:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Rows of all shards before each text."""
+        """The number of rows before each text, in all shards together; the last is the total."""
         return [0, *accumulate(map(len, self.positions))]
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one position, with its id."""
+        """Bytes of one position, its token id included."""
         numbers = sum(math.prod(shape) for shape in self.names.values())
         return 8 + numbers * DTYPES[self.dtype].itemsize
 
@@ -84,7 +84,7 @@ class Collection:
         return {"format": FORMAT, **asdict(self)}
 
     def difference(self, other: "Collection") -> str | None:
-        """The first part in which another differs, in words; None: nothing."""
+        """The first part in which another index differs, in words; None if they are equal."""
         words = {"model": "model", "names": "names", "dtype": "dtype", "prompts": "prompts", "texts": "prompts"}
         words |= {"lengths": "prompts", "positions": "positions", "shards": "sizes of shards"}
         return next((said for part, said in words.items() if getattr(self, part) != getattr(other, part)), None)
@@ -97,7 +97,7 @@ def plan(
     prompts: Sequence[Tensor],
     kept: Sequence[list[int]],
 ) -> tuple[Collection, list[Tensor]]:
-    """An index for prompts and their kept positions, and the ids of its texts."""
+    """Make the index for prompts and their kept positions; return it with the ids of its texts."""
     sums = [hashlib.sha256(prompt.numpy().tobytes()).hexdigest() for prompt in prompts]
     first = {each: i for i, each in reversed(list(enumerate(sums)))}  # the prompt in which each text is first
     order = sorted(first, key=lambda each: (-len(prompts[first[each]]), first[each]))
@@ -109,7 +109,7 @@ def plan(
 
 
 def _shards(collection: Collection) -> list[Shard]:
-    """Divide texts into shards, at borders of passes."""
+    """Divide texts into shards of whole passes."""
     shards: list[Shard] = []
     passes = list(split_passes(collection.lengths))
     begin = 0
@@ -125,7 +125,7 @@ def _shards(collection: Collection) -> list[Shard]:
 def row_shapes(args: ModelArgs, globs: str | Sequence[str]) -> dict[str, list[int]]:
     """Names that globs match, with the shape of one position.
 
-    Raises RequestError for names without positions, or with as many numbers as there are tokens.
+    Raises RequestError for names without positions, or whose size at a position depends on the text.
     """
     sizes = {"dim": args.dim, "head_dim": args.head_dim, "ffn_dim": args.ffn_dim, "vocab": args.vocab_size}
     shapes = {}
@@ -142,7 +142,7 @@ def row_shapes(args: ModelArgs, globs: str | Sequence[str]) -> dict[str, list[in
 
 
 def check_dtype(dtype: str | torch.dtype) -> str:
-    """The name of a dtype to store. Raises RequestError for another."""
+    """The name of a dtype to store. Raises RequestError for an unsupported one."""
     name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
     if name not in DTYPES:
         raise RequestError(f"dtype is {name!r:.40}, expected {', '.join(DTYPES)}")
@@ -154,7 +154,7 @@ def read_index(folder: Path) -> Collection:
     path = folder / INDEX
     found = read_json(path, INDEX_LIMIT_BYTES, "a collection's index")
     if not isinstance(found, Mapping) or found.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no index of a collection, expected one that study.collect wrote")
+        raise CheckpointError(f"{path} is not an index of a collection, expected one that study.collect wrote")
     try:
         parts = {name: found[name] for name in Collection.__dataclass_fields__}
         parts["shards"] = [Shard(str(each["file"]), int(each["first"]), int(each["end"])) for each in parts["shards"]]
@@ -166,7 +166,7 @@ def read_index(folder: Path) -> Collection:
 
 
 def _check(collection: Collection) -> None:
-    """Raise ValueError unless an index's parts fit each other."""
+    """Raise ValueError unless an index's parts are consistent."""
     n = len(collection.texts)
     if not len(collection.lengths) == len(collection.positions) == n or not collection.shards:
         raise ValueError("its lists differ in length")

@@ -1,7 +1,7 @@
 """Control vectors as GGUF files, which llama.cpp and repeng read and write. Needs the package gguf.
 
-A tensor `direction.N` is added to the residual stream after layer N, from 0; llama.cpp has none
-after layer 0. The architecture is `controlvector`.
+A tensor `direction.N` is added to the residual stream after layer N, counted from 0; llama.cpp adds
+none after layer 0. The architecture is `controlvector`.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ LIMIT_BYTES = 1 << 30
 
 
 def write_control_vector(path: str | Path, directions: Mapping[int, Tensor], model_hint: str = "llama") -> None:
-    """Write {layer: (D,)}, for `llama-cli --control-vector`. Raises RequestError for layer 0, and what is no direction."""
+    """Write {layer: (D,)}, for `llama-cli --control-vector`. Raises RequestError for layer 0 or an invalid direction."""
     gguf = _gguf()
     if not directions or 0 in directions:
         raise RequestError("a control vector has directions for layers from 1: llama.cpp adds none after layer 0")
@@ -42,26 +42,26 @@ def write_control_vector(path: str | Path, directions: Mapping[int, Tensor], mod
 
 
 def read_control_vector(path: str | Path) -> dict[int, Tensor]:
-    """Read {layer: float32 (D,)}. Raises CheckpointError for another file."""
+    """Read {layer: float32 (D,)}. Raises CheckpointError for a file that is not a control vector."""
     gguf = _gguf()
     try:
         if Path(path).stat().st_size > LIMIT_BYTES:
-            raise CheckpointError(f"{path} is larger than {LIMIT_BYTES:,} bytes: it is no control vector")
+            raise CheckpointError(f"{path} is larger than {LIMIT_BYTES:,} bytes: it is not a control vector")
         tensors = gguf.GGUFReader(path).tensors
         found = {_layer(path, each.name): torch.from_numpy(np.array(each.data, dtype=np.float32)) for each in tensors}
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{path} is damaged, or no GGUF file: {error}") from error
+        raise CheckpointError(f"{path} is damaged, or not a GGUF file: {error}") from error
     if not found or len({each.shape for each in found.values()}) != 1 or next(iter(found.values())).dim() != 1:
-        raise CheckpointError(f"{path} is no control vector, expected tensors {PREFIX}1, {PREFIX}2, … of one length")
+        raise CheckpointError(f"{path} is not a control vector, expected tensors {PREFIX}1, {PREFIX}2, … of one length")
     return dict(sorted(found.items()))
 
 
 def _layer(path: str | Path, name: str) -> int:
     number = name.removeprefix(PREFIX)
     if not name.startswith(PREFIX) or not (number.isascii() and number.isdigit()):
-        raise CheckpointError(f"{path} has a tensor {name!r:.60}, expected {PREFIX}1 and the like: it is no control vector")
+        raise CheckpointError(f"{path} is not a control vector: it has a tensor {name!r:.60}, expected names such as {PREFIX}1")
     return int(number)
 
 

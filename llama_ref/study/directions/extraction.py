@@ -1,4 +1,4 @@
-"""Directions in the residual stream, from activations of two kinds of texts or of one.
+"""Directions in the residual stream, from the activations of one or two kinds of texts.
 
     x = study.Collected("folder").select("layers.12.residual_post", positions=-1)  # (prompts, D)
     study.mean_difference(x[happy], x[sad])  # (D,)
@@ -23,7 +23,7 @@ class Components:
 
 
 def mean_difference(of: Tensor, over: Tensor) -> Tensor:
-    """The mean of activations (n, D) less that of others (m, D): float32 (D,), on the CPU.
+    """The mean of activations (n, D) minus the mean of others (m, D): float32 (D,), on the CPU.
 
     Raises RequestError for other shapes, or values that are not finite.
     """
@@ -34,10 +34,10 @@ def mean_difference(of: Tensor, over: Tensor) -> Tensor:
 
 
 def principal_components(rows: Tensor, n: int = 1) -> Components:
-    """The n directions in which activations (rows, D) differ most, after their mean is removed.
+    """The n directions in which activations (rows, D) vary most, after their mean is removed.
 
-    The sign of a direction has no meaning. Raises RequestError for other shapes, and where there
-    are not as many.
+    The sign of a direction has no meaning. Raises RequestError for other shapes, or an n that is
+    larger than the number of components.
     """
     rows = check_rows("rows", rows)
     most = min(len(rows) - 1, rows.shape[1])
@@ -58,7 +58,7 @@ def check_rows(what: str, rows: Tensor) -> Tensor:
 
 
 def check_direction(direction: Tensor, dim: int) -> Tensor:
-    """A direction (D,) that is not zero. Raises RequestError."""
+    """A direction (D,) as float32. Raises RequestError unless it is finite and not zero."""
     if not isinstance(direction, Tensor) or direction.shape != (dim,) or not direction.is_floating_point():
         found = (
             f"a tensor {tuple(direction.shape)} of {direction.dtype}" if isinstance(direction, Tensor) else f"{direction!r:.60}"

@@ -1,8 +1,8 @@
 """Where in an image each token of a text looks, in the cross-attention layers.
 
 A vision token is a patch of 14 × 14 pixels of the tiles into which an image was fitted, or a tile's
-class token, which has no place. What a patch shows is found again in the image: the tiles make up a
-canvas, whose top left holds the image, made larger or smaller; the rest of the canvas is black.
+class token, which has no position. Patches are mapped back to the image: the tiles form a canvas with
+the resized image at its top left; the rest of the canvas is black.
 """
 
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 class ImageAttention:
     """Attention of T tokens to one image in X cross-attention layers; float32, on the CPU.
 
-    `patches` (X, T, rows, columns) are those that show a part of the image, the first at its top left;
-    `class_tokens` (X, T) is what goes to the tiles' class tokens, `beside` (X, T) what goes to black
-    patches beside the image. Together they are 1, or less where a token sees several images; 0 where
-    it does not see this one. `before` (X,) are the layers before which the cross-attention layers
-    stand. `pixels` uint8 (height, width, 3) is the image, `patch_size` a patch's width and height in
-    its pixels. `head` is the head that was measured; None: the mean over all.
+    `patches` (X, T, rows, columns) is the attention to patches that show a part of the image, the first
+    at its top left; `class_tokens` (X, T) to the tiles' class tokens; `beside` (X, T) to black patches
+    outside the image. They add up to 1, to less where a token sees several images, and to 0 where it does
+    not see this one. `before` (X,) is the layer that follows each cross-attention layer. `pixels` uint8
+    (height, width, 3) is the image, `patch_size` a patch's width and height in its pixels. `head` is the
+    head that was measured; None: the mean over all.
     """
 
     tokens: list[int]
@@ -59,7 +59,7 @@ class ImageAttention:
         return total.amax(0).nonzero()[:, 0].tolist()
 
     def center(self, row: int, column: int) -> tuple[float, float]:
-        """Where the image has the middle of a patch: x and y in pixels."""
+        """The center of a patch in the image: x and y in pixels."""
         width, height = self.patch_size
         most = self.pixels.shape[1], self.pixels.shape[0]  # the last patch may reach beyond the image
         left, top = column * width, row * height
@@ -70,11 +70,11 @@ class ImageAttention:
 def image_attention(
     model: Transformer, tokens: Sequence[int] | Tensor, images: "Sequence[ImageFile]", *, head: int | None = None
 ) -> list[ImageAttention]:
-    """Measure where each token looks, for each of the images, which stand where the ids have `image_id`.
+    """Measure where each token looks in each image; an image's place is where the ids have `image_id`.
 
-    `head` is one of every cross-attention layer; default: the mean over all. Holds one layer's
-    patterns at a time. Raises RequestError for a model that reads no images, what is no image, and
-    images and tokens that do not fit each other.
+    `head` selects one head of every cross-attention layer; default: the mean over all. Holds one layer's
+    patterns at a time. Raises RequestError for a model that cannot read images, a file that is not an
+    image, and a number of images that does not match the tokens.
     """
     check_model(model)
     row, model = one_row(model, tokens), check_reads_images(model)

@@ -1,4 +1,4 @@
-"""The images of the texts that a study runs: checked, cut into tiles, and shown to a pass."""
+"""Images in studied texts: check them, cut them into tiles, and encode them for a pass."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ EXPECTED = "expected a list of paths, files' bytes or Pillow images; for several
 
 
 def tiles_of_texts(model: Transformer, texts: Sequence[Tensor], images: Images | None) -> list[list[Tiles]]:
-    """Each text's images, cut into tiles. Raises RequestError unless there is one for each place."""
+    """Each text's images, cut into tiles. Raises RequestError unless there is one for each image place in its ids."""
     rows = _rows(images, len(texts))
     if not any(rows) and not isinstance(model, VisionTransformer):
         return [[] for _ in texts]
@@ -47,14 +47,14 @@ def tiles_of_texts(model: Transformer, texts: Sequence[Tensor], images: Images |
 
 
 def check_reads_images(model: Transformer) -> VisionTransformer:
-    """Return the model. Raises RequestError if it reads no images."""
+    """Return the model. Raises RequestError if it cannot read images."""
     if not isinstance(model, VisionTransformer):
         raise RequestError(NO_IMAGES)
     return model
 
 
 def cache_showing(model: Transformer, texts: Sequence[Tensor], images: Sequence[Sequence[Tiles]]) -> KVCache | None:
-    """An empty cache for the texts whose images are encoded and shown; None if there are none."""
+    """An empty cache for the texts, with the keys and values of their encoded images; None if there are no images."""
     if not any(images):
         return None
     rows = [Row(text.tolist(), 0, own) for text, own in zip(texts, images, strict=True)]
@@ -70,9 +70,9 @@ def cache_showing(model: Transformer, texts: Sequence[Tensor], images: Sequence[
 
 @contextmanager
 def encoding_once() -> Iterator[None]:
-    """In the block, studies of the same texts with the same images encode these once.
+    """In the block, encode images only once for repeated studies of the same texts and images.
 
-    The model must not change meanwhile.
+    The model must not change in the block.
     """
     kept = _kept.get()
     token = _kept.set([] if kept is None else kept)
@@ -84,7 +84,7 @@ def encoding_once() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Texts whose images have been encoded."""
+    """Texts with their images already encoded."""
 
     model: Transformer
     rows: Sequence[Row]

@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_no_half_shard(model, prompts, tmp_path):
         (lambda index: index.pop("texts"), "damaged"),
         (lambda index: index.update(prompts=[99]), "damaged"),
         (lambda index: index["shards"][0].update(file="../x"), "outside its folder"),
-        (lambda index: index.update(format="other"), "no index of a collection"),
+        (lambda index: index.update(format="other"), "not an index of a collection"),
         (lambda index: index["names"].update(norm=[7]), "other tensors than the index says"),
     ],
 )

@@ -36,10 +36,9 @@ class Edit:
     def at(self, *, heads: Indices | None = None, positions: Indices | None = None, rows: Indices | None = None) -> "Edit":
         """The same edit, limited to these heads, positions and rows.
 
-        `heads` are query heads, or key/value heads for k and v. `positions` count from the
-        beginning of the text, with a cache too; -1 is the last token of a pass, in each text of a
-        batch its own. `rows` are sequences of the batch. Values of an image have neither positions nor
-        rows.
+        `heads` are query heads, or key/value heads for k and v. `positions` count from the beginning of
+        the text, also with a cache; -1 is the last token of each text in the pass. `rows` are sequences
+        of the batch. Activations of an image have neither positions nor rows.
         """
         return replace(
             self,
@@ -49,7 +48,7 @@ class Edit:
         )
 
     def over(self, pool: Tensor) -> "Edit":
-        """The same edit, taking what it takes of a pass's tokens from these values (tokens, …) instead."""
+        """The same edit, but computed from these values (tokens, …) instead of the tokens of the pass."""
         return self
 
     def apply(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
@@ -67,7 +66,7 @@ class Edit:
         return out.to(value)
 
     def mask(self, value: Tensor, name: str, run: Pass | None) -> Tensor | None:
-        """Where the edit acts, as booleans that broadcast to the value; None for everywhere."""
+        """Booleans, true where the edit applies, that broadcast to the value; None for everywhere."""
         out = None
         for axis, indices in (("head", self.heads), ("batch", self.rows)):
             if indices is not None:
@@ -145,7 +144,7 @@ class _Mean(Edit):
 
 
 def _not_padding(value: Tensor, name: str, run: Pass | None) -> Tensor | None:
-    """Which places hold a text's tokens, as booleans that broadcast to the value; None: all."""
+    """Booleans, false at padding, that broadcast to the value; None if there is no padding."""
     if run is None or run.padding is None or "position" not in axes(name):
         return None
     if value.shape[axes(name).index("position")] != run.padding.shape[1]:
@@ -180,7 +179,7 @@ def edit(function: Callable[[Tensor], Tensor]) -> Edit:
 
 
 def as_edit(given: Edit | Callable[[Tensor], Tensor]) -> Edit:
-    """An edit, or a function as one. Raises RequestError for something else."""
+    """Return an Edit unchanged, or make one from a function. Raises RequestError for anything else."""
     return given if isinstance(given, Edit) else edit(given)
 
 
@@ -220,10 +219,10 @@ def set_to(tensor: Tensor | float) -> Edit:
 
 
 def swap_from(source: Trace) -> Edit:
-    """Replace the value by that of a trace at the same position.
+    """Replace the value by a trace's value at the same position.
 
-    The trace has as many rows as the batch, or one for all. With a cache, positions that are not in
-    the trace stay unchanged.
+    The trace has as many rows as the batch, or a single row, which is used for all. With a cache,
+    positions that are not in the trace stay unchanged.
     """
     if not isinstance(source, Trace):
         raise RequestError(f"swap_from was given a {type(source).__name__}, expected a Trace")
@@ -238,9 +237,9 @@ def patch(model: Transformer, edits: Mapping[str, Edit | Callable[[Tensor], Tens
     """Change activations in the block, in this thread: {name or glob: edit or function}.
 
     A trace or recording in the block sees the changed values. Several edits of one name, in one
-    patch or nested ones, apply in order. Edited scores are masked again. Edited keys and values
+    patch or in nested ones, apply in order. Edited scores are masked again. Edited keys and values
     stay in a cache. Raises RequestError for names that match nothing, and during the pass for edits
-    that do not fit.
+    that do not fit the activation.
     """
     check_model(model)
     if not isinstance(edits, Mapping):

@@ -20,7 +20,7 @@ from llama_ref.study.vision.images import Images
 class ResidualStream:
     """The stream's length and direction at P points, for T tokens: float32 (P, T) each, on the CPU.
 
-    `norm` is the Euclidean length. `drift` is the cosine with the point before (1 at the first),
+    `norm` is the Euclidean length. `drift` is the cosine with the previous point (1 at the first),
     `to_last` the cosine with the last point.
     """
 
@@ -48,7 +48,7 @@ def residual_stream(model: Transformer, tokens: Sequence[int] | Tensor, *, image
     row = one_row(model, tokens)
     points = residual_points(division_of(model).args.n_layers)
     traced = trace(model, row, points, images=images)
-    stream = [traced[point][0] for point in points]  # P × (T, D), in float32 only as each is measured
+    stream = [traced[point][0] for point in points]  # P × (T, D), converted to float32 one at a time
     norm = torch.stack([x.float().norm(dim=-1) for x in stream])
     drift = [torch.ones_like(norm[0]), *(_cosine(before, after) for before, after in pairwise(stream))]
     to_last = [_cosine(x, stream[-1]) for x in stream]

@@ -1,7 +1,7 @@
 """Saliency: how much each token of a prompt adds to a prediction, by gradients of its embeddings.
 
-Integrated gradients move the tokens' embeddings from a baseline to what they are, and share out the
-change of the prediction: the shares add up to it, but for what a sum of few steps leaves out.
+Integrated gradients move the tokens' embeddings from a baseline to their actual values, and divide the
+change of the prediction among the tokens: the shares add up to it, up to the error of summing few steps.
 Source: Sundararajan et al., "Axiomatic Attribution for Deep Networks", arXiv:1703.01365.
 """
 
@@ -38,10 +38,10 @@ EMBEDDED, EMBEDDED_ROWS = "layers.0.residual_pre", 4096
 class Saliency:
     """Shares of T tokens in the prediction of `answer` after them: float32 (T,), on the CPU.
 
-    `value` is what is measured, `of` each token of the answer and averaged over them: its logit, that
-    logit less the `other` token's, or its log-probability in nats. Shares are in the same unit; by
-    method "gradient", the length of the gradient, per unit of the embedding. `baseline_value` is the
-    measure with the tokens at `positions` at their baseline: of integrated gradients alone.
+    `value` is the measure `of` each token of the answer, averaged over them: its logit, that logit minus
+    the `other` token's, or its log-probability in nats. Shares are in the same unit; with method
+    "gradient" they are the length of the gradient, per unit of the embedding. `baseline_value` is the
+    measure with the tokens at `positions` at the baseline, only for integrated gradients.
     """
 
     tokens: list[int]
@@ -61,9 +61,9 @@ class Saliency:
 
     @property
     def missing(self) -> float | None:
-        """What the shares' sum lacks of the change from the baseline to the text; None without one.
+        """The change from the baseline to the text minus the shares' sum; None without a baseline.
 
-        With more steps it comes nearer to 0 (completeness).
+        With more steps it approaches 0 (completeness).
         """
         return None if self.baseline_value is None else self.value - self.baseline_value - self.total
 
@@ -83,20 +83,19 @@ def saliency(
     baseline: str | int | Tensor = "mean",
     progress: Progress | None = None,
 ) -> Saliency:
-    """Share out a prediction among the tokens before it.
+    """Divide a prediction among the tokens before it.
 
-    `target` is a token predicted after `position`, or an answer's ids after the whole prompt: the
-    mean over them, whose own embeddings stay. `of` "logit" (default for a token) or
-    "log_probability" (for an answer); with `other`, the two logits' difference. `method`:
+    `target` is a token predicted after `position`, or the ids of an answer after the whole prompt: then
+    the mean over its tokens, whose embeddings do not move. `of`: "logit" (default for a token) or
+    "log_probability" (default for an answer); with `other`, the difference of the two logits. `method`:
     "integrated"; "gradient×input", the embedding times its gradient; "gradient", the gradient's length.
-    `positions` are the tokens that get a share (default: all); the others stay what they are.
+    `positions` are the tokens that get a share (default: all); the others do not move.
 
-    `baseline`: "mean" of all embeddings, "zero", the id of a token, or an embedding (D,). Near zero
-    the first norm blows up what little is left, so that a zero baseline needs many steps. `steps`
-    gradients are averaged by Gauss and Legendre's rule. `progress` is called with the gradients done
-    and their number. Memory: a backward pass of as many steps at once as fit. Images have no
-    embeddings in the text: a text that shows one is refused. Quantized models: see gradients.py.
-    Raises RequestError.
+    `baseline`: "mean" of all embeddings, "zero", the id of a token, or an embedding (D,). The first norm
+    amplifies embeddings near zero, so a zero baseline needs many steps. `steps` gradients are averaged
+    by Gauss-Legendre quadrature. `progress` is called with the gradients done and their number. Memory:
+    one backward pass with as many steps as fit. Images have no embeddings in the text, so a text with an
+    image is rejected. Quantized models: see gradients.py. Raises RequestError.
     """
     check_model(model)
     row = one_row(model, tokens)[0]
@@ -132,7 +131,7 @@ def saliency(
 
 @dataclass(frozen=True)
 class _Metric:
-    """What is measured of the last norm (n, L, D) of a text of L tokens: (n,)."""
+    """Computes the measure from the final norm (n, L, D) of a text of L tokens: (n,)."""
 
     model: Transformer
     begin: int  # the prompt's last token
@@ -150,10 +149,10 @@ class _Metric:
 
 @dataclass(frozen=True)
 class _Path:
-    """A text's embeddings, moved from a baseline (share 0) to what they are (share 1).
+    """A text's embeddings, moved from a baseline (share 0) to their actual values (share 1).
 
-    `ids` (L,) are those of the prompt and of all of the answer but its last token; `ends` (L, D) in
-    the model's dtype; `change` float32 (T, D), 0 at tokens that stay.
+    `ids` (L,) are the prompt's and the answer's without its last token; `ends` (L, D) in the model's
+    dtype; `change` float32 (T, D), 0 at tokens that do not move.
     """
 
     model: Transformer
@@ -164,7 +163,7 @@ class _Path:
 
     @classmethod
     def of(cls, model: Transformer, row: Tensor, answer: list[int], moved: list[int], baseline: Tensor | None) -> "_Path":
-        """`baseline` (D,) of the tokens that are moved; None: zero, for the product with one gradient."""
+        """Make the path; `baseline` (D,) is for the tokens that move. None: zero, for methods with one gradient."""
         ids = torch.cat((row, torch.tensor(answer[:-1], dtype=row.dtype, device=row.device)))
         (end,) = embedded(model, [ids])
         begin = end.clone()
@@ -175,18 +174,18 @@ class _Path:
         return cls(model, ids, (begin, end), change, max(1, min(tokens // len(ids), logits)))
 
     def at(self, shares: Sequence[float]) -> Tensor:
-        """The embeddings at some points of the way: (n, L, D)."""
+        """The embeddings at some points of the path: (n, L, D)."""
         begin, end = self.ends
         along = torch.tensor(shares, dtype=torch.float32, device=end.device)[:, None, None]
         return torch.where(along == 1, end, (begin.float() + along * (end.float() - begin.float())).to(end.dtype))
 
     def value(self, metric: _Metric, share: float) -> float:
-        """The measure at one point of the way."""
+        """The measure at one point of the path."""
         with layer_window(self.model, range(self.model.args.n_layers), self.at([share])):
             return float(metric(trace(self.model, self.ids, ["norm"])["norm"])[0])
 
     def mean_gradient(self, metric: _Metric, rule: Sequence[tuple[float, float]], progress: Progress | None) -> Tensor:
-        """The mean of the measure's gradients by the prompt's embeddings, (share, weight) each: float32 (T, D)."""
+        """The weighted mean gradient by the prompt's embeddings; `rule` has (share, weight): float32 (T, D)."""
         total = torch.zeros_like(self.change)
         counter = ProgressCounter(len(rule), progress)
         for some in _chunks(rule, self.rows_at_once):
@@ -206,13 +205,13 @@ def _chunks(rule: Sequence[tuple[float, float]], n: int) -> Iterator[Sequence[tu
 
 
 def _rule(steps: int) -> list[tuple[float, float]]:
-    """Points from 0 to 1 and their weights, by Gauss and Legendre."""
+    """Gauss-Legendre points from 0 to 1 and their weights."""
     points, weights = np.polynomial.legendre.leggauss(check_steps(steps))
     return [(float(1 + x) / 2, float(w) / 2) for x, w in zip(points, weights, strict=True)]
 
 
 def _embedded_baseline(model: Transformer, baseline: str | int | Tensor) -> Tensor:
-    """The embedding (D,) from which tokens are moved. Raises RequestError."""
+    """The embedding (D,) at which tokens start. Raises RequestError."""
     if isinstance(baseline, Tensor):
         return check_direction(baseline, model.args.dim).to(model.device)
     if baseline == "zero":
@@ -253,7 +252,7 @@ def _check_method(method: str) -> Method:
 
 
 def check_steps(steps: int) -> int:
-    """Raise RequestError for a number of steps that cannot be taken."""
+    """Return the number of steps. Raises RequestError unless it is from 1 to 10,000."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
         raise RequestError(f"steps is {steps!r:.40}, expected a whole number from 1 to 10,000")
     return steps
@@ -263,7 +262,7 @@ def _check_measure(of: str | None, n_tokens: int, other: int | None) -> Measure:
     if of is None:
         return "logit" if n_tokens == 1 else "log_probability"
     if other is not None and of == "log_probability":
-        raise RequestError("of is log_probability, but other is given: of two tokens it is the logits that are compared")
+        raise RequestError('of is log_probability, but other is given: two tokens are compared by logits; use of="logit"')
     for known in MEASURES:
         if of == known:
             return known

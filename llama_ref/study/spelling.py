@@ -1,4 +1,4 @@
-"""A token with a leading space and without it: two tokens, of which a text expects one."""
+"""Check whether the model expects a target with or without its leading space: these are different tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class OtherSpelling:
 def likelier_spelling(
     model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], text: str, images: Images | None = None
 ) -> OtherSpelling | None:
-    """The other spelling of what is to follow a prompt, if the model finds it likelier.
+    """The other spelling of a continuation, with or without its leading space, if the model finds it likelier.
 
-    Between a prompt and a word there is one space. Where the two have none or both have one, this
-    runs the prompt with its images; else there is nothing to ask.
+    There should be one space between a prompt and a word. Only if there is none, or two, this runs the
+    prompt with its images to compare the spellings.
     """
     has_space = text.startswith(" ")
     other = text[1:] if has_space else f" {text}"

@@ -1,4 +1,4 @@
-"""Attention in steps: scores, pattern and heads' shares, which the model itself never has as tensors."""
+"""Attention in separate steps: scores, pattern and heads' shares, which the model's fused forward never stores."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def attend_in_steps(
     scores = see("scores", own)
     changed = None
     if scores is not own:
-        scores = scores.masked_fill(hidden, -torch.inf)  # an edit cannot show the future
+        scores = scores.masked_fill(hidden, -torch.inf)  # an edit must not unmask future tokens
         changed = (scores != own).any(-1)  # (B, H, T)
     own = scores.softmax(-1)
     pattern = see("pattern", own)
@@ -50,7 +50,7 @@ def add_by_head(added: Tensor, out: Tensor, wo: nn.Module, see: Callable[[Tensor
 
 
 def _matrix(linear: nn.Module) -> Tensor:
-    """A linear layer's matrix; of one that is split across processes the columns of this one's inputs."""
+    """A linear layer's matrix; if it is split across processes, the columns for this process's inputs."""
     if isinstance(linear, RowParallelLinear):
         return linear.part_of(_matrix(linear.linear))
     return linear.dequantize() if isinstance(linear, QuantizedMatrix) else linear.get_parameter("weight")

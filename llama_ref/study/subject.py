@@ -1,4 +1,4 @@
-"""Find a piece of a text among its tokens."""
+"""Find the tokens that hold a piece of a text."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -9,9 +9,9 @@ from llama_ref.tokenizer import Tokenizer
 
 
 def positions_of(tokenizer: Tokenizer, tokens: Sequence[int], text: str, name: str = "text") -> list[int]:
-    """Positions of the tokens that hold any of `text`, which must be in the tokens' text once.
+    """Positions of the tokens that hold any part of `text`, which must occur once in the tokens' text.
 
-    Special tokens have no text. Raises RequestError, with `name` for the text.
+    Special tokens have no text. Raises RequestError, which calls the text `name`.
     """
     check_not_empty(**{name: text})
     special = set(tokenizer.special_tokens.values())
@@ -20,7 +20,7 @@ def positions_of(tokenizer: Tokenizer, tokens: Sequence[int], text: str, name: s
     n = whole.count(wanted)
     if n != 1:
         found = f"{n} times" if n else "not"
-        raise RequestError(f"{name} is {text!r:.60}, which is {found} in the text: give a piece that is there once")
+        raise RequestError(f"{name} is {text!r:.60}, which is {found} in the text: give a piece that occurs once")
     begin = whole.index(wanted)
     ends = list(accumulate(map(len, parts)))
     starts = [0, *ends]

@@ -1,7 +1,7 @@
 """Token ids of texts: checked, and padded so that texts of different lengths run in one pass.
 
-Padding is on the right, where attention, being causal, never looks. It repeats a text's last id, so
-that its values are as finite as the text's own: a masked NaN still spreads.
+Padding is on the right, where causal attention never looks. It repeats a text's last id, so that its
+values are finite if the text's are: a NaN spreads even where it is masked.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Batch:
 
     @classmethod
     def of(cls, model: Transformer, texts: Sequence[Tensor], images: Images | None = None) -> "Batch":
-        """Pad texts, such as `as_texts` returns. Raises RequestError for images that do not fit."""
+        """Pad texts, such as `as_texts` returns. Raises RequestError if the images do not match them."""
         lengths = [len(text) for text in texts]
         places = torch.arange(max(lengths), device="cpu")
         padded = torch.stack([text[places.clamp(max=len(text) - 1)] for text in texts])
@@ -43,7 +43,7 @@ class Batch:
 
     @property
     def padding(self) -> Tensor | None:
-        """Which places are padding: bool (B, T), or None if none are."""
+        """Which positions are padding: bool (B, T), or None if none are."""
         T = self.ids.shape[1]
         if min(self.lengths) == T:
             return None
@@ -51,15 +51,15 @@ class Batch:
         return torch.arange(T, device=self.ids.device) >= lengths[:, None]
 
     def hidden(self, model: Transformer, cache: Cache | None = None) -> Tensor:
-        """Run all texts: the last norm (B, T, D), whose values at padding mean nothing.
+        """Run all texts and return the final norm (B, T, D); its values at padding have no meaning.
 
-        Images are read from a cache, so texts that have some get one of their own.
+        Images are read from a cache, so texts with images get a new one.
         """
         padding = self.padding
         return self._run(model, cache, None if padding is None else _Marker(padding))
 
     def show(self, model: Transformer, cache: Cache | None = None) -> None:
-        """Run all texts for visitors alone: no layer after the last that one watches, where there is no cache."""
+        """Run all texts only for visitors; without a cache, layers after the last watched one are not run."""
         self._run(model, cache, _Marker(self.padding, is_read=False))
 
     def _run(self, model: Transformer, cache: Cache | None, marker: "_Marker | None") -> Tensor:
@@ -76,7 +76,7 @@ class Batch:
 
 
 class _Marker:
-    """A visitor that tells the others which places of a pass are padding, and whether its output is read."""
+    """A visitor that marks the padding of a pass, and whether its output is read."""
 
     edits, in_path = False, False
 
@@ -99,7 +99,7 @@ class _Marker:
 
 
 def as_texts(model: Transformer, tokens: Texts) -> list[Tensor]:
-    """Each text's ids (T,), on the CPU. Raises RequestError for ids out of the vocabulary."""
+    """Each text's ids (T,), on the CPU. Raises RequestError for ids outside the vocabulary."""
     texts = [_ids(text, tokens) for text in _separate(tokens)]
     for i, text in enumerate(texts):
         if not len(text):
@@ -113,7 +113,7 @@ def as_texts(model: Transformer, tokens: Texts) -> list[Tensor]:
 
 
 def _separate(tokens: Texts) -> Sequence[Text]:
-    """The texts of what may be one or several."""
+    """A list of texts, from one text or several."""
     if isinstance(tokens, Tensor):
         tokens = tokens.cpu()
         return [tokens] if tokens.dim() != 2 else list(tokens) or [tokens.flatten()]

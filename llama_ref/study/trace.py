@@ -1,4 +1,4 @@
-"""Record a model's activations: `trace` of one pass, `recording` of all passes in a block."""
+"""Record a model's activations: `trace` records one pass, `recording` all passes in a block."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ class Trace(Mapping[str, Tensor]):
 
     `tokens` (B, T) are the ids, `positions` (B, T) their positions in the text. Shorter texts of a
     batch are padded: with -1 in both, with -inf in scores and 0 in other activations. `row(i)` has
-    one text without its padding, and the vision tokens of all images.
+    one text without its padding, and the activations of all images.
     """
 
     def __init__(self, values: Mapping[str, Tensor], tokens: Tensor, positions: Tensor, model_args: ModelArgs):
@@ -80,15 +80,14 @@ class Trace(Mapping[str, Tensor]):
         return Trace(values, tokens, positions, self.model_args)
 
     def numpy(self) -> dict[str, np.ndarray]:
-        """All values as NumPy arrays; bfloat16, which NumPy lacks, becomes float32, exactly."""
+        """All values as NumPy arrays; bfloat16, which NumPy lacks, becomes float32 without loss."""
         values = {name: value.detach().cpu() for name, value in self.items()}
         return {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in values.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write or replace a safetensors file: every value by its name, `tokens` and `positions`.
+        """Write or replace a safetensors file with every value by its name, `tokens` and `positions`.
 
-        The file's metadata have the `model_args`, as JSON. Raises RequestError if it cannot be
-        written.
+        The file's metadata contain the `model_args` as JSON. Raises RequestError if it cannot be written.
         """
         write_trace(path, self._values, self.tokens, self.positions, self.model_args)
 
@@ -109,16 +108,16 @@ def trace(
 ) -> Trace:
     """Run ids (B, T), or a list of them, and keep the activations that the names match.
 
-    Names may be globs. A list of lists may have texts of different lengths, which do not see their
-    padding. Layers after the last name are not run, and logits are computed only if asked for. `images`
-    stand where the ids have the model's `image_id`: a list for one text, a list of lists for several, of
-    paths, files' bytes or Pillow images. With a `cache` the tokens continue its text, and it grows.
-    `requires_grad` keeps the graph: `torch.autograd.grad` of a value made from the trace reaches every
-    activation before it; values at padding then stay as they were computed. With frozen weights the graph
-    starts at the first of the names; through quantized matrices gradients flow as if they were not
+    Names may be globs. A list of lists may have texts of different lengths, which do not attend to their
+    padding. Layers after the last requested one are not run, and logits are computed only if requested.
+    `images` are placed where the ids have the model's `image_id`: a list for one text, a list of lists for
+    several, of paths, files' bytes or Pillow images. With a `cache` the tokens continue its text and are
+    added to it. `requires_grad` keeps the graph: `torch.autograd.grad` of a value computed from the trace
+    reaches every activation before it; values at padding are then not cleared. With frozen weights the
+    graph starts at the first of the names; quantized matrices get the gradient of their dequantized weights
     (gradients.py). Raises RequestError for names that match nothing, ids outside the vocabulary, a cache
-    that is too small, or images with gradients or a cache. Under torchrun all processes must call it
-    alike; each gets the whole trace, without gradients.
+    that is too small, or images with gradients or a cache. Under torchrun all processes must call it with
+    the same arguments; each gets the whole trace, without gradients.
     """
     (check_model if requires_grad else check_part)(model)
     args = division_of(model).args
@@ -143,8 +142,8 @@ def trace_each(
 ) -> Iterator[Trace]:
     """Trace any number of texts and yield each one's trace (1, T), in their order, without padding.
 
-    Several run in one pass, whose activations are in memory until its last trace is let go. It costs
-    the least if texts of like lengths follow each other. Arguments and errors are those of `trace`.
+    Several run in one pass, whose activations stay in memory until its last trace is released. It is
+    fastest if neighbouring texts have similar lengths. Arguments and errors are those of `trace`.
     """
     rows = as_texts(model, texts)
     each = tiles_of_texts(model, rows, images)
@@ -157,7 +156,7 @@ def trace_each(
 def recording(model: Transformer, names: str | Sequence[str] = "*") -> Iterator["Recording"]:
     """Record what the model runs in this thread during the block, such as `llama.generate(…)`.
 
-    After the block the Recording's `trace` is as if the whole text had been run in one pass.
+    After the block, the Recording's `trace` looks as if the whole text had been run in one pass.
     """
     record = Recording(names)
     with record.of(model):
@@ -166,15 +165,15 @@ def recording(model: Transformer, names: str | Sequence[str] = "*") -> Iterator[
 
 @dataclass(eq=False)
 class _Text:
-    """The passes of one text, or one batch of texts, through a cache.
+    """The passes of one text, or of one batch of texts, that share a cache.
 
-    `lengths` (B,) are set once the cache is used for another text; until then they are the cache's.
+    `lengths` (B,) are set when the cache is reused for another text; until then the cache has them.
     """
 
     lengths: Tensor | None = None
     passes: list[Pass] = field(default_factory=list)
     values: list[dict[str, Tensor]] = field(default_factory=list)  # of each pass
-    images: dict[str, list[Tensor]] = field(default_factory=dict)  # the values of each
+    images: dict[str, list[Tensor]] = field(default_factory=dict)  # each image's values, by name
 
     def drop_incomplete(self) -> None:
         """Remove the last pass if an error ended it."""
@@ -187,8 +186,8 @@ class Recording:
     """A visitor that records the passes of a model in `with recording.of(model)`.
 
     Afterwards `trace` or `traces` have every value at its token's position; if a position was run
-    more than once (padding, rejected drafts) the last value counts. So a trace of generation equals
-    that of one pass over the whole text, up to rounding; the last token of the answer is missing
+    more than once (padding, rejected drafts), the last value counts. So a trace of generation equals
+    the trace of one pass over the whole text, up to rounding; the last token of the answer is missing
     unless the model ran it.
     """
 
@@ -199,7 +198,7 @@ class Recording:
         self.traces: list[Trace] = []
         self._wanted: frozenset[str] = frozenset()
         self._texts: list[_Text] = []
-        self._images: dict[str, list[Tensor]] = {}  # encoded for the text that is run next
+        self._images: dict[str, list[Tensor]] = {}  # values of images encoded for the next text
 
     @property
     def trace(self) -> Trace:
@@ -225,7 +224,7 @@ class Recording:
             self.traces += [_merge_passes(text, args) for text in texts if text.passes]
 
     def single(self, args: ModelArgs) -> Trace:
-        """Hand over the trace of the one pass that was run; it is not kept here."""
+        """Return the trace of the only pass, without keeping it here."""
         (text,), self._texts = self._texts, []
         return _one_pass(text, args)
 
@@ -268,14 +267,14 @@ def _one_pass(text: _Text, args: ModelArgs) -> Trace:
 
 
 def _cleared(name: str, value: Tensor, padding: Tensor) -> Tensor:
-    """Fill the places of padding, unless the value is part of a graph."""
+    """Clear the positions of padding, unless the value is part of a graph."""
     if value.requires_grad or "position" not in axes(name):
         return value
     return value.masked_fill(broadcastable(padding, name, "batch", "position"), _nothing(name))
 
 
 def _stacked(images: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """The values of all images, (1, M, …) each, as one tensor (I, M, …); zeros after those of fewer tokens."""
+    """The values of all images, (1, M, …) each, as one tensor (I, M, …), padded with zeros to the longest."""
     out = {}
     for name, values in images.items():
         longest = max(value.shape[1] for value in values)
@@ -285,7 +284,7 @@ def _stacked(images: dict[str, list[Tensor]]) -> dict[str, Tensor]:
 
 
 def _nothing(name: str) -> float:
-    """The value of an activation where there is no token."""
+    """The fill value of an activation where there is no token."""
     return -torch.inf if name.endswith(".scores") else 0
 
 
@@ -309,7 +308,7 @@ def _merge_passes(text: _Text, args: ModelArgs) -> Trace:
 
 
 class _Target:
-    """Where one pass's tokens, without padding and rejected drafts, go in the merged trace."""
+    """The destination in the merged trace of one pass's tokens, without padding and rejected drafts."""
 
     def __init__(self, positions: Tensor, valid: Tensor, start: int):
         self.rows, self.taken = valid.nonzero(as_tuple=True)
@@ -323,12 +322,12 @@ class _Target:
 def _merge_values(name: str, values: list[dict[str, Tensor]], targets: list[_Target], n_positions: int, n_keys: int) -> Tensor:
     """Merge one activation of all passes, removing it from their `values` to save memory.
 
-    A pass before the first image has none of the cross-attention layers.
+    A pass before the first image has no values of the cross-attention layers.
     """
     own_axes = axes(name)
     parts = [(target, own.pop(name)) for target, own in zip(targets, values, strict=True) if name in own]
     last = parts[-1][1]
-    if "position" not in own_axes:  # keys and values of images: every pass has those of all so far
+    if "position" not in own_axes:  # keys and values of images: every pass has those of all images so far
         return last
     has_keys = own_axes in (SCORES, IMAGE_SCORES)
     n_keys = n_keys if own_axes == SCORES else last.shape[-1]

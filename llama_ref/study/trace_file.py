@@ -1,7 +1,7 @@
-"""A trace as a safetensors file, which other programs can open.
+"""Save a trace as a safetensors file, which other programs can open.
 
-Its tensors are the activations by name, `tokens` and `positions`. Its metadata have `model_args`:
-params.json of the model that was traced.
+Its tensors are the activations by name, `tokens` and `positions`. Its metadata contain `model_args`:
+the params.json of the traced model.
 """
 
 import json
@@ -40,7 +40,7 @@ def read_trace(path: str | Path) -> tuple[dict[str, Tensor], Tensor, Tensor, Mod
     except CheckpointError as error:
         raise CheckpointError(str(error).removesuffix(REFETCH)) from error
     if ARGS not in metadata or not tensors.keys() >= set(IDS):
-        raise CheckpointError(f"{path} holds no trace, expected a file that Trace.save wrote")
+        raise CheckpointError(f"{path} is not a trace, expected a file that Trace.save wrote")
     try:
         args = ModelArgs.from_dict(json.loads(metadata[ARGS]))
     except (CheckpointError, TypeError, ValueError, AttributeError) as error:
@@ -49,7 +49,7 @@ def read_trace(path: str | Path) -> tuple[dict[str, Tensor], Tensor, Tensor, Mod
     known = set(all_names(args))
     for name, value in tensors.items():
         if name not in known or len(axes(name)) != value.dim():
-            raise CheckpointError(f"{path} holds {name:.80} {tuple(value.shape)}, which is no activation of its model")
+            raise CheckpointError(f"{path} holds {name:.80} {tuple(value.shape)}, which is not an activation of its model")
     if tokens.dim() != 2 or positions.shape != tokens.shape:
         raise CheckpointError(
             f"{path} holds tokens {tuple(tokens.shape)} and positions {tuple(positions.shape)}, expected two (B, T)"
@@ -66,8 +66,8 @@ def _target(path: str | Path) -> Path:
 
 
 def _params(args: ModelArgs) -> dict[str, object]:
-    """What `ModelArgs.from_dict` reads as the same."""
+    """A dictionary from which `ModelArgs.from_dict` reads equal args."""
     params = {key: value for key, value in asdict(args).items() if value is not None and key != "extra"}
     if args.hidden_dim not in (None, ffn_dim(args.dim, args.multiple_of, args.ffn_dim_multiplier)):
-        del params["multiple_of"]  # a width of its own, which no formula gives
+        del params["multiple_of"]  # an explicit width, which the formula does not give
     return params | dict(args.extra)

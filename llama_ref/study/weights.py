@@ -52,9 +52,9 @@ def spectra(model: Transformer, names: str = "*", progress: Progress | None = No
     """Singular values of every matrix whose name ("layers.0.attention.wq.weight") matches the glob.
 
     Computed from the smaller of WWᵀ and WᵀW in float64, whose size does not grow with the
-    vocabulary; values below 1e-8 of the largest are noise. A tied output is the embedding and is
-    left out. `progress` is called with the matrices done and their number. Raises RequestError if
-    nothing matches.
+    vocabulary; values below 1e-8 of the largest are noise. A tied output is the same matrix as the
+    embedding and is left out. `progress` is called with the matrices done and their number. Raises
+    RequestError if nothing matches.
     """
     for name, module in _counted(_matrices(model, names), progress):
         weight = matrix(module)
@@ -66,9 +66,9 @@ def spectra(model: Transformer, names: str = "*", progress: Progress | None = No
 def quantization_errors(
     model: Transformer, scheme: Scheme | str, names: str = "*", progress: Progress | None = None
 ) -> Iterator[QuantizationError]:
-    """Error that a scheme ("int8", "int4:group=32") makes in each matrix whose name matches.
+    """The error of a quantization scheme ("int8", "int4:group=32") in each matrix whose name matches.
 
-    The rounding is that of loading with `quantize`. Raises RequestError for a quantized model, a
+    Weights are rounded as when loading with `quantize`. Raises RequestError for a quantized model, a
     matrix that does not fit the scheme, or a glob that matches nothing.
     """
     scheme = Scheme.parse(scheme)
@@ -80,7 +80,7 @@ def quantization_errors(
     for name, module in _counted(chosen, progress):
         weight = module.get_parameter("weight").detach()
         rounded = quantized(scheme, name, weight, weight.dtype)
-        assert rounded is not None  # the model is not quantized, so that every matrix is
+        assert rounded is not None  # `quantized` skips no matrix of an unquantized model
         yield _error(name, weight.float(), rounded)
 
 
@@ -99,7 +99,7 @@ def _matrices(model: Transformer, names: str) -> list[tuple[str, nn.Module]]:
     outer = None
     for name, module in model.named_modules():
         if outer is not None and name.startswith(f"{outer}."):
-            continue  # a part of the matrix before
+            continue  # a submodule of the previous matrix
         if isinstance(module, kinds):
             outer = name
             found.append((f"{name}.weight", module))

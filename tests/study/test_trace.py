@@ -526,11 +526,11 @@ def test_files_that_hold_no_trace_are_refused(model, tmp_path):
 
     refused("cannot read .*a.safetensors: No such file")
     save_file({"norm": torch.ones(1, 2, 64)}, path)
-    refused("holds no trace, expected a file that Trace.save wrote")
+    refused("is not a trace, expected a file that Trace.save wrote")
     save_file({"tokens": tokens, "positions": tokens.clone()}, path, {"model_args": "[]"})
     refused("its model_args are damaged")
     study.Trace({"norm": torch.ones(1, 2)}, tokens, tokens, ARGS).save(path)
-    refused(r"norm \(1, 2\), which is no activation of its model")
+    refused(r"norm \(1, 2\), which is not an activation of its model")
     study.Trace({"norm": torch.ones(1, 2, 64)}, tokens, tokens[0], ARGS).save(path)
     refused(r"positions \(2,\), expected two")
     path.write_bytes(path.read_bytes()[:-1])

@@ -1,1 +1,1 @@
-"""Ablation: what is lost without a part of a model, and which units tell two kinds of text apart?"""
+"""Ablation: what is lost without a part of a model, and which units tell two kinds of texts apart?"""

@@ -19,9 +19,9 @@ from llama_ref.study.trace import trace_each
 class UnitContrast:
     """How units of feed-forwards differ between two kinds of texts: float32 (n_layers, F) each, on the CPU.
 
-    `difference` of the means and Welch's `t` are of one half of the texts. `held_out_t` is of the other:
-    of thousands of units some have a large t by chance, which the other half does not repeat. 0 where a
-    unit does not vary.
+    `difference` of the means and Welch's `t` are computed on one half of the texts, `held_out_t` on the
+    other: among thousands of units some have a large t by chance, which the other half does not confirm.
+    t is 0 where a unit does not vary.
     """
 
     difference: Tensor
@@ -29,7 +29,7 @@ class UnitContrast:
     held_out_t: Tensor
 
     def top(self, n: int = 10) -> list[tuple[str, float, float]]:
-        """The n units of the largest |t|: name as in a `Sweep`, t, t of the held-out half."""
+        """The n units with the largest |t|: name as in a `Sweep`, t, t of the held-out half."""
         order = self.t.flatten().abs().argsort(descending=True, stable=True)[: check_count("n", n)].tolist()
         places = [divmod(i, self.t.shape[1]) for i in order]
         return [(f"layers.{i}.units.{unit}", self.t[i, unit].item(), self.held_out_t[i, unit].item()) for i, unit in places]
@@ -44,9 +44,9 @@ def contrast_units(
     at: Literal["mean", "last"] = "mean",
     seed: int = 0,
 ) -> UnitContrast:
-    """Compare ffn.hidden, w2's input, in two sets of texts: its mean over a text's tokens, or the last one's.
+    """Compare ffn.hidden, w2's input, in two sets of texts: its mean over a text's tokens, or at the last token.
 
-    Four texts or more in each set; `seed` draws the half to search in. Raises RequestError.
+    Each set needs four texts or more; `seed` selects the half that is searched. Raises RequestError.
     """
     check_model(model)
     if at not in ("mean", "last"):
@@ -61,7 +61,7 @@ def contrast_units(
 
 
 def _activity(model: Transformer, texts: Sequence[Text], at: str, which: str) -> Tensor:
-    """Of each text one number a unit: (texts, n_layers, F)."""
+    """One number per unit for each text: (texts, n_layers, F)."""
     ids = as_texts(model, texts)
     if len(ids) < 4:
         raise RequestError(f"{which} has {len(ids)} texts, expected four or more: half of them are held out")

@@ -1,4 +1,4 @@
-"""What an ablation measures: the mean loss of each text."""
+"""The measure of ablations: the mean loss of each text."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def texts_to_predict(model: Transformer, texts: Texts) -> list[Tensor]:
     found = as_texts(model, texts)
     for i, text in enumerate(found):
         if len(text) < 2:
-            raise RequestError(f"text {i} has one token, expected two or more: a loss is of tokens after the first")
+            raise RequestError(f"text {i} has one token, expected two or more: the first token has no loss")
     return found
 
 
@@ -26,14 +26,14 @@ def losses_of(model: Transformer, batch: Batch, hidden: Tensor) -> Tensor:
 
 
 def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error over the last axis, of texts; the error is NaN for one text."""
+    """Mean and standard error over the last axis (texts); the error is NaN for one text."""
     n = values.shape[-1]
     error = values.std(-1) / n**0.5 if n > 1 else torch.full(values.shape[:-1], torch.nan, device="cpu")
     return values.mean(-1), error
 
 
 def names_of(parts: Sequence[str] | str) -> list[str]:
-    """A list of names, each once. Raises RequestError."""
+    """A list of part names. Raises RequestError for anything else, or a duplicate."""
     names = [parts] if isinstance(parts, str) else parts
     if not isinstance(names, Sequence) or not names:
         raise RequestError(f"parts is {parts!r:.60}, expected the name of one, such as layers.0.ffn, or a list of them")

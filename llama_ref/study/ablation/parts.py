@@ -1,4 +1,4 @@
-"""The parts of a model that can be ablated, and which activations they are."""
+"""The parts of a model that can be ablated, and their activations."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ KINDS: tuple[Over, ...] = get_args(Over)
 
 @dataclass(frozen=True)
 class Part:
-    """A part of one layer: `activations` by their names, with the indices of heads or units, or None for all."""
+    """A part of one layer: `activations` maps names to the indices of heads or units, or None for all."""
 
     name: str
     over: Over
@@ -28,7 +28,7 @@ class Part:
     activations: Mapping[str, tuple[int, ...] | None]
 
     def edits(self, whole: Mapping[str, Edit]) -> dict[str, Edit]:
-        """The edits of this part alone, for `patch`, of those of its whole activations."""
+        """Limit the edits of whole activations to this part, for `patch`."""
         out = {}
         for name, indices in self.activations.items():
             own = whole[name]
@@ -65,7 +65,7 @@ def check_kind(over: str) -> Over:
 
 
 def layer_parts(args: ModelArgs, over: Over, layer: int) -> list[Part]:
-    """layers.3.heads.0, layers.3.groups.0, layers.3.attention, layers.3.ffn, layers.3 or layers.3.units.0, and so on."""
+    """The parts of one layer, such as layers.3.heads.0, layers.3.groups.0, layers.3.attention, layers.3.ffn, layers.3."""
     at, group = f"layers.{layer}", args.n_heads // args.n_kv_heads
     heads, attention, ffn, hidden = (
         f"{at}.{name}" for name in ("attention.head_output", "attention.output", "ffn.output", "ffn.hidden")
@@ -85,7 +85,7 @@ def layer_parts(args: ModelArgs, over: Over, layer: int) -> list[Part]:
 
 
 def named_part(args: ModelArgs, name: str) -> Part:
-    """The part of a name. Raises RequestError for a name that the model does not have."""
+    """The part with this name. Raises RequestError for a name that the model does not have."""
     kinds = {"heads": "heads", "groups": "kv_groups", "attention": "attention", "ffn": "feed_forward", "units": "units"}
     words = name.split(".") if isinstance(name, str) else []
     if len(words) >= 2 and words[0] == "layers" and words[1].isdecimal() and int(words[1]) < args.n_layers:
@@ -100,7 +100,7 @@ def named_part(args: ModelArgs, name: str) -> Part:
 
 
 def draw_parts(args: ModelArgs, like: list[Part], n: int, seed: int) -> list[list[Part]]:
-    """`n` sets of other parts, as many of each kind as in `like`, drawn at random. Raises RequestError for too few."""
+    """Draw `n` random sets of other parts, with as many of each kind as `like`. Raises RequestError if there are too few."""
     generator, taken = torch.Generator("cpu").manual_seed(seed), {part.name for part in like}
     pools: dict[Over, list[Part]] = {
         over: [part for part in parts_of(args, over) if part.name not in taken] for over in {part.over for part in like}

@@ -1,4 +1,4 @@
-"""Resample ablation: a part says what it says elsewhere. Source: Chan et al., "Causal Scrubbing" (2022)."""
+"""Resample ablation: replace a part's values by its values at random tokens. Source: Chan et al., "Causal Scrubbing" (2022)."""
 
 import zlib
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from llama_ref.study.patch import Edit
 @dataclass(frozen=True, kw_only=True)
 class _Resample(Edit):
     seed: int
-    pool: Tensor | None = None  # values of tokens (n, …); None: those of the pass
+    pool: Tensor | None = None  # the tokens' values (n, …) to draw from; None: those of the pass
 
     def over(self, pool: Tensor) -> Edit:
         return replace(self, pool=pool)
@@ -31,7 +31,7 @@ class _Resample(Edit):
         return pool.to(value)[torch.tensor(drawn, device="cpu").to(value.device)]
 
     def _draw(self, n: int, ids: list[int]) -> list[int]:
-        """Which of n values each token of a text takes: the same whatever texts run beside it; padding has id -1."""
+        """Draw one of n values for each token of a text, independently of the rest of the batch; padding has id -1."""
         own = torch.tensor([id for id in ids if id >= 0], dtype=torch.int64, device="cpu")
         seed = self.seed + zlib.crc32(own.numpy().tobytes())
         chosen = torch.randint(n, (len(own),), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
@@ -39,12 +39,12 @@ class _Resample(Edit):
 
 
 def resample(seed: int = 0) -> Edit:
-    """Replace each token's value by that of a random token of the pass; in a `sweep`, of all its texts.
+    """Replace each token's value by the value at a random token of the pass; in a `sweep`, of all its texts.
 
-    What a text draws depends on the seed and its own ids alone.
+    The draws for a text depend only on the seed and the text's ids.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise RequestError(f"seed is {seed!r:.40}, expected a whole number")
     if abs(seed) >= 1 << 62:
-        raise RequestError(f"seed is {seed!r:.40}, expected one of at most 62 bits")
+        raise RequestError(f"seed is {seed!r:.40}, expected a number of at most 62 bits")
     return _Resample(lambda value, name: value, seed=seed)

@@ -1,4 +1,4 @@
-"""Ablation sweeps: how much is lost without each part of a model, one by one; or without some together."""
+"""Ablation sweeps: how much is lost without each part of a model, or without several at once."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from llama_ref.study.trace import trace
 class Sweep:
     """The loss of each text without each part: `losses`, float32 (parts, texts), nats, on the CPU.
 
-    `whole` (texts,) are those of the whole model. Of units, `estimated` (n_layers, F) has the mean changes
-    that a gradient predicts, and `controls` the exact ones of units drawn at random.
+    `whole` (texts,) are the losses of the whole model. For units, `estimated` (n_layers, F) has the mean
+    changes that a gradient predicts, and `controls` the exact losses for units drawn at random.
     """
 
     over: Over
@@ -52,7 +52,7 @@ class Sweep:
         return mean_and_error(self.changes)[1]
 
     def top(self, n: int | None = None) -> list[tuple[str, float, float]]:
-        """The n parts, or all, whose loss changes most: name, mean, standard error; highest loss first."""
+        """The n parts (default: all) without which the loss rises most: name, mean, standard error; largest first."""
         order = self.mean.nan_to_num(torch.inf).argsort(descending=True, stable=True)[:n]
         means, errors = self.mean.tolist(), self.standard_error.tolist()
         return [(self.parts[i], means[i], errors[i]) for i in order.tolist()]
@@ -60,9 +60,9 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Joint:
-    """The loss of each text without some parts together: `losses` (texts,), `whole` (texts,), nats, on the CPU.
+    """The loss of each text without several parts at once: `losses` (texts,), `whole` (texts,), nats, on the CPU.
 
-    `controls` (sets, texts) are those without random others, as many of each kind.
+    `controls` (sets, texts) are the losses without random other parts, as many of each kind.
     """
 
     parts: list[str]
@@ -95,13 +95,13 @@ def sweep(
 ) -> Sweep:
     """Measure the loss of texts without each part: heads, kv_groups, attention, feed_forward, layers or units.
 
-    `edit` says what takes a part's place: `mean()`, the default, and `resample()` take values of all
-    tokens of all texts; or `zero()`, or any other that `patch` takes. A group's part are the outputs of its heads, a layer's
-    those of attention and feed-forward. Units of feed-forwards are too many to be run: a gradient
-    estimates all of them, and the `n_exact` with the largest estimates are run, with `controls` others
-    drawn by `seed`. Runs start at the part's layer, those without different parts in one pass. Memory:
-    one layer's outputs of all texts; for units ffn.hidden of all layers. `progress` is called with the
-    runs of texts done and their number. Raises RequestError.
+    `edit` replaces a part's output: `mean()`, the default, and `resample()` use the values at all tokens of
+    all texts; `zero()`, or any other edit that `patch` takes. A kv_group is ablated at the outputs of its
+    heads, a layer at those of attention and feed-forward. There are too many units to run each: a gradient
+    estimates all of them, and only the `n_exact` with the largest estimates are run, with `controls` others
+    drawn by `seed`. Runs start at the part's layer, and runs for several parts share a pass. Memory: one
+    layer's outputs of all texts; for units, ffn.hidden of all layers. `progress` is called with the runs of
+    texts done and their number. Raises RequestError.
     """
     check_model(model)
     ids, wanted = texts_to_predict(model, texts), mean() if edit is None else as_edit(edit)
@@ -137,7 +137,7 @@ def ablate_together(
 ) -> Joint:
     """Measure the loss of texts without several parts at once, and without `controls` random sets of others.
 
-    Names are those of a `Sweep`, whose other arguments these are. Raises RequestError.
+    Part names are those of a `Sweep`; the other arguments are those of `sweep`. Raises RequestError.
     """
     check_model(model)
     ids, chosen = texts_to_predict(model, texts), [named_part(model.args, name) for name in names_of(parts)]
@@ -152,7 +152,7 @@ def ablate_together(
 def _losses(
     model: Transformer, ids: Sequence[Tensor], parts: Sequence[Part], edit: Edit, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses without each part (parts, texts), and with all (texts,)."""
+    """Losses without each part (parts, texts), and of the whole model (texts,)."""
     streams = Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
     counter = ProgressCounter((1 + len(parts)) * len(ids), progress)
     (whole,) = _run(streams, [[]], counter)
@@ -169,7 +169,7 @@ def _losses(
 def _run(streams: Streams, sets: Sequence[Sequence[Mapping[str, Edit]]], counter: ProgressCounter) -> Tensor:
     """Run the texts from the streams' layer on with each set of edits: losses (sets, texts), on the CPU.
 
-    Several sets share a pass, each with rows of its own.
+    Several sets share a pass, in separate rows.
     """
     n_texts, found = len(streams.texts), []
     texts = list(range(n_texts)) * len(sets)
@@ -182,7 +182,7 @@ def _run(streams: Streams, sets: Sequence[Sequence[Mapping[str, Edit]]], counter
 
 
 def _by_rows(sets: Sequence[Sequence[Mapping[str, Edit]]], n_texts: int, some: range) -> dict[str, Edit]:
-    """The edits of a pass with `some` of all runs, which are each set's texts in turn."""
+    """The edits of a pass with `some` of all runs; the runs are all texts with the first set, then with the next."""
     found: dict[str, list[tuple[slice, Edit]]] = {}
     for i in range(some.start // n_texts, (some.stop - 1) // n_texts + 1):
         rows = slice(max(i * n_texts, some.start) - some.start, min((i + 1) * n_texts, some.stop) - some.start)
@@ -194,7 +194,7 @@ def _by_rows(sets: Sequence[Sequence[Mapping[str, Edit]]], n_texts: int, some: r
 
 @dataclass(frozen=True, kw_only=True)
 class _OfRows(Edit):
-    """Edits of some rows of a pass each, in turn."""
+    """Several edits, each applied to its own rows of a pass."""
 
     own: tuple[tuple[slice, Edit], ...]
 
@@ -206,12 +206,12 @@ class _OfRows(Edit):
 
 
 def _names(parts: Sequence[Part]) -> list[str]:
-    """The activations of parts, each once."""
+    """The distinct activations of parts."""
     return sorted({name for part in parts for name in part.activations})
 
 
 def _edits(streams: Streams, names: Sequence[str], edit: Edit) -> dict[str, Edit]:
-    """The edit of each activation over its values at all tokens of all texts; of the streams' layer or later."""
+    """The edit for each activation, computed over its values at all tokens of all texts; from the streams' layer on."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     last = max(int(name.split(".")[1]) for name in names)
     for some in streams.passes(range(len(streams.texts))):
@@ -224,7 +224,7 @@ def _edits(streams: Streams, names: Sequence[str], edit: Edit) -> dict[str, Edit
 
 
 def _estimate_units(model: Transformer, ids: Sequence[Tensor], edit: Edit) -> Tensor:
-    """Mean change of the loss without each unit, to first order: float32 (n_layers, F), on the CPU."""
+    """First-order estimate of the mean change of the loss without each unit: float32 (n_layers, F), on the CPU."""
     names = [f"layers.{layer}.ffn.hidden" for layer in range(model.args.n_layers)]
     edits = _edits(Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids)))), names, edit)
     total = torch.zeros(model.args.n_layers, model.args.ffn_dim, device=model.device)

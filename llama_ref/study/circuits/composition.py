@@ -1,8 +1,8 @@
-"""Composition of heads: how much of what a head writes another one's queries, keys or values read.
+"""Composition of heads: how much of one head's output another head's queries, keys or values read.
 
-‖W_QKᵀ·W_OV‖ / (‖W_QK‖·‖W_OV‖) for queries, ‖W_QK·W_OV‖ for keys and ‖W_OV·W_OV‖ for values; W_OV on the
-right is the writer's, and norms are Frobenius'. Source: Elhage et al., "A Mathematical Framework for
-Transformer Circuits" (2021).
+‖W_QKᵀ·W_OV‖ / (‖W_QK‖·‖W_OV‖) for queries, ‖W_QK·W_OV‖ for keys and ‖W_OV·W_OV‖ for values, the latter two
+divided by the norms of their factors as well. W_OV on the right is the writer's, and norms are Frobenius
+norms. Source: Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021).
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ Port = Literal["q", "k", "v"]
 
 @dataclass(frozen=True)
 class Composition:
-    """Scores from 0 to 1, of readers by writers: `q`, `k` and `v`, float32 (layers, H, layers, H), on the CPU.
+    """Scores from 0 to 1 for (reader, writer): `q`, `k` and `v`, float32 (layers, H, layers, H), on the CPU.
 
-    `layers` are the numbers of both layers' axes. NaN where the writer is not in a layer before the
+    `layers` has the layer numbers for both layer axes. NaN where the writer is not in a layer before the
     reader. Independent matrices score about 1/√D.
     """
 
@@ -36,7 +36,7 @@ class Composition:
     v: Tensor
 
     def top(self, port: Port, n: int) -> list[tuple[str, str, float]]:
-        """The n largest scores, or all: reader, writer, score; names as in `attribute_edges`."""
+        """The n largest scores (or all, if there are fewer): reader, writer, score; names as in `attribute_edges`."""
         if port not in ("q", "k", "v"):
             raise RequestError(f"port is {port!r:.40}, expected q, k or v")
         scores: Tensor = getattr(self, port)
@@ -62,11 +62,11 @@ def composition(
 ) -> Composition:
     """Score every pair of heads in these layers (default: all) by their weights alone.
 
-    `distance` is how many tokens the reader's queries are after its keys, for RoPE. `fold_norms`: the
-    weights of the norms before attention belong to what heads read; otherwise they are left out, as in
-    the paper, whose model has none. Groups of heads share keys and values, whose scores still differ by
-    the head's own queries and output. `progress` is called with the layers done and their number. Raises
-    RequestError.
+    `distance` is how many tokens the reader's queries come after its keys, for RoPE. With `fold_norms` the
+    weights of the norms before attention are folded into the reading matrices; otherwise they are left out,
+    as in the paper, whose model has none. Heads of a group share keys and values, but their scores still
+    differ because of each head's queries and output. `progress` is called with the layers done and their
+    number. Raises RequestError.
     """
     check_model(model)
     check_distance(distance)
@@ -86,7 +86,7 @@ def composition(
 
 
 def _readers(heads: HeadMatrices) -> dict[str, Tensor]:
-    """Matrices (H, hd, D) of length 1 whose product with something is as long as W_QKᵀ's, W_QK's or W_OV's."""
+    """Matrices (H, hd, D) whose products have the same norms as those with W_QKᵀ, W_QK or W_OV, scaled to norm 1."""
     return {
         "q": _unit(_root(heads.k) @ heads.q),
         "k": _unit(_root(heads.q) @ heads.k),
@@ -104,7 +104,7 @@ def _unit(matrix: Tensor) -> Tensor:
 
 
 def _products(reader: Tensor, writer: Tensor) -> Tensor:
-    """Norms of the product of each head (H, hd, D) with each of another layer (H, D, hd): (H, H)."""
+    """Norms of the products of each head (H, hd, D) with each head of another layer (H, D, hd): (H, H)."""
     product = reader.flatten(0, 1) @ writer.transpose(0, 1).flatten(1)  # (H · hd, H · hd)
     H = len(reader)
     return product.view(H, -1, H, product.shape[1] // H).square().sum((1, 3)).sqrt()

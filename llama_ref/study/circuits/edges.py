@@ -1,7 +1,7 @@
-"""Edge attribution patching: the effect of every edge of a model, estimated by one gradient.
+"""Edge attribution patching: the effect of every edge of a model, estimated with one gradient.
 
-An edge is cut if its receiver reads what the sender writes in the corrupted text's run. To first order
-the metric loses the difference of the sender's two outputs times the metric's gradient at the receiver's
+To cut an edge, its receiver reads what the sender writes in the corrupted text's run. To first order the
+metric falls by the difference of the sender's two outputs times the metric's gradient at the receiver's
 input. Sources: Syed et al., arXiv:2310.10348 (EAP); Hanna et al., arXiv:2403.17806 (EAP-IG).
 """
 
@@ -32,12 +32,12 @@ def attribute_edges(
     steps: int | None = None,
     progress: Progress | None = None,
 ) -> EdgeScores:
-    """Score every edge: what the metric of the clean text loses if the edge is cut; means over pairs.
+    """Score every edge: how much the clean text's metric falls if the edge is cut; means over pairs.
 
     Texts, noise and metrics are those of `patch_grids`. By default the gradient is the clean text's;
-    with `steps` the mean of so many on the way of the embeddings from the corrupted text to the clean
-    one. Memory: what every head writes, (senders, T, D) in float32, of one text. `progress` is called
-    with the backward passes done and their number. Raises RequestError as `attribution_patch` does.
+    with `steps`, the mean of that many gradients along the path of the embeddings from the corrupted to the
+    clean text. Memory: the output of every sender, (senders, T, D) in float32, for one text. `progress` is
+    called with the backward passes done and their number. Raises RequestError as `attribution_patch` does.
     """
     check_model(model)
     runs = as_runs(model, clean, corrupted, metrics)
@@ -82,7 +82,7 @@ def _scores(model: Transformer, run: Run, share: float, written: Tensor) -> Tens
 
 
 def _through_norm(norm: nn.Module, x: Tensor, grads: Tensor) -> Tensor:
-    """Gradients (n, T, D) at a norm's output as those at its input x (T, D)."""
+    """Propagate gradients (n, T, D) at a norm's output to its input x (T, D)."""
     with torch.inference_mode(False), torch.enable_grad():
         point = x.detach().float().requires_grad_()
         (out,) = torch.autograd.grad(norm(point), point, grads.float(), is_grads_batched=True)

@@ -1,7 +1,7 @@
-"""How much of an answer a few edges or nodes carry alone: circuits of growing size, run and measured.
+"""Run circuits of growing size: how much of an answer do a few edges or nodes carry alone?
 
 In a circuit's run every receiver reads the clean text's senders along the circuit's edges, and the
-corrupted text's along all others. Sources: Wang et al., arXiv:2211.00593; Marks et al.,
+corrupted text's senders along all others. Sources: Wang et al., arXiv:2211.00593; Marks et al.,
 arXiv:2403.19647.
 """
 
@@ -31,7 +31,7 @@ from llama_ref.study.texts import Batch, Texts
 class CircuitCurve:
     """The metric with only the top `sizes` edges or nodes (`kept`), and with all but these (`removed`).
 
-    `clean` and `corrupted` are the metric with all and with none.
+    `clean` and `corrupted` are the metric with all edges and with none.
     """
 
     sizes: list[int]
@@ -42,12 +42,12 @@ class CircuitCurve:
 
     @property
     def faithfulness(self) -> np.ndarray:
-        """Share of the difference of the texts that the circuit alone keeps: 1 for the whole model."""
+        """Share of the texts' difference that the circuit alone keeps: 1 for the whole model."""
         return (np.array(self.kept) - self.corrupted) / (self.clean - self.corrupted or math.nan)
 
     @property
     def completeness(self) -> np.ndarray:
-        """Share that is lost without the circuit: 1 if nothing of the answer is elsewhere."""
+        """Share of the texts' difference that is lost without the circuit: 1 if no other part carries any."""
         return (self.clean - np.array(self.removed)) / (self.clean - self.corrupted or math.nan)
 
 
@@ -62,10 +62,10 @@ def circuit_curve(
     of: Literal["edges", "nodes"] = "edges",
     progress: Progress | None = None,
 ) -> CircuitCurve:
-    """Run the circuits of the top edges or nodes of these `sizes`, and what is left without them.
+    """Run the circuits of the top edges or nodes of these `sizes`, and the model without them.
 
-    The embedding is a node too. Arguments as those of `attribute_edges`, whose scores say which are
-    the top. `progress` is called with the circuits done and their number. Raises RequestError.
+    The embedding is a node too. Arguments are those of `attribute_edges`, whose scores rank the edges
+    or nodes. `progress` is called with the circuits done and their number. Raises RequestError.
     """
     if of not in ("edges", "nodes"):
         raise RequestError(f"of is {of!r:.40}, expected edges or nodes")
@@ -88,7 +88,7 @@ def run_circuit(
 ) -> float:
     """The metric where only the edges of `mask`, bool (receivers, senders), are clean; a mean over pairs.
 
-    Each receiver's stream and norm are computed apart. Raises RequestError for a mask of another shape.
+    Each receiver's stream and norm are computed separately. Raises RequestError for a mask of another shape.
     """
     check_model(model)
     expected = edge_mask(model.args)
@@ -106,18 +106,18 @@ def run_circuit(
 
 
 class _Circuit:
-    """Edits that make a pass of the clean text that of a circuit, `mask` (receivers, senders)."""
+    """Edits that turn a pass of the clean text into a run of a circuit, `mask` (receivers, senders)."""
 
     def __init__(self, model: Transformer, run: Run, mask: Tensor):
         self.model, self.mask = model, mask
         layers = range(model.args.n_layers)
         streams = [f"layers.{layer}.{part}" for layer in layers for part in ("residual_pre", "residual_mid", "residual_post")]
         self.corrupted = run.trace(model, 0.0, [*written_names(model), *streams])
-        # What the senders so far write in this run, minus in the corrupted one: (senders, T, D).
+        # Output of the senders so far in this run minus in the corrupted one: (senders, T, D).
         self.changes = (run.clean.float() - run.corrupted.float())[None]
 
     def edits(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """By name, for `patch`; they run in the model's order."""
+        """The edits by name, for `patch`; they run in the model's order."""
         out: dict[str, Callable[[Tensor], Tensor]] = {}
         for layer in range(self.model.args.n_layers):
             first = first_receiver(self.model.args, layer)
@@ -131,13 +131,13 @@ class _Circuit:
         return out
 
     def _stream(self, name: str, receivers: slice) -> Tensor:
-        """What these receivers read, of the stream `name`: (receivers, T, D) in the model's dtype."""
+        """The stream `name` as each of these receivers reads it: (receivers, T, D) in the model's dtype."""
         corrupted = self.corrupted[name]  # (1, T, D)
         mask = self.mask[receivers, : len(self.changes)]
         return (corrupted.float() + torch.einsum("rs,std->rtd", mask, self.changes)).to(corrupted)
 
     def _reader(self, layer: int, receivers: slice, weights: Tensor) -> Callable[[Tensor], Tensor]:
-        """Queries, keys or values, each head's of its own stream: (1, T, heads, hd)."""
+        """An edit that computes queries, keys or values from each head's own stream: (1, T, heads, hd)."""
 
         def change(value: Tensor) -> Tensor:
             normed = self.model.layers[layer].attention_norm(self._stream(f"layers.{layer}.residual_pre", receivers))
@@ -154,7 +154,7 @@ class _Circuit:
         return change
 
     def _heads(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """Notes what the heads write; the value stays."""
+        """An edit that records what the heads write and leaves the value unchanged."""
 
         def change(value: Tensor) -> Tensor:
             heads = value[0].float() - self.corrupted[f"layers.{layer}.attention.head_output"][0].float()

@@ -1,7 +1,7 @@
-"""A head's matrices, of low rank: what its queries, keys and values read, and what it writes.
+"""The low-rank matrices of a head: what its queries, keys and values read, and what it writes.
 
 W_QK = (R·W_q)ᵀ·W_k, with R the rotation between a query and a key some tokens before it, and
-W_OV = W_o·W_v are (D, D), but of rank hd at most: they are never made. Query heads of a group share W_k
+W_OV = W_o·W_v are (D, D), but of rank hd at most: they are never computed. Query heads of a group share W_k
 and W_v.
 """
 
@@ -18,10 +18,10 @@ from llama_ref.study.circuits.runs import by_heads
 
 @dataclass(frozen=True)
 class HeadMatrices:
-    """Of all query heads of a layer: q, k and v (H, hd, D), o (H, D, hd); float32, on the model's device.
+    """The matrices of all query heads of a layer: q, k and v (H, hd, D), o (H, D, hd); float32, on the model's device.
 
-    q is rotated by `distance` tokens. With `fold_norm` q, k and v have the weight of the norm before
-    them.
+    q is rotated by `distance` tokens. With `fold_norm`, q, k and v include the weight of the norm before
+    attention.
     """
 
     q: Tensor
@@ -42,7 +42,7 @@ class HeadMatrices:
 
 
 def turned(model: Transformer, q: Tensor, distance: int) -> Tensor:
-    """Queries (…, hd, n) that stand `distance` tokens after their keys: the keys then need no rotation."""
+    """Rotate queries (…, hd, n) by `distance` tokens, so that keys at that distance before them need no rotation."""
     at = torch.tensor([[distance]], device=q.device)
     rotations = rope_rotations(at, rope_frequencies(model.args, q.device))
     rows = q.transpose(-1, -2).reshape(1, 1, -1, model.args.head_dim)
@@ -52,12 +52,12 @@ def turned(model: Transformer, q: Tensor, distance: int) -> Tensor:
 def check_distance(distance: int) -> int:
     """Return the distance. Raises RequestError unless it is a whole number from 0."""
     if isinstance(distance, bool) or not isinstance(distance, int) or distance < 0:
-        raise RequestError(f"distance is {distance!r:.40}, expected how many tokens a query is after its key, from 0")
+        raise RequestError(f"distance is {distance!r:.40}, expected how many tokens a query comes after its key, from 0")
     return distance
 
 
 def vocabulary_rows(module: nn.Module, rows: slice) -> Tensor:
-    """Some rows of an embedding or output: float32 (n, D), converted alone where they are not quantized."""
+    """Some rows of an embedding or output matrix: float32 (n, D); only these are converted unless it is quantized."""
     if isinstance(getattr(module, "weight", None), Tensor):
         return module.get_parameter("weight").detach()[rows].float()
     return matrix(module)[rows]

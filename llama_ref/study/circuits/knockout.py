@@ -1,9 +1,10 @@
-"""Attention knockout: some tokens cannot look at some others, in some layers and heads.
+"""Attention knockout: prevent some tokens from attending to others, in chosen layers and heads.
 
 with study.cut(llama.model, queries=-1, keys=[3, 4], layers=range(10, 20)):
     llama.generate(…)
 
-Where an answer gets lost shows when a token reads what it needs. Source: Geva et al., arXiv:2304.14767.
+The layers where this loses the answer are those where a token reads what it needs. Source: Geva et al.,
+arXiv:2304.14767.
 """
 
 import math
@@ -36,13 +37,12 @@ def cut(
     layers: Indices | None = None,
     heads: Indices | None = None,
 ) -> Iterator[None]:
-    """Let the tokens `queries` not look at the tokens `keys`, in the block, in this thread.
+    """Prevent the tokens `queries` from attending to the tokens `keys`, in the block, in this thread.
 
-    Their scores become −∞ before the softmax, in these layers and query heads; what is None means all.
-    Positions count from the beginning of the text, with a cache too; -1 is the last token of a pass, in
-    each text of a batch its own. A token that has nothing left to look at gets 0 from that head. Raises
-    RequestError for a layer or head that the model does not have, and during a pass without a cache for
-    a position outside the text.
+    Their scores become −∞ before the softmax, in these layers and query heads; None means all. Positions
+    count from the beginning of the text, also with a cache; -1 is the last token of each text in the pass.
+    A token with no keys left gets 0 from that head. Raises RequestError for a layer or head that the model
+    does not have, and, during a pass without a cache, for a position outside the text.
     """
     check_model(model)
     own_queries = None if queries is None else [_indices("queries", queries)]
@@ -65,12 +65,12 @@ class CutWindows:
 
     @property
     def relative(self) -> Tensor:
-        """Mean relative change over the texts: (n_layers,); -1 if nothing of a probability is left."""
+        """Mean relative change over the texts: (n_layers,); -1 if the metric falls to 0."""
         return (self.values / self.whole - 1).mean(1)
 
     @property
     def standard_error(self) -> Tensor:
-        """That of `relative`: (n_layers,); NaN for one text."""
+        """Standard error of `relative`: (n_layers,); NaN for one text."""
         return (self.values / self.whole - 1).std(1) / math.sqrt(len(self.whole))
 
 
@@ -88,9 +88,9 @@ def cut_windows(
 ) -> CutWindows:
     """Cut attention in a window of `width` layers around each layer, and measure the texts.
 
-    A window is cut off at the first and last layer. Positions as in `cut`, for all texts or a list for
-    each; metrics as in `patch_grids`. A window runs from its first layer on. `progress` is called with
-    the windows done and their number. Raises RequestError.
+    Windows are shorter at the first and last layers. Positions as in `cut`, for all texts or a list for
+    each; metrics as in `patch_grids`. Each run starts at the first layer of its window. `progress` is called
+    with the windows done and their number. Raises RequestError.
     """
     check_model(model)
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
@@ -114,7 +114,7 @@ def cut_windows(
 
 
 class _Cut:
-    """A visitor that hides keys from queries; the positions are those of each row, or of all in one list."""
+    """A visitor that hides keys from queries; positions are a list for each row, or one list for all rows."""
 
     edits, in_path = True, False
 
@@ -127,7 +127,7 @@ class _Cut:
     ):
         self.queries, self.keys, self.heads = queries, keys, heads
         self.names = {f"layers.{layer}.attention.{part}" for layer in layers for part in ("scores", "pattern")}
-        self.blind = torch.zeros(0, device="cpu")  # queries with nothing left to look at: bool (B, H, T, 1)
+        self.blind = torch.zeros(0, device="cpu")  # queries with no keys left: bool (B, H, T, 1)
 
     def wants(self, name: str) -> bool:
         return name in self.names
@@ -137,7 +137,7 @@ class _Cut:
 
     def visit(self, name: str, value: Tensor, run: Pass | None) -> Tensor:
         assert run is not None
-        if name.endswith("pattern"):  # whose rows of nothing but -inf are NaN
+        if name.endswith("pattern"):  # the softmax of a row of only -inf is NaN
             return value.masked_fill(self.blind, 0)
         queries = _there("queries", self.queries, run.positions, run)
         keys = _there("keys", self.keys, torch.arange(value.shape[-1], device=value.device)[None], run)
@@ -153,7 +153,7 @@ def _there(what: str, wanted: Sequence[Sequence[int]] | None, positions: Tensor,
     """Which of the positions (B or 1, n) are wanted: bool (B or 1, n). Raises RequestError."""
     if wanted is None:
         return positions >= 0
-    ends = (run.positions.amax(1) + 1).tolist()  # of each row's text, or of all
+    ends = (run.positions.amax(1) + 1).tolist()  # the end of each row's text, or one for all rows
     n_rows = max(len(wanted), len(ends))
     out = torch.zeros(n_rows, positions.shape[1], dtype=torch.bool, device=positions.device)
     for row in range(n_rows):
@@ -180,7 +180,7 @@ def _numbers(what: str, given: Indices | None, count: int) -> list[int]:
 
 
 def _head_mask(model: Transformer, heads: Indices | None) -> Tensor | None:
-    """Which query heads are meant: bool (H,), or None for all."""
+    """The chosen query heads as bool (H,), or None for all."""
     if heads is None:
         return None
     out = torch.zeros(model.args.n_heads, dtype=torch.bool, device="cpu")

@@ -1,7 +1,7 @@
-"""Path patching: what one part of a model says to others directly, without what lies between.
+"""Path patching: the direct effect of one part of a model on others, excluding the parts between.
 
-A sender's output is that of another text; every part between it and the receivers stays as in the clean
-run; the receivers read the change, and everything after them is computed again. Sources: Wang et al.,
+A sender's output is replaced by that of another text; every part between it and the receivers stays as in
+the clean run; the receivers read the change, and everything after them is recomputed. Sources: Wang et al.,
 arXiv:2211.00593; Goldowsky-Dill et al., arXiv:2304.05969.
 """
 
@@ -31,9 +31,9 @@ from llama_ref.study.texts import Texts
 
 @dataclass(frozen=True)
 class PathEffects:
-    """The metric where the receivers hear of each sender's change: `values`, float32 (senders,), on the CPU.
+    """The metric where the receivers read each sender's change: `values`, float32 (senders,), on the CPU.
 
-    `clean` and `corrupted` are the metric of the two texts. Means over the pairs.
+    `clean` and `corrupted` are the metric of the two texts. All are means over the pairs.
     """
 
     senders: list[str]
@@ -43,11 +43,11 @@ class PathEffects:
 
     @property
     def shares(self) -> Tensor:
-        """Share of the difference of the texts that each path carries: 0 as clean, 1 as corrupted."""
+        """Share of the texts' difference that each path carries: 0 if the metric stays clean, 1 if it becomes corrupted."""
         return (self.clean - self.values) / (self.clean - self.corrupted or math.nan)
 
     def top(self, n: int) -> list[tuple[str, float]]:
-        """The n senders, or all, that change the metric most, and by how much; largest first."""
+        """The n senders that change the metric most, and by how much; largest change first."""
         changes = dict(zip(self.senders, (self.values - self.clean).tolist(), strict=True))
         return sorted(changes.items(), key=lambda each: -abs(each[1]))[:n]
 
@@ -65,19 +65,18 @@ def patch_path(
     through_ffn: bool = False,
     progress: Progress | None = None,
 ) -> PathEffects:
-    """Measure the clean text where the receivers read the corrupted text's sender: direct effects.
+    """Measure direct effects: run the clean text where the receivers read a sender of the corrupted text.
 
-    Texts, noise and metrics are those of `patch_grids`; swap the texts to restore instead of disturb.
+    Texts, noise and metrics are those of `patch_grids`; swap the texts to restore instead of corrupt.
     Names and globs are those of `attribute_edges`: senders "embedding", "layers.18.heads.6",
     "layers.5.ffn"; receivers "layers.23.heads.3.q", "layers.23.groups.1.k" (keys and values belong to
-    groups of heads), "layers.23.ffn", "logits". All `receivers` hear at once: the change is added to what
-    each reads, so that one behind another also hears what that one changed. Several senders are patched
+    groups of heads), "layers.23.ffn", "logits". All `receivers` read the change at once: it is added to the
+    input of each, so a later receiver also reads what earlier ones changed. Several senders are patched
     one by one (default: all that come before a receiver), the matches of one glob together. `positions`
     are the tokens at which the sender is changed (default: all). Between sender and receivers all heads
-    are frozen; feed-forwards too, or with `through_ffn` they are computed from what they read, so that
-    paths through them count. `progress` is
-    called with the senders done and their number. Raises RequestError for names that match nothing, and
-    a sender that no receiver comes after.
+    are frozen, and so are feed-forwards, unless `through_ffn` recomputes these from their inputs so that
+    paths through them count. `progress` is called with the senders done and their number. Raises
+    RequestError for names that match nothing, and for a sender that no receiver follows.
     """
     check_model(model)
     heard = _matches("receiver", receivers, receiver_names(model.args))
@@ -99,7 +98,7 @@ def patch_path(
 
 
 def _sender_groups(args: ModelArgs, sender: str | Sequence[str] | None, receivers: Sequence[str]) -> dict[str, Tensor]:
-    """Which senders are patched together, by the name that was given: bool (senders,) each."""
+    """The senders that are patched together, by the given name or glob: bool (senders,) each."""
     names, mask = sender_names(args), edge_mask(args)
     known = {name: i for i, name in enumerate(receiver_names(args))}
     heard = mask[[known[receiver] for receiver in receivers]].any(0)  # by one receiver at least
@@ -112,13 +111,13 @@ def _sender_groups(args: ModelArgs, sender: str | Sequence[str] | None, receiver
         chosen = torch.tensor([name in _matches("sender", glob, names) for name in names], device="cpu")
         if not (chosen & heard).any():
             last = [name for name, is_heard in zip(names, heard.tolist(), strict=True) if is_heard][-1]
-            raise RequestError(f"no path leads from {glob!r:.60} to the receivers: what they read ends with {last}")
+            raise RequestError(f"no path leads from {glob!r:.60} to the receivers: the last sender that they read is {last}")
         out[glob] = chosen
     return out
 
 
 def _matches(what: str, globs: str | Sequence[str], names: Sequence[str]) -> list[str]:
-    """The names that a glob, or one of several, matches. Raises RequestError for one without a match."""
+    """The names that any of the globs matches. Raises RequestError for a glob without a match."""
     given = [globs] if isinstance(globs, str) else globs
     if not isinstance(given, Sequence) or not given or not all(isinstance(glob, str) for glob in given):
         raise RequestError(f"{what} is {globs!r:.60}, expected a name such as {names[-2]}, or a list of them")

@@ -1,4 +1,4 @@
-"""Runs of a clean text in which some receivers hear of a change of some senders: paths.py's passes."""
+"""Passes for path patching (paths.py): run a clean text where some receivers read the changes of some senders."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Senders:
-    """What each sender writes: its `changes` from the clean text to the other, float32 (senders, T, D).
+    """How each sender's output changes from the clean text to the other: `changes`, float32 (senders, T, D).
 
-    `clean` has the clean run's streams and outputs, `metrics` are those of the two texts, `changed`, bool
-    (T,), says at which tokens there are changes.
+    `clean` has the clean run's streams and outputs, `metrics` the metric of both texts; `changed`, bool
+    (T,), marks the tokens with changes.
     """
 
     changes: Tensor
@@ -49,7 +49,7 @@ class Senders:
 
 
 class Rerun:
-    """Passes of a run's clean text in which `receivers` hear of what senders changed."""
+    """Passes of a run's clean text in which `receivers` read the senders' changes."""
 
     def __init__(self, model: Transformer, run: Run, senders: Senders, receivers: Sequence[str], *, through_ffn: bool):
         self.model, self.run, self.senders = model, run, senders
@@ -67,7 +67,7 @@ class Rerun:
         with layer_window(self.model, layers, before.expand(len(rows), -1, -1)), patch(self.model, self._readers(changes)):
             return measure(self.model, batch, [self.run.metric] * len(rows)).cpu()
 
-    # ---- what changes in the streams that the receivers read: float32 (rows, T, D) by the stream's name
+    # ---- changes of the streams that the receivers read: float32 (rows, T, D) by the stream's name
 
     def _direct(self, rows: Tensor) -> dict[str, Tensor]:
         out = {}
@@ -78,7 +78,7 @@ class Rerun:
         return out
 
     def _through_ffn(self, rows: Tensor) -> dict[str, Tensor]:
-        """Run the text with frozen heads: what feed-forwards make of a change is one too."""
+        """Run the text with frozen heads, so that feed-forwards propagate the changes."""
         clean, changes = self.senders.clean, self.senders.changes
         streams = list(dict.fromkeys(map(stream_of, self.ports)))
         edits: dict[str, Change] = {}
@@ -95,7 +95,7 @@ class Rerun:
             found = trace(self.model, [self.run.text] * len(rows), streams)
         return {name: found[name].float() - clean[name].float() for name in streams}
 
-    # ---- the receivers, which read the stream of their own run and the change
+    # ---- the receivers, which read the stream of this run plus the change
 
     def _readers(self, changes: dict[str, Tensor]) -> dict[str, Change]:
         out: dict[str, Change] = {}
@@ -123,7 +123,7 @@ class Rerun:
 
 
 class _Stream:
-    """A stream as it is in a pass, and with a change (rows, T, D) added."""
+    """A stream of the current pass, and the same with a change (rows, T, D) added."""
 
     def __init__(self, change: Tensor):
         self.change = change
@@ -137,7 +137,7 @@ class _Stream:
 
 
 def receiver_ports(args: ModelArgs, receivers: Sequence[str]) -> dict[str, list[int]]:
-    """The activations that receivers are, in the model's order, and which of their heads; none if they have no heads."""
+    """The activations of receivers, in the model's order, with their heads; an empty list if they have no heads."""
     out: dict[str, list[int]] = {}
     for name in receivers:
         if name == "logits":
@@ -158,7 +158,7 @@ def stream_of(name: str) -> str:
 
 
 def senders_before(args: ModelArgs, stream: str) -> int:
-    """How many senders have written to a residual stream."""
+    """The number of senders that have written to a residual stream."""
     _, layer, point = stream.split(".")
     written = {"residual_pre": 0, "residual_mid": args.n_heads, "residual_post": args.n_heads + 1}
     return n_before(args, int(layer)) + written[point]

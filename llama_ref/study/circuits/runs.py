@@ -1,4 +1,4 @@
-"""What the two texts of a run write to the residual stream, and what reads it: shared by scores and circuits."""
+"""Pairs of texts with their embeddings, and what each sender writes: shared by edge scores, paths and circuits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from llama_ref.study.trace import Trace, trace
 
 @dataclass(frozen=True)
 class Run:
-    """One clean and one corrupted text: ids (T,), embeddings (T, D); `weight` in a mean over runs."""
+    """A clean and a corrupted text: the clean ids (T,), both embeddings (T, D); `weight` is for the mean over runs."""
 
     text: Tensor
     clean: Tensor
@@ -26,7 +26,7 @@ class Run:
     weight: float
 
     def trace(self, model: Transformer, share: float, names: Sequence[str], *, requires_grad: bool = False) -> Trace:
-        """Trace the text whose embeddings are this share of the way from corrupted (0) to clean (1)."""
+        """Trace the text with embeddings at this share of the path from corrupted (0) to clean (1)."""
         stream = torch.lerp(self.corrupted, self.clean, share)[None]
         with layer_window(model, range(model.args.n_layers), stream):
             return trace(model, self.text, names, requires_grad=requires_grad)
@@ -45,13 +45,13 @@ def as_runs(model: Transformer, clean: Texts, corrupted: Corrupted, metrics: Met
 
 
 def written_names(model: Transformer) -> list[str]:
-    """Activations of which senders' outputs are made, the embedding aside."""
+    """The activations from which senders' outputs are computed, without the embedding."""
     layers = range(model.args.n_layers)
     return [f"layers.{layer}.{part}" for layer in layers for part in ("attention.head_output", "ffn.output")]
 
 
 def differences(model: Transformer, run: Run, clean: Trace, corrupted: Trace) -> Tensor:
-    """What each sender writes in the clean run minus in the corrupted one: float32 (senders, T, D)."""
+    """Each sender's output in the clean run minus in the corrupted one: float32 (senders, T, D)."""
     out = [(run.clean.float() - run.corrupted.float())[None]]
     for layer in range(model.args.n_layers):
         heads, ffn = (
@@ -69,11 +69,11 @@ def head_results(model: Transformer, layer: int, head_output: Tensor) -> Tensor:
 
 
 def by_heads(model: Transformer, layer: int, name: str) -> Tensor:
-    """A layer's wq, wk or wv by its heads: float32 (heads, hd, D)."""
+    """A layer's wq, wk or wv, split into heads: float32 (heads, hd, D)."""
     return matrix(model.get_submodule(f"layers.{layer}.attention.{name}")).unflatten(0, (-1, model.args.head_dim))
 
 
 def layer_ports(model: Transformer, layer: int) -> Iterator[tuple[str, Tensor]]:
-    """What reads the stream in a layer's attention, and its weights by head, in the receivers' order."""
+    """Yield a layer's attention inputs (q, k, v) by activation name, with their weights by head, in the receivers' order."""
     for activation, name in (("q_unrotated", "wq"), ("k_unrotated", "wk"), ("v", "wv")):
         yield f"layers.{layer}.attention.{activation}", by_heads(model, layer, name)

@@ -1,8 +1,8 @@
-"""What heads do to tokens, by their weights alone: which token looks at which, and what it then copies.
+"""A head's effect on tokens, by its weights alone: which token attends to which, and what it then copies.
 
-A head that looks at a token adds W_OV times its normed embedding to the stream, and the output matrix
-makes logits of that (the OV circuit); scores are q · k / √hd of two normed embeddings (the QK circuit).
-In later layers the stream holds more than embeddings: then these are only its direct part. Source:
+A head that attends to a token adds W_OV times the token's normed embedding to the stream, and the output
+matrix turns this into logits (the OV circuit); scores are q · k / √hd of two normed embeddings (the QK
+circuit). In later layers the stream holds more than embeddings, and this is only the direct part. Source:
 Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021).
 """
 
@@ -19,14 +19,14 @@ from llama_ref.study.circuits.head_matrices import HeadMatrices, check_distance,
 from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index, check_token
 
-ROWS = 1 << 13  # of the vocabulary at a time
+ROWS = 1 << 13  # tokens of the vocabulary at a time
 
 
 @dataclass(frozen=True)
 class Copying:
     """Eigenvalues of every head's OV circuit from token to token: complex64 (n_layers, H, hd), on the CPU.
 
-    Of its V eigenvalues all others are 0.
+    The circuit's V × V matrix has rank hd at most, so all other eigenvalues are 0.
     """
 
     eigenvalues: Tensor
@@ -41,10 +41,10 @@ class Copying:
 def copying(model: Transformer, *, fold_norms: bool = True, progress: Progress | None = None) -> Copying:
     """Eigenvalues of output · W_OV · embedding, for every head.
 
-    They are those of W_v·(embedding · output)·W_o, which is (hd, hd): the matrix in brackets, (D, D), is
-    the same for all heads and made once, in blocks of the vocabulary. `fold_norms`: the weights of the
-    norms before attention and output are included. `progress` is called with the layers done and their
-    number.
+    They equal the eigenvalues of W_v·(embedding · output)·W_o, which is (hd, hd). The matrix in brackets,
+    (D, D), is the same for all heads and computed once, in blocks of the vocabulary. `fold_norms` includes
+    the weights of the norms before attention and output. `progress` is called with the layers done and
+    their number.
     """
     check_model(model)
     through = _through_vocabulary(model, fold_norms=fold_norms)
@@ -58,7 +58,7 @@ def copying(model: Transformer, *, fold_norms: bool = True, progress: Progress |
 
 
 def _through_vocabulary(model: Transformer, *, fold_norms: bool) -> Tensor:
-    """Embeddingᵀ · output, with the last norm's weight: float32 (D, D)."""
+    """Embeddingᵀ · output, with `fold_norms` times the final norm's weight: float32 (D, D)."""
     args = model.args
     total = torch.zeros(args.dim, args.dim, device=model.device)
     for start in range(0, args.vocab_size, ROWS):
@@ -68,9 +68,9 @@ def _through_vocabulary(model: Transformer, *, fold_norms: bool) -> Tensor:
 
 
 class HeadCircuit:
-    """One head's circuits from token to token, with all norms: `layer` and `head` from 0.
+    """One head's circuits from token to token, with all norms: `layer` and `head` count from 0.
 
-    `attention_scores` are those of layer 0 exactly, if no edit is on the model.
+    `attention_scores` are exact for layer 0 of a model without edits.
     """
 
     def __init__(self, model: Transformer, layer: int, head: int):
@@ -85,7 +85,7 @@ class HeadCircuit:
 
     @torch.no_grad()
     def attention_scores(self, queries: Sequence[int], keys: Sequence[int], distance: int = 0) -> Tensor:
-        """Scores of query tokens for key tokens that stand `distance` before them: float32 (queries, keys), CPU.
+        """Scores of query tokens for key tokens `distance` tokens before them: float32 (queries, keys), CPU.
 
         Before the softmax, divided by √hd. Raises RequestError.
         """
@@ -94,20 +94,20 @@ class HeadCircuit:
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """What looking at each token adds to all logits: float32 (tokens, V), CPU; up to the last norm's scale."""
+        """What attending to each token adds to all logits: float32 (tokens, V), CPU; up to the final norm's scale."""
         added = self._normed(tokens) @ self.v.T @ self.o.T * self.model.norm.weight.float()  # (tokens, D)
         blocks = range(0, self.model.args.vocab_size, ROWS)
         parts = [added @ vocabulary_rows(self.model.output, slice(start, start + ROWS)).T for start in blocks]
         return torch.cat(parts, 1).cpu()
 
     def raised(self, token: int, n: int = 10) -> list[tuple[int, float]]:
-        """The n tokens whose logits looking at a token raises most: (id, logit); largest first."""
+        """The n tokens whose logits rise most when the head attends to a token: (id, logit); largest first."""
         values, ids = self.logits([token])[0].topk(min(n, self.model.args.vocab_size))
         return list(zip(ids.tolist(), values.tolist(), strict=True))
 
     @torch.no_grad()
     def copied(self) -> Tensor:
-        """How far a token's own logit is above that of others when it is looked at: float32 (V,), CPU.
+        """How far attending to a token raises its own logit above the mean of all: float32 (V,), CPU.
 
         In standard deviations over the vocabulary; NaN for an embedding of 0. No matrix is larger than
         (V, hd).
@@ -124,12 +124,12 @@ class HeadCircuit:
         return ((read * centred).sum(1) / deviation).cpu()
 
     def top_copied(self, n: int = 10) -> list[tuple[int, float]]:
-        """The n tokens that it copies most: (id, `copied`); most first."""
+        """The n tokens that the head copies most: (id, `copied`); most first."""
         values, ids = self.copied().nan_to_num(-math.inf).topk(min(n, self.model.args.vocab_size))
         return list(zip(ids.tolist(), values.tolist(), strict=True))
 
     def _normed(self, tokens: Sequence[int]) -> Tensor:
-        """What attention reads of tokens' embeddings: float32 (tokens, D)."""
+        """Normed embeddings of tokens, as attention reads them: float32 (tokens, D)."""
         ids = [check_token(self.model, token) for token in tokens]
         return self._norm(self.model.embed(torch.tensor(ids, device=self.model.device)).float())
 

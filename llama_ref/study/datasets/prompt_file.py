@@ -1,4 +1,4 @@
-"""Prompts in a file: one a line, as plain text or as JSON."""
+"""Read prompts from a file: one per line, as plain text or JSON."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from llama_ref.text_file import read_text
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text; of a .jsonl, its texts or the "prompt" of its objects. Empty lines are left out.
+    """The lines of a text file, or the strings or objects' "prompt" values of a .jsonl file, without empty lines.
 
     Raises RequestError for a file that cannot be read, is not UTF-8, or has no prompts.
     """

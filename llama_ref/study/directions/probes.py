@@ -14,8 +14,9 @@ from llama_ref.study.directions.extraction import check_rows
 class Probe:
     """Logistic regression: a text is of the second kind where `x @ direction + bias` is above 0.
 
-    `direction` (D,) and `bias` are in the activations' own units. `accuracy` is that of `n_held_out`
-    rows that the fit did not see, `majority` that of always saying the commoner kind of these.
+    `direction` (D,) and `bias` are in the units of the activations. `accuracy` is measured on
+    `n_held_out` rows that were not used for the fit; `majority` is the accuracy of always predicting the
+    more frequent kind of these rows.
     """
 
     direction: Tensor
@@ -35,9 +36,9 @@ def fit_probe(
 ) -> Probe:
     """Fit a probe to activations (n, D) and their labels, true for the second kind.
 
-    Rows are standardized by those that are fitted. `held_out` is the share of each kind that only
-    scores; rows of one text, or of texts that repeat each other, should not be on both sides.
-    `strength` is the inverse of L2 regularization. Raises RequestError.
+    Rows are standardized with the mean and deviation of the fitted rows. `held_out` is the share of each
+    kind that is used only for scoring; rows of the same text, or of near-duplicate texts, should not be on
+    both sides. `strength` is the inverse of L2 regularization. Raises RequestError.
     """
     rows = check_rows("rows", rows)
     kinds = torch.as_tensor(labels).to("cpu").bool()

@@ -1,4 +1,4 @@
-"""Steer a model: add a direction to its residual stream, or remove it; and score what that does.
+"""Steer a model: add a direction to its residual stream, or remove it, and score the effect.
 
 with study.steer(llama.model, direction, scale=4, layers=[10, 11]):
     llama.generate(…)
@@ -32,8 +32,8 @@ def steer(
 ) -> Iterator[None]:
     """Add `scale` times a direction to the residual stream after layers, at every token, in the block.
 
-    `direction` is (D,), for all of `layers`, or has one for each layer: {layer: (D,)}; `layers` then
-    may choose some. It acts as `patch` does: in this thread, in generation too. Raises RequestError.
+    `direction` is (D,), for all of `layers`, or one per layer, {layer: (D,)}, of which `layers` may
+    select some. Like `patch`, it applies in this thread, in generation too. Raises RequestError.
     """
     check_model(model)
     if isinstance(scale, bool) or not isinstance(scale, Real):
@@ -45,7 +45,7 @@ def steer(
 
 @contextmanager
 def ablate(model: Transformer, direction: Tensor) -> Iterator[None]:
-    """Remove a direction (D,) from all that is written to the residual stream, in the block.
+    """Remove a direction (D,) from everything that is written to the residual stream, in the block.
 
     Embedding, attention and feed-forward of every layer write nothing along it, as if their weights
     were orthogonal to it. Raises RequestError.
@@ -98,8 +98,8 @@ def _by_layer(
 def log_likelihoods(model: Transformer, prompts: Sequence[Text], answers: Text | Sequence[Text]) -> Tensor:
     """The log-probability of an answer after each prompt, in nats: float32 (n,), on the CPU.
 
-    Both are ids; the answers are one for each prompt, or one for all. Call it with and without
-    `steer` or another patch to see what that changes. Raises RequestError.
+    Both are ids; `answers` has one for each prompt, or one for all. Call it with and without `steer` or
+    another patch to measure the effect. Raises RequestError.
     """
     check_model(model)
     before = as_texts(model, prompts)
@@ -117,12 +117,12 @@ def log_likelihoods(model: Transformer, prompts: Sequence[Text], answers: Text |
 
 
 def answer_margins(model: Transformer, prompts: Sequence[Text], answer: Text, other: Text) -> Tensor:
-    """By how many nats an answer is likelier than another after each prompt: (n,)."""
+    """By how many nats one answer is likelier than another after each prompt: (n,)."""
     return log_likelihoods(model, prompts, answer) - log_likelihoods(model, prompts, other)
 
 
 def share_of_tokens(texts: Sequence[Sequence[int]], wanted: Callable[[int], bool] | set[int]) -> float:
-    """The share of generated tokens that are wanted: ids in a set, or a test of one."""
+    """The share of generated tokens that are wanted; `wanted` is a set of ids, or a function of an id."""
     test = wanted.__contains__ if isinstance(wanted, set) else wanted
     tokens = [token for text in texts for token in text]
     if not tokens:

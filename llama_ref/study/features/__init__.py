@@ -1,1 +1,1 @@
-"""Sparse dictionaries of a model's activations: autoencoders and transcoders, read and used."""
+"""Sparse dictionaries of a model's activations: read and use autoencoders and transcoders."""

@@ -1,4 +1,4 @@
-"""Which features fire: above a threshold, or the k largest at a token."""
+"""Activation functions of dictionaries: features fire above a threshold, or the k largest at a token."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Threshold:
-    """A feature fires with its own value where that is above its threshold: ReLU (0), JumpReLU, BatchTopK.
+    """A feature keeps its value where this is above its threshold: ReLU (0), JumpReLU, BatchTopK.
 
-    `least` is one number for all, or (S,). With `by_decoder_norm` the value times the norm of the
-    feature's decoder row is compared.
+    `least` is one threshold for all features, or (S,). With `by_decoder_norm` the value times the norm of
+    the feature's decoder row is compared.
     """
 
     least: Tensor
@@ -24,7 +24,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class TopK:
-    """The k largest of a token fire. Negative ones only if `signed`."""
+    """The k largest features at a token fire; negative values only if `signed`."""
 
     k: int
     signed: bool = False
@@ -42,8 +42,8 @@ def relu() -> Threshold:
 class Scaling:
     """Factors between the model's activations and the dictionary's.
 
-    `into` multiplies what is read, `out` what is decoded. With `by_token`, of an autoencoder, a token's
-    activation is divided by its own length instead, times √D, and what is decoded multiplied.
+    `into` multiplies the input, `out` the decoder's output. With `by_token`, for autoencoders, each token's
+    activation is scaled to length √D instead, and the output is scaled back.
     """
 
     into: float = 1.0

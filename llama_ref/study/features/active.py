@@ -1,4 +1,4 @@
-"""Features that fire, as a list: few of many do."""
+"""Features that fire, as a list: only few of many do."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Active:
-    """Values that are not zero, of `n_tokens` tokens: `tokens`, `features`, int64 (n,), and `values`, float32 (n,).
+    """The nonzero values of `n_tokens` tokens: `tokens` and `features`, int64 (n,), and `values`, float32 (n,).
 
-    They are ordered by token, and the strongest of a token is first.
+    They are ordered by token, with the strongest of each token first.
     """
 
     tokens: Tensor
@@ -22,14 +22,14 @@ class Active:
 
     @classmethod
     def of(cls, tokens: Tensor, features: Tensor, values: Tensor, n_tokens: int, n_features: int) -> "Active":
-        """Put values into order."""
+        """Sort values by token and strength."""
         order = values.abs().argsort(descending=True, stable=True)
         order = order[tokens[order].argsort(stable=True)]
         return cls(tokens[order], features[order], values[order], n_tokens, n_features)
 
     @classmethod
     def together(cls, parts: Sequence["Active"], starts: Sequence[int]) -> "Active":
-        """Those of several dictionaries at the same tokens; the features of each are numbered from its start."""
+        """Join the features of several dictionaries at the same tokens; each dictionary's are numbered from its start."""
         tokens = torch.cat([part.tokens for part in parts])
         features = torch.cat([part.features + start for part, start in zip(parts, starts, strict=True)])
         values = torch.cat([part.values for part in parts])
@@ -42,7 +42,7 @@ class Active:
         return out
 
     def columns(self, features: Tensor) -> Tensor:
-        """The values of some features (n,), each once, at every token: float32 (n_tokens, n)."""
+        """The values of some distinct features (n,) at every token: float32 (n_tokens, n)."""
         found, column = (self.features[:, None] == features).nonzero(as_tuple=True)
         out = self.values.new_zeros(self.n_tokens, len(features))
         out[self.tokens[found], column] = self.values[found]

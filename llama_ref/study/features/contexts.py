@@ -1,4 +1,4 @@
-"""Where in a data set a feature fires most: its strongest tokens, with what stands around them."""
+"""Find where in a data set a feature fires most: its strongest tokens, and the tokens around them."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -20,10 +20,10 @@ from llama_ref.study.trace import trace_each
 
 @dataclass(frozen=True)
 class Context:
-    """A text's token at which a feature is strongest, and the window around it.
+    """The token of a text at which a feature is strongest, and a window around it.
 
-    `text` is the text's number, `position` the token's in it. `tokens` are the window's ids and `values`
-    the feature's at each; `at` is the token's place in the window.
+    `text` is the text's number, `position` the token's position in it. `tokens` are the window's ids,
+    `values` the feature's value at each, and `at` the token's index in the window.
     """
 
     value: float
@@ -50,10 +50,10 @@ def top_contexts(
 
     `texts` are ids, which `model` runs, or activations that `collect` stored, which need no model. They are
     read once, as many at a time as one pass takes, and only the best are kept. A window has `before`
-    and `after` tokens around the strongest of its text; of collected texts, tokens that were kept.
+    and `after` tokens around the strongest of its text; with collected texts, only tokens that were kept.
     Texts in which a feature does not fire are left out. `progress` is called with (texts done, all).
-    Raises RequestError for features that do not exist or of another model, or an activation that was
-    not collected.
+    Raises RequestError for features that do not exist or belong to another model, or an activation that
+    was not collected.
     """
     numbers = chosen_features(features, chosen)
     for what, value, least in (("n", n, 1), ("before", before, 0), ("after", after, 0)):
@@ -98,7 +98,7 @@ def _keep(heap: list[tuple[float, int, Context]], own: _Text, values: Tensor, n:
 
 def _run(features: Features, texts: Texts, model: Transformer | None) -> tuple[int, Iterator[list[_Text]]]:
     if model is None:
-        raise RequestError("model is missing: texts of ids need the model that reads them")
+        raise RequestError("model is missing: texts given as ids need a model to run them")
     features.check(model)
     ids = as_texts(model, texts)
 
@@ -118,7 +118,7 @@ def _collected(features: Features, texts: Collected) -> tuple[int, Iterator[list
 
 
 def _blocks(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
-    """Join texts to blocks of about BLOCK_TOKENS tokens."""
+    """Group texts into blocks of about BLOCK_TOKENS tokens."""
     block: list[_Text] = []
     for own in texts:
         block.append(own)

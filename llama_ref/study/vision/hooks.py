@@ -1,4 +1,4 @@
-"""The instrumented forwards of vision.py: its lines, each value passed through `see` (hooks.py)."""
+"""Instrumented forwards of vision.py: the same operations, each value passed through `see` (hooks.py)."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -23,7 +23,7 @@ from llama_ref.vision import (
 
 
 class Hooks(Protocol):
-    """What these forwards need of hooks.py's Attached."""
+    """The methods of hooks.py's Attached that these forwards need."""
 
     def instrument(self, module: nn.Module, forward: Callable[..., Tensor], *where: str) -> None: ...
 
@@ -37,7 +37,7 @@ class Hooks(Protocol):
 
 
 class VisionForwards:
-    """Forwards of a model's encoder and of its cross-attention layers."""
+    """Instrumented forwards of a model's image encoder and of its cross-attention layers."""
 
     def __init__(self, hooks: Hooks):
         self.hooks, self.see = hooks, hooks.see
@@ -107,13 +107,13 @@ class VisionForwards:
     def cross_attention(
         self, module: CrossAttention, where: str, x: Tensor, k: Tensor, v: Tensor, visible: Tensor, sees: Tensor
     ) -> Tensor:
-        """Unlike the module's forward it is told which tokens see an image at all."""
+        """Run cross-attention. Unlike the module's forward, this takes `sees`: which tokens see any image."""
 
         def see(name: str, value: Tensor) -> Tensor:
             return self.see(f"{where}.attention.{name}", value)
 
         def see_step(name: str, value: Tensor) -> Tensor:
-            """Tokens that see no image attend to all for the model's sake, but to none for a visitor."""
+            """The model lets tokens that see no image attend to all vision tokens; show visitors none."""
             shown = value.masked_fill(~sees[:, None], -torch.inf if name == "scores" else 0)
             found = see(name, shown)
             return value if found is shown else torch.where(sees[:, None], found, value)

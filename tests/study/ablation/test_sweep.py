@@ -219,7 +219,7 @@ def test_units_that_tell_texts_apart():
         (lambda m: study.contrast_units(m, TEXTS, TEXTS), "texts has 3 texts, expected four or more"),
         (lambda m: study.contrast_units(m, TEXTS, TEXTS, at="first"), "at is 'first', expected mean or last"),
         (lambda m: study.resample("a"), "seed is 'a', expected a whole number"),
-        (lambda m: study.resample(1 << 63), "seed is 9223372036854775808, expected one of at most 62 bits"),
+        (lambda m: study.resample(1 << 63), "seed is 9223372036854775808, expected a number of at most 62 bits"),
     ],
 )
 def test_what_does_not_fit_is_refused(model, call, error):

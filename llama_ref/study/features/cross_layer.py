@@ -1,4 +1,4 @@
-"""A cross-layer transcoder as a whole: features of every layer, which together make all feed-forwards' outputs.
+"""All layers of a cross-layer transcoder: features that together reconstruct the outputs of all feed-forwards.
 
 f_l = activation(x_l W_enc_lᵀ + b_enc_l)
 y_l = Σ_{i ≤ l} f_i W_dec_i[:, l − i] + b_dec_l
@@ -25,11 +25,11 @@ def reads_of(features: "Features | CrossLayerTranscoder") -> tuple[str, ...]:
 
 
 class CrossLayerTranscoder:
-    """Features of all L layers of a model; those of a layer write to it and to all later ones.
+    """Features of all L layers of a model; a layer's features write to it and to all later layers.
 
-    `layers` has each layer's Features, which can be edited as any other. `biases` are the outputs'
-    (D,), or None. `reads` and `writes` are the activations' names, one a layer; `len` is the number of
-    all features. `path` and `form` say where they are from.
+    `layers` has each layer's Features, which can be edited like any others. `biases` has each layer's
+    output bias (D,), or None. `reads` and `writes` are the activations' names, one per layer; `len` is the
+    total number of features. `path` and `form` are the source and its format.
     """
 
     def __init__(self, layers: Sequence[Features], biases: Sequence[Tensor | None], *, path: Path):
@@ -58,33 +58,33 @@ class CrossLayerTranscoder:
         return f"CrossLayerTranscoder({len(self):,} features of {len(self.layers)} layers)"
 
     def check(self, model: Transformer) -> None:
-        """Raise RequestError unless the features are of a model of this shape."""
+        """Raise RequestError unless the features were trained for a model of this shape."""
         check_model(model)
         self.check_args(model.args)
 
     def check_args(self, args: ModelArgs) -> None:
-        """The same for a model's shape alone."""
+        """Like `check`, for a model's args."""
         if (self.dim, len(self.layers)) != (args.dim, args.n_layers):
             raise RequestError(
-                f"{self.path} is of {len(self.layers)} layers of {self.dim} dimensions, but the model has {args.n_layers} of"
+                f"{self.path} has {len(self.layers)} layers of {self.dim} dimensions, but the model has {args.n_layers} of"
                 f" {args.dim}: use the transcoder of this model"
             )
 
     def active(self, x: Sequence[Tensor] | Trace) -> list[Active]:
-        """The features of each layer that fire; tokens are numbered through all but the last axis.
+        """The features of each layer that fire; tokens are counted over all axes but the last.
 
-        `x` is a trace that has all `reads`, or these activations (…, D), one a layer.
+        `x` is a trace that has all `reads`, or these activations (…, D), one per layer.
         """
         return [layer.active(own) for layer, own in zip(self.layers, self._inputs(x), strict=True)]
 
     @torch.no_grad()
     def encode(self, x: Sequence[Tensor] | Trace) -> list[Tensor]:
-        """The values of each layer's features, 0 where they do not fire: float32 (…, S). `active` has them as lists."""
+        """The values of each layer's features, 0 where they do not fire: float32 (…, S). `active` returns lists instead."""
         return [layer.encode(own) for layer, own in zip(self.layers, self._inputs(x), strict=True)]
 
     @torch.no_grad()
     def decode(self, features: Sequence[Tensor]) -> Tensor:
-        """All feed-forwards' outputs, of the values (…, S) of each layer's features: float32 (L, …, D).
+        """Decode the values (…, S) of each layer's features to the outputs of all feed-forwards: float32 (L, …, D).
 
         Raises RequestError for another number of layers, tokens or features.
         """
@@ -98,14 +98,14 @@ class CrossLayerTranscoder:
         return out
 
     def reconstruct(self, x: Sequence[Tensor] | Trace) -> Tensor:
-        """`decode` of `encode`, without the large tensors between: float32 (L, …, D)."""
+        """`decode` of `encode`, without the large tensors in between: float32 (L, …, D)."""
         inputs = self._inputs(x)
         found = self.active(inputs)
         return torch.stack([self.decode_layer(i, found).unflatten(0, own.shape[:-1]) for i, own in enumerate(inputs)])
 
     @torch.no_grad()
     def decode_layer(self, layer: int, found: Sequence[Active]) -> Tensor:
-        """One feed-forward's output, of what fires in its layer and those before: float32 (tokens, D)."""
+        """One feed-forward's output, decoded from the features of its own and earlier layers: float32 (tokens, D)."""
         total = self.layers[0].summed(found[0], layer)
         for source in range(1, layer + 1):
             total += self.layers[source].summed(found[source], layer - source)
@@ -116,10 +116,10 @@ class CrossLayerTranscoder:
         return self._each([x[name] for name in self.reads] if isinstance(x, Trace) else x, "activations")
 
     def _each(self, given: Sequence[Tensor], what: str) -> list[Tensor]:
-        """One tensor a layer, checked to be of as many tokens."""
+        """One tensor per layer, checked to have the same number of tokens."""
         found = list(given) if isinstance(given, Sequence | Tensor) else []
         if len(found) != len(self.layers) or not all(isinstance(own, Tensor) for own in found):
-            raise RequestError(f"expected {what} of {len(self.layers)} layers, which {self.path} has: a tensor of each")
+            raise RequestError(f"expected {what} of the {len(self.layers)} layers of {self.path}: one tensor for each")
         if len({own.shape[:-1] for own in found}) > 1:
-            raise RequestError(f"the {what} are of different shapes in different layers: give those of the same tokens")
+            raise RequestError(f"the {what} have different shapes in different layers: give those of the same tokens")
         return found

@@ -1,9 +1,9 @@
-"""A dictionary of features: encode an activation as features that fire, and decode it again.
+"""A dictionary of features: encode an activation as features that fire, and decode them.
 
     u = x · into − input_bias            f = activation(u W_encᵀ + b_enc)
     y = (f W_dec + b_dec) · out + x W_skipᵀ
 
-Weights stay as they are stored, mapped from their file; blocks of them are computed with in float32.
+Weights stay in their stored dtype, memory-mapped; blocks of them are converted to float32 when used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,17 +25,17 @@ from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index
 from llama_ref.study.trace import Trace
 
-BLOCK_NUMBERS = 1 << 24  # of a matrix that are float32 at a time: 64 MB
+BLOCK_NUMBERS = 1 << 24  # elements of a matrix that are converted to float32 at a time: 64 MB
 BLOCK_TOKENS = 1024
-EPSILON = 1e-5  # of the norms of every Llama 3
+EPSILON = 1e-5  # norm_eps of every Llama 3 model
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A dictionary's matrices, S features of D dimensions, in any floating-point dtype.
+    """A dictionary's matrices for S features of D dimensions, in any floating-point dtype.
 
     `encoder` (S, D), `encoder_bias` (S,), `decoder` (S, D), `decoder_bias` (D,); `input_bias` (D,) is
-    subtracted before encoding, `skip` (D, D) leads from the input to the output. A cross-layer
+    subtracted before encoding, `skip` (D, D) maps the input directly to the output. A cross-layer
     transcoder's `decoder` is (S, W, D), for the W layers that it writes to.
     """
 
@@ -50,9 +50,9 @@ class Weights:
 class Features:
     """Features of a model's activation: a sparse autoencoder, or a transcoder.
 
-    `reads` and `writes` are the activations' names. An autoencoder writes what it reads; a
-    transcoder writes what the feed-forward made of it, a cross-layer one in several layers. `len` is
-    the number of features. `path` and `form` say where they are from.
+    `reads` and `writes` are the activations' names. An autoencoder writes the activation that it reads; a
+    transcoder writes the feed-forward's output, a cross-layer transcoder those of several layers. `len` is
+    the number of features. `path` and `form` are the source and its format.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Features:
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """Names of what is written: one, but for a cross-layer transcoder."""
+        """Names of the activations that are written: several only for a cross-layer transcoder."""
         if self.weights.decoder.dim() == 2:
             return (self.site.writes,)
         own, ending = self.site.layer, self.site.writes.split(".", 2)[2]
@@ -80,7 +80,7 @@ class Features:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the stored matrices; values of features are float32."""
+        """The dtype of the stored matrices; values of features are float32."""
         return self.weights.encoder.dtype
 
     @property
@@ -95,12 +95,12 @@ class Features:
         return f"Features({len(self):,} of {where}, {self.form})"
 
     def check(self, model: Transformer) -> None:
-        """Raise RequestError unless the features are of a model of this shape."""
+        """Raise RequestError unless the features fit a model of this shape."""
         check_model(model)
         self.check_args(model.args)
 
     def check_args(self, args: ModelArgs) -> None:
-        """The same for a model's shape alone."""
+        """Like `check`, for a model's args."""
         last = int(self.writes[-1].split(".")[1])
         if self.dim != args.dim or last >= args.n_layers:
             raise RequestError(
@@ -114,16 +114,16 @@ class Features:
     def encode(self, x: Tensor | Trace) -> Tensor:
         """The features' values, 0 where they do not fire: (…, D) -> float32 (…, S).
 
-        `x` are activations called `reads`, or a trace that has them. `active` is the same as a list,
-        for many tokens. Raises RequestError for another shape, CheckpointError for weights that are
-        not finite.
+        `x` is the activation called `reads`, or a trace that has it. For many tokens use `active`, which
+        returns a list. Raises RequestError for another shape, CheckpointError for weights that are not
+        finite.
         """
         given = self._input(x)
         return self.active(given).dense().unflatten(0, given.shape[:-1])
 
     @torch.no_grad()
     def active(self, x: Tensor | Trace) -> Active:
-        """The features that fire; tokens are numbered through all but the last axis."""
+        """The features that fire; tokens are counted over all axes but the last."""
         rows = self._input(x).flatten(0, -2)
         parts = [(start, self._fire(rows[start : start + BLOCK_TOKENS])) for start in range(0, len(rows), BLOCK_TOKENS)]
         tokens = torch.cat([found[0] + start for start, found in parts]) if parts else rows.new_zeros(0).long()
@@ -135,7 +135,7 @@ class Features:
     def encode_some(self, x: Tensor | Trace, features: Sequence[int]) -> Tensor:
         """The values of some features: float32 (…, n). Only their rows are read.
 
-        TopK compares all features, at tokens where one of these may fire by its own value.
+        TopK must compare all features, but only at tokens where the sign of one of these lets it fire.
         """
         chosen = torch.tensor([check_index("feature", each, len(self)) for each in features], dtype=torch.long, device="cpu")
         given = self._input(x)
@@ -150,9 +150,9 @@ class Features:
 
     @torch.no_grad()
     def decode(self, f: Tensor, x: Tensor | Trace | None = None) -> Tensor:
-        """Features' values (…, S) as an activation: float32 (…, D); (…, W, D) of a cross-layer transcoder.
+        """Decode features' values (…, S) to an activation: float32 (…, D); (…, W, D) for a cross-layer transcoder.
 
-        `x`, what was encoded, is needed with a skip matrix and with scaling by token. Only rows of
+        `x`, the encoded activation, is needed with a skip matrix and with scaling by token. Only rows of
         features that fire are read. Raises RequestError.
         """
         if not isinstance(f, Tensor) or f.dim() < 1 or f.shape[-1] != len(self):
@@ -167,21 +167,21 @@ class Features:
         return out if self.weights.decoder.dim() == 2 else out.unflatten(-1, self.weights.decoder.shape[1:])
 
     def reconstruct(self, x: Tensor | Trace) -> Tensor:
-        """What is left of an activation: `decode` of its `encode`, without the large tensor between."""
+        """The reconstruction of an activation: `decode` of its `encode`, without the large tensor in between."""
         return self.decode_active(self.active(x), x)
 
     @torch.no_grad()
     def decode_active(self, found: Active, x: Tensor | Trace) -> Tensor:
-        """`decode` of features that fire for `x`, which may have been changed."""
+        """`decode` for a list of features that fire at `x`; their values may have been changed."""
         given = self._input(x)
         total = self.summed(found)
         out = self._leave(total.unflatten(0, given.shape[:-1]), given)
         return out if self.weights.decoder.dim() == 2 else out.unflatten(-1, self.weights.decoder.shape[1:])
 
     def summed(self, found: Active, place: int | None = None) -> Tensor:
-        """Decoder rows times the values that fire, without bias and scale: float32 (tokens, D), or (tokens, W · D).
+        """Sum of decoder rows times values, without bias and scale: float32 (tokens, D), or (tokens, W · D).
 
-        With a `place`, only what a cross-layer transcoder writes to that one of its W layers: (tokens, D).
+        `place` selects one of the W layers that a cross-layer transcoder writes to: (tokens, D).
         """
         width = self._width if place is None else self.dim
         total = found.values.new_zeros(found.n_tokens, width)
@@ -191,9 +191,9 @@ class Features:
         return total
 
     def rows(self, features: Sequence[int] | Tensor, place: int | None = None) -> Tensor:
-        """Decoder rows as they are stored, in the dictionary's own scale: float32 (n, D), or (n, W · D).
+        """Decoder rows as stored, in the dictionary's own scale: float32 (n, D), or (n, W · D).
 
-        With a `place`, those for one of a cross-layer transcoder's W layers: (n, D). Only these are read.
+        `place` selects one of a cross-layer transcoder's W layers: (n, D). Only the requested rows are read.
         Raises CheckpointError if they are not finite.
         """
         decoder = self.weights.decoder if place is None else self.weights.decoder[:, place]
@@ -201,9 +201,9 @@ class Features:
         return self._finite("decoder", decoder[chosen].flatten(1).float())
 
     def direction(self, feature: int) -> Tensor:
-        """What one unit of a feature adds to the activation: float32 (D,), or (W, D)."""
+        """The vector that one unit of a feature adds to the activation: float32 (D,), or (W, D)."""
         if self.scaling.by_token:
-            raise RequestError(f"{self.path} scales each token by its own length: a feature has no one direction")
+            raise RequestError(f"{self.path} scales each token by its own length: a feature has no fixed direction")
         row = self.rows([check_index("feature", feature, len(self))])[0] * self.scaling.out
         return row if self.weights.decoder.dim() == 2 else row.unflatten(0, self.weights.decoder.shape[1:])
 
@@ -215,7 +215,7 @@ class Features:
 
     @property
     def _block(self) -> int:
-        """Rows of a matrix that are float32 at a time."""
+        """The number of a matrix's rows that are converted to float32 at a time."""
         return max(1, BLOCK_NUMBERS // max(self.dim, self._width))
 
     def _input(self, x: Tensor | Trace) -> Tensor:
@@ -227,11 +227,11 @@ class Features:
 
     def _needed(self, x: Tensor | Trace | None) -> Tensor | None:
         if x is None and (self.weights.skip is not None or self.scaling.by_token):
-            raise RequestError(f"{self.path} decodes with the input too: pass x, what was encoded")
+            raise RequestError(f"{self.path} needs the input to decode: pass x, the encoded activation")
         return None if x is None else self._input(x)
 
     def _read(self, x: Tensor) -> Tensor:
-        """What the dictionary is given, before its own scale: float32."""
+        """The dictionary's input before its own scaling: float32."""
         wide = x.float()
         if self.site.reads_unscaled_norm:
             wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
@@ -243,7 +243,7 @@ class Features:
         return wide if self.weights.input_bias is None else wide - self.weights.input_bias.to(wide)
 
     def _leave(self, total: Tensor, x: Tensor | None) -> Tensor:
-        """Add the bias to decoded features, and bring them back to the model's scale."""
+        """Add the bias to decoded features, scale them back to the model's scale, and add the skip connection."""
         read = None if x is None else self._read(x)
         out = total if self.weights.decoder_bias is None else total + self.weights.decoder_bias.to(total)
         out = out * (self.scaling.factors(read)[1] if read is not None else self.scaling.out)
@@ -252,7 +252,7 @@ class Features:
         return out
 
     def _fire(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens, features, values) that fire for activations (n, D)."""
+        """The features that fire for activations (n, D): tokens, features, values."""
         prepared = self._prepared(rows)
         blocks = (
             (start, self._linear(prepared, slice(start, start + self._block))) for start in range(0, len(self), self._block)
@@ -265,16 +265,16 @@ class Features:
             tokens, features = (values > self._least(some).to(values)).nonzero(as_tuple=True)
             found.append((tokens, features + start, values[tokens, features]))
         tokens, features, values = (torch.cat(each) for each in zip(*found, strict=True))
-        kept = values != 0  # a threshold below zero
+        kept = values != 0  # a value of 0 can exceed a threshold below zero
         return tokens[kept], features[kept], values[kept]
 
     def _values(self, prepared: Tensor, chosen: Tensor) -> Tensor:
-        """The values of chosen features that fire by a threshold."""
+        """The values of chosen features after the threshold."""
         values = self._linear(prepared, chosen)
         return torch.where(values > self._least(chosen).to(values), values, 0)
 
     def _linear(self, prepared: Tensor, some: slice | Tensor) -> Tensor:
-        """Values before the activation. Raises CheckpointError if weights make them not finite."""
+        """Values before the activation function. Raises CheckpointError if weights are not finite, RequestError if x is not."""
         weight, bias = self.weights.encoder[some].float(), self.weights.encoder_bias[some].float()
         out = F.linear(prepared, weight.to(prepared.device), bias.to(prepared.device))
         if not out.isfinite().all():
@@ -302,7 +302,7 @@ class Features:
 
 
 def _largest(blocks: Iterator[tuple[int, Tensor]], top: TopK) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, features, values) of the k largest of each token, over blocks of features."""
+    """The k largest features of each token, over blocks of features: tokens, features, values."""
     best: tuple[Tensor, Tensor] | None = None
     for start, values in blocks:
         own = values.topk(min(top.k, values.shape[1]), dim=-1)

@@ -1,10 +1,10 @@
-"""Change features while a model runs: edits for `study.patch`, which add the difference they make.
+"""Change features while a model runs: edits for `study.patch` that add the change of each feature.
 
     with study.patch(llama.model, set_features(features, {123: 8.0})):
         llama.generate(…)
 
-The activation becomes x + (f' − f) W_dec: what the dictionary does not explain stays, and tokens whose
-features do not change keep every bit.
+The activation becomes x + (f' − f) W_dec: the part that the dictionary does not explain is kept, and tokens
+whose features do not change stay bit-identical.
 """
 
 import threading
@@ -30,7 +30,7 @@ Change = Callable[[Tensor], Tensor]  # values of the chosen features (…, n) ->
 def set_features(
     features: Features, values: Mapping[int, float], *, positions: Indices | None = None, rows: Indices | None = None
 ) -> Edits:
-    """Give features these values at every token, or at some positions and rows as in `Edit.at`.
+    """Set features to these values at every token, or at some positions and rows as in `Edit.at`.
 
     Raises RequestError for features that do not exist.
     """
@@ -41,7 +41,7 @@ def set_features(
 def ablate_features(
     features: Features, chosen: int | Sequence[int], *, positions: Indices | None = None, rows: Indices | None = None
 ) -> Edits:
-    """Keep features from firing. Raises RequestError for features that do not exist."""
+    """Prevent features from firing. Raises RequestError for features that do not exist."""
     return _edits(features, chosen_features(features, chosen), torch.zeros_like, positions, rows)
 
 
@@ -62,20 +62,20 @@ def clamp_features(
     positions: Indices | None = None,
     rows: Indices | None = None,
 ) -> Edits:
-    """Hold features' values between two bounds, one of which may be None. Raises RequestError."""
+    """Clamp features' values between two bounds, one of which may be None. Raises RequestError."""
     for what, bound in (("least", least), ("most", most)):
         if bound is not None:
             _number(what, bound)
     bounds = [bound for bound in (least, most) if bound is not None]
     if not bounds or bounds != sorted(bounds):
-        raise RequestError(f"least is {least!r:.40} and most is {most!r:.40}, expected a bound, or two in order")
+        raise RequestError(f"least is {least!r:.40} and most is {most!r:.40}, expected one bound, or two with least <= most")
     return _edits(features, chosen_features(features, chosen), lambda now: now.clamp(least, most), positions, rows)
 
 
 def steer_features(
     features: Features, amounts: Mapping[int, float], *, positions: Indices | None = None, rows: Indices | None = None
 ) -> Edits:
-    """Add so many units of features' directions, whatever their values are: nothing is encoded.
+    """Add these amounts of features' directions, regardless of the features' values: nothing is encoded.
 
     Raises RequestError for features that do not exist.
     """
@@ -86,29 +86,29 @@ def steer_features(
 def replace_by_reconstruction(
     features: Features | CrossLayerTranscoder, *, positions: Indices | None = None, rows: Indices | None = None
 ) -> Edits:
-    """Put the dictionary's output in place of the activation: what it does not explain is lost.
+    """Replace the activation with the dictionary's output: the part that it does not explain is lost.
 
-    A cross-layer transcoder replaces all feed-forwards' outputs, each by what fires in this very pass.
-    Raises RequestError for one layer of it, which is only a part of an output.
+    A cross-layer transcoder replaces the outputs of all feed-forwards, computed from the features that fire
+    in the same pass. Raises RequestError for a single layer of one, which makes only a part of an output.
     """
     if isinstance(features, CrossLayerTranscoder):
         return _replace_all_layers(features, positions, rows)
     if len(features.writes) > 1 or features.weights.decoder.dim() > 2:
         raise RequestError(
-            f"{features.path} writes to many layers: one layer of it is no whole reconstruction; use open_cross_layer"
+            f"{features.path} writes to many layers: one layer of it is not a whole reconstruction; use open_cross_layer"
         )
     return _edits_of(features.reads, features.writes, lambda name, x, value: features.reconstruct(x), positions, rows)
 
 
 def _replace_all_layers(features: CrossLayerTranscoder, positions: Indices | None, rows: Indices | None) -> Edits:
-    local = threading.local()  # .found: what fires in the layers of the pass so far
+    local = threading.local()  # .found: the features that fire in the pass so far, by layer
 
     def replace(name: str, x: Tensor, value: Tensor) -> Tensor:
         layer = features.writes.index(name)
         found: list[Active] = [] if layer == 0 else getattr(local, "found", [])
         local.found = found
         if len(found) != layer:
-            raise RequestError(f"a pass skipped layers before {name}, but {features.path} replaces all: run whole passes")
+            raise RequestError(f"a pass skipped layers before {name}, but {features.path} needs all layers: run whole passes")
         found.append(features.layers[layer].active(x))
         return features.decode_layer(layer, found)
 
@@ -125,7 +125,7 @@ def _replace_all_layers(features: CrossLayerTranscoder, positions: Indices | Non
 class _TokenEdit(Edit):
     """An edit whose function gets only the tokens that it may change: (name, read (n, D), value (n, D)) -> value.
 
-    `read` returns the activation `reads` of the pass, for all tokens; None stands for the value itself.
+    `read` returns the activation `reads` of the pass, for all tokens; None means the value itself.
     """
 
     change_tokens: Callable[[str, Tensor, Tensor], Tensor] = field(kw_only=True)
@@ -153,7 +153,7 @@ def _edits_of(
     positions: Indices | None,
     rows: Indices | None,
 ) -> Edits:
-    """Edits that keep what is read of the pass that a thread runs, and change what is written."""
+    """Edits that store the activation `reads` of the current pass (per thread), and change the activations `writes`."""
     local = threading.local()
 
     def see(value: Tensor, name: str) -> Tensor:
@@ -178,7 +178,7 @@ def _edits(
     rows: Indices | None,
     amounts: Tensor | None = None,
 ) -> Edits:
-    """Edits that add the difference of the chosen features' values times their decoder rows."""
+    """Edits that add the change of the chosen features' values times their decoder rows."""
     decoder = features.rows(chosen).unflatten(1, (len(features.writes), -1))  # (n, W, D); only these are read
     place = {name: i for i, name in enumerate(features.writes)}
 
@@ -202,13 +202,13 @@ def _edits(
 
 
 def chosen_features(features: Features, given: int | Sequence[int]) -> list[int]:
-    """The numbers of features, each once. Raises RequestError."""
+    """A list of distinct feature numbers. Raises RequestError."""
     each = [given] if isinstance(given, int) else given
     if isinstance(each, str) or not isinstance(each, Sequence) or not each:
         raise RequestError(f"features are {given!r:.60}, expected the number of one, or a list of them")
     found = [check_index("feature", one, len(features)) for one in each]
     if len(set(found)) < len(found):
-        raise RequestError(f"features are {given!r:.60}: one is there twice")
+        raise RequestError(f"features are {given!r:.60}, which has a duplicate: name each feature once")
     return found
 
 

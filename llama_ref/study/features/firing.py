@@ -1,4 +1,4 @@
-"""Which features of a dictionary fire at each token of a text."""
+"""Find the features of a dictionary that fire at each token of a text."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from llama_ref.study.trace import trace
 class Firing:
     """A text's ids and the features that fire at them. `name`, `form`, `reads` and `writes` are the dictionary's.
 
-    `active` numbers a cross-layer transcoder's features through, layer by layer; `starts` are the first
-    of each layer.
+    In `active` a cross-layer transcoder's features are numbered consecutively, layer by layer; `starts` has
+    the number of each layer's first feature.
     """
 
     tokens: list[int]
@@ -32,31 +32,31 @@ class Firing:
     starts: tuple[int, ...] = ()
 
     def place(self, feature: int) -> tuple[int | None, int]:
-        """The layer of a feature of a cross-layer transcoder, else None, and its number there."""
+        """A feature's layer in a cross-layer transcoder (otherwise None), and its number there."""
         if not self.starts:
             return None, feature
         layer = bisect_right(self.starts, feature) - 1
         return layer, feature - self.starts[layer]
 
     def label(self, feature: int) -> str:
-        """A feature as it is shown: "12"; "3:12" is of layer 3."""
+        """A feature's label: "12", or "3:12" for feature 12 of layer 3."""
         layer, number = self.place(feature)
         return f"{number}" if layer is None else f"{layer}:{number}"
 
     @property
     def legend(self) -> str:
-        """Explains labels such as 3:12; empty if labels have no layer."""
+        """An explanation of labels such as 3:12; empty if labels have no layer."""
         return "3:12 is feature 12 of layer 3." if self.starts else ""
 
     @property
     def where(self) -> str:
-        """What is read, and what is made of it, in words."""
+        """The activations that are read and written, in words."""
         reads = _span(self.reads)
         return reads if self.writes == self.reads else f"{reads}, which make {_span(self.writes)}"
 
 
 def firing(model: Transformer, features: Features | CrossLayerTranscoder, tokens: Sequence[int] | Tensor) -> Firing:
-    """Run a text's ids, and encode what the features read. Raises RequestError."""
+    """Run a text's ids, and encode the activations that the features read. Raises RequestError."""
     features.check(model)
     row, reads = one_row(model, tokens), reads_of(features)
     seen = trace(model, row, reads)
@@ -70,5 +70,5 @@ def firing(model: Transformer, features: Features | CrossLayerTranscoder, tokens
 
 
 def _span(names: Sequence[str]) -> str:
-    """One name, or the first and the last of a layer each."""
+    """The only name, or the first and the last."""
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

@@ -32,16 +32,16 @@ EXPECTED = (
 def open_features(
     path: str | os.PathLike[str], *, layer: int | None = None, site: str | None = None, k: int | None = None
 ) -> Features:
-    """Open a sparse autoencoder or a transcoder: a folder, or a file of it.
+    """Open a sparse autoencoder or a transcoder from a folder, or a file in it.
 
-    Read are Llama Scope, EleutherAI's sparsify, Goodfire, dictionary_learning (BatchTopK, TopK), and
-    circuit-tracer's transcoders and cross-layer transcoders (one layer; `open_cross_layer` has all).
-    Matrices are mapped, and only what is used is read; nothing in a pickle is executed.
+    Supported formats: Llama Scope, EleutherAI's sparsify, Goodfire, dictionary_learning (BatchTopK, TopK),
+    and circuit-tracer's transcoders and cross-layer transcoders (one layer; `open_cross_layer` opens all).
+    Matrices are memory-mapped, and only the parts that are used are read; nothing in a pickle is executed.
 
     `layer` and `site` (a key of sites.ENDINGS: "residual_post", "attention", "ffn", "transcoder", …)
-    are needed where names and configs do not say them. `k`: of TopK, where the files do not say it.
-    Raises RequestError where they are missing, or contradict each other or the files; CheckpointError for
-    files that are missing, damaged or something else, UnsupportedModel for kinds that are not read.
+    are needed if names and configs do not have them, and TopK's `k` if the files do not have it. Raises
+    RequestError if they are missing, or contradict each other or the files; CheckpointError for files that
+    are missing, damaged or of another format; UnsupportedModel for unsupported kinds of dictionaries.
     """
     features = _open(_existing(path), claims_of(layer, site), _positive(k))
     _check_used(k, features)
@@ -74,9 +74,9 @@ def _open(where: Path, claims: Claims, k: int | None) -> Features:
 def open_cross_layer(path: str | os.PathLike[str], *, site: str | None = None, k: int | None = None) -> CrossLayerTranscoder:
     """Open all layers of a cross-layer transcoder: circuit-tracer's folder of W_enc_N and W_dec_N.safetensors.
 
-    Matrices are mapped, and only what is used is read. `site` and `k` as for `open_features`. Raises
-    RequestError where they are missing or contradict the files; CheckpointError for files that are
-    missing or damaged, or layers that do not fit each other.
+    Matrices are memory-mapped, and only the parts that are used are read. `site` and `k` as for
+    `open_features`. Raises RequestError if they are missing or contradict the files; CheckpointError for
+    files that are missing or damaged, or layers whose shapes do not match.
     """
     claims_of(None, site)
     where = _existing(path)
@@ -88,7 +88,7 @@ def open_cross_layer(path: str | os.PathLike[str], *, site: str | None = None, k
 def open_dictionary(
     path: str | os.PathLike[str], *, layer: int | None = None, site: str | None = None, k: int | None = None
 ) -> Features | CrossLayerTranscoder:
-    """Open as `open_features` does, but the folder of a cross-layer transcoder as a whole, if no `layer` is named."""
+    """Open like `open_features`, but open all layers of a cross-layer transcoder if no `layer` is given."""
     if layer is None and _is_cross_layer(_existing(path)):
         return open_cross_layer(path, site=site, k=k)
     return open_features(path, layer=layer, site=site, k=k)
@@ -101,24 +101,22 @@ def _positive(k: int | None) -> int | None:
 
 
 def _check_used(k: int | None, features: Features) -> None:
-    """Raise RequestError for a k that the features, as their files have them, do not go by."""
+    """Raise RequestError for a k that these features do not use."""
     kind = features.activation
     if k is None or (isinstance(kind, TopK) and kind.k == k):
         return
-    says = (
-        f"of each token's features the {kind.k} largest fire" if isinstance(kind, TopK) else "features fire above a threshold"
-    )
-    raise RequestError(f"k is {k}, but by {features.path} {says}: leave k out")
+    says = f"the {kind.k} largest features of each token fire" if isinstance(kind, TopK) else "features fire above a threshold"
+    raise RequestError(f"k is {k}, but in {features.path} {says}: leave k out")
 
 
 def _is_cross_layer(folder: Path) -> bool:
-    """Whether a folder has the layers of a cross-layer transcoder; a file has not."""
+    """Whether a path is a folder with the layers of a cross-layer transcoder."""
     return any(ENCODER.fullmatch(file.name) for file in _ending(folder, (".safetensors",)))
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
     try:
-        where = Path(path).expanduser().absolute()  # keeps the name of a link, which may say the layer
+        where = Path(path).expanduser().absolute()  # keeps the name of a link, which may contain the layer
         if not where.exists():
             raise CheckpointError(f"no features at {where}: there is no such folder or file")
     except (TypeError, ValueError, OSError, RuntimeError) as error:
@@ -134,7 +132,7 @@ def _ending(folder: Path, endings: tuple[str, ...]) -> list[Path]:
 
 
 def _inside(folder: Path) -> str:
-    """A hint: folders that may be meant."""
+    """A hint that lists subfolders with features; empty if there are none."""
     marks = (llama_scope.CONFIG, sparsify.CONFIG, dictionary_learning.FILE)
     found = sorted(each.name for each in folder.iterdir() if each.is_dir() and any((each / mark).exists() for mark in marks))
     more = ", …" if len(found) > MOST_LISTED else ""

@@ -1,4 +1,4 @@
-"""How much of a model a dictionary keeps: loss with its reconstruction in place, L0, unexplained variance."""
+"""How well a dictionary reconstructs an activation: loss with its output in place, L0, unexplained variance."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -27,10 +27,10 @@ class Reconstruction:
     """Means over the tokens of texts; losses of the next token, in nats.
 
     `loss` is the model's, `loss_reconstructed` with the activation replaced by the dictionary's output,
-    `loss_zero` with zero in its place. `l0` is the number of features that fire at a token, `alive` of
-    those that fire anywhere. `unexplained` is the squared error by the activation's variance over all
-    tokens. Of a cross-layer transcoder all feed-forwards' outputs are replaced; features of all layers
-    count, and `unexplained` is the mean of the layers'.
+    `loss_zero` with zero in its place. `l0` is the mean number of features that fire at a token, `alive` the
+    number that fire at any token. `unexplained` is the squared error divided by the activation's variance
+    over all tokens. For a cross-layer transcoder the outputs of all feed-forwards are replaced, features of
+    all layers count, and `unexplained` is the mean over the layers.
     """
 
     loss: float
@@ -57,19 +57,19 @@ def measure_reconstruction(
     skip: int = 0,
     progress: Progress | None = None,
 ) -> Reconstruction:
-    """Measure a dictionary on texts of ids.
+    """Measure how well a dictionary reconstructs an activation, on texts of ids.
 
-    The first `skip` tokens of each text keep their activation and count nowhere: many dictionaries were
-    not trained on begin-of-text, whose residual is far longer than others. `progress` is called with
-    (texts done, all texts). Raises RequestError for texts without a token to predict, features of
-    another model, or one layer of a cross-layer transcoder.
+    The first `skip` tokens of each text keep their activation and are not counted: many dictionaries were
+    not trained on begin-of-text, whose residual is far longer than that of other tokens. `progress` is
+    called with (texts done, all texts). Raises RequestError for texts without a token to predict, features
+    of another model, or one layer of a cross-layer transcoder.
     """
     features.check(model)
     check_count("skip", skip)
     ids = as_texts(model, texts)
     if min(map(len, ids)) < skip + 2:
         raise RequestError(f"a text has {min(map(len, ids))} tokens, expected {skip + 2} or more: one to read, one to predict")
-    replace_by_reconstruction(features)  # raises now
+    replace_by_reconstruction(features)  # raises now, not after the first pass
     losses, variance = torch.zeros(3, dtype=torch.float64), _Variance(features)
     n_predicted, counter = 0, ProgressCounter(len(ids), progress)
     for some in split_passes(list(map(len, ids))):
@@ -103,7 +103,7 @@ def _loss(model: Transformer, batch: Batch, skip: int, edits: Edits | None = Non
 
 
 class _Variance:
-    """Sums over tokens, as they come: of each activation that is written."""
+    """Running sums over tokens, for each activation that is written."""
 
     def __init__(self, features: Features | CrossLayerTranscoder):
         self.features = features
@@ -134,7 +134,7 @@ class _Variance:
 
 
 def _explain(features: Features | CrossLayerTranscoder, x: list[Tensor]) -> tuple[list[Active], Iterator[Tensor]]:
-    """What fires in each dictionary, and the outputs (tokens, D) that it makes."""
+    """The features that fire in each layer's dictionary, and the reconstructed outputs (tokens, D)."""
     if isinstance(features, CrossLayerTranscoder):
         each = features.active(x)
         return each, (features.decode_layer(layer, each) for layer in range(len(each)))

@@ -1,4 +1,4 @@
-"""Where a dictionary of features reads the model, and where it writes, in our names of activations."""
+"""Which activations a dictionary of features reads and writes, by the names in study/names.py."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from llama_ref.study.inputs import check_count
 
 T = TypeVar("T", int, str)
 
-ENDINGS = {  # what `site` may be: what is read, what is written, of one layer
+ENDINGS = {  # values of `site`: (read, written) activation of one layer
     "residual_pre": ("residual_pre", "residual_pre"),
     "residual_mid": ("residual_mid", "residual_mid"),
     "residual_post": ("residual_post", "residual_post"),
@@ -18,9 +18,9 @@ ENDINGS = {  # what `site` may be: what is read, what is written, of one layer
     "ffn": ("ffn.output", "ffn.output"),
     "transcoder": ("ffn.norm", "ffn.output"),
     "transcoder_mid": ("residual_mid", "ffn.output"),
-    "transcoder_unscaled": ("residual_mid", "ffn.output"),  # of the norm without its weights
+    "transcoder_unscaled": ("residual_mid", "ffn.output"),  # reads the norm without its weights
 }
-HOOKS = {  # the names that TransformerLens gives to a layer's activations
+HOOKS = {  # TransformerLens's names of a layer's activations
     "hook_resid_pre": "residual_pre",
     "hook_resid_mid": "residual_mid",
     "hook_resid_post": "residual_post",
@@ -34,10 +34,10 @@ HOOKS = {  # the names that TransformerLens gives to a layer's activations
 
 @dataclass(frozen=True)
 class Site:
-    """One layer's place: full names of what is read and written; `kind` is a key of ENDINGS.
+    """The activations of one layer that are read and written; `kind` is a key of ENDINGS.
 
-    A dictionary that reads `unscaled` gets residual_mid and divides it by its root mean square: the
-    norm before its weights.
+    A dictionary of kind `transcoder_unscaled` gets residual_mid and divides it by its root mean square:
+    the norm without its weights.
     """
 
     layer: int
@@ -58,23 +58,25 @@ class Site:
 
 @dataclass
 class Claims:
-    """What a folder's files and name, and the caller, say of the site: {who says so: what}."""
+    """What a folder's files, its name and the caller say about the site: {source: value}."""
 
     layers: dict[str, int] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
 
     def hooks(self, who: str, reads: str, writes: str) -> None:
-        """Note two hooks, such as blocks.8.hook_resid_post. Raises RequestError for an unknown one."""
+        """Add the claim of two hooks, such as blocks.8.hook_resid_post. Raises RequestError for an unknown one."""
         numbers, ends = zip(*(_hook(who, each) for each in (reads, writes)), strict=True)
         if None not in numbers:
             if numbers[0] != numbers[1]:
-                raise RequestError(f"{who} has hooks of two layers, {reads} and {writes}: only features of one can be used")
+                raise RequestError(
+                    f"{who} has hooks of two layers, {reads} and {writes}: only features of one layer can be used"
+                )
             self.layers[who] = numbers[0]
         kind = next((kind for kind, pair in ENDINGS.items() if pair == ends), None)
         self.kinds[who] = kind or _unscaled(who, ends)
 
     def settle(self, path: object) -> Site:
-        """The site that all agree on. Raises RequestError where they differ, or nobody says."""
+        """The site on which all sources agree. Raises RequestError if they differ, or there are none."""
         layer = _agreed(path, "layer", self.layers)
         kind = _agreed(path, "site", self.kinds)
         if kind not in ENDINGS:
@@ -83,7 +85,7 @@ class Claims:
 
 
 def claims_of(layer: int | None, site: str | None) -> Claims:
-    """What the caller says. Raises RequestError for a layer that is no whole number from 0, or an unknown site."""
+    """The caller's claims. Raises RequestError for a layer that is not a whole number from 0, or an unknown site."""
     if layer is not None:
         check_count("layer", layer)
     if site is not None and site not in ENDINGS:
@@ -101,7 +103,7 @@ def _agreed(path: object, what: str, said: Mapping[str, T]) -> T:
 
 
 def _hook(who: str, hook: str) -> tuple[int | None, str]:
-    """(layer or None, ending) of a hook's name."""
+    """The layer (or None) and the ending of a hook's name."""
     found = re.fullmatch(r"(?:blocks\.(\d{1,4})\.)?([\w.]+)", hook)
     if found is None or found[2] not in HOOKS:
         raise RequestError(f"{who} has the hook {hook!r:.80}, expected one of {', '.join(HOOKS)}")
@@ -112,5 +114,5 @@ def _unscaled(who: str, ends: tuple[str, ...]) -> str:
     if ends == ("unscaled", "ffn.output"):
         return "transcoder_unscaled"
     raise RequestError(
-        f"{who} reads {ends[0]} and writes {ends[1]}: only autoencoders and transcoders of a feed-forward are known"
+        f"{who} reads {ends[0]} and writes {ends[1]}: only autoencoders and transcoders of a feed-forward are supported"
     )

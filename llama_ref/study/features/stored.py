@@ -1,4 +1,4 @@
-"""Tensors of a dictionary's file, by name, and checks that they fit each other."""
+"""The tensors of a dictionary's file, by name, with checks of their shapes; and checked values of its config."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Stored:
-    """A file's tensors, mapped. Raises CheckpointError for another file, and for one that is damaged."""
+    """A file's tensors, memory-mapped. Raises CheckpointError for a file of another format, or a damaged one."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -27,7 +27,7 @@ class Stored:
         return name in self.tensors
 
     def matrix(self, name: str, n_axes: int = 2) -> Tensor:
-        """A tensor of so many axes, none empty. Raises CheckpointError."""
+        """A tensor with `n_axes` axes, none of them empty. Raises CheckpointError."""
         found = self._tensor(name)
         if found.dim() != n_axes or not found.numel():
             raise CheckpointError(f"{self.path}: {name} is {tuple(found.shape)}, expected a tensor of {n_axes} axes")
@@ -38,7 +38,7 @@ class Stored:
         found = self._tensor(name)
         if tuple(found.shape) != tuple(shape):
             raise CheckpointError(
-                f"{self.path}: {name} is {tuple(found.shape)}, expected {tuple(shape)}, as its other tensors say"
+                f"{self.path}: {name} is {tuple(found.shape)}, expected {tuple(shape)} to match its other tensors"
             )
         return found
 
@@ -47,7 +47,7 @@ class Stored:
         return self.finite(name, self.shaped(name, (size,)))
 
     def scalar(self, name: str) -> Tensor:
-        """A tensor of one number, () of any dtype, as float32."""
+        """A tensor of one number, of any shape and dtype, as float32 ()."""
         found = self.tensors.get(name)
         if found is None or found.numel() != 1:
             raise CheckpointError(f"{self.path}: {name} is missing, or is not one number")
@@ -71,7 +71,7 @@ class Stored:
 
 
 def number(config: Mapping[str, Any], key: str) -> float:
-    """A positive number. Raises BadValue."""
+    """A positive number from a config. Raises BadValue."""
     found = config.get(key)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < float("inf"):
         raise BadValue(f"{key} is {found!r:.40}, expected a positive number")
@@ -79,7 +79,7 @@ def number(config: Mapping[str, Any], key: str) -> float:
 
 
 def count(config: Mapping[str, Any], key: str) -> int:
-    """A positive whole number. Raises BadValue."""
+    """A positive whole number from a config. Raises BadValue."""
     found = config.get(key)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise BadValue(f"{key} is {found!r:.40}, expected a positive whole number")
@@ -87,7 +87,7 @@ def count(config: Mapping[str, Any], key: str) -> int:
 
 
 def word(config: Mapping[str, Any], key: str, default: str | None = None) -> str:
-    """A text. Raises BadValue."""
+    """A string from a config. Raises BadValue."""
     found = config.get(key, default)
     if not isinstance(found, str):
         raise BadValue(f"{key} is {found!r:.40}, expected a text")
@@ -95,7 +95,7 @@ def word(config: Mapping[str, Any], key: str, default: str | None = None) -> str
 
 
 def switch(config: Mapping[str, Any], key: str, default: bool) -> bool:
-    """True or false. Raises BadValue."""
+    """A boolean from a config. Raises BadValue."""
     found = config.get(key, default)
     if not isinstance(found, bool):
         raise BadValue(f"{key} is {found!r:.40}, expected true or false")
@@ -103,12 +103,12 @@ def switch(config: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def check_k(k: int, n_features: int) -> int:
-    """Raise BadValue for a k above the number of features."""
+    """Return k. Raises BadValue if it is above the number of features."""
     if k > n_features:
         raise BadValue(f"k is {k}, but there are {n_features} features")
     return k
 
 
 def refuse(what: str) -> UnsupportedModel:
-    """The error for a kind of dictionary that is not read."""
+    """The error for an unsupported kind of dictionary."""
     return UnsupportedModel(f"{what}, which is not supported")

@@ -1,7 +1,7 @@
 """Pictures of what the study measures: `llama-ref lens … --png DIR`, or from Python.
 
-Each `draw_…` writes a PNG file; the `…_figure` next to it returns the matplotlib Figure, to be
-changed further. matplotlib (extra `study`) is imported only to draw.
+Each `draw_…` writes a PNG file; the `…_figure` next to it returns the matplotlib Figure for further
+changes. matplotlib (extra `study`) is imported only when a figure is drawn.
 """
 
 from llama_ref.study.figures.attention import draw_attention, draw_pattern

@@ -1,4 +1,4 @@
-"""Pictures of attention: the scores of all heads, and the pattern of one."""
+"""Pictures of attention: the scores of all heads, and the pattern of one head."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ MEASURES = {
     "induction": "induction: to what followed last time",
     "entropy": "entropy of where it looks",
 }
-FEW_HEADS = 12  # up to so many, the four maps are in one row
+FEW_HEADS = 12  # up to this many heads, the four maps are in one row
 # In inches:
 CELL, MAP = (0.22, 0.19), (7.0, 9.0)  # a head's cell, the largest map
 BAR, BARS, ROW, MARGIN = 0.36, 14.0, 1.3, 0.8  # a bar with its gap, the widest row of bars, a row's height, labels
@@ -70,7 +70,7 @@ def attention_figure(summary: AttentionSummary, tokenizer: Tokenizer) -> "Figure
 
 
 def layer_figure(summary: AttentionSummary, tokenizer: Tokenizer, layer: int) -> "Figure":
-    """Four rows of bars, one per score; the best head (entropy: the lowest) has another colour."""
+    """Four rows of bars, one per score; the best head (entropy: the lowest) is orange."""
     n_layers, H = summary.sink.shape
     layer = check_index("layer", layer, n_layers)
     caption = _caption(summary, tokenizer, [layer], best="Orange", gap="–")
@@ -109,7 +109,7 @@ def _scale(summary: AttentionSummary, measure: str) -> tuple[float, str]:
 
 
 def _best(values: np.ndarray, measure: str, first_layer: int = 0) -> tuple[np.ndarray, str]:
-    """Which of (layers, H) have the best score, as booleans, and a text that names the first."""
+    """A mask (layers, H) of the heads with the best score, and a text that names the first."""
     if np.isnan(values).all():
         return np.zeros_like(values, dtype=bool), "no numbers"
     best, word = (np.nanmin(values), "least") if measure == "entropy" else (np.nanmax(values), "most")

@@ -1,4 +1,4 @@
-"""Picture of a logit's attribution: by layer, and the parts with the largest shares."""
+"""Picture of a logit's attribution: shares by layer, their running sum, and the largest shares."""
 
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STRONGEST = 20  # parts with a bar of their own, at least; more if there are many layers
+STRONGEST = 20  # the minimum number of parts shown as bars; more if there are many layers
 ROW, BAR = 0.2, 0.42  # inches per layer; a bar's share of its row
 
 
@@ -52,7 +52,7 @@ def _draw_layers(axes: "Axes", found: Attribution) -> None:
     layers = range(len(found.ffns))
     axes.barh([i + BAR / 2 for i in layers], found.ffns.tolist(), BAR, color=canvas.ORANGE, label="feed-forward")
     axes.barh([i - BAR / 2 for i in layers], found.heads.sum(-1).tolist(), BAR, color=canvas.BLUE, label="attention")
-    if found.cross:  # between the layers
+    if found.cross:  # drawn between the layers
         between = [layer - 0.5 for layer in found.cross]
         axes.barh(between, list(found.cross.values()), BAR / 3, color=canvas.GREEN, label="image")
     axes.barh(-1, found.embedding, 2 * BAR, color=canvas.GREY, label="embedding")

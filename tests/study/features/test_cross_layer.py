@@ -56,7 +56,7 @@ def test_how_many_features_of_a_layer_fire_at_a_token(made):
 
 
 def test_a_k_that_the_features_do_not_go_by_is_refused(made):
-    with pytest.raises(RequestError, match=r"k is 3, but by .* features fire above a threshold: leave k out"):
+    with pytest.raises(RequestError, match=r"k is 3, but in .* features fire above a threshold: leave k out"):
         study.open_cross_layer(made.path, k=3)
 
 
@@ -185,7 +185,7 @@ def test_misuse(model, made, tmp_path):
     with pytest.raises(RequestError, match="was not traced"):
         transcoder.active(study.trace(model, texts(3), transcoder.reads[:2]))
     small = feature_folders.cross_layer(tmp_path / "small", D, N, L - 1)
-    with pytest.raises(RequestError, match="is of 2 layers of 32 dimensions, but the model has 3 of 32"):
+    with pytest.raises(RequestError, match="has 2 layers of 32 dimensions, but the model has 3 of 32"):
         study.measure_reconstruction(model, study.open_cross_layer(small.path), texts(4))
     with pytest.raises(RequestError, match="site is 'x'"):
         study.open_cross_layer(made.path, site="x")

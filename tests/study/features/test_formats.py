@@ -211,13 +211,13 @@ def test_how_many_features_of_a_topk_transcoder_fire(tmp_path):
     config.write_text(config.read_text() + "k: 2  # of them\n")
     for k in (None, 2):
         assert study.open_features(written.path, k=k).active(torch.ones(4, DIM)).counts().tolist() == [2] * 4
-    with pytest.raises(RequestError, match=r"k is 3, but by .* of each token's features the 2 largest fire: leave k out"):
+    with pytest.raises(RequestError, match=r"k is 3, but in .* the 2 largest features of each token fire: leave k out"):
         study.open_features(written.path, k=3)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_k_that_the_features_do_not_go_by_is_refused(name, tmp_path):
-    with pytest.raises(RequestError, match=r"k is 7, but by .* fire.*: leave k out"):
+    with pytest.raises(RequestError, match=r"k is 7, but in .* fire.*: leave k out"):
         study.open_features(FORMATS[name](tmp_path, DIM, N).path, k=7)
 
 

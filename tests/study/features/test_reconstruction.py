@@ -101,5 +101,5 @@ def test_misuse(model, tmp_path):
     with pytest.raises(RequestError, match="skip is -1"):
         study.measure_reconstruction(model, features, texts(4), skip=-1)
     layer = study.open_features(feature_folders.cross_layer(tmp_path, ARGS.dim, N, 2).path, layer=0)
-    with pytest.raises(RequestError, match="one layer of it is no whole reconstruction"):
+    with pytest.raises(RequestError, match="one layer of it is not a whole reconstruction"):
         study.measure_reconstruction(model, layer, texts(4))

@@ -1,1 +1,1 @@
-"""The public file formats of sparse autoencoders and transcoders, a module each."""
+"""The public file formats of sparse autoencoders and transcoders, one module for each."""

@@ -17,7 +17,7 @@ KINDS = {"resid_post": "residual_post", "attention_out": "attention", "attn_out"
 
 
 def read_dictionary_learning(folder: Path, claims: Claims) -> Features:
-    """Raises CheckpointError for files that are not what they should be, RequestError for an unclear site."""
+    """Read a folder of dictionary_learning. Raises CheckpointError for invalid files, RequestError for an unclear site."""
     with json_object(folder / CONFIG, "config.json of dictionary_learning", "trainer", CONFIG_LIMIT_BYTES) as whole:
         require_keys(whole, ("trainer",))
         config = whole["trainer"]
@@ -53,7 +53,7 @@ def _activation(config: dict[str, Any], stored: Stored) -> Activation:
 
 
 def _k(config: dict[str, Any], stored: Stored) -> int:
-    """The file's k, which the config must not contradict; the file's threshold is for training alone."""
+    """The file's k, which the config must not contradict; the file's threshold is only for training."""
     found = int(stored.scalar("k")) if "k" in stored else count(config, "k")
     if config.get("k") not in (None, found):
         raise BadValue(f"k is {config['k']!r:.40}, but {FILE} says {found}")

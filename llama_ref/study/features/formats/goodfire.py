@@ -1,4 +1,4 @@
-"""Goodfire's autoencoders: one .pth or .pt of two linear layers, ReLU; the layer is in the file's name."""
+"""Goodfire's autoencoders: one .pth or .pt with two linear layers, ReLU; the layer is in the file's name."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ NAME = re.compile(r".*SAE-l(\d{1,3})")
 
 
 def read_goodfire(file: Path, claims: Claims) -> Features:
-    """Raises CheckpointError for a file that is not what it should be, RequestError for an unclear site."""
+    """Read a Goodfire file. Raises CheckpointError for an invalid file, RequestError for an unclear site."""
     found = NAME.fullmatch(file.stem)
     if found:
         claims.layers["the file's name"] = int(found[1])

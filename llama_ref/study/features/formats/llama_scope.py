@@ -1,7 +1,7 @@
 """Llama Scope (arXiv 2410.20526): hyperparams.json and checkpoints/final.safetensors.
 
-JumpReLU with one threshold for all. Activations are scaled to a mean length of √D, and what is decoded
-is scaled back by the output's mean length. Transcoders read the norm before its weights.
+JumpReLU with one threshold for all features. Activations are scaled to a mean length of √D, and the decoder's
+output is scaled back to the output's mean length. Transcoders read the normed input before the norm's weights.
 """
 
 import re
@@ -23,7 +23,7 @@ KINDS = {"R": "residual_post", "A": "attention", "M": "ffn", "TC": "transcoder_u
 
 
 def read_llama_scope(folder: Path, claims: Claims) -> Features:
-    """Raises CheckpointError for files that are not what they should be, RequestError for an unclear site."""
+    """Read a Llama Scope folder. Raises CheckpointError for invalid files, RequestError for an unclear site."""
     _claim_name(folder, claims)
     with json_object(folder / CONFIG, "hyperparams.json of Llama Scope", "d_model, d_sae", CONFIG_LIMIT_BYTES) as config:
         require_keys(config, ("d_model", "act_fn", "hook_point_in"))

@@ -17,7 +17,7 @@ KINDS = {None: "residual_post", "mlp": "ffn", "self_attn": "attention", "attenti
 
 
 def read_sparsify(folder: Path, claims: Claims) -> Features:
-    """Raises CheckpointError for files that are not what they should be, RequestError for an unclear site."""
+    """Read a sparsify folder. Raises CheckpointError for invalid files, RequestError for an unclear site."""
     with json_object(folder / CONFIG, "cfg.json of sparsify", "d_in, k, expansion_factor", CONFIG_LIMIT_BYTES) as config:
         require_keys(config, ("d_in", "k"))
         transcodes = switch(config, "transcode", False)

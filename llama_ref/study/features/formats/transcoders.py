@@ -1,7 +1,8 @@
-"""circuit-tracer's transcoders: config.yaml, with layer_N.safetensors, or W_enc_N and W_dec_N of a cross-layer one.
+"""circuit-tracer's transcoders: config.yaml with layer_N.safetensors, or W_enc_N and W_dec_N for a cross-layer transcoder.
 
-The first has a transcoder for each layer. A cross-layer one writes to its own and all later layers:
-`W_dec_N` is (S, layers left, D); W_enc_N.safetensors has the biases of the features and of layer N's output too.
+The first kind has a separate transcoder for each layer. A layer of a cross-layer transcoder writes to its own and
+all later layers: `W_dec_N` is (S, layers left, D); W_enc_N.safetensors also has the biases of the features and of
+layer N's output.
 """
 
 import re
@@ -25,7 +26,7 @@ ENTRY = re.compile(r"([A-Za-z_]\w*):[ \t]+(?:\"([^\"]*)\"|'([^']*)'|([^\s#][^#]*
 
 
 def read_transcoder(folder: Path, claims: Claims, k: int | None = None) -> Features:
-    """The transcoder of the layer that the claims name. Raises CheckpointError, RequestError."""
+    """Read the transcoder of the layer that the claims name. Raises CheckpointError, RequestError."""
     config = read_config(folder)
     _claim_hooks(folder, config, claims)
     if not claims.layers:
@@ -46,18 +47,18 @@ def read_transcoder(folder: Path, claims: Claims, k: int | None = None) -> Featu
 
 
 def read_cross_layer(folder: Path, claims: Claims, k: int | None = None) -> Features:
-    """One layer of a cross-layer transcoder, which decodes without the layers' biases. Raises as above."""
+    """Read one layer of a cross-layer transcoder, without the layers' output biases. Raises CheckpointError, RequestError."""
     config = read_config(folder)
     _claim_hooks(folder, config, claims)
     if not claims.layers:
         raise RequestError(
-            f"{folder} has a cross-layer transcoder: pass layer=…, of which to read the features, or open_cross_layer for all"
+            f"{folder} has a cross-layer transcoder: pass layer=… to read one layer's features, or use open_cross_layer for all"
         )
     return _cross_layer(folder, config, claims.settle(folder), k)[0]
 
 
 def read_all_layers(folder: Path, site: str | None = None, k: int | None = None) -> CrossLayerTranscoder:
-    """A cross-layer transcoder as a whole. Raises CheckpointError, RequestError."""
+    """Read all layers of a cross-layer transcoder. Raises CheckpointError, RequestError."""
     config = read_config(folder)
     try:
         names = [file.name for file in folder.iterdir()]
@@ -72,9 +73,7 @@ def read_all_layers(folder: Path, site: str | None = None, k: int | None = None)
         _claim_hooks(folder, config, claims)
         own = claims.settle(folder)
         if not own.kind.startswith("transcoder"):
-            raise RequestError(
-                f"the site of {folder} is {own.kind}, expected transcoder: it reads what a feed-forward is given"
-            )
+            raise RequestError(f"the site of {folder} is {own.kind}, expected transcoder: it must read a feed-forward's input")
         layer, bias = _cross_layer(folder, config, own, k)
         layers.append(layer)
         biases.append(bias)
@@ -84,7 +83,7 @@ def read_all_layers(folder: Path, site: str | None = None, k: int | None = None)
 
 
 def _cross_layer(folder: Path, config: dict[str, str], site: Site, k: int | None) -> tuple[Features, Tensor | None]:
-    """One layer's features, and the bias (D,) of its feed-forward's output."""
+    """Read one layer's features, and the bias (D,) of its feed-forward's output."""
     n = site.layer
     first, second = Stored(folder / f"W_enc_{n}.safetensors"), Stored(folder / f"W_dec_{n}.safetensors")
     if f"W_skip_{n}" in first or f"W_skip_{n}" in second:
@@ -113,9 +112,9 @@ def _check_width(layer: Features, n_layers: int, dim: int) -> None:
 
 
 def read_config(folder: Path) -> dict[str, str]:
-    """The texts and numbers at the top of config.yaml, as words; {} without the file.
+    """The top-level strings and numbers of config.yaml, as strings; {} without the file.
 
-    No YAML library is needed for these. Raises CheckpointError for a file that is something else.
+    This needs no YAML library. Raises CheckpointError for a file that is not UTF-8 text, or too large.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -139,7 +138,7 @@ def _claim_hooks(folder: Path, config: dict[str, str], claims: Claims) -> None:
 
 
 def _activation(config: dict[str, str], stored: Stored, n_features: int, k: int | None, suffix: str) -> Activation:
-    """By what the config says; else by the tensors that are there."""
+    """The activation function that the config names; without a name, the one that matches the file's tensors."""
     given = config.get("activation")
     names = [name for name in (f"threshold{suffix}", f"activation_function.threshold{suffix}") if name in stored]
     if given == "topk":

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 NARROWEST, WIDEST, TALLEST = 6.0, 22.0, 30.0  # inches
 ROWS = 22.0  # inches: the tallest map
 TITLE, TEXT, SMALL, CELL = 11, 8, 7, 6.5  # points
-PITCH = 0.135  # inches: smallest distance of labels
+PITCH = 0.135  # inches: smallest distance between labels
 NUMBERED = 0.3  # inches: narrowest cell that gets a number
 EVEN = 0.18  # luminance that contrasts equally with black and white
 BAR = 0.13  # inches: width of a colour bar
 MOST_CUT = 0.2  # share of labels that may be cut before all are rotated
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "0.35"  # Okabe and Ito's colours, safe for the colour-blind
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "0.35"  # the Okabe-Ito palette, safe for the colour-blind
 SHARES, DIFFERENCES, NOTHING = "Blues", "RdBu", "0.85"  # colours for 0 … 1, for -1 … 1, for NaN
 
 
 def new_figure(width: float, height: float, title: str, caption: str) -> "Figure":
-    """A figure with these inches for plots, plus a title and a caption (drawable texts)."""
+    """A figure with this size in inches for plots, plus a title and a caption (drawable texts)."""
     from matplotlib.figure import Figure
 
     width = min(max(width, NARROWEST), WIDEST)
@@ -55,9 +55,9 @@ def name_axis(axes: "Axes", axis: str, name: str) -> None:
 def name_ticks(
     axes: "Axes", axis: str, names: Sequence[str], pitch: float, positions: Sequence[int] | None = None, start: int = 0
 ) -> None:
-    """Label the ticks at start, start + 1, …, which are `pitch` inches apart, as many as fit.
+    """Label as many as fit of the ticks at start, start + 1, …, which are `pitch` inches apart.
 
-    Long names are rotated; a few long ones among short ones are cut. If some are left out, the
+    Long names are rotated; a few long names among short ones are cut. If some are left out, the
     others show their token's position, from `positions`.
     """
     step = next(step for n in count() for step in (10**n, 2 * 10**n, 5 * 10**n) if step * pitch >= PITCH)
@@ -85,7 +85,7 @@ def name_lines(axes: "Axes", lines: Sequence["Line2D"], names: Sequence[str]) ->
 
 
 def depths(points: Sequence[str]) -> np.ndarray:
-    """Depths of points of the residual stream, in layers."""
+    """Depths, in layers, of points of the residual stream."""
     return np.array([depth(point) for point in points])
 
 
@@ -155,7 +155,7 @@ def write_cells(axes: "Axes", image: "AxesImage", texts: Iterable[Iterable[str]]
 
 
 def write_bars(axes: "Axes", values: np.ndarray, pitch: float) -> None:
-    """Write each bar's number, if bars `pitch` inches apart have room for it; a dash for NaN."""
+    """Write each bar's value, if bars `pitch` inches apart have room for it; a dash for NaN."""
     for x, value in enumerate(values):
         text = "–" if np.isnan(value) else f"{value:.2f}" if pitch >= NUMBERED else ""
         axes.text(x, np.nan_to_num(value), text, ha="center", va="bottom", fontsize=CELL)

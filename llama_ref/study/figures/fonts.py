@@ -1,9 +1,9 @@
-"""Texts that matplotlib can draw: a font for every character, escapes where no font has it.
+"""Texts that matplotlib can draw: a font for every character, or an escape if no font has it.
 
 No single font has the characters of all tokens, and matplotlib draws a box where a glyph is missing
 and reads `$…$` as mathematics. So every text is drawn with `style(text)`, which names the fonts that
 it needs and turns mathematics off. A character that no installed font has is escaped: `\\ud55c`.
-A "drawable" text has been through this.
+A text with these escapes is called "drawable".
 """
 
 import logging
@@ -18,11 +18,11 @@ from llama_ref.study.inputs import label
 from llama_ref.tokenizer import Tokenizer
 
 BASE = "DejaVu Sans"  # comes with matplotlib
-UNUSABLE = re.compile(r"\.?Last ?Resort|cm[a-z]+10$")  # a box for every character; TeX's fonts with their own encoding
+UNUSABLE = re.compile(r"\.?Last ?Resort|cm[a-z]+10$")  # fonts of boxes only, and TeX's fonts with their own encoding
 LIKE_BASE = re.compile(r"Sans|Gothic|CJK", re.IGNORECASE)
-LONGEST, LONGEST_IN_TEXT = 7.0, 12.0  # em: a token's label, on an axis and in a sentence
+LONGEST, LONGEST_IN_TEXT = 7.0, 12.0  # em: maximum length of a token's label, on an axis and in a sentence
 SHOWN = 240  # characters of a text in a caption
-LEFT_TO_RIGHT = "\u200e"  # a mark of no width
+LEFT_TO_RIGHT = "\u200e"  # the zero-width left-to-right mark
 INVISIBLE = f" \n{LEFT_TO_RIGHT}"  # allowed in a drawable text without a visible glyph
 EM = 64  # pixels: size at which glyphs are measured
 
@@ -65,7 +65,7 @@ def drawable(text: str) -> str:
 
 
 def _left_to_right(text: str) -> str:
-    """Put marks around right-to-left letters, to keep them from swapping with neighbours."""
+    """Put marks around right-to-left letters, so that they do not swap places with their neighbours."""
     out, was_rtl = "", False
     for char in text:
         kind = unicodedata.bidirectional(char)
@@ -76,7 +76,7 @@ def _left_to_right(text: str) -> str:
 
 
 def style(text: str) -> dict[str, Any]:
-    """Keyword arguments with which matplotlib draws a drawable text literally."""
+    """Keyword arguments that make matplotlib draw a drawable text literally."""
     return {"family": _families(text), "parse_math": False}
 
 
@@ -137,7 +137,7 @@ def _family_of(char: str) -> str | None:
 
 @lru_cache(maxsize=1 << 14)
 def _find_family(char: str, n_fonts: int) -> str | None:
-    """Find the best font for a character; `n_fonts` renews the cache when fonts are added."""
+    """Find the best font for a character; `n_fonts` invalidates the cache when fonts are added."""
     from matplotlib.font_manager import fontManager
 
     names = {font.name for font in fontManager.ttflist if not UNUSABLE.match(font.name)}
@@ -164,7 +164,7 @@ def _characters(file: str) -> frozenset[int]:
 
 
 def _has_ink(char: str, file: str) -> bool:
-    """Whether a glyph has an outline: some are blank, and those of coloured emoji have none."""
+    """Whether a glyph has an outline: some glyphs are blank, and coloured emoji have no outlines."""
     from matplotlib.font_manager import get_font
 
     font = get_font(file)

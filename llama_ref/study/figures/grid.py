@@ -35,7 +35,7 @@ def draw_grid(
 def grid_figure(
     grid: Grid, clean: Sequence[int], corrupted: Sequence[int], tokenizer: Tokenizer, target: int, other: int | None
 ) -> "Figure":
-    """A map from -100% to 100%, with numbers if there is room; labels show where texts differ."""
+    """A map from -100% to 100%, with numbers if there is room; labels show where the texts differ."""
     from matplotlib.colors import Normalize
 
     restored = grid.restored
@@ -52,7 +52,7 @@ def grid_figure(
     canvas.name_axis(axes, "y", grid.axes[0])
     if grid.axes[1] == "position":
         canvas.name_ticks(axes, "x", _columns(clean, corrupted, tokenizer), cell[0], range(columns))
-        canvas.name_axis(axes, "x", "token of the corrupted text (← of the clean one, where they differ)")
+        canvas.name_axis(axes, "x", "token of the corrupted text (← of the clean text, where they differ)")
     else:
         canvas.name_ticks(axes, "x", grid.labels[1], cell[0])
         canvas.name_axis(axes, "x", grid.axes[1])
@@ -63,7 +63,7 @@ def grid_figure(
 
 
 def _beyond(restored: np.ndarray) -> str:
-    """The ends of the colour scale beyond which there are cells, as matplotlib's `extend`."""
+    """Which ends of the colour scale some cells exceed, as matplotlib's `extend`."""
     less, more = (restored < -1).any(), (restored > 1).any()
     return "both" if less and more else "min" if less else "max" if more else "neither"
 
@@ -83,5 +83,5 @@ def _words(
         metric = f"{quoted(tokenizer, target)} ahead of {quoted(tokenizer, other)}"
     title = f"{metric}: what each {grid.axes[1]} restores"
     names = [f"{name} ({value:.3g})" for name, value in (("Clean", grid.clean), ("Corrupted", grid.corrupted))]
-    how = f"Each cell takes {grid.name} from the clean run; in percent of the difference between the two texts."
+    how = f"Each cell takes {grid.name} from the clean run; values in percent of the difference between the two texts."
     return title, f"{how}\n{prompt(tokenizer, clean, corrupted, names=names)}"

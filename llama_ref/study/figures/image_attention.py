@@ -25,8 +25,8 @@ COLUMNS = 4
 PANEL = 2.3  # inches: the longer side of the image
 NARROWEST = 1.5  # inches: a panel's width has room for its title
 LABELS = 0.45  # inches above a panel
-FADED = 0.45  # how much of the image's contrast is left under the colours
-MOST_PIXELS = 800  # of the image's longer side, as it is drawn
+FADED = 0.45  # share of the image's contrast that is kept under the colours
+MOST_PIXELS = 800  # of the drawn image's longer side
 
 
 def draw_image_attention(found: ImageAttention, tokenizer: Tokenizer, path: str | Path, layer: int | None = None) -> None:
@@ -40,7 +40,7 @@ def draw_image_layers(found: ImageAttention, tokenizer: Tokenizer, path: str | P
 
 
 def tokens_figure(found: ImageAttention, tokenizer: Tokenizer, layer: int | None = None) -> "Figure":
-    """The image once for each of the last tokens that see it, under what the token looks at."""
+    """One panel for each of the last tokens that see the image: the image, coloured where the token looks."""
     seen_by = found.seen_by
     _check_seen(found, seen_by)
     shown = seen_by[-MOST_PANELS:]
@@ -55,7 +55,7 @@ def tokens_figure(found: ImageAttention, tokenizer: Tokenizer, layer: int | None
 
 
 def layers_figure(found: ImageAttention, tokenizer: Tokenizer, position: int = -1) -> "Figure":
-    """The image once for each cross-attention layer, under what one token looks at."""
+    """One panel for each cross-attention layer: the image, coloured where one token looks."""
     position = check_index("position", position, len(found.tokens))
     _check_seen(found, [t for t in found.seen_by if t == position])
     values = [each[:, position] for each in (found.patches, found.class_tokens, found.beside)]
@@ -68,7 +68,7 @@ def layers_figure(found: ImageAttention, tokenizer: Tokenizer, position: int = -
 
 
 class _Panel(NamedTuple):
-    """A name, shares of patches (rows, columns), of the class tokens, and of what is beside the image."""
+    """A panel's name, and its shares of patches (rows, columns), class tokens and patches beside the image."""
 
     name: str
     patches: Tensor
@@ -82,7 +82,7 @@ def _mean(values: Tensor) -> Tensor:
 
 def _check_seen(found: ImageAttention, seen_by: Sequence[int]) -> None:
     if not seen_by or not found.before:
-        raise RequestError("nothing can be drawn: no token that was asked for sees the image")
+        raise RequestError("nothing to draw: none of the requested tokens sees the image")
 
 
 def _layer_name(found: ImageAttention, layer: int) -> str:
@@ -93,14 +93,14 @@ def _figure(found: ImageAttention, panels: Sequence[_Panel], title: str, left_ou
     from matplotlib.colors import PowerNorm
 
     height, width = found.pixels.shape[:2]
-    inch = PANEL / max(height, width)  # of a pixel
+    inch = PANEL / max(height, width)  # inches per pixel
     size = max(inch * width, NARROWEST), inch * height
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     heads = "Mean over all heads." if found.head is None else f"Head {found.head}."
     caption = (
-        f"{heads} Blue: share of attention of each patch of 14 × 14 pixels, on a square root's scale, as the image was fitted"
-        f" into tiles. Class: of the tiles’ class tokens, which have no place. Beside: of the black beside the image.{left_out}"
+        f"{heads} Blue: share of attention, on a square-root scale, of each patch of 14 × 14 pixels of the image as fitted into"
+        f" tiles. Class: share of the tiles’ class tokens, which have no position. Beside: of black patches outside.{left_out}"
         f"\n{prompt(tokenizer, found.tokens)}"
     )
     figure = canvas.new_figure(columns * (size[0] + 0.15) + 1, rows * (size[1] + LABELS), title, caption)
@@ -116,20 +116,20 @@ def _figure(found: ImageAttention, panels: Sequence[_Panel], title: str, left_ou
     for axes in grid.flat:
         axes.set_axis_off()  # the title stays
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_visible(False)  # else the layout measures its ticks, for most of the time
+            axis.set_visible(False)  # otherwise the layout spends most of the time measuring its ticks
     image = grid[0, 0].images[-1]
     canvas.color_bar(figure, image, grid, "share of attention", (columns * size[0], rows * size[1]))
     return figure
 
 
 def _pale(pixels: Tensor) -> np.ndarray:
-    """The image, grey and pale, of at most so many pixels."""
+    """The image in pale grey, with at most MOST_PIXELS pixels on its longer side."""
     step = -(-max(pixels.shape[:2]) // MOST_PIXELS)
     return 1 - FADED * (1 - pixels[::step, ::step].float().mean(-1).numpy() / 255)
 
 
 def _draw_panel(axes: "Axes", found: ImageAttention, grey: np.ndarray, patches: np.ndarray, norm: "Normalize") -> None:
-    """The pale image, and over it a colour that is the stronger the more is looked at."""
+    """Draw the pale image, and over it a colour that is stronger for larger shares."""
     height, width = found.pixels.shape[:2]
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
     rows, columns = patches.shape

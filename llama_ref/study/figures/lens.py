@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-MOST_WORDS = 36  # positions with words in their cells; a longer text gets a map of all and one of its last
+MOST_WORDS = 36  # positions with words in their cells; a longer text gets two maps: all positions, and the last ones
 WIDTH, HEIGHT, LOW = 0.56, 0.18, 0.08  # inches: a cell with a word, a row without words
 MARGIN = 1.7  # inches left and right of a map
 LOWEST = 1e-20  # lowest probability on the curve's axis
@@ -25,7 +25,7 @@ LEAST = 1e-6  # lowest probability on the map's colour scale
 
 
 def draw_lens(lens: LogitLens, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Draw each layer's most likely next token; colours show its or the target's probability."""
+    """Draw each layer's most likely next token; colours show its probability, or the target's."""
     save(path, lens_figure, lens, tokenizer)
 
 

@@ -12,9 +12,10 @@ from llama_ref.tokenizer import Tokenizer
 
 
 def draw_overview(found: Overview, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Draw lens, target, attention and norms .png; with an attribution, that and pattern.png.
+    """Draw lens.png, target.png, attention.png and norms.png; with an attribution, also attribution.png and pattern.png.
 
-    With an image, image.png and image-layers.png. The pattern is that of the head with the largest share of the target's logit.
+    With an image, also image.png and image-layers.png. The pattern is that of the head with the largest
+    share of the target's logit.
     """
     folder = Path(folder)
     draw_lens(found.lens, tokenizer, folder / "lens.png")

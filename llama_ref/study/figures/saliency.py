@@ -16,7 +16,7 @@ ROW = 0.2  # inches per token
 HOW = {
     "integrated": "Integrated gradients, from a baseline to the text",
     "gradient×input": "Gradient times embedding",
-    "gradient": "Length of the gradient by each embedding",
+    "gradient": "Length of the gradient with respect to each embedding",
 }
 
 

@@ -1,4 +1,4 @@
-"""Write pictures, atomically; check before a model is loaded that they can be written."""
+"""Write pictures atomically, and check before a model is loaded that they can be written."""
 
 import os
 from collections.abc import Callable
@@ -72,5 +72,5 @@ def save(path: str | Path, make: Callable[..., "Figure"], *arguments: Any) -> No
     with style.context("default"), any_weight():
         figure = make(*arguments)
         figure.set_dpi(DPI)
-        FigureCanvasAgg(figure).print_png(picture)  # savefig would draw all twice: to arrange it, and to write it
+        FigureCanvasAgg(figure).print_png(picture)  # savefig would draw everything twice: for the layout, and to write it
     write_output(Path(path).expanduser(), [picture.getvalue()])

@@ -1,1 +1,1 @@
-"""Activation patching: where in a model are two texts told apart?"""
+"""Activation patching: which activations of a model carry the difference between two texts?"""

@@ -1,4 +1,4 @@
-"""Which cells a grid has: the axes of an activation along which it is patched."""
+"""The cells of a grid: the axes of an activation along which it is patched."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class CellAxes:
 
     @classmethod
     def of(cls, model: Transformer, over: str, name: str | None) -> "CellAxes":
-        """Read "layer×position" and the like. Raises RequestError, also for a name without these axes."""
+        """Parse axes such as "layer×position". Raises RequestError, also for a name without these axes."""
         axes = tuple(check_over(over).split("×")[1:])
         name = DEFAULT_NAMES[axes[-1]] if name is None else name
         _check_name(model, name, axes)
@@ -38,24 +38,24 @@ class CellAxes:
         return tuple(LAYER_AXES[self.name].index(axis) for axis in self.axes)
 
     def shape(self, n_tokens: int) -> tuple[int, ...]:
-        """How many cells a layer has along each axis, for a text of so many tokens."""
+        """The number of cells of a layer along each axis, for a text of `n_tokens` tokens."""
         return tuple(n_tokens if axis == "position" else self.n_heads for axis in self.axes)
 
     def copy(self, index: tuple[int, ...], source: Tensor, target: Tensor) -> None:
-        """Copy one cell of an activation (1, …) into another, which may have padding behind the text."""
+        """Copy one cell of an activation (1, …) into another, which may have padding after the text."""
         places: list[slice | int] = [slice(size) for size in source.shape]
         for dim, i in zip(self.dims, index, strict=True):
             places[dim] = i
         target[tuple(places)] = source[tuple(places)]
 
     def sum_cells(self, value: Tensor) -> Tensor:
-        """Sum a row's activation (1, …) over all but the cells' axes."""
+        """Sum one text's activation (1, …) over all axes except those of the cells."""
         others = [dim for dim in range(value.dim()) if dim not in self.dims]
         summed = value.sum(others)
         return summed if sorted(self.dims) == list(self.dims) else summed.T
 
     def grid(self, values: Tensor, clean: float, corrupted: float) -> Grid:
-        """The grid of values (n_layers, …)."""
+        """Make the grid from values (n_layers, …)."""
         labels = tuple([str(i) for i in range(n)] for n in values.shape)
         return Grid(values.numpy(), ("layer", *self.axes), labels, self.name, clean, corrupted)
 

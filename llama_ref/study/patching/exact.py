@@ -1,8 +1,8 @@
-"""Activation patching over a grid: find where in the model two texts are told apart.
+"""Activation patching over a grid: find the activations that carry the difference between two texts.
 
 Each cell of the grid is a run of the corrupted text with one activation, at one layer and one
 position or head, taken from the clean text's run. A metric of the last token's logits measures how
-much of the clean answer that restores. Source: Meng et al., arXiv:2202.05262.
+much of the clean answer this restores. Source: Meng et al., arXiv:2202.05262.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,11 +38,11 @@ def patch_grid(
 ) -> Grid:
     """Measure the corrupted text with each cell's activation taken from the clean text.
 
-    `clean` and `corrupted` are ids of two texts of the same length; `noise(…)` in place of the second
-    disturbs the first. `over` is "layer×position", "layer×head" or "layer×position×head". `name` is an
+    `clean` and `corrupted` are ids of two texts of the same length; or `corrupted` is `noise(…)`, which is
+    added to the clean text. `over` is "layer×position", "layer×head" or "layer×position×head". `name` is an
     activation of a layer (default: residual_pre for positions, attention.head_output for heads).
     Cells of a layer run in batches, from that layer on. `progress` is called with the runs done and
-    their number. Raises RequestError for texts of different lengths or a name without that axis.
+    their number. Raises RequestError for texts of different lengths or a name without these axes.
     """
     others = corrupted if isinstance(corrupted, Noise) else one_row(model, corrupted)
     return patch_grids(model, one_row(model, clean), others, metric, over, name, progress)[0]
@@ -58,7 +58,7 @@ def patch_grids(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> list[Grid]:
-    """Do `patch_grid` for several pairs of texts, the cells of all pairs together.
+    """Do `patch_grid` for several pairs of texts; cells of different pairs share passes.
 
     The two texts of a pair have the same length; pairs may differ. `metrics` is one for each pair,
     or one for all; so is `noise(…)`. Memory: one layer's `name` and residual streams, for all texts.
@@ -75,7 +75,7 @@ def patch_grids(
 
 @dataclass(frozen=True)
 class _Cell:
-    """One column of a grid: what it copies, into which of the corrupted runs."""
+    """One cell of every layer: the corrupted run to patch, its pair, and the cell's index."""
 
     run: int
     pair: int
@@ -85,7 +85,7 @@ class _Cell:
 def _run_cells(
     clean: Streams, corrupted: Streams, pairs: Sequence[Pair], axes: CellAxes, progress: Progress | None
 ) -> list[Tensor]:
-    """The metric of every cell in every layer: of each pair float32 (n_layers, …), on the CPU."""
+    """The metric of every cell in every layer: float32 (n_layers, …) for each pair, on the CPU."""
     shapes = [axes.shape(len(pair.clean)) for pair in pairs]
     cells = [_Cell(run, pair, index) for run, pair in enumerate(run_owners(pairs)) for index in np.ndindex(shapes[pair])]
     runs = [cell.run for cell in cells]

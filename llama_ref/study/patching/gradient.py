@@ -1,6 +1,6 @@
-"""Attribution patching: all cells of a grid estimated by one gradient.
+"""Attribution patching: estimate all cells of a grid with one gradient.
 
-Patching adds to an activation the difference of two runs. To first order the metric changes by that
+Patching adds the difference of two runs to an activation. To first order the metric changes by this
 difference times the metric's gradient, which one backward pass gives for every cell. Sources: Nanda,
 "Attribution Patching" (2023); with integrated gradients, Sundararajan et al., arXiv:1703.01365.
 """
@@ -57,15 +57,15 @@ def attribution_patch(
     along: Path = "inputs",
     progress: Progress | None = None,
 ) -> Grid:
-    """Estimate `patch_grid`, whose arguments these are: two forward passes and one backward.
+    """Estimate `patch_grid` with two forward passes and one backward pass; it takes the same arguments.
 
-    By default the gradient is that of the corrupted text. With `steps` it is the mean of so many
-    between the two texts (integrated gradients). `along` "inputs", embeddings move from the corrupted
-    text's to the clean one's: a pass a step. `along` "activation", `name` of one layer moves, all its
-    cells together: a pass a step and layer; with enough steps a layer's estimates then add up to what
-    patching the whole layer does. Quantized models: see gradients.py. `progress` is called with the
-    passes' texts done and their number. Raises RequestError as `patch_grid` does, and for a metric
-    that has no gradient.
+    By default the gradient is taken at the corrupted text. With `steps` it is the mean of that many
+    gradients between the two texts (integrated gradients). With `along` "inputs", the embeddings move from
+    the corrupted text's to the clean text's: one pass per step. With `along` "activation", `name` moves in
+    one layer at a time, all its cells together: one pass per step and layer; with enough steps a layer's
+    estimates add up to the effect of patching the whole layer. Quantized models: see gradients.py.
+    `progress` is called with the texts done and their number, over all passes. Raises RequestError as
+    `patch_grid` does, and for a metric that has no gradient.
     """
     others = corrupted if isinstance(corrupted, Noise) else one_row(model, corrupted)
     grids = attribution_patches(
@@ -122,7 +122,7 @@ def attribution_grids(
 
 
 def path_shares(steps: int | None) -> list[float]:
-    """Where on the way from corrupted (0) to clean (1) gradients are taken: middles of equal parts."""
+    """The points between corrupted (0) and clean (1) at which gradients are taken: midpoints of equal parts."""
     if steps is None:
         return [0.0]
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -131,14 +131,14 @@ def path_shares(steps: int | None) -> list[float]:
 
 
 def gradient_of(total: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of a metric by each value. Raises RequestError for a metric that has none."""
+    """The gradient of a metric by each value. Raises RequestError for a metric without a gradient."""
     if not total.requires_grad:
-        raise RequestError("the metric's result has no gradient: compute it from the logits by PyTorch's functions")
+        raise RequestError("the metric's result has no gradient: compute it from the logits with PyTorch functions")
     return torch.autograd.grad(total, values)
 
 
 def difference(clean: Tensor, corrupted: Tensor) -> Tensor:
-    """Their difference in float32; 0 where both are the same infinity, as masked scores are."""
+    """The difference of two tensors in float32; 0 where both are the same infinity, as in masked scores."""
     return torch.where(clean == corrupted, 0, clean.float() - corrupted.float())
 
 
@@ -149,7 +149,7 @@ def difference(clean: Tensor, corrupted: Tensor) -> Tensor:
 def _along_inputs(
     model: Transformer, pairs: Sequence[Pair], axes: Sequence[CellAxes], shares: Sequence[float], progress: Progress | None
 ) -> list[list[Grid]]:
-    """The grids of each of `axes`: one for every pair."""
+    """For each of `axes`, one grid per pair."""
     longest = max(len(pair.clean) for pair in pairs)
     pass_tokens = min(tokens_that_fit(model, each.name, longest, gradients=True) for each in axes)
     clean, corrupted = clean_streams(model, pairs, pass_tokens), corrupted_streams(model, pairs, pass_tokens)
@@ -172,7 +172,7 @@ def _along_inputs(
 
 
 class _Way:
-    """From corrupted texts to clean ones: embeddings (B, T, D) at both ends, and what is kept of layers between."""
+    """The path from corrupted to clean texts: embeddings (B, T, D) at both ends, and the activations to keep."""
 
     def __init__(
         self,
@@ -187,10 +187,10 @@ class _Way:
         self.batch = Batch.of(model, texts)
         self.layers = range(model.args.n_layers)
         self.keys = {name: [f"layers.{layer}.{name}" for layer in self.layers] for name in names}
-        self.baselines = torch.empty(2, len(texts), device=model.device)  # of the clean texts, of the corrupted ones
+        self.baselines = torch.empty(2, len(texts), device=model.device)  # metrics of the clean and the corrupted texts
 
     def changes(self, shares: Sequence[float], passed: Callable[[], None]) -> dict[str, list[Tensor]]:
-        """Each name's difference of the two texts times its mean gradient at `shares`, by layer."""
+        """For each name, the two texts' difference times the mean gradient at `shares`, by layer."""
         keys = [key for own in self.keys.values() for key in own]
         clean = self._trace(1.0)
         self.baselines[0] = self._measure(clean)
@@ -235,7 +235,7 @@ class _Way:
 def _along_activation(
     model: Transformer, pairs: Sequence[Pair], axes: CellAxes, shares: Sequence[float], progress: Progress | None
 ) -> list[Grid]:
-    """The grid of every pair, where one layer's activation moves from the corrupted text's to the clean one's."""
+    """The grid of every pair; one layer's activation moves from the corrupted text's to the clean text's value."""
     longest = max(len(pair.clean) for pair in pairs)
     ends = Baselines.of(model, pairs, tokens_that_fit(model, axes.name, longest, gradients=True))
     owners, metrics = run_owners(pairs), run_metrics(pairs)
@@ -255,7 +255,7 @@ def _along_activation(
 def _change(
     before: Streams, run: int, key: str, clean: Tensor, corrupted: Tensor, metric: Metric, shares: Sequence[float]
 ) -> Tensor:
-    """One run's difference of an activation times the mean gradient at `shares` between its two values."""
+    """The difference of an activation's two values times the mean gradient at `shares` between them, for one run."""
     change = difference(clean, corrupted)
     total = torch.zeros_like(change)
     for share in shares:

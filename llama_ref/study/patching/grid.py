@@ -17,8 +17,8 @@ class Grid:
 
     `values` is float32, one dimension for each of `axes`: (layers, positions), (layers, heads) or
     (layers, positions, heads); `labels` name their indices. `name` is the patched activation;
-    `clean` and `corrupted` are the metric of the two texts without a patch. After noise in place of
-    a corrupted text, numbers are means over its seeds.
+    `clean` and `corrupted` are the metric of the two texts without a patch. If noise replaces the
+    corrupted text, all values are means over its seeds.
     """
 
     values: np.ndarray
@@ -39,7 +39,7 @@ class Grid:
             return (self.values.astype(np.float64) - self.corrupted) / (gap or math.nan)
 
     def agreement(self, exact: "Grid") -> "Agreement":
-        """How close this grid, an estimate, is to the exact one. Raises RequestError for another grid's."""
+        """How close this grid, an estimate, is to the exact one. Raises RequestError if their cells differ."""
         if (self.name, self.axes, self.values.shape) != (exact.name, exact.axes, exact.values.shape):
             shown = [f"{grid.name} over {'×'.join(grid.axes)} {grid.values.shape}" for grid in (self, exact)]
             raise RequestError(f"the grids are of {shown[0]} and of {shown[1]}, expected two of the same cells")
@@ -58,7 +58,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class GridPair:
-    """A grid and its estimate, or one of the two, with the texts and tokens that they are of.
+    """A grid and its estimate, or one of the two, with their texts and tokens.
 
     With `noise`, `corrupted` is the clean text.
     """
@@ -73,20 +73,20 @@ class GridPair:
 
     @property
     def grids(self) -> list[Grid]:
-        """Those that are there, the exact one first."""
+        """The grids that exist, the exact one first."""
         return [grid for grid in (self.exact, self.estimate) if grid is not None]
 
     @property
     def agreement(self) -> "Agreement | None":
-        """How well the two agree, where both are there."""
+        """How well the two grids agree, or None unless both exist."""
         return None if self.exact is None or self.estimate is None else self.estimate.agreement(self.exact)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """An estimate beside what it estimates: Pearson's correlation, and the largest difference.
+    """How close an estimate is to the exact values: Pearson's correlation, and the largest difference.
 
-    The correlation is NaN where all values of one are equal.
+    The correlation is NaN if all values on one side are equal.
     """
 
     correlation: float

@@ -1,4 +1,4 @@
-"""What is measured of a patched text: a number made of the logits after its last token."""
+"""Metrics of patched texts: a number computed from the logits after the last token."""
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -15,7 +15,7 @@ Metric = Callable[[Tensor], Tensor]  # logits (n, V) after the last token -> (n,
 
 
 def logit_difference(target: int, other: int) -> Metric:
-    """The target's logit minus the other's."""
+    """A metric: the target's logit minus the other token's."""
 
     def difference(logits: Tensor) -> Tensor:
         return logits[:, _check_token(target, logits)] - logits[:, _check_token(other, logits)]
@@ -24,7 +24,7 @@ def logit_difference(target: int, other: int) -> Metric:
 
 
 def probability(target: int) -> Metric:
-    """The target's probability."""
+    """A metric: the target's probability."""
     return lambda logits: logits.float().softmax(-1)[:, _check_token(target, logits)]
 
 
@@ -34,7 +34,7 @@ def measure(model: Transformer, batch: Batch, metrics: Sequence[Metric]) -> Tens
 
 
 def measure_hidden(model: Transformer, batch: Batch, hidden: Tensor, metrics: Sequence[Metric]) -> Tensor:
-    """Apply each text's metric to the logits of the last norm (n, T, D): float32 (n,)."""
+    """Apply each text's metric to the logits of the final norm's output (n, T, D): float32 (n,)."""
     logits = model.logits(batch.last(hidden))  # (n, V)
     found = []
     for metric, own in groupby(zip(metrics, logits, strict=True), key=itemgetter(0)):

@@ -1,7 +1,7 @@
-"""Causal tracing: a text is corrupted by noise on the embeddings of some of its tokens.
+"""Causal tracing: corrupt a text with noise on the embeddings of some of its tokens.
 
-The other way of patching replaces the words, which needs a second text of the same length. Source:
-Meng et al., "Locating and Editing Factual Associations in GPT", arXiv:2202.05262.
+The alternative, other words, needs a second text of the same length. Source: Meng et al., "Locating and
+Editing Factual Associations in GPT", arXiv:2202.05262.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.inputs import check_index
 
-EMBEDDED_ROWS = 4096  # of the embedding at a time
+EMBEDDED_ROWS = 4096  # rows of the embedding that are read at a time
 
 
 @dataclass(frozen=True)
 class Noise:
     """Normal noise on the embeddings at some positions: `scale` standard deviations of the embedding.
 
-    Stands for a corrupted text; results are means over `seeds`.
+    It replaces a corrupted text; results are means over `seeds`.
     """
 
     positions: tuple[int, ...]
@@ -30,9 +30,9 @@ class Noise:
     seeds: tuple[int, ...]
 
     def on(self, model: Transformer, n_tokens: int) -> list[Tensor]:
-        """What each seed adds to a text's embeddings: float32 (T, D) each, on the model's device.
+        """The noise that each seed adds to a text's embeddings: float32 (T, D) each, on the model's device.
 
-        The same on every device. Raises RequestError for a position outside the text.
+        The random numbers are the same on every device. Raises RequestError for a position outside the text.
         """
         positions = [check_index("a position of the noise", position, n_tokens) for position in self.positions]
         deviation = self.scale * embedding_deviation(model)
@@ -46,10 +46,10 @@ class Noise:
 
 
 def noise(positions: int | Sequence[int], scale: float = 3.0, seeds: int | Sequence[int] = 10) -> Noise:
-    """Noise in place of a corrupted text, on the tokens at `positions` of the clean one.
+    """Make noise for the tokens at `positions` of the clean text, to be used in place of a corrupted text.
 
-    `scale` counts standard deviations of the embedding's entries; `seeds` are a number of seeds, from
-    0 on, or a list of them. Raises RequestError for what is none of these.
+    `scale` is in standard deviations of the embedding's entries; `seeds` is the number of seeds, counted
+    from 0, or a list of them. Raises RequestError for other values.
     """
     chosen = (positions,) if isinstance(positions, Integral) else positions
     drawn = range(int(seeds)) if isinstance(seeds, Integral) and not isinstance(seeds, bool) else seeds

@@ -1,4 +1,4 @@
-"""Pairs of texts that a grid compares, checked."""
+"""Check the pairs of texts that a grid compares, and prepare their runs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ Corrupted = Texts | Noise | Sequence[Noise]  # texts, or noise on the clean ones
 
 @dataclass(frozen=True)
 class Pair:
-    """A clean text, what corrupts it, and what is measured of both; ids (T,)."""
+    """A clean and a corrupted text, ids (T,), with the metric; or, with `noise`, the clean text twice."""
 
     clean: Tensor
     corrupted: Tensor
@@ -27,12 +27,12 @@ class Pair:
 
     @property
     def n_runs(self) -> int:
-        """Corrupted runs: one for each seed of the noise."""
+        """The number of corrupted runs: one for each seed of the noise."""
         return len(self.noise.seeds) if self.noise else 1
 
 
 def as_pairs(model: Transformer, clean: Texts, corrupted: Corrupted, metrics: Metric | Sequence[Metric]) -> list[Pair]:
-    """The pairs of texts with their metrics. Raises RequestError for what does not match."""
+    """The pairs of texts with their metrics. Raises RequestError if the texts do not match."""
     texts = as_texts(model, clean)
     noises = _noises(corrupted, len(texts))
     others = as_texts(model, corrupted) if noises is None else texts  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ def clean_streams(model: Transformer, pairs: Iterable[Pair], pass_tokens: int) -
 
 
 def corrupted_streams(model: Transformer, pairs: Iterable[Pair], pass_tokens: int) -> Streams:
-    """Those of all corrupted runs: `n_runs` of each pair, in the order of the pairs."""
+    """The residual streams of all corrupted runs, before layer 0: `n_runs` of each pair, in the order of the pairs."""
     texts: list[Tensor] = []
     added: list[Tensor | None] = []
     for pair in pairs:
@@ -99,7 +99,7 @@ def corrupted_streams(model: Transformer, pairs: Iterable[Pair], pass_tokens: in
 
 
 def run_owners(pairs: Iterable[Pair]) -> list[int]:
-    """The number of the pair of every corrupted run."""
+    """The index of every corrupted run's pair."""
     return [i for i, pair in enumerate(pairs) for _ in range(pair.n_runs)]
 
 

@@ -1,6 +1,6 @@
 """The residual streams of several texts, which advance through a model layer by layer.
 
-A patch at some layer changes nothing before it: passes that differ only there start here.
+A patch at some layer changes nothing before it, so passes can start at this layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,24 +32,24 @@ class Streams:
     def of(
         cls, model: Transformer, texts: Sequence[Tensor], pass_tokens: int, added: Sequence[Tensor | None] | None = None
     ) -> "Streams":
-        """Those before layer 0: the embeddings of the texts, with what is `added` to them (T, D)."""
+        """The streams before layer 0: the embeddings of the texts, plus `added` (T, D) where it is given."""
         values = embedded(model, texts)
         pairs = zip(values, added or [None] * len(values), strict=True)
         return cls(model, texts, [x if more is None else (x.float() + more).to(x) for x, more in pairs], pass_tokens)
 
     def passes(self, chosen: Sequence[int]) -> Iterator[range]:
-        """Split the texts with these numbers, in their order, into passes."""
+        """Split the texts with these indices, in their order, into passes."""
         return split_passes([len(self.texts[i]) for i in chosen], self.pass_tokens)
 
     @contextmanager
     def resumed(self, chosen: Sequence[int]) -> Iterator[Batch]:
-        """Passes of the batch, in the block, run the texts with these numbers from this layer on."""
+        """Yield a batch of the texts with these indices; its passes in the block start at this layer."""
         layers = range(self.layer, self.model.args.n_layers)
         with layer_window(self.model, layers, self.stacked(chosen)):
             yield Batch.of(self.model, [self.texts[i] for i in chosen])
 
     def stacked(self, chosen: Sequence[int]) -> Tensor:
-        """The streams of some texts as a batch (B, T, D), padded with copies of a text's last."""
+        """The streams of some texts as a batch (B, T, D), padded with copies of each text's last position."""
         longest = max(len(self.texts[i]) for i in chosen)
         places = torch.arange(longest, device=self.model.device)
         return torch.stack([self.values[i][places.clamp(max=len(self.texts[i]) - 1)] for i in chosen])
@@ -63,7 +63,7 @@ class Streams:
         return torch.cat(found).cpu()
 
     def advance(self, name: str | None = None) -> list[Tensor]:
-        """Run this layer, and return its activation `name` of each text: (1, T, …), or nothing."""
+        """Run this layer, and return each text's activation `name` (1, T, …), or [] without a name."""
         after, found = [], []
         keys = [f"layers.{self.layer}.{part}" for part in ("residual_post", *([name] if name else []))]
         for some in self.passes(range(len(self.texts))):

@@ -21,11 +21,11 @@ from llama_ref.study.saliency import Saliency
 from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
 
-DIGITS = 5  # significant ones: more than the page shows
+DIGITS = 5  # significant digits: more than the page shows
 
 
 def page_data(found: Overview, tokenizer: Tokenizer, model_name: str, image: PackedImage | None = None) -> dict[str, Any]:
-    """Everything but the attention patterns and the image; numbers that are not finite are None."""
+    """The page's data except the attention patterns and the image; numbers that are not finite are None."""
     measures = ("sink", "previous", "induction", "entropy")
     return {
         "model": model_name,
@@ -49,7 +49,7 @@ def page_data(found: Overview, tokenizer: Tokenizer, model_name: str, image: Pac
 
 
 def packed_layers(found: Overview) -> Iterator[tuple[str, str]]:
-    """Each layer's block and patterns: the heads' streams in base64, separated by spaces."""
+    """Yield each layer's block id and patterns: the heads' streams in base64, separated by spaces."""
     for layer, heads in enumerate(found.patterns.heads):
         yield f"layer-{layer}", " ".join(base64.b64encode(head).decode("ascii") for head in heads)
 
@@ -73,7 +73,7 @@ def _token(token: int, tokenizer: Tokenizer) -> list[str | None]:
 
 
 def _parts(texts: list[bytes]) -> dict[int, str]:
-    """By position, the characters that a token shares with others, as those of an emoji do."""
+    """The characters that several tokens share, such as an emoji, by each of their positions."""
     owners = [position for position, text in enumerate(texts) for _ in text]  # the token of each byte
     found, at = dict[int, str](), 0
     for char in b"".join(texts).decode("utf-8", errors="surrogateescape"):
@@ -156,7 +156,7 @@ def _residual(found: ResidualStream) -> dict[str, Any]:
 
 
 def _image(found: ImageAttention, packed: PackedImage) -> dict[str, Any]:
-    """What the page needs besides the packed blocks. `largest` (X, t) is rounded after packing."""
+    """The image's data besides the packed blocks. `largest` (X, t) is rounded only after packing."""
     height, width = found.pixels.shape[:2]
     rows, columns = found.patches.shape[2:]
     return {

@@ -4,14 +4,14 @@ from typing import Any
 
 from llama_ref.study.features.firing import Firing
 
-MOST = 12  # features listed at a token
+MOST = 12  # maximum number of features listed at a token
 DIGITS = 4
 
 
 def firing_data(found: Firing) -> dict[str, Any]:
-    """What the dictionary is; each token's strongest features; and where else in the text these fire.
+    """The dictionary's description, each token's strongest features, and all tokens at which these fire.
 
-    `values` has, by a feature's label, the tokens at which it fires and its values.
+    `values` maps a feature's label to the tokens at which it fires, with its values.
     """
     strongest = [found.active.at(position, MOST) for position in range(len(found.tokens))]
     listed = {feature for own in strongest for feature, _ in own}

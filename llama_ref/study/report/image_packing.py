@@ -1,4 +1,4 @@
-"""Compress an image, and where tokens look in it, for the report: grey pixels, rounded shares, deflate."""
+"""Compress an image and the attention to it for the report: grey pixels, rounded shares, deflate."""
 
 import base64
 import zlib
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from llama_ref.study.vision.image_attention import ImageAttention
 
-LONGEST_SIDE = 480  # pixels of the image that a page shows
-MOST_TOKENS = 128  # whose shares a page has: the last that see the image
+LONGEST_SIDE = 480  # pixels of the image on a page
+MOST_TOKENS = 128  # a page has the shares of the last tokens that see the image, at most this many
 
 
 @dataclass(frozen=True)
 class PackedImage:
-    """An image in grey and the shares of its patches, compressed; see `shares`.
+    """An image in grey and the shares of its patches, compressed.
 
     `positions` are those of the t tokens that have shares. `pixels` is a zlib stream of bytes (height,
-    width), `size` the same as (width, height). `layers[i]` is a zlib stream of bytes (t, rows, columns):
-    255 times the square root of a share by the largest of its token and layer, `largest` (X, t).
+    width), `size` is (width, height). `layers[i]` is a zlib stream of bytes (t, rows, columns): 255 times
+    the square root of a share divided by the largest share of its token and layer, `largest` (X, t).
     """
 
     positions: list[int]
@@ -37,7 +37,7 @@ class PackedImage:
 
 
 def pack_image(found: ImageAttention) -> PackedImage:
-    """Compress what was found of an image."""
+    """Compress the attention to an image, and the image itself."""
     positions = found.seen_by[-MOST_TOKENS:]
     patches = found.patches[:, positions]  # (X, t, rows, columns)
     largest = patches.amax((-2, -1))
@@ -54,6 +54,6 @@ def pack_image(found: ImageAttention) -> PackedImage:
 
 
 def _grey(pixels: Tensor) -> np.ndarray:
-    """Bytes (height, width) of an image (height, width, 3), made smaller by leaving pixels out."""
+    """Grey bytes (height, width) of an image (height, width, 3), reduced by skipping pixels."""
     step = -(-max(pixels.shape[:2]) // LONGEST_SIDE)
     return pixels[::step, ::step].float().mean(-1).round().numpy().astype("u1")

@@ -1,4 +1,4 @@
-"""Compress attention patterns for the report: keep the largest weights, round, deflate."""
+"""Compress attention patterns for the report: keep the largest weights, round them, deflate."""
 
 import zlib
 from collections.abc import Callable
@@ -23,8 +23,8 @@ class PackedPatterns:
     """Attention patterns of all heads, compressed: each query's `kept` largest weights.
 
     `heads[layer][head]` is a zlib stream of two matrices (T, kept), a row per query: the distance
-    of each kept key from the one before, as uint16, then the weights as float16, with three correct
-    digits down to 6·10⁻⁵ and one down to 10⁻⁶. Each matrix is stored as all low bytes, then all
+    of each kept key from the previous kept key, as uint16, then the weights as float16, with three correct
+    digits down to 6·10⁻⁵ and one digit down to 10⁻⁶. Each matrix is stored as all low bytes, then all
     high bytes: similar bytes deflate well.
     """
 
@@ -70,7 +70,7 @@ def watch_patterns(
 ) -> None:
     """Run ids (1, T) and call `see` with each layer's patterns in turn.
 
-    They are float32 (H, T, T); those of cross-attention layers (H, T, vision tokens).
+    Patterns are float32 (H, T, T); in cross-attention layers (H, T, vision tokens).
     """
     with torch.no_grad(), attached(model, _Watch(see, layers)):
         Batch.of(model, list(row.cpu()), images).show(model)

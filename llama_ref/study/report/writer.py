@@ -43,7 +43,7 @@ SCRIPTS = (
 
 
 def check_report(path: str | Path) -> None:
-    """Raise RequestError if a report cannot be written: before a model is loaded."""
+    """Raise RequestError if a report cannot be written; call it before a model is loaded."""
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise RequestError(f"out is {path!r:.60}, expected a file that ends in {' or '.join(ENDINGS)}")
     try:
@@ -73,13 +73,13 @@ def _problem(target: Path) -> str | None:
 def write_report(found: Overview, tokenizer: Tokenizer, path: str | Path, *, model_name: str) -> None:
     """Write or replace the page, atomically.
 
-    Raises RequestError if it cannot be written, or if features, saliency or grids are of another text.
+    Raises RequestError if it cannot be written, or if features, saliency or grids belong to another text.
     """
     check_report(path)
     if found.features is not None and found.features.tokens != found.tokens:
-        raise RequestError("the features fire in another text than the overview's: measure both on the same text")
+        raise RequestError("the features have other tokens than the overview: measure both on the same text")
     if found.saliency is not None and found.saliency.tokens != found.tokens:
-        raise RequestError("the saliency is of other tokens than the overview: measure both on the same text")
+        raise RequestError("the saliency has other tokens than the overview: measure both on the same text")
     if found.patched is not None and list(found.patched.clean) != found.tokens:
         raise RequestError("the grids' clean text has other tokens than the overview: measure both on the same text")
     page = _page(found, tokenizer, model_name)
@@ -92,7 +92,7 @@ def _target(path: str | Path) -> Path:
 
 
 def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[str]:
-    """The page in pieces: report.html with each {{name}} filled in. Reads all sources at once."""
+    """The page in pieces: report.html with each {{name}} filled in. Sources are read before the first piece."""
     frame, style = _source("report.html"), _source("report.css")
     script = '"use strict";\n' + "\n".join(_source(f"{name}.js") for name in SCRIPTS)
     image = None if found.image is None else pack_image(found.image)
@@ -108,7 +108,7 @@ def _page(found: Overview, tokenizer: Tokenizer, model_name: str) -> Iterator[st
 
 
 def _blocks(blocks: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Data blocks of (id, base64): one per layer, so that the page decodes only the layers that are viewed."""
+    """Yield data blocks from (id, base64), one per layer, so that the page decodes only the layers that are viewed."""
     for name, packed in blocks:
         yield f'<script type="text/plain" id="{name}">{packed}</script>\n'
 

@@ -1,1 +1,1 @@
-"""Tuned lenses: fitted to a model, scored, read and written in the published form."""
+"""Tuned lenses: fit them to a model, score them, read and write them in the published format."""

@@ -1,7 +1,7 @@
-"""The published form of a tuned lens: a folder with config.json and params.pt.
+"""The published format of a tuned lens: a folder with config.json and params.pt.
 
-params.pt holds `{layer}.weight` (D, D) and `{layer}.bias` (D,). It is a pickle, read here as data by
-our own reader, never by torch.load.
+params.pt holds `{layer}.weight` (D, D) and `{layer}.bias` (D,). It is a pickle, which our own reader reads
+as data without executing it; torch.load is never used.
 """
 
 import json
@@ -28,7 +28,7 @@ KEYS = "d_model and num_hidden_layers"
 
 @dataclass(frozen=True)
 class Stored:
-    """What a folder holds: tensors are mapped from the file, (D, D) and (D,) for each layer."""
+    """The contents of a folder; tensors are memory-mapped, (D, D) and (D,) for each layer."""
 
     weights: list[Tensor]
     biases: list[Tensor]
@@ -37,7 +37,7 @@ class Stored:
 
 
 def read_folder(path: str | Path) -> Stored:
-    """Read a folder. Raises CheckpointError for one that is damaged, or no tuned lens."""
+    """Read a folder. Raises CheckpointError for one that is damaged, or not a tuned lens."""
     try:
         folder = Path(path).expanduser()
     except (TypeError, RuntimeError) as error:  # RuntimeError: an unknown home directory
@@ -62,7 +62,7 @@ def read_folder(path: str | Path) -> Stored:
 
 
 def check_target(path: str | Path) -> Path:
-    """The folder in which a lens can be written. Raises RequestError if something is there."""
+    """The folder to which a lens can be written. Raises RequestError if it is not empty."""
     try:
         folder = Path(path).expanduser()
         entries = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
@@ -75,7 +75,7 @@ def check_target(path: str | Path) -> Path:
 
 
 def write_folder(path: str | Path, lens: Stored) -> None:
-    """Write a new folder, whole or not at all. Raises RequestError and CheckpointError."""
+    """Write a new folder atomically. Raises RequestError and CheckpointError."""
     folder = check_target(path)
     config = {
         "base_model_name_or_path": lens.base_model,
@@ -117,9 +117,9 @@ def _text(config: dict[str, Any], key: str) -> str | None:
 def _check(file: Path, held: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless the file has these tensors, of finite floating-point numbers."""
     for name in sorted(held.keys() ^ shapes.keys()):
-        expected = "which config.json does not have" if name in held else "which config.json has"
+        expected = "which does not fit config.json" if name in held else "which config.json requires"
         where = "has" if name in held else "lacks"
-        raise CheckpointError(f"{file} {where} {name!r:.60}, {expected}: is it of another lens?")
+        raise CheckpointError(f"{file} {where} {name!r:.60}, {expected}: does it belong to another lens?")
     for name, tensor in held.items():
         if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
             raise CheckpointError(

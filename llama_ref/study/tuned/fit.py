@@ -1,6 +1,6 @@
 """Fit a tuned lens: stochastic gradient descent on the KL to the model's own predictions.
 
-Each layer's translator is fitted for itself, all from the same passes. Belrose et al., "Eliciting
+Each layer's translator is fitted independently, all from the same passes. Belrose et al., "Eliciting
 Latent Predictions from Transformers with the Tuned Lens", arXiv:2303.08112.
 """
 
@@ -31,7 +31,7 @@ class FitSettings:
     """How to fit: `steps` updates, each from texts of `tokens_per_step` tokens or a little more.
 
     The learning rate falls from `rate` to 0; None: 1 for SGD, 0.001 for Adam. SGD has Nesterov
-    momentum of 0.9, so the rate is of its running mean. `seed` shuffles the texts.
+    momentum of 0.9, and its rate applies to the running mean of gradients. `seed` shuffles the texts.
     """
 
     steps: int = 250
@@ -56,9 +56,9 @@ class FitSettings:
 
 
 class Translators:
-    """The translators of some points of the residual stream, while they are fitted.
+    """The translators of some points of the residual stream, during fitting.
 
-    `weights` (D, D) and `biases` (D,), float32 on the model's device, start at 0: as the logit lens.
+    `weights` (D, D) and `biases` (D,), float32 on the model's device, start at 0, which is the logit lens.
     """
 
     def __init__(self, model: Transformer, points: Sequence[str], settings: FitSettings):
@@ -98,7 +98,7 @@ class Translators:
             with gradients(self.model):
                 for weight, bias, residual in zip(self.weights, self.biases, residuals, strict=True):
                     own = log_probabilities(self.model, translated(residual[some], weight, bias))
-                    # KL, but for the model's own entropy, which has no gradient here
+                    # KL without the model's own entropy, which is constant here
                     loss = -vecdot(p_final, own).sum() / n_tokens
                     for parameter, gradient in zip((weight, bias), torch.autograd.grad(loss, (weight, bias)), strict=True):
                         assert parameter.grad is not None
@@ -106,13 +106,13 @@ class Translators:
 
 
 def translated(residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """h + W h + b in float32, of residuals (t, D); in their dtype."""
+    """Compute h + W h + b for residuals (t, D), in float32; returned in their dtype."""
     wide = residual.float()
     return (wide + wide @ weight.T + bias).to(residual.dtype)
 
 
 def batches(texts: Sequence[Tensor], n_tokens: int, seed: int) -> Iterator[list[Tensor]]:
-    """Texts of at least `n_tokens` tokens together, without end: all in random order, then again."""
+    """Yield batches of texts with at least `n_tokens` tokens together, endlessly: all texts in random order, repeatedly."""
     generator = torch.Generator("cpu").manual_seed(seed)
     batch: list[Tensor] = []
     while True:

@@ -1,6 +1,6 @@
 """The tuned lens: the logit lens after an affine translator of each layer's residual stream.
 
-A layer's residuals are not written in the last layer's terms; h + W h + b translates them. Belrose
+Earlier layers represent predictions differently from the last layer; h + W h + b translates. Belrose
 et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv:2303.08112.
 """
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Scores of both lenses on the texts that a fit did not see."""
+    """Scores of both lenses on the texts that were held out from the fit."""
 
     logit: LensScores
     tuned: LensScores
@@ -37,11 +37,11 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class TunedLens:
-    """Translators of the embedding and of every layer's end but the last: for `logit_lens(…, lens=…)`.
+    """Translators of the embedding and of the end of every layer but the last, for `logit_lens(…, lens=…)`.
 
     `weights` has a (D, D) and `biases` a (D,) for each of L points: the embedding first, then
     layers 0 to L - 2. `base_model` names the model, `unembed_hash` its output matrix
-    (unembed_hash.py), if known. `held_out` has the scores of a lens that was fitted just now.
+    (unembed_hash.py), if known. `held_out` has scores only after `fit`.
     """
 
     weights: Sequence[Tensor]
@@ -52,11 +52,11 @@ class TunedLens:
 
     @property
     def points(self) -> list[str]:
-        """The names of the points that the lens reads; the last has no translator."""
+        """The names of the points that the lens can read; the last has no translator."""
         return layer_ends(len(self.weights))
 
     def translate(self, point: str, residual: Tensor) -> Tensor:
-        """Residuals (t, D) of a point as the last layer would write them, in their dtype."""
+        """Translate residuals (t, D) of a point to the last layer's terms, in their dtype."""
         layer = self.points.index(point)
         if layer == len(self.weights):
             return residual
@@ -69,8 +69,8 @@ class TunedLens:
         shape, own = (len(self.weights), len(self.biases[0])), (model.args.n_layers, model.args.dim)
         if shape != own:
             raise RequestError(
-                f"the tuned lens is of a model of {shape[0]} layers and {shape[1]:,} dimensions, but this one has {own[0]} and"
-                f" {own[1]:,}: take the lens of this model"
+                f"the tuned lens is for a model of {shape[0]} layers and {shape[1]:,} dimensions, but this one has {own[0]} and"
+                f" {own[1]:,}: use a lens for this model"
             )
         found = unembed_hash(model)
         if self.unembed_hash is not None and found is not None and found != self.unembed_hash:
@@ -78,20 +78,20 @@ class TunedLens:
             logger.warning("the tuned lens%s was fitted to another output matrix: its predictions may mean little here", of)
 
     def save(self, path: str | Path) -> None:
-        """Write a new folder in the published form, which the package tuned-lens reads too.
+        """Write a new folder in the published format, which the package tuned-lens reads too.
 
-        Raises RequestError if something is there, CheckpointError if it cannot be written.
+        Raises RequestError if the folder is not empty, CheckpointError if it cannot be written.
         """
         write_folder(path, Stored(list(self.weights), list(self.biases), self.base_model, self.unembed_hash))
 
     @classmethod
     def load(cls, path: str | Path) -> "TunedLens":
-        """Read a folder in the published form; its numbers are memory-mapped. Raises CheckpointError."""
+        """Read a folder in the published format; its tensors are memory-mapped. Raises CheckpointError."""
         stored = read_folder(path)
         return cls(stored.weights, stored.biases, stored.base_model, stored.unembed_hash)
 
     @classmethod
-    @torch.inference_mode(False)  # whatever the mode around it: gradients need tensors of no such mode
+    @torch.inference_mode(False)  # gradients need tensors that were made outside of inference mode
     def fit(
         cls,
         model: Transformer,
@@ -107,14 +107,14 @@ class TunedLens:
         base_model: str = "",
         progress: Progress | None = None,
     ) -> "TunedLens":
-        """Fit translators to texts' ids, so that the KL to the model's own predictions is least.
+        """Fit translators on texts' ids, to minimize the KL to the model's own predictions.
 
-        `held_out` is the share of texts that only score the result. `steps` and the like: fit.py's
-        FitSettings. With `to`, a new folder, the lens is saved when it is done; after an interruption
-        too, with what the steps until then have learned. `progress` is called with the steps done
-        and their number. Memory: the translators three times (four with Adam), float32, on the
-        model's device; the residual streams of one pass; the logits of a few positions. Time: three
-        products with the output matrix for each layer and token. Raises RequestError.
+        `held_out` is the share of texts that are used only to score the result. `steps`, `tokens_per_step`,
+        `optimizer`, `rate` and `seed` are described in fit.py's FitSettings. With `to`, a new folder, the
+        lens is saved when it is done, or after Ctrl-C with what has been learned so far. `progress` is
+        called with the steps done and their number. Memory: the translators three times (five with Adam),
+        float32, on the model's device; the residual streams of one pass; the logits of a few positions.
+        Time: three products with the output matrix for each layer and token. Raises RequestError.
         """
         check_model(model)
         rows = as_texts(model, texts)
@@ -146,7 +146,7 @@ class TunedLens:
 
 
 def _split(rows: list[Tensor], held_out: float, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Texts to fit, and others to score, at random. Raises RequestError if there are too few."""
+    """Split texts at random: those to fit, and those to score. Raises RequestError if there are too few."""
     share = -1.0
     with suppress(TypeError, ValueError):
         share = float(held_out)
@@ -155,6 +155,6 @@ def _split(rows: list[Tensor], held_out: float, seed: int) -> tuple[list[Tensor]
     n_scored = max(1, round(share * len(rows)))
     if n_scored >= len(rows):
         found = f"{len(rows)} text{'s' if len(rows) > 1 else ''}"
-        raise RequestError(f"cannot score {share:.0%} of {found} and fit to the others: give more, or cut them shorter")
+        raise RequestError(f"cannot score {share:.0%} of {found} and fit to the others: give more texts, or split them")
     order = torch.randperm(len(rows), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
     return [rows[i] for i in order[n_scored:]], [rows[i] for i in order[:n_scored]]

@@ -1,7 +1,7 @@
-"""How well a lens predicts: its distance to the model's own predictions, and its calibration.
+"""Score a lens: its distance from the model's own predictions, and its calibration.
 
-The expected calibration error is that of Guo et al., arXiv:1706.04599: how far, on average, the
-probability of the likeliest token is from the share of times that this token comes next.
+The expected calibration error is defined as in Guo et al., arXiv:1706.04599: the mean difference between
+the probability of the likeliest token and the share of times that this token comes next.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from llama_ref.study.logit_lens import Lens, layer_ends, log_probabilities, posi
 from llama_ref.study.texts import Texts, as_texts
 from llama_ref.study.trace import trace_each
 
-BINS = 15  # of the likeliest token's probability, equally wide
+BINS = 15  # equally wide bins of the likeliest token's probability
 
 
 @dataclass(frozen=True)
 class LensScores:
     """Means over `n_tokens` positions of texts, at P points of the residual stream: (P,) each, CPU.
 
-    `kl` is KL(the model's distribution ‖ the lens's), `cross_entropy` that of the texts' own next
+    `kl` is KL(the model's distribution ‖ the lens's), `cross_entropy` the lens's loss on the texts' next
     tokens, both in nats; `calibration_error` is from 0 to 1.
     """
 
@@ -40,9 +40,9 @@ class LensScores:
 def score_lens(model: Transformer, texts: Texts, lens: Lens | None = None, *, progress: Progress | None = None) -> LensScores:
     """Score a lens (default: the logit lens) on texts' ids, after the embedding and every layer.
 
-    Scored is every position but the last of each text, which no token follows. `progress` is
-    called with the texts done and their number. Raises RequestError for texts of one token, or a
-    lens of another model.
+    Every position is scored except the last of each text, which no token follows. `progress` is
+    called with the texts done and their number. Raises RequestError if all texts have one token, or
+    for a lens of another model.
     """
     check_model(model)
     rows = as_texts(model, texts)
@@ -67,7 +67,7 @@ def score_lens(model: Transformer, texts: Texts, lens: Lens | None = None, *, pr
 
 
 class _Sums:
-    """Sums over positions, of P points each; `bins` (P, BINS, 3) has counts, confidence and hits."""
+    """Running sums over positions for P points; `bins` (P, BINS, 3) has counts, confidence and hits."""
 
     def __init__(self, n_points: int):
         self.kl = torch.zeros(n_points, dtype=torch.float64, device="cpu")
@@ -79,7 +79,7 @@ class _Sums:
         return int(self.bins[0, :, 0].sum())
 
     def add(self, p: int, final: Tensor, own: Tensor, following: Tensor) -> None:
-        """Count some positions of one point: log-probabilities (t, V) twice, and ids (t,)."""
+        """Add some positions of one point: the model's and the lens's log-probabilities (t, V), and the next ids (t,)."""
         p_final = final.exp()
         self.kl[p] += (vecdot(p_final, final) - vecdot(p_final, own)).clamp(min=0).sum().cpu()
         self.cross_entropy[p] -= own.gather(-1, following[:, None]).sum().cpu()

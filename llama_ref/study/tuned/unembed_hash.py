@@ -1,7 +1,7 @@
-"""The hash by which a published tuned lens names the output matrix that it was fitted to.
+"""The hash that identifies the output matrix to which a published tuned lens was fitted.
 
-It is the SHA-256 of how NumPy prints the matrix in float32 with one decimal: of its corners, if it
-has more than 1,000 entries. Two fine-tunings of one model may share it.
+It is the SHA-256 of the text that NumPy prints for the matrix in float32 with one decimal: only its
+corners, if it has more than 1,000 entries. Two fine-tunings of one model may have the same hash.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from llama_ref.model import Transformer
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.study.attribution import matrix_rows
 
-EDGE, PRINTED_WHOLE = 3, 1000  # NumPy's own: rows and columns of a corner, and entries
+EDGE, PRINTED_WHOLE = 3, 1000  # NumPy's defaults: rows and columns of a corner; entries that are printed in full
 
 
 def unembed_hash(model: Transformer) -> str | None:
@@ -22,7 +22,7 @@ def unembed_hash(model: Transformer) -> str | None:
         return None
     V, D = model.args.vocab_size, model.args.dim
     is_cut = V * D > PRINTED_WHOLE
-    # What lies between the corners is not printed: one row of it is enough.
+    # Rows between the corners are not printed: one of them is enough.
     rows = [*range(EDGE + 1), *range(V - EDGE, V)] if is_cut and V > 2 * EDGE else list(range(V))
     printed = np.array2string(
         matrix_rows(model.output, rows).cpu().numpy(),

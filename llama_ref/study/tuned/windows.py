@@ -1,4 +1,4 @@
-"""A long text as windows to fit a lens to: each begins as every text of the model does."""
+"""Split a long text into windows for fitting a lens; each begins with begin-of-text."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ def read_long_text(path: str | Path) -> str:
 def windows_of(llama: Llama, text: str, context: int) -> list[list[int]]:
     """The text's ids in windows of `context` tokens: begin-of-text, then the next `context` - 1.
 
-    A rest of fewer is left out, unless it is all. Raises RequestError for windows that the model
-    cannot read.
+    A shorter rest is left out, unless it is the whole text. Raises RequestError for windows that are
+    longer than the model allows.
     """
     if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= llama.max_seq_len:
         raise RequestError(f"context is {context!r:.40}, expected 2 to {llama.max_seq_len:,} (max_seq_len) tokens")

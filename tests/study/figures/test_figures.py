@@ -649,7 +649,7 @@ def test_only_the_last_of_many_panels_are_drawn(tokenizer):
 
 
 def test_what_no_token_sees_is_not_drawn(tokenizer):
-    with pytest.raises(RequestError, match="nothing can be drawn: no token that was asked for sees the image"):
+    with pytest.raises(RequestError, match="nothing to draw: none of the requested tokens sees the image"):
         layers_figure(an_image_attention(3), tokenizer, 0)
-    with pytest.raises(RequestError, match="nothing can be drawn"):
+    with pytest.raises(RequestError, match="nothing to draw"):
         tokens_figure(an_image_attention(1), tokenizer)

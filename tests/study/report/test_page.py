@@ -843,7 +843,7 @@ def test_a_page_without_features_has_no_section_of_them(open_page, paris):
 
 def test_features_of_another_text_are_refused(peaked, fired, tmp_path):
     seen = overview(peaked.model, [256, 65], ids=range(256))
-    with pytest.raises(RequestError, match="the features fire in another text"):
+    with pytest.raises(RequestError, match="the features have other tokens"):
         write_report(replace(seen, features=fired[1]), peaked.tokenizer, tmp_path / "a.html", model_name="A model")
 
 

@@ -157,7 +157,7 @@ def test_the_page_says_what_it_is(open_page, paris):
         assert re.search(r"[78]\d%, rank 1", facts)
         headings = page.locator("h2").all_inner_texts()
         assert headings[:3] == ["The text", "What each layer would say next", "Where heads look"]
-        assert headings[3:] == ["What wrote the logit of ␣Paris", "The stream itself"]
+        assert headings[3:] == ["What wrote the logit of ␣Paris", "The residual stream"]
         assert page.locator("#warning").is_hidden()
 
 
@@ -178,7 +178,7 @@ def test_a_token_tells_what_the_model_expected(open_page, paris, llama):
             shares = [percent(share) for share in page.locator("#card .share").all_inner_texts()]
             assert shares == pytest.approx(expected.top_probabilities[position - 1].tolist(), abs=0.006)
         chips.nth(0).hover()
-        assert "nothing stands before it" in card(page)
+        assert "there is nothing before it" in card(page)
         chips.nth(6).hover()
         assert re.search(r"say next\s+␣Paris\s+[78]\d%", card(page))
         assert page.locator("#strip button").count() == 6  # the predicted next token cannot be selected
@@ -682,7 +682,7 @@ def test_numbers_that_are_none_are_drawn_as_missing(open_page, tmp_path, broken,
     (tmp_path / "page").mkdir()
     with open_page(write(llama, [256, 84, 104, 101], tmp_path / "page")) as page:
         assert page.locator("#warning").is_visible()
-        assert "Not shared out: " in page.locator("#sum").inner_text()
+        assert "No attribution: " in page.locator("#sum").inner_text()
         assert page.locator("#attribution-pictures").is_hidden()
         point_at(page, "#lens-grid", -20, -10)
         assert "rank –" in card(page) and "entropy –" in card(page)

@@ -2,24 +2,24 @@
 
 const LISTED = 8; // shares in the list
 const HELD = 12; // decoded heads
-const LEAST = 16; // as float16's bits: what is less, about 10⁻⁶, has not even one digit that is sure
+const LEAST = 16; // float16 bits, about 10⁻⁶: smaller shares do not have even one correct digit
 const HABITS = {
   sink: ["the first token", "Mean share that later tokens give to the first. A head that finds nothing looks there."],
   previous: ["the token before", "Mean share given to the token just before."],
-  induction: ["induction", "On random tokens that come twice: the share given to what followed the first time."],
-  entropy: ["entropy", "Of where tokens look, in nats: little where few tokens get all."],
+  induction: ["induction", "On repeated random tokens: mean share given to the token that followed the first time."],
+  entropy: ["entropy", "Mean entropy of the shares in nats: low where few tokens get most of the attention."],
 };
 
 // ---- packed patterns, see study/report/packing.py
 
 const decoded = new Map();
 
-/** A head's pattern; a promise, for the browser inflates beside. */
+/** A promise of a head's pattern: the browser inflates asynchronously. */
 function patternOf(layer, head) {
   const key = `${layer}.${head}`;
   const found = decoded.get(key) ?? decode(layer, head);
   decoded.delete(key);
-  decoded.set(key, found); // the last one used is the last one to go
+  decoded.set(key, found); // moved to the end: the least recently used pattern is dropped first
   if (decoded.size > HELD) decoded.delete(decoded.keys().next().value);
   return found;
 }
@@ -31,22 +31,22 @@ async function decode(layer, head) {
   return new Pattern(new Uint8Array(bytes));
 }
 
-/** Of two bytes, none of them a share below 0; NaN for whatever is no number. */
+/** Decode a float16 that is not negative; NaN if it is not finite. */
 function float16(bits) {
   const [exponent, fraction] = [bits >> 10, bits & 1023];
   if (exponent >= 31) return NaN;
   return exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24;
 }
 
-/** The shares of all tokens; those that were not kept are drawn as equal parts of what is left over. */
+/** The shares of all tokens; shares that were not kept are drawn as equal parts of the remainder. */
 class Pattern {
-  /** `packed`: of the keys' distances and then of the shares, all low bytes and then all high ones. */
+  /** `packed`: the keys' distances, then the shares; of each, all low bytes and then all high bytes. */
   constructor(packed) {
     const n = nTokens * data.kept;
     const at = (matrix, i) => packed[2 * n * matrix + i] + 256 * packed[2 * n * matrix + n + i];
-    this.bits = new Uint16Array(nTokens * nTokens); // shares as they come, half the size of what they are
+    this.bits = new Uint16Array(nTokens * nTokens); // shares as float16 bits, half the size of float32
     this.restEach = new Float32Array(nTokens);
-    this.least = new Float32Array(nTokens); // of what was kept: no other share is larger
+    this.least = new Float32Array(nTokens); // the smallest kept share: no other share is larger
     for (let t = 0; t < nTokens; t++) this.unpackRow(t, at);
   }
 
@@ -59,24 +59,24 @@ class Pattern {
       if (key <= t && this.kept(t, key)) shares.push(float16(at(1, i)));
     }
     const rest = 1 - shares.reduce((sum, share) => sum + share, 0);
-    const whole = this.isWhole(t); // then what is left over is what was rounded
+    const whole = this.isWhole(t); // then the remainder is only rounding
     this.restEach[t] = whole ? 0 : Math.max(0, rest) / (t + 1 - shares.length);
     this.least[t] = whole ? float16(LEAST) : Math.min(...shares);
   }
 
-  /** What token t gives to token s: null if that is not a number, undefined if s comes later. */
+  /** The share that token t gives to token s: null if it is not a number, undefined if s comes later. */
   share(t, s) {
     if (s > t) return undefined;
     const share = this.kept(t, s) ? float16(this.bits[t * nTokens + s]) : this.restEach[t];
     return Number.isNaN(share) ? null : share;
   }
 
-  /** Whether every share of a token's was kept, but for those that are next to nothing. */
+  /** Whether every share of a token was kept, except negligible ones. */
   isWhole(t) {
     return t < data.kept;
   }
 
-  /** Whether a share was kept on its own. */
+  /** Whether a share was kept. */
   kept(t, s) {
     return this.bits[t * nTokens + s] >= LEAST;
   }
@@ -87,7 +87,7 @@ class Pattern {
 function startAttention() {
   const explorer = { pattern: null, hovered: null, direction: "from" };
   const at = () => explorer.hovered ?? selection.position;
-  /** What is between the token looked from (or at) and another one. */
+  /** The share between the explored token and another, in the chosen direction. */
   const share = (other) => {
     const [looking, seen] = explorer.direction === "from" ? [at(), other] : [other, at()];
     return explorer.pattern.share(looking, seen);
@@ -105,7 +105,7 @@ function startAttention() {
   const map = headsMap();
   const grid = patternGrid(explorer);
 
-  /** `stale`: the pattern is another one, or its colours are. */
+  /** `stale`: the pattern or its colours have changed. */
   function showLooks(stale = false) {
     if (!explorer.pattern) return;
     strip.shade((position) => {
@@ -124,7 +124,7 @@ function startAttention() {
     byId("habits").textContent = headHabits(layer, head);
     map.paint();
     const pattern = await patternOf(layer, head);
-    if (layer !== selection.layer || head !== selection.head) return; // another was chosen meanwhile
+    if (layer !== selection.layer || head !== selection.head) return; // another head was chosen while this one was decoded
     explorer.pattern = pattern;
     byId("pattern-title").textContent = `Layer ${layer}, head ${head}: the whole pattern`;
     showLooks(true);
@@ -140,7 +140,7 @@ function startAttention() {
     showLooks();
   });
   startHeadControls();
-  byId("shares").style.minHeight = `${1.75 * (Math.min(nTokens, LISTED + 1) + 1)}rem`; // what is below stays where it is
+  byId("shares").style.minHeight = `${1.75 * (Math.min(nTokens, LISTED + 1) + 1)}rem`; // keeps the content below in place
   strip.mark();
   onTheme(() => {
     drawLegend(byId("looks-legend"), "share, square-root scale", scales.share);
@@ -149,7 +149,7 @@ function startAttention() {
   showHead();
 }
 
-/** The largest shares with their tokens, and what all others have together. */
+/** The largest shares with their tokens, and the sum of all others. */
 function showShares({ pattern, direction }, at, share) {
   const from = direction === "from";
   const found = range(nTokens)
@@ -182,7 +182,7 @@ function startHeadControls() {
   byId("head-before").addEventListener("click", () => step(-1));
   byId("head-after").addEventListener("click", () => step(1));
   addEventListener("keydown", (event) => {
-    if (event.metaKey) return; // Ctrl and Alt are how many keyboards write a bracket
+    if (event.metaKey) return; // not Ctrl and Alt: on many keyboards a bracket needs them
     if (event.key === "[") step(-1);
     if (event.key === "]") step(1);
   });
@@ -261,6 +261,6 @@ function describeShare(pattern, row, column) {
   return [
     make("p", {}, ...tokenAt(row), " looks at ", ...tokenAt(column)),
     title(known ? percent(share) : `at most ${percent(pattern.least[row])}`),
-    known || pattern.isWhole(row) ? null : quiet("not kept; drawn at the mean of what was not"),
+    known || pattern.isWhole(row) ? null : quiet("not kept; drawn at the mean of the shares not kept"),
   ];
 }

@@ -1,4 +1,4 @@
-// What wrote the target's logit: bars by layer, with their running sum, and the strongest parts by name.
+// Attribution of the target's logit: bars by layer with their running sum, and the strongest parts by name.
 
 const STRONGEST = 14; // parts in the list
 const LISTED_OF_A_LAYER = 4; // heads in a card
@@ -41,7 +41,7 @@ function startAttribution() {
   byId("attribution-title").replaceChildren("What wrote the logit of ", tokenElement(data.target));
   byId("attribution-pictures").hidden = !found;
   if (!found) {
-    byId("sum").textContent = `Not shared out: ${data.not_attributed}`;
+    byId("sum").textContent = `No attribution: ${data.not_attributed}`;
     return;
   }
   const parts = writers(found);
@@ -64,7 +64,7 @@ function startAttribution() {
   byId("strongest").replaceChildren(barList(partsByName(found).slice(0, STRONGEST).map(strongestRow)));
 }
 
-/** A head's name leads to it in the explorer. */
+/** A part's name; a head's is a button that opens it in the explorer. */
 function strongestRow({ name, share, kind, layer, head }) {
   let label = make("span", {}, name);
   if (head !== undefined) {
@@ -117,7 +117,7 @@ function drawAxis(chart, { low, high, y }, count, width) {
   }
 }
 
-/** Attention at the line and the feed-forward layer beyond it, or on the other side where its sign is the other. */
+/** A layer's bars: attention next to the zero line, the feed-forward layer beyond it, or opposite if the signs differ. */
 function drawStack(chart, { attention, ffn }, x, width, y) {
   const beside = attention * ffn > 0 ? attention : 0;
   drawBar(chart, { from: 0, to: attention, kind: "attention" }, x, width, y);

@@ -1,4 +1,4 @@
-// What all sections share: the data, the selection, elements, numbers as text, colours, and the card at what one points at.
+// Shared by all sections: the data, the selection, elements, numbers as text, colours, and the card at the pointer.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const nTokens = data.tokens.length;
@@ -10,7 +10,7 @@ const byId = (id) => document.getElementById(id);
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-// A section that not every page has: shown with its link, or taken out. Whether it is there.
+// Show an optional section and its link, or remove both. Returns whether the page has it.
 function hasSection(name, found) {
   for (const own of [byId(name), byId(`${name}-link`)]) {
     if (found) own.hidden = false;
@@ -35,15 +35,15 @@ function select(change) {
 
 // ---- keys
 
-const FAR = 20; // places that Page Up and Page Down pass
+const FAR = 20; // positions that Page Up and Page Down move
 
-/** Where a key leads along n places: one on, far on, or to an end; null for any other key. */
+/** The position to which a key moves among n: one or FAR positions on, or an end; null for any other key. */
 function keyedTo(key, at, n) {
   const to = { ArrowLeft: at - 1, ArrowRight: at + 1, PageUp: at - FAR, PageDown: at + FAR, Home: 0, End: n - 1 }[key];
   return to === undefined ? null : clamp(to, 0, n - 1);
 }
 
-// ---- elements; text from outside is only ever text
+// ---- elements; text from the model or prompt is only inserted as text
 
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -59,7 +59,7 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** To who listens instead of looking: the page's one live region, so that a change is told once. */
+/** Announce a change to screen readers: the page's only live region, so that it is announced once. */
 function say(text) {
   byId("spoken").textContent = text;
 }
@@ -73,7 +73,7 @@ function fillOptions(element, names, chosen = 0) {
 const labelOf = (id) => data.vocabulary[id][0];
 const bytesOf = (id) => data.vocabulary[id][1];
 
-/** A token's text; the mark of a space stands back, so that the word is what one reads. */
+/** A token's text; the mark of a space is pale, so that the word is easier to read. */
 function tokenParts(id) {
   return labelOf(id)
     .split(/(␣+)/)
@@ -83,7 +83,7 @@ function tokenParts(id) {
 
 const tokenElement = (id) => make("span", { class: "token" }, ...tokenParts(id));
 
-/** A token of the text and where it stands, as parts of a sentence. */
+/** A token of the text and its position, as parts of a sentence. */
 const tokenAt = (position) => [tokenElement(data.tokens[position]), ` @${position}`];
 
 function shortened(text, length) {
@@ -93,7 +93,7 @@ function shortened(text, length) {
 
 // ---- numbers
 
-/** 0.62 -> 62%, 0.00062 -> 0.06%; what is less than that keeps its size: 3·10⁻⁶. */
+/** 0.62 -> 62%, 0.00062 -> 0.06%; smaller values in scientific notation: 3·10⁻⁶. */
 function percent(share) {
   if (share === null) return "–";
   if (share !== 0 && share < 0.000095) return scientific(share);
@@ -112,7 +112,7 @@ const number = (value, digits = 2) => (value === null ? "–" : value.toFixed(di
 const signed = (value) => (value === null ? "–" : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`);
 const whole = (value) => (value === null ? "–" : value.toLocaleString("en"));
 
-/** Of those that are numbers; null if none is. */
+/** Minimum and maximum of the values that are numbers; null if there are none. */
 function extent(values) {
   const known = values.filter((value) => value !== null && Number.isFinite(value));
   return known.length ? [known.reduce((a, b) => Math.min(a, b)), known.reduce((a, b) => Math.max(a, b))] : null;
@@ -123,7 +123,7 @@ function extent(values) {
 const themed = [];
 const probe = document.body.appendChild(make("span", { hidden: "" }));
 let ramp = []; // [red, green, blue] of 256 strengths
-let pixels = []; // the same as ImageData has them, in one number
+let pixels = []; // the same colours as ImageData's 32-bit numbers
 
 function colour(name) {
   probe.style.color = `var(--${name})`;
@@ -146,13 +146,13 @@ function makeRamp() {
 const asPixel = ([red, green, blue]) => new Uint32Array(new Uint8Array([red, green, blue, 255]).buffer)[0];
 const shade = (strength) => ramp[Math.round(255 * clamp(strength, 0, 1))];
 
-/** Black or white, whichever can be read better on a colour: with a contrast of 4.5 on any, which no paler black has. */
+/** Black or white, whichever is easier to read on a colour: the contrast is at least 4.5 on any, which needs pure black. */
 function inkOn(rgb) {
   const [r, g, b] = rgb.map((value) => ((value / 255 + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
 }
 
-/** How strongly a value is to be shaded, from 0 to 1, and what stands at both ends of the legend. */
+/** How strongly to shade a value, from 0 to 1, and the labels at both ends of the legend. */
 const scales = {
   share: { strength: Math.sqrt, low: "0", high: "100%" },
   linear: (high, text) => ({ strength: (value) => value / (high || 1), low: "0", high: text }),
@@ -235,7 +235,7 @@ addEventListener("keydown", (event) => event.key === "Escape" && card.hide());
 const quiet = (...parts) => make("p", { class: "quiet" }, ...parts);
 const title = (...parts) => make("p", { class: "head" }, ...parts);
 
-/** Likeliest tokens with bars, as many as a card has room for; `actual` is marked where it is among them. */
+/** Likeliest tokens with bars, as many as a card has room for; `actual` is marked if it is among them. */
 function alternatives(ids, probabilities, actual = null) {
   const row = (id, share) => ({ label: tokenElement(id), share, text: percent(share), marked: id === actual });
   const list = barList(ids.slice(0, MOST_IN_CARD).map((id, i) => row(id, probabilities[i])));

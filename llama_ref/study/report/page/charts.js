@@ -1,11 +1,11 @@
-// Line charts in SVG, drawn again for every width that the window gives them.
+// Line charts in SVG, redrawn when their width changes.
 
 const CHART_HEIGHT = 190;
 const MARGIN = { left: 46, right: 12, top: 10, bottom: 34 };
 
-const drawn = []; // what draws each picture again
+const drawn = []; // functions that redraw each picture
 
-/** Call `draw` with the element's width, now and when it changes; gives a function that draws again. */
+/** Call `draw` with the element's width, now and when it changes; returns a function that redraws. */
 function drawnToWidth(element, draw) {
   const again = () => element.clientWidth && draw(element.clientWidth);
   drawn.push(again);
@@ -19,7 +19,7 @@ function drawnToWidth(element, draw) {
   return again;
 }
 
-/** Round numbers, `count` or so, that lie within what is shown. */
+/** About `count` round numbers within the shown range. */
 function ticks([low, high], count = 5) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -28,7 +28,7 @@ function ticks([low, high], count = 5) {
   return range(Math.max(1, Math.floor(high / step + 1e-9) - first + 1)).map((i) => (first + i) * step);
 }
 
-/** Powers of ten, few enough to be told apart; 1 is one of them where it is shown. */
+/** Powers of ten, few enough to be readable; 1 is one of them if it is in the range. */
 function decades([low, high]) {
   const first = Math.ceil(Math.log10(low) - 1e-9);
   const last = Math.floor(Math.log10(high) + 1e-9);
@@ -37,7 +37,7 @@ function decades([low, high]) {
   return exponents.filter((exponent) => exponent % step === 0).map((exponent) => 10 ** exponent);
 }
 
-/** A value's height in the chart; null where it has none. */
+/** A value's height in the chart; null if it has none. */
 function heightScale(values, { logarithmic = false, upsideDown = false }) {
   const usable = values.filter((value) => value !== null && (!logarithmic || value > 0));
   let [low, high] = extent(usable) ?? (logarithmic ? [0.1, 1] : [0, 1]);
@@ -54,8 +54,8 @@ function heightScale(values, { logarithmic = false, upsideDown = false }) {
 }
 
 /**
- * Lines over the layers. `series`: [{name, values, kind, dashed}], `places`: what each value is at; there are `perLayer` of
- * them for a layer, after one for the embedding. A value that is null leaves a gap.
+ * Lines over the layers. `series`: [{name, values, kind, dashed}]; `places`: the name of each value's point; each layer has
+ * `perLayer` points, after one for the embedding. A value that is null leaves a gap.
  */
 function lineChart(element, { label, series, places, perLayer = 1, format, formatTick = format, describe = null, ...scaling }) {
   const reader = new Reader(element, label);
@@ -73,7 +73,7 @@ function lineChart(element, { label, series, places, perLayer = 1, format, forma
   });
 }
 
-/** An empty picture; the element that it stands in says what it is. */
+/** An empty picture; its parent element has the label. */
 const newChart = (width, height) => svg("svg", { viewBox: `0 0 ${width} ${height}`, height, "aria-hidden": "true" });
 
 function drawHeights(chart, scale, format, width) {
@@ -84,7 +84,7 @@ function drawHeights(chart, scale, format, width) {
   }
 }
 
-/** The layers' numbers under the axis, as many as there is room for; -1 is the embedding. */
+/** Write the layers' numbers under the axis, as many as fit; -1 is the embedding. */
 function drawLayers(chart, x, width, name, bottom = CHART_HEIGHT - MARGIN.bottom) {
   const write = (middle, y, text) => chart.append(svg("text", { x: middle, y, "text-anchor": "middle" }, text));
   const every = [1, 2, 5, 10, 20, 50].find((n) => n * (x(1) - x(0)) >= 22) ?? 100;
@@ -112,7 +112,7 @@ function drawCurve(chart, { values, kind, dashed = false }, x, y) {
   chart.append(svg("path", { class: `curve ${kind}${dashed ? " dashed" : ""}`, d: path }));
 }
 
-/** A chart's numbers, one place at a time: a rule and a card at the nearest to the pointer, or where keys go. */
+/** Shows a chart's numbers at one point: a rule and a card at the point nearest to the pointer, or chosen by keys. */
 class Reader {
   constructor(element, label) {
     Object.assign(this, { element, places: [], at: null });
@@ -125,7 +125,7 @@ class Reader {
     element.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /** A chart was drawn: it has n places, the i-th x(i) from the left, and `describe(i)` is a card's content. */
+  /** Called after a chart was drawn: it has n points, the i-th at x(i) from the left; `describe(i)` is a card's content. */
   read(chart, { n, x, describe }) {
     if (this.at !== null) card.hide();
     this.at = null;
@@ -167,7 +167,7 @@ class Reader {
   }
 }
 
-/** What the lines are: [{kind, name, dashed}], {kinds, name} for several of one meaning, or {kind, name, square} for bars. */
+/** A legend of lines [{kind, name, dashed}], {kinds, name} for several with one meaning, or {kind, name, square} for bars. */
 function drawKeys(element, keys) {
   element.replaceChildren(
     ...keys.map(({ kind, kinds = [kind], name, dashed = false, square = false }) => {

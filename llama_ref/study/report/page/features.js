@@ -1,4 +1,4 @@
-// Which features of a sparse dictionary fire at a token, and where else in the text one of them does.
+// The features of a sparse dictionary that fire at a token, and all tokens at which one of them fires.
 
 /** A feature's value at every token: 0 where it does not fire. */
 function valuesOf(feature) {

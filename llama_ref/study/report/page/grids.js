@@ -1,14 +1,14 @@
-// Grids of shaded cells on a canvas as large as what is in view: a grid of any size scrolls smoothly and costs one element.
+// Grids of shaded cells on a canvas of the visible size: a grid of any size scrolls smoothly and needs one element.
 
 const HEADER_HEIGHT = 22;
 const SMALLEST_WITH_TEXT = 34; // pixels of a cell's width
-const NARROWEST_ON_PAPER = 44; // where cells have texts
+const NARROWEST_ON_PAPER = 44; // pixels of a cell's width, if cells have text
 const EDGE = 2; // pixels of both borders
 
 class Grid {
   /**
    * `strength(row, column)` is how strongly a cell is shaded, from 0 to 1, null where there is no number, undefined where
-   * there is no cell. `text` is what stands in it, `describe` the card's content, `pick` what a click does, `marked` which row
+   * there is no cell. `text` is the cell's text, `describe` the card's content, `pick` a click's action, `marked` which row
    * and column are selected. `size(space)` gives a cell's [width, height] in that many pixels.
    */
   constructor(element, { rows, columns, rowName, columnName, strength, text = null, describe, pick, marked, size, label }) {
@@ -16,8 +16,8 @@ class Grid {
     this.canvas = make("canvas");
     this.room = make("div", {}, this.canvas);
     this.context = this.canvas.getContext("2d");
-    this.cut = 0; // first columns that paper has no room for
-    this.cursor = null; // {row, column} under the pointer, or where keys went
+    this.cut = 0; // number of first columns that do not fit on paper
+    this.cursor = null; // {row, column} under the pointer, or chosen by keys
     element.tabIndex = 0;
     element.setAttribute("role", "application");
     element.setAttribute("aria-label", `${label}; arrow keys, Home, End, Page Up and Page Down move, Enter selects`);
@@ -46,7 +46,7 @@ class Grid {
     this.paint();
   }
 
-  /** Narrow the cells to what paper has room for; gives how many columns it has: the last, where it has not all. */
+  /** Narrow the cells to fit on paper; returns the number of columns that fit: the last ones, if not all do. */
   fitPaper(space) {
     this.cellWidth = clamp(Math.floor(space / this.columns), Math.min(this.cellWidth, NARROWEST_ON_PAPER), this.cellWidth);
     this.cellHeight = Math.min(this.cellHeight, (paper.height - HEADER_HEIGHT) / this.rows);
@@ -55,13 +55,13 @@ class Grid {
     return columns;
   }
 
-  /** How far it is scrolled; paper shows the end. */
+  /** The scroll position; paper shows the end. */
   get scroll() {
     const { scrollLeft: left, scrollTop: top } = this.element;
     return paper.on ? { left: this.cut * this.cellWidth, top: 0 } : { left, top };
   }
 
-  /** The cells in view, the last ones excluded. */
+  /** The visible cells, ends excluded. */
   view() {
     const { clientWidth, clientHeight } = this.element;
     const { left: scrollLeft, top: scrollTop } = this.scroll;
@@ -83,7 +83,7 @@ class Grid {
       this.layOut(); // which paints
       return;
     }
-    if (stale && this.cursor) this.cursor = { ...this.cursor }; // another cell, to the card: it may have another content
+    if (stale && this.cursor) this.cursor = { ...this.cursor }; // a new object makes the card refresh its content
     const { clientWidth: width, clientHeight: height } = this.element;
     const density = paper.on ? paper.density : devicePixelRatio || 1;
     this.canvas.width = width * density;
@@ -98,7 +98,7 @@ class Grid {
     this.paintNames(view, width, height);
   }
 
-  /** The cells' image, enlarged; it is kept for as long as the same cells are in view and none is `stale`. */
+  /** The cells' image, enlarged; it is cached while the same cells are visible and none is `stale`. */
   paintCells(view, density, stale) {
     const size = [(view.right - view.left) * this.cellWidth, (view.bottom - view.top) * this.cellHeight];
     const key = JSON.stringify([view, size, density]);
@@ -127,7 +127,7 @@ class Grid {
     return canvas;
   }
 
-  /** Of the cells from one to another, ends excluded. */
+  /** The largest strength of the cells in a range, ends excluded. */
   strongest([top, bottom], [left, right]) {
     let best = this.strength(top, left);
     if (bottom - top === 1 && right - left === 1) return best;
@@ -172,7 +172,7 @@ class Grid {
     this.context.strokeRect(this.x(this.cursor.column), this.y(this.cursor.row), width, height);
   }
 
-  /** Names of rows and columns, over whatever has been scrolled beneath them. */
+  /** Names of rows and columns, drawn over the scrolled cells. */
   paintNames(view, width, height) {
     const context = this.context;
     context.font = `11.5px ${getComputedStyle(this.element).fontFamily}`;
@@ -225,7 +225,7 @@ class Grid {
     element.addEventListener("keydown", (event) => this.key(event));
   }
 
-  /** Cells move away from under a pointer; the keys' cell takes its card along. */
+  /** On scrolling, the cell under the pointer changes, but a cell chosen by keys keeps its card. */
   scrolled() {
     if (this.byKeys && this.cursor) this.moveTo(this.cursor);
     else card.hide();
@@ -280,17 +280,17 @@ class Grid {
     }
   }
 
-  /** Where a key leads: Page Up and Page Down along the row, with Shift along the column; with Ctrl Home and End to a corner. */
+  /** Where a key moves: Page Up and Down along the row, with Shift along the column; Ctrl+Home and Ctrl+End to a corner. */
   keyed({ key, ctrlKey, shiftKey }, from) {
     const along = { ArrowUp: "ArrowLeft", ArrowDown: "ArrowRight" }[key] ?? (shiftKey && key.startsWith("Page") ? key : null);
     const row = along || (ctrlKey && ["Home", "End"].includes(key)) ? keyedTo(along ?? key, from.row, this.rows) : from.row;
     let column = along ? from.column : keyedTo(key, from.column, this.columns);
     if (column === null) return null;
-    while (column > 0 && this.strength(row, column) === undefined) column--; // the last that there is
+    while (column > 0 && this.strength(row, column) === undefined) column--; // the last cell of the row
     return { row, column };
   }
 
-  /** Scroll until a cell can be seen, or, where one of both is not given, until its row or column can. */
+  /** Scroll until a cell is visible, or only its row or column if the other is not given. */
   reveal({ row = null, column = null }) {
     const { scrollLeft, scrollTop, clientWidth, clientHeight } = this.element;
     const into = (scroll, start, size, room) => clamp(scroll, start + size - room, start);
@@ -303,17 +303,17 @@ class Grid {
   }
 }
 
-/** Cells from `first` to `last`, so many at a time that each group has a pixel of the screen: [[first, end], …]. */
+/** Group the cells from `first` to `last` so that each group has at least a pixel of the screen: [[first, end], …]. */
 function pooled(first, last, size) {
   const n = Math.ceil((last - first) * Math.min(1, size));
   const edge = (i) => first + Math.floor((i * (last - first)) / n);
   return range(Math.max(0, n)).map((i) => [edge(i), edge(i + 1)]);
 }
 
-/** The next round number, for names that are given to every so many only. */
+/** The next round number: the step between names, if not all fit. */
 const spaced = (least) => [1, 2, 5, 10, 20, 50, 100, 200, 500].find((n) => n >= least) ?? 1000;
 
-/** As much of a text as there is room for. */
+/** Cut a text to the available width. */
 function fitted(context, text, room) {
   if (context.measureText(text).width <= room) return text;
   const letters = [...text];

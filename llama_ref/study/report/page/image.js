@@ -1,24 +1,25 @@
-// Where in the image tokens look: shares of its patches over the image, in grey, for one token and one layer or their mean.
+// Where in the image tokens look: shares of patches over the grey image, for one token and one layer, or the mean over layers.
 
 const STRONGEST_PATCHES = 6; // in the list
-const SEEN_THROUGH = 0.8; // of the strongest colour
+const SEEN_THROUGH = 0.8; // opacity of the strongest colour
 
-/** The bytes of a block; a promise, for the browser inflates beside. */
+/** A promise of a block's bytes: the browser inflates asynchronously. */
 async function inflated(id) {
   const packed = Uint8Array.from(atob(byId(id).textContent), (char) => char.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-/** Shares of one token in each cross-attention layer, or null if the page has none of it. */
+/** Shares of patches by token and cross-attention layer. */
 class PatchShares {
-  /** `layers`: the bytes of each, see study/report/image_packing.py. */
+  /** `layers`: the bytes of each layer, see study/report/image_packing.py. */
   constructor(layers) {
     this.layers = layers;
     this.nPatches = data.image.rows * data.image.columns;
   }
 
-  /** Of `rows` times `columns` patches in a layer; their mean over all layers, if `layer` is null. */
+  /** A token's shares of all patches (rows × columns) in a layer, or the mean over all layers if `layer` is null; null if
+   * the page does not have them. */
   of(position, layer) {
     const t = data.image.positions.indexOf(position);
     if (t < 0) return null;
@@ -33,13 +34,13 @@ class PatchShares {
   }
 }
 
-/** Of the class tokens and of what is beside the image: a layer's, or the mean over all. */
+/** The share of class tokens or of patches beside the image, in one layer or as the mean over all. */
 function besidePatches(name, position, layer) {
   const found = data.image[name].map((shares) => shares[position]);
   return layer === null ? found.reduce((sum, share) => sum + share, 0) / found.length : found[layer];
 }
 
-/** The middle of a patch in the image's pixels; the last ones may reach beyond the image. */
+/** The center of a patch in the image's pixels; the last patches may reach beyond the image. */
 function patchMiddle(patch) {
   const { columns, width, height, patch_width: wide, patch_height: high } = data.image;
   const [left, top] = [(patch % columns) * wide, Math.floor(patch / columns) * high];
@@ -91,7 +92,7 @@ async function startImage() {
   onTheme(show);
 }
 
-/** The image as a canvas of its own, pale, so that colours can be seen over it. */
+/** The image on a separate canvas, pale, so that colours are visible over it. */
 function greyPicture(pixels) {
   const [width, height] = data.image.size;
   const canvas = make("canvas", { width, height });
@@ -101,7 +102,7 @@ function greyPicture(pixels) {
   return canvas;
 }
 
-/** The picture over the page's own colour, and over it each patch's, the stronger the larger its share. */
+/** Draw the picture over the page's background, and a colour over each patch, stronger for larger shares. */
 function drawImage(picture, shares, scale) {
   const { width, height, rows, columns, patch_width: wide, patch_height: high } = data.image;
   const box = byId("image-picture");
@@ -129,12 +130,12 @@ function drawImage(picture, shares, scale) {
   }
 }
 
-/** The largest shares by place, and those that have none. */
+/** List the largest shares by position, and the shares without a position. */
 function showPatches(position, layer, shares) {
   const head = make("h3", {}, ...tokenAt(position), " looks at");
   if (!shares) {
     const sees = data.image.seen_by.includes(position);
-    byId("image-shares").replaceChildren(head, quiet(sees ? "Not kept: the page has the last tokens alone." : "It does not see the image."));
+    byId("image-shares").replaceChildren(head, quiet(sees ? "Not kept: only the last tokens are." : "It does not see the image."));
     return;
   }
   const row = (text, share, kind = "") => ({ label: make("span", {}, text), share, text: percent(share), kind });

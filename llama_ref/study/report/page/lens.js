@@ -1,4 +1,4 @@
-// The logit lens: a heat map of layers by tokens, and the target's way through the layers at the selected token.
+// The logit lens: a heat map of layers by tokens, and the target's probability and rank by layer at the selected token.
 
 const CELL_SIZES = {
   wide: (space) => [clamp(Math.floor(space / nTokens), 86, 140), nLayers > 24 ? 20 : 24],
@@ -6,7 +6,7 @@ const CELL_SIZES = {
   "all in view": (space) => [fitTo(space, nTokens, 140), 20],
 };
 
-/** The width of each of n cells that share some space: whole pixels where it is enough for one each. */
+/** The width of each of n cells in some space: whole pixels if there is at least one for each. */
 function fitTo(space, n, most) {
   const width = space / n;
   return Math.min(most, width >= 1 ? Math.floor(width) : width);
@@ -34,7 +34,7 @@ function describeReading(p, t) {
   ];
 }
 
-/** The likeliest token, where there are probabilities to say so. */
+/** The likeliest token, if its probability is a number. */
 function likeliestAt(p, t) {
   return data.lens.top_probabilities[p][t][0] === null ? "–" : labelOf(data.lens.top_ids[p][t][0]);
 }
@@ -65,7 +65,7 @@ function startLens() {
     const shown = nTokens - grid.cut;
     byId("lens-cut").hidden = !paper.on || shown === nTokens;
     byId("lens-cut").textContent =
-      `Here are the last ${shown} of ${nTokens} tokens, as many as there is room for; with cells “all in view”, all are.`;
+      `Only the last ${shown} of ${nTokens} tokens fit here; set cells to “all in view” to print all.`;
     drawLegend(byId("lens-legend"), "", scale);
   };
   fillOptions(byId("lens-colour"), colours.map(({ name }) => name));

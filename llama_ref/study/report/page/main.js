@@ -5,8 +5,8 @@ function startHeader() {
   byId("model").textContent = data.model;
   const tokens = nTokens === 1 ? "one token" : `${nTokens.toLocaleString("en")} tokens`;
   byId("lead").replaceChildren(
-    `What the model makes of a text of ${tokens}: how it expected each, what each layer would say next, `,
-    "where its heads look, and what wrote ",
+    `What the model makes of a text of ${tokens}: how likely it found each, what each layer would say next, `,
+    "where its heads look, and which parts wrote ",
     tokenElement(data.target),
     ".",
   );
@@ -18,14 +18,14 @@ function startHeader() {
     Layers: `${nLayers} × ${nHeads} heads`,
     Numbers: data.dtype,
     Target: make("span", {}, tokenElement(data.target), ` id ${data.target}`),
-    "After the text it has": `${percent(probability)}, rank ${whole(rank)}`,
+    "Probability after the text": `${percent(probability)}, rank ${whole(rank)}`,
   };
   for (const [name, value] of Object.entries(facts)) {
     byId("facts").append(make("div", {}, make("dt", {}, name), make("dd", {}, value)));
   }
 }
 
-/** The head that wrote most of the target is the one to look at first. */
+/** Start with the head that wrote most of the target's logit. */
 function firstHead() {
   const best = data.attribution && partsByName(data.attribution).find((part) => part.head !== undefined && part.share > 0);
   if (best) Object.assign(selection, { layer: best.layer, head: best.head });

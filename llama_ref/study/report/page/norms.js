@@ -1,4 +1,4 @@
-// How the residual stream grows and turns, at the selected token and at the median of all but the first.
+// Length and direction of the residual stream, at the selected token and as the median of all tokens but the first.
 
 function startNorms() {
   const { norm, drift, to_last: toLast, medians } = data.residual;

@@ -1,8 +1,8 @@
-// On paper: light colours, the whole of a strip, and of a grid as many columns as there is room for.
+// On paper: light colours, whole strips, and as many columns of a grid as fit.
 
 /**
- * `height`: in pixels that every usual page has; its width is main's, in report.css. `density`: dots for a pixel; with more,
- * some browsers print a canvas of more than 2,048 smaller than it is.
+ * `height`: pixels that fit on every common paper size; the width is main's, in report.css. `density`: dots per pixel; with
+ * more, some browsers shrink a printed canvas of more than 2,048 dots.
  */
 const paper = { on: false, height: 900, density: 2 };
 
@@ -14,7 +14,7 @@ function startPaper() {
     root.classList.toggle("paper", on);
     if (theme) root.dataset.theme = theme;
     else delete root.dataset.theme;
-    for (const draw of drawn) draw(); // for the width that there is now
+    for (const draw of drawn) draw(); // for the new width
     recolour();
   };
   addEventListener("beforeprint", () => {

@@ -4,10 +4,10 @@ const MOST_SALIENT = 14; // tokens in the list
 
 const SALIENCY_LEADS = {
   integrated:
-    "Integrated gradients: the tokens’ embeddings are moved from a baseline to what they are, and the change of the " +
-    "prediction is shared out among them.",
+    "Integrated gradients: the tokens’ embeddings move from a baseline to their actual values, and the change of the " +
+    "prediction is divided among them.",
   "gradient×input": "Each token’s embedding times the gradient of the prediction by it.",
-  gradient: "The length of the prediction’s gradient by each token’s embedding: how much a small change there would do.",
+  gradient: "The length of the prediction’s gradient by each token’s embedding: the effect of a small change there.",
 };
 
 function startSaliency() {
@@ -17,7 +17,7 @@ function startSaliency() {
   const of = make("span", { class: "token" }, found.answer);
   const against = found.other === null ? [] : [" over ", make("span", { class: "token" }, found.other)];
   byId("saliency-title").replaceChildren(`Which tokens made the ${what} of `, of, ...against);
-  const kept = found.positions.length < nTokens ? " Tokens without a share stay what they are." : "";
+  const kept = found.positions.length < nTokens ? " Tokens without a share did not move." : "";
   byId("saliency-lead").textContent = SALIENCY_LEADS[found.method] + " Underlined: a share below 0." + kept;
   byId("saliency-sum").textContent = saliencySum(found);
 
@@ -31,7 +31,7 @@ function startSaliency() {
         ? []
         : [
             ...identity(data.tokens[position], position),
-            make("p", {}, shared.has(position) ? `share ${signed(found.shares[position])}` : "no share: it stays what it is"),
+            make("p", {}, shared.has(position) ? `share ${signed(found.shares[position])}` : "no share: it did not move"),
           ],
   });
   strip.mark();
@@ -59,12 +59,12 @@ function startSaliency() {
   );
 }
 
-/** What is shared out, and what the shares' sum lacks of it. */
+/** The change that is divided among the tokens, and the part that the shares miss. */
 function saliencySum({ method, total, value, baseline_value: baseline, missing }) {
   if (method === "gradient") return `The prediction is ${signed(value)}.`;
   if (baseline === null) return `The shares add up to ${signed(total)}. The prediction is ${signed(value)}.`;
   return (
     `From the baseline’s ${signed(baseline)} to the text’s ${signed(value)}: the shares add up to ${signed(total)}; ` +
-    `${signed(missing)} is what more steps would share out.`
+    `the remaining ${signed(missing)} is the error of the steps.`
   );
 }

@@ -1,4 +1,4 @@
-// Strips of tokens, and the one that shows how the model expected each.
+// Strips of tokens, and the strip that shows how likely the model found each.
 
 class Strip {
   /** `describe(position)` gives the card's content, `hover` is told the position under the pointer, or null. */
@@ -42,7 +42,7 @@ class Strip {
     if (position !== null) select({ position });
   }
 
-  /** Tab comes to the selected token only, and keys go on from there: 500 tokens are no 500 stops. */
+  /** Tab reaches only the selected token, and keys move from there: 500 tokens should not need 500 Tab stops. */
   key(event) {
     const position = this.position(event.target.closest(".chip"));
     const to = position === null ? null : keyedTo(event.key, position, nTokens);
@@ -60,7 +60,7 @@ class Strip {
     this.reveal(this.chips[selection.position]);
   }
 
-  /** Scroll the strip, and not the page, until a chip can be seen. */
+  /** Scroll the strip, and not the page, until a chip is visible. */
   reveal(chip) {
     const strip = this.element;
     const top = chip.offsetTop - strip.offsetTop;
@@ -69,7 +69,7 @@ class Strip {
     if (bottom > strip.scrollTop + strip.clientHeight) strip.scrollTop = bottom + 12 - strip.clientHeight;
   }
 
-  /** Shade every chip by strength(position) from 0 to 1; null leaves one without. */
+  /** Shade every chip by strength(position) from 0 to 1; null leaves it unshaded. */
   shade(strength) {
     for (const [position, chip] of this.chips.entries()) {
       const strong = strength(position);
@@ -80,7 +80,7 @@ class Strip {
   }
 }
 
-/** What a token is: its text, number and bytes. */
+/** A token's description: its text, position, id and bytes. */
 function identity(id, position) {
   const bytes = bytesOf(id);
   return [
@@ -96,9 +96,9 @@ function startTokens() {
 
   function expected(position) {
     if (probability[position] === null && labelOf(data.tokens[position]) === "<|image|>") {
-      return [quiet("An image stands here, which no token foretells.")];
+      return [quiet("The place of an image, which the model does not predict.")];
     }
-    if (position === 0) return [quiet("The first token: nothing stands before it to foretell it.")];
+    if (position === 0) return [quiet("The first token: there is nothing before it to predict it from.")];
     return [
       make("p", {}, `had probability ${percent(probability[position])}, rank ${whole(rank[position])}`),
       ...alternatives(ids[position - 1], probabilities[position - 1], data.tokens[position]),
@@ -112,7 +112,7 @@ function startTokens() {
     describe: (position) => (position === null ? coming() : met(position)),
   });
   strip.mark();
-  strip.element.scrollTop = 0; // a text is read from its beginning
+  strip.element.scrollTop = 0; // start at the beginning of the text
   strip.chips[0].classList.add("unknown");
   if (probabilities[nTokens - 1][0] !== null) {
     strip.element.append(make("span", { class: "chip coming" }, "→ ", ...tokenParts(ids[nTokens - 1][0])));

@@ -15,7 +15,7 @@ Formula = Callable[[np.ndarray], np.ndarray]
 
 @dataclass
 class Written:
-    """What was written: a folder or file, and its formulas: of features (n, S), and of (features, x), the output (n, D)."""
+    """A written folder or file, with its formulas: x to features (n, S), and (features, x) to the output (n, D)."""
 
     path: Path
     encode: Formula
@@ -37,7 +37,7 @@ def relu(z: np.ndarray) -> np.ndarray:
 
 
 def largest(z: np.ndarray, k: int) -> np.ndarray:
-    """z, with zeros for all but the k largest of each row."""
+    """z with zeros except for the k largest values of each row."""
     border = np.sort(z, axis=-1)[:, -k][:, None]
     return np.where(z >= border, z, 0)
 
@@ -45,7 +45,7 @@ def largest(z: np.ndarray, k: int) -> np.ndarray:
 def llama_scope(
     folder: Path, dim: int, n: int, seed: int = 0, *, layer: int = 1, kind: str = "R", **changed: object
 ) -> Written:
-    """Arbitrary decoder norms, so that it matters that they are in the comparison."""
+    """Decoder rows have arbitrary norms, so that a comparison without the norms would fail."""
     path = folder / f"Llama3_1-8B-Base-L{layer}{kind}-8x"
     w_enc, b_enc, w_dec, b_dec = numbers(seed, (n, dim), (n,), (n, dim), (dim,))
     w_dec *= np.linspace(0.2, 3, n, dtype="f4")[:, None]
@@ -84,7 +84,7 @@ def llama_scope(
 def sparsify(
     folder: Path, dim: int, n: int, seed: int = 0, *, name: str = "layers.1", k: int = 5, skip: bool = False, **changed: object
 ) -> Written:
-    """`num_latents` is 0, as the published ones have it: n must be a multiple of dim."""
+    """`num_latents` is 0, as in the published files, so n must be a multiple of dim."""
     path = folder / name
     w_enc, b_enc, w_dec, b_dec, w_skip = numbers(seed, (n, dim), (n,), (n, dim), (dim,), (dim, dim))
     config = {"expansion_factor": n // dim, "normalize_decoder": True, "num_latents": 0, "k": k, "signed": False, "d_in": dim}
@@ -181,7 +181,7 @@ class CrossLayer:
         return relu(x @ self.w_enc[layer].T + self.b_enc[layer])
 
     def decode(self, layer: int, features: list[np.ndarray]) -> np.ndarray:
-        """What all layers up to this one write into it."""
+        """The sum of what all layers up to this one write to it."""
         return self.b_dec[layer] + sum(f @ self.w_dec[n][:, layer - n] for n, f in enumerate(features[: layer + 1]))
 
 

@@ -1,4 +1,4 @@
-"""Print by how many megabytes a process grows while it reads a lens at all points; a process of its own, for its peak."""
+"""Print by how many megabytes a process grows while it reads a lens at all points; run separately to measure the peak."""
 
 import resource
 

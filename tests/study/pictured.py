@@ -1,4 +1,4 @@
-"""A tiny model that reads images, images for it, and texts that show them."""
+"""A tiny model that reads images, with images for it and texts that contain them."""
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ ALL_TILES = 4 * 24  # tokens of four tiles, each padded to a multiple of 8
 
 
 def random_vision_model(args: ModelArgs = ARGS, seed: int = 0) -> VisionTransformer:
-    """Random weights of a healthy size, gates that are not zero."""
+    """A model with random weights of a realistic size, and gates that are not zero."""
     generator = torch.Generator().manual_seed(seed)
     model = VisionTransformer(args).requires_grad_(False).eval()
     for parameter in model.parameters():
@@ -43,5 +43,5 @@ def random_vision_model(args: ModelArgs = ARGS, seed: int = 0) -> VisionTransfor
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Noise of this size; 100 × 50 pixels take one row of two tiles."""
+    """An image of noise with this size; 100 × 50 pixels take one row of two tiles."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))

@@ -7,7 +7,7 @@ from llama_ref.model import rope_frequencies, rope_rotations
 
 
 class Plain:
-    """Llama 3 from its weights, for one text; `kept` has the activations, before each layer and of heads."""
+    """Llama 3 from its weights, for one text; `kept` has the stream before each layer and the heads' outputs."""
 
     def __init__(self, model, embedded):
         w = dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""Known findings about language models, seen in the demo model's real weights; docs/circuits.md has the table."""
+"""Published findings on language models, reproduced on the demo model's real weights; docs/circuits.md has the table."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_without_the_induction_heads_repetition_is_not_predicted(llama, heads):
 
 
 def test_the_heads_of_indirect_objects(llama):
-    """arXiv:2211.00593: name movers say the name, negative ones the contrary."""
+    """arXiv:2211.00593: name movers raise the name's logit, negative name movers lower it."""
     texts = [llama.encode(f"When Mary and John went to the store, {name} gave a drink to") for name in ("John", "Mary")]
     metric = study.logit_difference(*(llama.encode(name)[-1] for name in (" Mary", " John")))
     movers = [f"layers.{head}" for head in ("23.heads.3", "29.heads.1", "29.heads.0", "10.heads.0")]

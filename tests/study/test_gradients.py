@@ -1,4 +1,4 @@
-"""Gradients through quantized matrices: those of the same model with dequantized weights."""
+"""Gradients through quantized matrices equal those of the same model with dequantized weights."""
 
 import copy
 

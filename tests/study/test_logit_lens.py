@@ -1,4 +1,4 @@
-"""Lens, attribution, attention, norms, weights: against hand computation, and on the demo."""
+"""Lens, attribution, attention, norms, weights: compared with hand computation, and on the demo."""
 
 import importlib
 import math
@@ -141,7 +141,7 @@ def test_lenses_of_texts_of_different_lengths_are_each_texts_own(model, monkeypa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is in another unit elsewhere")
 def test_a_lens_at_all_points_takes_little_memory():
-    """Results that the loop kept among its large tensors took 1.4 GB here."""
+    """Regression test: results allocated between the loop's large tensors fragmented memory and took 1.4 GB."""
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent)])
     program = [sys.executable, str(Path(__file__).with_name("lens_memory.py"))]
@@ -288,7 +288,7 @@ def test_the_demo_checkpoint_has_sinks_previous_token_heads_and_induction_heads(
     ids = sorted(llama.tokenizer.vocabulary.ranks.values())
     found = summarize_attention(llama.model, tokens, bos=llama.tokenizer.bos_id, ids=ids)
     assert found.sink.max() > 0.9 and found.previous.max() > 0.7 and found.induction.max() > 0.5
-    assert found.induction.median() < 0.1  # few heads do it
+    assert found.induction.median() < 0.1  # only few heads are induction heads
 
 
 # ---- residual stream, waves, weights

@@ -1,4 +1,4 @@
-"""How many tokens run together: the estimate bounds what a pass takes, and is not far above it."""
+"""How many tokens run together: the estimate is an upper bound of a pass's memory, and not far above it."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Interventions: edits change exactly what they name, and grids are made of them."""
+"""Interventions: edits change exactly the activations that they name."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_each_name_is_in_the_path(model, name):
 
 @pytest.mark.parametrize("name", ["embedding", "layers.0.residual_mid", "layers.2.residual_post", "norm", "logits"])
 def test_what_all_goes_through_makes_the_one_run_the_other(model, name):
-    """With the whole stream from another text's run, all later activations are that text's."""
+    """If the whole stream is replaced by another text's, all later activations are that text's."""
     source = study.trace(model, ids(1, 6, seed=1))
     with study.patch(model, {name: study.swap_from(source)}):
         found = study.trace(model, ids(1, 6))
@@ -88,7 +88,7 @@ def test_zeroed_heads_shares_are_what_the_output_lacks(model):
 
 @pytest.mark.parametrize("name", [SCORES, PATTERN])
 def test_a_patched_row_of_scores_sends_the_head_where_it_says(model, name):
-    """Head 5 attends from 4 to 2 alone: its output is that value, and nothing else changes."""
+    """Head 5 attends from token 4 only to token 2: its output is that token's value, and nothing else changes."""
     row = torch.full((6,), -torch.inf if name == SCORES else 0.0)
     row[2] = 1.0
     plain = study.trace(model, ids(2, 6))
@@ -173,7 +173,7 @@ def test_patches_within_patches_act_in_their_order_and_end_with_their_blocks(mod
 
 
 def test_with_a_cache_positions_are_the_texts_own(model):
-    """An edit of keys at 2 and 5 gives the same in several steps as in one pass."""
+    """An edit of keys at positions 2 and 5 has the same effect in several steps as in one pass."""
     text, edits = ids(2, 7), {"layers.1.attention.k": study.zero().at(positions=[2, 5]), "norm": study.scale(2).at(positions=6)}
     cache = new_cache(model, 2, 7)
     with study.patch(model, edits), study.recording(model, ["*.k", "logits"]) as recorded:
@@ -202,7 +202,7 @@ def test_generation_goes_where_patches_send_it(tmp_path):
 
 
 def test_a_traces_values_go_where_their_positions_are(model):
-    """A trace of one row, of the text's beginning only, swapped into a batch with a cache."""
+    """Swap a trace of one row, of only the text's beginning, into a batch with a cache."""
     source = study.trace(model, ids(1, 3, seed=1))
     text, cache = ids(2, 5), new_cache(model, 2, 5)
     names = ["layers.0.attention.v", "layers.0.attention.pattern"]

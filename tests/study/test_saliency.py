@@ -1,4 +1,4 @@
-"""Saliency beside gradients of a transformer in plain PyTorch."""
+"""Saliency, compared with gradients of a transformer in plain PyTorch."""
 
 import importlib
 
@@ -22,7 +22,7 @@ ARGS |= {"norm_eps": 1e-5, "rope_theta": 500000.0}
 
 
 def measured(model, embedded, answer, other, of):
-    """The mean over an answer's tokens, each after its own beginning of the text; (L, D) -> ()."""
+    """The mean measure over an answer's tokens, each predicted from the text before it: (L, D) -> ()."""
     total = 0
     for i, token in enumerate(answer):
         logits = Plain(model, embedded[: len(embedded) - len(answer) + 1 + i]).logits

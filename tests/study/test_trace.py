@@ -1,4 +1,4 @@
-"""Traces: values equal other implementations' and hand-computed ones; models stay unchanged."""
+"""Traces: values equal those of other implementations and hand computation; models stay unchanged."""
 
 import gc
 import json
@@ -317,7 +317,7 @@ def test_another_threads_passes_are_not_seen(model):
 
 
 def test_one_name_costs_its_own_bytes():
-    """A trace of any one name holds its storage and no larger one of which it is a view."""
+    """A trace of any single name owns its storage: it is not a view of a larger tensor."""
     model = random_model(ARGS, seed=3).bfloat16()
     for name in all_names(ARGS):
         (value,) = study.trace(model, ids(2, 16), name).values()
@@ -351,7 +351,7 @@ RAGGED = [[5, 6, 7, 8, 9], [1], [11, 12, 13]]
 
 @pytest.fixture
 def ran() -> tuple[Transformer, list[int]]:
-    """A model of four layers, and the numbers of those that run."""
+    """A model of four layers, and a list of the layers that run."""
     model, numbers = random_model(replace(ARGS, n_layers=4), seed=0), []
     for i, block in enumerate(model.layers):
         block.attention.wq.register_forward_hook(lambda *_, i=i: numbers.append(i))
@@ -404,7 +404,7 @@ def test_a_text_that_goes_on_is_run_through_all_layers(ran):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_texts_of_different_lengths_are_as_each_alone(dtype, scheme):
     model = random_model(ARGS, seed=1).to(dtype)
-    model.tok_embeddings.weight[[0, 500]] = torch.nan  # of no text
+    model.tok_embeddings.weight[[0, 500]] = torch.nan  # ids of no text
     if scheme:
         quantize_model(model, scheme)
     together = study.trace(model, RAGGED)
@@ -438,7 +438,7 @@ def test_many_texts_are_traced_in_turn_a_few_in_memory(model, monkeypatch):
 
 
 def test_texts_of_different_lengths_go_on_from_a_cache(model):
-    """Two pieces of each text, recorded outside too, are the whole text."""
+    """Two pieces of each text equal the whole text, also in a recording around them."""
     cache, pieces = new_cache(model, 3, 12), [[20, 21], [22, 23, 24], [25]]
     with study.recording(model, ["*.scores", "norm"]) as recorded:
         study.trace(model, RAGGED, "norm", cache=cache)

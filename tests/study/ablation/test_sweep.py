@@ -1,4 +1,4 @@
-"""Ablation sweeps, beside a loop of hooks in a transformer in plain PyTorch; units beside single runs."""
+"""Ablation sweeps, compared with a transformer in plain PyTorch with hooks; units compared with single runs."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def pool(model, texts, name):
 
 
 def without(model, texts, part, replacement):
-    """Losses where the columns of a part's activations are replaced."""
+    """Losses with the columns of a part's activations replaced."""
     words = part.split(".")
     layer, kind = words[1], words[2] if len(words) > 2 else "layer"
     group = model.args.n_heads // model.args.n_kv_heads
@@ -107,7 +107,7 @@ def test_passes_may_be_small_and_leave_nothing_behind(model, monkeypatch):
 
 
 def test_units_are_estimated_by_gradients_and_the_largest_are_run(model):
-    """The estimate is the derivative of the loss by the share of the edit that is made."""
+    """The estimate is the derivative of the loss by the applied share of the edit."""
     found = study.sweep(model, TEXTS, "units", study.zero(), n_exact=6, controls=4)
     order = found.estimated.flatten().abs().argsort(descending=True)[:6]
     F_ = model.args.ffn_dim
@@ -167,7 +167,7 @@ def test_parts_together_beside_random_others(model):
     assert drawn.controls.shape == (3, 3) and len(drawn.control_means) == 3
     again = study.ablate_together(model, TEXTS, ["layers.1.heads.2", "layers.0.heads.0"], controls=3)
     assert torch.equal(drawn.controls, again.controls)
-    only = study.ablate_together(model, TEXTS, "layers.1.ffn", controls=1)  # there is one other
+    only = study.ablate_together(model, TEXTS, "layers.1.ffn", controls=1)  # the model has one other feed-forward
     other = study.ablate_together(model, TEXTS, "layers.0.ffn")
     torch.testing.assert_close(only.controls[0], other.losses)
 

@@ -1,4 +1,4 @@
-"""The transformer in plain PyTorch, of one text, with a hook at everything that a test may want to see or replace."""
+"""The transformer in plain PyTorch, for one text, with a hook at every value that a test may read or replace."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,10 @@ def forward(model: Transformer, ids: list[int], hook: Hook = lambda name, value:
 def all_logits(
     model: Transformer, ids: list[int], hook: Hook = lambda name, value: value, mask: Tensor | None = None
 ) -> Tensor:
-    """Logits after every token: (T, V). `mask`, bool (T, T) or (H, T, T), says who may look at whom.
+    """Logits after every token: (T, V). `mask`, bool (T, T) or (H, T, T), is the attention mask.
 
-    Names: "embedding" (T, D); of each layer "0.q", "0.k", "0.v" (T, heads, hd) before rotation, "0.scores"
-    (H, T, T), "0.heads" (T, H, hd), "0.attention" (T, D), "0.mid" (T, D), the stream behind it, "0.read"
+    Names: "embedding" (T, D); for each layer "0.q", "0.k", "0.v" (T, heads, hd) before rotation, "0.scores"
+    (H, T, T), "0.heads" (T, H, hd), "0.attention" (T, D), "0.mid" (T, D), the stream after it, "0.read"
     (T, D), its norm, "0.hidden" (T, F), "0.ffn" (T, D), "0.post" (T, D).
     """
     w, args, T = model.state_dict(), model.args, len(ids)
@@ -52,6 +52,6 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(T, heads, hd), neighbours as one complex number."""
+    """Rotate (T, heads, hd); neighbours are one complex number."""
     turn = torch.complex(cos, sin)[:, None]
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)

@@ -1,4 +1,4 @@
-"""Edges and circuits, beside a transformer in plain PyTorch that has a gate on every edge."""
+"""Edges and circuits, compared with a transformer in plain PyTorch that has a gate on every edge."""
 
 import json
 
@@ -25,10 +25,10 @@ METRIC = study.logit_difference(3, 4)
 
 
 def gated(model, embedded, gates, corrupted=None):
-    """Logits after the last token, and what every sender writes (senders, T, D).
+    """Logits after the last token, and the output of every sender (senders, T, D).
 
     A receiver reads gate · own + (1 − gate) · corrupted of each sender before it; without `corrupted`,
-    own alone.
+    only own.
     """
     w, args, hd, T = model.state_dict(), model.args, model.args.head_dim, len(embedded)
     cos, sin = (x[0, :, 0] for x in rope_rotations(torch.arange(T)[None], rope_frequencies(args)))
@@ -70,7 +70,7 @@ def ends(model, *texts):
 
 
 def gate_gradients(model, clean, corrupted):
-    """The metric's gradient by every gate, all open: the definition of an edge's score."""
+    """The metric's gradient by every gate, with all gates open: the definition of an edge's score."""
     ours, theirs = ends(model, clean, corrupted)
     gates = edge_mask(model.args).float().requires_grad_()
     _, other = gated(model, theirs, gates)
@@ -124,7 +124,7 @@ def test_a_node_left_out_is_a_patch_of_its_output():
 
 
 def test_integrated_scores_of_the_embedding_add_up_to_the_gap():
-    """The embedding is read by every receiver: its edges together are all that differs."""
+    """Every receiver reads the embedding, so the sum over its edges is the whole difference."""
     scores = study.attribute_edges(random_model(ARGS, seed=0), CLEAN, CORRUPTED, METRIC, steps=64)
     assert scores.nodes["embedding"] == pytest.approx(scores.clean - scores.corrupted, abs=0.01)
 

@@ -1,4 +1,4 @@
-"""Composition and token-to-token circuits of heads, beside dense matrices and the model's own scores."""
+"""Composition and token-to-token circuits of heads, compared with dense matrices and the model's own scores."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def model():
 
 
 def dense(model, layer, head, distance=0, fold=True):
-    """W_QK and W_OV as the papers have them, (D, D) each; a key stands `distance` before its query."""
+    """W_QK and W_OV as in the papers, (D, D) each; a key is `distance` tokens before its query."""
     w, args = model.state_dict(), model.args
     hd, group = args.head_dim, head // (args.n_heads // args.n_kv_heads)
     own = {name: w[f"layers.{layer}.attention.{name}.weight"].double() for name in ("wq", "wk", "wv", "wo")}
@@ -114,7 +114,7 @@ def test_scores_of_layer_0_are_the_models_own(model, head):
 
 
 def test_logits_are_what_the_head_adds(model):
-    """On a text of one token, whose attention is all on itself."""
+    """On a text of one token, which attends only to itself."""
     found = study.HeadCircuit(model, 0, 3)
     written = study.trace(model, [5], "layers.0.attention.head_result")["layers.0.attention.head_result"][0, 0, 3]
     torch.testing.assert_close(found.logits([5])[0], model.logits(written * model.norm.weight), atol=1e-4, rtol=1e-4)

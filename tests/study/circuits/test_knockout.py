@@ -1,4 +1,4 @@
-"""Attention knockout, beside a masked attention in plain PyTorch."""
+"""Attention knockout, compared with masked attention in plain PyTorch."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def model():
 
 
 def masked(model, ids, queries, keys, layers, heads):
-    """Logits after the last token with a mask in the attention; a head with nothing to look at adds nothing."""
+    """Logits after the last token with an attention mask; a head with no keys left adds nothing."""
 
     def hook(name, value):
         layer, _, part = name.partition(".")
@@ -62,7 +62,7 @@ def test_what_is_left_out_means_all(model):
 
 
 def test_a_cut_acts_in_generation(model):
-    """Token by token through a cache the same queries lose the same keys, and logits are those of one pass."""
+    """With a cache, token by token, the same keys are hidden from the same queries, and logits equal those of one pass."""
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     with study.cut(model, queries=[3, 4], keys=[1, 2]):
         whole = model(ids)

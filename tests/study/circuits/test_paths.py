@@ -1,4 +1,4 @@
-"""Path patching, beside two passes of a transformer in plain PyTorch with hooks, and beside circuits."""
+"""Path patching, compared with two passes of a transformer in plain PyTorch with hooks, and with circuits."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def model():
 
 
 def seen(model, ids):
-    """Everything of a run, by the hooks' names."""
+    """All values of a run, by the hooks' names."""
     out = {}
     forward(model, ids, lambda name, value: out.setdefault(name, value))
     return out

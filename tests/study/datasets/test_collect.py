@@ -1,4 +1,4 @@
-"""Collected data sets: the values are those of a trace, runs continue, and wrong calls say what is wrong."""
+"""Collected data sets: values equal those of a trace, runs continue, and wrong calls raise clear errors."""
 
 import json
 import os
@@ -38,14 +38,14 @@ def model() -> Transformer:
 
 @pytest.fixture
 def small_shards(monkeypatch) -> None:
-    """A pass of at most 12 tokens, a shard of one."""
+    """Limit passes to 12 tokens, and shards to one pass."""
     monkeypatch.setattr("llama_ref.study.pass_size.PASS_TOKENS", 12)
     monkeypatch.setattr(collection, "SHARD_PASSES", 1)
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Of several lengths, the first again at the end."""
+    """Prompts of several lengths; the last repeats the first."""
     generator = torch.Generator().manual_seed(1)
     some = [torch.randint(60, (length,), generator=generator).tolist() for length in LENGTHS]
     return [*some, some[0]]
@@ -96,7 +96,7 @@ def test_some_of_it_is_read(model, prompts, tmp_path, small_shards):
     torch.testing.assert_close(found.select(name), torch.cat(traces))
     torch.testing.assert_close(found.select(name, [5, -1], 0), torch.stack([traces[5][0], traces[0][0]]))
     torch.testing.assert_close(found.select(name, slice(2, 4), [-1, 0]), torch.cat([each[[-1, 0]] for each in traces[2:4]]))
-    assert sum(map(len, found.blocks(name))) == sum(LENGTHS)  # a text that is there twice counts once
+    assert sum(map(len, found.blocks(name))) == sum(LENGTHS)  # a duplicate text counts once
     again = study.Collected(tmp_path / "a")
     again.select(name, [5])
     assert len(again._mapped) == 1 < len(shards(tmp_path / "a"))
@@ -253,7 +253,7 @@ def test_a_killed_command_continues(tiny, tmp_path):
     while running.poll() is None and not shards(to):
         time.sleep(0.01)
     running.kill()
-    assert running.wait() == -signal.SIGKILL, "it was faster than the test"
+    assert running.wait() == -signal.SIGKILL, "the command ended before the test killed it"
     n_shards, done = len(json.loads((to / "index.json").read_text())["shards"]), len(shards(to))
     assert 0 < done < n_shards
     assert exit_code(words) == 0

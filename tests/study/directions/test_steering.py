@@ -1,4 +1,4 @@
-"""Directions, probes, steering and control vectors: against NumPy, scikit-learn, plain forwards and gguf."""
+"""Directions, probes, steering and control vectors, compared with NumPy, scikit-learn, plain forwards and gguf."""
 
 import gguf
 import numpy as np
@@ -30,7 +30,7 @@ def model() -> Transformer:
 
 @pytest.fixture(scope="module")
 def rows() -> torch.Tensor:
-    """Two clouds of 60 points in 8 dimensions, apart along one, with unequal spreads."""
+    """Two clouds of 60 points in 8 dimensions, separated along one dimension, with unequal spreads."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(120, 8, generator=generator) * torch.arange(1.0, 9) + 5
     rows[60:, 2] += 8
@@ -75,7 +75,7 @@ def test_a_probe_is_scikit_learns_and_is_scored_on_what_it_did_not_see(rows):
 
 
 def plain(model: Transformer, ids: list[int], added: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Logits (T, V) by the model's own modules, with vectors added after layers."""
+    """Logits (T, V) from the model's own modules, with vectors added after layers."""
     tokens = torch.tensor([ids])
     context, x = Context(model.args, tokens, None), model.tok_embeddings(tokens)
     for layer, block in enumerate(model.layers):

@@ -1,4 +1,4 @@
-"""The strongest contexts of features: those of a full table of values, from ids and from collected activations."""
+"""The strongest contexts of features equal those of a full table of values, from ids and from collected activations."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A cross-layer transcoder as a whole, against its formula written out in NumPy."""
+"""All layers of a cross-layer transcoder, compared with the formula in NumPy."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def texts(*lengths: int) -> list[list[int]]:
 
 
 def test_how_many_features_of_a_layer_fire_at_a_token(made):
-    """The config's TopK needs a k, which the caller may give: of all layers, and of one."""
+    """The config's TopK needs a k, which the caller may pass, for all layers or for one."""
     config = made.path / "config.yaml"
     config.write_text(config.read_text() + "activation: topk\n")
     with pytest.raises(RequestError, match="pass k="):
@@ -82,7 +82,7 @@ def test_every_layer_writes_to_itself_and_to_all_later_ones(biases, tmp_path):
 
 
 def run_replaced(model: Transformer, made: CrossLayer, text: list[int], skip: int) -> Tensor:
-    """The model's logits, with every feed-forward's output replaced from position `skip` on, by hooks of PyTorch."""
+    """The model's logits, with PyTorch hooks that replace every feed-forward's output from position `skip` on."""
     features: list[np.ndarray] = []
 
     def put(layer: int, x: Tensor, output: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def test_passes_without_the_first_layers_are_refused(model, made):
 def test_misuse(model, made, tmp_path):
     transcoder = study.open_cross_layer(made.path)
     for wrong in (torch.ones(L - 1, 2, D), None, [1, 2, 3]):
-        with pytest.raises(RequestError, match="expected activations of 3 layers"):
+        with pytest.raises(RequestError, match="expected activations of the 3 layers"):
             transcoder.encode(wrong)
     with pytest.raises(RequestError, match="different shapes"):
         transcoder.reconstruct([torch.ones(i + 1, D) for i in range(L)])

@@ -1,4 +1,4 @@
-"""Features changed while a model runs: exactly the difference that they make, and nothing else."""
+"""Edits of features while a model runs: they add exactly the features' change, and nothing else."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def firing(features: study.Features, trace: study.Trace) -> list[int]:
-    """Features that fire at some tokens, but not at all."""
+    """Features that fire at some tokens, but not at all tokens."""
     share = (features.encode(trace) != 0).float().mean((0, 1))
     return ((share > 0) & (share < 1)).nonzero()[:, 0].tolist()
 
@@ -93,7 +93,7 @@ def test_the_activation_moves_by_the_decoders_rows_alone(model, features):
         assert torch.allclose(after[name], expected, atol=1e-5), kind
         if not features.is_transcoder and kind == "steer":
             assert not torch.equal(after[name], before[name])
-    assert torch.equal(study.trace(model, tokens, name)[name], before[name])  # nothing stays
+    assert torch.equal(study.trace(model, tokens, name)[name], before[name])  # the edit is removed
 
 
 def test_positions_and_rows_limit_an_edit(model, features):
@@ -155,7 +155,7 @@ def test_generation_with_a_cache_is_as_passes_without_one(talker, maker, kind, t
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_only_tokens_that_may_change_are_encoded(model, signed, tmp_path, monkeypatch):
-    """Those at the edit's positions; of TopK where a chosen feature's own value is above zero."""
+    """Tokens at the edit's positions; for TopK only where a chosen feature's own value is above zero."""
     features = study.open_features(feature_folders.sparsify(tmp_path, ARGS.dim, N, k=16, signed=signed).path)
     tokens, counts, active = ids(3, 20), [], study.Features.active
     x = study.trace(model, tokens, features.reads)[features.reads]

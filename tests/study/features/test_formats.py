@@ -92,7 +92,7 @@ def test_blocks_of_features_and_of_tokens_change_nothing(name, data, tmp_path_fa
 
 
 def test_activations_scaled_by_their_own_length(tmp_path):
-    """Llama Scope's early form."""
+    """Llama Scope's early format."""
     written = feature_folders.llama_scope(tmp_path, DIM, N, norm_activation="token-wise", sparsity_include_decoder_norm=False)
     features = study.open_features(written.path)
     w = {name: tensor.double() for name, tensor in load_file(written.path / "checkpoints/final.safetensors").items()}
@@ -118,7 +118,7 @@ def test_the_dtype_is_kept_and_the_arithmetic_is_float32(dtype, tmp_path):
 
 
 def test_one_direction_reads_one_row(tmp_path):
-    """The matrices are mapped from the file: a change of the file's bytes afterwards shows."""
+    """The matrices are memory-mapped: a later change of the file's bytes is visible."""
     written = feature_folders.sparsify(tmp_path, DIM, N)
     features = study.open_features(written.path)
     first = features.direction(3)
@@ -200,7 +200,7 @@ def test_a_folder_of_folders_names_them(tmp_path):
 
 
 def test_how_many_features_of_a_topk_transcoder_fire(tmp_path):
-    """The config's TopK needs a k, which a file or the caller may give."""
+    """The config's TopK needs a k, which is in a file or passed by the caller."""
     written = feature_folders.transcoders(tmp_path, DIM, N)
     config = written.path.with_name("config.yaml")
     config.write_text(config.read_text() + "activation: topk\n")

@@ -1,4 +1,4 @@
-"""Files that are not what they should be: clear errors, and nothing in them is executed."""
+"""Invalid files: errors are clear, and nothing in the files is executed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How much of a model a dictionary keeps, by the papers' definitions, written out."""
+"""How well a dictionary reconstructs an activation, compared with the papers' definitions."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_losses_variance_and_sparsity(model, kind, skip, tmp_path):
 
 
 def test_a_perfect_dictionary_recovers_everything(model, tmp_path):
-    """ReLU of x and of −x, decoded with opposite signs, is x."""
+    """ReLU of x and of −x, decoded with opposite signs, give x."""
     eye, file = torch.eye(ARGS.dim), tmp_path / "perfect-SAE-l0.pth"
     tensors = {"encoder_linear.weight": torch.cat([eye, -eye]), "encoder_linear.bias": torch.zeros(2 * ARGS.dim)}
     tensors |= {"decoder_linear.weight": torch.cat([eye, -eye]).T.contiguous(), "decoder_linear.bias": torch.zeros(ARGS.dim)}

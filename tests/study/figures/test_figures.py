@@ -1,4 +1,4 @@
-"""The study's pictures: right data, legible tokens, files written atomically."""
+"""The study's pictures: the data are right, tokens are legible, files are written atomically."""
 
 import errno
 import importlib.util
@@ -68,7 +68,7 @@ def silent(caplog):
 
 @pytest.fixture
 def only_dejavu(monkeypatch):
-    """A machine that has only the fonts of matplotlib."""
+    """Simulate a machine that has only matplotlib's fonts."""
     monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name.startswith("DejaVu")])
     fonts._find_family.cache_clear()
     yield
@@ -152,7 +152,7 @@ def draw_all(folder: Path, tokens: list[int], tokenizer: Tokenizer) -> list[Path
 
 
 def texts(figure: Figure) -> list[str]:
-    """All texts in a figure, but for the labels of ticks."""
+    """All texts in a figure except tick labels."""
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_visible()]
 
 
@@ -583,7 +583,7 @@ def test_labels_neither_touch_nor_are_lost(tokenizer):
 
 
 def an_image_attention(n_tokens: int, n_layers: int = 2, size: tuple[int, int] = (90, 60)) -> ImageAttention:
-    """Of an image of patches of 14 × 14 pixels; the first token does not see it."""
+    """Attention to an image in patches of 14 × 14 pixels; the first token does not see it."""
     width, height = size
     rows, columns = -(-height // 14), -(-width // 14)
     shares = rand(n_layers, n_tokens, rows * columns + 2)
@@ -630,7 +630,7 @@ def test_a_share_is_drawn_over_its_part_of_the_image(tokenizer):
 
 @pytest.mark.parametrize(("size", "most"), [((9, 300), 40), ((300, 9), 2), ((1000, 600), 2)])
 def test_images_of_any_shape_are_drawn(tokenizer, tmp_path, size, most):
-    """As many as there may be of the tallest panels."""
+    """The maximum number of the tallest panels."""
     found = an_image_attention(most, most, size)
     draw_image_attention(found, tokenizer, tmp_path / "image.png")
     draw_image_layers(found, tokenizer, tmp_path / "layers.png")

@@ -1,4 +1,4 @@
-"""Grids of exact patches: every cell is a patch by itself, of a run that starts at its layer."""
+"""Grids of exact patches: every cell equals a separate patch of a whole run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Attribution patching, beside gradients of a transformer in plain PyTorch, and exact patching."""
+"""Attribution patching, compared with gradients of a transformer in plain PyTorch, and with exact patching."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ METRIC = study.logit_difference(3, 4)
 
 
 def by_hand(model, clean, corrupted, name, shares):
-    """(clean − corrupted) · mean gradient, of every layer: (layers, T, …)."""
+    """(clean − corrupted) · mean gradient, for every layer: (layers, T, …)."""
     ends = [F.embedding(torch.tensor(text), model.tok_embeddings.weight) for text in (clean, corrupted)]
     runs = [Plain(model, end) for end in ends]
     total = 0
@@ -132,7 +132,7 @@ def test_a_quantized_model_is_estimated_by_its_own_weights():
 
 
 def test_estimates_of_the_demo_rank_heads_as_exact_patching_does(llama):
-    """The finding: in "When Mary and John …" one gradient finds the heads that name the right person."""
+    """In "When Mary and John …" one gradient finds the heads that name the right person."""
     clean, corrupted = (
         llama.encode(f"When Mary and John went to the store, {giver} gave a drink to") for giver in ("John", "Mary")
     )

@@ -1,4 +1,4 @@
-"""Causal tracing, beside the definition of Meng et al. written with PyTorch's own hooks."""
+"""Causal tracing, compared with the definition of Meng et al., written with PyTorch's own hooks."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
-"""The report in a real browser, without a network: it draws, answers pointer and keys, and reports no error.
+"""The report in a real browser without a network: it draws, reacts to pointer and keys, and reports no errors.
 
-Needs Debian's chromium (or Chrome) and the package playwright; without them these tests are skipped, and say so.
+Needs Debian's chromium (or Chrome) and the package playwright; without them these tests are skipped with a message.
 """
 
 import base64
@@ -72,7 +72,7 @@ def open_page(window) -> Open:
 
     @contextmanager
     def open_page(path: Path, *, width: int = 1240, height: int = 900, scheme: str = "light") -> Iterator[Any]:
-        window.goto("about:blank")  # what an earlier test left ends here
+        window.goto("about:blank")  # end whatever an earlier test left running
         window.mouse.move(0, 0)
         window.set_viewport_size({"width": width, "height": height})
         window.emulate_media(media="null", color_scheme=scheme)
@@ -80,7 +80,7 @@ def open_page(window) -> Open:
         window.goto(path.as_uri())
         window.wait_for_selector("#shares h3")  # drawn last: a pattern is inflated asynchronously
         yield window
-        window.evaluate("() => null")  # what the page has reported by now has arrived
+        window.evaluate("() => null")  # by then all messages of the page have arrived
         assert problems == [] and asked == [path.as_uri()]
 
     return open_page
@@ -112,7 +112,7 @@ def card(page: Any) -> str:
 
 
 def pointer(page: Any, grid: str, x: float, y: float) -> tuple[float, float]:
-    """Window coordinates of a grid's point: pixels from its upper left; negative: lower right."""
+    """Window coordinates of a point in a grid: pixels from its upper left; negative: from its lower right."""
     box = page.locator(grid).bounding_box()
     return box["x"] + (x if x >= 0 else box["width"] + x), box["y"] + (y if y >= 0 else box["height"] + y)
 
@@ -535,7 +535,7 @@ def test_both_themes_can_be_read_and_the_button_changes_between_them(open_page, 
 
 
 def read_everything(page: Any) -> None:
-    """All texts, on any shade of the colour scale too, have a contrast of 4.5."""
+    """Check that all texts have a contrast of 4.5, also on any shade of the colour scale."""
     page.locator("#strip .chip").nth(4).hover()
     assert page.locator("#card .actual").count() <= 1 and page.locator("#card").is_visible()
     assert page.evaluate(LEAST_CONTRAST, TEXTS) >= 4.5
@@ -800,7 +800,7 @@ def test_the_image_is_a_part_of_the_logit(open_page, seeing):
 
 @pytest.fixture(scope="module")
 def fired(peaked, tmp_path_factory) -> tuple[Path, study.Firing]:
-    """A page with the features of a random autoencoder, and what they are."""
+    """A page with the features of a random autoencoder, and these features."""
     folder = tmp_path_factory.mktemp("fired")
     features = study.open_features(
         feature_folders.sparsify(folder, peaked.model.args.dim, 4 * peaked.model.args.dim, k=20).path
@@ -847,7 +847,7 @@ def test_features_of_another_text_are_refused(peaked, fired, tmp_path):
         write_report(replace(seen, features=fired[1]), peaked.tokenizer, tmp_path / "a.html", model_name="A model")
 
 
-# ---- sections that not every page has
+# ---- optional sections
 
 
 def test_saliency_and_grids_have_sections_where_they_were_measured(peaked, paris, open_page, tmp_path):

@@ -1,4 +1,4 @@
-"""The report's file: the study's numbers, no text as markup, written atomically."""
+"""The report's file: it has the study's numbers, no text becomes markup, and it is written atomically."""
 
 import base64
 import errno

@@ -1,4 +1,4 @@
-"""Tuned lenses, beside the formula in plain PyTorch: reading, writing, fitting, scores."""
+"""Tuned lenses, compared with the formula in plain PyTorch: reading, writing, fitting, scores."""
 
 import hashlib
 import json
@@ -110,7 +110,7 @@ def test_a_lens_of_another_model_or_point_is_refused(caplog):
     assert "the tuned lens of a model was fitted to another output matrix" in caplog.text
 
 
-# ---- the published form
+# ---- the published format
 
 
 def test_the_published_form_is_read_and_written(tmp_path):
@@ -295,7 +295,7 @@ def test_a_fit_that_diverges_is_refused_and_saves_nothing(tmp_path):
 
 
 def test_a_small_fit_comes_nearer_at_every_layer_of_the_real_model(llama):
-    n = 2000  # tokens of its vocabulary, the commonest: the products with the output matrix are what takes time
+    n = 2000  # the most common tokens only: products with the output matrix take most of the time
     with torch.device("meta"):
         model = Transformer(replace(llama.model.args, vocab_size=n))
     kept = {name: value[:n] if len(value) > n else value for name, value in llama.model.state_dict().items()}

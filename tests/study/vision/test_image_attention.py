@@ -1,4 +1,4 @@
-"""Where tokens look in an image: shares that add up, at the place in the image that a patch shows."""
+"""Where tokens look in an image: shares add up to 1, and patches are mapped to the right part of the image."""
 
 import sys
 
@@ -23,7 +23,7 @@ def model():
 
 
 def brightest_token(image: Image.Image, at: tuple[int, int]) -> int:
-    """The vision token of the patch whose pixels change most when one of the image's does."""
+    """The vision token of the patch whose pixels change most when one pixel of the image changes."""
     dotted = image.copy()
     dotted.paste((255, 255, 255), (at[0], at[1], at[0] + 1, at[1] + 1))
     changed = (tiles_of(dotted, 56, 4).pixels - tiles_of(image, 56, 4).pixels).abs().sum(1)  # (n, 56, 56)
@@ -93,7 +93,7 @@ def test_what_makes_no_sense_is_told(model, monkeypatch):
         image_attention(model, TEXT, [picture(50, 50)])
 
 
-# ---- the other measurements of a text that shows an image
+# ---- the other measurements of a text with an image
 
 
 def test_other_studies_see_the_image(model):
@@ -158,7 +158,7 @@ def test_an_overview_encodes_its_image_once(model):
 
 
 def test_images_are_kept_for_the_same_texts_of_the_same_model_alone(model):
-    """Nested blocks share what they keep; nothing is kept afterwards."""
+    """Nested blocks share their encoded images; nothing is kept afterwards."""
     other_model, image = random_vision_model(seed=1), picture(100, 50)
 
     def encoded(own_model, tokens: list[int], own_image: Image.Image) -> int:

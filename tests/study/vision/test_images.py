@@ -1,4 +1,4 @@
-"""Traces and patches of a model that looks at images."""
+"""Traces and patches of a model that reads images."""
 
 import pytest
 import torch
@@ -28,14 +28,14 @@ def model() -> VisionTransformer:
 
 
 def logits_of(model: VisionTransformer, tokens: list[int], *images) -> Tensor:
-    """The model's own, by the cache that generation uses."""
+    """The model's own logits, with the cache that generation uses."""
     cache = new_cache(model, 1, len(tokens))
     show_images(model, [Row(tokens, 0, [tiles_of(image, 56, 4) for image in images])], cache, 0)
     return model(torch.tensor([tokens]), cache)
 
 
 def sizes(name: str) -> dict[str, int]:
-    """Of the axes of a trace of TEXT with WIDE."""
+    """The sizes of the axes in a trace of TEXT with WIDE."""
     heads = 2 if name.startswith("vision.") or name.endswith((".k", ".v", ".k_unrotated")) else 4
     head_dim = 16 if name.startswith("vision.") else 8
     vision = 2 * TILE if name in ("vision.features", "vision.tokens") or name.startswith("cross") else ALL_TILES

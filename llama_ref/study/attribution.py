@@ -117,7 +117,7 @@ def attribute(
 
 
 def part_label(name: str) -> str:
-    """layers.3.heads.5 -> layer 3 head 5; cross_layers.1 -> cross layer 1"""
+    """A part's name for display: layers.3.heads.5 -> layer 3 head 5; cross_layers.1 -> cross layer 1"""
     return " ".join(name.replace("layers", "layer").replace("heads", "head").replace("_", ".").split("."))
 
 

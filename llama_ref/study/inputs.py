@@ -103,7 +103,7 @@ def prompt_tokens(
 
 
 def first_token(tokenizer: Tokenizer, text: str, name: str = "target") -> tuple[int, str | None]:
-    """(id of a text's first token, a remark if there are more). Raises RequestError if empty."""
+    """The id of a text's first token, and a remark if there are more tokens. Raises RequestError if the text is empty."""
     check_not_empty(**{name: text})
     tokens = tokenizer.encode(text, bos=False, eos=False)
     if len(tokens) == 1:

@@ -207,7 +207,7 @@ def _check_positions(positions: Sequence[int] | None, n_tokens: int) -> list[int
     if positions is None:
         return list(range(n_tokens))
     if not isinstance(positions, Sequence):
-        raise RequestError(f"positions is {positions!r:.60}, expected a list of them ([-1], say), or None for all")
+        raise RequestError(f"positions is {positions!r:.60}, expected a list of them, such as [-1], or None for all")
     if not positions:
         raise RequestError("positions is empty, expected a list of them, or None for all")
     return [check_index("position", position, n_tokens) for position in positions]
@@ -288,7 +288,7 @@ def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5, *,
     last = residual_points(division_of(model).args.n_layers)[-1]
     residual = trace(model, row, [last], images=images)[last][0]  # (T, D)
     following = torch.cat((row[0, 1:], row[0, :1]))  # (T,) the token after each; the last has none, so any id will do
-    is_image = following == model.args.vocab_size  # a place that no text predicts
+    is_image = following == model.args.vocab_size  # an image's place, which the model does not predict
     following = following.masked_fill(is_image, 0)
     chunks = []
     for some in position_chunks(model, len(residual)):

@@ -106,7 +106,7 @@ class _Swap(Edit):
             return _match_shape(name, self.source[name].to(value.device), value).expand_as(value)
         source, there, here = self.source[name], self.source.positions, run.positions
         dim = axes(name).index("position")
-        here = here if value.shape[dim] == here.shape[1] else here[:, -1:]  # logits, computed for the last token alone
+        here = here if value.shape[dim] == here.shape[1] else here[:, -1:]  # logits, computed only for the last token
         match = here[:, :, None] == there[:, None].to(here.device)  # (B or 1, T, T of the trace)
         found, columns = match.any(-1), match.int().argmax(-1)
         found_or_kept = found | (here < 0)  # padding

@@ -240,7 +240,7 @@ def _check_answer(model: Transformer, target: int | Sequence[int]) -> list[int]:
         return [check_token(model, target)]
     ids = target.tolist() if isinstance(target, Tensor) else list(target)
     if not isinstance(ids, list) or not ids:
-        raise RequestError(f"target is {target!r:.60}, expected a token's id, or a list of an answer's")
+        raise RequestError(f"target is {target!r:.60}, expected a token's id, or a list of an answer's ids")
     return [check_token(model, token) for token in ids]
 
 

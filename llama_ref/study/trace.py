@@ -154,7 +154,7 @@ def trace_each(
 
 @contextmanager
 def recording(model: Transformer, names: str | Sequence[str] = "*") -> Iterator["Recording"]:
-    """Record what the model runs in this thread during the block, such as `llama.generate(…)`.
+    """Record the model's passes in this thread during the block, such as those of `llama.generate(…)`.
 
     After the block, the Recording's `trace` looks as if the whole text had been run in one pass.
     """

@@ -101,7 +101,7 @@ def _sender_groups(args: ModelArgs, sender: str | Sequence[str] | None, receiver
     """The senders that are patched together, by the given name or glob: bool (senders,) each."""
     names, mask = sender_names(args), edge_mask(args)
     known = {name: i for i, name in enumerate(receiver_names(args))}
-    heard = mask[[known[receiver] for receiver in receivers]].any(0)  # by one receiver at least
+    heard = mask[[known[receiver] for receiver in receivers]].any(0)  # senders that at least one receiver reads
     if sender is None:
         sender = [name for name, is_heard in zip(names, heard.tolist(), strict=True) if is_heard]
     out = {}

@@ -183,7 +183,7 @@ def _open(to: str | Path, collection: Collection) -> Path:
     if INDEX in entries:
         difference = collection.difference(read_index(folder))
         if difference is not None:
-            raise RequestError(f"{folder} was collected with another {difference}: choose another folder, or remove it")
+            raise RequestError(f"{folder} was collected with {difference}: choose another folder, or remove it")
         return folder
     others = [name for name in entries if not name.startswith(".")]
     if others:

@@ -85,8 +85,14 @@ class Collection:
 
     def difference(self, other: "Collection") -> str | None:
         """The first part in which another index differs, in words; None if they are equal."""
-        words = {"model": "model", "names": "names", "dtype": "dtype", "prompts": "prompts", "texts": "prompts"}
-        words |= {"lengths": "prompts", "positions": "positions", "shards": "sizes of shards"}
+        words = {
+            "model": "another model",
+            "names": "other names",
+            "dtype": "another dtype",
+            "prompts": "other prompts",
+            "texts": "other prompts",
+        }
+        words |= {"lengths": "other prompts", "positions": "other positions", "shards": "other shard sizes"}
         return next((said for part, said in words.items() if getattr(self, part) != getattr(other, part)), None)
 
 

@@ -15,7 +15,7 @@ from llama_ref.study.texts import Batch
 from llama_ref.study.vision.images import Images
 
 KEPT_PER_HEAD = 5500  # about 15 kB; 500 tokens have 11 each
-FEWEST = 8  # per token, however long the text
+FEWEST = 8  # weights kept per token even in long texts
 
 
 @dataclass(frozen=True)

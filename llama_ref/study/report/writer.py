@@ -39,7 +39,7 @@ SCRIPTS = (
     "patching",
     "norms",
     "main",
-)  # in this order
+)  # concatenated in this order
 
 
 def check_report(path: str | Path) -> None:

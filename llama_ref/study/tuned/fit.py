@@ -23,7 +23,7 @@ Optimizer = Literal["sgd", "adam"]
 
 MOMENTUM, WEIGHT_DECAY, LARGEST_GRADIENT = 0.9, 1e-3, 1.0
 RATES: dict[str, float] = {"sgd": 1.0, "adam": 1e-3}
-ADAM_WARM_UP = 0.2  # of all steps
+ADAM_WARM_UP = 0.2  # share of all steps in which the rate rises
 
 
 @dataclass(frozen=True)

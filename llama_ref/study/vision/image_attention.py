@@ -110,7 +110,7 @@ def _check_size(model: VisionTransformer, n_tokens: int, n_vision_tokens: int) -
 def _of_image(
     model: VisionTransformer, tokens: list[int], head: int | None, picture: "Image", grid: tuple[int, int], shares: Tensor
 ) -> ImageAttention:
-    """From the shares (X, T, vision tokens) of one image."""
+    """Make the ImageAttention of one image from its shares (X, T, vision tokens)."""
     tile = model.args.vision_chunk_size
     assert tile is not None
     by_tile = shares.unflatten(-1, (*grid, -1))  # (X, T, tiles down, tiles across, P)

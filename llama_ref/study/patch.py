@@ -91,7 +91,7 @@ class Edit:
         if run.cache is None:
             for position in wanted:
                 if not -T <= position < T:
-                    raise RequestError(f"cannot edit {name} at position {position}: the text has 0 to {T - 1}")
+                    raise RequestError(f"cannot edit {name} at position {position}: the text has positions 0 to {T - 1}")
         chosen = torch.tensor(wanted, device=positions.device)
         chosen = torch.where(chosen < 0, positions.amax(1, keepdim=True) + 1 + chosen, chosen)  # (B or 1, n)
         return (positions[:, :, None] == chosen[:, None]).any(-1)

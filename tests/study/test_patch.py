@@ -230,7 +230,7 @@ def test_a_traces_values_go_where_their_positions_are(model):
         ({PATTERN: study.zero().at(heads=8)}, "heads 0 to 7"),
         ({"layers.0.attention.v": study.zero().at(heads=[0, 2])}, "heads 0 to 1"),
         ({"norm": study.zero().at(rows=-3)}, "rows 0 to 1"),
-        ({"norm": study.zero().at(positions=5)}, "the text has 0 to 4"),
+        ({"norm": study.zero().at(positions=5)}, "the text has positions 0 to 4"),
         ({SCORES: study.mean()}, "has no mean"),
     ],
 )

@@ -161,7 +161,7 @@ def _there(what: str, wanted: Sequence[Sequence[int]] | None, positions: Tensor,
         if run.cache is None:
             for position in own:
                 if not -end <= position < end:
-                    raise RequestError(f"cannot cut {what} at position {position}: the text has 0 to {end - 1}")
+                    raise RequestError(f"cannot cut {what} at position {position}: the text has positions 0 to {end - 1}")
         chosen = torch.tensor([i if i >= 0 else end + i for i in own], dtype=torch.long, device=positions.device)
         out[row] = torch.isin(positions[row % len(positions)], chosen)
     return out

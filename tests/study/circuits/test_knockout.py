@@ -109,7 +109,7 @@ def test_windows_are_cuts_one_by_one(model, width):
         ({"heads": [4]}, "head is 4, expected a whole number from 0 to 3"),
         ({"queries": "last"}, "queries is 'last', expected a whole number"),
         ({"keys": [True]}, r"keys is \[True\]"),
-        ({"keys": 5}, "cannot cut keys at position 5: the text has 0 to 4"),
+        ({"keys": 5}, "cannot cut keys at position 5: the text has positions 0 to 4"),
     ],
 )
 def test_what_a_model_or_text_lacks_is_refused(model, asked, error):

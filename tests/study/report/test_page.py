@@ -622,7 +622,7 @@ def test_paper_is_light_and_holds_all_that_fits(open_page, which, scheme, pages,
         assert found["dots"] == 2 and found["whole"] and found["paper"] == "rgb(255, 255, 255)"
         assert found["width"] - found["left"] <= 43 * 16 + 1
         assert found["answer"] == found["shade"]  # the last cell's, in the light theme
-        assert (found["cut"] or "").startswith("Here are the last 13 of 500 tokens" if which == "long" else "")
+        assert (found["cut"] or "").startswith("Only the last 13 of 500 tokens" if which == "long" else "")
         assert 3 <= len(re.findall(rb"/Type /Page\b", pdf)) <= pages
         page.emulate_media(media="print", color_scheme=scheme)
         for selector in (".bar", "button:not(.chip):not(.bars button)", "#lens-size", ".doing"):
@@ -792,7 +792,7 @@ def test_the_image_is_a_part_of_the_logit(open_page, seeing):
         assert "the image" in page.locator("#sum").inner_text()
         assert page.locator("#by-layer rect.cross").count() == 2
         page.locator("#strip .chip").nth(1).hover()
-        assert "An image stands here, which no token foretells." in card(page)
+        assert "The place of an image, which the model does not predict." in card(page)
 
 
 # ---- features

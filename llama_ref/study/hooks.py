@@ -1,6 +1,6 @@
 """Instrumented forwards, installed on a model while it is traced or patched.
 
-They repeat model.py's forwards (vision_hooks.py: vision.py's), operation by operation, and pass every
+They repeat model.py's forwards (vision/hooks.py: vision.py's), operation by operation, and pass every
 value to visitors: without an edit the results are the same, bit for bit. They replace methods of one
 model's instances, not of its classes, and see only passes of the thread that installed them.
 """

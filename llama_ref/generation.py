@@ -47,13 +47,15 @@ from llama_ref.parallel.tensor import broadcast_choice
 from llama_ref.progress import Progress
 from llama_ref.quantization.apply import use_fast_kernels
 from llama_ref.quantization.scheme import Scheme
-from llama_ref.sampling import Sampler, SamplingParams
+from llama_ref.sampling import Sampler, SamplingOptions, SamplingParams
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.tools.names import ToolFormat, default_format, untrained
 from llama_ref.tools.toolset import ToolLike, ToolSet
 from llama_ref.vision import VisionTransformer
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from llama_ref.images import ImageSource
 
 Speculate = Literal["ngram"]
@@ -256,7 +258,7 @@ class Llama:
         *,
         images: Sequence[Sequence["ImageSource"]] | None = None,
         stop: str | Sequence[str] = (),
-        **sampling: Any,
+        **sampling: "Unpack[SamplingOptions]",
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt: (token ids per prompt, their log-probabilities per prompt or None).
 
@@ -309,7 +311,7 @@ class Llama:
         images: Sequence[Sequence["ImageSource"]] | None = None,
         stop: str | Sequence[str] = (),
         special_tokens: bool = False,
-        **sampling: Any,
+        **sampling: "Unpack[SamplingOptions]",
     ) -> list[CompletionPrediction]:
         """Continue each text, or its ids; with `logprobs`, also the text and log-probability of every token.
 
@@ -341,7 +343,7 @@ class Llama:
         stop: str | Sequence[str] = (),
         tools: ToolSet | Iterable[ToolLike] | None = None,
         tool_format: str | None = None,
-        **sampling: Any,
+        **sampling: "Unpack[SamplingOptions]",
     ) -> list[ChatPrediction]:
         """Answer each dialog as the assistant. See `generate`.
 
@@ -393,7 +395,7 @@ class Llama:
         cache: KVCache | None = None,
         tools: ToolSet | Iterable[ToolLike] | None = None,
         tool_format: str | None = None,
-        **sampling: Any,
+        **sampling: "Unpack[SamplingOptions]",
     ) -> Stream:
         """Generate for one prompt, yielding text as it is generated.
 

@@ -7,8 +7,9 @@ on the CPU, so that a seed gives the same text on every device and every process
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -73,6 +74,26 @@ def _is_seed(x: float) -> bool:
 
 def _is_bias(x: float) -> bool:
     return abs(x) <= LARGEST or x == -math.inf
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of SamplingParams that `Llama.generate` and others take by keyword besides temperature and top_p."""
+
+    top_k: int | None
+    min_p: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+
+
+class StreamOptions(SamplingOptions, total=False):
+    """Keywords of `Llama.stream` that `Session.say` hands on."""
+
+    max_gen_len: int | None
+    temperature: float
+    top_p: float
+    stop: str | Sequence[str]
+    logprobs: bool
 
 
 class Sampler:

@@ -17,7 +17,10 @@ from llama_ref.parallel.job import from_first
 from llama_ref.tools.toolset import ToolLike, ToolSet
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from llama_ref.images import ImageSource
+    from llama_ref.sampling import StreamOptions
 
 DIALOG_LIMIT_BYTES = 64 << 20
 NOT_A_FILE = (OSError, ValueError, RuntimeError)  # the last two: an invalid path, an unknown home directory
@@ -80,7 +83,7 @@ class Session:
         """Tokens that the next turn does not have to compute."""
         return self._cache.longest
 
-    def say(self, text: str, images: Sequence["ImageSource"] = (), **options: Any) -> Stream:
+    def say(self, text: str, images: Sequence["ImageSource"] = (), **options: "Unpack[StreamOptions]") -> Stream:
         """Add a user's message, images before its text, and stream the answer. `options` are `Llama.stream`'s.
 
         An image is encoded once. Raises RequestError for one that cannot be read, and when the
@@ -95,7 +98,7 @@ class Session:
             message["content"] = [*items, {"type": "text", "text": text}]
         return self._ask([message], images, options)
 
-    def say_results(self, *results: str, **options: Any) -> Stream:
+    def say_results(self, *results: str, **options: "Unpack[StreamOptions]") -> Stream:
         """Give the results of the last answer's calls, each as a message with the role `tool`, and stream the answer.
 
         Raises RequestError as `say` does, and for a result that is not a text.
@@ -105,7 +108,7 @@ class Session:
             raise RequestError("no results: give a text for each call")
         return self._ask([{"role": "tool", "content": result} for result in results], (), options)
 
-    def _ask(self, messages: list[Message], images: Sequence["ImageSource"], options: dict[str, Any]) -> Stream:
+    def _ask(self, messages: list[Message], images: Sequence["ImageSource"], options: "StreamOptions") -> Stream:
         """Stream the answer to messages after the settled dialog."""
         formatter = self.llama.formatter
         tiles = [*self._images, *(self.llama.load_tiles(image) for image in images)]

@@ -11,7 +11,7 @@
 
 A parameter before the `*` is an argument, given by position or by name; one after it is a flag.
 Type and default are Python's own, a `Literal` lists choices. A parameter annotated with a dataclass
-(`Sampling`) adds one flag per field: commands share flags that way. Parsing (parser.py), help
+(`Sampling`) adds one flag per field, under its `heading`: commands share flags that way. Parsing (parser.py), help
 (help.py) and shell completion (completion.py) read all of this here.
 """
 
@@ -224,16 +224,15 @@ def _docstring(documented: Any) -> str:
 
 
 def _read_group(group: Any) -> list[Parameter]:
-    """Flags of a dataclass, under its docstring's first line as their heading."""
+    """Flags of a dataclass, under its `heading`."""
     hints = get_type_hints(group, include_extras=True)
-    title = (_docstring(group) or group.__name__).split("\n")[0].removesuffix(".")
     return [
         _parameter(
             each.name,
             hints[each.name],
             REQUIRED if each.default is MISSING else each.default,
             False,
-            title,
+            group.heading,
         )
         for each in fields(group)
     ]

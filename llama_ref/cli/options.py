@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from llama_ref.cli.flags import NO_VALUE, Flag
 from llama_ref.errors import RequestError
@@ -105,7 +105,9 @@ Threads = Annotated[
 
 @dataclass(frozen=True)
 class Weights:
-    """Loading."""
+    """Flags of every command that loads weights."""
+
+    heading: ClassVar[str] = "Loading"
 
     quantize: Quantize = None
     activations: Activations = None
@@ -128,7 +130,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class WholeModel(Weights):
-    """Loading."""
+    """Flags of commands that load a whole model into one process."""
 
     max_seq_len: MaxSeqLen = 8192
     tokenizer_path: TokenizerPath = None
@@ -136,7 +138,7 @@ class WholeModel(Weights):
 
 @dataclass(frozen=True)
 class Scoring(Weights):
-    """Loading."""
+    """Flags of commands that score texts, also under torchrun."""
 
     compile: Compile = False
     pipeline_parallel_size: PipelineParallelSize = 1
@@ -145,7 +147,7 @@ class Scoring(Weights):
 
 @dataclass(frozen=True)
 class Building(Weights):
-    """Loading."""
+    """Flags that make decoding faster, for commands that generate."""
 
     compile: Compile = False
     speculate: Annotated[
@@ -161,7 +163,7 @@ class Building(Weights):
 
 @dataclass(frozen=True)
 class Loading(Building):
-    """Loading."""
+    """Flags of commands that load a model to generate with."""
 
     max_seq_len: MaxSeqLen = 8192
     tokenizer_path: TokenizerPath = None
@@ -180,7 +182,9 @@ def text_or_list(word: str) -> str | list[str]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling."""
+    """Flags of commands that generate text."""
+
+    heading: ClassVar[str] = "Sampling"
 
     max_gen_len: Annotated[
         int | None,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
@@ -16,7 +16,9 @@ from llama_ref.errors import RequestError
 
 @dataclass(frozen=True)
 class Group:
-    """Shared."""
+    """Flags that commands share."""
+
+    heading: ClassVar[str] = "Shared"
 
     top_p: Annotated[float, Flag("a number")] = 0.9
     mode: Annotated[Literal["auto", "never"], Flag("a choice", aliases={"no": "never"})] = "auto"

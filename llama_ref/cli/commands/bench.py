@@ -10,7 +10,7 @@ from llama_ref.cli.options import Compile, Json, Name, Weights
 
 @dataclass(frozen=True)
 class Measured(Weights):
-    """Loading."""
+    """Flags of the model that is measured."""
 
     compile: Compile = False
 

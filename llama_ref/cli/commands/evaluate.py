@@ -9,7 +9,7 @@ from llama_ref.cli.options import Json, MaxSeqLen, Name, Scoring, Seed
 
 @dataclass(frozen=True)
 class Generating(Scoring):
-    """Loading."""
+    """Flags of a model that scores texts and generates."""
 
     max_seq_len: MaxSeqLen = 8192
     seed: Seed = 1

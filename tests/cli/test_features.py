@@ -1,6 +1,7 @@
 """`llama-ref features`: which features fire in a text, where in a file one fires, and the page."""
 
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from conftest import exit_code, parsed
 from folders import tiny_folder
 from llama_ref import Llama, study
+from llama_ref.cli.commands.features import Site
+from llama_ref.study.features.sites import ENDINGS
 from make_example_features import make_example_features
 from study import feature_folders
 
@@ -174,3 +177,9 @@ def test_features_that_were_made_of_examples(tiny, tmp_path):
     direction = features.direction(5)
     at_example = features.weights.decoder_bias + 10 * direction
     assert features.active(at_example[None]).at(0)[0] == (5, pytest.approx(10, abs=1e-3))
+
+
+def test_the_sites_of_features_are_those_that_can_be_opened(run):
+    assert get_args(Site) == tuple(ENDINGS)
+    code, _, err = run("anywhere", "anything", "--site", "residual_pst")
+    assert code == 2 and "did you mean residual_post?" in err

@@ -26,7 +26,7 @@ def chat(
         Flag("judge every question and answer with this Llama Guard, and hold back what is unsafe", metavar="NAME"),
     ] = None,
     guard_version: GuardVersion = None,
-    tools: Annotated[str | None, Flag("JSON file with tools that the model may call", unset="none")] = None,
+    tools: Annotated[str | None, Flag("JSON list of tools that the model may call", metavar="FILE", unset="none")] = None,
     steer: Steer = None,
     encoding: Encoding = None,
     sampling: Sampling,

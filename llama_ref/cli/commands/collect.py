@@ -15,7 +15,7 @@ def collect(
     file: Annotated[str, Flag('prompts: one a line, or a .jsonl of texts or {"prompt": "…"}')],
     *,
     names: Annotated[str, Flag("activations, separated by commas: names or globs (llama_ref/study/names.py)")],
-    to: Annotated[str, Flag("folder to write", metavar="DIR")],
+    to: Annotated[str, Flag("folder to write", metavar="FOLDER")],
     positions: Annotated[str, Flag("last, all, or numbers such as 0,-1; -1 is a prompt's last token")] = "last",
     special_tokens: SpecialTokens = False,
     json: Json = False,

@@ -8,7 +8,7 @@ from llama_ref.cli.flags import Flag, Section, command
 @command(Section.OTHER)
 def demo(
     *,
-    out: Annotated[str | None, Flag("folder to write", metavar="DIR", unset="in ~/.llama/checkpoints")] = None,
+    out: Annotated[str | None, Flag("folder to write", metavar="FOLDER", unset="in ~/.llama/checkpoints")] = None,
     force: Annotated[bool, Flag("replace a folder that exists", short="f")] = False,
 ) -> None:
     """Make a small real model to try everything with.

@@ -2,13 +2,24 @@
 
 import re
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from llama_ref.cli.flags import Flag, Section, command
 from llama_ref.cli.options import Json, Name, SpecialTokens, WholeModel
 from llama_ref.cli.studying import check_outputs, open_to_study, overview_of, write_page
 from llama_ref.cli.text_input import text_word
 from llama_ref.errors import RequestError
+
+Site = Literal[
+    "residual_pre",
+    "residual_mid",
+    "residual_post",
+    "attention",
+    "ffn",
+    "transcoder",
+    "transcoder_mid",
+    "transcoder_unscaled",
+]
 
 
 @command(Section.STUDY)
@@ -29,10 +40,14 @@ def features(
         int | None, Flag("layer of the features", unset="as their files say; all of a cross-layer transcoder")
     ] = None,
     site: Annotated[
-        str | None,
-        Flag("what they are of: residual_post, attention, ffn, transcoder …", unset="as their files say"),
+        Site | None,
+        Flag(
+            f"activation that the features were trained on: {', '.join(get_args(Site))}",
+            metavar="SITE",
+            unset="as their files say",
+        ),
     ] = None,
-    k: Annotated[int | None, Flag("how many fire at a token, of TopK", unset="as their files say")] = None,
+    k: Annotated[int | None, Flag("number of features that fire at a token (TopK)", unset="as their files say")] = None,
     out: Annotated[str | None, Flag("write an HTML page about the text, with its features", metavar="FILE")] = None,
     special_tokens: SpecialTokens = False,
     json: Json = False,

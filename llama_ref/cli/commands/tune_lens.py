@@ -12,7 +12,7 @@ def tune_lens(
     name: Name,
     file: Annotated[str, Flag("text in UTF-8 to fit to")],
     *,
-    to: Annotated[str, Flag("folder to write", metavar="DIR")],
+    to: Annotated[str, Flag("folder to write", metavar="FOLDER")],
     context: Annotated[int, Flag("tokens of the windows that the text is cut into")] = 512,
     steps: Annotated[int, Flag("updates")] = 250,
     tokens_per_step: Annotated[int, Flag("tokens of an update")] = 1024,

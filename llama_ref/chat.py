@@ -140,7 +140,7 @@ class ChatFormat:
 
         Raises RequestError for tools that cannot be offered.
         """
-        chosen = ToolSet.of(tools or (), tool_format)
+        chosen = ToolSet.from_tools(tools or (), tool_format)
         if not chosen.names:
             return None
         self.warn_once("tools")
@@ -165,7 +165,7 @@ class ChatFormat:
     def encode_dialog_prompt(self, dialog: Sequence[Message], tools: ToolSet | Iterable[ToolLike] | None = None) -> list[int]:
         """begin_of_text, the messages, and an assistant header for the model to continue.
 
-        `tools` are written into the dialog first: `ToolSet.of(tools).write(dialog)` shows how.
+        `tools` are written into the dialog first: `ToolSet.from_tools(tools).write(dialog)` shows how.
         """
         if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence) or not dialog:
             raise RequestError(f"a dialog is a list of at least one message, got {_shown(dialog)}")
@@ -174,7 +174,7 @@ class ChatFormat:
 
     def encode_messages(self, dialog: Sequence[Message], tools: ToolSet | Iterable[ToolLike] | None = None) -> list[int]:
         """begin_of_text and the messages, of which there may be none."""
-        offered = ToolSet.of(tools or ())
+        offered = ToolSet.from_tools(tools or ())
         tool_format = offered.format or self.tool_format
         written = cast(Dialog, offered.write(dialog, tool_format))
         ids = [self.tokenizer.bos_id]

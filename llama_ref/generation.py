@@ -219,7 +219,7 @@ class Llama:
         if small:
             speculation = DraftModel(small.model, model)
         elif speculate:
-            speculation = PromptLookup(PassTime.of(model))
+            speculation = PromptLookup(PassTime.for_model(model))
         return cls(
             model,
             tokenizer,

@@ -32,7 +32,7 @@ class FileIdentity:
     ctime_ns: int
 
     @classmethod
-    def of(cls, file: BinaryIO) -> "FileIdentity":
+    def from_file(cls, file: BinaryIO) -> "FileIdentity":
         status = os.fstat(file.fileno())
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -52,7 +52,7 @@ def open_file(path: Path) -> FileIO:
     try:
         _check_plain(path, os.fstat(file.fileno()))
         for opened in _watching.get():
-            opened.setdefault(path, set()).add(FileIdentity.of(file))
+            opened.setdefault(path, set()).add(FileIdentity.from_file(file))
     except BaseException:
         file.close()
         raise

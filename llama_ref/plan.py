@@ -152,7 +152,7 @@ class Model:
         """In words; None for weights as they are."""
         if self.kind is Kind.PLAIN:
             return None if self.scheme is None else str(self.scheme)
-        return str(Int4Params.of(self.args)) if self.kind is Kind.INT4 else self.kind.value
+        return str(Int4Params.from_args(self.args)) if self.kind is Kind.INT4 else self.kind.value
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Matrix:
 
 def matrices(args: ModelArgs, tied: bool, share: Share = WHOLE) -> Iterator[Matrix]:
     """A share's part of every matrix; a tied output counts if the embedding is in another stage."""
-    heads, ffn, vocabulary = share.of(args.n_heads), share.of(args.ffn_dim), len(share.of(args.vocab_size))
+    heads, ffn, vocabulary = share.slice_of(args.n_heads), share.slice_of(args.ffn_dim), len(share.slice_of(args.vocab_size))
     q_columns = range(heads.start * args.head_dim, heads.stop * args.head_dim)
     kv, dim = local_kv_heads(args, share) * args.head_dim, range(args.dim)
     n = len(share.layers(args.n_layers)) + count_cross_layers(args, share)  # of the same shapes
@@ -226,7 +226,7 @@ def weight_bytes(model: Model, share: Share, size: int) -> int:
 def _bytes(model: Model, matrix: Matrix, size: int, share: Share) -> int:
     """Raises RequestError if the scheme's groups do not divide the rows, or the folder's groups would be split."""
     if model.kind is Kind.INT4:
-        return _int4_bytes(matrix, Int4Params.of(model.args), size)
+        return _int4_bytes(matrix, Int4Params.from_args(model.args), size)
     if model.kind is Kind.FP8 and matrix.name in FEED_FORWARD:
         return _fp8_bytes(model, matrix, size, share)
     if model.kind is Kind.INT8 and matrix.name not in TABLES:
@@ -276,7 +276,7 @@ def _check_groups(matrix: Matrix, group: int) -> None:
 
 def local_kv_heads(args: ModelArgs, share: Share) -> int:
     """Number of key/value heads of a share: the length of sharding.kv_heads' list."""
-    heads = len(share.of(args.n_heads))
+    heads = len(share.slice_of(args.n_heads))
     return heads // math.gcd(args.n_heads // args.n_kv_heads, heads)
 
 
@@ -331,7 +331,7 @@ def _cross_bytes(args: ModelArgs, share: Share, n: int, size: int) -> int:
     """Of the masks of cross-attention, besides what a layer takes: n tokens see an image each."""
     if not args.has_vision:
         return 0
-    group = len(share.of(args.n_heads)) // local_kv_heads(args, share)
+    group = len(share.slice_of(args.n_heads)) // local_kv_heads(args, share)
     pairs = n * args.vision_max_num_chunks * args.patches_per_tile
     return (3 + group + group * size) * pairs  # begins, ends and both as bool; for a group's heads; in the model's dtype
 
@@ -352,7 +352,9 @@ def _encoder_bytes(args: ModelArgs, share: Share, size: int) -> int:
 
 def _block_bytes(args: ModelArgs, share: Share, rows: int, size: int) -> int:
     """Of a product with a quantized matrix: a dequantized block, and its outputs, separate and joined."""
-    widest = max(len(share.of(args.ffn_dim)), len(share.of(args.vocab_size)) if rows <= LOGPROB_POSITIONS else args.dim)
+    widest = max(
+        len(share.slice_of(args.ffn_dim)), len(share.slice_of(args.vocab_size)) if rows <= LOGPROB_POSITIONS else args.dim
+    )
     largest = max(matrix.rows * len(matrix.columns) for matrix in matrices(args, False, share))
     return (2 + 2 * size) * min(BLOCK_WEIGHTS, largest) + 2 * size * rows * widest
 
@@ -360,7 +362,7 @@ def _block_bytes(args: ModelArgs, share: Share, rows: int, size: int) -> int:
 def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: int) -> int:
     """Peak of one layer: T new tokens in each of B rows, the last of S."""
     n = B * T
-    q, kv = len(share.of(args.n_heads)) * args.head_dim, local_kv_heads(args, share) * args.head_dim
+    q, kv = len(share.slice_of(args.n_heads)) * args.head_dim, local_kv_heads(args, share) * args.head_dim
     group = q // kv
     x = size * n * args.dim  # two are always there: the residual before, and its normed copy or the residual after attention
     wide = 4 if size < 4 else 0  # a float32 copy, where that is another dtype
@@ -372,18 +374,18 @@ def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: in
     rotate = size * n * (2 * q + 2 * kv) + n * q * (wide + 8)  # q, k, v; products of pairs in float32
     # q, q regrouped, out; K and V where a kernel packs them; the mask in the model's dtype, once more where its rows are padded
     attend = x + 3 * size * n * q + 2 * size * B * S * kv + 2 * size * group * pairs
-    feed_forward = x + 3 * size * n * len(share.of(args.ffn_dim))  # silu(w1 x), w3 x and their product
+    feed_forward = x + 3 * size * n * len(share.slice_of(args.ffn_dim))  # silu(w1 x), w3 x and their product
     return 2 * x + positions + mask + max(norm, rotate, attend, feed_forward)
 
 
 def _maskless_layer_bytes(args: ModelArgs, share: Share, B: int, S: int, size: int) -> int:
     """Peak of one layer without masks, as on NVIDIA cards since Ampere, for a whole long piece."""
     n = B * min(max(1, MASKLESS_PREFILL_TOKENS // B), S)
-    heads = (len(share.of(args.n_heads)) + 2 * local_kv_heads(args, share)) * args.head_dim
+    heads = (len(share.slice_of(args.n_heads)) + 2 * local_kv_heads(args, share)) * args.head_dim
     x, qkv = size * n * args.dim, size * n * heads
     wide = 4 + 4 * (size < 4)  # float32 copies on the way
     norm, rotate = n * args.dim * (wide + 2 * size), qkv + n * heads * wide
-    feed_forward = 3 * size * n * len(share.of(args.ffn_dim))  # w1 x and w3 x, and their gated product
+    feed_forward = 3 * size * n * len(share.slice_of(args.ffn_dim))  # w1 x and w3 x, and their gated product
     return 3 * x + 2 * qkv + max(norm, rotate, feed_forward)
 
 
@@ -457,7 +459,7 @@ def _rounded_width(model: Model, share: Share) -> int:
     """The most inputs that a process rounds together: int4 releases gather those of all processes."""
     if model.kind not in ROUNDED:
         return 0
-    return model.args.ffn_dim if model.kind is Kind.INT4 else len(share.of(model.args.ffn_dim))
+    return model.args.ffn_dim if model.kind is Kind.INT4 else len(share.slice_of(model.args.ffn_dim))
 
 
 def smaller_workload(model: Model, workload: Workload, dtypes: Iterable[str]) -> Workload | None:

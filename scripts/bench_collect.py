@@ -62,7 +62,7 @@ def plain(llama: Llama, texts: list[list[int]]) -> None:
     in_order = sorted((torch.tensor(text) for text in texts), key=len, reverse=True)
     with torch.no_grad():
         for some in split_passes([len(text) for text in in_order]):
-            llama.model.hidden(Batch.of(llama.model, in_order[some.start : some.stop]).ids)
+            llama.model.hidden(Batch.from_texts(llama.model, in_order[some.start : some.stop]).ids)
     if llama.device.type == "cuda":
         torch.cuda.synchronize()
 

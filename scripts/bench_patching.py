@@ -58,7 +58,7 @@ def main(folder: str | Path = DEMO, repeats: int = 3, dtype: str = "float32", de
 def from_the_start(llama: Llama, clean: list[int], corrupted: list[int], metric: Metric, over: str) -> np.ndarray:
     """The grid's values, every cell run from layer 0."""
     model = llama.model
-    axes = CellAxes.of(model, over, None)
+    axes = CellAxes.for_grid(model, over, None)
     sources = study.trace(model, clean, f"layers.*.{axes.name}")
     shape = axes.shape(len(clean))
     cells = list(np.ndindex(shape))
@@ -73,7 +73,7 @@ def from_the_start(llama: Llama, clean: list[int], corrupted: list[int], metric:
                     axes.copy(cell, sources[name], row)
                 return value
 
-            batch = Batch.of(model, [torch.tensor(corrupted)] * len(chosen))
+            batch = Batch.from_texts(model, [torch.tensor(corrupted)] * len(chosen))
             with study.patch(model, {name: change}):
                 found = measure(model, batch, [metric] * len(chosen))
             out[layer].reshape(-1)[some.start : some.stop] = found.cpu().numpy()

@@ -117,7 +117,7 @@ def _print_passes(llama: Llama, rounds: int) -> None:
                 llama.model(tokens, cache)
             measured.append(time.perf_counter() - start)
     medians = {n: statistics.median(measured) for n, measured in times.items()}
-    assumed = PassTime.of(llama.model)
+    assumed = PassTime.for_model(llama.model)
     print(f"{'tokens in a pass':<20}{'ms':>8}{'decode steps':>16}{'as assumed':>12}")
     for n, seconds in medians.items():
         print(f"{n:<20}{seconds * 1e3:8.1f}{seconds / medians[1]:16.2f}{assumed.with_guesses(n - 1):12.2f}")

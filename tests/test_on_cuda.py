@@ -171,7 +171,7 @@ def test_other_prompts_after_the_first_compile_nothing():
 @pytest.mark.parametrize("dtype", dict.fromkeys((HALF, torch.float16)), ids=str)
 @pytest.mark.parametrize(
     "quantized",
-    [Int8Linear.of, *(lambda weight, group=group: Int4Linear.of(weight, group) for group in (32, 128, 256))],
+    [Int8Linear.from_weight, *(lambda weight, group=group: Int4Linear.from_weight(weight, group) for group in (32, 128, 256))],
     ids=["int8", "int4_32", "int4_128", "int4_256"],
 )
 def test_quantized_products_are_those_of_the_dequantized_matrix(quantized: Callable, dtype, shape, rows):
@@ -226,7 +226,9 @@ def test_metas_int4_releases_compute_what_they_do_on_the_cpu(release, compiled):
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [2, 17, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize("quantized", [Int8Linear.of, partial(Int4Linear.of, group=32), partial(Int4Linear.of, group=128)])
+@pytest.mark.parametrize(
+    "quantized", [Int8Linear.from_weight, partial(Int4Linear.from_weight, group=32), partial(Int4Linear.from_weight, group=128)]
+)
 def test_products_of_rows_are_fused_with_what_comes_after(quantized: Callable, dtype, rows):
     torch.manual_seed(rows)
     matrix = quantized(torch.randn(1000, 640) * 640**-0.5)

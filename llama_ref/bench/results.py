@@ -16,7 +16,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
+    def from_values(cls, values: Iterable[float]) -> "Spread":
         values = list(values)
         return cls(statistics.median(values), min(values), max(values))
 

@@ -118,7 +118,7 @@ class _Comparison:
     def _report(self) -> Report:
         hint = self.others.hint(self.settings.threads) if torch.device(self.settings.device).type == "cpu" else None
         notes = [*self.notes, hint] if hint else self.notes
-        bandwidth = Spread.of(self.reads) if self.reads else None
+        bandwidth = Spread.from_values(self.reads) if self.reads else None
         contestants = self._contestants()
         results = [self._result(name, batch, bandwidth) for batch in self.settings.batches for name in contestants]
         machine = describe_machine(torch.device(self.settings.device), [name for name in contestants if name != OURS])
@@ -129,7 +129,7 @@ class _Comparison:
         s, facts = self.settings, self.facts[name]
         rounds, ours = self.rounds[name, batch], self.rounds[OURS, batch]
         pairs = list(zip(rounds, ours, strict=True))
-        decode = Spread.of(batch * (s.gen_len - 1) / r.decode_seconds for r in rounds)
+        decode = Spread.from_values(batch * (s.gen_len - 1) / r.decode_seconds for r in rounds)
         prefill, step = self._prefill_work(batch, facts), self._decode_work(batch, s.prompt_len, facts)
         matmuls = [r.matmul_seconds for r in rounds if r.matmul_seconds is not None]
         fractions = [r.matmul_seconds / r.first_seconds for r in rounds if r.matmul_seconds is not None]
@@ -137,27 +137,27 @@ class _Comparison:
             contestant=name,
             precision=facts["precision"],
             batch=batch,
-            first_token=Spread.of(r.first_seconds for r in rounds),
-            prefill=Spread.of(batch * s.prompt_len / r.first_seconds for r in rounds),
+            first_token=Spread.from_values(r.first_seconds for r in rounds),
+            prefill=Spread.from_values(batch * s.prompt_len / r.first_seconds for r in rounds),
             decode=decode,
             peak_bytes=max(r.peak_bytes for r in rounds),
             bytes_per_token=step.bytes,
             bandwidth_fraction=step.bytes * decode.median / bandwidth.median if bandwidth else None,
-            matmul_fraction=Spread.of(fractions).median if fractions else None,
+            matmul_fraction=Spread.from_values(fractions).median if fractions else None,
             matmul_flops=self._matmul_flops(batch, matmuls) if matmuls else None,
             prefill_work=prefill,
             decode_work=step,
-            prefill_ratio=None if name == OURS else Spread.of(r.first_seconds / o.first_seconds for r, o in pairs),
-            decode_ratio=None if name == OURS else Spread.of(r.decode_seconds / o.decode_seconds for r, o in pairs),
+            prefill_ratio=None if name == OURS else Spread.from_values(r.first_seconds / o.first_seconds for r, o in pairs),
+            decode_ratio=None if name == OURS else Spread.from_values(r.decode_seconds / o.decode_seconds for r, o in pairs),
             same_tokens=_common_prefix(rounds[-1].tokens, ours[-1].tokens),
         )
 
     def _long_result(self, context: int, bandwidth: Spread | None) -> LongResult:
         n, facts = self.settings.gen_len, self.facts[OURS]
         shortest = self.settings.contexts[0]
-        decode = Spread.of((n - 1) / each.decode_seconds for each in self.long_rounds[context])
+        decode = Spread.from_values((n - 1) / each.decode_seconds for each in self.long_rounds[context])
         pairs = zip(self.long_rounds[context], self.long_rounds[shortest], strict=True)
-        longer = Spread.of((each.decode_seconds - least.decode_seconds) / (n - 1) for each, least in pairs).median
+        longer = Spread.from_values((each.decode_seconds - least.decode_seconds) / (n - 1) for each, least in pairs).median
         work, more = self._decode_work(1, context, facts), facts["kv_bytes"] * (context - shortest)
         return LongResult(
             context=context,
@@ -181,7 +181,7 @@ class _Comparison:
     def _matmul_flops(self, batch: int, seconds: list[float]) -> float:
         """Operations per second of the prefill's matrix products alone."""
         all_flops = batch * flops(self.args, self.settings.prompt_len, 0, 1)
-        return all_flops / Spread.of(seconds).median
+        return all_flops / Spread.from_values(seconds).median
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

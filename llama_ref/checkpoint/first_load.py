@@ -142,7 +142,7 @@ class _File:
             self.file = open_file(path)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-        self.identity = FileIdentity.of(self.file)
+        self.identity = FileIdentity.from_file(self.file)
 
     def close(self) -> None:
         self.file.close()
@@ -165,7 +165,7 @@ class _File:
     def check_unchanged(self, *watched: Opened) -> None:
         """Raise CheckpointError if the file has changed, or another one was opened under its path."""
         opened = {identity for each in watched for identity in each.get(self.path, ())}
-        if {FileIdentity.of(self.file), *opened} != {self.identity}:
+        if {FileIdentity.from_file(self.file), *opened} != {self.identity}:
             raise CheckpointError(
                 f"{self.path} changed while it was being checked, or a link or folder on its path did; try again when "
                 "nothing changes them"

@@ -67,7 +67,7 @@ class CheckpointFolder:
         args = ModelArgs.from_json(self.params)
         if kind_of(args) is Kind.INT4:
             try:
-                Int4Params.of(args)
+                Int4Params.from_args(args)
             except CheckpointError as error:
                 raise CheckpointError(f"{self.params}: {error}") from None
         return args

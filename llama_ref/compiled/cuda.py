@@ -292,7 +292,7 @@ def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, wid
 
         return lambda layer, q: attend_one(q[:, 0], cache.keys[layer], cache.values[layer], lengths)[:, None]
     if isinstance(cache, FlashKVCache):
-        at = FlashLengths.of(lengths, T, cache.max_seq_len, width)
+        at = FlashLengths.from_lengths(lengths, T, cache.max_seq_len, width)
         return lambda layer, q: cache.attend_piece(layer, q, at, longest)
     visible = torch.arange(width, device=positions.device) <= positions.view(-1, T)[:, :, None]  # (B, T, S)
 

@@ -53,7 +53,7 @@ class FlashKVCache(CudaKVCache):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         self.write(layer, context.positions, k, v)
         if self._lengths is None or self._lengths[0] is not context:
-            lengths = FlashLengths.of(self.lengths, context.n_new, self.max_seq_len, context.n_seen)
+            lengths = FlashLengths.from_lengths(self.lengths, context.n_new, self.max_seq_len, context.n_seen)
             self._lengths = context, lengths
         out = self.attend_piece(layer, q.to(self.keys.dtype), self._lengths[1], self.longest)
         return out.to(q.dtype)  # under autocast q may have another dtype than the cache
@@ -88,7 +88,7 @@ class FlashLengths:
     width: int
 
     @classmethod
-    def of(cls, lengths: Tensor, T: int, max_seq_len: int, width: int) -> "FlashLengths":
+    def from_lengths(cls, lengths: Tensor, T: int, max_seq_len: int, width: int) -> "FlashLengths":
         """For rows with `lengths` (B,) tokens before the T new ones, in a cache of `max_seq_len` tokens per row."""
         steps = torch.arange(len(lengths) + 1, device=lengths.device, dtype=torch.int32)
         return cls(steps * T, steps * max_seq_len, (lengths + T).int(), T, width)
@@ -162,7 +162,7 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     visible = torch.arange(S, device=device) <= positions[:, :, None]  # (B, T, S)
     try:
         with torch.inference_mode():
-            found = flash(q, keys, values, FlashLengths.of(lengths, T, S, S))
+            found = flash(q, keys, values, FlashLengths.from_lengths(lengths, T, S, S))
             expected = grouped_attention(q, keys, values, group_mask(visible, G))
             return bool((found - expected).abs().max() < 0.05)
     except (RuntimeError, TypeError):  # an older card, or another PyTorch

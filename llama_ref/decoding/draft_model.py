@@ -24,7 +24,7 @@ class DraftModel:
 
     def __init__(self, model: Transformer, target: Transformer):
         self.model = model
-        self.pass_time = PassTime.of(target)
+        self.pass_time = PassTime.for_model(target)
         self.cost = _bytes_read(model) / _bytes_read(target)  # of a guess, in decode steps of the target
         # The last drafter of a single row: a conversation's next turn continues with its cache.
         self._idle: list[ModelDrafter] = []

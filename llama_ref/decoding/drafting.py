@@ -54,7 +54,7 @@ class PassTime:
     each: float = 0.04
 
     @classmethod
-    def of(cls, model: Transformer) -> "PassTime":
+    def for_model(cls, model: Transformer) -> "PassTime":
         """The time measured for models of this kind (scripts/bench_speculate.py prints it).
 
         Quantization and compiling make a step cheaper, and a pass over several tokens less so.

@@ -67,7 +67,7 @@ class Share:
         """Whether this stage has the final norm and the output."""
         return self.stage == self.n_stages - 1
 
-    def of(self, total: int) -> range:
+    def slice_of(self, total: int) -> range:
         """This share of `total` items; the sizes of shares differ by one at most."""
         return _nth(self.rank, self.world_size, total)
 
@@ -100,7 +100,7 @@ def kv_heads(args: ModelArgs, share: Share) -> list[int]:
 
     If a share's border splits a group of the model, smaller groups are used and some heads occur twice.
     """
-    heads = share.of(args.n_heads)
+    heads = share.slice_of(args.n_heads)
     group = args.n_heads // args.n_kv_heads
     return [head // group for head in heads[:: math.gcd(group, len(heads))]]
 
@@ -113,16 +113,16 @@ def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | Non
     if kind in ("wk", "wv"):
         return _joined([_scaled(range(head, head + 1), args.head_dim) for head in kv_heads(args, share)])
     if kind in ("wq", "wo"):
-        return [_scaled(share.of(args.n_heads), args.head_dim)]
+        return [_scaled(share.slice_of(args.n_heads), args.head_dim)]
     if kind in ("w1", "w2", "w3"):
-        return [share.of(args.ffn_dim)]
-    return [share.of(args.vocab_size)]
+        return [share.slice_of(args.ffn_dim)]
+    return [share.slice_of(args.vocab_size)]
 
 
 def shard_ranges(name: str, shape: tuple[int, ...], args: ModelArgs, share: Share) -> list[range] | None:
     """A shard's part of a tensor, as `wanted_ranges`: shards split even what every process holds whole."""
     dim = split_dim(name)
-    return [share.of(shape[dim])] if dim is not None and is_shared(name) else wanted_ranges(name, args, share)
+    return [share.slice_of(shape[dim])] if dim is not None and is_shared(name) else wanted_ranges(name, args, share)
 
 
 def is_shared(name: str) -> bool:

@@ -32,7 +32,7 @@ def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> Non
         replace_module(layer, "attention.wo", RowParallelLinear(layer.get_submodule("attention.wo"), group))
         replace_module(layer, "feed_forward.w2", RowParallelLinear(layer.get_submodule("feed_forward.w2"), group))
     vocabulary = model.args.vocab_size
-    embedding = VocabParallelEmbedding(model.tok_embeddings, share.of(vocabulary), group)
+    embedding = VocabParallelEmbedding(model.tok_embeddings, share.slice_of(vocabulary), group)
     replace_module(model, "tok_embeddings", embedding)
     replace_module(model, "output", ColumnParallelLinear(model.output, vocabulary, group))
 
@@ -104,7 +104,7 @@ class ColumnParallelLinear(nn.Module):
 
 def part_sizes(total: int, group: ProcessGroup) -> list[int]:
     """Each process's number of `total` features."""
-    return [len(Share(rank, group.size()).of(total)) for rank in range(group.size())]
+    return [len(Share(rank, group.size()).slice_of(total)) for rank in range(group.size())]
 
 
 def gathered(local: Tensor, sizes: list[int], group: ProcessGroup, dim: int = -1) -> Tensor:

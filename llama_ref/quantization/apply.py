@@ -60,8 +60,8 @@ def quantized(scheme: Scheme, name: str, weight: Tensor, dtype: torch.dtype) -> 
     if bits is None:
         return None
     if bits == 4:
-        return Int4Linear.of(weight, scheme.group_for(name, weight.shape[1]))
-    matrix = Int8Linear.of(weight)
+        return Int4Linear.from_weight(weight, scheme.group_for(name, weight.shape[1]))
+    matrix = Int8Linear.from_weight(weight)
     return Int8Embedding(matrix.q, matrix.scale, dtype) if name == "tok_embeddings.weight" else matrix
 
 

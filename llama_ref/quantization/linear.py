@@ -101,7 +101,7 @@ class Int8Matrix(QuantizedMatrix):
         self.shape = (q.shape[0], q.shape[1])
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Int8Matrix":
+    def from_weight(cls, weight: Tensor) -> "Int8Matrix":
         scale = int8_scales(weight)
         return cls(to_int8(weight, scale), scale)
 
@@ -155,7 +155,7 @@ class Int4Linear(QuantizedMatrix):
         self.shape = (packed.shape[0], 2 * packed.shape[1])
 
     @classmethod
-    def of(cls, weight: Tensor, group: int) -> "Int4Linear":
+    def from_weight(cls, weight: Tensor, group: int) -> "Int4Linear":
         scale, zero = int4_scales(weight, group)
         return cls(to_int4(weight, scale, zero), scale, zero)
 

@@ -110,7 +110,9 @@ def saliency(
     own_method, measure = _check_method(method), _check_measure(of, len(answer), other)
     moved = _check_positions(positions, len(row))
     rule = _rule(steps) if own_method == "integrated" else [(1.0, 1.0)]
-    path = _Path.of(model, row, answer, moved, _embedded_baseline(model, baseline) if own_method == "integrated" else None)
+    path = _Path.for_answer(
+        model, row, answer, moved, _embedded_baseline(model, baseline) if own_method == "integrated" else None
+    )
     metric = _Metric(model, len(row) - 1, answer, other, measure)
     gradient = path.mean_gradient(metric, rule, progress)  # (T, D)
     shares = gradient.norm(dim=-1) if own_method == "gradient" else (path.change * gradient).sum(-1)
@@ -162,7 +164,9 @@ class _Path:
     rows_at_once: int
 
     @classmethod
-    def of(cls, model: Transformer, row: Tensor, answer: list[int], moved: list[int], baseline: Tensor | None) -> "_Path":
+    def for_answer(
+        cls, model: Transformer, row: Tensor, answer: list[int], moved: list[int], baseline: Tensor | None
+    ) -> "_Path":
         """Make the path; `baseline` (D,) is for the tokens that move. None: zero, for methods with one gradient."""
         ids = torch.cat((row, torch.tensor(answer[:-1], dtype=row.dtype, device=row.device)))
         (end,) = embedded(model, [ids])

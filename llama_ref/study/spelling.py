@@ -36,6 +36,6 @@ def likelier_spelling(
     ids = [tokenizer.encode(spelled, bos=False, eos=False)[0] for spelled in (text, other)]
     if tokenizer.token_bytes(ids[1]) == b" ":  # not a spelling of the word
         return None
-    hidden = Batch.of(model, as_texts(model, prompt), images).hidden(model)[:, -1]
+    hidden = Batch.from_texts(model, as_texts(model, prompt), images).hidden(model)[:, -1]
     given_probability, probability = model.logits(hidden)[0].softmax(-1)[ids].tolist()
     return OtherSpelling(other, probability, given_probability) if probability > given_probability else None

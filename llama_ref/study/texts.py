@@ -34,7 +34,7 @@ class Batch:
     images: list[list[Tiles]]
 
     @classmethod
-    def of(cls, model: Transformer, texts: Sequence[Tensor], images: Images | None = None) -> "Batch":
+    def from_texts(cls, model: Transformer, texts: Sequence[Tensor], images: Images | None = None) -> "Batch":
         """Pad texts, such as `as_texts` returns. Raises RequestError if the images do not match them."""
         lengths = [len(text) for text in texts]
         places = torch.arange(max(lengths), device="cpu")

@@ -128,8 +128,8 @@ def trace(
         raise RequestError("requires_grad and a cache were given: a cache is for inference; run the whole text without one")
     if images is not None and (requires_grad or cache is not None):
         raise RequestError("images were given with requires_grad or a cache: run the whole text without these")
-    with gradients(model) if requires_grad else torch.no_grad(), recording.of(model):
-        batch = Batch.of(model, texts, images)  # here: autograd cannot save tensors made in inference mode
+    with gradients(model) if requires_grad else torch.no_grad(), recording.attached_to(model):
+        batch = Batch.from_texts(model, texts, images)  # here: autograd cannot save tensors made in inference mode
         before = [] if cache is None else cache.lengths.tolist()
         batch.show(model, cache)
         if cache is not None and batch.padding is not None:
@@ -159,7 +159,7 @@ def recording(model: Transformer, names: str | Sequence[str] = "*") -> Iterator[
     After the block, the Recording's `trace` looks as if the whole text had been run in one pass.
     """
     record = Recording(names)
-    with record.of(model):
+    with record.attached_to(model):
         yield record
 
 
@@ -183,7 +183,7 @@ class _Text:
 
 
 class Recording:
-    """A visitor that records the passes of a model in `with recording.of(model)`.
+    """A visitor that records the passes of a model in `with recording.attached_to(model)`.
 
     Afterwards `trace` or `traces` have every value at its token's position; if a position was run
     more than once (padding, rejected drafts), the last value counts. So a trace of generation equals
@@ -209,7 +209,7 @@ class Recording:
         return self.traces[0]
 
     @contextmanager
-    def of(self, model: Transformer) -> Iterator[None]:
+    def attached_to(self, model: Transformer) -> Iterator[None]:
         """Record a model's passes during the block."""
         check_part(model)
         args = division_of(model).args

@@ -1,6 +1,6 @@
 """Tool calling: tools written into a prompt, and calls read from what the model answers.
 
-`ToolSet.of(tools)` takes Python functions, JSON schemas and names of built-in tools. Its `write` puts
+`ToolSet.from_tools(tools)` takes Python functions, JSON schemas and names of built-in tools. Its `write` puts
 them into a dialog as Meta's documents do, and returns plain messages: what the model reads is there to
 see. `parse_tool_calls` finds the calls in an answer, whichever of the forms they have. Nothing that a
 model writes is executed.

@@ -43,7 +43,7 @@ def parse_tool_calls(
     else:
         segments = list(_segments(ids, tokenizer))
     parts = [_read(segment, after_tag=number > 0) for number, segment in enumerate(segments)]
-    offered = None if tools is None else set(ToolSet.of(tools).names)
+    offered = None if tools is None else set(ToolSet.from_tools(tools).names)
     return Answer(
         tuple(_marked(call, offered) for part in parts for call in part.calls),
         "".join(part.text for part in parts),

@@ -18,7 +18,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ToolSet:
-    """Tools as a prompt offers them; made by `ToolSet.of`.
+    """Tools as a prompt offers them; made by `ToolSet.from_tools`.
 
     `format`: the form in which one's own tools are written and called; None: what the model's
     release expects. `today`: the date to tell the model. `instruction`: in place of Meta's in the
@@ -32,7 +32,7 @@ class ToolSet:
     instruction: str | None = None
 
     @classmethod
-    def of(
+    def from_tools(
         cls,
         tools: "ToolSet | Iterable[ToolLike]",
         tool_format: str | None = None,

@@ -51,13 +51,13 @@ def matrix(kind: str, N: int, K: int, dtype: torch.dtype, group: int) -> tuple[t
     """What `matvec` takes, and the float64 matrix that it stands for."""
     weight = torch.randn(N, K) * K**-0.5
     if kind == "int8":
-        module = Int8Linear.of(weight)
+        module = Int8Linear.from_weight(weight)
         return (module.q, module.scale), module.dequantize().double()
     if kind == "int4 of Meta's":  # float32 scales and no zero points
         module = Int4Linear(torch.randint(256, (N, K // 2), dtype=torch.uint8), torch.rand(N, K // group) * K**-0.5)
         return (module.packed, module.scale), module.dequantize().double()
     if kind == "int4":
-        module = Int4Linear.of(weight, group)
+        module = Int4Linear.from_weight(weight, group)
         return (module.packed, module.scale, module.zero), module.dequantize().double()
     weight = weight.to(dtype)
     return (weight,), weight.double()

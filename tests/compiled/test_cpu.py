@@ -189,7 +189,7 @@ def test_with_a_compiler_that_fails_a_model_computes_as_before(monkeypatch, capl
 
 def test_pieces_hold_the_same_numbers_in_every_dtype():
     torch.manual_seed(1)
-    matrix = Int8Linear.of(torch.randn(24, 5120) * 1e-4)  # scales that float16 would round
+    matrix = Int8Linear.from_weight(torch.randn(24, 5120) * 1e-4)  # scales that float16 would round
     pieces = PiecewiseInt8Linear(matrix)
     assert torch.equal(pieces.dequantize(), matrix.dequantize())
     for dtype in (torch.float16, torch.float32):
@@ -208,7 +208,7 @@ def test_a_divided_model_is_refused():
 )
 def test_planes_hold_the_same_numbers_and_multiply_alike(columns, group):
     torch.manual_seed(1)
-    matrix = Int4Linear.of(torch.randn(24, columns), group)
+    matrix = Int4Linear.from_weight(torch.randn(24, columns), group)
     planar = PlanarInt4Linear(matrix)
     assert torch.equal(planar.dequantize(), matrix.dequantize())
     assert torch.equal(planar(torch.eye(columns)), matrix(torch.eye(columns)))

@@ -212,7 +212,7 @@ def test_the_kernel_takes_these_shapes(B, T):
     with fake_cuda():
         q = torch.empty(B, T, 32, 128, dtype=torch.bfloat16, device="cuda")
         keys, values = (torch.empty(B, 64, 8, 128, dtype=torch.bfloat16, device="cuda") for _ in "kv")
-        at = FlashLengths.of(torch.empty(B, dtype=torch.long, device="cuda"), T, 64, 64)
+        at = FlashLengths.from_lengths(torch.empty(B, dtype=torch.long, device="cuda"), T, 64, 64)
         out = cuda_cache.flash(q, keys, values, at)
         assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "cuda")
 
@@ -230,7 +230,7 @@ def test_late_pieces_of_a_long_prompt_are_put_together_from_two_attentions(monke
     monkeypatch.setattr(cuda_cache, "cudnn_attention", plain_cudnn)
     q, (keys, values) = torch.randn(1, 7, 8, 16) * 3, torch.randn(2, 1, 40, 2, 16)
     for longest in (1, 20, 33):
-        at = FlashLengths.of(torch.tensor([longest]), 7, 40, longest + 7)
+        at = FlashLengths.from_lengths(torch.tensor([longest]), 7, 40, longest + 7)
         expected = plain_flash(q, keys, values, at)
         torch.testing.assert_close(cuda_cache.cudnn(q, keys, values, longest), expected)
 

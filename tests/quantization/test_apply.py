@@ -139,7 +139,7 @@ def test_sixteen_values_per_group_are_kept_exactly():
     steps = torch.randint(0, 16, (64, 8, 32), generator=torch.Generator().manual_seed(1))
     steps[..., :2] = torch.tensor([0, 15])
     weight = ((steps - 8) * 0.25 + 0.5).flatten(1)
-    assert torch.equal(Int4Linear.of(weight, 32).dequantize(), weight)
+    assert torch.equal(Int4Linear.from_weight(weight, 32).dequantize(), weight)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
@@ -148,22 +148,26 @@ def test_scales_leave_less_error_than_stretching_steps_over_the_span(weight, gro
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     step = (high - low) / 15
     stretched = ((groups - low) / step).round() * step + low
-    ours = relative_error(Int4Linear.of(weight, group).dequantize(), weight)
+    ours = relative_error(Int4Linear.from_weight(weight, group).dequantize(), weight)
     assert ours < 0.95 * relative_error(stretched.flatten(1), weight)
-    assert relative_error(Int8Linear.of(weight).dequantize(), weight) < 0.008
+    assert relative_error(Int8Linear.from_weight(weight).dequantize(), weight) < 0.008
 
 
 @pytest.mark.parametrize(
     "rows", [torch.zeros(3, 64), torch.full((3, 64), 0.3), torch.full((3, 64), -1e-38), torch.eye(64) * 1e4]
 )
 def test_strange_rows_come_back_nearly_as_they_were(rows):
-    for module in (Int8Linear.of(rows), Int4Linear.of(rows, 32), faster(Int4Linear.of(rows, 32), torch.bfloat16)):
+    for module in (
+        Int8Linear.from_weight(rows),
+        Int4Linear.from_weight(rows, 32),
+        faster(Int4Linear.from_weight(rows, 32), torch.bfloat16),
+    ):
         assert (module.dequantize() - rows).abs().max() <= 0.005 * rows.abs().max() + 1e-29
 
 
 def test_a_row_is_rounded_alike_alone_and_among_others(weight):
     many = weight.repeat(30, 4)  # more than one block
-    whole, alone = Int4Linear.of(many, 128), Int4Linear.of(many[-7:], 128)
+    whole, alone = Int4Linear.from_weight(many, 128), Int4Linear.from_weight(many[-7:], 128)
     assert torch.equal(whole.unpacked()[-7:], alone.unpacked())
     assert torch.equal(whole.scale[-7:], alone.scale)
 
@@ -172,8 +176,8 @@ def test_a_row_is_rounded_alike_alone_and_among_others(weight):
 
 
 def modules_of(weight: Tensor, dtype: torch.dtype) -> list[QuantizedMatrix]:
-    int4 = [Int4Linear.of(weight, group) for group in (32, 64, 128, 256)]
-    return [Int8Linear.of(weight), *int4, *(faster(module, dtype) for module in int4)]
+    int4 = [Int4Linear.from_weight(weight, group) for group in (32, 64, 128, 256)]
+    return [Int8Linear.from_weight(weight), *int4, *(faster(module, dtype) for module in int4)]
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
@@ -189,7 +193,7 @@ def test_layers_multiply_by_what_they_dequantize_to(weight, rows):
 
 
 def test_kernels_hold_the_same_numbers(weight):
-    plain = Int4Linear.of(weight, 64)
+    plain = Int4Linear.from_weight(weight, 64)
     tiled = faster(plain, torch.bfloat16)
     assert isinstance(tiled, TiledInt4Linear)
     assert torch.equal(tiled.unpacked(), plain.unpacked())
@@ -202,13 +206,13 @@ def test_kernels_hold_the_same_numbers(weight):
 
 def test_without_the_cpu_kernel_the_plain_layer_stays(weight, monkeypatch):
     monkeypatch.setattr(torch_int4, "_tile", lambda: None)
-    plain = Int4Linear.of(weight, 64)
+    plain = Int4Linear.from_weight(weight, 64)
     assert faster(plain, torch.bfloat16) is plain
     assert faster(plain, torch.float16) is plain
 
 
 def test_an_embedding_looks_up_its_rows(weight):
-    matrix = Int8Linear.of(weight)
+    matrix = Int8Linear.from_weight(weight)
     tokens = torch.tensor([[0, 199], [7, 7]])
     for dtype in (torch.bfloat16, torch.float32):
         out = Int8Embedding(matrix.q, matrix.scale, dtype)(tokens)

@@ -75,7 +75,7 @@ def test_important_columns_are_spared():
     weight, used = random(100, COLUMNS, seed=9), torch.ones(COLUMNS)
     used[::8] = 100
     x = random(64, COLUMNS, seed=3) * used.sqrt()
-    plain, spared = Int4Linear.of(weight, 64), weighted(weight, 64, used)
+    plain, spared = Int4Linear.from_weight(weight, 64), weighted(weight, 64, used)
     assert error(x, weight, spared) < 0.64 * error(x, weight, plain)
     assert error(torch.eye(COLUMNS), weight, spared) > error(torch.eye(COLUMNS), weight, plain)
 
@@ -100,7 +100,7 @@ def test_strange_inputs_do_no_harm(hessian):
 def test_few_tokens_are_enough_for_all_columns():
     """With fewer rows than columns some errors cost nothing on the text; they stay small all the same."""
     weight, x = random(30, COLUMNS, seed=8), inputs(9, 0.3)
-    rounded, nearest = gptq(weight, x, 32), Int4Linear.of(weight, 32)
+    rounded, nearest = gptq(weight, x, 32), Int4Linear.from_weight(weight, 32)
     assert error(x, weight, rounded) < 0.3 * error(x, weight, nearest)
     assert (rounded.dequantize() - weight).norm() < 0.2 * weight.norm()
 

@@ -26,13 +26,13 @@ RUN = textwrap.dedent("""
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):
         for columns, n_rows in itertools.product((16, 20, 30, 2731, 576), (1, 3, 4, 5)):
-            plain = Int8Linear.of(torch.randn(40, columns))
+            plain = Int8Linear.from_weight(torch.randn(40, columns))
             x = torch.randn(n_rows, columns).to(dtype)
             for residue in range(16):
                 check(Int8Linear(moved(plain.q, residue), plain.scale), x)
                 check(Int8Linear(plain.q, moved(plain.scale, residue)), x)
                 check(plain, moved(x, residue))
-        pieces = PiecewiseInt8Linear(Int8Linear.of(torch.randn(40, 5120)))
+        pieces = PiecewiseInt8Linear(Int8Linear.from_weight(torch.randn(40, 5120)))
         for n_rows, residue in itertools.product((1, 4), range(16)):
             check(pieces, moved(torch.randn(n_rows, 5120).to(dtype), residue))
 """)

@@ -51,7 +51,7 @@ def test_an_answer_has_its_calls_and_goes_back_as_it_was_made(shallow, monkeypat
 
 def test_an_edited_answer_is_encoded_as_it_now_reads(chat, tokenizer):
     ids = tokenizer.encode(CALL, bos=False, eos=False, allowed_special="all")
-    message = chat.decode_assistant_message(ids, tools=ToolSet.of([add]))
+    message = chat.decode_assistant_message(ids, tools=ToolSet.from_tools([add]))
     header = chat.encode_header("assistant")
     assert chat.encode_message(message) == header + ids
     for change in ({"content": "Well."}, {"tool_calls": CALLS[:1]}, {"tool_calls": []}):
@@ -97,9 +97,9 @@ def test_a_stream_offers_tools_in_a_dialog_only(shallow, monkeypatch):
     llama = scripted(shallow, [CALL], monkeypatch)
     stream = llama.stream([QUESTION], tools=[add])
     assert "".join(stream) == "Let me add. <|python_tag|>[add( a=2,b = 3), mul(a=1)]"
-    message = llama.formatter.decode_assistant_message(stream.answer_tokens, tools=ToolSet.of([add]))
+    message = llama.formatter.decode_assistant_message(stream.answer_tokens, tools=ToolSet.from_tools([add]))
     assert message["tool_calls"] == CALLS
-    assert stream.row.prompt == llama.formatter.encode_dialog_prompt([QUESTION], ToolSet.of([add], "json"))
+    assert stream.row.prompt == llama.formatter.encode_dialog_prompt([QUESTION], ToolSet.from_tools([add], "json"))
     with pytest.raises(RequestError, match="tools are offered in a dialog"):
         llama.stream("What?", tools=[add])
 

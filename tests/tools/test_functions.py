@@ -130,4 +130,4 @@ def brave_search(query: str): ...
 )
 def test_what_cannot_be_expressed_is_refused(function, message):
     with pytest.raises(RequestError, match=re.escape(message)):
-        ToolSet.of([function])
+        ToolSet.from_tools([function])

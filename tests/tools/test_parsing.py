@@ -217,7 +217,7 @@ def test_a_whole_call_beside_a_broken_one_counts():
 def test_other_names_than_those_offered_are_marked():
     found = parse_tool_calls("[f(), g()]", [{"name": "f"}, "brave_search"])
     assert [(call.name, call.is_offered) for call in found.calls] == [("f", True), ("g", False)]
-    found = parse_tool_calls("<|python_tag|>1", ToolSet.of(["brave_search"]))
+    found = parse_tool_calls("<|python_tag|>1", ToolSet.from_tools(["brave_search"]))
     assert not found.calls[0].is_offered
     assert parse_tool_calls("[g()]").calls[0].is_offered and not parse_tool_calls("[g()]", []).calls[0].is_offered
 

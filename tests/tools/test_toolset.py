@@ -60,7 +60,7 @@ def user(text: str) -> dict:
 def as_generated(chat, text: str) -> dict:
     """The message in an answer that a page prints."""
     ids = chat.tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
-    return chat.decode_assistant_message(ids, tools=ToolSet.of(["wolfram_alpha", WEATHER]))
+    return chat.decode_assistant_message(ids, tools=ToolSet.from_tools(["wolfram_alpha", WEATHER]))
 
 
 # ---- the documents
@@ -68,14 +68,14 @@ def as_generated(chat, text: str) -> dict:
 
 def test_prompts_of_3_1_are_those_on_the_page(chat):
     _, _, search, code, interaction, as_json, tagged = [prompt for prompt, _ in printed_pairs("3.1")]
-    queried = ToolSet.of(["brave_search", "wolfram_alpha"])
-    on_a_day = ToolSet.of(queried, today=datetime.date(2024, 9, 21))
+    queried = ToolSet.from_tools(["brave_search", "wolfram_alpha"])
+    on_a_day = ToolSet.from_tools(queried, today=datetime.date(2024, 9, 21))
     assert search == written(chat, [SYSTEM, user("Search the web for the latest price of 1oz gold?")], on_a_day)
     question = "Write code to check if number is prime, use that to see if the number 7 is prime"
-    assert code == written(chat, [user(question)], ToolSet.of(["code_interpreter"]))
+    assert code == written(chat, [user(question)], ToolSet.from_tools(["code_interpreter"]))
     songs = [SYSTEM, user("Use tools to get latest trending songs")]
-    assert as_json == written(chat, songs, ToolSet.of([SONGS], "json", today="21 September 2024"))
-    assert tagged == written(chat, songs, ToolSet.of([SONGS], "function_tag", today="21 September 2024"))
+    assert as_json == written(chat, songs, ToolSet.from_tools([SONGS], "json", today="21 September 2024"))
+    assert tagged == written(chat, songs, ToolSet.from_tools([SONGS], "function_tag", today="21 September 2024"))
 
     call = re.search(r"<\|python_tag\|>wolfram.*?<\|eom_id\|>", interaction)[0]
     result = re.search(r"ipython<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", interaction, re.DOTALL)[1]
@@ -86,13 +86,13 @@ def test_prompts_of_3_1_are_those_on_the_page(chat):
 
 def test_prompts_of_3_2_are_those_on_the_page(chat):
     _, zero_shot, _, code, interaction, _ = [prompt for prompt, _ in printed_pairs("3.2")]
-    tools = ToolSet.of([WEATHER], "python_list")
+    tools = ToolSet.from_tools([WEATHER], "python_list")
     assert zero_shot == written(chat, [user("What is the weather in SF and Seattle?")], tools)
     call = '<|python_tag|>[get_weather(city="San Francisco", metric="celsius")]<|eot_id|>'
     dialog = [user("What is the weather in SF?"), as_generated(chat, call), {"role": "tool", "content": '"25 C"'}]
     assert interaction == written(chat, dialog, tools)
     question = "Write code to check if number is prime. Use it to verify if number 7 is prime"
-    ours = written(chat, [user(question)], ToolSet.of(["code_interpreter"], today="24 September 2024"))
+    ours = written(chat, [user(question)], ToolSet.from_tools(["code_interpreter"], today="24 September 2024"))
     assert code == ours.replace("2024<|eot_id|>", "2024\n<|eot_id|>")  # we add no line break
 
 
@@ -163,7 +163,7 @@ def test_the_environment_is_llama_stacks(names):
 
 def test_the_dates_are_llama_stacks():
     today = datetime.datetime.now()
-    system = ToolSet.of([], today=today).write([])[0]["content"]
+    system = ToolSet.from_tools([], today=today).write([])[0]["content"]
     assert system == prompts.SystemDefaultGenerator().gen().render()
 
 
@@ -194,22 +194,24 @@ def test_the_text_of_a_system_message_comes_last_to_the_letter():
     text = "  Réponds en français. \n"
     for form in ("json", "function_tag", "python_list"):
         for tools in (["brave_search"], [SONGS], ["code_interpreter", SONGS]):
-            messages = ToolSet.of(tools, form, today="1 May 2024").write([{"role": "system", "content": text}, user("?")])
+            messages = ToolSet.from_tools(tools, form, today="1 May 2024").write(
+                [{"role": "system", "content": text}, user("?")]
+            )
             assert messages[0]["content"].endswith("\n\n" + text) and messages[-1] == user("?")
             assert [message["role"] for message in messages].count("system") == 1
     items = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    [message] = ToolSet.of(["code_interpreter"]).write([{"role": "system", "content": items}])
+    [message] = ToolSet.from_tools(["code_interpreter"]).write([{"role": "system", "content": items}])
     assert message["content"] == "Environment: ipython\n\nab"
 
 
 def test_no_tools_change_nothing(chat):
     dialog = [SYSTEM, user("?")]
-    assert ToolSet.of([]).write(dialog) == dialog and chat.offered([]) is chat.offered(None) is None
-    assert chat.encode_dialog_prompt(dialog, ToolSet.of([])) == chat.encode_dialog_prompt(dialog)
+    assert ToolSet.from_tools([]).write(dialog) == dialog and chat.offered([]) is chat.offered(None) is None
+    assert chat.encode_dialog_prompt(dialog, ToolSet.from_tools([])) == chat.encode_dialog_prompt(dialog)
 
 
 def test_an_instruction_takes_the_place_of_metas():
-    tools = ToolSet.of([WEATHER], "python_list", instruction="Call sparingly.")
+    tools = ToolSet.from_tools([WEATHER], "python_list", instruction="Call sparingly.")
     assert tools.write([])[0]["content"].startswith("Call sparingly.\n\nHere is a list of functions")
 
 
@@ -244,21 +246,21 @@ def test_metas_shape_of_properties_is_read():
 )
 def test_tools_that_cannot_be_offered_are_refused(tools, message):
     with pytest.raises(RequestError, match=re.escape(message)):
-        ToolSet.of(tools)
+        ToolSet.from_tools(tools)
 
 
 def test_names_that_a_form_cannot_hold_are_refused():
     for form, name in (("python_list", "get weather"), ("function_tag", "a>b")):
         with pytest.raises(RequestError, match=re.escape(repr(name))):
-            ToolSet.of([{"name": name}], form).write([])
+            ToolSet.from_tools([{"name": name}], form).write([])
     with pytest.raises(RequestError, match="unknown tool_format 'xml'"):
-        ToolSet.of([], "xml")
+        ToolSet.from_tools([], "xml")
     with pytest.raises(RequestError, match="today is a text"):
-        ToolSet.of([], today=2024)
+        ToolSet.from_tools([], today=2024)
 
 
 def test_a_message_that_is_wrong_is_counted_without_the_tools(chat):
-    for tools in (ToolSet.of([WEATHER]), [WEATHER, "brave_search"]):
+    for tools in (ToolSet.from_tools([WEATHER]), [WEATHER, "brave_search"]):
         with pytest.raises(RequestError, match="message 1 of the dialog"):
             chat.encode_dialog_prompt([user("?"), {"role": "user"}], tools)
     with pytest.raises(RequestError, match="at least one message"):

@@ -34,7 +34,7 @@ class StoredInt4:
 
     def __init__(self, folder: CheckpointFolder, args: ModelArgs, stored: Stored, rounds_inputs: bool):
         self.folder, self.stored, self.rounds_inputs = folder, stored, rounds_inputs
-        self.params = Int4Params.of(args)
+        self.params = Int4Params.from_args(args)
         self.shapes = expected_shapes(args)
         self.names = set(stored.names())
         self.tied = tables_are_equal(stored.shards.values())

@@ -68,7 +68,7 @@ class Int4Params:
     low_rank_scale: float = 0.0
 
     @classmethod
-    def of(cls, args: ModelArgs) -> "Int4Params":
+    def from_args(cls, args: ModelArgs) -> "Int4Params":
         """Raises CheckpointError naming a wrong value. Other keys than Meta's are allowed, and any may be missing."""
         usual = {"scheme": INT4_SCHEME, "group_size": INT4_GROUP, "spinquant": False}
         given = {key: value for key, value in (args.quantization_args or {}).items() if value is not None}
@@ -113,7 +113,7 @@ def tensors_of(args: ModelArgs, kind: Kind) -> dict[str, Expected]:
     if kind is not Kind.PLAIN and args.has_vision:
         raise CheckpointError(f"it is a vision release in {kind.value}, which Meta has not published and is not read here")
     if kind is Kind.INT4:
-        return _int4_tensors(args, Int4Params.of(args))
+        return _int4_tensors(args, Int4Params.from_args(args))
     if kind is Kind.INT8:
         return _int8_tensors(args)
     if kind is Kind.FP8:
@@ -204,7 +204,7 @@ def _other_group(scales: Mapping[str, Shape], args: ModelArgs) -> str | None:
     found = {
         args.dim / shape[1] for name, shape in scales.items() if name.endswith(("w1.scales", "w3.scales")) and shape[1:2] > (0,)
     }
-    group = Int4Params.of(args).group
+    group = Int4Params.from_args(args).group
     if len(found) != 1 or found == {group}:
         return None
     return (

@@ -76,4 +76,4 @@ def _read_tools(file: str) -> "ToolSet":
         raise RequestError("cannot read the tools in an empty name: --tools takes a JSON file")
     with named_in_request(file, "the tools") as path:
         tools = read_json(path, TOOLS_LIMIT_BYTES, "a list of tools")
-    return ToolSet.of(tools)
+    return ToolSet.from_tools(tools)

@@ -142,7 +142,7 @@ def ablate_together(
     check_model(model)
     ids, chosen = texts_to_predict(model, texts), [named_part(model.args, name) for name in names_of(parts)]
     sets = [chosen, *draw_parts(model.args, chosen, check_count("controls", controls), seed)]
-    streams = Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
+    streams = Streams.from_texts(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
     edits = _edits(streams, _names([part for own in sets for part in own]), mean() if edit is None else as_edit(edit))
     wanted = [[part.edits(edits) for part in own] for own in sets]
     whole, *losses = _run(streams, [[], *wanted], ProgressCounter((1 + len(sets)) * len(ids), progress))
@@ -153,7 +153,7 @@ def _losses(
     model: Transformer, ids: Sequence[Tensor], parts: Sequence[Part], edit: Edit, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
     """Losses without each part (parts, texts), and of the whole model (texts,)."""
-    streams = Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
+    streams = Streams.from_texts(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
     counter = ProgressCounter((1 + len(parts)) * len(ids), progress)
     (whole,) = _run(streams, [[]], counter)
     out = torch.empty(len(parts), len(ids), device="cpu")
@@ -226,12 +226,12 @@ def _edits(streams: Streams, names: Sequence[str], edit: Edit) -> dict[str, Edit
 def _estimate_units(model: Transformer, ids: Sequence[Tensor], edit: Edit) -> Tensor:
     """First-order estimate of the mean change of the loss without each unit: float32 (n_layers, F), on the CPU."""
     names = [f"layers.{layer}.ffn.hidden" for layer in range(model.args.n_layers)]
-    edits = _edits(Streams.of(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids)))), names, edit)
+    edits = _edits(Streams.from_texts(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids)))), names, edit)
     total = torch.zeros(model.args.n_layers, model.args.ffn_dim, device=model.device)
     for text in ids:
         traced = trace(model, text, [*names, "norm"], requires_grad=True)
         with gradients(model):
-            loss = losses_of(model, Batch.of(model, [text]), traced["norm"]).sum()
+            loss = losses_of(model, Batch.from_texts(model, [text]), traced["norm"]).sum()
             grads = torch.autograd.grad(loss, [traced[name] for name in names])
         row = text[None].to(model.device)
         run = Pass(row, Context(model.args, row, None))

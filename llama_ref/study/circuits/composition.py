@@ -76,7 +76,7 @@ def composition(
     scores = {port: torch.full((len(chosen), H, len(chosen), H), torch.nan, device="cpu") for port in "qkv"}
     writers: list[Tensor] = []
     for i, layer in enumerate(chosen):
-        heads = HeadMatrices.of(model, layer, distance=distance, fold_norm=fold_norms)
+        heads = HeadMatrices.from_layer(model, layer, distance=distance, fold_norm=fold_norms)
         for port, reader in _readers(heads).items():
             for j, writer in enumerate(writers):
                 scores[port][i, :, j] = _products(reader, writer).cpu()

@@ -48,7 +48,7 @@ def attribute_edges(
     totals = [0.0, 0.0]
     for run in runs:
         ends = [run.trace(model, share, [*written_names(model), "norm"]) for share in (1.0, 0.0)]
-        batch = Batch.of(model, [run.text])
+        batch = Batch.from_texts(model, [run.text])
         for i, end in enumerate(ends):
             totals[i] += run.weight * measure_hidden(model, batch, end["norm"], [run.metric]).item()
         written = differences(model, run, *ends)
@@ -67,7 +67,7 @@ def _scores(model: Transformer, run: Run, share: float, written: Tensor) -> Tens
     streams = [f"layers.{layer}.{part}" for layer in layers for part in ("residual_pre", "residual_mid")]
     traced = run.trace(model, share, [*read, *streams, "norm"], requires_grad=True)
     with gradients(model):
-        metric = measure_hidden(model, Batch.of(model, [run.text]), traced["norm"], [run.metric])
+        metric = measure_hidden(model, Batch.from_texts(model, [run.text]), traced["norm"], [run.metric])
         grads = dict(zip(read, gradient_of(metric.sum(), [traced[name] for name in read]), strict=True))
     out = torch.zeros(first_receiver(model.args, len(layers)) + 1, len(written), device=written.device)
     for layer in layers:

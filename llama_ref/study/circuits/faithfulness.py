@@ -101,7 +101,7 @@ def run_circuit(
         circuit = _Circuit(model, run, weights)
         layers = range(model.args.n_layers)
         with layer_window(model, layers, run.clean[None]), patch(model, circuit.edits()):
-            total += run.weight * measure(model, Batch.of(model, [run.text]), [run.metric]).item()
+            total += run.weight * measure(model, Batch.from_texts(model, [run.text]), [run.metric]).item()
     return total
 
 

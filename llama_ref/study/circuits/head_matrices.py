@@ -30,7 +30,7 @@ class HeadMatrices:
     o: Tensor
 
     @classmethod
-    def of(cls, model: Transformer, layer: int, *, distance: int = 0, fold_norm: bool = True) -> "HeadMatrices":
+    def from_layer(cls, model: Transformer, layer: int, *, distance: int = 0, fold_norm: bool = True) -> "HeadMatrices":
         block, args = model.layers[layer], model.args
         q, k, v = (by_heads(model, layer, name) for name in ("wq", "wk", "wv"))
         o = matrix(model.get_submodule(f"layers.{layer}.attention.wo")).unflatten(1, (-1, args.head_dim)).transpose(0, 1)

@@ -99,7 +99,7 @@ def cut_windows(
     measured = one_each("metrics", metrics, len(ids))
     own_queries, own_keys = _for_each("queries", queries, len(ids)), _for_each("keys", keys, len(ids))
     windows = [range(max(0, i), min(i + width, n_layers)) for i in range(-(width // 2), n_layers - width // 2)]
-    streams = Streams.of(model, ids, tokens_that_fit(model, "attention.scores", max(map(len, ids))))
+    streams = Streams.from_texts(model, ids, tokens_that_fit(model, "attention.scores", max(map(len, ids))))
     whole, counter, wanted = streams.measure(measured), ProgressCounter(n_layers, progress), _head_mask(model, heads)
     values = torch.empty(n_layers, len(ids), device="cpu")
     for window, found in zip(windows, values, strict=True):

@@ -86,7 +86,7 @@ def patch_path(
     counter = ProgressCounter(len(named) * len(runs), progress)
     chosen = torch.stack(list(named.values())).to(model.device, torch.float32)
     for run in runs:
-        senders = Senders.of(model, run, _positions(run, positions))
+        senders = Senders.from_run(model, run, _positions(run, positions))
         rerun = Rerun(model, run, senders, heard, through_ffn=through_ffn)
         found = []
         for rows in chosen.split(max(1, tokens_that_fit(model, "residual_pre", len(run.text)) // len(run.text))):

@@ -34,7 +34,7 @@ class Senders:
     metrics: tuple[float, float]
 
     @classmethod
-    def of(cls, model: Transformer, run: Run, positions: Sequence[int]) -> "Senders":
+    def from_run(cls, model: Transformer, run: Run, positions: Sequence[int]) -> "Senders":
         layers = [f"layers.{layer}" for layer in range(model.args.n_layers)]
         parts = ("residual_pre", "residual_mid", "residual_post", "attention.output")
         clean = run.trace(
@@ -43,7 +43,7 @@ class Senders:
         other = run.trace(model, 0.0, [*written_names(model), "norm"])
         changed = torch.zeros(len(run.text), dtype=torch.bool, device=model.device)
         changed[list(positions)] = True
-        batch = Batch.of(model, [run.text])
+        batch = Batch.from_texts(model, [run.text])
         ours, theirs = (measure_hidden(model, batch, end["norm"], [run.metric]).item() for end in (clean, other))
         return cls(-differences(model, run, clean, other) * changed[:, None], changed, clean, (ours, theirs))
 
@@ -62,7 +62,7 @@ class Rerun:
         changes = self._through_ffn(rows) if self.through_ffn else self._direct(rows)
         first = min(self.layers)
         before = self.senders.clean[f"layers.{first - 1}.residual_post"] if first else self.run.clean[None]
-        batch = Batch.of(self.model, [self.run.text] * len(rows))
+        batch = Batch.from_texts(self.model, [self.run.text] * len(rows))
         layers = range(first, self.model.args.n_layers)
         with layer_window(self.model, layers, before.expand(len(rows), -1, -1)), patch(self.model, self._readers(changes)):
             return measure(self.model, batch, [self.run.metric] * len(rows)).cpu()

@@ -50,7 +50,7 @@ def copying(model: Transformer, *, fold_norms: bool = True, progress: Progress |
     through = _through_vocabulary(model, fold_norms=fold_norms)
     counter, found = ProgressCounter(model.args.n_layers, progress), []
     for layer in range(model.args.n_layers):
-        heads = HeadMatrices.of(model, layer, fold_norm=fold_norms)
+        heads = HeadMatrices.from_layer(model, layer, fold_norm=fold_norms)
         small = heads.v @ (through @ heads.o)  # (H, hd, hd)
         found.append(torch.linalg.eigvals(small.double().cpu()).to(torch.complex64))
         counter.advance()
@@ -80,7 +80,7 @@ class HeadCircuit:
         self.layer = check_index("layer", layer, model.args.n_layers)
         self.head = check_index("head", head, model.args.n_heads)
         with torch.no_grad():
-            own = HeadMatrices.of(model, self.layer, fold_norm=False)
+            own = HeadMatrices.from_layer(model, self.layer, fold_norm=False)
         self.q, self.k, self.v, self.o = (each[self.head] for each in (own.q, own.k, own.v, own.o))
 
     @torch.no_grad()

@@ -103,7 +103,7 @@ def _run(
         own = slice(shard.first + some.start, shard.first + some.stop)
         picker = _Picker(tensors, begin, collection.positions[own])
         with attached(model, picker):
-            Batch.of(model, texts[own]).show(model)
+            Batch.from_texts(model, texts[own]).show(model)
         begin = picker.end
         counter.advance(len(some))
     numbers = range(shard.first, shard.end)

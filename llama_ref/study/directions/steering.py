@@ -108,7 +108,7 @@ def log_likelihoods(model: Transformer, prompts: Sequence[Text], answers: Text |
     texts = [torch.cat(pair) for pair in zip(before, after, strict=True)]
     found = torch.zeros(len(texts), device="cpu")
     for some in split_passes(list(map(len, texts))):
-        hidden = Batch.of(model, texts[some.start : some.stop]).hidden(model)
+        hidden = Batch.from_texts(model, texts[some.start : some.stop]).hidden(model)
         for row, i in enumerate(some):
             n, end = len(after[i]), len(texts[i])
             logprobs = model.logits(hidden[row, end - n - 1 : end - 1]).log_softmax(-1)  # (n, V)

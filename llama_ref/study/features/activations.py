@@ -17,7 +17,7 @@ class Threshold:
     least: Tensor
     by_decoder_norm: bool = False
 
-    def of(self, features: Tensor | slice) -> Tensor:
+    def for_features(self, features: Tensor | slice) -> Tensor:
         """The thresholds of some features."""
         return self.least if self.least.dim() == 0 else self.least[features]
 

@@ -21,7 +21,7 @@ class Active:
     n_features: int
 
     @classmethod
-    def of(cls, tokens: Tensor, features: Tensor, values: Tensor, n_tokens: int, n_features: int) -> "Active":
+    def from_triples(cls, tokens: Tensor, features: Tensor, values: Tensor, n_tokens: int, n_features: int) -> "Active":
         """Sort values by token and strength."""
         order = values.abs().argsort(descending=True, stable=True)
         order = order[tokens[order].argsort(stable=True)]
@@ -33,7 +33,7 @@ class Active:
         tokens = torch.cat([part.tokens for part in parts])
         features = torch.cat([part.features + start for part, start in zip(parts, starts, strict=True)])
         values = torch.cat([part.values for part in parts])
-        return cls.of(tokens, features, values, parts[0].n_tokens, starts[-1] + parts[-1].n_features)
+        return cls.from_triples(tokens, features, values, parts[0].n_tokens, starts[-1] + parts[-1].n_features)
 
     def dense(self) -> Tensor:
         """All features of every token: float32 (n_tokens, n_features)."""

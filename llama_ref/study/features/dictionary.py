@@ -129,7 +129,7 @@ class Features:
         tokens = torch.cat([found[0] + start for start, found in parts]) if parts else rows.new_zeros(0).long()
         features = torch.cat([found[1] for _, found in parts]) if parts else tokens
         values = torch.cat([found[2] for _, found in parts]) if parts else rows.new_zeros(0).float()
-        return Active.of(tokens, features, values, len(rows), len(self))
+        return Active.from_triples(tokens, features, values, len(rows), len(self))
 
     @torch.no_grad()
     def encode_some(self, x: Tensor | Trace, features: Sequence[int]) -> Tensor:
@@ -284,7 +284,7 @@ class Features:
 
     def _least(self, some: slice | Tensor) -> Tensor:
         assert isinstance(self.activation, Threshold)
-        least = self.activation.of(some).float()
+        least = self.activation.for_features(some).float()
         if not self.activation.by_decoder_norm:
             return least
         return least / (self.rows(some).norm(dim=-1) if isinstance(some, Tensor) else self._norms[some])

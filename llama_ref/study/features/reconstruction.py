@@ -73,7 +73,7 @@ def measure_reconstruction(
     losses, variance = torch.zeros(3, dtype=torch.float64), _Variance(features)
     n_predicted, counter = 0, ProgressCounter(len(ids), progress)
     for some in split_passes(list(map(len, ids))):
-        batch = Batch.of(model, ids[some.start : some.stop])
+        batch = Batch.from_texts(model, ids[some.start : some.stop])
         positions = list(range(skip, batch.ids.shape[1]))
         with recording(model, [*reads_of(features), *features.writes]) as seen:
             losses[0] += _loss(model, batch, skip)

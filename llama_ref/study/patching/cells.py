@@ -26,7 +26,7 @@ class CellAxes:
     n_heads: int
 
     @classmethod
-    def of(cls, model: Transformer, over: str, name: str | None) -> "CellAxes":
+    def for_grid(cls, model: Transformer, over: str, name: str | None) -> "CellAxes":
         """Parse axes such as "layer×position". Raises RequestError, also for a name without these axes."""
         axes = tuple(check_over(over).split("×")[1:])
         name = DEFAULT_NAMES[axes[-1]] if name is None else name

@@ -66,9 +66,9 @@ def patch_grids(
     """
     check_model(model)
     pairs = as_pairs(model, clean, corrupted, metrics)
-    axes = CellAxes.of(model, over, name)
+    axes = CellAxes.for_grid(model, over, name)
     pass_tokens = tokens_that_fit(model, axes.name, max(len(pair.clean) for pair in pairs))
-    ends = Baselines.of(model, pairs, pass_tokens)
+    ends = Baselines.from_pairs(model, pairs, pass_tokens)
     values = _run_cells(ends.clean, ends.corrupted, pairs, axes, progress)
     return [axes.grid(*each) for each in zip(values, ends.clean_metrics, ends.corrupted_metrics, strict=True)]
 

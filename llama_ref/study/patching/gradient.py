@@ -92,7 +92,7 @@ def attribution_patches(
     """
     check_model(model)
     pairs = as_pairs(model, clean, corrupted, metrics)
-    axes = CellAxes.of(model, over, name)
+    axes = CellAxes.for_grid(model, over, name)
     shares = path_shares(steps)
     if along not in ("inputs", "activation"):
         raise RequestError(f"along is {along!r:.40}, expected inputs or activation")
@@ -117,7 +117,7 @@ def attribution_grids(
     pairs = as_pairs(model, one_row(model, clean), others, metric)
     if isinstance(over, str) or not over:
         raise RequestError(f"over is {over!r:.60}, expected a list such as ['layer×position', 'layer×head']")
-    axes = [CellAxes.of(model, each, None) for each in over]
+    axes = [CellAxes.for_grid(model, each, None) for each in over]
     return [grid for (grid,) in _along_inputs(model, pairs, axes, path_shares(steps), progress)]
 
 
@@ -184,7 +184,7 @@ class _Way:
         names: Sequence[str],
     ):
         self.model, self.texts, self.clean, self.corrupted, self.metrics = model, texts, clean, corrupted, metrics
-        self.batch = Batch.of(model, texts)
+        self.batch = Batch.from_texts(model, texts)
         self.layers = range(model.args.n_layers)
         self.keys = {name: [f"layers.{layer}.{name}" for layer in self.layers] for name in names}
         self.baselines = torch.empty(2, len(texts), device=model.device)  # metrics of the clean and the corrupted texts
@@ -237,7 +237,7 @@ def _along_activation(
 ) -> list[Grid]:
     """The grid of every pair; one layer's activation moves from the corrupted text's to the clean text's value."""
     longest = max(len(pair.clean) for pair in pairs)
-    ends = Baselines.of(model, pairs, tokens_that_fit(model, axes.name, longest, gradients=True))
+    ends = Baselines.from_pairs(model, pairs, tokens_that_fit(model, axes.name, longest, gradients=True))
     owners, metrics = run_owners(pairs), run_metrics(pairs)
     counter = ProgressCounter(model.args.n_layers * len(owners), progress)
     effects: list[list[Tensor]] = [[] for _ in owners]

@@ -43,7 +43,7 @@ class Grid:
         if (self.name, self.axes, self.values.shape) != (exact.name, exact.axes, exact.values.shape):
             shown = [f"{grid.name} over {'×'.join(grid.axes)} {grid.values.shape}" for grid in (self, exact)]
             raise RequestError(f"the grids are of {shown[0]} and of {shown[1]}, expected two of the same cells")
-        return Agreement.of(self.values, exact.values)
+        return Agreement.between(self.values, exact.values)
 
     def to_json(self) -> dict[str, Any]:
         """The grid as plain lists, numbers and strings, for json.dumps."""
@@ -93,7 +93,7 @@ class Agreement:
     largest_difference: float
 
     @classmethod
-    def of(cls, estimate: np.ndarray, exact: np.ndarray) -> "Agreement":
+    def between(cls, estimate: np.ndarray, exact: np.ndarray) -> "Agreement":
         """Compare two arrays of the same shape."""
         ours, theirs = (values.astype(np.float64).ravel() for values in (estimate, exact))
         with np.errstate(invalid="ignore"):

@@ -77,7 +77,7 @@ class Baselines:
     corrupted_metrics: list[float]
 
     @classmethod
-    def of(cls, model: Transformer, pairs: Sequence[Pair], pass_tokens: int) -> "Baselines":
+    def from_pairs(cls, model: Transformer, pairs: Sequence[Pair], pass_tokens: int) -> "Baselines":
         clean, corrupted = clean_streams(model, pairs, pass_tokens), corrupted_streams(model, pairs, pass_tokens)
         means = mean_over_seeds(corrupted.measure(run_metrics(pairs)), pairs)
         return cls(clean, corrupted, clean.measure([pair.metric for pair in pairs]).tolist(), [mean.item() for mean in means])
@@ -85,7 +85,7 @@ class Baselines:
 
 def clean_streams(model: Transformer, pairs: Iterable[Pair], pass_tokens: int) -> Streams:
     """The residual streams of all clean texts, before layer 0."""
-    return Streams.of(model, [pair.clean for pair in pairs], pass_tokens)
+    return Streams.from_texts(model, [pair.clean for pair in pairs], pass_tokens)
 
 
 def corrupted_streams(model: Transformer, pairs: Iterable[Pair], pass_tokens: int) -> Streams:
@@ -95,7 +95,7 @@ def corrupted_streams(model: Transformer, pairs: Iterable[Pair], pass_tokens: in
     for pair in pairs:
         texts += [pair.corrupted] * pair.n_runs
         added += pair.noise.on(model, len(pair.clean)) if pair.noise else [None]
-    return Streams.of(model, texts, pass_tokens, added)
+    return Streams.from_texts(model, texts, pass_tokens, added)
 
 
 def run_owners(pairs: Iterable[Pair]) -> list[int]:

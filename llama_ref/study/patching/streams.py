@@ -29,7 +29,7 @@ class Streams:
 
     @classmethod
     @torch.no_grad()
-    def of(
+    def from_texts(
         cls, model: Transformer, texts: Sequence[Tensor], pass_tokens: int, added: Sequence[Tensor | None] | None = None
     ) -> "Streams":
         """The streams before layer 0: the embeddings of the texts, plus `added` (T, D) where it is given."""
@@ -46,7 +46,7 @@ class Streams:
         """Yield a batch of the texts with these indices; its passes in the block start at this layer."""
         layers = range(self.layer, self.model.args.n_layers)
         with layer_window(self.model, layers, self.stacked(chosen)):
-            yield Batch.of(self.model, [self.texts[i] for i in chosen])
+            yield Batch.from_texts(self.model, [self.texts[i] for i in chosen])
 
     def stacked(self, chosen: Sequence[int]) -> Tensor:
         """The streams of some texts as a batch (B, T, D), padded with copies of each text's last position."""

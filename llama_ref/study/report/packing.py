@@ -73,7 +73,7 @@ def watch_patterns(
     Patterns are float32 (H, T, T); in cross-attention layers (H, T, vision tokens).
     """
     with torch.no_grad(), attached(model, _Watch(see, layers)):
-        Batch.of(model, list(row.cpu()), images).show(model)
+        Batch.from_texts(model, list(row.cpu()), images).show(model)
 
 
 class _Watch:

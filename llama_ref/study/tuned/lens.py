@@ -129,16 +129,16 @@ class TunedLens:
                 counter.advance()
         except KeyboardInterrupt:
             if folder is not None and counter.done:
-                cls._of(fitting, base_model).save(folder)
+                cls._from_fit(fitting, base_model).save(folder)
                 logger.info("interrupted: the lens after %d of %d steps is in %s", counter.done, steps, folder)
             raise
-        lens = cls._of(fitting, base_model)
+        lens = cls._from_fit(fitting, base_model)
         if folder is not None:
             lens.save(folder)
         return replace(lens, held_out=HeldOut(score_lens(model, for_scores), score_lens(model, for_scores, lens)))
 
     @classmethod
-    def _of(cls, fitting: Translators, base_model: str) -> "TunedLens":
+    def _from_fit(cls, fitting: Translators, base_model: str) -> "TunedLens":
         weights, biases = ([x.detach().cpu() for x in own] for own in (fitting.weights, fitting.biases))
         if not all(x.isfinite().all() for x in (*weights, *biases)):
             raise RequestError("the fit diverged, and its numbers are not finite: choose a smaller rate")

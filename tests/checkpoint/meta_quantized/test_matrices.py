@@ -428,7 +428,7 @@ def test_missing_keys_are_those_of_the_releases():
     args = ModelArgs.from_dict(
         {key: value for key, value in SPINQUANT.items() if key != "quantization_args"} | {"quantization_args": {"more": 1}}
     )
-    assert Int4Params.of(args) == Int4Params(group=32, rotates=False, rank=0, low_rank_scale=0.0)
+    assert Int4Params.from_args(args) == Int4Params(group=32, rotates=False, rank=0, low_rank_scale=0.0)
 
 
 def test_a_rotation_of_another_width_is_refused(tmp_path):

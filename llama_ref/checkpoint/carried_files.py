@@ -1,7 +1,7 @@
-"""The small files that a conversion carries over: each is checked as it would be for loading.
+"""The small files that a conversion copies unchanged: each is checked as it would be for loading.
 
-An untrusted folder may have a link to a private file under such a name. The copy would be readable by
-all, and the new checklist would confirm it.
+An untrusted folder may have a link to a private file under such a name. Everyone could read the
+copy, and the new checklist would confirm it.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ SETTINGS = {*META.others, *HUGGING_FACE.others} - {INDEX_NAME}
 
 
 def carried_files(folder: CheckpointFolder) -> list[Path]:
-    """The existing files that a conversion carries over: parameters, tokenizers and settings."""
+    """The existing files that a conversion copies: parameters, tokenizers and settings."""
     if folder.is_hugging_face:
         names = {*SETTINGS, *HUGGING_FACE.tokenizers}
     elif folder.tokenizer and folder.tokenizer.suffix != ".json":
@@ -31,20 +31,20 @@ def carried_files(folder: CheckpointFolder) -> list[Path]:
 
 def copy_carried(path: Path, target: Path) -> None:
     """Copy the file into the folder `target`; raises as `read_carried` does."""
-    (target / path.name).write_bytes(read_carried(path))  # not by name: a link may lead elsewhere the second time
+    (target / path.name).write_bytes(read_carried(path))  # copying by name could follow a link that has changed
 
 
 def read_carried(path: Path) -> bytes:
-    """The bytes of one of `carried_files`, as they are.
+    """The unchanged bytes of one of `carried_files`.
 
     Raises CheckpointError for a device or a pipe, for a file beyond its limit, for JSON that is not an
     object and for a template that is not text. The content of settings is not checked, so their links
-    may not lead out of the folder, except into the blobs of a Hugging Face cache; parameters and
-    tokenizers are parsed, which any other file fails.
+    may not lead out of the folder, except into the blobs of a Hugging Face cache. Parameters and
+    tokenizers are parsed, which fails for any other file.
     """
     if path.name in SETTINGS and (fault := cannot_be_opened(path.parent, path.name)):
         what = fault.detail or "it is not there"
-        raise CheckpointError(f"cannot carry {path} over: {what}; put the file itself there, or remove it")
+        raise CheckpointError(f"cannot copy {path}: {what}; put the file itself there, or remove it")
     limit = LIMIT_BYTES[path.name]
     if path.name == TEMPLATE_FILE:
         data = read_limited(path, limit, "a chat template")

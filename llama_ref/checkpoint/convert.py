@@ -74,13 +74,13 @@ def to_meta(
 ) -> Path:
     """Write a folder in Meta's format: params.json, .pth shards, tokenizer.model, checklist.chk.
 
-    Ends of text and a chat template that are not Llama 3's are kept in generation_config.json and
-    chat_template.jinja, from which every command and `to_hugging_face` read them.
+    End-of-text ids and a chat template that are not Llama 3's are kept in generation_config.json
+    and chat_template.jinja, where every command and `to_hugging_face` find them.
     `shards` must divide every matrix evenly (default: the source's number; 1 for Hugging Face's
-    format). With more shards than key/value heads, the heads are repeated and counted so in
-    params.json, as in Meta's files for 16 processes; with fewer, the repeats are removed. `dtype`
-    None keeps each tensor's dtype. `verify` is that of `Llama.build`: the new checklist would hide
-    damage of the source. `progress` counts bytes.
+    format). With more shards than key/value heads, the heads are repeated and params.json counts
+    the repeats, as in Meta's files for 16 processes; with fewer, the repeats are removed. `dtype`
+    None keeps each tensor's dtype. `verify` is as in `Llama.build`: the source is checked because
+    the new checklist would hide its damage. `progress` counts bytes.
 
     Raises RequestError for an impossible number of shards or an existing `target`; CheckpointError
     for a source that cannot be read, is damaged or changes while it is read, for values that
@@ -117,7 +117,7 @@ def to_hugging_face(
 
     No file holds more than `max_shard_bytes` of weights, unless one tensor is larger. `dtype` None
     keeps each tensor's dtype. `chat`: the model is trained to chat (default: yes, unless its name
-    is one of Meta's base models or it came from a folder without a chat template). A source in this
+    is that of one of Meta's base models, or its source had no chat template). A source in this
     format keeps its config and tokenizer. Raises as `to_meta` does.
     """
     opened = Source.open(source)
@@ -152,7 +152,7 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened folder; `args` count each key/value head once, its files `repeats` times.
+    """A folder to convert; `args` counts each key/value head once, the files `repeats` times.
 
     A quantized release's tensors are dequantized as they are read.
     """
@@ -203,14 +203,14 @@ class Source:
                 )
 
     def args_in(self, shards: int) -> ModelArgs:
-        """The model's args in `shards` shards. Raises RequestError if they cannot be equal."""
+        """The model's args for `shards` shards. Raises RequestError if they cannot be equal."""
         if type(shards) is not int or shards < 1:  # True is an int too
             raise RequestError(f"shards is {shards!r}, expected a whole number of 1 or more")
         heads, width, words = self.args.n_heads, self.args.ffn_dim, self.args.vocab_size
         split = [heads, width, words, *((self.args.vision_dim, self.args.dim, N_LEARNABLE) if self.args.has_vision else ())]
         if any(size % shards for size in split):
             possible = (n for n in range(1, heads + 1) if not any(size % n for size in split))
-            images = f", and of what reads images ({self.args.vision_dim:,} features)" if self.args.has_vision else ""
+            images = f", and of the vision encoder ({self.args.vision_dim:,} features)" if self.args.has_vision else ""
             raise RequestError(
                 f"{shards} shards cannot hold equal parts of {heads} query heads, {width:,} feed-forward features and "
                 f"{words:,} tokens{images}; take one of {', '.join(map(str, possible))}"
@@ -218,7 +218,7 @@ class Source:
         return replace(self.args, n_kv_heads=_n_kv_heads_in(shards, self.args))
 
     def tensors(self, share: Share, dtype: torch.dtype | None, *, untied: bool = False) -> list[LazyTensor]:
-        """A share of every tensor, to be written; without a tied output, unless `untied` is set."""
+        """A share of every tensor to write; a tied output is left out, unless `untied` is set."""
         out = []
         for name, shape in expected_shapes(self.args).items():
             if name == OUTPUT and self.stored.tied and not untied:
@@ -242,7 +242,7 @@ class Source:
         return [range(head * self.repeats * width, (head * self.repeats + 1) * width) for head in heads]
 
     def _blocks(self, name: str, ranges: list[range] | None, whole: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-        """A tensor's rows in `dtype`; of matrices that RoPE rotates, whole heads at a time."""
+        """Yield a tensor's rows in `dtype`; for matrices that RoPE rotates, whole heads at a time."""
         multiple = self.args.head_dim if is_rotated(name) else 1
         if ranges and split_dim(name) == 0:
             row_bytes = math.prod(whole[1:]) * dtype.itemsize
@@ -286,7 +286,7 @@ def _n_kv_heads_in(shards: int, args: ModelArgs) -> int:
 def _kv_repeats(stored: Stored | Dequantized, args: ModelArgs, n_shards: int) -> int:
     """How often each key/value head is repeated.
 
-    Equal heads count as repeats only if so many shards need repeats.
+    Equal heads count as repeats only if this number of shards needs repeats.
     """
     names = [f"layers.{i}.attention.{kind}.weight" for i in range(args.n_layers) for kind in ("wk", "wv")]
     for repeats in (n for n in range(args.n_kv_heads, 1, -1) if args.n_kv_heads % n == 0):
@@ -339,9 +339,9 @@ def write_native_tokenizer(folder: Path, source: Source) -> None:
 
 
 def write_conventions(folder: Path, source: Source) -> None:
-    """Keep the source's ends of text and chat template in a folder of Meta's format.
+    """Keep the source's end-of-text ids and chat template in a folder of Meta's format.
 
-    What Llama 3 has, and `to_hugging_face` writes by itself, is left out.
+    Llama 3's own are left out, because `to_hugging_face` writes them anyway.
     """
     path, tokenizer = source.folder.path, source.tokenizer
     if tokenizer is None:
@@ -369,7 +369,7 @@ def _is_chat_model(source: Source) -> bool:
 
 
 def _copy_configs(folder: Path, source: Source, dtype: torch.dtype | None) -> None:
-    """Copy the source's config and tokenizer files; config.json with what the weights now are."""
+    """Copy the source's config and tokenizer files; update dtype and tying in config.json."""
     for path in source.carried:
         copy_carried(path, folder)
     config = json.loads(read_carried(source.folder.params))
@@ -413,7 +413,7 @@ def _write_configs(folder: Path, source: Source, dtype: torch.dtype, chat: bool)
 
 
 def _write_processor(folder: Path, args: ModelArgs, template: str | None) -> None:
-    """Write how transformers' processor makes tiles, and the chat template where it looks for it."""
+    """Write the config of transformers' image processor, and the chat template where it looks."""
     _write_json(folder / PREPROCESSOR_CONFIG, make_preprocessor_config(args))
     if template is not None:
         _write_json(folder / "chat_template.json", {"chat_template": template})

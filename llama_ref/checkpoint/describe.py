@@ -16,7 +16,11 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class VisionInfo:
-    """Of a model that reads images: `tile` in pixels; `image_bytes` of the most tiles' keys and values, in bfloat16."""
+    """The vision part of a checkpoint in numbers.
+
+    `tile` is a tile's side in pixels, `tiles` the most per image. `image_bytes` is the size of the
+    keys and values of one image with that many tiles, in bfloat16.
+    """
 
     tile: int
     tiles: int
@@ -30,8 +34,9 @@ class VisionInfo:
 class ModelInfo:
     """A checkpoint in numbers.
 
-    `foreign_chat_template`: the folder's own chat template does not write Llama 3's format, which
-    is used all the same. `weight_bytes` is by dtype; `kv_cache_bytes`, for one sequence in bfloat16, by context length.
+    `foreign_chat_template`: the folder's chat template does not write Llama 3's format, which is
+    used regardless. `weight_bytes` is by dtype; `kv_cache_bytes` is by context length, for one
+    sequence in bfloat16.
     """
 
     name: str
@@ -59,9 +64,9 @@ class ModelInfo:
 
 
 def describe(folder: CheckpointFolder) -> ModelInfo:
-    """Describe a folder by its params.json and its shards' lists of tensors; of weights only what `is_tied` reads.
+    """Describe a folder from its params.json and the headers of its shards.
 
-    Raises CheckpointError.
+    Reads only the weights that `is_tied` reads. Raises CheckpointError.
     """
     args = folder.read_args()
     tied = is_tied(folder)

@@ -71,9 +71,9 @@ def _json_number(value: str | float | None) -> str | float | None:
 def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> Comparison:
     """Compare two folders' params, tokenizers and tensors, a block of values at a time.
 
-    A tied output that one folder leaves out counts as the embedding. Hugging Face's files lack those
-    vectors for tiles that no image uses: if only one folder has its format, they do not count.
-    `progress` counts tensors.
+    A tied output that one folder leaves out counts as the embedding. Hugging Face's files lack the
+    vectors for tiles that no image uses; if only one folder has that format, these vectors are not
+    compared. `progress` counts tensors.
     Raises CheckpointError for a folder that cannot be read.
     """
     left, right = open_folder(a), open_folder(b)
@@ -87,9 +87,9 @@ def compare(a: str | Path, b: str | Path, progress: Progress | None = None) -> C
 
 
 def _open(*folders: CheckpointFolder) -> list[Stored | Dequantized]:
-    """Both folders' tensors; as weights, unless both are stored in the same way.
+    """Open the folders' tensors: dequantized, unless all folders store them in the same way.
 
-    The scales of fp8 releases are in files of their own, so these are always compared as weights.
+    fp8 releases keep their scales in separate files, so they are always dequantized.
     """
     args = [folder.read_args() for folder in folders]
     kinds = [stored_kind(folder, each) for folder, each in zip(folders, args, strict=True)]
@@ -147,7 +147,7 @@ def _parts(stored: Stored | Dequantized, name: str) -> list[TensorSlice]:
 
 
 def _used(name: str, parts: list[TensorSlice], a: Stored | Dequantized, b: Stored | Dequantized) -> list[TensorSlice]:
-    """What of a tensor both formats hold."""
+    """The part of a tensor that both formats hold."""
     formats = {isinstance(stored, Stored) and stored.hf_args is not None for stored in (a, b)}
     if len(formats) == 1 or not is_tile_table(name):
         return parts
@@ -253,5 +253,5 @@ def _blocks(a: TensorSlice, b: TensorSlice) -> Iterator[tuple[Tensor, Tensor]]:
     for x, y in zip(one.split(rows), other.split(rows), strict=True):
         yield x, y
         for block, part in ((x, a), (y, b)):
-            if part.is_mapped:  # a copy would be lost
+            if part.is_mapped:  # releasing the pages of a copy would erase it
                 release_rows(block)

@@ -12,7 +12,7 @@ from llama_ref.vision import VisionTransformer
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Leaves parameters as they are made: `nn.init` on the meta device imports a compiler (0.8 s)."""
+    """Skips initialization: `nn.init` on the meta device imports a compiler (0.8 s)."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -1,7 +1,7 @@
-"""Tell two checkpoints apart without reading them whole: by shapes, sizes, sums and samples.
+"""Tell two checkpoints apart without reading all of them: by shapes, sizes, checksums and samples.
 
 The last bytes of a .pth are its archive's directory, with the CRC-32 of every tensor. Safetensors
-have no sums: of these, blocks at fixed places are compared.
+have no checksums, so blocks at fixed offsets are compared.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ SHOWN_DIGITS = 12  # of 64, in an error
 def fingerprint(folder: CheckpointFolder, args: ModelArgs, tokenizer: str | Path | None) -> dict[str, object]:
     """Facts about a checkpoint, by name, that are equal for two copies of the same one.
 
-    Sums from checklist.chk are among them if there is one. Raises CheckpointError for a file that
+    Includes the checksums in checklist.chk, if there is one. Raises CheckpointError for a file that
     cannot be read.
     """
     facts: dict[str, object] = asdict(args)
@@ -37,7 +37,7 @@ def fingerprint(folder: CheckpointFolder, args: ModelArgs, tokenizer: str | Path
 
 
 def _listed_sums(folder: CheckpointFolder) -> dict[str, object]:
-    """The weights' sums in checklist.chk; none if it is missing or broken, which loading reports."""
+    """The weights' checksums in checklist.chk; empty if it is missing or broken (loading reports it)."""
     if folder.checklist is None:
         return {}
     try:

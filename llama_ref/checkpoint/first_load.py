@@ -1,9 +1,9 @@
 """Check files against checklist.chk when they are first loaded, and remember the result.
 
-A stamp in the user's cache directory holds the sum of a file with this path, device, inode, size and
-times. While these stay the same, the next load costs nothing; a changed file is hashed again.
-Hashing runs in threads while the weights load. Both open the file, perhaps at different times: in
-the end the identities of all descriptors are compared, so that what was loaded is what was hashed.
+A stamp in the user's cache directory records a file's checksum with its path, device, inode, size
+and times. While these stay the same, the file is not hashed again. Hashing runs in threads while
+the weights load. Both open the file, perhaps at different times; at the end the identities of all
+descriptors are compared, which makes sure that the loaded file is the hashed one.
 """
 
 import contextlib
@@ -51,10 +51,10 @@ def verified(
     """Check a folder's files while the block loads them; the exit raises if one is damaged.
 
     "auto" checks files without a valid stamp, or warns that there is no checklist; "always" hashes
-    all files; "never" does nothing. `tokenizer` is checked if it is in the folder. `also` are files
-    that only "always" requires to be in the list; the others are checked if they are. Files that
-    were opened before the block, if any, must be the same ones. Raises CheckpointError for a file
-    that differs from the list, is not named in it, or changes or is exchanged while it is loaded.
+    all files; "never" does nothing. `tokenizer` is checked if it is in the folder. `also` are more
+    files: "always" requires them to be in the list, "auto" checks those that are. Files in
+    `opened_before` must be the same files. Raises CheckpointError for a file that differs from the
+    list, is not named in it, or changes or is replaced while it is loaded.
     """
     if verify not in ("auto", "always", "never"):
         raise RequestError(f"verify is {verify!r}, expected auto, always or never")
@@ -74,7 +74,7 @@ def verified(
             with interrupt_held():
                 checks: list[Future[None]] = [pool.submit(file.check, verify, started_ns, cancel) for file in files]
                 for params in checks[:1]:
-                    result_of(params)  # before anything is loaded by it
+                    result_of(params)  # params.json, which decides what is loaded
             yield
             with interrupt_held():
                 for check in as_they_end(checks):
@@ -93,7 +93,7 @@ def _files_to_check(
 ) -> list[tuple[Path, Entry]]:
     """The files that are about to be loaded, params.json first, and their entries in the list."""
     if folder.checklist is None:
-        message = f"{folder.path} has no checklist.chk, so nothing says whether its files are whole"
+        message = f"{folder.path} has no checklist.chk, so its files cannot be verified"
         if verify == "always":
             raise CheckpointError(f"{message}; fetch it, write one with `llama-ref checksum`, or load with verify=auto")
         logger.warning("%s", printable(message))
@@ -116,17 +116,19 @@ def _files_to_check(
 
 
 def _is_in(folder: CheckpointFolder, path: Path) -> bool:
-    # By name first: a link may lead elsewhere from one `resolve` to the next.
+    # By name first: a link's target may change from one `resolve` to the next.
     return path.parent == folder.path or path.parent.resolve() == folder.path.resolve()
 
 
 def _check_added_tokens(tokenizer: str | Path | None, checked: set[Path], opened: set[Path]) -> None:
-    """Raise CheckpointError if added_tokens.json came or went before the tokenizer was read."""
+    """Raise CheckpointError if added_tokens.json appeared or vanished before the tokenizer was read."""
     if tokenizer is None or Path(tokenizer).suffix == ".json" or Path(tokenizer) not in checked & opened:
         return
     added = Path(tokenizer).with_name(ADDED_TOKENS)
     if (added in opened) != (added in checked):
-        raise CheckpointError(f"{added} came or went while the folder was being checked; try again when nothing changes it")
+        raise CheckpointError(
+            f"{added} appeared or vanished while the folder was being checked; try again when nothing changes it"
+        )
 
 
 class _File:
@@ -150,7 +152,7 @@ class _File:
     def check(self, verify: Verify, started_ns: int, cancel: threading.Event) -> None:
         """Raise CheckpointError if the file differs from the list; hash it unless its sum is known.
 
-        Of several processes, one hashes the file and the others wait for its result.
+        If several processes check the file, one hashes it and the others wait for the result.
         """
         found = self._known_sum(verify, started_ns)
         if found is None:
@@ -158,7 +160,7 @@ class _File:
                 found = self._known_sum(verify, started_ns) or self._hash(cancel, beat)
         if found not in (None, self.entry.sum):
             raise CheckpointError(
-                f"{self.path} is not what checklist.chk says: {self.entry.algorithm} {found}, expected {self.entry.sum}. "
+                f"{self.path} does not match checklist.chk: {self.entry.algorithm} {found}, expected {self.entry.sum}. "
                 f"Nothing was loaded; `llama-ref verify {self.path.parent}` says what is wrong with it"
             )
 
@@ -186,7 +188,7 @@ class _File:
         return found
 
     def _known_sum(self, verify: Verify, started_ns: int) -> str | None:
-        """The sum in the stamp, if it was found since `started_ns`; with "auto", any right sum."""
+        """The stamp's checksum if it is newer than `started_ns` or, with "auto", matches the list."""
         try:
             stamp = json.loads(_read_own(self._stamp_path()))
             found, hashed_ns = str(stamp["found"]), int(stamp["hashed_ns"])
@@ -209,11 +211,11 @@ class _File:
             Path(partial).replace(path)
 
     def _key(self) -> dict[str, int | str]:
-        """What a stamp is valid for."""
+        """The file identity and the listed checksum for which a stamp is valid."""
         return {"path": self.real_path, **asdict(self.identity), "sum": self.entry.sum}
 
     def _stamp_path(self) -> Path:
-        """The file of the stamp. Raises OSError if there is no place for stamps."""
+        """The file of the stamp. Raises OSError if stamps cannot be stored."""
         directory = cache_directory() / "verified"
         if Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(self.path.parent)):
             raise PermissionError(f"{directory} is in a checkpoint's folder, which stays unchanged")

@@ -29,7 +29,7 @@ SHARD_NAME = re.compile(r"consolidated\.([0-9]{2}|[1-9][0-9]{2,})\.pth")
 SAFETENSORS_NAME = re.compile(r"model(?:-([0-9]{5})-of-([0-9]{5}))?\.safetensors")
 QUANTIZATION = "quantization"  # the key in params.json; Meta's own int4 releases have quantization_args
 INDEX_NAME = "model.safetensors.index.json"
-INDEX_LIMIT_BYTES = 16 << 20  # a 405B's has 100 kB
+INDEX_LIMIT_BYTES = 16 << 20  # Llama 3.1 405B's index has 100 kB
 MOST_LISTED = 8  # names in one error
 
 
@@ -79,7 +79,7 @@ class CheckpointFolder:
         return _read_config(self.params).tied
 
     def open_tokenizer(self, args: ModelArgs, path: str | Path | None = None) -> "Tokenizer":
-        """The folder's tokenizer, or the one at `path`, with the ids that end a text in this folder.
+        """The folder's tokenizer, or the one at `path`, with the folder's end-of-text ids.
 
         Raises CheckpointError if there is no tokenizer or if it belongs to another model.
         """
@@ -147,10 +147,10 @@ def list_folders() -> list[Path]:
 def find_folder(name: str | Path) -> Path:
     """Find a folder by its path or by the name of a release, in any of its spellings.
 
-    A name is looked up in `checkpoints_root()`, with `-` for `:` as Meta's downloader writes it,
-    then there in other spellings ("meta-llama/Llama-3.2-1B", "llama3.2-1b"), and "owner/name" in
-    Hugging Face's cache, of whose repositories the snapshot is taken. Raises FolderNotFound, which
-    names what is like it and lists the folders in the root.
+    A name is looked up in `checkpoints_root()`, first with `-` for `:` as Meta's downloader writes
+    it, then in other spellings ("meta-llama/Llama-3.2-1B", "llama3.2-1b"). "owner/name" is also
+    looked up in Hugging Face's cache, which gives the repository's snapshot. Raises FolderNotFound
+    with similar names and the folders in the root.
     """
     if not str(name):
         raise FolderNotFound(f"the name of the checkpoint is empty.{_what_is_there()}")
@@ -220,8 +220,8 @@ def _what_is_there() -> str:
 def open_folder(name: str | Path) -> CheckpointFolder:
     """Find a folder by path or name, and its files.
 
-    A Hugging Face repository may hold Meta's files in `original/`; these are then opened. Raises
-    CheckpointError for a folder that is not a checkpoint, which says what it holds instead.
+    If a Hugging Face repository holds Meta's files in `original/`, those are opened. If the folder
+    is not a checkpoint, raises CheckpointError and says what it holds instead.
     """
     path = find_folder(name)
     try:
@@ -278,7 +278,7 @@ def shard_number(name: str) -> int:
 
 
 def says_quantized(params: Path) -> bool:
-    """Whether params.json names a quantization scheme, as in a folder quantized here."""
+    """Whether params.json names a quantization scheme, as in folders that this package quantized."""
     try:
         return QUANTIZATION in ModelArgs.from_json(params).extra
     except CheckpointError:
@@ -324,7 +324,7 @@ def _check_one_set(path: Path, names: list[str]) -> None:
 
 
 def _which_to_remove(path: Path, names: list[str]) -> str:
-    """Which files of two models the index does not name."""
+    """Advice on which of two models' files to remove: those that the index does not name."""
     try:
         index = read_json(path / INDEX_NAME, INDEX_LIMIT_BYTES, "an index of safetensors")
         named = set(index["weight_map"].values())
@@ -344,7 +344,9 @@ def _check_links(path: Path, names: list[str]) -> None:
     """Raise CheckpointError for a dangling link: Hugging Face's cache links to blobs."""
     for name in names:
         if not (path / name).exists():
-            raise CheckpointError(f"{path / name} is a link to {(path / name).readlink()}, which is not there; fetch it again")
+            raise CheckpointError(
+                f"{path / name} is a link to {(path / name).readlink()}, which does not exist; fetch it again"
+            )
 
 
 def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
@@ -377,5 +379,5 @@ def _why_no_checkpoint(path: Path, names: list[str], shards: list[str]) -> str:
         return f"{path} lacks {lacking}; fetch it beside {shards[0]}"
     within = [str(each.parent) for pattern in ("*", "original/*") for each in sorted(path.glob(f"{pattern}/params.json"))]
     if within:
-        return f"{path} holds no checkpoint itself, but folders that may be: name one of {_listed(within)}"
+        return f"{path} holds no checkpoint itself, but these folders in it may: give one of {_listed(within)}"
     return f"{path} holds no consolidated.NN.pth and no model.safetensors; it holds {_listed(names)}"

@@ -1,4 +1,4 @@
-"""Tensors under other names than the model's: what they are called, and what to do about it."""
+"""Explain a file whose tensors do not have the model's names, and say what to do about it."""
 
 from collections.abc import Collection
 
@@ -11,7 +11,7 @@ MOST_SHOWN = 3
 
 
 def foreign_names(found: Collection[str], expected: Collection[str]) -> str | None:
-    """What names a file has if it has none of the model's, and what to do; else None.
+    """The names of a file's tensors and advice, if none of the names is the model's; else None.
 
     `expected` are Meta's names or Hugging Face's.
     """

@@ -1,8 +1,8 @@
 """Let one process hash a file while the others wait, for as long as it makes progress.
 
-The process that holds the lock writes its number and name into the lock's file, and renews the
-file's time while it hashes. A process that waits says for whom, and stops waiting if no more beats
-come: a stopped process (Ctrl-Z, SIGSTOP, a debugger) keeps its lock.
+The process that holds the lock writes its id and name into the lock file, and updates the file's
+time while it hashes (a heartbeat). A waiting process logs the owner, and stops waiting if the
+heartbeats end: a stopped process (Ctrl-Z, SIGSTOP, a debugger) keeps its lock.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from pathlib import Path
 from llama_ref.formatting import printable
 
 TRY_SECONDS = 0.02  # between two tries for the lock
-SILENT_SECONDS = 1.0  # of waiting before a message says for whom
-STALLED_SECONDS = 10.0  # without a beat, after which nobody waits any longer
+SILENT_SECONDS = 1.0  # of waiting before the owner is logged
+STALLED_SECONDS = 10.0  # without a heartbeat, after which others stop waiting
 BEAT_SECONDS = 1.0
-OWNER_LIMIT_BYTES = 100  # a number and a name
+OWNER_LIMIT_BYTES = 100  # a process id and a name
 NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # follow no link, wait for no pipe
 
 logger = logging.getLogger(__name__)
@@ -31,10 +31,10 @@ Beat = Callable[[], None]
 
 @contextlib.contextmanager
 def hash_lock(lock: Path | None, hashed: Path, cancel: threading.Event) -> Iterator[Beat]:
-    """Lock out other processes that hash the file `hashed`; the block calls the beat as it proceeds.
+    """Wait while another process hashes the file `hashed`; yield a heartbeat for the block to call.
 
-    Without a lock if its file `lock` is None or cannot be used, if the owner of the lock makes no
-    progress, or once `cancel` is set.
+    Continues without a lock if its file `lock` is None or cannot be used, if the lock's owner makes
+    no progress, or once `cancel` is set.
     """
     with contextlib.ExitStack() as stack:
         heartbeat = None
@@ -49,7 +49,7 @@ def hash_lock(lock: Path | None, hashed: Path, cancel: threading.Event) -> Itera
 
 
 class _Heartbeat:
-    """Renews the time of a lock's file, at most once in BEAT_SECONDS."""
+    """Updates the time of a lock file, at most once in BEAT_SECONDS."""
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
@@ -64,12 +64,12 @@ class _Heartbeat:
 
 
 def _open(lock: Path) -> int:
-    """Open a lock's file, or create it. Raises OSError for one that is not this user's alone."""
+    """Open or create a lock file. Raises OSError if others can write to it."""
     lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
     status = os.fstat(descriptor)
     is_own = status.st_uid == os.geteuid() and not status.st_mode & 0o022
-    # Something is written into it: it must not be a second name of another file.
+    # We write into it, so it must not be a hard link to another file.
     if not is_own or not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
         raise PermissionError(f"{lock} does not belong to this user alone")
@@ -88,7 +88,7 @@ def _acquire(descriptor: int, hashed: Path, cancel: threading.Event) -> bool:
             beat, beat_at = latest, now
         if now - beat_at > STALLED_SECONDS:
             logger.warning(
-                "%s has made no progress for %.0f seconds in hashing %s; is it stopped? The file is hashed again here",
+                "%s has made no progress for %.0f seconds in hashing %s; is it stopped? Hashing the file again",
                 _owner(descriptor),
                 STALLED_SECONDS,
                 printable(str(hashed)),
@@ -113,7 +113,7 @@ def _last_beat(descriptor: int) -> int:
 
 
 def _write_owner(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # such as a full disk: the lock holds without it
+    with contextlib.suppress(OSError):  # such as a full disk: the lock works without it
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {_own_name()}".encode(), 0)
         os.utime(descriptor)
@@ -126,7 +126,7 @@ def _own_name() -> str:
 
 
 def _owner(descriptor: int) -> str:
-    """Who holds the lock, as far as its file says: "process 1234 (python)"."""
+    """The lock's owner, from its file: "process 1234 (python)"."""
     with contextlib.suppress(OSError):
         number, _, name = os.pread(descriptor, OWNER_LIMIT_BYTES, 0).decode("utf-8", "replace").partition(" ")
         if number.isascii() and number.isdigit():

@@ -43,9 +43,9 @@ MOST_SHOWN = 40  # characters of a line
 MOST_NAMED = 4  # files in one sentence
 
 NO_LIST = {
-    META: f"there is no {CHECKLIST_NAME}, so no sums to compare with; the files' structure was checked",
+    META: f"there is no {CHECKLIST_NAME}, so no checksums to compare with; the files' structure was checked",
     HUGGING_FACE: (
-        f"there is no {CHECKLIST_NAME}, and safetensors hold no sums, so nothing says whether the bytes are right; "
+        f"there is no {CHECKLIST_NAME}, and safetensors hold no checksums, so the bytes cannot be verified; "
         "the files' structure was checked"
     ),
 }
@@ -68,9 +68,9 @@ def verify(
     kind and length, the tensors against params.json or config.json and against one another, the
     tokenizer against vocab_size. `quick` stops there. Otherwise the files are hashed, `jobs` at a
     time (default: one per core), and compared with checklist.chk. Without a checklist, Meta's
-    weights are compared with the CRC-32 sums in their own archives; safetensors have no such sums.
-    `deep` also looks for NaN, infinity and impossible numbers in every weight. `progress(path, bytes
-    done, total bytes)` is called from threads. `known` are sums of files that need not be hashed again.
+    weights are compared with the CRC-32 checksums in their archives; safetensors have none. `deep`
+    also looks for NaN, infinity and out-of-range values in every weight. `progress(path, bytes done,
+    total bytes)` is called from threads. `known` has checksums of files that need no hashing again.
 
     >>> report = verify("Llama3.2-1B-Instruct")
     >>> print(report.summary())
@@ -171,7 +171,7 @@ class _Check:
         return Report(self.folder, files, problem, notes + structure.notes)
 
     def _quantized_files(self, form: Format, names: list[str]) -> list[str]:
-        """Safetensors that were quantized here, which lie beside a params.json."""
+        """Safetensors of a folder that this package quantized, which has a params.json instead."""
         quantized = form is META and not has_weights(META, names) and says_quantized(self.folder / META.params)
         return [name for name in names if HUGGING_FACE.weights.fullmatch(name)] if quantized else []
 
@@ -280,14 +280,14 @@ class _Check:
         run_all([partial(one, name) for name in names], self.jobs, cancel)
 
     def _mark_unwritten(self, verdicts: dict[str, FileReport]) -> None:
-        """A damaged file with a block of zeros was reserved and only partly written."""
+        """Mark damaged files with a block of zeros: their space was reserved, but not all written."""
         for name, report in verdicts.items():
             if report.state is State.DAMAGED and (offset := zero_block(self.folder / name)) is not None:
                 detail = f"{report.detail}; zero bytes at {offset:,}"
                 verdicts[name] = replace(report, state=State.UNWRITTEN, detail=detail)
 
     def _mark_growing(self, verdicts: dict[str, FileReport], stamps: Mapping[str, tuple[int, int] | None]) -> None:
-        """Mark files that changed during the check; wait a moment for broken ones that are new."""
+        """Mark files that changed during the check; wait a moment if a broken file is very new."""
         short = [name for name in stamps if not verdicts[name].ok and age_seconds(self.folder / name) < JUST_NOW_SECONDS]
         if short and all(stamps[name] == stamp_of(self.folder / name) for name in short):
             time.sleep(GROWTH_WAIT_SECONDS)
@@ -300,7 +300,9 @@ class _Check:
 
 @dataclass(frozen=True)
 class _List:
-    """What checklist.chk gives: entries by name, why it gives none, its report if it is bad, notes."""
+    """The result of reading checklist.chk: entries by name, the problem if it could not be used,
+    its own report if it is bad, and notes.
+    """
 
     entries: dict[str, Entry] = field(default_factory=dict)
     problem: str | None = None
@@ -320,11 +322,11 @@ def _not_compared(the_list: _List, form: Format, files: Iterable[FileReport]) ->
     if not names:
         return None
     shown = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
-    return f"{CHECKLIST_NAME} does not name {shown}, so nothing says whether the bytes are right"
+    return f"{CHECKLIST_NAME} does not name {shown}, so the bytes cannot be verified"
 
 
 def _missing(form: Format, names: list[str], structure: Structure) -> list[str]:
-    """Missing files, as the weights' numbers, shapes or index show, and those of any model."""
+    """Missing files: those that the weights' numbers, shapes or index imply, or that any model needs."""
     missing = [name for name in structure.needed if name not in names]
     if not missing and not any(has_weights(each, names) for each in (META, HUGGING_FACE)):
         missing = [form.first_weights]
@@ -365,7 +367,7 @@ def _unchecked_notes(named: Path, folder: Path, checked: set[str]) -> list[str]:
 
 
 def _matches(entry: Entry | None, hashed: Hashed | OSError | None) -> bool | None:
-    """Whether the sum is the listed one; None if one of the two is missing."""
+    """Whether the checksum matches the listed one; None if either is missing."""
     return None if entry is None or not isinstance(hashed, Hashed) else entry.sum == hashed.sum
 
 
@@ -395,12 +397,12 @@ def _why_sum_differs(
 
 
 def _is_right(report: FileReport) -> bool:
-    """Whether the checksum is the listed one."""
+    """Whether the checksum matches the listed one."""
     return report.found_sum is not None and report.found_sum == report.expected_sum
 
 
 def _clear_misfits(verdicts: dict[str, FileReport], structure: Structure) -> None:
-    """Clear files with the right sum of misfits that other, broken files explain."""
+    """Clear misfits of files with the right checksum if other, broken files explain them."""
     doubtful = [name for name, finding in structure.findings.items() if finding.by_others]
     if any(not report.ok for name, report in verdicts.items() if name not in doubtful or not _is_right(report)):
         for name in doubtful:

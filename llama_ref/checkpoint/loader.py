@@ -1,9 +1,9 @@
 """Load a folder's weights into a Transformer, tensor by tensor.
 
 Files are mapped, not read. If nothing has to change (CPU, the file's dtype, one slice), a parameter
-is the file's pages themselves, unless a private copy is asked for. Otherwise each tensor is cast
+uses the mapped pages directly, unless a private copy is requested. Otherwise each tensor is cast
 and copied once, and its pages are released before the next. Copies to CUDA go through pinned
-buffers (to_device.py), so that the host holds no more than these and one tensor.
+buffers (to_device.py), so the host never holds more than these buffers and one tensor.
 """
 
 import math
@@ -49,13 +49,13 @@ def load_model(
 
     With several processes, each reads and holds only its `share` of every matrix and its stage's
     layers. The model's `args` count these layers and key/value heads; tensors of other stages stay
-    on the meta device. With `quantize`, each matrix is quantized from the files' numbers as soon as
+    on the meta device. With `quantize`, each matrix is quantized from the files' values as soon as
     it is read, so that the whole model is never held unquantized; a quantized folder is loaded as
     it is. `activations` is the arithmetic of Meta's int4 and fp8 releases: "reference" (the default)
     rounds the inputs of their matrices, as Meta's code does, "full" does not. With `in_memory`, the
     model has its own copy of every weight, and the files may change afterwards. Raises
     CheckpointError as `open_stored` and `matrices_of` do, RequestError for a matrix that the
-    scheme cannot hold, and for options that the folder has no use for.
+    scheme cannot hold, and for options that do not apply to the folder.
     """
     scheme = None if quantize is None else Scheme.parse(quantize)
     layers = share.layers(args.n_layers)
@@ -63,7 +63,7 @@ def load_model(
     shapes = {name: shape for name, shape in expected_shapes(args).items() if _is_local(name, args, share, layers)}
     wanted = {name: wanted_ranges(name, args, share) for name in shapes}
     stored = _open(folder, args, wanted, scheme, activations)
-    # Built only when its shape is known to be that of the files.
+    # Built only once its shape is known to match the files.
     crossed_in_stage = [layer - layers.start for layer in crossed]
     model = model_without_memory(replace(args, n_layers=len(layers), n_kv_heads=len(kv_heads(args, share))), crossed_in_stage)
     is_one_matrix = stored.tied and {EMBEDDING, OUTPUT} <= wanted.keys()
@@ -86,7 +86,7 @@ def load_model(
                 matrix = stored.joined(name, ranges, dtype, to)
             _set(model, _local_name(name, args, layers), matrix)
             if copier:
-                give_back_memory()  # of reordered copies, which the C library would keep
+                give_back_memory()  # the C library would keep the memory of reordered copies
             counter.advance(math.prod(parts[name]) * dtype.itemsize)
     if is_one_matrix:
         tie(model)
@@ -98,7 +98,7 @@ def load_model(
 def _open(
     folder: CheckpointFolder, args: ModelArgs, wanted: Wanted, scheme: Scheme | None, activations: Activations | None
 ) -> Stored | StoredMatrices:
-    """Map a folder's files. Raises RequestError for options that it has no use for."""
+    """Map a folder's files. Raises RequestError for options that do not apply to the folder."""
     if folder.is_quantized:
         check_activations(folder, activations, Kind.PLAIN)
         return StoredQuantized(folder, args, scheme)

@@ -1,4 +1,4 @@
-"""Map files into memory, even files larger than it; changes stay in this process."""
+"""Memory-map files, even files larger than memory; changes stay in this process."""
 
 import mmap
 import platform

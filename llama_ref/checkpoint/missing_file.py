@@ -1,4 +1,4 @@
-"""What became of a missing file: its download is not finished, or it is here under another name."""
+"""Explain a missing file: its download is not finished, or it exists under another name."""
 
 import re
 import unicodedata
@@ -15,7 +15,7 @@ LATER_MARK = r"(?:\.\d+|\.bak|\.old|\.orig|\.txt)"
 
 
 def hint_about(path: Path) -> str:
-    """A sentence about a missing file's unfinished download or its other name; empty if there is neither."""
+    """A sentence about a missing file's unfinished download or other name; empty without either."""
     return _partial_download(path) or _other_name(path)
 
 
@@ -28,7 +28,7 @@ def with_hint(path: Path) -> str:
 def _partial_download(path: Path) -> str:
     """A sentence about an unfinished download, next to the file or in the hub's cache."""
     if path.with_name(path.name + OWN_STATE).exists():  # its .part has the full length from the start
-        return "its download has not finished: `llama-ref download` goes on with it"
+        return "its download has not finished: `llama-ref download` resumes it"
     for suffix in PARTIAL_SUFFIXES:
         size = _size(path.with_name(path.name + suffix))
         if size is not None:
@@ -41,7 +41,7 @@ def _partial_download(path: Path) -> str:
 
 
 def _other_name(path: Path) -> str:
-    """A sentence about a file beside it whose name is that of a copy."""
+    """A sentence about a file in the same folder whose name looks like a copy's."""
     stem = re.sub(r"0*(\d+)", r"0*\1", re.escape(path.stem))  # 01 may have become 1
     pattern = re.compile(rf"(?:copy of )?{stem}{COPY_MARK}?{re.escape(path.suffix)}{LATER_MARK}?", re.IGNORECASE)
     try:

@@ -44,7 +44,7 @@ def scheme_of(folder: CheckpointFolder, args: ModelArgs) -> Scheme:
 
 
 def parts_of(scheme: Scheme, name: str, shape: Shape) -> dict[str, tuple[Shape, torch.dtype | None]]:
-    """The tensors that store one, by name: shape and dtype; dtype None is any weight dtype."""
+    """The stored tensors of one weight: name -> (shape, dtype); dtype None is any weight dtype."""
     stem, bits = name.removesuffix(".weight"), scheme.bits_of(name)
     if bits is None:
         return {name: (shape, None)}
@@ -115,8 +115,9 @@ class StoredQuantized:
         for each in ranges:
             if each.start % group or each.stop % group:
                 raise RequestError(
-                    f"{name} of {self.folder.path} has groups of {group} weights, which so many processes would split "
-                    f"(columns {each.start:,} to {each.stop:,}): start another number, or quantize the original while loading"
+                    f"{name} of {self.folder.path} has groups of {group} weights, which this number of processes "
+                    f"would split (columns {each.start:,} to {each.stop:,}): start another number of processes, or quantize "
+                    "the original while loading"
                 )
 
     def _check(self, shapes: Mapping[str, Shape]) -> None:
@@ -146,7 +147,7 @@ def _narrow(tensor: Tensor, ranges: list[range] | None, dim: int | None) -> Tens
 def _on_cpu(part: Tensor, mapped: Tensor, in_memory: bool) -> Tensor:
     """A contiguous part of a mapped tensor; a copy if it must be private or misses KERNEL_ALIGNMENT.
 
-    Other programs align tensors to 8 bytes, and the rows of a share may begin anywhere.
+    Other programs align tensors to 8 bytes only, and the rows of a share may start at any offset.
     """
     slice_ = TensorSlice(part, mapped)
     if part.data_ptr() % KERNEL_ALIGNMENT == 0 and not (in_memory and slice_.is_mapped):

@@ -43,12 +43,12 @@ def quantize_folder(
 
     For int4, the model first reads a text, and each layer is rounded to fit its inputs
     (quantization/calibration.py), which leaves at most a third of the divergence
-    (scripts/bench_quality.py). `calibrate` is the text; True means the one of this project. Memory
-    holds the rounded layers, and of one layer the float32 weights and four squares of its widest
-    input: about 3.7 and 5 GB for an 8B.
+    (scripts/bench_quality.py). `calibrate` is the text; True means the text that comes with this
+    package. Memory holds the rounded layers (about 3.7 GB for an 8B), and one layer's float32
+    weights and four square matrices as wide as its widest input (about 5 GB).
 
-    With `calibrate` False and for int8, memory holds some rows and the scales. The folder then
-    loads bit for bit as the source does with `quantize`. `verify` is that of `Llama.build`;
+    With `calibrate` False and for int8, memory holds only some rows and the scales. The folder then
+    loads bit for bit as the source does with `quantize`. `verify` is as in `Llama.build`;
     `progress` counts bytes, those of calibrated layers twice, when rounded and when written.
 
     Raises RequestError for a matrix that the scheme cannot hold, a source that is already quantized
@@ -115,7 +115,7 @@ def _quantized_params(source: Source, scheme: Scheme) -> dict[str, Any]:
 class _QuantizedTensor:
     """Quantizes one tensor while it is written.
 
-    The source is read twice: for the scales, which are kept, and for the numbers.
+    The source is read twice: once for the scales, which are kept, and once for the integers.
     """
 
     scheme: Scheme

@@ -87,11 +87,11 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class Stored:
-    """A folder's tensors, memory-mapped, under Meta's names and in Meta's form.
+    """A folder's tensors, memory-mapped, under Meta's names and in Meta's layout.
 
     `shards` holds the tensors by shard number and name; all safetensors files together count as one
     shard. `tied`: the output matrix is the embedding. `hf_args` is set if the files have Hugging
-    Face's form (hf/layout.py). Of a quantized release's matrices they are the stored parts
+    Face's layout (hf/layout.py). A quantized release's matrices are kept as their stored parts
     (meta_quantized/).
     """
 
@@ -208,7 +208,7 @@ def _open_safetensors(folder: CheckpointFolder, args: ModelArgs, check: bool) ->
     files = {path.name: map_safetensors(path) for path in folder.shards}
     if args.has_vision:
         files = _in_usual_names(files)
-        check = True  # tensors of other shapes have no form in which to read them
+        check = True  # the layout can be converted only for the expected shapes
     tensors = _all_tensors(files.values())
     tied = folder.says_tied() and not _holds_output(folder, tensors)
     if tied:
@@ -235,7 +235,10 @@ def _in_usual_names(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict
 
 
 def stored_kind(folder: CheckpointFolder, args: ModelArgs) -> Kind:
-    """How a folder stores its matrices; of a folder quantized here, PLAIN. Raises CheckpointError."""
+    """How a release stores its matrices; PLAIN for folders that this package quantized.
+
+    Raises CheckpointError.
+    """
     if folder.is_quantized:
         return Kind.PLAIN
     if folder.is_hugging_face:
@@ -246,8 +249,8 @@ def stored_kind(folder: CheckpointFolder, args: ModelArgs) -> Kind:
 def is_tied(folder: CheckpointFolder) -> bool:
     """Whether a folder's output matrix is its embedding.
 
-    Reads no weights, except two tables to compare them: those of an int4 release, or where
-    config.json ties an output that the files hold too. Raises CheckpointError.
+    Reads no weights, except to compare the two tables in an int4 release, and where config.json
+    ties an output that the files also hold. Raises CheckpointError.
     """
     if folder.is_hugging_face:
         return folder.says_tied() and not _holds_output(folder, _all_tensors(map(map_safetensors, folder.shards)))
@@ -269,9 +272,10 @@ def _all_tensors(files: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _holds_output(folder: CheckpointFolder, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether safetensors hold an output of their own although config.json ties it.
+    """Whether safetensors hold a separate output matrix although config.json ties it.
 
-    It is then used, as transformers does from version 5 on; a copy of the embedding is not.
+    Such an output is used, as in transformers from version 5 on; a copy of the embedding does not
+    count.
     """
     output, embedding = tensors.get(hf_name(OUTPUT)), tensors.get(hf_name(EMBEDDING))
     if output is None or (embedding is not None and same_bytes(output, embedding)):
@@ -312,7 +316,7 @@ def tables_are_equal(shards: Iterable[Mapping[str, Tensor]]) -> bool:
 
 
 def has_output(names: Iterable[str]) -> bool:
-    """Whether a quantized folder has an output of its own; otherwise it is tied."""
+    """Whether a quantized folder has a separate output matrix; otherwise the output is tied."""
     return any(name.startswith("output.") for name in names)
 
 
@@ -346,8 +350,8 @@ def _storage(memory: mmap.mmap, info: TensorInfo) -> Tensor:
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Release a mapped tensor's pages, which else count as memory until the file is unmapped."""
-    # A tensor with strides may span other bytes than nbytes says.
+    """Release a mapped tensor's pages, which otherwise count as memory until the file is unmapped."""
+    # A strided tensor may span more bytes than its nbytes.
     if not sys.platform.startswith("linux") or not tensor.is_contiguous():
         return
     # Only pages that hold nothing else.
@@ -358,7 +362,7 @@ def release_pages(tensor: Tensor) -> None:
 
 
 def release_rows(rows: Tensor) -> None:
-    """Release the pages of some rows of a mapped matrix; of cut columns, also what lies between."""
+    """Release the pages of some rows of a mapped matrix; for a column slice, from first to last byte."""
     if rows.numel():
         span = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
         release_pages(rows.as_strided((span,), (1,)))
@@ -384,7 +388,7 @@ def _check_tensors(
 def _check_number(
     folder: CheckpointFolder, shards: Mapping[str, Mapping[str, DtypeAndShape]], expected: Mapping[str, Expected]
 ) -> None:
-    """Raise CheckpointError if the shards are the first of more: no gap shows that the last ones are missing."""
+    """Raise CheckpointError if the last shards are missing, which leaves no gap in their numbers."""
     embeddings = [shard[EMBEDDING][1] for shard in shards.values() if EMBEDDING in shard]
     n_here, n_shards = len(folder.shards), implied_shards(embeddings[0], expected[EMBEDDING].shape[0]) if embeddings else None
     if n_shards and n_shards > n_here and not any(misfits(shards, expected, n_shards).values()):
@@ -409,8 +413,8 @@ def _check_copies(folder: CheckpointFolder, shards: Mapping[int, Mapping[str, Te
             one, another = shards[first][name], shards[other][name]
             if one.dtype == another.dtype and not torch.equal(_bytes(one), _bytes(another)):
                 raise CheckpointError(
-                    f"{folder.path}: {folder.shards[first].name} and {folder.shards[other].name} disagree about {name}, of "
-                    "which each has a copy: they belong to different models; fetch all files from the same release"
+                    f"{folder.path}: {folder.shards[first].name} and {folder.shards[other].name} hold different copies of "
+                    f"{name}: they belong to different models; fetch all files from the same release"
                 )
 
 
@@ -420,7 +424,7 @@ def _check_even(folder: CheckpointFolder, expected: Mapping[str, Expected]) -> N
         dim = split_dim(name)
         if dim is not None and shape[dim] % n_shards:
             raise CheckpointError(
-                f"{folder.path}: {n_shards} shards cannot hold equal parts of {name} {shape}, as {folder.params.name} has it; "
+                f"{folder.path}: {n_shards} shards cannot hold equal parts of {name} {shape} (from {folder.params.name}); "
                 "do all shards belong to this model?"
             )
 
@@ -432,7 +436,7 @@ def _check_unique(folder: CheckpointFolder, files: Mapping[str, Collection[str]]
             if name in owner:
                 raise CheckpointError(
                     f"{folder.path}: {owner[name]} and {file} both hold {name}: the folder mixes files of two downloads; "
-                    "remove those of one"
+                    "remove the files of one of them"
                 )
             owner[name] = file
 
@@ -443,7 +447,7 @@ def _file_names(folder: CheckpointFolder) -> str:
 
 
 def _shares_embedding(shards: Iterable[Mapping[str, Tensor]]) -> bool:
-    """Whether the output is tied: it is missing in the files, or on the embedding's bytes."""
+    """Whether the output is tied: it is missing in the files, or shares the embedding's bytes."""
     return all(
         OUTPUT not in shard or (EMBEDDING in shard and shard[OUTPUT].data_ptr() == shard[EMBEDDING].data_ptr())
         for shard in shards

@@ -65,7 +65,7 @@ SHARDS = {"1B": 1, "3B": 1, "8B": 1, "70B": 8, "405B": 8}
 TIED = {"1B", "3B"}
 ROPE_FACTORS = {"1B": 32, "3B": 32, "8B": 8, "70B": 8, "405B": 8}  # not in any of Meta's files
 
-# Meta's list says 256, but the sizes of the files and the model card are those of groups of 32.
+# Meta's list says 256, but the file sizes and the model card imply groups of 32.
 INT4 = {"scheme": "int4_weight_int8_dynamic_activation", "group_size": 32}
 SPINQUANT = {"quantization_args": {**INT4, "spinquant": True}}
 QLORA = {"quantization_args": INT4, "lora_args": {"rank": 16, "scale": 2.0}}
@@ -171,7 +171,8 @@ RELEASES: dict[str, Release] = {
         _release("Llama3.2-90B-Vision-Instruct", "70B", _vision(560, 20)),
         _release("Llama3.3-70B-Instruct", "70B"),
         # Meta's list has Llama 2's vocabulary of 32,000 and multiple_of 256 here. But this is a
-        # fine-tuned Llama 3 8B: the vocabulary is 128,256, and either multiple gives 14,336.
+        # fine-tuned Llama 3 8B: its vocabulary is 128,256, and its FFN's width is 14,336 with
+        # either value of multiple_of.
         _release("Llama-Guard-2-8B", "8B", max_seq_len=4096, use_scaled_rope=None),
         _release("Llama-Guard-3-1B", "1B"),
         PRUNED_GUARD,

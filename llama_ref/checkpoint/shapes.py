@@ -1,4 +1,4 @@
-"""The names, shapes and dtypes of a model's tensors, and how those in files are compared with them."""
+"""The names, shapes and dtypes of a model's tensors, and how files are compared with them."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -9,7 +9,7 @@ from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim
 
 if TYPE_CHECKING:
-    from torch import Tensor  # only as a type: `verify` does not wait for torch
+    from torch import Tensor  # for types only: `verify` must not wait for torch's import
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
@@ -22,17 +22,17 @@ TEXT, VISION = "text_model.", "vision_model."  # prefixes in a vision release's 
 # Older files hold RoPE's frequencies, Meta's once and Hugging Face's in every layer. params.json
 # implies them.
 IGNORED = re.compile(r"(?:text_model\.)?rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not mean millions
+MOST_SHARDS = 256  # Meta's largest release has 16; a damaged number must not imply millions
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 FP8 = "float8_e4m3fn"
 WHY_MISSING = {"lm_head.weight": '; if the output is the embedding, set "tie_word_embeddings" to true in config.json'}
 
 
 class Expected(NamedTuple):
-    """A tensor that a model's files should hold: the whole one's shape, the dtypes that it may have.
+    """A tensor that a model's files should hold: its unsharded shape and its possible dtypes.
 
-    `may_be_tied`: it is missing where it is the embedding. `is_column`: its last dimension, of one,
-    may be left out.
+    `may_be_tied`: files may leave it out, because it is the embedding. `is_column`: files may leave
+    out its last dimension, which is 1.
     """
 
     shape: Shape
@@ -85,7 +85,7 @@ def expected_shapes(args: ModelArgs) -> dict[str, Shape]:
 
 
 def _vision_shapes(args: ModelArgs) -> dict[str, Shape]:
-    """Of the encoder and its projection, in the model's order."""
+    """The shapes of the image encoder and its projection, in the model's order."""
     width, P, n = args.vision_dim, args.patches_per_tile, args.vision_max_num_chunks
     tile = {"embedding": (n, n, 1, width), "gate": (1,)}
     block = {f"attn.{w}.weight": (width, width) for w in ("wq", "wk", "wv", "wo")} | {
@@ -125,9 +125,10 @@ def _norm(name: str, width: int) -> dict[str, Shape]:
 
 
 def own_names(shard: Mapping[str, T], args: ModelArgs) -> dict[str, T]:
-    """A shard's tensors by the model's names: in a vision release's shards those of the text model have a prefix.
+    """A shard's tensors by the model's names.
 
-    A name that has none there is marked as a stranger.
+    In a vision release's shards, tensors of the text model have a prefix, which is removed. A name
+    without a prefix there is marked as unexpected.
     """
     if not args.has_vision or EMBEDDING in shard:
         return dict(shard)
@@ -149,7 +150,7 @@ def shard_shape(name: str, whole: Shape, n_shards: int) -> Shape:
 
 
 def implied_shards(embedding: Shape, vocab_size: int) -> int | None:
-    """The number of shards of which one holds this part of the embedding; None if none does."""
+    """The number of shards that one shard's part of the embedding implies; None if none fits."""
     if not embedding or not embedding[0] or vocab_size % embedding[0]:
         return None
     n_shards = vocab_size // embedding[0]
@@ -173,7 +174,7 @@ def misfits(
 
 
 def misfit(name: str, found: DtypeAndShape | None, expected: Expected) -> str | None:
-    """The problem of a tensor that is missing or has the wrong shape or dtype; else None."""
+    """The problem with a tensor that is missing or has the wrong shape or dtype; else None."""
     if found is None:
         is_needed = not expected.is_optional
         return f"{name} is missing, expected shape {expected.shape}{WHY_MISSING.get(name, '')}" if is_needed else None

@@ -1,4 +1,4 @@
-"""How large a checkpoint's small files may be: a larger file is neither read nor hashed."""
+"""Size limits for a checkpoint's small files: a larger file is neither read nor hashed."""
 
 from pathlib import Path
 

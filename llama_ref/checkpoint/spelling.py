@@ -1,4 +1,4 @@
-"""The names under which people know a checkpoint: a release's, Hugging Face's, a cache's, NFC or NFD."""
+"""The spellings of a checkpoint's name: Meta's, Hugging Face's, its cache's, NFC and NFD."""
 
 import difflib
 import os
@@ -11,7 +11,7 @@ CACHED = "models--"  # a repository in Hugging Face's cache: models--owner--name
 
 
 def name_key(name: str) -> str:
-    """What all spellings of a model's name have in common.
+    """A key that is the same for all spellings of a model's name.
 
     "meta-llama/Meta-Llama-3.1-8B", "Llama3.1-8B" and "llama-3.1-8b" have the same key.
     """
@@ -26,7 +26,7 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def as_on_disk(path: Path) -> Path:
-    """The path with each name in the Unicode form of the disk: macOS and archives write Korean as NFD."""
+    """The path with each name in the Unicode form on disk: macOS and archives write Korean as NFD."""
     found = Path(path.anchor)
     for part in path.relative_to(path.anchor).parts:
         forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
@@ -42,7 +42,7 @@ def in_hub_cache(name: str) -> Path:
 
 
 def snapshots(path: Path) -> list[Path]:
-    """The snapshots of a repository in Hugging Face's cache, that of its main branch alone if there is one."""
+    """The snapshots of a repository in Hugging Face's cache; only the main branch's if it exists."""
     if not path.name.startswith(CACHED) or not (path / "snapshots").is_dir():
         return []
     main = path / "refs" / "main"
@@ -53,7 +53,7 @@ def snapshots(path: Path) -> list[Path]:
 
 
 def model_name(path: Path) -> str:
-    """A folder's name, or the repository's for its `original/`, `original/mp16` or a cache's snapshot."""
+    """A folder's name; the repository's for `original/`, `original/mp16` and a cache's snapshot."""
     path = path.absolute()  # Path(".").name is empty
     if "original" in (path.name, path.parent.name):
         path = path.parent if path.name == "original" else path.parent.parent

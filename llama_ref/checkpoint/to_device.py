@@ -87,10 +87,10 @@ class PinnedCopier:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a load puts tensors.
+    """The destination of loaded tensors.
 
-    `copier` copies to a CUDA `device` and releases the files' pages. `in_memory`: pages that a CPU
-    could use as they are, are copied.
+    `copier` copies to a CUDA `device` and releases the files' pages. `in_memory`: copy even pages
+    that a CPU could use directly.
     """
 
     device: torch.device | str

@@ -1,4 +1,4 @@
-"""Weights in files that trainers name in their own way: what to rename or convert them to."""
+"""Advice for weight files with unusual names, such as trainers write: rename or convert them."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ NOT_WEIGHTS = re.compile(r"(?i)\.|adapter|fp8_scales|.*(optim|scheduler|rng_stat
 
 
 def how_to_rename(path: Path, names: Sequence[str]) -> str | None:
-    """What to do with a folder's weights if they only have an unusual name or format; else None."""
+    """Advice for a folder whose weights have an unusual name or format; else None."""
     files = [name for name in names if name.endswith((".pt", ".pth", ".safetensors")) and not NOT_WEIGHTS.match(name)]
     safetensors = [name for name in files if name.endswith(".safetensors")]
     if safetensors:
@@ -51,7 +51,7 @@ def _of_pickles(path: Path, files: list[str], names: Sequence[str]) -> str | Non
 
 
 def _hf_name(name: str, number: int, total: int) -> str:
-    """The name that Hugging Face's library gives a file; its own numbers win over these."""
+    """The name that Hugging Face's library gives a file; numbers in its old name take precedence."""
     if match := NUMBERED.fullmatch(name):
         number, total = int(match[1]), int(match[2])
     elif total == 1:

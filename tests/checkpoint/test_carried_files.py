@@ -126,7 +126,7 @@ def test_a_damaged_file_gets_no_true_sum(hf, tmp_path, name, mode):
     write_checklist(hf, force=True)
     (hf / name).write_text(json.dumps(content | {"added": "later"}))
     assert not verify(hf).ok
-    with pytest.raises(CheckpointError, match=f"{name} is not what checklist.chk says"):
+    with pytest.raises(CheckpointError, match=f"{name} does not match checklist.chk"):
         to_hugging_face(hf, tmp_path / "out", verify=mode)
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +136,7 @@ def test_neither_does_a_damaged_template_beside_metas_files(meta, tmp_path, writ
     (meta / "chat_template.jinja").write_text("{{ messages }}")
     write_checklist(meta, force=True)
     (meta / "chat_template.jinja").write_text("{{ message }}")
-    with pytest.raises(CheckpointError, match=r"chat_template.jinja is not what checklist.chk says"):
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja does not match checklist.chk"):
         WRITERS[write](meta, tmp_path / "out")
 
 

@@ -395,7 +395,7 @@ def damaged(folder: Path) -> None:
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 BAD_SOURCES = {
     "web page": (lambda folder: (folder / "consolidated.00.pth").write_text("<!DOCTYPE html>"), "is an HTML page"),
-    "damaged": (damaged, "is not what checklist.chk says"),
+    "damaged": (damaged, "does not match checklist.chk"),
     "no tokenizer that fits": (
         lambda folder: byte_tokenizer(folder / "tokenizer.model").open("ab").write(b"YWE= 256\n"),
         "513",

@@ -146,7 +146,7 @@ def test_added_tokens_that_come_or_go_for_a_moment_are_refused(models, tmp_path,
     folder, other = (renaming, plain) if is_listed else (plain, renaming)
     opened = open_folder(folder)
     load(opened, "always")
-    with pytest.raises(CheckpointError, match="json came or went"), verified(opened, "always", opened.tokenizer):
+    with pytest.raises(CheckpointError, match="json appeared or vanished"), verified(opened, "always", opened.tokenizer):
         args = opened.read_args()
         exchange(folder, other)
         assert ("<|renamed|>" in opened.open_tokenizer(args).special_tokens) != is_listed

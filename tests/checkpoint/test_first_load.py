@@ -163,7 +163,7 @@ def test_damage_of_a_stamped_file_is_noticed_though_size_and_time_stay(folder, d
     build(folder)
     DAMAGES[damage](folder / SHARD1)
     for _ in range(2):  # the second try fails too
-        with pytest.raises(CheckpointError, match=rf"{SHARD1} is not what checklist.chk says: md5 \w{{32}}, expected \w{{32}}"):
+        with pytest.raises(CheckpointError, match=rf"{SHARD1} does not match checklist.chk: md5 \w{{32}}, expected \w{{32}}"):
             build(folder)
     assert build(folder, "never")
 
@@ -172,7 +172,7 @@ def test_damage_of_a_stamped_file_is_noticed_though_size_and_time_stay(folder, d
 @pytest.mark.parametrize("name", FILES)
 def test_each_file_that_is_used_must_be_as_listed(folder, name, verify):
     list_wrongly(folder, name)
-    with pytest.raises(CheckpointError, match=f"{name} is not what checklist.chk says"):
+    with pytest.raises(CheckpointError, match=f"{name} does not match checklist.chk"):
         build(folder, verify)
 
 
@@ -273,7 +273,7 @@ def test_without_a_list_one_line_says_so(folder, caplog, hashed):
     with caplog.at_level(logging.INFO):
         assert build(folder)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder} has no checklist.chk, so nothing says whether its files are whole"
+        f"{folder} has no checklist.chk, so its files cannot be verified"
     ]
     with pytest.raises(CheckpointError, match=r"has no checklist\.chk.*llama-ref checksum"):
         build(folder, "always")
@@ -685,7 +685,7 @@ def test_every_command_that_loads_takes_verify(folder, name, monkeypatch, capsys
     for verify in ((), ("--verify", "auto"), ("--verify=always",)):
         code, err = run(*verify)
         assert code == 1 and err.startswith("llama-ref: ") and err.count("\n") == 1
-        assert f"{SHARD1} is not what checklist.chk says" in err
+        assert f"{SHARD1} does not match checklist.chk" in err
     assert run("--verify", "never")[0] == 0
     code, err = run("--verify", "sometimes")
     assert code == 2 and "expected auto, always or never" in err

@@ -267,7 +267,7 @@ def test_a_folder_that_is_not_native_is_described(tmp_path, names, says):
 def test_a_link_to_what_is_gone_is_named(tmp_path):
     path = fill(tmp_path, FILES[:1])
     (path / "consolidated.00.pth").symlink_to("../blobs/4d7a")
-    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth is a link to \.\./blobs/4d7a, which is not there"):
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth is a link to \.\./blobs/4d7a, which does not exist"):
         open_folder(path)
 
 

@@ -94,7 +94,7 @@ def test_a_stopped_process_is_named_and_then_no_longer_waited_for(folder, tmp_pa
         said = [record.getMessage() for record in caplog.records if f"process {pid} ({name})" in record.getMessage()]
         waiting, stalled = said
         assert waiting.startswith("waiting for") and str(folder) in waiting and "which is hashing" in waiting
-        assert "has made no progress" in stalled and "hashed again here" in stalled
+        assert "has made no progress" in stalled and "Hashing the file again" in stalled
     hashed.clear()
     check(folder)  # nobody is waited for once the sums are known
     assert hashed == []

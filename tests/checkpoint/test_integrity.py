@@ -246,7 +246,7 @@ def test_a_file_that_the_list_does_not_name_has_nothing_to_be_compared_with(fold
     path.write_text("".join(line for line in path.read_text().splitlines(True) if SHARD1 not in line))
     report = verify(folder, quick=quick)
     assert not report.bad and report.exit_code == 3
-    assert report.summary().endswith(f"checklist.chk does not name {SHARD1}, so nothing says whether the bytes are right")
+    assert report.summary().endswith(f"checklist.chk does not name {SHARD1}, so the bytes cannot be verified")
 
 
 def test_wherever_a_list_breaks_off_only_the_list_is_to_blame(folder, settled):

@@ -90,4 +90,4 @@ def test_a_first_download_that_is_not_finished_is_named(folder):
 def test_our_own_unfinished_download_is_to_be_gone_on_with(tmp_path):
     (tmp_path / "consolidated.00.pth.part").write_bytes(bytes(1000))
     (tmp_path / "consolidated.00.pth.part.json").write_text("{}")
-    assert "`llama-ref download` goes on with it" in hint_about(tmp_path / "consolidated.00.pth")
+    assert "`llama-ref download` resumes it" in hint_about(tmp_path / "consolidated.00.pth")

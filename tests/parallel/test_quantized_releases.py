@@ -49,5 +49,5 @@ def test_two_processes_compute_what_one_does(warm, folders, tmp_path, n_stages, 
 
 def test_groups_are_not_split(folders):
     folder = open_folder(folders["SpinQuant"])
-    with pytest.raises(RequestError, match="has groups of 32 weights, which so many processes would split"):
+    with pytest.raises(RequestError, match="has groups of 32 weights, which this number of processes would split"):
         load_model(folder, replace(folder.read_args()), share=Share(0, 4))

@@ -31,7 +31,7 @@ CHECKPOINT_FILE = re.compile(
 )
 PARTIAL_FILE = re.compile(r"\..+\.[0-9a-f]{32}\.partial")  # of `atomic_file`
 LONGEST_STEM = 40  # characters of its name
-ABANDONED_SECONDS = 3600.0  # after which nobody writes such a file any more
+ABANDONED_SECONDS = 3600.0  # after which a partial file counts as abandoned
 ELSEWHERE = "choose another folder"
 STARTING = 60  # seconds after which a run that has not locked its folder must have died
 ADVICE_WHEN_FULL: dict[int | None, str] = {  # by OSError.errno
@@ -46,12 +46,12 @@ ADVICE = ADVICE_WHEN_FULL | {errno.EEXIST: "remove it or choose another name"}
 def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` if the block succeeds and is deleted if it fails.
 
-    It is created next to `path` under a hidden name, written to the disk, and then exchanged with what
-    is at `path`: whenever a run is interrupted or killed, a whole checkpoint is there, the old one or
-    the new one. The next run for the same `path` deletes what such a run left. `n_bytes` is the
-    expected size, if known. Raises RequestError if `path` exists, unless `force` is given and it holds
-    only checkpoint files. Raises CheckpointError if it cannot be written (disk full, no permission):
-    any OSError in the block becomes one.
+    It is created next to `path` under a hidden name, flushed to the disk, and then exchanged with the
+    folder at `path`: even if the run is killed, `path` holds a complete checkpoint, old or new. The
+    next run for the same `path` deletes the leftovers of killed runs. `n_bytes` is the expected size,
+    if known. Raises RequestError if `path` exists, unless `force` is given and it holds only
+    checkpoint files. Raises CheckpointError if it cannot be written (disk full, no permission): any
+    OSError in the block becomes one.
     """
     path = Path(path).expanduser()
     with _as_checkpoint_error(path, "create"):
@@ -75,7 +75,7 @@ def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> It
         raise type(error)(message) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if path.exists():  # else a second Ctrl-C kept the old folder from coming back: the next run does it
+        if path.exists():  # else a second Ctrl-C prevented restoring the old folder: the next run does it
             shutil.rmtree(partial.with_suffix(".old"), ignore_errors=True)
         os.close(lock)
 
@@ -152,7 +152,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     partial_file = path.with_name(f".{path.stem[:LONGEST_STEM]}.{uuid.uuid4().hex}.partial")
     with partial_file.open("xb") as file:
         try:
-            with suppress(OSError):  # the first of its name
+            with suppress(OSError):  # there is no file to replace
                 os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
@@ -164,7 +164,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_partial_files(path: Path) -> None:
-    """Remove what `atomic_file` wrote for this path in runs that were killed."""
+    """Remove the partial files that killed runs of `atomic_file` left for this path."""
     with suppress(OSError):
         for entry in path.parent.iterdir():
             is_ours = PARTIAL_FILE.fullmatch(entry.name) and entry.name.startswith(f".{path.stem[:LONGEST_STEM]}.")
@@ -178,7 +178,7 @@ def _as_checkpoint_error(path: Path, verb: str, n_bytes: int = 0) -> Iterator[No
     try:
         yield
     except ConnectionError:
-        raise  # the reader of our output is gone: not an error about files
+        raise  # the reader of our output has closed the pipe: not an error about files
     except OSError as error:
         what = error.strerror or error
         if verb == "write" and _is_outside(error.filename, path):  # a source file, not the target
@@ -232,12 +232,12 @@ def _make_partial(path: Path) -> tuple[Path, int]:
 
 
 def recover(path: Path) -> None:
-    """Bring back the folder that a killed run had renamed to make room for a new one."""
+    """Restore the folder that a killed run had renamed to make room for a new one."""
     for old in leftovers(path, ".old"):
         with suppress(OSError):
             if not path.exists():
                 old.rename(path)
-                logger.warning("%s was renamed by an interrupted run: it is back", path)
+                logger.warning("restored %s, which an interrupted run had renamed", path)
 
 
 def leftovers(path: Path, *suffixes: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Put a new folder in the place of an old one, so that a whole one is there at any moment."""
+"""Replace a folder with a new one, so that a complete one exists at any moment."""
 
 import ctypes
 import errno
@@ -15,9 +15,9 @@ UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
 def replace_folder(new: Path, path: Path, aside: Path) -> None:
-    """Make `new` the folder at `path`; what was there ends up at `new` or `aside`.
+    """Make `new` the folder at `path`; a previous one ends up at `new` or `aside`.
 
-    The two are exchanged in one step where the system can. Elsewhere the old folder is renamed to
+    The two are exchanged in one step if the system can. Otherwise the old folder is renamed to
     `aside` first, and back if the second step fails or is interrupted. Raises OSError.
     """
     if not path.exists():
@@ -38,7 +38,7 @@ def replace_folder(new: Path, path: Path, aside: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> None:
-    """Swap two paths of one file system atomically. Raises OSError, ENOSYS where there is no such call."""
+    """Swap two paths of one file system atomically. Raises OSError (ENOSYS: no such system call)."""
     swap = _swap()
     if swap is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -56,7 +56,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_entries(folder: Path) -> None:
-    """Write a folder's entries to the disk, where it may be opened."""
+    """Write a folder's entries to the disk, if it may be opened."""
     with suppress(PermissionError):
         _sync(folder)
 

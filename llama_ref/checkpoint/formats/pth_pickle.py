@@ -275,7 +275,7 @@ def _emulate_call(function: Any, arguments: Any) -> Any:
 
 
 def _is_plain(requires_grad: Any, backward_hooks: Any, metadata: Any = None) -> bool:
-    """Whether a tensor is no more than its numbers: without hooks, or marks such as "negate these"."""
+    """Whether a tensor has only values: no hooks, and no flags such as "negate on read"."""
     return isinstance(requires_grad, bool) and backward_hooks in (None, {}) and metadata in (None, {})
 
 

@@ -95,7 +95,7 @@ def read_end(file: BinaryIO, size: int) -> End | None:
 
 
 def read_at(file: BinaryIO, offset: int, n_bytes: int) -> bytes:
-    """Read `n_bytes` at `offset`, or fewer at the end of the file; none at any offset behind it."""
+    """Read `n_bytes` at `offset`, or fewer at the end of the file; none at any offset past it."""
     if offset > os.fstat(file.fileno()).st_size:
         return b""  # `seek` raises for offsets of 64 bits
     file.seek(offset)
@@ -122,7 +122,7 @@ def _parse_directory(data: bytes) -> list[Record]:
         size, packed, offset = _zip64_values(size, packed, offset, extra)
         if method or packed != size:
             raise BadArchive(f"its record {name!r} is compressed, which torch.save never does; possible zip bomb")
-        if attributes & FOLDER or name.endswith("/"):  # torch.load would not read it, and use what memory held before
+        if attributes & FOLDER or name.endswith("/"):  # torch.load would use uninitialized memory
             raise BadArchive(f"its record {name!r} is marked as a folder, which torch.save never does")
         if flags & ENCRYPTED:
             raise BadArchive(f"its record {name!r} is encrypted, which torch.save never does")

@@ -107,7 +107,7 @@ def map_safetensors(path: Path) -> "dict[str, Tensor]":
 
     The library does not guarantee memory-mapping, and only mapped pages can be released again.
     """
-    import torch  # only now: `verify` reads headers without waiting for it
+    import torch  # slow, and `verify` needs only the headers
 
     with opened(path) as file:
         tensors, _ = _inspect(file)

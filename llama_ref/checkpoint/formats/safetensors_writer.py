@@ -39,7 +39,7 @@ def write_safetensors(path: str | Path, tensors: Sequence[LazyTensor], progress:
 
 
 def safetensors_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of a file with tensors that are in memory, for whoever writes it."""
+    """Yield the bytes of a safetensors file, from tensors in memory, for the caller to write."""
     in_order = _aligned([LazyTensor.from_tensor(name, tensor) for name, tensor in tensors.items()])
     check_writable(in_order)
     yield _header(in_order, metadata)

@@ -1,7 +1,7 @@
 """Llama Guard 3 8B in eight bits: a Hugging Face folder that bitsandbytes wrote (LLM.int8()).
 
-The matrices of the layers are int8 with a number per row, SCB, the largest weight: w = weight · SCB / 127.
-Meta's download has no config.json.
+The layers' matrices are int8, with one value per row, SCB, its largest absolute weight:
+w = weight · SCB / 127. Meta's download has no config.json.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ GUARD = "Llama-Guard-3-8B:int8"
 
 
 def is_int8(names: Collection[str]) -> bool:
-    """Whether tensors of these names are those of an int8 folder."""
+    """Whether these tensor names are those of an int8 folder."""
     return any(name.endswith(".SCB") for name in names)
 
 
@@ -26,7 +26,7 @@ def guard_args() -> ModelArgs:
 
 
 def is_guard(tensors: Mapping[str, DtypeAndShape]) -> bool:
-    """Whether tensors of a file are those of the release."""
+    """Whether all of a file's tensors belong to the int8 release of Llama Guard 3 8B."""
     expected = {name_in_files(name): tensor for name, tensor in tensors_of(guard_args(), Kind.INT8).items()}
     return is_int8(tensors) and all(
         name in expected and misfit(name, found, expected[name]) is None for name, found in tensors.items()

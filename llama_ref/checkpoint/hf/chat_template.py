@@ -87,13 +87,13 @@ TEMPLATE = r"""
 
 
 def chat_template(vocabulary: Vocabulary, *, images: bool = False) -> str:
-    """The template with this vocabulary's names of the special tokens; with `images`, that of a vision model.
+    """The template with this vocabulary's special tokens; with `images`, a vision model's template.
 
     It writes the text that ChatFormat encodes, rejects what ChatFormat rejects, and also accepts
     tool calls in Hugging Face's form (`{"function": {"name", "arguments"}}`, content None). The
     library then encodes the text as a whole. So, unlike in ChatFormat, a special token's text in a
-    message becomes that special token. A message that begins with a line break, or has text before
-    a tool call, may be split into other tokens of the same text.
+    message becomes that special token. The text of a message that begins with a line break, or has
+    text before a tool call, may be split into different tokens.
     """
     values = {
         "WRITTEN_ROLE": WRITTEN_ROLE,

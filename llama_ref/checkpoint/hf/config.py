@@ -70,7 +70,7 @@ UNSUPPORTED = {  # keys that no Llama 3 has, and why they are rejected
     "compression_config": WHY,
 }
 VISION_FIELDS = tuple(field.name for field in fields(ModelArgs) if field.name.startswith("vision_"))
-# Those that Meta's params.json gives; the others only if they are not those of its releases.
+# Always in Meta's params.json; the other keys are written only if they differ from its releases.
 METAS_VISION_FIELDS = ("vision_chunk_size", "vision_max_num_chunks", "vision_num_cross_attention_layers")
 
 LARGEST_MULTIPLE = 4096  # largest multiple_of of any release
@@ -110,7 +110,7 @@ def read_config(path: str | Path) -> HFConfig:
 
 
 def _check_model(config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    """Check what `ModelArgs` do not say; `text` is the section of the text model, or all."""
+    """Check what `ModelArgs` cannot express; `text` is the text model's section, or all of it."""
     expect(config, "model_type", ("llama", VISION_MODEL), "only Llama 3 models are supported")
     for key, allowed, why in ALLOWED:
         expect(text, key, allowed, why)
@@ -125,7 +125,7 @@ def _check_model(config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
 
 
 def _is_int8(quantization: object) -> bool:
-    """Whether the weights are those of bitsandbytes' LLM.int8(), as Llama Guard 3 8B has them (bitsandbytes.py)."""
+    """Whether bitsandbytes' LLM.int8() wrote the weights, as for Llama Guard 3 8B (bitsandbytes.py)."""
     section = quantization if isinstance(quantization, Mapping) else {}
     return section.get("quant_method") == "bitsandbytes" and section.get("load_in_8bit") is True
 
@@ -222,7 +222,7 @@ def make_params(args: ModelArgs) -> dict[str, Any]:
     if multiplier is None:
         del params["ffn_dim_multiplier"]
     if args.head_dim != args.dim // args.n_heads:
-        params["head_dim"] = args.head_dim  # Meta's code knows no such key, and cannot run such a model
+        params["head_dim"] = args.head_dim  # Meta's code lacks this key, and cannot run such a model
     if args.use_scaled_rope:
         params["use_scaled_rope"] = True
         if args.rope_scaling_factor != usual_rope_factor(args.dim, args.n_heads, args.n_kv_heads):
@@ -231,7 +231,7 @@ def make_params(args: ModelArgs) -> dict[str, Any]:
 
 
 def _make_vision_params(args: ModelArgs) -> dict[str, Any]:
-    """The keys of a model that reads images."""
+    """The keys of a vision model."""
     usual = {field.name: field.default for field in fields(ModelArgs)}
     values = {name: getattr(args, name) for name in VISION_FIELDS}
     written = {name: value for name, value in values.items() if name in METAS_VISION_FIELDS or value != usual[name]}
@@ -239,7 +239,7 @@ def _make_vision_params(args: ModelArgs) -> dict[str, Any]:
 
 
 def _ffn_formula(args: ModelArgs) -> tuple[int, float | None]:
-    """(multiple_of, ffn_dim_multiplier) for `args.ffn_dim`: own, a release's or the shortest."""
+    """(multiple_of, ffn_dim_multiplier) for `args.ffn_dim`: its own, a release's or the shortest."""
     if args.hidden_dim is None:
         return args.multiple_of, args.ffn_dim_multiplier
     for shape in SHAPES.values():

@@ -1,8 +1,8 @@
-"""How a folder's own files say that texts end and that dialogs are written.
+"""Read a folder's own end-of-text ids and chat template.
 
-Hugging Face's folders say it in generation_config.json, config.json and tokenizer_config.json.
-Folders in Meta's format have no such files, unless they were converted from one that had: then
-generation_config.json and chat_template.jinja keep what is not Llama 3's.
+Hugging Face's folders have them in generation_config.json, config.json and tokenizer_config.json.
+Folders in Meta's format have no such files, unless they were converted from a folder that had: then
+generation_config.json and chat_template.jinja keep whatever is not Llama 3's.
 """
 
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def end_ids(folder: Path, vocabulary: Vocabulary) -> list[int]:
-    """The ids that end a text, as the folder's files name them; empty if none does.
+    """The ids that end a text, according to the folder's files; empty if they name none.
 
     config.json is often left over from the base model: beside a generation_config.json, its ids
     count only if they are special or added tokens, because transformers' default, 2, is "#" here.
@@ -60,7 +60,7 @@ def _eos_token(path: Path, vocabulary: Vocabulary) -> list[int]:
 
 
 def chat_template_of(folder: Path) -> str | None:
-    """The folder's chat template, unread; None if it has none. It is never executed."""
+    """The text of the folder's chat template; None if it has none. It is never executed."""
     path = folder / TEMPLATE_FILE
     if path.exists():
         try:

@@ -1,8 +1,8 @@
-"""The image token, which Hugging Face's vision models have after all others and Meta's among them.
+"""The image token: the last id in Hugging Face's vision models, among the special tokens in Meta's.
 
-In Meta's tokenizer `<|image|>` is 128011, but its model takes 128256 for an image, the first id after
-the vocabulary. Hugging Face's tokenizer gives it that id, and moves up the reserved tokens after it:
-128011 is `<|reserved_special_token_2|>`, in Meta's tokenizer 128012.
+In Meta's tokenizer `<|image|>` is 128011, but the model's id for an image is 128256, the first after
+the vocabulary. Hugging Face's tokenizer uses that id, and the reserved tokens after `<|image|>` move
+by one: 128011 is `<|reserved_special_token_2|>`, which is 128012 in Meta's tokenizer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from llama_ref.vocabulary import SPECIAL_TOKENS, Vocabulary, special_start, unus
 
 IMAGE = "<|image|>"
 PLACE = SPECIAL_TOKENS.index(IMAGE)
-# Of the 256 special tokens, in Hugging Face's order.
+# The other special tokens in Hugging Face's order, with one more reserved token: 256 again.
 WITHOUT_IMAGE = (
     *(text for text in SPECIAL_TOKENS if text != IMAGE),
     f"<|reserved_special_token_{len(SPECIAL_TOKENS) - PLACE + 1}|>",
@@ -28,7 +28,7 @@ def with_image_last(vocabulary: Vocabulary) -> Vocabulary:
 
 
 def with_image_in_place(vocabulary: Vocabulary) -> Vocabulary:
-    """The vocabulary of a vision model in Hugging Face's files as Meta has it; any other as it is."""
+    """A vision model's vocabulary from Hugging Face's order to Meta's; any other is unchanged."""
     if vocabulary.special.get(IMAGE) != vocabulary.n_words - 1:
         return vocabulary
     special = {text: i for text, i in vocabulary.special.items() if text != IMAGE}
@@ -36,7 +36,10 @@ def with_image_in_place(vocabulary: Vocabulary) -> Vocabulary:
 
 
 def _renamed(special: Mapping[str, int], start: int, before: Sequence[str], after: Sequence[str]) -> dict[str, int]:
-    """Special tokens from `start` on, those from the image's place on by other names if all have their usual ones."""
+    """Rename the special tokens from the image's place on, if all of them have the names `before`.
+
+    `start` is the id of the first special token.
+    """
     names: Mapping[str, str] = {}
     if all(special.get(text) == start + i for i, text in enumerate(before) if i >= PLACE):
         names = dict(zip(before[PLACE:], after[PLACE:], strict=True))

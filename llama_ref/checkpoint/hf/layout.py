@@ -1,8 +1,8 @@
-"""The tensors in Hugging Face's files: which there are, and their form where it is not Meta's.
+"""The tensors in Hugging Face's files: their names, and their layout where it differs from Meta's.
 
-Matrices that RoPE rotates have another order of rows. In vision models the embedding holds the rows
-of `learnable_embedding` too, the patches' matrix is a convolution's kernel, and tables of tile
-positions repeat their vectors (tile_tables.py).
+Matrices that RoPE rotates have another order of rows. In vision models the embedding also holds the
+rows of `learnable_embedding`, the patch matrix is a convolution kernel, and tables of tile positions
+repeat their vectors (tile_tables.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ def tensors_in_files(args: ModelArgs, kind: Kind = Kind.PLAIN) -> dict[str, Expe
 
 
 def under_metas_names(stored: "Mapping[str, Tensor]", args: ModelArgs, kind: Kind) -> "dict[str, Tensor]":
-    """A folder's tensors under Meta's names, strangers under their own; still in their form in the files."""
+    """A folder's tensors under Meta's names, still in the files' layout; unknown names are kept."""
     if not args.has_vision:
         ours = {name_in_files(name): name for name in tensors_of(args, kind)}
         return {ours.get(name, name): tensor for name, tensor in stored.items()}
@@ -50,7 +50,7 @@ def under_metas_names(stored: "Mapping[str, Tensor]", args: ModelArgs, kind: Kin
 
 
 def from_hf(name: str, stored: "Tensor", args: ModelArgs) -> "Tensor":
-    """A tensor, or rows of whole heads of one, in Meta's form: a view, or a copy where order or size differ.
+    """A tensor, or whole heads of its rows, in Meta's layout: a view, or a copy if order or size differ.
 
     Raises CheckpointError as `from_grid_rows` does.
     """
@@ -65,7 +65,7 @@ def from_hf(name: str, stored: "Tensor", args: ModelArgs) -> "Tensor":
 
 
 def to_hf(tensors: "Sequence[LazyTensor]", args: ModelArgs) -> "list[LazyTensor]":
-    """A model's whole tensors, to be written under Hugging Face's names and in its form."""
+    """A model's whole tensors with Hugging Face's names and layout, for writing."""
     learnable = next((tensor for tensor in tensors if tensor.name == LEARNABLE), None)
     return [_to_hf(tensor, learnable, args) for tensor in tensors if tensor is not learnable]
 

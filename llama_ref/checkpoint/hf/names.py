@@ -56,7 +56,7 @@ OUTSIDE_ENCODER_BLOCKS = {
 }
 TEXT_MODEL = "language_model."
 
-# transformers 4.52 to 4.57 called a vision model's parts so; before and since, they have the other names.
+# The names of a vision model's parts in transformers 4.52 to 4.57, and in all other versions.
 OTHER_TEXT_MODEL = "model.language_model."
 OTHER_PREFIXES = {
     OTHER_TEXT_MODEL: "language_model.model.",
@@ -87,7 +87,7 @@ def _name_in_vision_model(name: str, args: ModelArgs) -> str:
     if match := CROSS_LAYER.fullmatch(name):
         number = numbers_of_cross_layers(args)[int(match[1])]
         return f"{TEXT_MODEL}model.layers.{number}.{WITHIN_CROSS_LAYER[match[2]]}{match[3] or ''}"
-    return TEXT_MODEL + OUTSIDE[name.replace("learnable_embedding", "tok_embeddings")]  # one table of both
+    return TEXT_MODEL + OUTSIDE[name.replace("learnable_embedding", "tok_embeddings")]  # both are in one table
 
 
 def _name_in_encoder(name: str) -> str:
@@ -96,7 +96,7 @@ def _name_in_encoder(name: str) -> str:
     return OUTSIDE_ENCODER_BLOCKS[name]
 
 
-@lru_cache(maxsize=4)  # of a model, for thousands of names
+@lru_cache(maxsize=4)  # called for thousands of names of one model
 def numbers_of_cross_layers(args: ModelArgs) -> list[int]:
     """Hugging Face's numbers of the cross-attention layers, which it counts together with the others."""
     return [layer + earlier for earlier, layer in enumerate(args.cross_layers)]
@@ -110,7 +110,7 @@ def numbers_of_layers(args: ModelArgs) -> list[int]:
 
 
 def usual_name(name: str) -> str:
-    """A vision model's tensor by the usual one of its two names in Hugging Face's files."""
+    """The usual one of the two names that a vision model's tensor may have in Hugging Face's files."""
     for other, usual in OTHER_PREFIXES.items():
         if name.startswith(other):
             return usual + name.removeprefix(other)

@@ -5,11 +5,11 @@ from typing import Any
 from llama_ref.args import ModelArgs
 from llama_ref.images import MEAN, STD
 
-BILINEAR = 2  # Pillow's number of the filter
+BILINEAR = 2  # Pillow's id of the filter
 
 
 def make_preprocessor_config(args: ModelArgs) -> dict[str, Any]:
-    """The content of the file, with which transformers' AutoProcessor opens the folder of a vision model."""
+    """The content of the file, which transformers' AutoProcessor needs to open a vision model."""
     return {
         "do_convert_rgb": True,
         "do_normalize": True,

@@ -1,9 +1,9 @@
 """Hugging Face's tables of tile positions: a row for each grid of tiles that an image may have.
 
-Meta's hold a vector for each place in the grid, (n, n, P, W) for n tiles, which every grid with that
-place uses. Hugging Face's repeat it in each of these rows, (1 + grids, n · P · W). Row 0 stands for
-no image. A grid with fewer than n tiles has zeros for the others. Places that no grid has, such as
-the third of the second row among four tiles, are not in these tables.
+Meta's tables, (n, n, P, W) for n tiles, hold one entry for each place, shared by all grids with that
+place. Hugging Face's, (1 + grids, n · P · W), repeat it in the row of every such grid. Row 0 means no
+image. In the row of a grid with fewer than n tiles, the others are zeros. Places that no grid has,
+such as the third one of the second row with four tiles, are not in Hugging Face's tables.
 """
 
 from collections.abc import Iterator
@@ -49,8 +49,8 @@ def in_grids(table: "Tensor") -> "Tensor":
 def from_grid_rows(name: str, stored: "Tensor", shape: tuple[int, ...]) -> "Tensor":
     """A table (n, n, P, W) from Hugging Face's form, with zeros for places that no grid has.
 
-    Raises CheckpointError if its rows are not all made of the same vectors, as after training each
-    on its own.
+    Raises CheckpointError if its rows have different vectors for a place, as after training each
+    row separately.
     """
     import torch
 
@@ -64,7 +64,7 @@ def from_grid_rows(name: str, stored: "Tensor", shape: tuple[int, ...]) -> "Tens
             rows, columns = grids[number - 1]
             raise CheckpointError(
                 f"{name} has another vector for a tile in the grid of {rows} × {columns} tiles than in other grids, or one for "
-                "an empty tile: the tables were trained for each grid alone, which Meta's model, with one vector for each "
-                "place, cannot represent"
+                "an empty tile: the tables were trained for each grid separately, but Meta's model has only one vector for "
+                "each place"
             )
     return table

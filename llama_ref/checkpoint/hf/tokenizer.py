@@ -99,7 +99,7 @@ def _check_pipeline(path: Path, document: Mapping[str, Any], model: Mapping[str,
 
 
 def _vocab(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
-    """Texts in the byte-level alphabet, each with an id of its own."""
+    """Token texts in the byte-level alphabet, each with a unique id."""
     vocab = model.get("vocab")
     if not isinstance(vocab, dict):
         raise _refused(path, 'has no "vocab" with ids')
@@ -115,9 +115,9 @@ def _vocab(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
 def _merges(
     path: Path, model: Mapping[str, Any], vocab: Mapping[str, int], spelled: Mapping[str, bytes | None]
 ) -> dict[Merge, bytes]:
-    """The merges, which are pairs or, in older files, two words in one string, with the token that each makes.
+    """Each merge (a pair or, in older files, two words in one string) with the token that it makes.
 
-    `spelled` are the bytes of the vocab.
+    `spelled` gives the bytes of each text in `vocab`.
     """
     merges = model.get("merges")
     if not isinstance(merges, list):
@@ -202,7 +202,7 @@ def splits(token: bytes, ranks: Mapping[bytes, int]) -> list[Merge]:
 
 
 def _to_bytes(text: str) -> bytes | None:
-    """The bytes that `text` spells in the byte-level alphabet; None if it is not in it."""
+    """The bytes that `text` spells in the byte-level alphabet; None for any other text."""
     try:
         return text.translate(TO_LATIN_1).encode("latin-1")
     except UnicodeEncodeError:

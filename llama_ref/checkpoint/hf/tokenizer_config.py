@@ -18,8 +18,8 @@ def tokenizer_config(
     """The content of tokenizer_config.json, which accompanies tokenizer.json.
 
     As in Meta's own releases, an instruct model ends its turns with eot_id and has a chat template;
-    a base model ends with end_of_text and has none. `eos_token` and `template` are those of a model
-    that has others. `images`: it is a vision model.
+    a base model ends with end_of_text and has none. `eos_token` and `template` override these for a
+    model that has its own. `images`: it is a vision model.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

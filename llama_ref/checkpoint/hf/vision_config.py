@@ -27,7 +27,7 @@ VISION_NAMES = {name: f"{VISION}.{key}" for name, key in VISION_KEYS.items()} | 
     "vision_num_cross_attention_layers": CROSS_LAYERS
 }
 
-# What transformers takes for keys that are absent or null: the 11B's, with tiles of 448 pixels.
+# transformers' defaults for absent or null keys: those of the 11B with tiles of 448 pixels.
 TEXT_DEFAULTS: dict[str, Any] = {
     "model_type": "mllama_text_model",
     "vocab_size": 128256,
@@ -67,7 +67,7 @@ def text_section(config: Mapping[str, Any]) -> dict[str, Any]:
     cross, n_layers = text.pop(CROSS_LAYERS), text["num_hidden_layers"]
     if not isinstance(cross, list) or not cross or not all(type(number) is int for number in cross):
         raise BadValue(f'"{CROSS_LAYERS}" is {short(cross)}, expected a list of numbers of layers')
-    if type(n_layers) is int:  # else the error is that of any other number
+    if type(n_layers) is int:  # other types are reported later, as for any number
         if n_layers <= len(cross):
             raise BadValue(f'"{TEXT}.num_hidden_layers" is {n_layers}, expected more than its {len(cross)} {CROSS_LAYERS}')
         text["num_hidden_layers"] = n_layers - len(cross)
@@ -78,14 +78,14 @@ def text_section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vision_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of params.json that a model which reads images has; `ModelArgs.from_dict` checks them."""
+    """The vision keys of params.json; `ModelArgs.from_dict` checks them."""
     section = VISION_DEFAULTS | _section(config, VISION)
     n_cross = len((TEXT_DEFAULTS | _section(config, TEXT))[CROSS_LAYERS])
     return {name: section[key] for name, key in VISION_KEYS.items()} | {"vision_num_cross_attention_layers": n_cross}
 
 
 def check_vision_sections(config: Mapping[str, Any], args: ModelArgs) -> None:
-    """Raise UnsupportedModel, naming the key, for what Llama 3.2's encoder and layers cannot be."""
+    """Raise UnsupportedModel, naming the key, for values that Llama 3.2's vision models cannot have."""
     text, section = TEXT_DEFAULTS | _section(config, TEXT), VISION_DEFAULTS | _section(config, VISION)
     image_id = {"image_token_index": config.get("image_token_index", DEFAULT_IMAGE_ID)}
     expect(image_id, "image_token_index", (args.vocab_size,), "an image's id is the first after the vocabulary")
@@ -119,7 +119,7 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in section.items() if value is not None}
 
 
-# The keys of a text model's config.json that text_config has too.
+# The keys of a text model's config.json that text_config also has.
 TEXT_KEYS = (
     *("bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size"),
     *("max_position_embeddings", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_scaling", "rope_theta"),
@@ -128,7 +128,7 @@ TEXT_KEYS = (
 
 
 def make_vision_config(args: ModelArgs, config: Mapping[str, Any], *, pad: int) -> dict[str, Any]:
-    """The config.json of a vision model; `config` is its text model's alone, `pad` the id of the padding token."""
+    """The config.json of a vision model, from its text model's and the id `pad` of the padding token."""
     cross = numbers_of_cross_layers(args)
     text = {key: config[key] for key in TEXT_KEYS} | {
         CROSS_LAYERS: cross,

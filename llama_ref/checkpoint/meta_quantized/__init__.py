@@ -1,1 +1,1 @@
-"""Meta's quantized releases: what their files hold, and how it becomes a model's matrices."""
+"""Meta's quantized releases: the tensors in their files, and the matrices that they become."""

@@ -1,4 +1,4 @@
-"""A quantized release's tensors as those of a release that is not, computed when they are asked for."""
+"""The tensors of a quantized release, dequantized when they are requested."""
 
 import torch
 
@@ -12,7 +12,7 @@ from llama_ref.checkpoint.to_device import Target
 from llama_ref.formatting import dtype_name
 from llama_ref.quantization.linear import QuantizedMatrix
 
-NOWHERE = torch.empty(0, device="cpu")  # what a slice in memory was mapped from
+NOWHERE = torch.empty(0, device="cpu")  # the `mapped` tensor of slices that are in memory
 
 
 def open_weights(folder: CheckpointFolder, args: ModelArgs) -> "Stored | Dequantized":
@@ -22,10 +22,10 @@ def open_weights(folder: CheckpointFolder, args: ModelArgs) -> "Stored | Dequant
 
 
 class Dequantized:
-    """Takes the place of a quantized release's `Stored` where it is converted or compared.
+    """Replaces a quantized release's `Stored` when it is converted or compared.
 
-    Its matrices are float32. A rotation and adaptors of low rank are multiplied out: with these
-    weights alone, a model computes what the release does when no inputs are rounded.
+    Its matrices are float32. A rotation and low-rank adaptors are merged into the weights: with
+    these weights alone, a model computes the same as the release without rounding of inputs.
     """
 
     def __init__(self, folder: CheckpointFolder, args: ModelArgs, stored: Stored):
@@ -53,7 +53,7 @@ class Dequantized:
         matrix = self._matrix(name, ranges)
         if not matrix.takes_whole_input:
             return [TensorSlice(matrix.dequantize(), NOWHERE)]
-        whole = self._matrix(name, None).dequantize()  # every column of a rotated matrix depends on all
+        whole = self._matrix(name, None).dequantize()  # after a rotation, each column depends on all columns
         return [TensorSlice(whole[:, each.start : each.stop], NOWHERE) for each in ranges or [range(whole.shape[1])]]
 
     def _is_quantized(self, name: str) -> bool:

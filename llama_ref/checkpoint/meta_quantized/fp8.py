@@ -1,8 +1,8 @@
-"""Llama 3.1 405B in fp8: from its shards and their scales to a model's matrices.
+"""Make a model's matrices from the shards and scales of Llama 3.1 405B in fp8.
 
-Every shard was quantized by itself. Rows of w1 and w3 lie in one shard, with their scale; of w2, which
-is split along its inputs, every shard has its own scale for each row. Shards are therefore kept apart
-as blocks of a matrix, and none is multiplied by another's scales.
+Every shard was quantized separately. Each row of w1 and w3 is in one shard, with its scale. w2 is
+split along its inputs, so each shard has its own scale for every row. Shards are therefore kept as
+separate blocks of a matrix, and each block is multiplied by its own scales.
 """
 
 import os
@@ -26,7 +26,7 @@ from llama_ref.quantization.linear import QuantizedMatrix, RowBlocks
 
 
 class StoredFp8:
-    """An fp8 release's matrices; `rounds_inputs`: they compute as Meta's do (quantization/fp8.py)."""
+    """An fp8 release's matrices; `rounds_inputs`: round as Meta's code does (quantization/fp8.py)."""
 
     tied = False
 
@@ -41,20 +41,20 @@ class StoredFp8:
             return self.stored.joined(name, ranges, dtype, to)
         if split_dim(name) == 0:
             blocks = [self._rows(name, rank, own, to) for rank, own in self._places(name, ranges)]
-            if len(blocks) > 1 and torch.device(to.device).type != "cpu":  # there, they were copied anyway
+            if len(blocks) > 1 and torch.device(to.device).type != "cpu":  # a GPU has copies anyway
                 q, scale = torch.cat([block.q for block in blocks]), torch.cat([block.scale for block in blocks])
                 return Fp8Linear(q, scale, rounds_inputs=self.rounds_inputs)
             return blocks[0] if len(blocks) == 1 else RowBlocks(blocks)
         return self._columns(name, list(self._places(name, ranges)), to)
 
     def _places(self, name: str, ranges: list[range] | None) -> Iterator[tuple[int, range]]:
-        """(shard, range within it) of ranges along the dimension that shards split."""
+        """(shard, range within it) for ranges along the dimension that is split into shards."""
         dim = split_dim(name)
         assert dim is not None
         return places(ranges or [range(self.shapes[name][dim])], self._size(name))
 
     def _size(self, name: str) -> int:
-        """A shard's part of that dimension."""
+        """The size of a shard's part along that dimension."""
         mapped = next(shard[name] for shard in self.stored.shards.values() if name in shard)
         return mapped.shape[split_dim(name) or 0]
 
@@ -64,7 +64,8 @@ class StoredFp8:
 
     def _columns(self, name: str, own: list[tuple[int, range]], to: Target) -> Fp8Linear | ColumnBlocks:
         size, n_inputs = self._size(name), sum(len(within) for _, within in own)
-        # The largest input of a whole shard sets the steps: a part of a shard needs all of its inputs.
+        # The largest input of a whole shard sets the rounding steps, so a part of a shard needs all
+        # of the shard's inputs.
         takes_whole_input = self.rounds_inputs and any(len(within) < size for _, within in own)
         blocks, inputs, start = [], [], 0
         for rank, within in own:
@@ -85,8 +86,8 @@ class StoredFp8:
         return join([part], dim, torch.float8_e4m3fn, to)
 
     def _scale(self, name: str, rank: int) -> Tensor:
-        """One number per row of a shard's part: float32 (N,)."""
-        return self.scales[rank][scale_key(name, rank)].flatten().clone()  # small, and its file may then change
+        """One scale per row of a shard's part: float32 (N,)."""
+        return self.scales[rank][scale_key(name, rank)].flatten().clone()  # small; its file may change later
 
 
 def _read_scales(folder: CheckpointFolder, args: ModelArgs, rank: int) -> Mapping[str, Tensor]:

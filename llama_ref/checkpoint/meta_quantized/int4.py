@@ -1,7 +1,7 @@
-"""Meta's int4 releases (Llama 3.2 1B and 3B, SpinQuant and QLoRA): from their files to a model's matrices.
+"""Make a model's matrices from Meta's int4 releases (Llama 3.2 1B and 3B, SpinQuant and QLoRA).
 
-The files hold one four-bit number per byte; in memory they are packed, two per byte. Embedding and
-output have eight bits and stay where they are mapped.
+The files hold one four-bit number per byte; in memory two are packed into a byte. Embedding and
+output have eight bits and stay memory-mapped.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ PACKED_WEIGHTS = 1 << 20  # at a time: few enough to stay in a processor's cache
 
 
 class StoredInt4:
-    """An int4 release's matrices; `rounds_inputs`: they compute as Meta's reference does (meta_int4.py).
+    """An int4 release's matrices; `rounds_inputs`: round as Meta's reference does (meta_int4.py).
 
     `tied`: output and embedding are equal in the files, and one matrix serves for both.
     """
@@ -40,7 +40,7 @@ class StoredInt4:
         self.tied = tables_are_equal(stored.shards.values())
 
     def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
-        """As `StoredMatrices.matrix`. Raises CheckpointError for numbers that no int4 release has."""
+        """As `StoredMatrices.matrix`. Raises CheckpointError for values that int4 files cannot have."""
         if split_dim(name) is None:
             return self.stored.joined(name, ranges, dtype, to)
         stem = name.removesuffix(".weight")
@@ -81,7 +81,7 @@ class StoredInt4:
         return Int4Linear(packed, scale, zero)
 
     def _scales(self, name: str, ranges: list[range] | None, to: Target) -> Tensor:
-        # Copied, so that the files' pages are free again where a kernel has them in another layout.
+        # Copied, so that the files' pages can be released when a kernel repacks the scales.
         scales = self.stored.joined(name, ranges, torch.float32, replace(to, in_memory=True))
         if wrong := odd(scales.abs() if name.endswith(".zeros") else scales):
             raise CheckpointError(f"{self.folder.path}: {name} holds {wrong}, expected finite positive numbers; fetch it again")
@@ -98,7 +98,7 @@ class StoredInt4:
         for each in ranges or ():
             if each.start % group or each.stop % group:
                 raise RequestError(
-                    f"{name} of {self.folder.path} has groups of {group} weights, which so many processes would split "
-                    f"(columns {each.start:,} to {each.stop:,}): start another number"
+                    f"{name} of {self.folder.path} has groups of {group} weights, which this number of processes "
+                    f"would split (columns {each.start:,} to {each.stop:,}): start another number of processes"
                 )
         return None if ranges is None else [range(each.start // group, each.stop // group) for each in ranges]

@@ -1,4 +1,4 @@
-"""Which kind of release a folder is, and the tensors of each; torch is not imported."""
+"""The kinds of releases (bf16, int4, fp8, int8) and their tensors; does not import torch."""
 
 import math
 import re
@@ -27,7 +27,7 @@ from llama_ref.errors import CheckpointError
 from llama_ref.formatting import short
 
 INT4_SCHEME = "int4_weight_int8_dynamic_activation"  # the only one of Meta's code
-INT4_GROUP = 32  # of Meta's releases; their list of models says 256, the sizes of their files 32
+INT4_GROUP = 32  # of Meta's releases; their list of models says 256, but the file sizes imply 32
 SCALES_NAME = re.compile(r"fp8_scales_(0|[1-9][0-9]{0,2})\.pt")
 SCALE_KEY = re.compile(r"\d+_feed_forward\.w[123]_\d+")  # `scale_key`
 LARGEST_SCALE = 1e6  # of an adaptor; the releases have 2
@@ -39,7 +39,7 @@ class Kind(Enum):
     PLAIN = "bf16"
     INT4 = "int4"  # Llama 3.2 1B and 3B, SpinQuant and QLoRA
     FP8 = "fp8"  # Llama 3.1 405B
-    INT8 = "int8"  # Llama Guard 3 8B, of bitsandbytes
+    INT8 = "int8"  # Llama Guard 3 8B, by bitsandbytes
 
 
 KIND_OF_WEIGHTS = {"bf16": Kind.PLAIN, "int4": Kind.INT4, "fp8-mixed": Kind.FP8, "int8": Kind.INT8}  # by Release.weights
@@ -47,7 +47,7 @@ ROUNDED = (Kind.INT4, Kind.FP8)  # those whose reference rounds the inputs of ma
 
 
 def kind_of(args: ModelArgs, folder: Path | None = None) -> Kind:
-    """The kind of a folder in Meta's format. An fp8 release is recognized only by its files, in `folder`."""
+    """The kind of a folder in Meta's format; only the files in `folder` show an fp8 release."""
     if args.quantization_args is not None or args.lora_args is not None:
         return Kind.INT4
     has_scales = folder is not None and any(scales_number(path.name) >= 0 and path.is_file() for path in folder.iterdir())
@@ -56,10 +56,10 @@ def kind_of(args: ModelArgs, folder: Path | None = None) -> Kind:
 
 @dataclass(frozen=True)
 class Int4Params:
-    """params.json's sections of an int4 release.
+    """The quantization sections of an int4 release's params.json.
 
-    `group`: inputs that share a scale. `rotates`: the inputs of w2 are rotated (SpinQuant). `rank`
-    and `low_rank_scale` of QLoRA's adaptors; rank 0 without.
+    `group`: the number of inputs that share a scale. `rotates`: the inputs of w2 are rotated
+    (SpinQuant). `rank` and `low_rank_scale` describe QLoRA's adaptors; without them rank is 0.
     """
 
     group: int = INT4_GROUP
@@ -69,7 +69,10 @@ class Int4Params:
 
     @classmethod
     def from_args(cls, args: ModelArgs) -> "Int4Params":
-        """Raises CheckpointError naming a wrong value. Other keys than Meta's are allowed, and any may be missing."""
+        """Read the sections. Raises CheckpointError naming a wrong value.
+
+        Unknown keys are ignored; those of quantization_args may be missing, those of lora_args not.
+        """
         usual = {"scheme": INT4_SCHEME, "group_size": INT4_GROUP, "spinquant": False}
         given = {key: value for key, value in (args.quantization_args or {}).items() if value is not None}
         scheme, group, rotates = ((usual | given)[key] for key in usual)
@@ -85,7 +88,7 @@ class Int4Params:
             raise _wrong("quantization_args", "spinquant", rotates, "true or false")
         if rotates and args.ffn_dim & (args.ffn_dim - 1):
             raise CheckpointError(
-                f'"spinquant" rotates the feed-forward width, which must then be a power of two, and is {args.ffn_dim:,}'
+                f'"spinquant" rotates the feed-forward width, which must be a power of two for that, but is {args.ffn_dim:,}'
             )
         if lora is None:
             return cls(group, rotates)
@@ -111,7 +114,7 @@ def tensors_of(args: ModelArgs, kind: Kind) -> dict[str, Expected]:
     Raises CheckpointError for a params.json whose sections cannot be used.
     """
     if kind is not Kind.PLAIN and args.has_vision:
-        raise CheckpointError(f"it is a vision release in {kind.value}, which Meta has not published and is not read here")
+        raise CheckpointError(f"it is a vision release in {kind.value}, which Meta has not published; it is not supported")
     if kind is Kind.INT4:
         return _int4_tensors(args, Int4Params.from_args(args))
     if kind is Kind.INT8:
@@ -154,7 +157,7 @@ def _int8_tensors(args: ModelArgs) -> dict[str, Expected]:
 
 
 def value_range(name: str, dtype: str) -> tuple[float, float] | None:
-    """The least and the largest number that the loader takes in a part of a quantized matrix; None: any."""
+    """The smallest and largest value that the loader accepts in a quantized tensor; None: any."""
     if name.startswith("layers.") and name.endswith(".weight") and dtype == "int8":
         return -8, 7
     if name.endswith((".scales", ".SCB")):
@@ -165,7 +168,7 @@ def value_range(name: str, dtype: str) -> tuple[float, float] | None:
 
 
 def contradiction(tensors: Mapping[str, DtypeAndShape], args: ModelArgs, kind: Kind) -> str | None:
-    """Why a shard's tensors as a whole are not those of this kind of release; else None."""
+    """Why a shard's tensors cannot be those of this kind of release; else None."""
     dtypes = {dtype for dtype, _ in tensors.values()}
     scales = {name: shape for name, (_, shape) in tensors.items() if name.endswith(".scales")}
     if not args.has_vision and any(name.startswith(("text_model.", "vision_model.")) for name in tensors):
@@ -193,7 +196,7 @@ def contradiction(tensors: Mapping[str, DtypeAndShape], args: ModelArgs, kind: K
         )
     if kind is Kind.INT4 and not scales:
         return f"params.json has {sections}, as Meta's int4 releases do, but no matrix has its scales here" + (
-            ": fetch the weights again" if "int8" in dtypes else ": fetch the params.json of the release that these weights are"
+            ": fetch the weights again" if "int8" in dtypes else ": fetch the params.json of these weights' release"
         )
     if kind is Kind.INT4 and args.lora_args is None and any(".adaptor." in name for name in tensors):
         return "it holds adaptors of low rank (QLoRA), but params.json has no lora_args: fetch the params.json of that release"
@@ -237,7 +240,7 @@ def scale_key(name: str, shard: int) -> str:
 
 
 def wrong_scales(found: Mapping[str, DtypeAndShape], args: ModelArgs, shard: int, n_shards: int) -> list[str]:
-    """What is wrong with the tensors in the scales' file of a shard: one number per row of its matrices."""
+    """The problems with a shard's file of scales, which has one scale per row of its matrices."""
     shards = {key.rpartition("_")[2] for key in found}
     if len(shards) == 1 and shards != {str(shard)}:
         other = shards.pop()[:20]

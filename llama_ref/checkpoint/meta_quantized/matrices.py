@@ -1,4 +1,4 @@
-"""The matrices of any quantized release, as a loader takes them."""
+"""One interface for the loader to the matrices of all quantized releases."""
 
 from typing import Literal, Protocol, get_args
 
@@ -40,7 +40,7 @@ def matrices_of(folder: CheckpointFolder, args: ModelArgs, stored: Stored, activ
 
 
 def check_activations(folder: CheckpointFolder, activations: Activations | None, kind: Kind) -> None:
-    """Raise RequestError for a value that does not exist, or one that has no meaning for the folder."""
+    """Raise RequestError for an unknown value, or if the option does not apply to the folder."""
     if activations is None:
         return
     if activations not in get_args(Activations):

@@ -1,4 +1,4 @@
-"""What is wrong with scales."""
+"""Check scales for NaN, infinite and negative values."""
 
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from llama_ref.files import read_small
 
 CHECKLIST_NAME = "checklist.chk"
 CHECKLIST_LIMIT_BYTES = 1 << 20  # thousands of files; Meta's longest list has 26
-NAME_LIMIT_BYTES = 4096  # Linux opens no longer path; resolving one takes the square of its length
+NAME_LIMIT_BYTES = 4096  # Linux's limit; resolving a path takes time quadratic in its length
 ALGORITHM_OF_DIGITS = {32: "md5", 64: "sha256"}
 
 _SUM = rb"(?P<sum>[0-9a-fA-F]{64}|[0-9a-fA-F]{32})"
@@ -19,7 +19,7 @@ _TAGGED = re.compile(
     rb"[ \t]*(?P<escaped>\\?)(?P<tag>MD5|SHA256) ?\((?P<name>.*)\)[ \t]*=[ \t]*" + _SUM, re.DOTALL
 )  # BSD's format; the last bracket ends the name
 _BEGINNING = re.compile(rb"[ \t]*(\\?[0-9a-fA-F]{1,64}[ \t]*\*?|\\?(MD5|SHA256) ?\([^)]*\)?[ \t]*=?[ \t]*[0-9a-fA-F]*)")
-_USUAL_NAMES = (  # with zeros for all digits
+_USUAL_NAMES = (  # every digit replaced by 0
     *("params.json", "tokenizer.model", "consolidated.00.pth", "added_tokens.json", "fp8_scales_0.pt"),
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
@@ -110,7 +110,7 @@ class _LineParser:
     def __call__(self, line: bytes) -> tuple[bytes, str] | None:
         """(name, sum), or None if md5sum would call the line improperly formatted."""
         if b"\0" in line:
-            return None  # C would end the name there
+            return None  # md5sum's C strings end there
         if tagged := _TAGGED.fullmatch(line):
             name = None if (tagged["tag"] == b"MD5") != (len(tagged["sum"]) == 32) else tagged["name"]
             found = tagged
@@ -135,7 +135,7 @@ class _LineParser:
 
 
 def _broken_off(rest: bytes, folder: Path) -> str | None:
-    """What follows the last line break, if it is only the beginning of an entry.
+    """The text after the last line break, if it is only the beginning of an entry.
 
     A list may lack the last line break. A name is incomplete if there is no such file, and it is
     the beginning of the name of another file or of a file that checkpoints usually have.
@@ -161,7 +161,7 @@ def _unescaped(name: bytes) -> bytes | None:
 
 
 def _relative_name(raw: bytes, path: Path, line: int) -> str:
-    """The name without `./`. Raises CheckpointError if it is outside the folder, empty or endless."""
+    """The name without `./`. Raises CheckpointError if it is outside the folder, empty or too long."""
     if len(raw) > NAME_LIMIT_BYTES:
         raise CheckpointError(
             f"{path}, line {line} has a name of {len(raw):,} bytes, more than {NAME_LIMIT_BYTES:,}, the longest path; "

@@ -92,12 +92,12 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def implied_model(parts: Mapping[str, Shape], n_shards: int | None = None) -> tuple[ModelArgs, int] | None:
-    """The Llama, and its number of shards, that one shard's tensor shapes imply; None if no Llama.
+    """The Llama and number of shards that one shard's tensor shapes imply; None if not a Llama.
 
-    Names are Meta's. Tells a wrong params.json from wrong weights: if the weights fit each other,
-    they are some model's. Shapes do not show how the width is divided into heads, so `n_heads` and
-    `n_kv_heads` are any that give these shapes. An unknown `n_shards` is that of heads which are
-    together as wide as the model, or 1 if no number of shards gives that.
+    Names are Meta's. This tells a wrong params.json from wrong weights: weights that fit each other
+    belong to some model. Shapes do not show how the width is divided into heads, so `n_heads` and
+    `n_kv_heads` are any that give these shapes. If `n_shards` is unknown, it is the number that
+    makes all heads together as wide as the model, or 1 if there is none.
     """
     layers = [int(match[1]) for name in parts if (match := LAYER.fullmatch(name)) and len(match[1]) < 9]
     try:

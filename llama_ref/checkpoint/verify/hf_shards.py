@@ -38,7 +38,7 @@ from llama_ref.checkpoint.verify.report import State
 from llama_ref.errors import CheckpointError
 from llama_ref.files import read_json
 
-MOST_FILES = 1000  # a 405B has 191; a damaged number must not mean millions
+MOST_FILES = 1000  # a 405B has 191; a damaged number must not make millions of names
 LAYER_NAME = re.compile(r"model\.layers\.(\d{1,8})\..+")
 
 Tensors = Mapping[str, HeldTensor]
@@ -78,7 +78,7 @@ def examine_safetensors(
 
 
 def _usual(name: str, config: HFConfig | None) -> str:
-    """The usual one of a vision model's two names for a tensor; any other name as it is."""
+    """Map a vision model's two naming schemes to the usual one; other names are unchanged."""
     return usual_name(name) if config and config.args.has_vision else name
 
 
@@ -188,7 +188,7 @@ class _Weights:
         return problems + [f"it does not name {name} of {owners[name][0]}" for name in unnamed]
 
     def judge(self, found: Structure, config: HFConfig | None, may_blame: bool) -> ModelArgs | None:
-        """Add findings; return the implied model if config.json is what is wrong."""
+        """Add findings; return the implied model if config.json is the wrong file."""
         duplicates = self._duplicates()
         problems = self._problems(config) if config else {}
         if config and problems and may_blame and not duplicates and self.is_complete and (implied := self._implied(config)):
@@ -200,7 +200,7 @@ class _Weights:
         return None
 
     def _duplicates(self) -> dict[str, list[str]]:
-        """By file, tensors that belong to another file: the one in the index, else the first."""
+        """By file, tensors that belong to another file: the one that the index names, else the first."""
         wrong: dict[str, list[str]] = {}
         for name, files in self.owners.items():
             place = self.index.place.get(name) if self.index else None
@@ -211,7 +211,7 @@ class _Weights:
         return wrong
 
     def _problems(self, config: HFConfig) -> dict[str, list[str]]:
-        """By file, what does not match config.json."""
+        """By file, the contradictions to config.json."""
         expected = _expected(config, self.owners)
         may_lack = {hf_name(OUTPUT)} if config.tied else set()
         problems: dict[str, list[str]] = {}
@@ -248,7 +248,7 @@ class _Weights:
 
 
 def _expected(config: HFConfig, names: Collection[str]) -> dict[str, Expected]:
-    """The tensors of the model under Hugging Face's names, those of bitsandbytes if it wrote any."""
+    """The model's tensors under Hugging Face's names, as int8 if `names` has bitsandbytes' tensors."""
     return tensors_in_files(config.args, Kind.INT8 if is_int8(names) and not config.args.has_vision else Kind.PLAIN)
 
 

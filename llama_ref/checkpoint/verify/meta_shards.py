@@ -166,7 +166,7 @@ def _examine_tokenizer(folder: Path, names: list[str], form: Format, found: Stru
 
 
 def _examine_unknown_tokenizer(folder: Path, name: str, found: Structure) -> None:
-    """Check the tokenizer of a model that is not supported, of which only the JSON can be judged."""
+    """Check the tokenizer of an unsupported model: only whether it is valid JSON."""
     if name.endswith(".json") and (state := how_json_broke(folder / name, MAX_TOKENIZER_JSON_BYTES)):
         found.findings[name] = Finding(state, "it is not valid JSON")
 
@@ -264,7 +264,7 @@ def _examine_shards(
 ) -> tuple[ModelArgs | None, int | None]:
     """Add findings about shards; return their model if only params.json differs, and their number.
 
-    The number is what the shapes imply.
+    The number is the one that the shapes imply.
     """
     shards = [name for name in names if SHARD_NAME.fullmatch(name)]
     for name in shards:
@@ -321,7 +321,7 @@ def _examine_scales(folder: Path, names: list[str], found: Structure, args: Mode
 
 
 def _examine_quantized(folder: Path, names: list[str], found: Structure) -> None:
-    """Check the safetensors of a folder that was quantized here; its tensors are not Meta's."""
+    """Check the safetensors of a folder that this package quantized; its tensors are not Meta's."""
     for name in names:
         if SAFETENSORS_NAME.fullmatch(name) and name not in found.findings:
             try:
@@ -379,7 +379,7 @@ def _why_broken(path: Path, error: CheckpointError) -> Finding:
 
 
 def _expected_tensors(args: ModelArgs, kind: Kind, found: Structure) -> Mapping[str, Expected] | None:
-    """The unsharded tensors by name; None, with a note or a finding, if they are not known."""
+    """The unsharded tensors by name; None, with a finding, if they are not known."""
     try:
         return tensors_of(args, kind)
     except CheckpointError as error:
@@ -393,9 +393,9 @@ def _problems(
     n_shards: int,
     odd: Mapping[str, str | None],
 ) -> dict[str, list[str]]:
-    """By file, what does not match params.json; files that match are left out.
+    """By file, the contradictions to params.json; files that match are left out.
 
-    `odd`: what is wrong with all of a file's tensors, which is then the only problem.
+    `odd` has, by file, a problem that concerns all tensors; it then replaces the single problems.
     """
     described = {file: _described(tensors) for file, tensors in files.items()}
     problems = {

@@ -134,8 +134,7 @@ class Report:
     def exit_code(self) -> int:
         """0: whole; 1: a file is not whole; 2: no files, or not supported; 3: nothing to check against.
 
-        With 3, nothing is wrong with any file as far as can be told, but not all have a checksum to
-        be compared with.
+        With 3, no file is known to be wrong, but some have no checksum to compare with.
         """
         if any(file.name != CHECKLIST_NAME for file in self.bad):
             return 1

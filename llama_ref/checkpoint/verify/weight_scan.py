@@ -22,9 +22,9 @@ CHUNK_BYTES = 4 << 20  # a multiple of every dtype's size
 
 @dataclass
 class WeightScan:
-    """Records with a wrong CRC-32, and counts by tensor of NaN and infinite values, and of those out of range.
+    """Records with a wrong CRC-32; by tensor, counts of NaN, infinite and out-of-range values.
 
-    Only the numbers and scales of quantized matrices have a range.
+    Only the values and scales of quantized matrices have a range.
     """
 
     wrong_crc: list[str] = field(default_factory=list)
@@ -49,9 +49,8 @@ def scan_weights(
 ) -> WeightScan:
     """Check the CRC-32 of a `.pth`'s records; with `values`, count NaN and infinity.
 
-    The file must be one accepted by `inspect_pth`. Values are counted per storage, so one outside
-    every tensor counts for all tensors on its storage. Raises OSError, or Cancelled if `cancel` is
-    set.
+    `inspect_pth` must accept the file. Values are counted per storage, so a value that is in no
+    tensor counts for all tensors on its storage. Raises OSError, or Cancelled if `cancel` is set.
     """
     scan = WeightScan()
     by_storage: dict[int, list[tuple[str, str]]] = {}  # data offset -> (name, dtype)
@@ -137,8 +136,8 @@ def _fill(file: FileIO, view: memoryview) -> int:
 
 
 def _odd_values(data: memoryview, name: str, dtype: str) -> Counter[str]:
-    """Counts of NaN, infinite values and those outside of a tensor's range."""
-    import torch  # only now: checksums do not wait for it
+    """Counts of NaN, of infinite values and of values outside the tensor's range."""
+    import torch  # slow, and not needed for checksums alone
 
     torch_dtype = getattr(torch, dtype, torch.uint8)  # older torch versions lack the newest dtypes
     allowed = value_range(name, dtype)

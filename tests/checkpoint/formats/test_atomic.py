@@ -160,7 +160,7 @@ def test_a_folder_that_a_killed_run_had_renamed_comes_back(tmp_path, caplog):
     (tmp_path / "model").rename(tmp_path / f".model.{'0' * 32}.old")
     atomic.recover(tmp_path / "model")
     assert content(tmp_path / "model") == "old"
-    assert caplog.messages == [f"{tmp_path / 'model'} was renamed by an interrupted run: it is back"]
+    assert caplog.messages == [f"restored {tmp_path / 'model'}, which an interrupted run had renamed"]
 
 
 def test_a_file_keeps_the_permissions_of_the_one_that_it_replaces(tmp_path):

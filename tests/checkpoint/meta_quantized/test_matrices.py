@@ -434,7 +434,7 @@ def test_missing_keys_are_those_of_the_releases():
 def test_a_rotation_of_another_width_is_refused(tmp_path):
     folder = qlora_folder(tmp_path / "folder")
     change_params(folder, "quantization_args", spinquant=True)
-    assert "which must then be a power of two, and is 192" in refusal(folder)
+    assert "which must be a power of two for that, but is 192" in refusal(folder)
 
 
 @pytest.mark.parametrize(

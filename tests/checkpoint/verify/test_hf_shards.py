@@ -150,7 +150,7 @@ def test_without_a_list_nothing_says_whether_the_bytes_are_right(unlisted):
     for deep in (False, True):
         report = verify(unlisted, deep=deep)
         assert report.exit_code == 3 and not report.bad
-        assert "safetensors hold no sums, so nothing says whether the bytes are right" in report.summary()
+        assert "safetensors hold no checksums, so the bytes cannot be verified" in report.summary()
     assert {file.state for file in report.files} == {State.SOUND}
     assert verify(unlisted, quick=True).exit_code == 3
 
@@ -712,7 +712,7 @@ def test_each_file_that_is_used_is_hashed_once(folder, hashed):
     for name in (FILE2, CONFIG, TOKENIZER):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(before[:-1] + (b"\x55" if name == FILE2 else before[-1:] + b" "))
-        with pytest.raises(CheckpointError, match=f"{name} is not what checklist.chk says"):
+        with pytest.raises(CheckpointError, match=f"{name} does not match checklist.chk"):
             build(folder)
         (folder / name).write_bytes(before)
 
@@ -721,7 +721,7 @@ def test_added_tokens_are_hashed_where_they_are_used(with_added, hashed):
     build(with_added)
     assert sorted(hashed) == [ADDED_TOKENS, "consolidated.00.pth", "params.json", "tokenizer.model"]
     append(with_added / ADDED_TOKENS, b" ")
-    with pytest.raises(CheckpointError, match=f"{ADDED_TOKENS} is not what checklist.chk says"):
+    with pytest.raises(CheckpointError, match=f"{ADDED_TOKENS} does not match checklist.chk"):
         build(with_added)
     lines = (with_added / LIST).read_text().splitlines(keepends=True)
     (with_added / LIST).write_text("".join(line for line in lines if ADDED_TOKENS not in line))
@@ -733,7 +733,7 @@ def test_without_a_list_one_line_says_so(unlisted, hashed, caplog):
     with caplog.at_level(logging.WARNING):
         build(unlisted)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{unlisted} has no checklist.chk, so nothing says whether its files are whole"
+        f"{unlisted} has no checklist.chk, so its files cannot be verified"
     ]
     assert not hashed
     with pytest.raises(CheckpointError, match=r"has no checklist\.chk"):

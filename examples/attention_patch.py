@@ -2,7 +2,8 @@
 
     python examples/attention_patch.py FOLDER
 
-Works for any two prompts of as many tokens. A larger model may need several heads: give `at` a list.
+Works for any two prompts of the same number of tokens. A larger model may need several heads: give
+`at` a list.
 """
 
 import sys

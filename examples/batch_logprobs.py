@@ -1,4 +1,4 @@
-"""Score sentences: how likely does the model find each token of several texts of any length?
+"""Score sentences: how likely is each token of several texts, of any length, for the model?
 
     python examples/batch_logprobs.py FOLDER ["a text" ...]
 

@@ -1,4 +1,4 @@
-"""Hold a conversation: a system prompt, several questions, answers printed as they are made.
+"""Hold a conversation: a system prompt, several questions, answers printed as they are generated.
 
     python examples/chat.py FOLDER ["a question" ...]
 

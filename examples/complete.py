@@ -1,4 +1,4 @@
-"""Continue a text and print it as it is made.
+"""Continue a text and print the continuation as it is generated.
 
     python examples/complete.py FOLDER ["a prompt"]
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint in fewer bits, check it, and load it.
+"""Quantize a checkpoint, save it, check it, and load it.
 
     python examples/quantize_and_save.py FOLDER NEW_FOLDER [int8 | int4 | int4:group=32]
 

@@ -2,8 +2,8 @@
 
     python examples/tools.py FOLDER ["a question"]
 
-The model only writes calls, and this program decides what they mean: none of its text is evaluated.
-Llama 3.1 and later call tools; an older or another model mostly answers by itself.
+The model only writes calls, and this program decides what they do: no text of the model is
+evaluated. Llama 3.1 and later call tools; other models mostly answer without them.
 """
 
 import operator

@@ -4,8 +4,8 @@
     python examples/web_app.py FOLDER [PORT]
     curl -N localhost:8000/chat --json '{"text": "What is the capital of France?"}'
 
-Threads may share one Llama: FastAPI runs a plain `def` in a thread of its own, and an answer is the same
-however many others are being generated. Name a seed to get the same sampled answer again.
+Threads may share one Llama: FastAPI runs a plain `def` in a separate thread, and an answer does not
+depend on the others being generated. Give a seed to get the same sampled answer again.
 """
 
 import sys

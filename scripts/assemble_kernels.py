@@ -1,12 +1,12 @@
-"""Assemble the Triton kernels for cards that are not there, and show what each takes of a card.
+"""Compile the Triton kernels for GPUs that need not be present, and show the resources of each.
 
     python scripts/assemble_kernels.py [--cards 75,80,90] [--release Llama3.1-8B] [--only "int4"]
 
-For each kernel of a layer, in a release's shape and the dtype that the card computes in: registers per
-thread, bytes of them that are spilled to memory, shared memory, warps, and loads of 16 bytes. Needs
-PyTorch for CUDA with its Triton, and no card: nothing runs, so this shows that the kernels compile and
-fit, not that they are right or fast. Cards are compute capabilities: 75 is a T4, 80 an A100, 86 an RTX
-3090, 89 an RTX 4090, 90 an H100. Exit code 1: a kernel does not fit on a card.
+For each kernel of a layer, in a release's shape and the dtype that the GPU computes in: registers per
+thread, spilled bytes, shared memory, warps, and 16-byte loads. Needs PyTorch for CUDA with its Triton,
+but no GPU: nothing runs, so this shows that the kernels compile and fit, not that they are correct or
+fast. Cards are compute capabilities: 75 is a T4, 80 an A100, 86 an RTX 3090, 89 an RTX 4090, 90 an
+H100. Exit code 1: a kernel does not fit on a card.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}  # the most that a block 
 CONTEXT = 8192  # tokens in the cache
 ROW_COUNTS = (8, 32, 64)  # of batches
 ROWS = 8
-GROUP = 128  # int4 weights to a scale
+GROUP = 128  # int4 weights per scale
 METAS_GROUP = 32
 
 
@@ -60,19 +60,19 @@ class Assembled:
 def main(
     *,
     cards: Annotated[str, Flag("compute capabilities", metavar="N,N,...")] = "75,80,90",
-    release: Annotated[str, Flag("whose shape the matrices have")] = "Llama3.1-8B",
-    only: Annotated[str, Flag("kernels whose name has this text", unset="all")] = "",
+    release: Annotated[str, Flag("release whose shape the matrices have")] = "Llama3.1-8B",
+    only: Annotated[str, Flag("kernels whose name contains this text", unset="all")] = "",
 ) -> int:
-    """Assemble every kernel for every card, and print a table for each."""
+    """Compile every kernel for every card, and print a table for each card."""
     args, capabilities = ModelArgs.from_dict(find_release(release).params), [_capability(word) for word in cards.split(",")]
     if importlib.util.find_spec("triton") is None:
-        raise LlamaRefError("Triton is not installed: PyTorch for CUDA brings it on Linux (no card is needed)")
+        raise LlamaRefError("Triton is not installed: PyTorch for CUDA includes it on Linux (no GPU is needed)")
     fits = True
     for card in capabilities:
         dtype = torch.bfloat16 if card >= 80 else torch.float16
         found = [kernel for name, call in calls(args, dtype, card) if only in name for kernel in assemble(name, call, card)]
         if not found:
-            raise RequestError(f"--only is {only!r:.60}, which no kernel's name has; without it, all are shown")
+            raise RequestError(f"--only is {only!r:.60}, which is in no kernel's name; without it, all are shown")
         print_table(found, card, release, dtype)
         fits = fits and all(kernel.shared_bytes <= SHARED_KB[card] << 10 for kernel in found)
     return 0 if fits else 1
@@ -84,7 +84,7 @@ def _capability(word: str) -> int:
     return int(word)
 
 
-# ---- what is called, with tensors that have shapes and no memory
+# ---- the calls, with tensors that have shapes but no memory
 
 
 def calls(args: ModelArgs, dtype: torch.dtype, card: int) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -108,7 +108,7 @@ def calls(args: ModelArgs, dtype: torch.dtype, card: int) -> Iterator[tuple[str,
         yield f"{kind}wo, residual", lambda w=wo: matvec(empty(H * hd, dtype=dtype), *w, residual=x)
         yield f"{kind}norm, w1 w3, swiglu", lambda w=w13: matvec(x, *w, gain=x, gated=True)
         yield f"{kind}w2, residual", lambda w=w2: matvec(wide, *w, residual=x)
-        if kind != "int4 ":  # the output has eight bits then
+        if kind != "int4 ":  # an int4 model's output has eight bits
             yield f"{kind}norm, output", lambda w=output: matvec(x, *w, gain=x)
         if kind and card >= 80:  # as `has_tensor_cores`
             for rows in ROW_COUNTS:
@@ -161,7 +161,7 @@ def assemble(name: str, call: Callable[[], Any], card: int) -> list[Assembled]:
 
 @contextmanager
 def pretended(card: int) -> Iterator[list[Any]]:
-    """Let Triton compile for a card that is not there; the list gets what it compiles."""
+    """Let Triton compile for a GPU that is not present; yield the list that gets its kernels."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
 
@@ -192,7 +192,7 @@ def pretended(card: int) -> Iterator[list[Any]]:
 
 
 def measured(name: str, kernel: Any, card: int) -> Assembled:
-    """What ptxas says of a compiled kernel, and how often its machine code loads 16 bytes."""
+    """The resources of a compiled kernel according to ptxas, and the 16-byte loads in its PTX."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     is_for_all_cards = not inspect.signature(get_ptxas).parameters  # Triton 3.4's

@@ -1,10 +1,10 @@
-"""Measure `study.collect` beside plain prefill of the same prompts, in one run.
+"""Compare the speed of `study.collect` with plain prefill of the same prompts, in one run.
 
     python scripts/bench_collect.py [--folder checkpoints/SmolLM2-135M-Instruct] [--prompts 10000]
 
-Prompts are 4 to 19 words of scripts/quality_texts/english.txt. They are taken in parts, each run by
-both, one after the other, so that a busy machine slows both down. Plain prefill runs the passes that
-`collect` makes (right-padded, of at most 1,024 tokens) and keeps nothing.
+Prompts are 4 to 19 words of scripts/quality_texts/english.txt. Both methods run one part of the
+prompts after another in turn, so that a busy machine slows both down. Plain prefill runs the same
+passes as `collect` (right-padded, of at most 1,024 tokens) and keeps nothing.
 """
 
 import time
@@ -36,7 +36,7 @@ def main(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> None:
-    """Print seconds of both, and how fast ours is beside plain prefill."""
+    """Print the seconds of both, and the speed of `collect` relative to plain prefill."""
     llama = Llama.build(folder, device=device, dtype=dtype)
     texts = [llama.encode(text) for text in some_prompts(prompts)]
     plain(llama, texts[:50])
@@ -52,7 +52,7 @@ def main(
 
 
 def some_prompts(n: int) -> list[str]:
-    """Texts that are all different."""
+    """`n` prompts that are all different."""
     words = TEXT.read_text(encoding="utf-8").split()
     starts = [(7 * i) % (len(words) - 20) for i in range(n)]
     return [f"{i} " + " ".join(words[start : start + 4 + i % 16]) for i, start in enumerate(starts)]
@@ -73,7 +73,7 @@ def collected(llama: Llama, texts: list[list[int]], names: str, positions: str) 
 
 
 def seconds(run: Callable[[], None]) -> tuple[float, float]:
-    """Elapsed, and of all cores: on a busy machine only the second means much."""
+    """Elapsed seconds, and CPU seconds of all cores, which say more on a busy machine."""
     begin, cpu = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - begin, time.process_time() - cpu

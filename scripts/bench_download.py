@@ -2,10 +2,10 @@
 
     python scripts/bench_download.py [--size 1GB] [--rounds 3] [--jobs 4] [--limit 100MB] [--folder DIR]
 
-The server sends a file of random bytes from the page cache, `--limit` bytes a second to all together, as
-a network would; without it, as fast as it can. curl writes it in one stream, in as many
-ranges at a time as there are jobs, and with `md5sum` behind it; ours always includes the sum. The best
-round of each counts; what other programs took of the processor meanwhile is printed too.
+The server sends a file of random bytes from the page cache, at most `--limit` bytes a second over all
+connections, as a network would; by default, as fast as it can. curl runs with one stream, with as
+many ranges at a time as there are jobs, and followed by `md5sum`; ours always includes the checksum.
+The best round of each counts. The CPU use of all programs is also printed.
 """
 
 import base64
@@ -78,7 +78,7 @@ def compare(place: Path, host: str, n_bytes: int, jobs: int, rounds: int) -> Non
 
 
 def contenders(out: Path, host: str, n_bytes: int, jobs: int) -> dict[str, Callable[[], object]]:
-    """Each fetches the file into the empty folder `out`."""
+    """The programs to compare, by name; each downloads the file into the empty folder `out`."""
     address = f"http://{host}/{REMOTE}/{NAME}"
     link = parse_link(make_link(host), [host])
     step = -(-n_bytes // jobs)
@@ -116,7 +116,7 @@ def fetch(link: SignedLink, out: Path, jobs: int, host: str) -> None:
 
 
 def make_link(host: str) -> str:
-    """A link as Meta signs them, which ends in a day."""
+    """A link like Meta's signed ones, which expires in a day."""
     condition = {"DateLessThan": {"AWS:EpochTime": int(time.time()) + 86400}}
     policy = json.dumps({"Statement": [{"Resource": f"http://{host}/*", "Condition": condition}]}).encode()
     encoded = base64.b64encode(policy).decode().translate(str.maketrans("+=/", "-_~"))
@@ -135,7 +135,7 @@ def serve(place: Path, told: Connection, limit: int | None) -> None:
 
 
 class Pace:
-    """Lets all connections together send so many bytes a second."""
+    """Limits the bytes that all connections together send per second."""
 
     def __init__(self, limit: int | None):
         self.limit, self.free_at, self.lock = limit, 0.0, threading.Lock()

@@ -1,11 +1,11 @@
-"""Measure `llama-ref evaluate` beside the harness's own `hf` model, on one folder and task.
+"""Compare the speed of `llama-ref evaluate` with the harness's own `hf` model, on one folder and task.
 
     python scripts/bench_evaluate.py [--folder checkpoints/SmolLM2-135M-Instruct] [--documents 24]
 
-The task is made from scripts/quality_texts/english.txt: which of four texts goes on after a
-passage? It is asked with no examples and with three, float32, with batches of one size for both;
-each model has a round to warm up. The scores must be equal. The time is that of the model's log-likelihoods alone,
-without the harness's own work. Needs lm-eval, accelerate and transformers.
+The task is made from scripts/quality_texts/english.txt: which of four texts continues a passage? It
+is asked with no examples and with three, in float32, with the same batch size for both models, after
+a warm-up round. The scores must be equal. Only the models' log-likelihoods are timed, not the
+harness's own work. Needs lm-eval, accelerate and transformers.
 """
 
 import json
@@ -47,7 +47,7 @@ metric_list:
 
 
 def main(folder: str | Path = DEMO, documents: int = 24, batch: int = 8, device: str = "cpu") -> dict[str, Any]:
-    """Print seconds and scores of both, and their ratio. Raises SystemExit if scores differ."""
+    """Print the seconds and scores of both, and their ratio. Raises SystemExit if scores differ."""
     silence_bars()
     with TemporaryDirectory() as scratch:
         write_task(Path(scratch), documents)
@@ -65,7 +65,7 @@ def main(folder: str | Path = DEMO, documents: int = 24, batch: int = 8, device:
 
 
 def measure(model: Any, folder: Path, shots: int) -> dict[str, Any]:
-    """Scores, and seconds of the model's log-likelihoods, after a round that warms up."""
+    """Scores, and seconds of the model's log-likelihoods, after a warm-up round."""
     tasks = find_tasks(["passages"], str(folder))
     options = {"tasks": ["passages"], "task_manager": tasks, "num_fewshot": shots, "bootstrap_iters": 0, "log_samples": False}
     simple_evaluate(model, limit=2, **options)
@@ -93,7 +93,7 @@ def report(shots: int, found: dict[str, Any]) -> str:
 
 
 def write_task(folder: Path, documents: int) -> None:
-    """The task's YAML and data: passages, and what follows each, among endings of others."""
+    """Write the task's YAML and data: passages, each with its continuation among those of others."""
     words = TEXT.read_text(encoding="utf-8").split()
     n = documents + max(SHOTS)
     step = (len(words) - PASSAGE - ENDING) // n

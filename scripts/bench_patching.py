@@ -1,10 +1,10 @@
-"""Measure patch grids: from stored residuals beside from the start, and by a gradient beside exactly.
+"""Compare three ways to compute patch grids: from the start, from stored residuals, by a gradient.
 
     python scripts/bench_patching.py [--folder checkpoints/SmolLM2-135M-Instruct] [--repeats 3]
 
-Each grid is made in three ways, in turn, `repeats` times, and the best time of each counts: a busy
-machine slows some rounds down, not all. "From the start" runs every cell through all layers, as many
-in one pass as `patch_grid` does.
+Each grid is computed in these ways, in turn, `repeats` times. The best time of each counts, because a
+busy machine slows down some rounds, not all. "From the start" runs every cell through all layers, with
+as many cells in a pass as `patch_grid`.
 """
 
 import os
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def main(folder: str | Path = DEMO, repeats: int = 3, dtype: str = "float32", device: str = "cpu") -> None:
-    """Print seconds of each way, their ratios, and how close the results are."""
+    """Print the seconds of each way, their ratios, and how close the results are."""
     llama = Llama.build(folder, device=device, dtype=dtype)
     texts = (llama.encode(CLEAN), llama.encode(CORRUPTED))
     metric = study.logit_difference(*(llama.encode(answer)[-1] for answer in ANSWERS))
@@ -81,7 +81,7 @@ def from_the_start(llama: Llama, clean: list[int], corrupted: list[int], metric:
 
 
 def best_of(repeats: int, ways: list[Callable[[], T]]) -> tuple[list[float], list[T]]:
-    """The shortest time of each way, taken in turn, and what it gives."""
+    """The shortest time and the result of each way; the ways run in turn."""
     best, results = [float("inf")] * len(ways), []
     for _ in range(repeats):
         results = []
@@ -93,7 +93,7 @@ def best_of(repeats: int, ways: list[Callable[[], T]]) -> tuple[list[float], lis
 
 
 def load() -> str:
-    """Processes that want a core, on average over the last minute, and how many cores there are."""
+    """The load average of the last minute, and the number of cores."""
     return f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
 
 

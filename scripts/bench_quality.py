@@ -10,7 +10,7 @@ own way, reads the same tokens with its own arithmetic, and is compared with its
 
 The demo's weights were stored in four bits, with a scale and a minimum per 32 weights (Q4_1), and
 int4:group=32 would recover exactly those steps. So the weights are first spread evenly over their
-steps, which makes the model a little worse; `--stored` uses them as they are.
+steps, which makes the model a little worse; `--stored` uses them unchanged.
 """
 
 import importlib.util
@@ -113,7 +113,7 @@ def ours(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
 
 
 def held_bytes(model: Transformer) -> int:
-    """Of the weights, those that are not quantized in bfloat16."""
+    """Bytes of the weights; those that are not quantized count as bfloat16."""
     return quantized_bytes(model) + 2 * sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -140,7 +140,7 @@ def in_metas_layout(source: Path, out: Path, kind: Kind) -> Path:
 
 
 def theirs(source: Path, scratch: Path) -> Iterator[tuple[str, int, Reader]]:
-    """The same of llama.cpp's formats, float32 first."""
+    """The same for llama.cpp's formats, float32 first."""
     import llama_cpp
 
     from llama_ref.bench.peers.gguf import bytes_read, write_gguf

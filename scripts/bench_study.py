@@ -1,17 +1,17 @@
-"""Measure `llama_ref.study` beside nnsight and TransformerLens: seconds and extra memory of common tasks.
+"""Compare `llama_ref.study` with nnsight and TransformerLens: seconds and extra memory of common tasks.
 
     python -m venv /tmp/nnsight && /tmp/nnsight/bin/pip install -r scripts/study_peers/nnsight.txt
     python -m venv /tmp/lens && /tmp/lens/bin/pip install -r scripts/study_peers/transformer-lens.txt
     python scripts/bench_study.py --nnsight /tmp/nnsight/bin/python --transformer_lens /tmp/lens/bin/python
 
-Each peer has an environment of its own: the two do not fit into one with this package's. One that is
-not named is left out. Every figure is that of a fresh process, the least of `--repeats`; the
-contestants take turns. All must find the same numbers. One thread is the default, and CPU seconds are
-shown too: on a busy machine these alone compare. The peers run the same weights in float32 on the
-same tokens, converted to Hugging Face's format. `--only logit_lens,patterns` chooses tasks.
+Each peer needs its own environment: both cannot share one with this package. A peer whose Python is
+not given is left out. Each figure is the least of `--repeats` fresh processes; the contestants take
+turns. All must find the same numbers. The default is one thread. On a busy machine, compare only the
+CPU seconds, which are also shown. The peers run the same weights, converted to Hugging Face's format,
+in float32 on the same tokens. `--only logit_lens,patterns` chooses tasks.
 
-Peers do each task as their users would who care for speed: grids with all cells of a layer in one
-batch, prompts padded to one length in passes of 10. Linux only.
+Peers do each task like a user who cares about speed: grids with all cells of a layer in one batch,
+prompts padded to one length in passes of 10. Linux only.
 """
 
 import json
@@ -53,7 +53,7 @@ TOLERANCE = 1e-3  # relative, between the contestants' numbers
 
 @dataclass(frozen=True)
 class Figure:
-    """What a process measured; `number` is the task's own result, to compare."""
+    """The measurements of one process; `number` is the task's own result, to compare."""
 
     seconds: float
     cpu_seconds: float
@@ -78,7 +78,7 @@ def main(
     pythons = {"ours": sys.executable, "nnsight": nnsight, "transformer-lens": transformer_lens}
     pythons = {name: path for name, path in pythons.items() if path}
     if missing := [path for path in pythons.values() if not Path(str(path)).is_file()]:
-        raise RequestError(f"{missing[0]} is no file, expected the Python of the peer's environment")
+        raise RequestError(f"{missing[0]} is not a file, expected the Python of the peer's environment")
     print(f"{tokens} tokens of text, {prompts} prompts, float32, {threads} threads, torch {torch.__version__}")
     print(f"load of the machine before: {os.getloadavg()[0]:.1f}")
     print("seconds and extra megabytes, each the least of", repeats, "fresh processes; times ours\n", flush=True)
@@ -94,7 +94,7 @@ def main(
 
 
 def inputs(folder: str | Path, scratch: Path, tokens: int, prompts: int, threads: int) -> dict[str, Any]:
-    """What a worker reads: the two folders, ids, and the metric's tokens."""
+    """The input of a worker: the two folders, ids, and the metric's tokens."""
     found = open_folder(folder)
     tokenizer = found.open_tokenizer(found.read_args())
     converted = folder if found.is_hugging_face else to_hugging_face(folder, scratch / "hf")
@@ -120,7 +120,7 @@ def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def measure(pythons: dict[str, str], task: str, path: Path, repeats: int) -> dict[str, Figure]:
-    """The least of each figure, of contestants that take turns. Raises RequestError if their numbers differ."""
+    """The least of each figure; contestants take turns. Raises RequestError if their numbers differ."""
     runs: dict[str, list[Figure]] = {name: [] for name in pythons}
     for _ in range(repeats):
         for name, python in pythons.items():
@@ -134,7 +134,7 @@ def measure(pythons: dict[str, str], task: str, path: Path, repeats: int) -> dic
 
 
 def run(name: str, python: str, task: str, path: Path) -> Figure:
-    """A fresh process. Raises RequestError, with what it said last, if it fails."""
+    """Run a task in a fresh process. Raises RequestError with its last line if it fails."""
     settings = {
         "OMP_NUM_THREADS": str(json.loads(path.read_text())["threads"]),
         "OMP_WAIT_POLICY": "passive",  # on busy cores, threads that spin while they wait slow each other down

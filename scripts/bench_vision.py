@@ -1,9 +1,9 @@
-"""Time the vision encoder at its full width beside Meta's, on random weights, and compare the outputs.
+"""Compare the vision encoder with Meta's at full width, on random weights: speed and outputs.
 
     python scripts/bench_vision.py [--size 560] [--dtype bfloat16] [--rounds 3]
 
-One image of each number of tiles. Ours and Meta's take turns; each figure is the median of its
-rounds. Needs llama-models and fairscale.
+There is one image for each number of tiles. Ours and Meta's take turns; each figure is the median of
+its rounds. Needs llama-models and fairscale.
 """
 
 import statistics
@@ -36,13 +36,13 @@ def main(
     dtype: Dtype = "bfloat16",
     rounds: Annotated[int, Flag("number of measurements of each")] = 3,
 ) -> None:
-    """Time the vision encoder beside Meta's, on random weights, and compare the outputs."""
+    """Compare the vision encoder with Meta's, on random weights: speed and outputs."""
     release = find_release("Llama3.2-11B-Vision-Instruct")
     measure(ModelArgs.from_dict({**release.params, "vision_chunk_size": size}), dtype, rounds)
 
 
 def measure(args: ModelArgs, dtype: str, rounds: int) -> None:
-    """Print a line for each number of tiles: seconds, ours and Meta's, and how far the outputs are apart."""
+    """Print, for each number of tiles, our and Meta's seconds and the difference of the outputs."""
     size = args.vision_chunk_size
     assert size is not None
     ours, theirs = _encoders(args, DTYPES[dtype])

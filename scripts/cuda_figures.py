@@ -1,4 +1,4 @@
-"""Shared by the stages of bench_cuda.py: figures, timers, random models, timed decoding."""
+"""Helpers for the stages of bench_cuda.py: figures, timers, random models, timed decoding."""
 
 import contextlib
 import gc
@@ -247,7 +247,7 @@ def kv_bytes(model: Transformer, n_tokens: int) -> int:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected, in float32."""
+    """Norm of the difference divided by the norm of `expected`, in float32."""
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
@@ -297,7 +297,7 @@ def decode(
     """Generate n tokens after `context` random ones with the project's loop.
 
     `filled`: start with random keys and values in the cache of one row, to skip a long prefill.
-    `images` stand before the prompts of a vision model.
+    `images` come before the prompts of a vision model.
     """
     vocab_size = model.args.vocab_size
     before = [model.image_id for _ in images] if isinstance(model, VisionTransformer) else []

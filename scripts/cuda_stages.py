@@ -312,7 +312,7 @@ def _has_room(run: Run, what: str, n_bytes: float) -> bool:
     return False
 
 
-# ---- fewer bits, more rows
+# ---- quantization and batches
 
 
 def quant(run: Run) -> None:
@@ -527,7 +527,7 @@ def _measure_passes(run: Run, model: Transformer, name: str) -> None:
 
 
 def _pass_ms(run: Run, model: Transformer, T: int) -> float:
-    """Median time of a pass over T tokens after 500, with greedy tokens brought to the host."""
+    """Median time of a pass over T tokens after 500, with greedy tokens copied to the host."""
     context, times = run.tokens(500), []
     cache = new_cache(model, 1, context + 64)  # outside inference mode, as in the loop
     ids = torch.tensor([random_ids(model.args.vocab_size, T)], device=run.device)
@@ -670,7 +670,7 @@ def memory(run: Run) -> None:
 
 
 def _planned(size: str, args: Any, dtype: torch.dtype, n_tokens: int, batch: int) -> dict[str, float]:
-    """What `llama-ref plan` predicts for one GPU."""
+    """The memory that `llama-ref plan` predicts for one GPU."""
     found = release(size)
     model = Model(found.name, found.name, args, found.tied, found.max_seq_len)
     places = plan(model, Workload(gpu_memory=80, max_seq_len=n_tokens, max_batch_size=batch), [dtype_name(dtype)])

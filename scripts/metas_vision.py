@@ -37,9 +37,9 @@ def _resize(image: Image.Image, size: tuple[int, int], interpolation: Any) -> Im
 
 @contextlib.contextmanager
 def _instead_of_torchvision() -> Iterator[None]:
-    """What Meta's image_transform.py imports of torchvision, which needs a PyTorch built for it.
+    """Replace what Meta's image_transform.py imports of torchvision, which needs a matching PyTorch.
 
-    Its functions on Pillow images do what these do, to the bit.
+    On Pillow images, torchvision's functions give the same results to the bit.
     """
     names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
     root, transforms, functional = (ModuleType(name) for name in names)
@@ -51,7 +51,7 @@ def _instead_of_torchvision() -> Iterator[None]:
     sys.modules.update(zip(names, (root, transforms, functional), strict=True))
     try:
         yield
-    finally:  # these alone: what was imported meanwhile stays
+    finally:  # only these: other modules imported in the block stay
         for name, module in before.items():
             if module is None:
                 del sys.modules[name]

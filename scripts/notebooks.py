@@ -2,9 +2,9 @@
 
     python scripts/notebooks.py
 
-Each page is the only source of its notebook: prose, blocks of Python, and after each its output. This updates
-the outputs in the pages and writes the notebooks beside them (with nbformat, from the extra `dev`).
-Blocks of another kind, such as those of commands for Llama 3, are prose: they are not run.
+Each page is the only source of its notebook: prose, and blocks of Python, each with its output. This
+updates the outputs in the pages and writes the notebooks next to them (with nbformat, from the extra
+`dev`). Other blocks, such as commands for Llama 3, count as prose: they are not run.
 """
 
 from pathlib import Path
@@ -25,12 +25,12 @@ def pages() -> list[Path]:
 
 
 def executed(page: Path) -> list[tour.Part]:
-    """A page's parts, with the outputs that its code gives here."""
+    """A page's parts, with new outputs from running its code."""
     return list(tour.run(tour.parse(page.read_text(encoding="utf-8"))))
 
 
 def notebook(page: Path) -> str:
-    """A page as a notebook with the outputs that it shows."""
+    """A page as a notebook, with the outputs in the page."""
     return tour.notebook(tour.parse(page.read_text(encoding="utf-8")), page.stem, FROM_THE_ROOT)
 
 

@@ -1,6 +1,6 @@
-"""Weights in the layouts of Meta's quantized releases, rounded to the nearest number.
+"""Weights in the layouts of Meta's quantized releases, rounded to nearest.
 
-For random checkpoints and for measurements: Meta's own files were rounded with more care.
+For random checkpoints and for measurements: Meta's own files were rounded more carefully.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +19,13 @@ Draw = Callable[[str], Iterator[Tensor]]  # a tensor's rows in float32, block by
 
 
 def int4_tensors(expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtype) -> list[LazyTensor]:
-    """The tensors of an int4 release, as `kinds.tensors_of` lists them; those of no matrix in `dtype`."""
+    """The tensors of an int4 release, as in `kinds.tensors_of`; those that stay unquantized in `dtype`."""
     return [_int4_tensor(name, tensor, expected, draw, dtype) for name, tensor in expected.items() if not tensor.is_optional]
 
 
 def _int4_tensor(name: str, tensor: Expected, expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtype) -> LazyTensor:
     stem = name.removesuffix(".scales").removesuffix(".weight")
-    if f"{stem}.scales" not in expected:  # a norm, or a factor of low rank
+    if f"{stem}.scales" not in expected:  # a norm, or a low-rank factor
         return LazyTensor(name, tensor.shape, dtype, partial(cast_rows, draw, name, dtype))
     weight, groups = f"{stem}.weight", expected[f"{stem}.scales"].shape[1]
     largest = 127 if weight in (EMBEDDING, OUTPUT) else 7
@@ -42,7 +42,7 @@ def _rounded(rows: Tensor, groups: int, largest: int) -> tuple[Tensor, Tensor]:
 
 
 def int8_tensors(expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtype) -> list[LazyTensor]:
-    """The tensors of an int8 release as bitsandbytes writes it, with the order of rows in which `draw` gives them."""
+    """The tensors of an int8 release as bitsandbytes writes them, with rows in the order of `draw`."""
     out = []
     for name, (shape, dtypes, *_) in expected.items():
         if name.endswith(".SCB"):
@@ -56,7 +56,7 @@ def int8_tensors(expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtyp
 
 
 def _int8(draw: Draw, name: str, part: int) -> Iterator[Tensor]:
-    """Part 0, a matrix in int8, or part 1, the largest of each row."""
+    """Part 0, a matrix in int8, or part 1, the largest absolute value of each row."""
     for rows in draw(name):
         largest = rows.abs().amax(1)
         yield (rows * (127 / largest[:, None])).round().to(torch.int8) if part == 0 else largest
@@ -65,7 +65,7 @@ def _int8(draw: Draw, name: str, part: int) -> Iterator[Tensor]:
 def fp8_tensors(
     expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtype, rank: int
 ) -> tuple[list[LazyTensor], list[LazyTensor]]:
-    """The tensors of one shard of an fp8 release, whose parts `expected` lists, and those of its scales' file."""
+    """The tensors of an fp8 release's shard, with the shapes in `expected`, and of its file of scales."""
     shard, scales = [], []
     for name, (shape, dtypes, *_) in expected.items():
         if "float8_e4m3fn" not in dtypes:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every check, from a bare clone:      bash scripts/test.sh [pytest's arguments]
+# Every check, from a fresh clone:     bash scripts/test.sh [pytest's arguments]
 # Style, types and the core, quickly:  bash scripts/test.sh --quick [pytest's options]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# What --quick runs: at most 90 seconds on two quiet cores. The model, its text and its files; no
-# other implementation to compare with, no compiler, no browser, no measurements.
+# The tests of --quick take at most 90 seconds on two idle cores: the model, its text and its files,
+# without comparisons to other implementations, compilers, browsers or measurements.
 CORE=(
     tests/test_args.py
     tests/test_chat.py
@@ -46,7 +46,7 @@ say "ruff check"
 ruff check .
 say "ruff format --check"
 ruff format --check .
-say "mypy, beside the tests"
+say "mypy, in parallel with the tests"
 mypy &
 types=$!
 if [ "$kind" = dev ]; then browser; fi
@@ -56,6 +56,6 @@ if [ ! -e "$demo/params.json" ]; then
 fi
 say "pytest $*"
 status=0
-python -m pytest -n auto --dist loadfile ${tests[@]+"${tests[@]}"} "$@" || status=$? # a file's tests share what takes long to make
+python -m pytest -n auto --dist loadfile ${tests[@]+"${tests[@]}"} "$@" || status=$? # the tests of one file share slow fixtures
 wait "$types" || status=$?
 exit "$status"

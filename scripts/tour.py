@@ -3,11 +3,11 @@
     python scripts/tour.py [FOLDER] [--prompt TEXT --other TEXT] [--pause]
     python scripts/tour.py --write
 
-docs/tour.md is the only source: prose, blocks of Python, and after each its output for the demo.
-Through a pipe this prints the document with the outputs for the given folder. `--write` updates the
+docs/tour.md is the only source: prose, and blocks of Python, each with its output for the demo.
+In a pipe this prints the document with the outputs for the given folder. `--write` updates the
 outputs in docs/tour.md and makes docs/tour.ipynb from it (with nbformat, from the extra `dev`).
 
-Prose that holds only for the demo and its prompt is marked, with what other tours say in its place:
+Prose that is true only for the demo and its prompt is marked, with a replacement for other tours:
 `<!--demo-->It says Paris.<!--else It says something.-->`. Markdown wants such comments within a line
 or on lines of their own.
 """
@@ -52,7 +52,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MUL
 LINK = re.compile(r"\[([^\]]+)\]\(([^)]+)\)")
 SETTING = re.compile(r'^(folder|prompt|other) = "([^"\n]*)"', re.MULTILINE)
 DEMO_ONLY = re.compile(r"<!--demo-->(.*?)<!--else(.*?)-->", re.DOTALL)
-NOTE = "> *The outputs here are of {folder}. What holds only for the demo and its prompt is left out of the text.*\n\n"
+NOTE = "> *The outputs here are of {folder}. Text that is true only for the demo and its prompt is left out.*\n\n"
 FROM_THE_ROOT = """import os
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def _literal(text: str) -> str:
 
 
 def with_prose(parts: Sequence[Part], is_demo: bool) -> list[Part]:
-    """The parts with the prose for the demo and its prompt, or that for others."""
+    """The parts with the prose for the demo and its prompt, or with the prose for other tours."""
     texts = (DEMO_ONLY.sub(r"\1" if is_demo else r"\2", part.text) for part in parts)
     one_blank_line = (re.sub(r"(\A|\n)\n{2,}", r"\1\n", text) for text in texts)
     return [part if part.is_code else replace(part, text=text) for part, text in zip(parts, one_blank_line, strict=True)]
@@ -208,7 +208,10 @@ def show(parts: Sequence[Part], where: Shown) -> None:
 
 
 def notebook(parts: Sequence[Part], name: str = "tour", first_cell: str = FROM_THE_ROOT) -> str:
-    """A document as a notebook with outputs, reproducible; `name` begins its cells' ids. Raises RequestError."""
+    """Make a notebook with outputs from a document, reproducibly; `name` starts the ids of its cells.
+
+    Raises RequestError.
+    """
     nb = _nbformat()
     cells = [nb.new_code_cell(first_cell.rstrip(), execution_count=1)]
     for part in with_prose(parts, is_demo=True):
@@ -294,14 +297,14 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description="Walk a prompt through a model: docs/tour.md, with its code run here.")
     out.add_argument("folder", nargs="?", help="a checkpoint's folder or release name (default: the demo's)")
     out.add_argument("--prompt", help="text instead of the document's; needs --other")
-    out.add_argument("--other", help="text of as many tokens that differs in a word, to compare with in section 8")
+    out.add_argument("--other", help="text with as many tokens but another word, for the comparison in section 8")
     out.add_argument("--pause", action="store_true", help="wait for Enter before each section, at a terminal")
     out.add_argument("--write", action="store_true", help="update docs/tour.md and docs/tour.ipynb, on the demo")
     return out
 
 
 def tour(words: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Show the tour, or update the documents with --write."""
     if words.write:
         if words.folder or words.prompt or words.other:
             raise RequestError("--write uses the demo and the document's own prompts: give no other arguments with it")

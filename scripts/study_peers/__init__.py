@@ -1,1 +1,1 @@
-"""The contestants of bench_study.py, each in its own environment; worker.py runs one task of one."""
+"""The contestants of bench_study.py, each in its own environment; worker.py runs one task."""

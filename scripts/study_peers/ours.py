@@ -1,4 +1,4 @@
-"""The tasks of bench_study.py by `llama_ref.study`."""
+"""The tasks of bench_study.py with `llama_ref.study`."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from llama_ref import Llama, study
 
-MODULES = (  # what modules of a Llama put out, for peers that see no more
+MODULES = (  # the outputs of a Llama's modules, which are all that the peers see
     *("embedding", "norm", "logits"),
     *(f"layers.*.attention.{part}" for part in ("norm", "q_unrotated", "k_unrotated", "v", "head_output", "output")),
     *(f"layers.*.ffn.{part}" for part in ("norm", "gate", "up", "hidden", "output")),
@@ -16,7 +16,7 @@ MODULES = (  # what modules of a Llama put out, for peers that see no more
 
 
 class Ours:
-    """Each task returns what it keeps, and a number by which contestants are compared."""
+    """Each task returns the values it keeps, and a number to compare the contestants by."""
 
     def __init__(self, inputs: dict[str, Any], scratch: Path, task: str):
         self.inputs, self.scratch = inputs, scratch

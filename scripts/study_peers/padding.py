@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one pass, for peers: padded on the right, behind a mask."""
+"""Prompts of different lengths in one pass, for peers: right-padded, with a mask."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ PASS_PROMPTS = 10
 
 
 def passes(prompts: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Prompts of like length together: their numbers, ids (B, T), mask (B, T)."""
+    """Batch prompts of similar length: yield their indices, ids (B, T), mask (B, T)."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for begin in range(0, len(order), PASS_PROMPTS):
         numbers = order[begin : begin + PASS_PROMPTS]

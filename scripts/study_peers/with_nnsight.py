@@ -1,4 +1,4 @@
-"""The tasks of bench_study.py by nnsight, on transformers' model."""
+"""The tasks of bench_study.py with nnsight, on transformers' model."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Nnsight:
-    """Each task returns what it keeps, and a number by which contestants are compared."""
+    """Each task returns the values it keeps, and a number to compare the contestants by."""
 
     def __init__(self, inputs: dict[str, Any], scratch: Path, task: str):
         self.inputs, self.scratch = inputs, scratch
-        # Only the eager attention has patterns.
+        # Only eager attention returns patterns.
         attention = "eager" if task in ("everything", "patterns") else "sdpa"
         path = inputs["converted"]
         self.plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention).eval()
@@ -115,7 +115,7 @@ class Nnsight:
 
     def logit_lens(self) -> tuple[Any, float]:
         found = []
-        streams: list[Tensor] = []  # made here: names of a trace's block end with it
+        streams: list[Tensor] = []  # created here: variables of a trace's block end with it
         with torch.no_grad(), self.lm.trace(torch.tensor([self.inputs["text"]]), logits_to_keep=1):
             streams.append(self.lm.model.embed_tokens.output.save())
             for layer in self.layers:

@@ -1,4 +1,4 @@
-"""The tasks of bench_study.py by TransformerLens, on transformers' model."""
+"""The tasks of bench_study.py with TransformerLens, on transformers' model."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ OTHERS = ("embed.hook_out", "ln_final.hook_out", "unembed.hook_out")
 
 
 class Lens:
-    """Each task returns what it keeps, and a number by which contestants are compared."""
+    """Each task returns the values it keeps, and a number to compare the contestants by."""
 
     def __init__(self, inputs: dict[str, Any], scratch: Path, task: str):
         self.inputs, self.scratch = inputs, scratch
@@ -75,7 +75,7 @@ class Lens:
 
         def keep(value: Tensor, hook: Any, name: str) -> Tensor:
             values[name] = value
-            return value  # heads are shown as a view, which only then is what the model goes on with
+            return value  # hooks get heads as a view, which the model uses only if it is returned
 
         hooks = [(name, partial(keep, name=name)) for name in names]
         metric = self._metric(self.bridge.run_with_hooks(corrupted, fwd_hooks=hooks, logits_to_keep=1)[:, -1])

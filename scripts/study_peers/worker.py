@@ -1,10 +1,10 @@
-"""Run one task of one contestant, in a process of its own, and print its figures as JSON.
+"""Run one task of one contestant in this process, and print its figures as JSON.
 
     PYTHON worker.py CONTESTANT TASK INPUTS.json
 
-PYTHON is the contestant's own. Before the measured run the task runs on shorter inputs, so that what is
-imported or made at the first call does not count. Extra memory is the peak of resident pages beyond those
-before the run, when freed ones have gone back to the system; what a task returns is still held then.
+PYTHON is the contestant's own. Before the measured run the task runs on shorter inputs, so that
+imports and one-time setup do not count. Extra memory is the peak of resident pages minus those before
+the run, after freed pages were returned to the system; it includes what the task returns.
 """
 
 import ctypes
@@ -52,7 +52,7 @@ def shortened(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def measure(task: Any) -> dict[str, float]:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else who freed much before, and kept it, would seem to need less
+    ctypes.CDLL(None).malloc_trim(0)  # freed pages that are kept would hide what the task needs
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes the current size
     begin, cpu = time.perf_counter(), time.process_time()

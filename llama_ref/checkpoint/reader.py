@@ -351,7 +351,7 @@ def _storage(memory: mmap.mmap, info: TensorInfo) -> Tensor:
 
 def release_pages(tensor: Tensor) -> None:
     """Release a mapped tensor's pages, which otherwise count as memory until the file is unmapped."""
-    # A strided tensor may span more bytes than its nbytes.
+    # A strided tensor may span more or fewer bytes than its nbytes.
     if not sys.platform.startswith("linux") or not tensor.is_contiguous():
         return
     # Only pages that hold nothing else.

@@ -1,4 +1,4 @@
-"""Files made to attack are refused with a clear word, in little time and memory, and nothing in them runs."""
+"""Malicious files are refused with a clear error, in little time and memory, and run no code."""
 
 import collections
 import io
@@ -38,18 +38,18 @@ from llama_ref.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("settled")
 
-# --- pickles made to attack -------------------------------------------------------------------------------------------
+# --- malicious pickles ------------------------------------------------------------------------------------------------
 
 
 class Storage:
-    """What the pickle will refer to as a storage of `numel` elements."""
+    """An object that the pickle refers to as a storage of `numel` elements."""
 
     def __init__(self, numel, kind=torch.FloatStorage, key="0"):
         self.identity = ("storage", kind, key, "cpu", numel)
 
 
 class Tensor:
-    """A tensor in the pickle with whatever numbers are claimed."""
+    """A tensor in the pickle with any claimed numbers."""
 
     def __init__(self, shape, stride, offset=0, storage=None):
         self.arguments = (storage or Storage(16), offset, shape, stride, False, collections.OrderedDict())
@@ -220,7 +220,7 @@ def test_no_garbled_pickle_does_more_than_be_refused(data):
     assert all(type(size) is int and 0 <= size < 1 << 62 for tensor in found.values() for size in tensor.shape)
 
 
-# --- archives made to attack ------------------------------------------------------------------------------------------
+# --- malicious archives -----------------------------------------------------------------------------------------------
 
 GOOD_PICKLE = pickled({"w": OK})
 BOMB = bytes(50 << 20)
@@ -237,7 +237,7 @@ WHERE = {
 
 
 def edited(name: str, **fields: int):
-    """A maker of a good archive in which fields of one record's entry in the zip directory are overwritten."""
+    """A function that makes a good archive and overwrites fields of a record's directory entry."""
 
     def make(path: Path) -> None:
         data = bytearray(write_pth(path, GOOD_PICKLE, {"0": bytes(64), "1": b""}).read_bytes())
@@ -252,7 +252,7 @@ def edited(name: str, **fields: int):
 
 
 def with_end(n_records: int, directory_size: int, directory_offset: int, hole: int = 0):
-    """A maker of a good archive, then a hole in the file, then an end record that says what is given."""
+    """A function that makes a good archive, followed by a hole and an end record with these numbers."""
 
     def make(path: Path) -> None:
         with write_pth(path, GOOD_PICKLE).open("r+b") as file:
@@ -271,7 +271,7 @@ def with_another(name: str):
 
 
 def two_end_records(path: Path) -> None:
-    """A file of torch.save whose 64-bit locator leads elsewhere than to the end record before it."""
+    """A file of torch.save whose 64-bit locator does not point to the end record before it."""
     torch.save({"w": torch.ones(4)}, path)
     data = bytearray(path.read_bytes())
     at = len(data) - END.size - LOCATOR64.size
@@ -281,7 +281,7 @@ def two_end_records(path: Path) -> None:
 
 
 def far_record(path: Path) -> None:
-    """An archive whose storage is said to be at an offset beyond those that a file can have."""
+    """An archive that claims an offset of a storage beyond the largest possible file."""
     with zipfile.ZipFile(write_pth(path, GOOD_PICKLE, {}), "a") as archive:
         storage = zipfile.ZipInfo("archive/data/0")
         storage.extra = struct.pack("<2HQ", ZIP64_EXTRA, 8, 1 << 63)
@@ -292,7 +292,7 @@ def far_record(path: Path) -> None:
 
 
 def far_directory(path: Path) -> None:
-    """A file of torch.save whose directory is said to be beyond the offsets that a file can have."""
+    """A file of torch.save that claims a directory beyond the largest possible file."""
     torch.save({"w": torch.ones(4)}, path)
     data = bytearray(path.read_bytes())
     struct.pack_into("<Q", data, len(data) - END.size - LOCATOR64.size - 8, 1 << 63)
@@ -379,7 +379,7 @@ def test_an_archive_that_torch_would_not_write_is_refused(tmp_path, attack):
     make(path)
     with little_memory_and_time(), pytest.raises(CheckpointError, match=message):
         inspect_pth(path)
-    archive_length(path)  # `verify` asks for it too
+    archive_length(path)  # `verify` calls it too
 
 
 def test_a_cut_file_that_claims_exabytes_is_only_measured(tmp_path):

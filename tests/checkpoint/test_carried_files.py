@@ -1,4 +1,4 @@
-"""A conversion carries over what was checked: nothing from outside the folder, damaged, or of another kind."""
+"""A conversion copies only checked files: none from outside the folder, none damaged or invalid."""
 
 import json
 import os

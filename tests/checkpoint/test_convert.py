@@ -54,7 +54,7 @@ MANY_HEADS = {
     "use_scaled_rope": True,
     "of a later release": {"kept": [1, None, "예"]},
 }
-# Where a shard splits groups of 6 query heads, it holds a KV head once for each part of a group.
+# If shards split groups of 6 query heads, a KV head is stored once for each part of its group.
 KV_HEADS_IN = {1: 8, 2: 8, 3: 24, 4: 8, 6: 24, 8: 8, 16: 16}
 
 
@@ -69,7 +69,7 @@ def source(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resharded(source, tmp_path_factory) -> dict[int, Path]:
-    """The source in every number of shards."""
+    """The source in every possible number of shards."""
     root = tmp_path_factory.mktemp("resharded")
     return {shards: to_meta(source, root / str(shards), shards=shards) for shards in KV_HEADS_IN}
 
@@ -190,7 +190,7 @@ def test_parts_of_different_dtypes_lose_nothing(tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_equal_heads_are_copies_only_where_shards_need_them(tmp_path, shards):
-    """A new model may have equal heads that later training makes different."""
+    """A new model may have equal heads, which training makes different later."""
     folder = tiny_folder(tmp_path / "source", shards=shards)
     for number in range(shards):
         names = [f"layers.{layer}.attention.w{kind}.weight" for layer in range(2) for kind in "kv"]
@@ -351,7 +351,7 @@ def test_what_is_no_size_is_refused(text):
 
 
 def hf(folder: Path) -> Path:
-    """Replace a folder in Meta's format by one in Hugging Face's."""
+    """Replace a folder in Meta's format with one in Hugging Face's."""
     target = to_hugging_face(folder, folder.with_name("hf"))
     shutil.rmtree(folder)
     (target / CHECKLIST_NAME).unlink()
@@ -483,7 +483,7 @@ def test_the_commands_write_and_print_where(tiny, tmp_path, capsys):
     assert compare(tiny, c).identical
 
 
-# Where it is written ---------------------------------------------------------------------------------------------------------
+# Targets ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("through", ["its name", "a link"])
@@ -546,7 +546,7 @@ def test_a_source_that_changes_while_it_is_read_is_reported(tiny, tmp_path, writ
         tiny_folder(tiny)
 
 
-# Runs that break off, and memory ---------------------------------------------------------------------------------------------
+# Interrupted runs, and memory ------------------------------------------------------------------------------------------------
 
 WIDE = PARAMS | {"dim": 1024, "n_layers": 1, "n_heads": 8, "n_kv_heads": 2, "ffn_dim_multiplier": 6.0, "multiple_of": 1024}
 SHAPES = expected_shapes(ModelArgs.from_dict(WIDE))

@@ -39,7 +39,7 @@ def originals(tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture
 def copy(originals, tmp_path) -> Callable[[int], Path]:
-    """A copy of the model in this many shards."""
+    """Copies the model in a given number of shards."""
     return lambda shards=1: Path(shutil.copytree(originals[shards], tmp_path / f"copy{shards}"))
 
 
@@ -53,7 +53,7 @@ def edit(folder: Path, change: Callable[[Tensors], object], shard: int = 0) -> P
 
 
 def written(folder: Path, *shards: Tensors) -> Path:
-    """A folder of these shards; its params.json does not fit them, which the comparison ignores."""
+    """A folder of these shards; its params.json need not fit them, because `compare` ignores that."""
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(PARAMS))
     for number, tensors in enumerate(shards):
@@ -70,7 +70,7 @@ def strict_json(comparison: Comparison) -> dict:
     return json.loads(comparison.to_json(), parse_constant=refuse)
 
 
-# ---- the same
+# ---- equal
 
 
 @pytest.mark.parametrize(("a", "b"), [*product((1, 2, 4), repeat=2)])
@@ -113,7 +113,7 @@ def test_equal_nan_and_infinity_are_equal(originals, copy):
     assert compare(originals[1], poisoned).tensors[0].n_different == 3
 
 
-# ---- not the same
+# ---- different
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (1, 2), (4, 2), (2, 4)])
@@ -351,7 +351,7 @@ MEASURE = textwrap.dedent("""
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_little_memory_is_taken_whatever_the_size(warm, originals):
-    """Folders of 128 MB: equal in 1 and 2 shards, with other values, in another dtype."""
+    """Folders of 128 MB: equal in 1 and 2 shards, with different values, in another dtype."""
     shapes = {EMBEDDING: (24_576, 2048), WO: (8192, 2048)}
     with tempfile.TemporaryDirectory() as root:  # pytest's outlives the test
         whole = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}

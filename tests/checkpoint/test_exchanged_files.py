@@ -1,4 +1,4 @@
-"""What is loaded is what was hashed, whatever happens to links and folders in between."""
+"""The loaded files are the hashed ones, whatever happens to links and folders in between."""
 
 import contextlib
 import itertools
@@ -32,7 +32,7 @@ NAMES = SHARD, PARAMS, TOKENIZER = ["consolidated.00.pth", "params.json", "token
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, Path]:
-    """Two whole folders of equal shape, with other weights."""
+    """Two whole folders of equal shape with different weights."""
     root = tmp_path_factory.mktemp("models")
     return tiny_folder(root / "a", seed=1), tiny_folder(root / "b", seed=2)
 
@@ -43,7 +43,7 @@ def own_stamps(tmp_path, monkeypatch) -> None:
 
 
 def point(link: Path, target: Path) -> None:
-    """Let a link lead to `target`, in one step."""
+    """Point a link to `target` atomically."""
     new = link.with_name("new link")
     new.symlink_to(target)
     new.replace(link)
@@ -51,7 +51,7 @@ def point(link: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def flipping(link: Path, *targets: Path) -> Iterator[None]:
-    """While the block runs, a link leads to one target after the other, for moments of any length."""
+    """While the block runs, point a link to one target after the other, for random short times."""
     lengths = random.Random(0)
 
     def flip(stop: threading.Event) -> None:
@@ -74,7 +74,7 @@ def load(folder: CheckpointFolder, verify: str) -> Tensor:
 
 
 def attacked(load: Callable[[], Tensor], n_loads: int) -> list[Tensor]:
-    """What was loaded, in some of so many loads; the others were refused."""
+    """The results of those of `n_loads` loads that were not refused."""
     loaded = []
     for _ in range(n_loads):
         with contextlib.suppress(CheckpointError):
@@ -125,7 +125,7 @@ def exchange(folder: Path, other: Path) -> None:
 
 
 def test_folders_that_are_renamed_to_and_fro_are_refused(models, tmp_path):
-    """Then neither the path nor any time of the files differs before and after."""
+    """Afterwards, neither the path nor the files' times have changed."""
     folder, other = (Path(shutil.copytree(each, tmp_path / each.name)) for each in models)
     opened = open_folder(folder)
     with pytest.raises(CheckpointError, match=f"{SHARD} changed while"), verified(opened, "always"):
@@ -137,10 +137,10 @@ def test_folders_that_are_renamed_to_and_fro_are_refused(models, tmp_path):
 
 @pytest.mark.parametrize("is_listed", [False, True])
 def test_added_tokens_that_come_or_go_for_a_moment_are_refused(models, tmp_path, is_listed):
-    """They rename special tokens, so that the number of tokens does not show it."""
+    """They rename special tokens, so the number of tokens does not change."""
     renaming, plain = tmp_path / "renaming", tmp_path / "plain"
     shutil.copytree(models[0], renaming)
-    shutil.copytree(renaming, plain, copy_function=os.link)  # of all other files neither inode nor time differs
+    shutil.copytree(renaming, plain, copy_function=os.link)  # all other files keep their inode and times
     (renaming / "added_tokens.json").write_text(json.dumps({"special": {"<|renamed|>": 300}}))
     write_sums(renaming, [*NAMES, "added_tokens.json"])
     folder, other = (renaming, plain) if is_listed else (plain, renaming)
@@ -164,7 +164,7 @@ def test_no_flipped_link_to_a_file_lets_unverified_weights_in(models, tmp_path):
 
 @pytest.mark.attack
 def test_no_flipped_link_to_a_folder_mixes_two_models(models, tmp_path):
-    """Parameters and tokenizer are those of both, so that only the weights can tell."""
+    """Both have the same parameters and tokenizer, so only the weights differ."""
     expected = [load(open_folder(each), "never").clone() for each in models]
     with flipping(tmp_path / "link", *models):
         loaded = attacked(lambda: load(open_folder(tmp_path / "link"), "always"), attempts(30))
@@ -177,7 +177,7 @@ def test_no_flipped_link_to_a_folder_mixes_two_models(models, tmp_path):
 @pytest.mark.attack
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 def test_a_file_is_mapped_as_it_was_inspected(models, tmp_path, form):
-    """Else a shorter file would be mapped with the longer one's offsets."""
+    """Otherwise a shorter file would be mapped with the longer one's offsets."""
     small = tiny_folder(tmp_path / "small", dtype=torch.float16)
     large = tiny_folder(tmp_path / "large", dtype=torch.float32)
     if form == "safetensors":

@@ -1,4 +1,4 @@
-"""Two copies of a checkpoint have one fingerprint, two checkpoints have not."""
+"""Copies of a checkpoint have the same fingerprint, different checkpoints do not."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def test_a_copy_has_the_same(folder, tmp_path):
 
 
 class NetworkFile(FileIO):
-    """A file of which one call reads only a part, as network file systems may do."""
+    """A file whose reads may return less than requested, as on network file systems."""
 
     def read(self, size: int | None = -1, /) -> bytes | None:
         return super().read(1000)
@@ -66,7 +66,7 @@ def test_what_differs_is_named(folder, tmp_path):
 
 @pytest.mark.parametrize("at", [0, LARGE // 8 + 12_345, LARGE // 4 - 1], ids=["first", "between samples", "last"])
 def test_every_weight_of_a_pth_counts(tmp_path, at):
-    """The archive's directory has a sum of each tensor, wherever the samples are."""
+    """The archive's directory has a checksum of each tensor, wherever the samples are."""
     weights = torch.zeros(LARGE // 4)
     torch.save({"w": weights}, tmp_path / "consolidated.00.pth")
     before = of_weights(tmp_path / "consolidated.00.pth")

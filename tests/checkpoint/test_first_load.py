@@ -64,7 +64,7 @@ def build(folder: Path, verify: str = "auto", **options) -> Llama:
 
 
 def newly(hashed: list[str]) -> list[str]:
-    """The files hashed since the last call, sorted."""
+    """The files that were hashed since the last call, sorted."""
     names = sorted(hashed)
     hashed.clear()
     return names
@@ -91,7 +91,7 @@ def renew(path: Path) -> None:
 
 
 def list_wrongly(folder: Path, name: str) -> None:
-    """Write a wrong sum for a file into the list; the file itself still loads."""
+    """Write a wrong checksum for a file into the list; the file itself still loads."""
     lines = (folder / LIST).read_text().splitlines(keepends=True)
     (folder / LIST).write_text("".join("0" * 32 + line[32:] if line.endswith(f"{name}\n") else line for line in lines))
 
@@ -394,7 +394,7 @@ def test_a_user_without_a_home_can_load(folder, hashed, monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", unknown)  # as for a container's user without a name
+    monkeypatch.setattr(Path, "home", unknown)  # as for an unnamed user in a container
     for _ in range(2):
         check(folder)
         assert newly(hashed) == FILES
@@ -479,7 +479,7 @@ def test_another_users_stamp_is_not_believed(folder, cache, hashed):
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_wrong_sum_is_never_remembered_as_good_nor_a_good_one_as_just_found(folder, cache, hashed, hours):
-    """`always` hashes whatever time a stamp claims; a stamp with a wrong sum is not used either."""
+    """`always` hashes whatever time a stamp claims; a stamp with a wrong checksum is not used."""
     check(folder)
     for path in cache.glob("*.json"):
         edited(hashed_ns=time.time_ns() + hours * 3600 * 10**9)(path)

@@ -1,4 +1,4 @@
-"""A file's hash is waited for while the process that computes it makes progress, and no longer."""
+"""A process waits for another one's hash only while that one makes progress."""
 
 import logging
 import multiprocessing
@@ -40,7 +40,7 @@ def short_times(monkeypatch) -> None:
 
 @pytest.fixture
 def process() -> Iterator[Callable[..., int]]:
-    """Start a process that does something; the result is its id. It is killed later, stopped or not."""
+    """Start a process that runs a function, and return its id. It is killed later, stopped or not."""
     context, started = multiprocessing.get_context("fork"), []
 
     def start(action: Callable[..., None], *args: object) -> int:
@@ -72,7 +72,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def held(cache: Path, pid: int) -> list[Path]:
-    """The locks that a process holds on files of which no sum is known yet."""
+    """The locks that a process holds on files without a known checksum."""
     locks = [lock for lock in cache.rglob("*.lock") if lock.read_text().startswith(f"{pid} ")]
     return [lock for lock in locks if not lock.with_suffix(".json").exists()]
 
@@ -96,7 +96,7 @@ def test_a_stopped_process_is_named_and_then_no_longer_waited_for(folder, tmp_pa
         assert waiting.startswith("waiting for") and str(folder) in waiting and "which is hashing" in waiting
         assert "has made no progress" in stalled and "Hashing the file again" in stalled
     hashed.clear()
-    check(folder)  # nobody is waited for once the sums are known
+    check(folder)  # does not wait once the checksums are known
     assert hashed == []
 
 

@@ -1,4 +1,4 @@
-"""With `in_memory` a model stays the same, whatever happens to its files."""
+"""With `in_memory` a model does not change, whatever happens to its files."""
 
 import os
 import sys

@@ -157,7 +157,7 @@ QUIETLY_WRONG = {
     "params changed",
     "tokenizer changed",
     "longer tokenizer",
-}  # found only by sums
+}  # found only by checksums
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS.keys() - QUIETLY_WRONG))
@@ -204,14 +204,14 @@ def test_a_copied_shard_is_found_without_a_list_too(folder, settled, quick):
 
 
 def reserved(path: Path) -> None:
-    """The last half of the file was reserved but never written."""
+    """Zero the last half of the file, as if it was reserved but never written."""
     size = path.stat().st_size
     os.truncate(path, size // 2)
     os.truncate(path, size)
 
 
 def with_a_hole(path: Path) -> None:
-    """A downloader of several connections was interrupted: both ends are there."""
+    """Leave a hole like an interrupted download over several connections: both ends are there."""
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.seek(size // 4)

@@ -1,4 +1,4 @@
-"""A missing file whose download is not finished, or that a browser or a copy gave another name."""
+"""Hints about a missing file: an unfinished download, or a browser's or a copy's other name."""
 
 import shutil
 import unicodedata
@@ -38,7 +38,7 @@ def load(path: Path) -> None:
     [
         (LAST, "consolidated.01 (1).pth"),
         (LAST, "consolidated.01 - 복사본.pth"),
-        (LAST, unicodedata.normalize("NFD", "consolidated.01 사본.pth")),  # as macOS writes it
+        (LAST, unicodedata.normalize("NFD", "consolidated.01 사본.pth")),  # in macOS's Unicode form
         (LAST, "consolidated.01 copy 2.pth"),
         (LAST, "Copy of consolidated.01.pth"),
         (LAST, "consolidated.1.pth"),

@@ -172,7 +172,7 @@ def test_changing_a_mapped_tensor_does_not_change_the_file(tmp_path):
     assert path.read_bytes() == before
 
 
-# ---- a folder's tensors, whatever its format
+# ---- a folder's tensors in any format
 
 
 @pytest.fixture
@@ -196,14 +196,14 @@ def test_a_copied_matrix_leaves_no_pages_of_its_file_in_memory(tmp_path, columns
     mapped = map_safetensors(tmp_path / "a.safetensors")["w"]
     target = torch.zeros_like(mapped[:, columns], memory_format=torch.contiguous_format)
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what there is now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     TensorSlice(mapped[:, columns], mapped).copy_to(target)
     assert status("VmHWM") - before < 24 << 20
     assert torch.equal(target, mapped[:, columns])
 
 
 def status(name: str) -> int:
-    """Bytes of this process's memory that the kernel tells under a name."""
+    """Bytes of this process's memory, from the kernel's status field of this name."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 

@@ -17,7 +17,7 @@ META = {
 }
 # Errors in Meta's list, corrected.
 CORRECTED: dict[str, dict] = {"Llama-Guard-2-8B": {"vocab_size": 128256, "multiple_of": 1024}}
-for size in ("1B", "3B"):  # the files' sizes and the model card are those of groups of 32; the list leaves the scheme out
+for size in ("1B", "3B"):  # file sizes and model card imply groups of 32; the list has no scheme
     CORRECTED[f"Llama3.2-{size}-Instruct:int4-qlora-eo8"] = {"quantization_args": INT4}
     CORRECTED[f"Llama3.2-{size}-Instruct:int4-spinquant-eo8"] = {"quantization_args": INT4 | {"spinquant": True}}
 

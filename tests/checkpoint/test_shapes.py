@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint must hold is written down, and is what the model has."""
+"""The written-down list of a checkpoint's tensors matches the model's."""
 
 from dataclasses import replace
 

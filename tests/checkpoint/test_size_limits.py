@@ -16,7 +16,7 @@ from llama_ref.checkpoint.integrity import verify, write_checklist
 from llama_ref.checkpoint.size_limits import LIMIT_BYTES
 from llama_ref.errors import CheckpointError
 
-PROMPTLY_SECONDS = 10  # to hash a terabyte takes half an hour
+PROMPTLY_SECONDS = 10  # hashing a terabyte takes half an hour
 TERABYTE = 1 << 40
 META = ["params.json", "tokenizer.model", "added_tokens.json", "generation_config.json", "chat_template.jinja", "checklist.chk"]
 HUGGING_FACE = [name for name in LIMIT_BYTES if name not in ("params.json", "tokenizer.model")]
@@ -31,12 +31,12 @@ def whole(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def folder(whole, tmp_path, form, name) -> Path:
-    """A folder of which one file is a terabyte long; all of them are listed, and old."""
+    """A folder with one file of a terabyte; all files are on the list, and old."""
     folder = Path(shutil.copytree(whole[form], tmp_path / "folder"))
     (folder / name).touch()
     write_sums(folder, {each.name for each in folder.iterdir()} - {"checklist.chk"})
     os.truncate(folder / name, TERABYTE)
-    os.utime(folder / name, (0, 0))  # else it may be a download under way, for which `verify` waits a moment
+    os.utime(folder / name, (0, 0))  # `verify` waits a moment for new files, which may be growing
     return folder
 
 

@@ -36,7 +36,7 @@ def tensors(sources) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def hf_tensors(tensors) -> dict[str, torch.Tensor]:
-    """Under Hugging Face's names; the order of rows does not matter here."""
+    """The tensors under Hugging Face's names; the order of rows does not matter here."""
     return {hf_name(name): tensor.clone() for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""Vision releases on disk: loaded, checked, resharded, compared, quantized, within the memory of text models."""
+"""Vision releases on disk: loaded, checked, resharded, compared, quantized, in as little memory as text."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from vision_folders import PARAMS, vision_folder
 pytestmark = pytest.mark.usefixtures("settled")
 
 SHARDS = (1, 2, 8)
-# How Meta's shards split the tensors of the 90B, as its converters have it.
+# How Meta's shards split the 90B's tensors, according to the converters.
 SPLIT = {
     "vision_model.vision_encoder.conv1._linear.weight": 0,
     "vision_model.vision_encoder.transformer.resblocks.0.attn.wq.weight": 0,

@@ -67,7 +67,7 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Whether they are equal, but for vectors of tiles that no image uses."""
+    """Whether they are equal, except for vectors of tiles that no image uses."""
     used = {name: in_grids(tensor) if is_tile_table(name) else tensor for name, tensor in expected.items()}
     return found.keys() == used.keys() and all(torch.equal(found[name], tensor) for name, tensor in used.items())
 

@@ -1,4 +1,4 @@
-"""Well-formed, crafted and damaged archives: this reader and `torch.load` give the same, or one of them refuses."""
+"""For intact, crafted and damaged archives, this reader and `torch.load` agree, or one refuses."""
 
 import io
 import pickle
@@ -61,7 +61,7 @@ def other_case(rng: random.Random, name: str) -> str:
 
 
 def with_other_records(rng: random.Random, data: bytes) -> bytes:
-    """Records renamed, repeated, dropped, in another case, folder or order, with other content."""
+    """An archive with records renamed, repeated, dropped, reordered, moved or with other content."""
     records = list(records_of(data).items())
     for _ in range(rng.randrange(1, 4)):
         at = rng.randrange(len(records))
@@ -101,7 +101,7 @@ class Pickler(pickle.Pickler):
 
 
 def crafted(rng: random.Random, data: bytes) -> bytes:
-    """Calls that torch.save does not write: other arguments, storages under two names and types, marks to negate."""
+    """Calls that torch.save does not write: other arguments, storages with two types, negative bits."""
     contents = {rng.choice(["0", "1", "k", "K"]): rng.randbytes(rng.choice([16, 16, 16, 32])) for _ in range(2)}
     types = {key: rng.choice([torch.FloatStorage, torch.HalfStorage, torch.ByteStorage]) for key in contents}
 
@@ -131,7 +131,7 @@ def crafted(rng: random.Random, data: bytes) -> bytes:
 
 
 def damaged_pickle(rng: random.Random, data: bytes) -> bytes:
-    """Some bytes of the pickle changed, in a zip that is right."""
+    """Change some bytes of the pickle, in an otherwise correct zip."""
     records = records_of(data)
     name = next(name for name in records if name.endswith("data.pkl"))
     records[name] = damaged(rng, records[name])
@@ -160,7 +160,7 @@ KINDS = {
 
 
 def torch_reads(data: bytes) -> dict[str, torch.Tensor] | None:
-    """What torch.load makes of it, as plain tensors by name; None if it raises anything."""
+    """The tensors that torch.load reads, by name; None if it raises anything."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""A folder that is replaced is whole at any moment, whatever ends the run that replaces it."""
+"""A folder that is being replaced is whole at any moment, however the run ends."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from llama_ref.errors import CheckpointError
 
 NAMES = ("params.json", "tokenizer.model", "consolidated.00.pth")
 
-# Replaces a folder again and again, by the words one, two, three ..., each in all of its files.
+# Replaces a folder again and again; all files of each version hold the same word: one, two, three ...
 REPLACE = textwrap.dedent("""
     import errno, sys
     from pathlib import Path
@@ -46,7 +46,7 @@ def write(path: Path, text: str, **options: bool) -> None:
 
 
 def content(path: Path) -> str:
-    """The text of all files of a folder, which must be one and the same."""
+    """The text of a folder's files, which must all be equal."""
     assert sorted(entry.name for entry in path.iterdir()) == sorted(NAMES)
     (text,) = {(path / name).read_text() for name in NAMES}
     return text
@@ -93,7 +93,7 @@ def test_the_old_folder_stays_when_the_new_one_fails(tmp_path, can_exchange):
 
 
 def test_the_old_folder_is_back_when_the_new_one_cannot_be_renamed(tmp_path, monkeypatch):
-    """Between two renames, where they cannot be exchanged."""
+    """Where folders cannot be exchanged, the second of two renames fails."""
     path, rename = tmp_path / "model", Path.rename
     write(path, "old")
 
@@ -144,7 +144,7 @@ def test_what_killed_runs_left_is_cleaned_up_with_a_word(tmp_path, caplog):
     for suffix in (".partial", ".new"):
         (tmp_path / f".model.{code}{suffix}").mkdir()
     os.utime(tmp_path / f".model.{code}.new", (0, 0))
-    (tmp_path / f".model.{code[::-1]}.new").mkdir()  # of a run that has just begun
+    (tmp_path / f".model.{code[::-1]}.new").mkdir()  # of a run that has just started
     (tmp_path / f".other.{code}.partial").mkdir()
     write(path, "new")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [

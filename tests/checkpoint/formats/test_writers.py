@@ -64,7 +64,7 @@ def records_of(path: Path) -> dict[str, int]:
 
 @pytest.fixture(params=["as it is", "zip64"])
 def path(request, tmp_path, monkeypatch) -> Path:
-    """Where to write; with "zip64", zipfile treats sizes and offsets from 100 bytes as large."""
+    """The file to write; with "zip64", zipfile treats sizes and offsets from 100 bytes as large."""
     if request.param == "zip64":
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     return tmp_path / "consolidated.00.pth"
@@ -239,7 +239,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_near_one_block(warm, tmp_path):
-    assert int(run_python(warm, MEMORY, tmp_path).stdout) < 40_000  # kB, of files of 192 MB in blocks of 8 MB
+    assert int(run_python(warm, MEMORY, tmp_path).stdout) < 40_000  # kB, for files of 192 MB in blocks of 8 MB
 
 
 def run_python(warm: Path, code: str, *arguments: object) -> subprocess.CompletedProcess:

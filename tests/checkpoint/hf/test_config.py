@@ -15,7 +15,7 @@ from llama_ref.checkpoint.releases import RELEASES
 from llama_ref.errors import CheckpointError
 
 LLAMA_3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-LLAMA_3_2_1B = {  # as Meta's release on Hugging Face has it
+LLAMA_3_2_1B = {  # from Meta's release on Hugging Face
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -327,13 +327,13 @@ def test_any_shape_goes_there_and_back_and_has_a_formula(tmp_path_factory, args,
     [
         (576, 1536, 512, None),  # SmolLM2 135M
         (4096, 11008, 256, None),  # Llama 2 7B
-        (4096, 14336, 1024, 1.3),  # as the 8B has it, though 2048 and 1.2 would do
+        (4096, 14336, 1024, 1.3),  # as in the 8B, although 2048 and 1.2 would also work
         (3072, 8192, 256, 1.0),
         (2048, 8192, 256, 1.5),
         (2048, 6400, 256, 1.13),  # the pruned guard; 1.1 and 1.2 miss it
         (64, 171, 1, 1.01),  # 170 and no multiple to help
         (32, 119, 1, 1.41),  # 1.4 · 85 is 119, but 118.99… in floating point
-        (16384, 65536, 4096, 1.5),  # no wider multiple than a release has
+        (16384, 65536, 4096, 1.5),  # multiple_of is at most that of the releases
         (2, 1, 1, 0.2),
     ],
 )

@@ -1,4 +1,4 @@
-"""Ends of text and chat templates of other fine-tunes are followed, kept, or named in a warning."""
+"""End-of-text ids and chat templates of other fine-tunes are used, kept, or named in a warning."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(original, tmp_path) -> Path:
-    """A small Hugging Face folder with the added token <|im_end|>, whose files say nothing about ends."""
+    """A small Hugging Face folder with the added token <|im_end|>, whose files name no end-of-text ids."""
     copy = tmp_path / "fine-tune"
     copy.mkdir()
     for path in original.iterdir():

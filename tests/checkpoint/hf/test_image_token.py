@@ -1,4 +1,4 @@
-"""The image token is among the special tokens in Meta's tokenizer, after all others in Hugging Face's."""
+"""The image token is one of the special tokens in Meta's tokenizer, the last in Hugging Face's."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def test_the_real_vocabulary_has_the_published_names(tokenizer):
 
 
 def renamed() -> Vocabulary:
-    """Llama 3's, with a token after the image's renamed, so that its names cannot move up."""
+    """Llama 3's vocabulary with a renamed token after the image's, so that names cannot move."""
     vocabulary = VOCABULARIES["bytes alone"]
     special = {"<|mine|>" if i == 256 + 20 else text: i for text, i in vocabulary.special.items()}
     return Vocabulary(vocabulary.ranks, special, vocabulary.added)
@@ -47,7 +47,7 @@ def test_any_vocabulary_comes_back_from_hugging_faces_file(tmp_path, name):
     back = read_tokenizer_json(tmp_path / "tokenizer.json")
     special, start = vocabulary.special, special_start(vocabulary.ranks)
     if not all(special.get(text) == start + i for i, text in enumerate(SPECIAL_TOKENS) if i >= PLACE):
-        # The others keep their names, and Meta's place of the image is unused.
+        # The others keep their names, and the image's id in Meta's tokenizer is unused.
         special = {unused_text(i) if text == IMAGE else text: i for text, i in special.items()}
     n_words = vocabulary.n_words
     assert back.with_unused(n_words) == replace(vocabulary, special=special).with_unused(n_words)

@@ -1,4 +1,4 @@
-"""Every tensor of a vision model has one name in Hugging Face's files, and its layers are counted together."""
+"""Every vision tensor has one name in Hugging Face's files, where all layers share one numbering."""
 
 import pytest
 

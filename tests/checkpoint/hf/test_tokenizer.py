@@ -30,7 +30,7 @@ def save(tmp_path, content):
     return path
 
 
-# There and back
+# Round trips
 
 
 DISTILLED_NAMES = {0: "<｜begin▁of▁sentence｜>", 1: "<｜end▁of▁sentence｜>", 11: "<｜User｜>", 12: "<｜Assistant｜>"}
@@ -39,7 +39,7 @@ DISTILLED_NAMES = {0: "<｜begin▁of▁sentence｜>", 1: "<｜end▁of▁senten
 @pytest.mark.parametrize("later", [[], LATER])
 @pytest.mark.parametrize("names", [{}, {9: "<|im_end|>"}, {6: "<a>", 7: "<b>"}], ids=str)
 def test_renamed_special_tokens_are_known_by_their_usual_ids(tmp_path, later, names):
-    """As DeepSeek-R1-Distill-Llama renames them."""
+    """DeepSeek-R1-Distill-Llama renames them like this."""
     path = tmp_path / "tokenizer.json"
     distilled = vocabulary(later=later, names=DISTILLED_NAMES | names)
     write_tokenizer_json(path, distilled)
@@ -112,7 +112,7 @@ def unneeded_merge_left_out(content: dict) -> None:
 
 def added_by_themselves(content: dict) -> None:
     for entry in content["added_tokens"]:
-        if entry["content"] != "the":  # a byte pair too
+        if entry["content"] != "the":  # also a byte pair
             del content["model"]["vocab"][entry["content"]]
 
 
@@ -170,7 +170,7 @@ def renamed(old: str, new: str):
 
 
 def of_another_family(content: dict) -> None:
-    """Byte-level, with Llama 3's split, as GPT-4's tokenizer and others that have other special tokens."""
+    """Like GPT-4's tokenizer: byte-level, with Llama 3's split, but with other special tokens."""
     for i, name in enumerate(NEEDED):
         renamed(name, f"<|other_{i}|>")(content)
 

@@ -65,7 +65,7 @@ VISION = {
     "torch_dtype": "bfloat16",
     "vision_output_dim": 7680,
 }
-LLAMA_3_2_11B = {  # what Meta's release says of the model
+LLAMA_3_2_11B = {  # from the config.json of Meta's release
     "architectures": ["MllamaForConditionalGeneration"],
     "image_token_index": 128256,
     "model_type": "mllama",
@@ -73,7 +73,7 @@ LLAMA_3_2_11B = {  # what Meta's release says of the model
     "torch_dtype": "bfloat16",
     "vision_config": VISION,
 }
-# What transformers 4.45 adds to both sections.
+# Keys that transformers 4.45 adds to both sections.
 OLDER_KEYS = {"architectures": None, "pruned_heads": {}, "tie_encoder_decoder": False, "max_length": 20, "temperature": 1.0}
 CHAT = {"bos": 128000, "eos": [128001, 128008, 128009]}
 RELEASE = ModelArgs.from_dict(RELEASES["Llama3.2-11B-Vision-Instruct"].params)

@@ -1,4 +1,4 @@
-"""Dequantized matrices are what the formats' formulas give, to the bit; broken files are named."""
+"""Dequantized matrices match the formats' formulas bit for bit; errors name broken files."""
 
 import json
 import re
@@ -170,7 +170,7 @@ def test_int8_matrices_are_those_of_bitsandbytes(tmp_path):
     ):
         q, largest = tensors[f"model.layers.2.{stem}.weight"], tensors[f"model.layers.2.{stem}.SCB"]
         expected = q * (largest / 127)[:, None]
-        if name.endswith("wq"):  # rows of halves to rows of neighbours
+        if name.endswith("wq"):  # from RoPE pairs in two halves to neighbouring rows
             expected = expected.unflatten(0, (4, 2, 8)).transpose(1, 2).flatten(0, 2)
         assert torch.equal(found[f"layers.2.{name}.weight"], expected)
 
@@ -478,7 +478,7 @@ def test_what_is_wrong_with_fp8_files_is_named(tmp_path, break_it, message):
     assert verify(folder).bad
     (folder / "checklist.chk").unlink()
     assert verify(folder, deep=True).bad
-    if "holds" not in message or "shard" in message:  # values are looked at by --deep alone
+    if "holds" not in message or "shard" in message:  # only --deep looks at values
         assert verify(folder, quick=True).bad
 
 
@@ -505,7 +505,7 @@ def test_other_layouts_of_bitsandbytes_are_refused(tmp_path):
 
 
 def test_the_guards_download_needs_no_config(tmp_path):
-    """Meta's folder, in its own shape: 9 GB of zeros that take no room on the disk."""
+    """Meta's folder in its real shape: 9 GB of zeros in sparse files."""
     from llama_ref.checkpoint.hf.bitsandbytes import guard_args, name_in_files
     from llama_ref.checkpoint.meta_quantized.kinds import Kind, tensors_of
 

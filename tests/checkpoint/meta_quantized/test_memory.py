@@ -1,4 +1,4 @@
-"""What a quantized release takes of memory: its own bytes, and never a whole matrix in another dtype."""
+"""A quantized release takes memory for its own bytes, never for a whole matrix in another dtype."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Lists are read like md5sum reads them, and never name files outside their folder."""
+"""Lists are read as md5sum reads them, and never name files outside their folder."""
 
 import ast
 import hashlib

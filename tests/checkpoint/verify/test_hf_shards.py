@@ -387,7 +387,7 @@ QUANTIZED = {  # how the weights of one matrix are stored, by the method in quan
     "compressed-tensors": {"weight": torch.zeros(32, 32, dtype=torch.float8_e4m3fn), "weight_scale": torch.ones(32, 1)},
 }
 SENTENCEPIECE = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []}}
-OTHER_MODELS = {  # changes of config.json, the tokenizer if it is another, and what verify says
+OTHER_MODELS = {  # changes of config.json, another tokenizer if any, and verify's message
     **{method: ({"quantization_config": {"quant_method": method}}, None, method) for method in QUANTIZED},
     "mistral": ({"model_type": "mistral", "sliding_window": 4096}, SENTENCEPIECE, "'mistral', expected \"llama\""),
     "qwen2": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, None, "'qwen2', expected \"llama\""),
@@ -404,7 +404,7 @@ OTHER_MODELS = {  # changes of config.json, the tokenizer if it is another, and 
 
 
 def as_other_model(folder: Path, name: str) -> str:
-    """Make the folder one of an unsupported model, and return the reason that should be given."""
+    """Turn the folder into that of an unsupported model, and return the expected reason."""
     changes, tokenizer, says = OTHER_MODELS[name]
     edit_json(folder / CONFIG, lambda config: config.update(changes))
     if tokenizer:
@@ -481,7 +481,7 @@ def test_a_folder_of_one_file(single, case):
 
 @pytest.fixture
 def narrow(tmp_path) -> Path:
-    """A folder of a model that is narrower than its heads together, as kanana-1.5-2.1b is."""
+    """A folder of a model that is narrower than all its heads together, like kanana-1.5-2.1b."""
     shape = PARAMS | {"dim": 28, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8}
     source = make_random_checkpoint(tmp_path / "source", shape, tokenizer=byte_tokenizer(tmp_path / "t.model"))
     return to_hugging_face(source, tmp_path / "narrow")

@@ -116,7 +116,7 @@ def llama_405b(tmp_path_factory, meta_tokenizer_path) -> Path:
     for rank in range(1, 16):
         path = folder / f"consolidated.{rank:02d}.pth"
         subprocess.run(["cp", "--sparse=always", first, path], check=True)
-        with path.open("r+b") as file:  # or they would be copies of one another
+        with path.open("r+b") as file:  # otherwise they would be copies of each other
             file.seek(weights_at)
             file.write(bytes([rank]))
     return folder

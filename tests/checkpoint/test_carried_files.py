@@ -60,7 +60,7 @@ def replaced(path: Path, make: Callable[[Path], object]) -> Path:
 @pytest.mark.parametrize("write", ["hf", "meta"])
 def test_a_link_out_of_the_folder_is_not_followed(hf, tmp_path, secrets, name, write):
     replaced(hf / name, lambda path: path.symlink_to(secrets))
-    with pytest.raises(CheckpointError, match=f"{name} over: a link leads out of the folder, to .*secrets.json"):
+    with pytest.raises(CheckpointError, match=f"{name}: a link leads out of the folder, to .*secrets.json"):
         WRITERS[write](hf, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

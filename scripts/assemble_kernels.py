@@ -2,11 +2,11 @@
 
     python scripts/assemble_kernels.py [--cards 75,80,90] [--release Llama3.1-8B] [--only "int4"]
 
-For each kernel of a layer, in a release's shape and the dtype that the GPU computes in: registers per
-thread, spilled bytes, shared memory, warps, and 16-byte loads. Needs PyTorch for CUDA with its Triton,
-but no GPU: nothing runs, so this shows that the kernels compile and fit, not that they are correct or
-fast. Cards are compute capabilities: 75 is a T4, 80 an A100, 86 an RTX 3090, 89 an RTX 4090, 90 an
-H100. Exit code 1: a kernel does not fit on a card.
+For each kernel of a layer, in a release's shape and the dtype that the GPU computes in: registers
+per thread, spilled bytes, shared memory, warps, and 16-byte loads. Needs PyTorch for CUDA with its
+Triton, but no GPU: nothing runs, so this shows that the kernels compile and fit, not that they are
+correct or fast. Cards are compute capabilities: 75 is a T4, 80 an A100, 86 an RTX 3090, 89 an RTX
+4090, 90 an H100. Exit code 1: a kernel does not fit on a card.
 """
 
 import importlib.util

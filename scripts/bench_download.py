@@ -2,10 +2,10 @@
 
     python scripts/bench_download.py [--size 1GB] [--rounds 3] [--jobs 4] [--limit 100MB] [--folder DIR]
 
-The server sends a file of random bytes from the page cache, at most `--limit` bytes a second over all
-connections, as a network would; by default, as fast as it can. curl runs with one stream, with as
-many ranges at a time as there are jobs, and followed by `md5sum`; ours always includes the checksum.
-The best round of each counts. The CPU use of all programs is also printed.
+The server sends a file of random bytes from the page cache, at most `--limit` bytes a second over
+all connections, as a network would; by default, as fast as it can. curl runs with one stream, with
+as many ranges at a time as there are jobs, and followed by `md5sum`; ours always includes the
+checksum. The best round of each counts. The CPU use of all programs is also printed.
 """
 
 import base64

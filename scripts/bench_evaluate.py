@@ -1,10 +1,10 @@
-"""Compare the speed of `llama-ref evaluate` with the harness's own `hf` model, on one folder and task.
+"""Compare the speed of `llama-ref evaluate` with the harness's own `hf` model on one task.
 
     python scripts/bench_evaluate.py [--folder checkpoints/SmolLM2-135M-Instruct] [--documents 24]
 
 The task is made from scripts/quality_texts/english.txt: which of four texts continues a passage? It
-is asked with no examples and with three, in float32, with the same batch size for both models, after
-a warm-up round. The scores must be equal. Only the models' log-likelihoods are timed, not the
+is asked with no examples and with three, in float32, with the same batch size for both models,
+after a warm-up round. The scores must be equal. Only the models' log-likelihoods are timed, not the
 harness's own work. Needs lm-eval, accelerate and transformers.
 """
 
@@ -93,7 +93,7 @@ def report(shots: int, found: dict[str, Any]) -> str:
 
 
 def write_task(folder: Path, documents: int) -> None:
-    """Write the task's YAML and data: passages, each with its continuation among those of others."""
+    """Write the task's YAML and data: passages, each with its ending among those of others."""
     words = TEXT.read_text(encoding="utf-8").split()
     n = documents + max(SHOTS)
     step = (len(words) - PASSAGE - ENDING) // n

@@ -2,9 +2,9 @@
 
     python scripts/bench_patching.py [--folder checkpoints/SmolLM2-135M-Instruct] [--repeats 3]
 
-Each grid is computed in these ways, in turn, `repeats` times. The best time of each counts, because a
-busy machine slows down some rounds, not all. "From the start" runs every cell through all layers, with
-as many cells in a pass as `patch_grid`.
+Each grid is computed in these ways, in turn, `repeats` times. The best time of each counts, because
+a busy machine slows down some rounds, not all. "From the start" runs every cell through all layers,
+with as many cells in a pass as `patch_grid`.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Compare `llama_ref.study` with nnsight and TransformerLens: seconds and extra memory of common tasks.
+"""Compare `llama_ref.study` with nnsight and TransformerLens: time and extra memory of tasks.
 
     python -m venv /tmp/nnsight && /tmp/nnsight/bin/pip install -r scripts/study_peers/nnsight.txt
     python -m venv /tmp/lens && /tmp/lens/bin/pip install -r scripts/study_peers/transformer-lens.txt
@@ -6,9 +6,9 @@
 
 Each peer needs its own environment: both cannot share one with this package. A peer whose Python is
 not given is left out. Each figure is the least of `--repeats` fresh processes; the contestants take
-turns. All must find the same numbers. The default is one thread. On a busy machine, compare only the
-CPU seconds, which are also shown. The peers run the same weights, converted to Hugging Face's format,
-in float32 on the same tokens. `--only logit_lens,patterns` chooses tasks.
+turns. All must find the same numbers. The default is one thread. On a busy machine, compare only
+the CPU seconds, which are also shown. The peers run the same weights, converted to Hugging Face's
+format, in float32 on the same tokens. `--only logit_lens,patterns` chooses tasks.
 
 Peers do each task like a user who cares about speed: grids with all cells of a layer in one batch,
 prompts padded to one length in passes of 10. Linux only.
@@ -120,7 +120,7 @@ def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def measure(pythons: dict[str, str], task: str, path: Path, repeats: int) -> dict[str, Figure]:
-    """The least of each figure; contestants take turns. Raises RequestError if their numbers differ."""
+    """The least of each figure; contestants take turns. Raises RequestError if numbers differ."""
     runs: dict[str, list[Figure]] = {name: [] for name in pythons}
     for _ in range(repeats):
         for name, python in pythons.items():

@@ -2,8 +2,8 @@
 
     python scripts/bench_vision.py [--size 560] [--dtype bfloat16] [--rounds 3]
 
-There is one image for each number of tiles. Ours and Meta's take turns; each figure is the median of
-its rounds. Needs llama-models and fairscale.
+There is one image for each number of tiles. Ours and Meta's take turns; each figure is the median
+of its rounds. Needs llama-models and fairscale.
 """
 
 import statistics

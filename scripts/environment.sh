@@ -1,10 +1,10 @@
 # Functions of demo.sh and test.sh. Sourced, not run.
 #
-# `environment KIND` creates .venv in the repository if it is missing, and puts it first in PATH. KIND
-# is demo, quick or dev; each includes the ones before it, so a dev environment works for all. PYTHON
-# chooses the interpreter; pip's own configuration is honoured. .venv/.made lists the installed kinds
-# with a checksum of their requirements: while it matches, nothing is installed. An environment whose
-# creation was interrupted is created again from scratch.
+# `environment KIND` creates .venv in the repository if it is missing, and puts it first in PATH.
+# KIND is demo, quick or dev; each includes the ones before it, so a dev environment works for all.
+# PYTHON chooses the interpreter; pip's own configuration is honoured. .venv/.made lists the
+# installed kinds with a checksum of their requirements: while it matches, nothing is installed. An
+# environment whose creation was interrupted is created again from scratch.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
@@ -43,7 +43,7 @@ environment() {
 }
 
 # A browser for the tests of the report's page. If there is none and we are root in a container or a
-# CI job, it is installed from the system's packages; otherwise those tests are skipped with a message.
+# CI job, it is installed from the system's packages; otherwise a message says that they are skipped.
 browser() {
     local candidate
     for candidate in chromium chromium-browser google-chrome; do

@@ -1,4 +1,4 @@
-"""Make a small dictionary of features for a model, to try `llama-ref features` without a trained one.
+"""Make a small example dictionary of features for a model, to try `llama-ref features`.
 
 Each feature is the residual stream at one word of a text, minus the mean: an example, not a trained
 autoencoder. The folder has EleutherAI sparsify's format.
@@ -18,7 +18,7 @@ N_TEXTS, CONTEXT = 4, 128  # tokens of a text
 
 
 def make_example_features(llama: Llama, layer: int, folder: Path, k: int = 8, n_texts: int = N_TEXTS) -> Path:
-    """Write `folder`/layers.N with a feature for the first occurrence of each token; return its path."""
+    """Write `folder`/layers.N with a feature for each token's first occurrence; return its path."""
     text = (files("llama_ref.quantization") / "calibration.txt").read_text(encoding="utf-8")
     ids = llama.encode(text)[1 : n_texts * CONTEXT + 1]
     texts = [[llama.tokenizer.bos_id, *ids[i : i + CONTEXT]] for i in range(0, len(ids), CONTEXT)]

@@ -37,7 +37,9 @@ def _resize(image: Image.Image, size: tuple[int, int], interpolation: Any) -> Im
 
 @contextlib.contextmanager
 def _instead_of_torchvision() -> Iterator[None]:
-    """Replace what Meta's image_transform.py imports of torchvision, which needs a matching PyTorch.
+    """Replace the parts of torchvision that Meta's image_transform.py imports.
+
+    torchvision itself needs a PyTorch built for it.
 
     On Pillow images, torchvision's functions give the same results to the bit.
     """

@@ -2,9 +2,9 @@
 
     python scripts/notebooks.py
 
-Each page is the only source of its notebook: prose, and blocks of Python, each with its output. This
-updates the outputs in the pages and writes the notebooks next to them (with nbformat, from the extra
-`dev`). Other blocks, such as commands for Llama 3, count as prose: they are not run.
+Each page is the only source of its notebook: prose, and blocks of Python, each with its output.
+This updates the outputs in the pages and writes the notebooks next to them (with nbformat, from the
+extra `dev`). Other blocks, such as commands for Llama 3, count as prose: they are not run.
 """
 
 from pathlib import Path

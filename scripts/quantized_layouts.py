@@ -19,7 +19,7 @@ Draw = Callable[[str], Iterator[Tensor]]  # a tensor's rows in float32, block by
 
 
 def int4_tensors(expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtype) -> list[LazyTensor]:
-    """The tensors of an int4 release, as in `kinds.tensors_of`; those that stay unquantized in `dtype`."""
+    """The tensors of an int4 release, as in `kinds.tensors_of`; unquantized ones in `dtype`."""
     return [_int4_tensor(name, tensor, expected, draw, dtype) for name, tensor in expected.items() if not tensor.is_optional]
 
 
@@ -42,7 +42,7 @@ def _rounded(rows: Tensor, groups: int, largest: int) -> tuple[Tensor, Tensor]:
 
 
 def int8_tensors(expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtype) -> list[LazyTensor]:
-    """The tensors of an int8 release as bitsandbytes writes them, with rows in the order of `draw`."""
+    """The tensors of an int8 release, as from bitsandbytes, with rows in the order of `draw`."""
     out = []
     for name, (shape, dtypes, *_) in expected.items():
         if name.endswith(".SCB"):
@@ -65,7 +65,7 @@ def _int8(draw: Draw, name: str, part: int) -> Iterator[Tensor]:
 def fp8_tensors(
     expected: Mapping[str, Expected], draw: Draw, dtype: torch.dtype, rank: int
 ) -> tuple[list[LazyTensor], list[LazyTensor]]:
-    """The tensors of an fp8 release's shard, with the shapes in `expected`, and of its file of scales."""
+    """The tensors of an fp8 release's shard, with the shapes in `expected`, and its scales."""
     shard, scales = [], []
     for name, (shape, dtypes, *_) in expected.items():
         if "float8_e4m3fn" not in dtypes:

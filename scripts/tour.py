@@ -208,7 +208,7 @@ def show(parts: Sequence[Part], where: Shown) -> None:
 
 
 def notebook(parts: Sequence[Part], name: str = "tour", first_cell: str = FROM_THE_ROOT) -> str:
-    """Make a notebook with outputs from a document, reproducibly; `name` starts the ids of its cells.
+    """Make a reproducible notebook with outputs from a document; `name` starts its cells' ids.
 
     Raises RequestError.
     """

@@ -242,7 +242,7 @@ class Source:
         return [range(head * self.repeats * width, (head * self.repeats + 1) * width) for head in heads]
 
     def _blocks(self, name: str, ranges: list[range] | None, whole: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield a tensor's rows in `dtype`; for matrices that RoPE rotates, whole heads at a time."""
+        """Yield a tensor's rows in `dtype`, and whole heads of matrices that RoPE rotates."""
         multiple = self.args.head_dim if is_rotated(name) else 1
         if ranges and split_dim(name) == 0:
             row_bytes = math.prod(whole[1:]) * dtype.itemsize

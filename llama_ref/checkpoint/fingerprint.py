@@ -37,7 +37,7 @@ def fingerprint(folder: CheckpointFolder, args: ModelArgs, tokenizer: str | Path
 
 
 def _listed_sums(folder: CheckpointFolder) -> dict[str, object]:
-    """The weights' checksums in checklist.chk; empty if it is missing or broken (loading reports it)."""
+    """The weights' checksums in checklist.chk; empty if missing or broken, which loading reports."""
     if folder.checklist is None:
         return {}
     try:

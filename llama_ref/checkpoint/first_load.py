@@ -121,7 +121,7 @@ def _is_in(folder: CheckpointFolder, path: Path) -> bool:
 
 
 def _check_added_tokens(tokenizer: str | Path | None, checked: set[Path], opened: set[Path]) -> None:
-    """Raise CheckpointError if added_tokens.json appeared or vanished before the tokenizer was read."""
+    """Raise CheckpointError if added_tokens.json appeared or vanished since the check started."""
     if tokenizer is None or Path(tokenizer).suffix == ".json" or Path(tokenizer) not in checked & opened:
         return
     added = Path(tokenizer).with_name(ADDED_TOKENS)
@@ -188,7 +188,7 @@ class _File:
         return found
 
     def _known_sum(self, verify: Verify, started_ns: int) -> str | None:
-        """The stamp's checksum if it is newer than `started_ns` or, with "auto", matches the list."""
+        """The stamp's checksum if newer than `started_ns` or, with "auto", equal to the list's."""
         try:
             stamp = json.loads(_read_own(self._stamp_path()))
             found, hashed_ns = str(stamp["found"]), int(stamp["hashed_ns"])

@@ -278,7 +278,7 @@ def shard_number(name: str) -> int:
 
 
 def says_quantized(params: Path) -> bool:
-    """Whether params.json names a quantization scheme, as in folders that this package quantized."""
+    """Whether params.json names a quantization scheme, which this package adds when quantizing."""
     try:
         return QUANTIZATION in ModelArgs.from_json(params).extra
     except CheckpointError:

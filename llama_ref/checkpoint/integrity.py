@@ -280,7 +280,7 @@ class _Check:
         run_all([partial(one, name) for name in names], self.jobs, cancel)
 
     def _mark_unwritten(self, verdicts: dict[str, FileReport]) -> None:
-        """Mark damaged files with a block of zeros: their space was reserved, but not all written."""
+        """Mark damaged files with a block of zeros: reserved on the disk, but not fully written."""
         for name, report in verdicts.items():
             if report.state is State.DAMAGED and (offset := zero_block(self.folder / name)) is not None:
                 detail = f"{report.detail}; zero bytes at {offset:,}"
@@ -326,7 +326,7 @@ def _not_compared(the_list: _List, form: Format, files: Iterable[FileReport]) ->
 
 
 def _missing(form: Format, names: list[str], structure: Structure) -> list[str]:
-    """Missing files: those that the weights' numbers, shapes or index imply, or that any model needs."""
+    """Missing files: implied by the weights' numbers, shapes or index, or needed by any model."""
     missing = [name for name in structure.needed if name not in names]
     if not missing and not any(has_weights(each, names) for each in (META, HUGGING_FACE)):
         missing = [form.first_weights]

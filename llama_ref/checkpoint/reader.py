@@ -350,7 +350,7 @@ def _storage(memory: mmap.mmap, info: TensorInfo) -> Tensor:
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Release a mapped tensor's pages, which otherwise count as memory until the file is unmapped."""
+    """Release a mapped tensor's pages, which otherwise count as memory until it is unmapped."""
     # A strided tensor may span more or fewer bytes than its nbytes.
     if not sys.platform.startswith("linux") or not tensor.is_contiguous():
         return
@@ -362,7 +362,7 @@ def release_pages(tensor: Tensor) -> None:
 
 
 def release_rows(rows: Tensor) -> None:
-    """Release the pages of some rows of a mapped matrix; for a column slice, from first to last byte."""
+    """Release the pages of some rows of a mapped matrix; for cut columns, also those in between."""
     if rows.numel():
         span = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
         release_pages(rows.as_strided((span,), (1,)))
@@ -388,7 +388,7 @@ def _check_tensors(
 def _check_number(
     folder: CheckpointFolder, shards: Mapping[str, Mapping[str, DtypeAndShape]], expected: Mapping[str, Expected]
 ) -> None:
-    """Raise CheckpointError if the last shards are missing, which leaves no gap in their numbers."""
+    """Raise CheckpointError if the last shards are missing: their numbers show no gap then."""
     embeddings = [shard[EMBEDDING][1] for shard in shards.values() if EMBEDDING in shard]
     n_here, n_shards = len(folder.shards), implied_shards(embeddings[0], expected[EMBEDDING].shape[0]) if embeddings else None
     if n_shards and n_shards > n_here and not any(misfits(shards, expected, n_shards).values()):

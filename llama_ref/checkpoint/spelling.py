@@ -26,7 +26,7 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def as_on_disk(path: Path) -> Path:
-    """The path with each name in the Unicode form on disk: macOS and archives write Korean as NFD."""
+    """The path with names in the Unicode form on disk: macOS and archives write Korean as NFD."""
     found = Path(path.anchor)
     for part in path.relative_to(path.anchor).parts:
         forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
@@ -42,7 +42,7 @@ def in_hub_cache(name: str) -> Path:
 
 
 def snapshots(path: Path) -> list[Path]:
-    """The snapshots of a repository in Hugging Face's cache; only the main branch's if it exists."""
+    """The snapshots of a repository in Hugging Face's cache; only the main branch's if any."""
     if not path.name.startswith(CACHED) or not (path / "snapshots").is_dir():
         return []
     main = path / "refs" / "main"

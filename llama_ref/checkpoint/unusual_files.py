@@ -51,7 +51,7 @@ def _of_pickles(path: Path, files: list[str], names: Sequence[str]) -> str | Non
 
 
 def _hf_name(name: str, number: int, total: int) -> str:
-    """The name that Hugging Face's library gives a file; numbers in its old name take precedence."""
+    """The name that Hugging Face's library gives a file; numbers in its old name are kept."""
     if match := NUMBERED.fullmatch(name):
         number, total = int(match[1]), int(match[2])
     elif total == 1:

@@ -3,8 +3,8 @@
     PYTHON worker.py CONTESTANT TASK INPUTS.json
 
 PYTHON is the contestant's own. Before the measured run the task runs on shorter inputs, so that
-imports and one-time setup do not count. Extra memory is the peak of resident pages minus those before
-the run, after freed pages were returned to the system; it includes what the task returns.
+imports and one-time setup do not count. Extra memory is the peak of resident pages minus those
+before the run, after freed pages were returned to the system; it includes what the task returns.
 """
 
 import ctypes

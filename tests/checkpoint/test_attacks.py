@@ -252,7 +252,7 @@ def edited(name: str, **fields: int):
 
 
 def with_end(n_records: int, directory_size: int, directory_offset: int, hole: int = 0):
-    """A function that makes a good archive, followed by a hole and an end record with these numbers."""
+    """A function that makes a good archive, then a hole and an end record with these numbers."""
 
     def make(path: Path) -> None:
         with write_pth(path, GOOD_PICKLE).open("r+b") as file:

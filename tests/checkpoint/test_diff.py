@@ -53,7 +53,7 @@ def edit(folder: Path, change: Callable[[Tensors], object], shard: int = 0) -> P
 
 
 def written(folder: Path, *shards: Tensors) -> Path:
-    """A folder of these shards; its params.json need not fit them, because `compare` ignores that."""
+    """A folder of these shards; `compare` ignores that its params.json does not fit them."""
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(PARAMS))
     for number, tensors in enumerate(shards):

@@ -352,7 +352,7 @@ def test_one_bad_file_ends_the_hashing_of_the_others(folder, monkeypatch):
         file.truncate(1 << 40)
     flip(folder / SHARD1)
     begun = time.monotonic()
-    with pytest.raises(CheckpointError, match=f"{SHARD1} is not what"):
+    with pytest.raises(CheckpointError, match=f"{SHARD1} does not match checklist.chk"):
         check(folder)
     assert time.monotonic() - begun < PROMPTLY_SECONDS
 

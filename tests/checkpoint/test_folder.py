@@ -108,8 +108,8 @@ def test_a_path_is_found_in_either_unicode_form(tmp_path, typed, stored):
         ("Llama3.2-1B-Instrct", "did you mean Llama3.2-1B-Instruct"),
         ("models/llama3.2-1b", "did you mean models/Llama3.2-1B?"),
         ("/nowhere/x:1", "no checkpoint at /nowhere/x:1. "),
-        ("models", "name one of models/Llama3.2-1B"),
-        ("405B", "name one of 405B/original/mp16, 405B/original/mp8"),
+        ("models", "give one of models/Llama3.2-1B"),
+        ("405B", "give one of 405B/original/mp16, 405B/original/mp8"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_answered_with_one_that_does(root, tmp_path, monkeypatch, name, says):

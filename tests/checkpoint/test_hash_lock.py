@@ -40,7 +40,7 @@ def short_times(monkeypatch) -> None:
 
 @pytest.fixture
 def process() -> Iterator[Callable[..., int]]:
-    """Start a process that runs a function, and return its id. It is killed later, stopped or not."""
+    """Start a process that runs a function, and return its id. It is killed at the end."""
     context, started = multiprocessing.get_context("fork"), []
 
     def start(action: Callable[..., None], *args: object) -> int:

@@ -190,7 +190,7 @@ def test_strided_tensors_are_read_as_what_they_show(alter, tiny):
 
 @on_linux
 def test_letting_go_of_pages_spares_what_lies_behind_repeated_rows():
-    """Its nbytes counts each repeated row: releasing that many bytes would release others' pages."""
+    """Its nbytes counts repeated rows: releasing that many bytes would release others' pages."""
     memory = torch.ones(4 << 20)
     release_pages(memory[:64].expand(65536, 64))
     assert memory.all()

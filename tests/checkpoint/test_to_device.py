@@ -190,7 +190,7 @@ MEASURE = textwrap.dedent("""
 
 @pytest.fixture(scope="module")
 def in_memory() -> Iterator[Path]:
-    """A large and a tiny folder in memory; on disk, a page fault would map up to 2 MB around a page."""
+    """A large and a tiny folder in memory; on disk, a page fault would map up to 2 MB around it."""
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=folder) as path:
         tiny_folder(Path(path) / "tiny")

@@ -1,4 +1,4 @@
-"""Vision releases on disk: loaded, checked, resharded, compared, quantized, in as little memory as text."""
+"""Vision releases on disk: loaded, checked, resharded, compared, quantized, in little memory."""
 
 import json
 import re

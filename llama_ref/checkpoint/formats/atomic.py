@@ -46,10 +46,10 @@ ADVICE = ADVICE_WHEN_FULL | {errno.EEXIST: "remove it or choose another name"}
 def new_folder(path: str | Path, *, force: bool = False, n_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` if the block succeeds and is deleted if it fails.
 
-    It is created next to `path` under a hidden name, flushed to the disk, and then exchanged with the
-    folder at `path`: even if the run is killed, `path` holds a complete checkpoint, old or new. The
-    next run for the same `path` deletes the leftovers of killed runs. `n_bytes` is the expected size,
-    if known. Raises RequestError if `path` exists, unless `force` is given and it holds only
+    It is created next to `path` under a hidden name, flushed to the disk, and then exchanged with
+    the folder at `path`: even if the run is killed, `path` holds a complete checkpoint, old or new.
+    The next run for the same `path` deletes the leftovers of killed runs. `n_bytes` is the expected
+    size, if known. Raises RequestError if `path` exists, unless `force` is given and it holds only
     checkpoint files. Raises CheckpointError if it cannot be written (disk full, no permission): any
     OSError in the block becomes one.
     """

@@ -38,7 +38,7 @@ def replace_folder(new: Path, path: Path, aside: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> None:
-    """Swap two paths of one file system atomically. Raises OSError (ENOSYS: no such system call)."""
+    """Swap two paths of one file system atomically. Raises OSError (ENOSYS: no such call)."""
     swap = _swap()
     if swap is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -125,7 +125,7 @@ def _check_model(config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
 
 
 def _is_int8(quantization: object) -> bool:
-    """Whether bitsandbytes' LLM.int8() wrote the weights, as for Llama Guard 3 8B (bitsandbytes.py)."""
+    """Whether bitsandbytes' LLM.int8() wrote the weights, as in Llama-Guard-3-8B:int8."""
     section = quantization if isinstance(quantization, Mapping) else {}
     return section.get("quant_method") == "bitsandbytes" and section.get("load_in_8bit") is True
 
@@ -239,7 +239,7 @@ def _make_vision_params(args: ModelArgs) -> dict[str, Any]:
 
 
 def _ffn_formula(args: ModelArgs) -> tuple[int, float | None]:
-    """(multiple_of, ffn_dim_multiplier) for `args.ffn_dim`: its own, a release's or the shortest."""
+    """(multiple_of, ffn_dim_multiplier) for `args.ffn_dim`: given, a release's or the shortest."""
     if args.hidden_dim is None:
         return args.multiple_of, args.ffn_dim_multiplier
     for shape in SHAPES.values():

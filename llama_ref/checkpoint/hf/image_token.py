@@ -1,8 +1,8 @@
 """The image token: the last id in Hugging Face's vision models, among the special tokens in Meta's.
 
-In Meta's tokenizer `<|image|>` is 128011, but the model's id for an image is 128256, the first after
-the vocabulary. Hugging Face's tokenizer uses that id, and the reserved tokens after `<|image|>` move
-by one: 128011 is `<|reserved_special_token_2|>`, which is 128012 in Meta's tokenizer.
+In Meta's tokenizer `<|image|>` is 128011, but the model's id for an image is 128256, the first
+after the vocabulary. Hugging Face's tokenizer uses that id, and the reserved tokens after
+`<|image|>` move by one: 128011 is `<|reserved_special_token_2|>`, which is 128012 in Meta's.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """The tensors in Hugging Face's files: their names, and their layout where it differs from Meta's.
 
 Matrices that RoPE rotates have another order of rows. In vision models the embedding also holds the
-rows of `learnable_embedding`, the patch matrix is a convolution kernel, and tables of tile positions
-repeat their vectors (tile_tables.py).
+rows of `learnable_embedding`, the patch matrix is a convolution kernel, and tables of tile
+positions repeat their vectors (tile_tables.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,9 +50,10 @@ def under_metas_names(stored: "Mapping[str, Tensor]", args: ModelArgs, kind: Kin
 
 
 def from_hf(name: str, stored: "Tensor", args: ModelArgs) -> "Tensor":
-    """A tensor, or whole heads of its rows, in Meta's layout: a view, or a copy if order or size differ.
+    """A tensor, or some of its heads, in Meta's layout.
 
-    Raises CheckpointError as `from_grid_rows` does.
+    The result is a view, or a copy if order or size differ. Raises CheckpointError as
+    `from_grid_rows` does.
     """
     if is_rotated(name):
         is_whole = stored.dim() == 2 and len(stored) % args.head_dim == 0  # else there are no heads to reorder

@@ -110,7 +110,7 @@ def numbers_of_layers(args: ModelArgs) -> list[int]:
 
 
 def usual_name(name: str) -> str:
-    """The usual one of the two names that a vision model's tensor may have in Hugging Face's files."""
+    """The usual one of the two names that Hugging Face's files may have for a vision tensor."""
     for other, usual in OTHER_PREFIXES.items():
         if name.startswith(other):
             return usual + name.removeprefix(other)

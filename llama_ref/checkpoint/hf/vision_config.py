@@ -85,7 +85,7 @@ def vision_params(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_vision_sections(config: Mapping[str, Any], args: ModelArgs) -> None:
-    """Raise UnsupportedModel, naming the key, for values that Llama 3.2's vision models cannot have."""
+    """Raise UnsupportedModel, naming the key, if a value is not possible in Llama 3.2 vision."""
     text, section = TEXT_DEFAULTS | _section(config, TEXT), VISION_DEFAULTS | _section(config, VISION)
     image_id = {"image_token_index": config.get("image_token_index", DEFAULT_IMAGE_ID)}
     expect(image_id, "image_token_index", (args.vocab_size,), "an image's id is the first after the vocabulary")
@@ -128,7 +128,7 @@ TEXT_KEYS = (
 
 
 def make_vision_config(args: ModelArgs, config: Mapping[str, Any], *, pad: int) -> dict[str, Any]:
-    """The config.json of a vision model, from its text model's and the id `pad` of the padding token."""
+    """The config.json of a vision model. `config` is its text model's, `pad` the padding id."""
     cross = numbers_of_cross_layers(args)
     text = {key: config[key] for key in TEXT_KEYS} | {
         CROSS_LAYERS: cross,

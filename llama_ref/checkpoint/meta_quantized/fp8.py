@@ -26,7 +26,7 @@ from llama_ref.quantization.linear import QuantizedMatrix, RowBlocks
 
 
 class StoredFp8:
-    """An fp8 release's matrices; `rounds_inputs`: round as Meta's code does (quantization/fp8.py)."""
+    """An fp8 release's matrices; `rounds_inputs`: round inputs like Meta's code."""
 
     tied = False
 

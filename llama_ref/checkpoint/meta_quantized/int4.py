@@ -40,7 +40,7 @@ class StoredInt4:
         self.tied = tables_are_equal(stored.shards.values())
 
     def matrix(self, name: str, ranges: list[range] | None, dtype: torch.dtype, to: Target) -> Tensor | QuantizedMatrix:
-        """As `StoredMatrices.matrix`. Raises CheckpointError for values that int4 files cannot have."""
+        """As `StoredMatrices.matrix`. Raises CheckpointError for values out of range."""
         if split_dim(name) is None:
             return self.stored.joined(name, ranges, dtype, to)
         stem = name.removesuffix(".weight")

@@ -161,7 +161,7 @@ def _unescaped(name: bytes) -> bytes | None:
 
 
 def _relative_name(raw: bytes, path: Path, line: int) -> str:
-    """The name without `./`. Raises CheckpointError if it is outside the folder, empty or too long."""
+    """The name without `./`. Raises CheckpointError if outside the folder, empty or too long."""
     if len(raw) > NAME_LIMIT_BYTES:
         raise CheckpointError(
             f"{path}, line {line} has a name of {len(raw):,} bytes, more than {NAME_LIMIT_BYTES:,}, the longest path; "

@@ -200,7 +200,7 @@ class _Weights:
         return None
 
     def _duplicates(self) -> dict[str, list[str]]:
-        """By file, tensors that belong to another file: the one that the index names, else the first."""
+        """By file, tensors that belong to another file: the index's, else the first with them."""
         wrong: dict[str, list[str]] = {}
         for name, files in self.owners.items():
             place = self.index.place.get(name) if self.index else None
@@ -248,7 +248,7 @@ class _Weights:
 
 
 def _expected(config: HFConfig, names: Collection[str]) -> dict[str, Expected]:
-    """The model's tensors under Hugging Face's names, as int8 if `names` has bitsandbytes' tensors."""
+    """The model's tensors under Hugging Face's names, in int8 if `names` shows bitsandbytes."""
     return tensors_in_files(config.args, Kind.INT8 if is_int8(names) and not config.args.has_vision else Kind.PLAIN)
 
 

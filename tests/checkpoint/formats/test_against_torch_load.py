@@ -61,7 +61,7 @@ def other_case(rng: random.Random, name: str) -> str:
 
 
 def with_other_records(rng: random.Random, data: bytes) -> bytes:
-    """An archive with records renamed, repeated, dropped, reordered, moved or with other content."""
+    """An archive with records renamed, repeated, dropped, reordered, moved or changed."""
     records = list(records_of(data).items())
     for _ in range(rng.randrange(1, 4)):
         at = rng.randrange(len(records))
@@ -101,7 +101,7 @@ class Pickler(pickle.Pickler):
 
 
 def crafted(rng: random.Random, data: bytes) -> bytes:
-    """Calls that torch.save does not write: other arguments, storages with two types, negative bits."""
+    """Calls that torch.save does not write: other arguments, two storage types, negative bits."""
     contents = {rng.choice(["0", "1", "k", "K"]): rng.randbytes(rng.choice([16, 16, 16, 32])) for _ in range(2)}
     types = {key: rng.choice([torch.FloatStorage, torch.HalfStorage, torch.ByteStorage]) for key in contents}
 

@@ -19,7 +19,7 @@ from llama_ref.errors import CheckpointError
 
 NAMES = ("params.json", "tokenizer.model", "consolidated.00.pth")
 
-# Replaces a folder again and again; all files of each version hold the same word: one, two, three ...
+# Replaces a folder again and again; all files of a version hold the same word: one, two, three ...
 REPLACE = textwrap.dedent("""
     import errno, sys
     from pathlib import Path

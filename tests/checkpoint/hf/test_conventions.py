@@ -34,7 +34,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(original, tmp_path) -> Path:
-    """A small Hugging Face folder with the added token <|im_end|>, whose files name no end-of-text ids."""
+    """A small Hugging Face folder with the added token <|im_end|> but no end-of-text ids."""
     copy = tmp_path / "fine-tune"
     copy.mkdir()
     for path in original.iterdir():

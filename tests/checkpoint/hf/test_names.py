@@ -1,4 +1,4 @@
-"""Every vision tensor has one name in Hugging Face's files, where all layers share one numbering."""
+"""Every vision tensor has one name in Hugging Face's files, which number all layers together."""
 
 import pytest
 

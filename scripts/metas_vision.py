@@ -39,9 +39,8 @@ def _resize(image: Image.Image, size: tuple[int, int], interpolation: Any) -> Im
 def _instead_of_torchvision() -> Iterator[None]:
     """Replace the parts of torchvision that Meta's image_transform.py imports.
 
-    torchvision itself needs a PyTorch built for it.
-
-    On Pillow images, torchvision's functions give the same results to the bit.
+    torchvision itself needs a PyTorch built for it. On Pillow images, its functions give the same
+    results to the bit.
     """
     names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
     root, transforms, functional = (ModuleType(name) for name in names)

@@ -43,7 +43,7 @@ def read_carried(path: Path) -> bytes:
     tokenizers are parsed, which fails for any other file.
     """
     if path.name in SETTINGS and (fault := cannot_be_opened(path.parent, path.name)):
-        what = fault.detail or "it is not there"
+        what = fault.detail or "it does not exist"
         raise CheckpointError(f"cannot copy {path}: {what}; put the file itself there, or remove it")
     limit = LIMIT_BYTES[path.name]
     if path.name == TEMPLATE_FILE:

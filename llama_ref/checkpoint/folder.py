@@ -286,7 +286,10 @@ def says_quantized(params: Path) -> bool:
 
 
 def _is_guard(path: Path, safetensors: list[str]) -> bool:
-    """Whether the files are those of Llama Guard 3 8B in int8, which comes without config.json; some may be broken."""
+    """Whether the files are Llama Guard 3 8B's in int8, which has no config.json.
+
+    Broken files are ignored.
+    """
     found: dict[str, HeldTensor] = {}
     for name in safetensors:
         with suppress(CheckpointError):

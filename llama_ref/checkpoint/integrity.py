@@ -158,7 +158,7 @@ class _Check:
         self._mark_growing(verdicts, stamps)
         files = [*list_report, *(verdicts[name] for name in names)]
         if form is HUGGING_FACE and not has_weights(form, here) and (pickles := [n for n in here if n.endswith(".bin")]):
-            notes.append(f"the weights are here as pickles ({pickles[0]}), which are not read: fetch them as safetensors")
+            notes.append(f"the weights are pickles ({pickles[0]}), which are not read: fetch them as safetensors")
         if not has_weights(form, here) and (program := next((n for n in here if n.endswith(".pte")), None)):
             notes.append(
                 f"{program} is an ExecuTorch program, which PyTorch cannot read: fetch Llama-Guard-3-1B, the guard in bf16"

@@ -393,7 +393,7 @@ def _check_number(
     n_here, n_shards = len(folder.shards), implied_shards(embeddings[0], expected[EMBEDDING].shape[0]) if embeddings else None
     if n_shards and n_shards > n_here and not any(misfits(shards, expected, n_shards).values()):
         missing = comma_list([with_hint(folder.path / shard_name(n)) for n in range(n_here, n_shards)], MOST_LISTED)
-        why = f"the tensors are those of {n_shards} shards"
+        why = f"the shapes of the tensors imply {n_shards} shards"
         raise CheckpointError(f"{folder.path} lacks {missing}: {why}; fetch what is missing")
 
 

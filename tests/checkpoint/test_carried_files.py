@@ -105,7 +105,7 @@ WRONG_KINDS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a web page": ("tokenizer_config.json", lambda path: path.write_text("<!DOCTYPE html>"), "is an HTML page"),
     "broken JSON": ("tokenizer_config.json", lambda path: path.write_text('{"a": '), "is not valid JSON"),
     "a list": ("tokenizer_config.json", lambda path: path.write_text("[1]"), "is not a JSON object"),
-    "a link that leads nowhere": ("tokenizer_config.json", lambda path: path.symlink_to("gone.json"), "it is not there"),
+    "a link that leads nowhere": ("tokenizer_config.json", lambda path: path.symlink_to("gone.json"), "it does not exist"),
     "a tokenizer of a terabyte": ("tokenizer.model", sparse, "is larger than"),
 }
 

@@ -258,7 +258,7 @@ def test_too_few_shards_do_not_pass_for_a_whole(tmp_path, present):
     for number in range(present, 4):
         shard(folder, number).unlink()
     missing = ", ".join(shard(folder, number).name for number in range(present, 4))
-    assert refusal(folder).endswith(f"split lacks {missing}: the tensors are those of 4 shards; fetch what is missing")
+    assert refusal(folder).endswith(f"split lacks {missing}: the shapes of the tensors imply 4 shards; fetch what is missing")
 
 
 def test_shards_that_cannot_be_equal_parts_are_refused(tmp_path):

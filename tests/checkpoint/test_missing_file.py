@@ -76,7 +76,7 @@ def test_a_last_shard_that_is_missing_is_named(folder, has_list):
     (folder / LAST).unlink()
     if not has_list:
         (folder / "checklist.chk").unlink()
-    with pytest.raises(CheckpointError, match=f"lacks {LAST}: the tensors are those of 2 shards; fetch what is missing"):
+    with pytest.raises(CheckpointError, match=f"lacks {LAST}: the shapes of the tensors imply 2 shards; fetch what is missing"):
         load(folder)
 
 

@@ -67,7 +67,7 @@ OTHER_PREFIXES = {
 
 
 def hf_name(name: str, args: ModelArgs | None = None) -> str:
-    """Hugging Face's name of one of Meta's tensors; `args` are needed for those of a vision model.
+    """Hugging Face's name of one of Meta's tensors; a vision model's names need `args`.
 
     "layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight"
     """

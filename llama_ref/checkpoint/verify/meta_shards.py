@@ -356,7 +356,7 @@ def _count_shards(names: list[str], found: Structure, n_shards: int | None) -> N
     found.needed = [shard_name(n) for n in range(max(max(numbers, default=-1) + 1, n_shards or 0))]
     found.is_counted = n_shards is not None
     if n_shards is not None:
-        why = f"the tensors are those of {n_shards} shards"
+        why = f"the shapes of the tensors imply {n_shards} shards"
         found.surplus = {name: why for name in names if shard_number(name) >= n_shards}
 
 

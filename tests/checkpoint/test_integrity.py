@@ -310,7 +310,7 @@ def test_a_shard_of_another_split_is_extra(folder):
     shutil.copy(folder / SHARD1, folder / "consolidated.02.pth")
     report = verify(folder, quick=True)
     assert states(report) == {"consolidated.02.pth": State.EXTRA}
-    assert "those of 2 shards" in report.summary()
+    assert "imply 2 shards" in report.summary()
 
 
 def test_no_list_is_said_in_one_line_and_the_archives_own_sums_are_used(folder, settled):

@@ -766,7 +766,7 @@ def test_deep_looks_at_weights_of_every_dtype(tmp_path, dtype):
 def test_weights_as_pickles_are_reported(single):
     (single / ONE).rename(single / "pytorch_model.bin")
     report = verify(single)
-    assert states(report) == {ONE: State.MISSING} and "as pickles (pytorch_model.bin), which are not read" in report.notes[0]
+    assert states(report) == {ONE: State.MISSING} and "are pickles (pytorch_model.bin), which are not read" in report.notes[0]
 
 
 def meaning(path: Path) -> dict:

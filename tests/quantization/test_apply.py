@@ -391,7 +391,9 @@ def test_a_share_that_cuts_groups_is_refused(tmp_path):
     read = quantize_folder(
         make_random_checkpoint(tmp_path / "wide", PARAMS | {"dim": 128}), tmp_path / "quantized", "int4", calibrate=False
     )
-    with pytest.raises(RequestError, match=r"layers\.0\.attention\.wo\.weight of .* has groups of 128 weights, which this number of processes"):
+    with pytest.raises(
+        RequestError, match=r"layers\.0\.attention\.wo\.weight of .* has groups of 128 weights, which this number"
+    ):
         load(read, share=Share(0, 2))
 
 

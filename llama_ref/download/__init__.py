@@ -1,1 +1,1 @@
-"""Download Meta's releases with the signed link of its form. Nothing of the loader imports this."""
+"""Download Meta's releases with the signed link from its request form. The checkpoint loader does not import this."""

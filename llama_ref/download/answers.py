@@ -1,4 +1,4 @@
-"""What a server's answer is worth: the bytes that were asked for, a reason to try again, or a refusal."""
+"""Check a server's answer: the requested bytes, an error worth a retry, or a refusal."""
 
 from llama_ref.download.link import WHERE, SignedLink
 from llama_ref.download.outcomes import Changed, Refused, Transient
@@ -10,7 +10,7 @@ from llama_ref.errors import DownloadError
 from llama_ref.files import what_is
 
 OK, PARTIAL, RANGE_NOT_SATISFIABLE = 200, 206, 416
-PASSING = (408, 425, 429)  # and all from 500 on
+PASSING = (408, 425, 429)  # temporary errors, as are all codes from 500 on
 REFUSALS = (401, 403, 404, 410)
 PAGES = ("text/html", "application/xhtml", "text/xml", "application/xml")
 ERROR_BODIES = ("an HTML page", "an XML error body", "a JSON error body")
@@ -19,7 +19,7 @@ ERROR_BODIES = ("an HTML page", "an XML error body", "a JSON error body")
 def read_remote(answer: Answer, link: SignedLink) -> Remote:
     """A file's length and version, from the answer to a request for its first byte.
 
-    Raises Transient, Refused or DownloadError as the answer says.
+    Raises Transient, Refused or DownloadError if the answer is unusable.
     """
     check_status(answer, link)
     if answer.status == RANGE_NOT_SATISFIABLE:
@@ -29,18 +29,18 @@ def read_remote(answer: Answer, link: SignedLink) -> Remote:
     if answer.status == OK:
         length = answer.headers.get("content-length", "")
         if not (length.isascii() and length.isdigit() and int(length[:18]) > 0):
-            raise DownloadError(f"{answer.address}: the server does not say how long the file is")
+            raise DownloadError(f"{answer.address}: the server does not report the file's length")
         return Remote(answer.address, int(length[:18]), strong, is_ranged=False)
     found = read_content_range(answer.headers.get("content-range"))
     if found is None or found.start != 0:
-        raise Transient(f"{answer.address}: the server sends other bytes than it was asked for")
+        raise Transient(f"{answer.address}: the server sent other bytes than requested")
     return Remote(answer.address, found.total, strong)
 
 
 def check_answer(answer: Answer, link: SignedLink, remote: Remote, start: int, stop: int) -> int:
-    """Where the bytes of an answer end, which was to hold `start` up to `stop` of a known file.
+    """Check the answer to a request for bytes `start` to `stop` of a known file; returns where its bytes end.
 
-    Raises Changed if it is another version of the file, and what `read_remote` raises.
+    Raises Changed if it belongs to another version of the file, else the same errors as `read_remote`.
     """
     check_status(answer, link)
     if answer.status == RANGE_NOT_SATISFIABLE:
@@ -56,12 +56,12 @@ def check_answer(answer: Answer, link: SignedLink, remote: Remote, start: int, s
     if found is not None and found.total != remote.total:
         raise Changed
     if found is None or not _begins_as_asked(found, start, stop):
-        raise Transient(f"{answer.address}: the server sends other bytes than it was asked for")
+        raise Transient(f"{answer.address}: the server sent other bytes than requested")
     return found.stop
 
 
 def check_status(answer: Answer, link: SignedLink) -> None:
-    """Raise Transient or Refused unless an answer holds bytes of a file, as they are."""
+    """Raise Transient, Refused or DownloadError unless an answer holds a file's bytes, not encoded."""
     status = answer.status
     if status in REFUSALS:
         raise Refused(f"{answer.address} was refused ({status}): {_why(answer, link)}")
@@ -76,12 +76,12 @@ def check_status(answer: Answer, link: SignedLink) -> None:
     if answer.headers.get("content-encoding", "identity").lower() != "identity":
         encoding = answer.headers["content-encoding"]
         raise DownloadError(
-            f"{answer.address} comes in another encoding ({encoding:.20}), which was not asked for: is a proxy in between?"
+            f"{answer.address} was sent with an encoding ({encoding:.20}) that was not requested: is a proxy in between?"
         )
 
 
 def check_first_bytes(chunk: bytes, address: str) -> None:
-    """Raise Refused if a file begins as an error page does."""
+    """Raise Refused if a file begins like an error page."""
     kind = what_is(chunk[:512])
     if kind in ERROR_BODIES:
         raise Refused(f"{address} is {kind} instead of the file; is it the right link?")
@@ -92,13 +92,13 @@ def _begins_as_asked(found: ContentRange, start: int, stop: int) -> bool:
 
 
 def _why(answer: Answer, link: SignedLink) -> str:
-    """What a refusal may mean."""
+    """The possible reasons for a refusal, and what to do."""
     if link.has_ended():
-        return f"the link {link.lifetime()}. Get a new one from {WHERE} and start the command again: it goes on from here"
+        return f"the link {link.lifetime()}. Get a new one from {WHERE} and run the command again: it continues from here"
     known = link.known_releases()
     other = f"it is not for this release (this host is known for {known})" if known else "it is not for this release"
     missing = "there is no such file, or " if answer.status in (404, 410) else ""
     return (
-        f"the link {link.lifetime()}, so {missing}{other}, its number of downloads is used up, or Meta does not serve this "
-        f"account or network. A new link from {WHERE} goes on from here"
+        f"the link {link.lifetime()}, so {missing}{other}, its download limit is reached, or Meta does not serve this "
+        f"account or network. With a new link from {WHERE} the download continues from here"
     )

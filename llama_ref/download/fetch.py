@@ -1,4 +1,4 @@
-"""Fetch one file: its ranges by several threads, its checksum while they arrive, its name when it is right."""
+"""Fetch one file in byte ranges by several threads, hash it as it arrives, and rename it once the checksum matches."""
 
 import threading
 import time
@@ -22,17 +22,17 @@ from llama_ref.download.state import Remote, part_path, remove_part
 from llama_ref.errors import CheckpointError, DownloadError
 from llama_ref.progress import FileProgress
 
-TICK_SECONDS = 0.1  # between two reports of progress
-SAVE_SECONDS = 2.0  # between two states on disk
-HASH_BYTES = 64 << 20  # at most, between two reports
-MOST_RESTARTS = 3  # of a file that changes on the server
+TICK_SECONDS = 0.1  # between two progress reports
+SAVE_SECONDS = 2.0  # between two writes of the state file
+HASH_BYTES = 64 << 20  # hashed at most between two progress reports
+MOST_RESTARTS = 3  # attempts for a file that changes on the server
 
 T = TypeVar("T")
 
 
 @dataclass
 class Fetcher:
-    """What all files of a download share. `folder` is the server's; `stop` ends all threads."""
+    """State shared by all files of a download. `folder` is on the server; setting `stop` ends all threads."""
 
     server: Server
     folder: str
@@ -40,11 +40,11 @@ class Fetcher:
     requests: ThreadPoolExecutor
     progress: FileProgress | None = None
     stop: threading.Event = field(default_factory=threading.Event)
-    counts: list[int] = field(default_factory=list)  # of bytes, one for each part
+    counts: list[int] = field(default_factory=list)  # bytes received, one number per part
 
     @property
     def fetched_bytes(self) -> int:
-        """Bytes that have come over the network."""
+        """Bytes received over the network."""
         return sum(self.counts)
 
     def look_up(self, name: str) -> Remote:
@@ -58,9 +58,9 @@ class Fetcher:
         return self._retried(first_byte)
 
     def fetch(self, path: Path, remote: Remote, entry: Entry | None) -> Hashed:
-        """Fetch a file to `path`, which it gets when it is whole and has the checklist's sum.
+        """Fetch a file to `path`, where it appears once it is complete and matches the checklist.
 
-        Raises DownloadError, or Stopped. What has arrived stays, unless its sum is wrong.
+        Raises DownloadError or Stopped. The bytes received are kept unless the checksum is wrong.
         """
         begun = time.perf_counter()
         for _ in range(MOST_RESTARTS):
@@ -69,12 +69,12 @@ class Fetcher:
                 return Hashed(found, time.perf_counter() - begun)
             except Changed:
                 before, remote = remote, self.look_up(path.name)
-                if remote == before:  # the server sends parts of it only sometimes
+                if remote == before:  # the server answers range requests only sometimes
                     remote = replace(remote, is_ranged=False)
         raise DownloadError(f"{remote.address} changes on the server while it is fetched; start the command again later")
 
     def _fetch_version(self, path: Path, remote: Remote, entry: Entry | None) -> str:
-        """The sum of a file that was fetched and has its name. Raises Changed if it is replaced meanwhile."""
+        """Fetch one version of a file and rename it; returns its checksum. Raises Changed if the server replaces it."""
         check_limit(path, remote.total)
         with closing(Part(path, remote, self.jobs)) as part:
             found = self._arrive(part, entry.algorithm if entry else "md5")
@@ -83,7 +83,7 @@ class Fetcher:
         return found
 
     def _arrive(self, part: Part, algorithm: str) -> str:
-        """Wait until a part is here and hashed; its sum."""
+        """Receive and hash a whole part; returns its checksum."""
         digest, abandoned, here_before = PrefixHash(part, algorithm), threading.Event(), part.arrived
         pending: set[Future[None]] = {
             self.requests.submit(self._fetch_segment, part, segment, abandoned) for segment in part.segments if segment.rest
@@ -113,7 +113,7 @@ class Fetcher:
             self.counts.append(part.arrived - here_before)
 
     def _fetch_segment(self, part: Part, segment: Segment, abandoned: threading.Event) -> None:
-        """Fetch the rest of a segment, in as many requests as it takes."""
+        """Fetch the rest of a segment, retrying as often as needed."""
         retries = Retries(self.stop)
         while segment.rest:
             before = segment.done
@@ -141,7 +141,7 @@ class Fetcher:
                     check_first_bytes(chunk, answer.address)
                 part.write(segment, chunk[: end - segment.position])
         if segment.position == start:
-            raise Transient(f"{remote.address}: the server sends nothing")
+            raise Transient(f"{remote.address}: the server sent no data")
 
     def _retried(self, action: Callable[[], T]) -> T:
         retries = Retries(self.stop)
@@ -159,22 +159,22 @@ class Fetcher:
 
 
 def _check_content(part: Part, found: str, entry: Entry | None) -> None:
-    """Raise DownloadError, and remove the part, if its content is not the checklist's."""
+    """Remove the part and raise DownloadError if it does not match the checklist, or is itself an invalid one."""
     problem = None
     if entry is not None and found != entry.sum:
-        problem = f"has the sum {found}, {CHECKLIST_NAME} says {entry.sum}"
+        problem = f"has the checksum {found}, {CHECKLIST_NAME} says {entry.sum}"
     if part.path.name == CHECKLIST_NAME:
         try:
             read_checklist(part_path(part.path))
         except CheckpointError as error:
-            problem = f"is no list of sums ({error})"
+            problem = f"is not a list of checksums ({error})"
     if problem:
         remove_part(part.path)
         raise DownloadError(
-            f"{part.remote.address} {problem}; what arrived was removed, start the command again to fetch it anew"
+            f"{part.remote.address} {problem}; the partial file was removed, run the command again to fetch it from the start"
         )
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether an error of one file ends the others too: a refusal, or a disk that is full."""
+    """Whether one file's error stops the other files too: a refusal or a disk error."""
     return isinstance(error, Refused) or isinstance(error.__cause__, OSError)

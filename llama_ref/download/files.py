@@ -1,4 +1,4 @@
-"""Where Meta's server has a release's files, what they are called, and how large they are."""
+"""The folders, names and sizes of a release's files on Meta's server."""
 
 import re
 
@@ -9,16 +9,16 @@ from llama_ref.checkpoint.spelling import META
 from llama_ref.checkpoint.verify.checklist import CHECKLIST_NAME
 
 WEIGHTS = re.compile(r".*\.(pth|pt|pte|safetensors)")
-# Where the folder is not called like the repository on Hugging Face.
+# Releases whose folder is not named like their repository on Hugging Face.
 FOLDERS = {
-    "Llama-3-8B": ("Llama-3-8B", "8b_pre_trained"),  # Meta's list of 2024, and its script of Llama 3
+    "Llama-3-8B": ("Llama-3-8B", "8b_pre_trained"),  # from Meta's list of 2024, and from its Llama 3 script
     "Llama-3-8B-Instruct": ("Llama-3-8B-Instruct", "8b_instruction_tuned"),
     "Llama-3-70B": ("Llama-3-70B", "70b_pre_trained"),
     "Llama-3-70B-Instruct": ("Llama-3-70B-Instruct", "70b_instruction_tuned"),
     "Llama-Guard-2-8B": ("llama-guard-2",),
     "Llama-Guard-3-8B:int8": ("Llama-Guard-3-8B-INT8-HF",),
 }
-LAYOUTS = {"": "", ":bf16-mp8": "-MP8", ":bf16-mp16": "-MP16"}  # of the 405B: its folder without suffix is the fp8 one
+LAYOUTS = {"": "", ":bf16-mp8": "-MP8", ":bf16-mp16": "-MP16"}  # for the 405B; the folder without a suffix is fp8
 SHARD_BYTES = {"": 60_903_742_309, ":bf16-mp8": 101_470_976_045, ":bf16-mp16": 51_268_302_389}
 SMALL_FILES = (CHECKLIST_NAME, "params.json", "tokenizer.model")
 OTHER_FILES = {
@@ -37,7 +37,7 @@ OTHER_FILES = {
 
 
 def remote_folders(release: Release) -> tuple[str, ...]:
-    """The folders in which the server may have a release, most likely first."""
+    """The folders where the server may keep a release, most likely first."""
     if _is_405b(release):
         base, _, layout = release.name.partition(":")
         return (base.replace("Llama3", "Llama-3") + LAYOUTS[layout and f":{layout}"],)
@@ -45,7 +45,7 @@ def remote_folders(release: Release) -> tuple[str, ...]:
 
 
 def file_names(release: Release) -> tuple[str, ...]:
-    """A release's files, the small ones first and checklist.chk before all."""
+    """The names of a release's files: checklist.chk first, then the other small files, then the weights."""
     if release.name in OTHER_FILES:
         return OTHER_FILES[release.name]
     scales = [scales_name(rank) for rank in range(release.shards)] if release.weights == "fp8-mixed" else []
@@ -53,12 +53,12 @@ def file_names(release: Release) -> tuple[str, ...]:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file may be too large to be fetched before anything else is known."""
+    """Whether a file holds weights, by its name; weights are fetched after the small files are checked."""
     return WEIGHTS.fullmatch(name) is not None
 
 
 def estimated_bytes(release: Release) -> int | None:
-    """About how much room a release takes, from Meta's table or its shape; None if neither tells."""
+    """Estimated size of a release on disk, from Meta's table or from its shape; None if unknown."""
     from llama_ref.parallel.sharding import WHOLE
     from llama_ref.plan import model_of_release, weight_bytes
 

@@ -1,4 +1,4 @@
-"""One download at a time into a folder: a second one says so, and waits."""
+"""A lock that allows one download at a time per folder: a second one logs a warning and waits."""
 
 import fcntl
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Lock other downloads out of a folder, which is made if need be. Raises DownloadError."""
+    """Hold a folder's download lock for the block, creating the folder if needed. Raises DownloadError."""
     try:
         descriptor = _locked(folder)
     except OSError as error:
@@ -27,13 +27,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # while it is locked: who waits for it sees that it is gone
+        with suppress(OSError):  # while still locked, so that a waiting process notices the removal (`_is_there`)
             (folder / LOCK_NAME).unlink()
         os.close(descriptor)
 
 
 def _locked(folder: Path) -> int:
-    """The descriptor of the lock's file, locked, and not removed meanwhile by its former owner."""
+    """The descriptor of the locked lock file, after checking that its former owner did not remove it."""
     has_said = False
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def _locked(folder: Path) -> int:
         except BlockingIOError:
             if not has_said:
                 has_said = True
-                logger.warning("waiting for %s, which downloads into %s", _owner(descriptor), printable(str(folder)))
+                logger.warning("waiting for %s, which is downloading into %s", _owner(descriptor), printable(str(folder)))
             time.sleep(TRY_SECONDS)
         except BaseException:
             os.close(descriptor)

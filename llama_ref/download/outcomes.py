@@ -1,10 +1,10 @@
-"""How a request may fail, by what is to be done then."""
+"""The ways a request can fail, by what the caller should do."""
 
 from llama_ref.errors import DownloadError
 
 
 class Transient(Exception):
-    """Try again, after `pause` seconds if the server named them."""
+    """Retry, after `pause` seconds if the server gave a number."""
 
     def __init__(self, message: str, pause: float | None = None):
         super().__init__(message)
@@ -12,12 +12,12 @@ class Transient(Exception):
 
 
 class Changed(Exception):
-    """The file is another one than before, or the server no longer sends parts: begin it again."""
+    """The file has changed on the server, or the server no longer answers range requests: start the file again."""
 
 
 class Stopped(Exception):
-    """Another thread has failed or was interrupted."""
+    """Stop, because another thread failed or was interrupted."""
 
 
 class Refused(DownloadError):
-    """The server says no. Other files of the same link would fare no better."""
+    """The server refused the request. Other files of the same link would be refused too."""

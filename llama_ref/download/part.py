@@ -1,4 +1,4 @@
-"""An unfinished file on disk: written in ranges by several threads, hashed from its start, then renamed."""
+"""A partly downloaded file on disk: written in ranges by several threads, hashed from its start, then renamed."""
 
 import hashlib
 import os
@@ -17,10 +17,10 @@ NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Part:
-    """NAME.part of the file that will be at `path`. Only this object's process writes it."""
+    """The file NAME.part, which is renamed to `path` when complete. Only this object's process writes it."""
 
     def __init__(self, path: Path, remote: Remote, jobs: int):
-        """Open what an earlier run left, or begin. Raises DownloadError if it cannot be written."""
+        """Open the file that an earlier run left, or create it. Raises DownloadError if it cannot be written."""
         self.path, self.remote = path, remote
         self.segments = load_segments(path, remote) if remote.is_ranged else []
         with _writing(path):
@@ -32,16 +32,16 @@ class Part:
 
     @property
     def arrived(self) -> int:
-        """Bytes that are here."""
+        """Number of bytes received, in any range."""
         return arrived(self.segments)
 
     @property
     def prefix(self) -> int:
-        """Bytes from the start on that are here."""
+        """Number of bytes received from the start without a gap."""
         return prefix(self.segments)
 
     def write(self, segment: Segment, data: bytes) -> None:
-        """Write what follows in a segment. Raises DownloadError if the disk is full."""
+        """Write the next bytes of a segment. Raises DownloadError, for example if the disk is full."""
         with _writing(self.path), memoryview(data) as view:
             done = 0
             while done < len(view):
@@ -49,20 +49,20 @@ class Part:
         segment.done += len(data)
 
     def read(self, buffer: memoryview, position: int) -> int:
-        """Read into a buffer; how many bytes."""
+        """Read into a buffer; returns the number of bytes."""
         return os.preadv(self._file, [buffer], position)
 
     def save(self) -> None:
-        """Sync what is here to the disk, and only then write that it is. Raises DownloadError."""
-        if not self.remote.is_ranged:  # it cannot be continued
+        """Sync the received bytes to disk, then write the state file that lists them. Raises DownloadError."""
+        if not self.remote.is_ranged:  # such a download cannot be resumed
             return
-        here = as_lists(self.segments)  # what arrives from now on may not be synced
+        here = as_lists(self.segments)  # taken before fsync, which may miss bytes that arrive later
         with _writing(self.path):
             os.fsync(self._file)
             save_segments(self.path, self.remote, here)
 
     def close(self) -> None:
-        """Close the file, which stays for the next run; what has no state is removed."""
+        """Close the file and keep it for the next run; remove it if it cannot be resumed."""
         os.close(self._file)
         if not self.remote.is_ranged:
             remove_part(self.path)
@@ -77,7 +77,7 @@ class Part:
 
 
 class PrefixHash:
-    """The checksum of a part, computed while it arrives: it follows the bytes that are here from the start on."""
+    """The checksum of a part, computed while it arrives, over the bytes received from the start without a gap."""
 
     def __init__(self, part: Part, algorithm: str):
         self.part, self.position = part, 0
@@ -86,16 +86,16 @@ class PrefixHash:
 
     @property
     def lag(self) -> int:
-        """Bytes that are here and not hashed."""
+        """Number of received bytes that are not hashed yet."""
         return self.part.prefix - self.position
 
     def follow(self, most: int) -> None:
-        """Hash at most so many bytes."""
+        """Hash at most `most` of the bytes that are ready."""
         end = min(self.part.prefix, self.position + most)
         while self.position < end:
             n = self.part.read(self._buffer[: end - self.position], self.position)
             if not n:
-                raise DownloadError(f"{part_path(self.part.path)} became shorter while it was written; start again")
+                raise DownloadError(f"{part_path(self.part.path)} was truncated during the download; run the command again")
             self._digest.update(self._buffer[:n])
             self.position += n
 
@@ -111,11 +111,11 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         advice = ADVICE_WHEN_FULL.get(error.errno, "allow writing there")
         raise DownloadError(
-            f"cannot write {part_path(path)}: {error.strerror}; {advice}. What has arrived stays for the next try"
+            f"cannot write {part_path(path)}: {error.strerror}; {advice}. Downloaded data is kept for the next try"
         ) from error
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove a folder in which nothing has arrived."""
+    """Remove a folder if it is empty."""
     with suppress(OSError):
         folder.rmdir()

@@ -1,4 +1,4 @@
-"""The policy within a signed link: for which files it is good, and until when."""
+"""Decode the policy in a signed link: which files it allows, and until when."""
 
 import base64
 import binascii
@@ -8,21 +8,21 @@ from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import unquote
 
-BASE64 = str.maketrans("-_~", "+=/")  # CloudFront's alphabet, which an address may hold
+BASE64 = str.maketrans("-_~", "+=/")  # CloudFront's URL-safe alphabet to the usual one
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What CloudFront compares a request with: the addresses, and when the permission ends."""
+    """The rules that CloudFront checks a request against: the allowed URLs and the expiry date."""
 
     resource: str
     expires: datetime
 
 
 def read_policy(encoded: str) -> Policy | None:
-    """The policy of a link's query; None if it is damaged.
+    """Decode the policy of a link's query; None if it is damaged.
 
-    No exception leaves this function: a decoder's would hold the text.
+    No exception leaves this function, because a decoder's error would contain the secret text.
     """
     try:
         content = json.loads(base64.b64decode(unquote(encoded).translate(BASE64), validate=True))

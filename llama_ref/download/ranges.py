@@ -1,17 +1,17 @@
-"""A file in ranges: each is one request, and says how much of it has arrived."""
+"""Split a file into byte ranges, one request each, and track how much of each has arrived."""
 
 import re
 from dataclasses import dataclass
 
-LARGEST = 1_000_000_000  # bytes a request; CloudFront refuses more than 27 GB
+LARGEST = 1_000_000_000  # bytes per request; CloudFront refuses more than 27 GB
 SMALLEST = 16_000_000
-TURNS = 16  # ranges that one job fetches of a file: the last ones, which are hashed at the end, are a small part
+TURNS = 16  # ranges per job and file: many, so that little is left to hash when the last ranges arrive
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 
 @dataclass
 class Segment:
-    """The bytes from `start` up to `stop`, of which the first `done` have arrived."""
+    """The bytes from `start` to `stop` (exclusive), of which the first `done` have arrived."""
 
     start: int
     stop: int
@@ -19,7 +19,7 @@ class Segment:
 
     @property
     def position(self) -> int:
-        """Where the next byte goes."""
+        """File offset of the next byte."""
         return self.start + self.done
 
     @property
@@ -28,18 +28,18 @@ class Segment:
 
 
 def cut(total: int, jobs: int) -> list[Segment]:
-    """Ranges for a file of `total` bytes: TURNS for each of the `jobs`, unless they were too large or small."""
+    """Ranges for a file of `total` bytes: TURNS per job, with sizes limited to SMALLEST..LARGEST."""
     size = min(LARGEST, max(SMALLEST, -(-total // (jobs * TURNS))))
     return [Segment(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def arrived(segments: list[Segment]) -> int:
-    """Bytes of a file that have arrived, wherever they lie."""
+    """Total number of bytes that have arrived."""
     return sum(segment.done for segment in segments)
 
 
 def prefix(segments: list[Segment]) -> int:
-    """Bytes from the file's start on that have arrived without a gap."""
+    """Number of bytes that have arrived from the file's start without a gap."""
     for segment in segments:
         if segment.rest:
             return segment.position
@@ -48,7 +48,7 @@ def prefix(segments: list[Segment]) -> int:
 
 @dataclass(frozen=True)
 class ContentRange:
-    """Which bytes an answer holds, `start` up to `stop`, of how many in the file."""
+    """The bytes in an answer, from `start` to `stop` (exclusive), and the file's `total` length."""
 
     start: int
     stop: int
@@ -56,7 +56,7 @@ class ContentRange:
 
 
 def read_content_range(header: str | None) -> ContentRange | None:
-    """Read `bytes 0-99/1000`; None if it is anything else or contradicts itself."""
+    """Parse a header such as `bytes 0-99/1000`; None if it is malformed or inconsistent."""
     match = CONTENT_RANGE.fullmatch((header or "").strip())
     if match is None:
         return None

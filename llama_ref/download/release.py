@@ -1,4 +1,4 @@
-"""Download a release into a folder, or fetch again what is wrong in one."""
+"""Download a release into a folder, or repair one by fetching its missing and damaged files again."""
 
 import logging
 import time
@@ -27,15 +27,15 @@ from llama_ref.errors import CheckpointError, DownloadError, RequestError
 from llama_ref.machine.waiting import as_they_end, interrupt_held, result_of
 from llama_ref.progress import FileProgress
 
-FILES_AT_ONCE = 2  # the second begins while the first waits for its last bytes and its sum
-HEADROOM = 1.01  # of the disk, for the file system's own needs
+FILES_AT_ONCE = 2  # the second file starts while the first waits for its last bytes and its checksum
+HEADROOM = 1.01  # factor on the free disk space required, for the file system's overhead
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Outcome:
-    """What a download did: the files that it fetched with their sums, and what `verify` says of the folder."""
+    """Result of a download: the fetched files with their checksums, and the `verify` report of the folder."""
 
     folder: Path
     report: Report
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def wanted_files(release: Release, only: Collection[str] = ()) -> tuple[str, ...]:
-    """A release's files, or those of them that are named. Raises RequestError for any other name."""
+    """The names of a release's files, or the subset `only`. Raises RequestError for an unknown name."""
     names = file_names(release)
     strange = next((name for name in only if name not in names), None)
     if strange is not None:
@@ -66,13 +66,13 @@ def download(
     hashing: FileProgress | None = None,
     known: Mapping[str, Hashed] | None = None,
 ) -> Outcome:
-    """Fetch what a folder lacks of a release, in `jobs` requests at a time, and verify the folder.
+    """Fetch a release's missing files, with `jobs` requests at a time, and verify the folder.
 
-    A file has its name only when it is whole and its sum is the checklist's. Files that are there
-    stay, but for those to `replace`, which stay until the new ones are whole. `known` are sums of
-    files that need not be hashed again. `progress` and `hashing` are called from threads. Raises
-    RequestError for a link that has ended, DownloadError for what cannot be fetched; what has
-    arrived stays.
+    A file gets its final name only when it is complete and its checksum matches the checklist. Existing
+    files are kept, except those in `replace`, which are replaced once the new ones are complete. `known`
+    holds checksums of files that need not be hashed again. `progress` and `hashing` are called from
+    worker threads. Raises RequestError for an expired link, DownloadError if a file cannot be fetched;
+    the bytes received so far are kept.
     """
     names = wanted_files(release, only)
     to_fetch = (CHECKLIST_NAME, *(name for name in names if name != CHECKLIST_NAME))
@@ -106,15 +106,15 @@ def repair(
     progress: FileProgress | None = None,
     hashing: FileProgress | None = None,
 ) -> Outcome:
-    """Verify a folder and fetch again what is wrong or missing; `link` is asked for only if there is any.
+    """Verify a folder and fetch missing and damaged files again; `link` is called only if there are any.
 
-    Raises what `download` raises.
+    Raises the same errors as `download`.
     """
     names = wanted_files(release)
     report = check(release, folder, names, {}, progress=hashing)
     fetched: dict[str, Hashed] = {}
     n_bytes, begun = 0, time.perf_counter()
-    # A list that is wrong says nothing about the others.
+    # The checklist first: a damaged one says nothing about the other files.
     for chosen in ((CHECKLIST_NAME,), names):
         wrong = [name for name in chosen if name in _wrong(report, folder, names)]
         if wrong:
@@ -144,14 +144,14 @@ def check(
     *,
     progress: FileProgress | None = None,
 ) -> Report:
-    """What `verify` says of a release's folder; of some files, or of what cannot be loaded, whether the sums match."""
+    """Check a release's folder with `verify`; for a subset of files or an unloadable release, compare checksums only."""
     if set(names) == set(file_names(release)) and can_be_loaded(release):
         return verify(folder, known={folder / name: hashed for name, hashed in known.items()}, progress=progress)
     return _compare(folder, [name for name in names if name != CHECKLIST_NAME], known, progress)
 
 
 def _compare(folder: Path, names: Collection[str], known: Mapping[str, Hashed], progress: FileProgress | None) -> Report:
-    """Compare files with the folder's list, and nothing else."""
+    """Compare files with the checksums in the folder's checklist only."""
     try:
         entries = entries_of(folder)
     except CheckpointError as error:
@@ -177,28 +177,28 @@ def _compared(path: Path, entry: Entry | None, hashed: Hashed | None) -> FileRep
 
 
 def can_be_loaded(release: Release) -> bool:
-    """Whether `verify` knows the release's weights; an ExecuTorch program it does not."""
+    """Whether `verify` can check the release's weights: it cannot read ExecuTorch programs (.pte)."""
     return not any(name.endswith(".pte") for name in file_names(release))
 
 
 def entries_of(folder: Path) -> dict[str, Entry]:
-    """The entries of a folder's list by file. Raises CheckpointError."""
+    """The entries of a folder's checklist by file name. Raises CheckpointError."""
     return {entry.name: entry for entry in read_checklist(folder / CHECKLIST_NAME).entries}
 
 
 def _wrong(report: Report, folder: Path, names: Iterable[str]) -> set[str]:
-    """The release's files that are missing or broken."""
+    """The names of files that are missing or damaged."""
     broken = {file.name for file in report.bad}
     return {name for name in names if name in broken or not (folder / name).exists()}
 
 
 def _sums(report: Report) -> dict[str, Hashed]:
-    """The sums of the files that a report found whole."""
+    """The checksums of the files that a report found intact."""
     return {file.name: Hashed(file.found_sum, file.seconds or 0.0) for file in report.files if file.ok and file.found_sum}
 
 
 class _Release:
-    """One run over the files of a release that are to be fetched."""
+    """One run that fetches the given files of a release."""
 
     def __init__(self, release: Release, folder: Path, fetcher: Fetcher, names: Collection[str]):
         self.release, self.folder, self.fetcher = release, folder, fetcher
@@ -206,13 +206,13 @@ class _Release:
         self.fetched: dict[str, Hashed] = {}
 
     def fetch(self) -> dict[str, Hashed]:
-        """The files' sums. Raises DownloadError, with the first of several reasons."""
+        """Fetch the files; returns their checksums. Raises DownloadError with the first of several errors."""
         with ThreadPoolExecutor(FILES_AT_ONCE) as files:
             try:
                 self.fetcher.folder = result_of(files.submit(self._find_folder))
                 small = [name for name in self.names if not is_weights(name)]
                 weights = [name for name in self.names if is_weights(name)]
-                for name in small:  # the list first
+                for name in small:  # in order: the checklist comes first
                     self._all([files.submit(self._fetch, name)])
                 remotes = self._look_up(weights)
                 self._check_space(remotes)
@@ -224,7 +224,7 @@ class _Release:
         return self.fetched
 
     def _find_folder(self) -> str:
-        """The server's folder. Raises Refused if the server has none of the possible ones."""
+        """The release's folder on the server: the first candidate that answers, else the last one."""
         *others, last = remote_folders(self.release)
         for candidate in others:
             self.fetcher.folder = candidate
@@ -246,7 +246,7 @@ class _Release:
         return {name: future.result() for name, future in futures.items()}
 
     def _check_space(self, remotes: Mapping[str, Remote]) -> None:
-        """Report what is still to come. Raises CheckpointError if that does not fit on the disk."""
+        """Report the initial progress. Raises CheckpointError if the remaining bytes do not fit on the disk."""
         rest = sum(remote.total - bytes_here(self.folder / name, remote) for name, remote in remotes.items())
         check_free_space(self.folder, int(rest * HEADROOM))
         if self.fetcher.progress is not None:
@@ -254,7 +254,7 @@ class _Release:
                 self.fetcher.progress(self.folder / name, bytes_here(self.folder / name, remote), remote.total)
 
     def _all(self, futures: Iterable[Future[Any]]) -> None:
-        """Wait for all; stop them at an error that is final. Raises the first error."""
+        """Wait for all futures; a fatal error stops the others. Raises the first error."""
         errors: list[Exception] = []
         for future in as_they_end(futures):
             try:

@@ -1,7 +1,7 @@
-"""Requests to Meta's server with a signed link, over httpx.
+"""Requests to Meta's server with a signed link, made with httpx.
 
-httpx puts addresses into its errors and its log, so none of its errors leaves this file, not even
-as another error's context, and its loggers are silent while a server is open.
+httpx puts URLs into its errors and its log, and these contain the secret query. So no httpx error leaves
+this file, not even as another error's context, and its loggers are disabled while a server is open.
 """
 
 import logging
@@ -21,7 +21,7 @@ from llama_ref.errors import DownloadError, RequestError
 from llama_ref.formatting import hide_queries
 
 CONNECT_SECONDS = 10.0
-STALLED_SECONDS = 30.0  # without a byte
+STALLED_SECONDS = 30.0  # without receiving a byte
 MOST_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 LOGGERS = ("httpx", "httpcore")
@@ -38,7 +38,7 @@ class Answer:
         self.headers: Mapping[str, str] = {name.lower(): value for name, value in response.headers.items()}
 
     def chunks(self) -> Iterator[bytes]:
-        """The body as it comes. Raises Transient if it breaks off or stalls."""
+        """The body as it arrives. Raises Transient if the connection breaks off or stalls."""
         body = self._response.iter_raw()
         while (chunk := _shielded(lambda: next(body, None), self.address)) is not None:
             yield chunk
@@ -63,9 +63,9 @@ class Server:
 
     @contextmanager
     def get(self, path: str, headers: Mapping[str, str]) -> Iterator[Answer]:
-        """Ask for a file of the link with these headers; yield the answer, redirects followed.
+        """Request a file with these headers, following redirects, and yield the answer.
 
-        Raises Transient for what may pass, DownloadError for what will not.
+        Raises Transient for errors that are worth a retry, DownloadError for all others.
         """
         address, url = self.link.address(path), self.link.signed(path)
         answer = self._send(url, address, headers)
@@ -83,8 +83,8 @@ class Server:
             answer.close()
 
     def abort(self) -> None:
-        """Let all threads that wait for the network go on, with Transient, and those that ask later."""
-        self._is_aborted = True  # before the look at the streams: one that connects meanwhile looks at this
+        """Make all current and later requests fail with Transient, so that no thread waits for the network."""
+        self._is_aborted = True  # set before closing the streams: a connection opened during the loop checks it
         for stream in list(self._streams):
             _shut_down(stream)
 
@@ -99,7 +99,7 @@ class Server:
         return Answer(_shielded(send, address), address)
 
     def _next_url(self, answer: Answer) -> str:
-        """Where a redirect leads, if that host may be asked. Raises Refused."""
+        """The target of a redirect. Raises Refused if its host is not allowed."""
         location = answer.headers.get("location", "")
         parts = None
         with suppress(ValueError):
@@ -111,10 +111,10 @@ class Server:
                 return location
             except RequestError:
                 problem = f"to {parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-        raise Refused(f"{answer.address} leads {problem}, which is not followed: a login page? Is it the right link?")
+        raise Refused(f"{answer.address} redirects {problem}, which is not followed: a login page? Is it the right link?")
 
     def _note_stream(self, event: str, info: dict[str, Any]) -> None:
-        """Remember connections, for `abort`; end those that come after it."""
+        """Remember connections for `abort`; shut down those opened after it."""
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             self._streams.add(info["return_value"])
             if self._is_aborted:
@@ -123,7 +123,7 @@ class Server:
 
 @contextmanager
 def opened(link: SignedLink, allowed_hosts: Collection[str], jobs: int) -> Iterator[Server]:
-    """A server for the block, in which httpx does not log."""
+    """Open a server for the block, with httpx's loggers disabled."""
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.partition(".")[0] in LOGGERS]
     loggers = [logger for logger in loggers if not logger.disabled]
     for logger in loggers:
@@ -138,7 +138,7 @@ def opened(link: SignedLink, allowed_hosts: Collection[str], jobs: int) -> Itera
 
 
 def _shut_down(stream: Any) -> None:
-    """End a connection that httpx has, in whatever thread; of TLS, the connection beneath."""
+    """Shut down a connection's socket, even if another thread is reading from it; for TLS, the socket beneath."""
     with suppress(OSError, ValueError):
         sock = stream.get_extra_info("socket")
         if sock is not None and sock.fileno() >= 0:
@@ -147,20 +147,20 @@ def _shut_down(stream: Any) -> None:
 
 
 def _shielded(action: Callable[[], T], address: str) -> T:
-    """Call httpx; its errors hold the query, so others are raised, with no link to the first."""
+    """Call httpx and replace its errors, which contain the secret query, by our own without a cause or context."""
     failure: Exception
     try:
         return action()
     except httpx.ConnectTimeout:
         failure = Transient(f"{address}: no connection within {CONNECT_SECONDS:.0f} seconds")
     except httpx.TimeoutException:
-        failure = Transient(f"{address}: nothing came for {STALLED_SECONDS:.0f} seconds")
+        failure = Transient(f"{address}: no data for {STALLED_SECONDS:.0f} seconds")
     except httpx.ConnectError as error:
         failure = _connect_failure(hide_queries(str(error)), address)
     except httpx.TransportError as error:
         failure = Transient(f"{address}: the connection broke off ({type(error).__name__})")
     except Exception as error:
-        failure = DownloadError(f"{address} cannot be asked for: {type(error).__name__}; is the link damaged?")
+        failure = DownloadError(f"{address} cannot be requested: {type(error).__name__}; is the link damaged?")
     raise failure
 
 

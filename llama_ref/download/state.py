@@ -1,7 +1,7 @@
-"""What is known of an unfinished file, kept beside it: where it comes from, which version, which bytes are here.
+"""The state file of an unfinished download: its source, its version, and which bytes have arrived.
 
-NAME.part has the file's full length from the start, with holes where nothing has arrived. A link's
-query is no part of the state: a new link goes on where the old one ended.
+NAME.part is a sparse file of the full length. The state does not contain the link's query, so a download can
+be continued with a new link.
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any
 
 from llama_ref.download.ranges import Segment, arrived
 
-STATE_LIMIT_BYTES = 1 << 20  # the 405B's longest shard has a hundred ranges
+STATE_LIMIT_BYTES = 1 << 20  # ample: the 405B's longest shard has a hundred ranges
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on the server: its address without the query, its length in bytes, and which version it is.
+    """A file on the server: its URL without the query, its length in bytes, and its version.
 
-    `etag` is None if the server names no version. `is_ranged`: whether the server sends parts of it.
+    `etag` is None if the server gives no strong one. `is_ranged`: whether the server answers range requests.
     """
 
     address: str
@@ -30,19 +30,19 @@ class Remote:
 
 
 def part_path(path: Path) -> Path:
-    """Where a file is until it is whole."""
+    """The path of a file while it is incomplete."""
     return path.with_name(f"{path.name}.part")
 
 
 def state_path(path: Path) -> Path:
-    """Where it is written what has arrived of a file."""
+    """The path of an incomplete file's state."""
     return path.with_name(f"{path.name}.part.json")
 
 
 def load_segments(path: Path, remote: Remote) -> list[Segment]:
-    """The ranges of an unfinished file at `path` with what has arrived of them.
+    """Load the ranges of an unfinished file at `path`, with how much of each has arrived.
 
-    Empty without such a file, or if it belongs to another version: then it is started again.
+    Empty if there is no such file, or if it belongs to another version: then the download starts again.
     """
     try:
         status = part_path(path).lstat()
@@ -57,7 +57,7 @@ def load_segments(path: Path, remote: Remote) -> list[Segment]:
 
 
 def save_segments(path: Path, remote: Remote, segments: list[list[int]]) -> None:
-    """Write the state; after a crash it is the old one or the new one. Raises OSError."""
+    """Write the state atomically: after a crash, the old or the new state is there. Raises OSError."""
     content = {
         "version": VERSION,
         "address": remote.address,
@@ -74,7 +74,7 @@ def save_segments(path: Path, remote: Remote, segments: list[list[int]]) -> None
 
 
 def bytes_here(path: Path, remote: Remote) -> int:
-    """How much of an unfinished file has arrived."""
+    """Number of bytes of an unfinished file that have arrived."""
     return arrived(load_segments(path, remote))
 
 
@@ -96,7 +96,7 @@ def _whole(value: Any) -> int:
 
 
 def _cover(segments: list[Segment], total: int) -> bool:
-    """Whether ranges are a file's, one after another."""
+    """Whether valid ranges cover a whole file in order, without gaps or overlaps."""
     ends = [0, *(segment.stop for segment in segments)]
     follow = all(segment.start == end and segment.done >= 0 for segment, end in zip(segments, ends, strict=False))
     return follow and all(segment.rest >= 0 and segment.stop > segment.start for segment in segments) and ends[-1] == total

@@ -90,7 +90,7 @@ def test_link_says_what_it_is_good_for(run, tmp_path, root):
 def test_a_link_that_has_ended_is_exit_code_1(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_REF_LINK", make_link(HOST, time.time() - 3 * 3600 - 1, scheme="https"))
     code, out, err = run("link")
-    assert (code, err) == (1, "") and "ended 3 hours ago" in out
+    assert (code, err) == (1, "") and "expired 3 hours ago" in out
 
 
 def test_links_where_names_are_expected_are_not_shown(run, tmp_path):

@@ -1,4 +1,4 @@
-"""A server with a release, a folder for it, and a watch over the link's secrets."""
+"""Fixtures for download tests: a server with a release, a target folder, and a check for leaked secrets."""
 
 import logging
 import threading
@@ -27,7 +27,7 @@ SHARD = "consolidated.00.pth"
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A checkpoint of 126 kB, in whose shard the tests see four ranges."""
+    """A checkpoint of 126 kB, whose shard is fetched in four ranges."""
     return tiny_folder(tmp_path_factory.mktemp("download") / "Tiny")
 
 
@@ -39,7 +39,7 @@ def loopback(tiny) -> Iterator[Loopback]:
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch) -> None:
-    """Small ranges, and short pauses before another try."""
+    """Use small ranges and short pauses between tries."""
     monkeypatch.setattr(ranges, "SMALLEST", 1 << 15)
     monkeypatch.setattr(ranges, "LARGEST", 1 << 15)
     monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.001)
@@ -48,7 +48,7 @@ def short_times(monkeypatch) -> None:
 
 @dataclass
 class Downloads:
-    """Downloads from a server into a folder; what they say is kept, to be searched for secrets."""
+    """Downloads from a server into a folder; keeps their messages to search them for secrets."""
 
     loopback: Loopback
     folder: Path
@@ -69,7 +69,7 @@ class Downloads:
             raise
 
     def fails(self, match: str, **options: Any) -> str:
-        """The one line with which a download ends."""
+        """Run a download that must fail, and check its one-line error."""
         with pytest.raises(LlamaRefError, match=match) as caught:
             self.run(**options)
         line = str(caught.value)
@@ -77,7 +77,7 @@ class Downloads:
         return line
 
     def check_names(self) -> None:
-        """No file has its final name unless it is the server's."""
+        """Check that every file with a final name equals the server's."""
         for path in self.folder.glob("*"):
             if path.name.startswith(".") or ".part" in path.name:
                 continue
@@ -91,7 +91,7 @@ class Downloads:
 
 @pytest.fixture
 def downloads(loopback, tmp_path, caplog, capfd) -> Iterator[Downloads]:
-    """Downloads whose outputs, logs, errors and files hold no secret of the link."""
+    """Downloads; checks afterwards that outputs, logs, errors and files contain no secret of the link."""
     caplog.set_level(logging.DEBUG)
     found = Downloads(loopback, tmp_path / "home" / "checkpoints" / NAME)
     yield found
@@ -105,7 +105,7 @@ def downloads(loopback, tmp_path, caplog, capfd) -> Iterator[Downloads]:
 
 
 def abort_a_wait(server: Server, loopback: Loopback, path: str) -> None:
-    """Ask in a thread for what the server, told to be silent, does not answer; `abort` ends that."""
+    """Request a file that a silent server never sends, in a thread; `abort` must end the wait."""
     ended = threading.Event()
 
     def wait_for_it() -> None:

@@ -1,4 +1,4 @@
-"""Folders, files and sizes of every release, against Meta's own list."""
+"""Folders, files and sizes of every release agree with Meta's own list."""
 
 import pytest
 

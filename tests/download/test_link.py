@@ -1,4 +1,4 @@
-"""A signed link is read offline; a broken copy is named without being shown."""
+"""A signed link is parsed offline; the error for a damaged copy does not show the link."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ def test_host_date_and_addresses():
 
 
 def test_a_policy_as_cloudfront_writes_it():
-    """Its JSON has escaped slashes, and its encoding replaced characters."""
+    """Parse a link whose policy has escaped slashes in its JSON and CloudFront's URL-safe base64."""
     text = '{"Statement":[{"unique_hash":"%s","Resource":"https:\\/\\/llama3-1.llamameta.net\\/*","Condition":'
     text += '{"DateLessThan":{"AWS:EpochTime":1731296826}}}]}'
     candidates = (base64.b64encode((text % ("~?>" * 4 + "x" * n)).encode()).decode() for n in range(9))
@@ -46,9 +46,9 @@ def test_a_policy_as_cloudfront_writes_it():
         (7300, "is good for 2 hours (until 2024-11-11 03:47 UTC)"),
         (61, "is good for 1 minute (until"),
         (1, "is good for 1 second (until"),
-        (0, "ended 0 seconds ago"),
-        (-3 * 3600 - 1, "ended 3 hours ago (2024-11-11 03:47 UTC)"),
-        (-86400 * 700, "ended 700 days ago"),
+        (0, "expired 0 seconds ago"),
+        (-3 * 3600 - 1, "expired 3 hours ago (2024-11-11 03:47 UTC)"),
+        (-86400 * 700, "expired 700 days ago"),
     ],
 )
 def test_how_long_it_is_good(seconds, said):
@@ -87,25 +87,25 @@ def test_usual_damage_is_mended(copy):
         (lambda link: "Your link: " + link, "does not begin with https://"),
         (lambda link: link.removeprefix("https://"), "does not begin with https://"),
         (lambda link: link[:200] + "\n" + link[200:], "blanks or line breaks"),
-        (lambda link: link.replace("/*?", "/?"), r"lacks the \* that stands for"),
+        (lambda link: link.replace("/*?", "/?"), r"lacks the \* that is replaced"),
         (lambda link: link.replace("/*?", "/Llama-3.1-8B/params.json?"), r"lacks the \*"),
         (lambda link: link.replace("/*?", "/*/x?"), r"has a \* in another place"),
         (lambda link: link.replace("/*?", "/*/*?"), r"has a \* in another place"),
-        (lambda link: link.partition("&")[0], "lacks Signature and Key-Pair-Id: it was cut, as a shell does"),
+        (lambda link: link.partition("&")[0], "lacks Signature and Key-Pair-Id: was it cut off"),
         (lambda link: link.partition("&Key")[0], "lacks Key-Pair-Id"),
         (lambda link: link.partition("?")[0], "lacks Policy and Signature"),
         (lambda link: link.replace("Policy=ey", "Policy=ex!"), "Policy cannot be read"),
         (lambda link: link.replace("Policy=", "Policy=A"), "Policy cannot be read"),
-        (lambda link: link + "&Signature=twice", "stands twice"),
-        (lambda link: link + "é", "no part of it"),
-        (lambda link: link + "#part", "no part of it"),
+        (lambda link: link + "&Signature=twice", "duplicate keys"),
+        (lambda link: link + "é", "unexpected characters"),
+        (lambda link: link + "#part", "unexpected characters"),
         (lambda link: link.replace("https:", "http:"), "not encrypted, expected https"),
         (lambda link: link.replace(HOST, "llama3-3.llamameta.net"), "parts of two links"),
         (lambda link: link.replace(HOST, "me:password@" + HOST), "host cannot be read"),
         (lambda link: link.replace(HOST, "[::1"), "host cannot be read"),
         (lambda link: make_link("mirror.example.com", scheme="https"), "--allow_host mirror.example.com"),
-        (lambda link: make_link("llamameta.net.example.com", scheme="https"), "not a host of Meta's"),
-        (lambda link: make_link("evilllamameta.net", scheme="https"), "not a host of Meta's"),
+        (lambda link: make_link("llamameta.net.example.com", scheme="https"), "not one of Meta's hosts"),
+        (lambda link: make_link("evilllamameta.net", scheme="https"), "not one of Meta's hosts"),
         (
             lambda link: "https://l.example.com/l.php?u=" + link.replace(":", "%3A").replace("/", "%2F"),
             "a page of l.ex",

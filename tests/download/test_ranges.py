@@ -1,4 +1,4 @@
-"""Ranges cover a file once, and headers that contradict themselves are not believed."""
+"""Ranges cover a file exactly once, and inconsistent Content-Range headers are rejected."""
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from llama_ref.download.ranges import ContentRange, Segment, arrived, cut, prefi
 
 @pytest.fixture(autouse=True, scope="module")
 def short_times() -> None:
-    """Here ranges have their usual sizes."""
+    """Overrides the small ranges of the other tests with the real sizes."""
 
 
 @given(total=st.integers(1, 10**12), jobs=st.integers(1, 64))

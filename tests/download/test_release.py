@@ -1,4 +1,4 @@
-"""A release from a server that cuts, stalls, lies and expires: it ends whole, or with one clear line."""
+"""Download a release from a faulty server: the result is complete, or the error is one clear line."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def test_every_sum_is_compared_and_nothing_is_hashed_twice(downloads, monkeypatc
     assert all(file.found_sum == file.expected_sum for file in outcome.report.files)
 
 
-# ---- what a server may do: (how it fails, how often)
+# ---- server faults: (how it fails, how often)
 
 CURED = {
     "cut": (SHARD, cut(5000), 3, False),
@@ -106,29 +106,29 @@ FINAL = {
     "401": (SHARD, status(401), r"refused \(401\)"),
     "404": (SHARD, status(404), r"refused \(404\).* there is no such file"),
     "410": ("params.json", status(410), r"refused \(410\)"),
-    "500 for ever": (SHARD, status(500), r"the server answered 500, 6 times in a row; .* goes on from here"),
+    "500 for ever": (SHARD, status(500), r"the server answered 500, 6 times in a row; .* continues from here"),
     "cut for ever": (SHARD, cut(0), r"6 times in a row"),
     "429 for an hour": (SHARD, status(429, Retry_After="3600"), r"asks to wait for 3,600 seconds"),
     "418": (SHARD, status(418), r"answered 418, expected 206 or 200"),
     "a page with 200": (SHARD, status(200, PAGE, Content_Type="text/html; charset=utf-8"), "a web page instead of the file"),
     "XML with 200": (SHARD, status(200, b"<Error/>", Content_Type="application/xml"), "a web page instead of the file"),
     "a page that calls itself bytes": ("tokenizer.model", status(200, PAGE), "is an HTML page instead of the file"),
-    "gzip": (SHARD, compressed, r"comes in another encoding \(gzip\)"),
-    "another range for ever": (SHARD, says("bytes {other}-{last}/{total}"), "sends other bytes than it was asked for"),
-    "another range at the look-up": (SHARD, says("bytes 7-7/{total}"), "sends other bytes than it was asked for"),
-    "other bytes": (SHARD, damaged, r"has the sum \w+, checklist.chk says \w+; what arrived was removed"),
-    "a list that is none": ("checklist.chk", status(200, b"Not a list of sums.\n"), "is no list of sums"),
+    "gzip": (SHARD, compressed, r"was sent with an encoding \(gzip\)"),
+    "another range for ever": (SHARD, says("bytes {other}-{last}/{total}"), "sent other bytes than requested"),
+    "another range at the look-up": (SHARD, says("bytes 7-7/{total}"), "sent other bytes than requested"),
+    "other bytes": (SHARD, damaged, r"has the checksum \w+, checklist.chk says \w+; the partial file was removed"),
+    "a list that is none": ("checklist.chk", status(200, b"Not a list of sums.\n"), "is not a list of checksums"),
     "an empty file": (SHARD, status(416, Content_Range="bytes */0"), "is empty on the server"),
     "a redirect to a login": (
         SHARD,
         status(302, Location="https://www.example.com/login?x=1"),
-        "leads to https://www.example.com",
+        "redirects to https://www.example.com",
     ),
-    "a redirect to nowhere": (SHARD, status(302), "leads to nowhere"),
+    "a redirect to nowhere": (SHARD, status(302), "redirects to nowhere"),
 }
 
 
-AFTER_LOOK_UPS = ("other bytes", "another range for ever")  # a right answer to the look-up comes first
+AFTER_LOOK_UPS = ("other bytes", "another range for ever")  # faults that start after a correct look-up
 
 
 @pytest.mark.parametrize("kind", FINAL)
@@ -148,7 +148,7 @@ def test_a_link_that_ends_meanwhile_says_so_and_a_new_one_goes_on(downloads, loo
     soon = make_link(loopback.host, time.time() + 1)
     monkeypatch.setattr("llama_ref.download.link.SignedLink.check_date", lambda self: None)
     monkeypatch.setattr("llama_ref.download.link.SignedLink.has_ended", lambda self, now=None: loopback.is_expired)
-    downloads.fails(r"refused \(403\): the link .* Get a new one from https.* goes on from here", link=soon, jobs=1)
+    downloads.fails(r"refused \(403\): the link .* Get a new one from https.* continues from here", link=soon, jobs=1)
     sent, here = loopback.sent, [json.loads(path.read_text()) for path in downloads.folder.glob("*.part.json")]
     assert sum(done for state in here for _, _, done in state["segments"]) >= 5000
     loopback.is_expired = False
@@ -159,7 +159,7 @@ def test_a_link_that_ends_meanwhile_says_so_and_a_new_one_goes_on(downloads, loo
 
 
 def test_a_link_that_has_ended_asks_for_nothing(downloads, loopback):
-    downloads.fails("the link ended 3 hours ago", link=make_link(loopback.host, time.time() - 3 * 3600 - 5))
+    downloads.fails("the link expired 3 hours ago", link=make_link(loopback.host, time.time() - 3 * 3600 - 5))
     assert loopback.asked == [] and not downloads.folder.exists()
 
 
@@ -168,7 +168,7 @@ def test_redirects_to_allowed_hosts_are_followed(downloads, loopback, tiny):
         location = f"http://{other.host}/{REMOTE}/{SHARD}?Signature={SIGNATURE}"
         for look_ups in (False, True):
             loopback.fail(SHARD, status(302, Location=location), 99, look_ups=look_ups)
-        downloads.fails("leads to http://127.0.0.1:\\d+, which is not followed")
+        downloads.fails("redirects to http://127.0.0.1:\\d+, which is not followed")
         outcome = releases.download(
             find_release(NAME),
             parse_link(loopback.link, [loopback.host]),
@@ -185,11 +185,11 @@ def test_a_circle_of_redirects_ends(downloads, loopback):
     downloads.fails("redirected 4 times")
 
 
-# ---- going on
+# ---- resuming
 
 
 def interrupted(downloads, loopback, after=9000) -> None:
-    """A download that ended with some bytes here, in the midst of a range."""
+    """A download that was interrupted in the middle of a range."""
     loopback.fail(SHARD, cut(after), 4)
     loopback.fail(SHARD, status(403), 10**6)
     downloads.fails("403", jobs=1)
@@ -239,7 +239,7 @@ def test_a_part_that_was_changed_is_not_named(downloads, loopback):
     state = json.loads((downloads.folder / f"{SHARD}.part.json").read_text())
     data[next(start for start, _, done in state["segments"] if done)] ^= 1
     part.write_bytes(data)
-    downloads.fails("has the sum")
+    downloads.fails("has the checksum")
     assert not part.exists() and not (downloads.folder / SHARD).exists()
     assert downloads.run().report.ok
     downloads.check_whole()
@@ -328,7 +328,7 @@ def test_a_folder_that_cannot_be_made_is_a_line(downloads, tmp_path):
     downloads.fails("cannot write into .*Not a directory")
 
 
-# ---- some files, and repairs
+# ---- subsets of files, and repairs
 
 
 def test_only_some_files(downloads, loopback):
@@ -424,7 +424,7 @@ def test_what_cannot_be_loaded_has_its_sums_compared(tmp_path):
     assert outcome.report.ok and len(outcome.report.files) == 4
 
 
-# ---- two at once
+# ---- concurrent downloads
 
 
 def test_two_at_once_fetch_each_file_once(downloads, loopback, caplog):
@@ -433,11 +433,11 @@ def test_two_at_once_fetch_each_file_once(downloads, loopback, caplog):
         first = pool.submit(downloads.run)
         assert loopback.reached.wait(10)
         second = pool.submit(downloads.run)
-        while "downloads into" not in caplog.text:
+        while "is downloading into" not in caplog.text:
             assert not second.done()
             time.sleep(0.01)
         loopback.go.set()
         assert first.result().report.ok and second.result().report.ok
     assert second.result().fetched == {}
-    assert f"waiting for process {os.getpid()}, which downloads into" in caplog.text
+    assert f"waiting for process {os.getpid()}, which is downloading into" in caplog.text
     downloads.check_whole()

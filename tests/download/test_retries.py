@@ -1,4 +1,4 @@
-"""Pauses grow, are asked for by servers, and end."""
+"""Pauses between tries grow, follow the server's Retry-After, and are limited."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from llama_ref.errors import DownloadError
 
 
 class Clock(threading.Event):
-    """Notes pauses instead of waiting."""
+    """Records pauses instead of waiting."""
 
     def __init__(self):
         super().__init__()

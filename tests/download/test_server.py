@@ -1,4 +1,4 @@
-"""httpx's errors and logs hold addresses; none of them gets out."""
+"""httpx's errors and logs contain the secret URL; neither leaves the server module."""
 
 import logging
 import traceback
@@ -29,7 +29,7 @@ def ask(server: Server) -> bytes:
 
 
 def texts_of(error: BaseException) -> str:
-    """All that a traceback, and whoever looks at the error, may show."""
+    """Everything that a traceback or a reader of the error could show."""
     texts = traceback.format_exception(error)
     at: BaseException | None = error
     while at is not None:
@@ -67,12 +67,12 @@ def test_a_real_error_of_status_is_not_raised_by_httpx(link, loopback):
 
 
 def test_the_log_of_httpx_is_silent_while_a_server_is_open(link, loopback, caplog):
-    for name in ("httpx", "httpcore"):  # a package that was imported may have set them to warnings
+    for name in ("httpx", "httpcore"):  # another imported package may have raised their level to WARNING
         caplog.set_level(logging.DEBUG, name)
     with opened(link, [loopback.host], 1) as server:
         assert ask(server) == loopback.files[PATH]
     assert [record for record in caplog.records if record.name.startswith(("httpx", "httpcore"))] == []
-    httpx.get(f"http://{loopback.host}/nothing", trust_env=False)  # afterwards it logs as before
+    httpx.get(f"http://{loopback.host}/nothing", trust_env=False)  # logging works again afterwards
     assert [record for record in caplog.records if record.name == "httpx"]
 
 

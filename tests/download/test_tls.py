@@ -1,4 +1,4 @@
-"""Over TLS, as from Meta's servers: who is trusted, what a proxy sees, and that a wait can be ended."""
+"""Downloads over TLS, as from Meta's servers: trusted certificates, what a proxy sees, and aborting a wait."""
 
 import select
 import socket
@@ -47,7 +47,7 @@ def no_proxies(monkeypatch) -> None:
 
 @pytest.fixture
 def trusted(authority, tmp_path_factory, monkeypatch) -> Path:
-    """The authority's certificate, which the environment names as the one to trust."""
+    """The certificate authority that the environment variables name as trusted."""
     path = tmp_path_factory.mktemp("trusted") / "authority.pem"
     authority.cert_pem.write_to_path(str(path))
     monkeypatch.setenv("SSL_CERT_FILE", str(path))
@@ -56,7 +56,7 @@ def trusted(authority, tmp_path_factory, monkeypatch) -> Path:
 
 @dataclass
 class Proxy:
-    """What a proxy was asked for, and what it passed on towards the server."""
+    """The requests that a proxy received, and the bytes that it forwarded to the server."""
 
     address: str
     asked: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Proxy:
 
 @contextmanager
 def proxy() -> Iterator[Proxy]:
-    """A proxy on this machine that tunnels by CONNECT, and looks at what goes through."""
+    """A local proxy that tunnels with CONNECT and records the traffic."""
 
     class Tunnel(BaseRequestHandler):
         def handle(self) -> None:
@@ -93,7 +93,7 @@ def proxy() -> Iterator[Proxy]:
         daemon_threads = True
 
         def handle_error(self, request: object, client_address: object) -> None:
-            pass  # one side went away
+            pass  # one side closed the connection
 
     with Server(("127.0.0.1", 0), Tunnel) as listener:
         found = Proxy(f"http://127.0.0.1:{listener.server_address[1]}")

@@ -1,11 +1,11 @@
-"""Tool calling: tools written into a prompt, and calls read from what the model answers.
+"""Tool calling: write tools into a prompt, and parse the calls in the model's answer.
 
 `ToolSet.from_tools(tools)` takes Python functions, JSON schemas and names of built-in tools. Its `write` puts
 them into a dialog as Meta's documents do, and returns plain messages: what the model reads is there to
 see. `parse_tool_calls` finds the calls in an answer, whichever of the forms they have. Nothing that a
 model writes is executed.
 
-A form has a file: `builtin`, `json_form`, `function_tag`, `python_list`.
+Each format has its own file: `builtin`, `json_form`, `function_tag`, `python_list`.
 """
 
 from llama_ref.tools.answer import Answer, Call

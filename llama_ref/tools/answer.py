@@ -1,4 +1,4 @@
-"""What a model's answer holds: tool calls, and the text around them."""
+"""The parsed form of a model's answer: tool calls, and the text around them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Call:
-    """One tool call. `is_offered` is False for a name that is not among the tools that were offered."""
+    """One tool call. `is_offered` is False if no offered tool has this name."""
 
     name: str
     arguments: dict[str, Any]
@@ -15,9 +15,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """The calls in an answer, in order, and the rest of it.
+    """The calls in an answer, in order, and the remaining text.
 
-    `text` is what stands before, between and after the calls; the whole answer if it has none.
+    `text` is the text before, between and after the calls; the whole answer if there are none.
     `problems` says why parts of the text that look like calls are not.
     """
 

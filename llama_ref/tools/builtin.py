@@ -1,4 +1,4 @@
-"""Meta's built-in tools: `brave_search.call(query="…")`, and code for the interpreter."""
+"""Write and read calls of Meta's built-in tools: `brave_search.call(query="…")`, and code for the interpreter."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ KNOWLEDGE_CUTOFF = "December 2023"  # the same in all of Meta's documents
 
 
 def describe(builtins: Sequence[str], today: str | None = None) -> str:
-    """The beginning of a system message: the environment, built-in tools and, if asked for, dates.
+    """The beginning of a system message: the environment, built-in tools and, with `today`, dates.
 
-    `Environment: ipython` alone turns on the code interpreter, which is not listed.
+    The code interpreter is not listed: the line `Environment: ipython` turns it on.
     """
     queried = [name for name in builtins if name != CODE]
     environment = "Environment: ipython\n" + (f"Tools: {', '.join(queried)}" if queried else "")
@@ -25,19 +25,20 @@ def describe(builtins: Sequence[str], today: str | None = None) -> str:
 
 
 def dates(today: str) -> str:
-    """The two lines about time."""
+    """The two lines with the knowledge cutoff and today's date."""
     return f"Cutting Knowledge Date: {KNOWLEDGE_CUTOFF}\nToday Date: {today}"
 
 
 def write(name: str, arguments: Any) -> str:
-    """A built-in tool's call. Raises RequestError if its one argument is missing.
+    """Write a built-in tool's call. Raises RequestError if its one argument is missing.
 
-    Quotes and backslashes in a query are escaped; Meta's encoder does not, and reads no quotes.
+    Quotes and backslashes in a query are escaped; Meta's encoder does not escape them, and its parser
+    does not accept quotes.
     """
     key = BUILTIN_ARGUMENT[name]
     value = arguments.get(key) if isinstance(arguments, Mapping) else None
     if not isinstance(value, str):
-        raise RequestError(f'a call of {name} has the arguments {{"{key}": "…"}}, got {short(arguments)}')
+        raise RequestError(f'a call of {name} has the arguments {short(arguments)}, expected {{"{key}": "…"}}')
     if name == CODE:
         return value
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -45,7 +46,7 @@ def write(name: str, arguments: Any) -> str:
 
 
 def read(text: str) -> tuple[list[Call], int]:
-    """The calls that a text begins with, and where the last one ends."""
+    """Read the calls at the beginning of a text; returns them and the end of the last one."""
     calls, end = [], 0
     while found := QUERY_CALL.match(text, end):
         calls.append(Call(found[1], {"query": re.sub(r'\\(["\\])', r"\1", found[2])}))
@@ -54,9 +55,9 @@ def read(text: str) -> tuple[list[Call], int]:
 
 
 def renamed(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """A built-in tool's arguments when it was called like any other; None if they cannot be used.
+    """The arguments of a built-in tool that was called like a custom one; None if they cannot be used.
 
-    Models choose other names for the one argument; like Meta's code, this takes the first.
+    Models give the single argument other names; like Meta's code, this takes the first argument.
     """
     value = next(iter(arguments.values()), None)
     return {BUILTIN_ARGUMENT[name]: value} if isinstance(value, str) else None

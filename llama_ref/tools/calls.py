@@ -1,4 +1,4 @@
-"""An assistant's calls as a model writes them, in any of the forms."""
+"""Write an assistant's calls as a model would, in any of the formats."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -9,9 +9,9 @@ from llama_ref.tools.names import ToolFormat
 
 
 def calls_text(calls: Sequence[tuple[str, Any]], tool_format: ToolFormat = "json") -> str:
-    """Calls, each a name and its arguments, one after another; a Python list holds several.
+    """Write calls, each a name and its arguments, one after another; python_list puts several in one list.
 
-    Raises RequestError for a call that cannot be written in this form.
+    Raises RequestError for a call that cannot be written in this format.
     """
     parts = []
     for is_builtin, group in groupby(calls, lambda call: call[0] in builtin.BUILTIN_ARGUMENT):

@@ -1,4 +1,4 @@
-"""Tools and calls with `<function=name>{…}</function>`, in a user message."""
+"""The format `<function=name>{…}</function>` for calls, with the tools offered in a user message."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ NAME = re.compile(r"[^<>\n]+")
 
 
 def describe(tools: Sequence[Tool]) -> str:
-    """The user message that offers tools. Raises RequestError for a name that a tag cannot have."""
+    """The user message that offers tools. Raises RequestError for a name that a tag cannot hold."""
     for tool in tools:
         check_name(tool.name)
     return "\n\n".join([INSTRUCTION, *map(_definition, tools), CLOSING])
@@ -43,7 +43,7 @@ def _property(parameter: Parameter) -> dict[str, Any]:
 
 
 def write(name: str, arguments: Any) -> str:
-    """A call. Raises RequestError for a name or arguments that cannot be written."""
+    """Write a call. Raises RequestError for a name or arguments that cannot be written."""
     check_name(name)
     return f"<function={name}>{dumped(name, arguments)}</function>"
 

@@ -1,4 +1,4 @@
-"""A Python function as a tool: its signature and docstring become the schema."""
+"""Make a tool from a Python function: its signature and docstring become the schema."""
 
 import inspect
 import json
@@ -21,16 +21,17 @@ END_OF_SUMMARY = re.compile(r"^(?:Args|Arguments|Parameters|Returns|Raises|Yield
 
 
 def tool_from_function(function: Callable[..., Any]) -> Tool:
-    """The tool that calling `function(**arguments)` carries out.
+    """Make the tool whose calls `function(**arguments)` carries out.
 
-    The description is the docstring up to its sections. A parameter's comes from `Annotated[type, "…"]`, from
-    a section "Args:" (Google's form) or from ":param name: …" (Sphinx's). A parameter with a default is
-    not required. Raises RequestError for what a model cannot be told: a missing or foreign type,
-    `*args`, `**kwargs`, positional-only parameters, a default that is not JSON.
+    Its description is the docstring up to the first section. A parameter's description comes from
+    `Annotated[type, "…"]`, from a section "Args:" (Google style) or from ":param name: …" (Sphinx
+    style). A parameter with a default is not required. Raises RequestError for anything that a schema
+    cannot express: a missing or unsupported type, `*args`, `**kwargs`, positional-only parameters, a
+    default that is not JSON.
     """
     name = getattr(function, "__name__", "")
     if not name.isidentifier():
-        raise RequestError(f"{short(function)} has no name that a model could call: define it with def, or give a JSON schema")
+        raise RequestError(f"{short(function)} has no name for a model to call: define it with def, or give a JSON schema")
     try:
         signature, hints = inspect.signature(function), get_type_hints(function, include_extras=True)
     except (TypeError, ValueError, NameError) as error:
@@ -59,7 +60,7 @@ def _parameter(function: str, parameter: inspect.Parameter, hint: Any, described
 
 
 def _notes(hint: Any) -> Iterator[str]:
-    """The texts of `Annotated`, also within a union: Python 3.10 makes one where the default is None."""
+    """The strings in `Annotated`, also inside a union: Python 3.10 makes one if the default is None."""
     inner = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     for each in (hint, *inner):
         yield from (note for note in getattr(each, "__metadata__", ()) if isinstance(note, str))
@@ -85,7 +86,7 @@ def _schema(where: str, hint: Any) -> dict[str, Any]:
         return {"type": "object", **values}
     elif hint in JSON_TYPES:
         return {"type": JSON_TYPES[hint]}
-    raise RequestError(f"{where} has the type {_shown(hint)}, which JSON has no word for: {EXPECTED}")
+    raise RequestError(f"{where} has the type {_shown(hint)}, which a JSON schema cannot express: {EXPECTED}")
 
 
 def _json_default(where: str, value: Any) -> Any:
@@ -96,7 +97,7 @@ def _json_default(where: str, value: Any) -> Any:
 
 
 def _described(docstring: str) -> dict[str, str]:
-    """Parameters' descriptions in a docstring, by name."""
+    """The parameter descriptions in a docstring, by name."""
     found = {name: _joined(text) for name, text in SPHINX.findall(docstring)}
     for section in GOOGLE_SECTION.findall(docstring):
         found |= {name: _joined(text) for name, text in GOOGLE_ENTRY.findall(inspect.cleandoc("\n" + section))}

@@ -1,4 +1,4 @@
-"""Tools and calls as JSON: Meta's default for Llama 3.1, in a user message."""
+"""The JSON format for tools and calls, Meta's default for Llama 3.1, with the tools in a user message."""
 
 import json
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ def describe(tools: Sequence[Tool]) -> str:
 
 
 def _definition(tool: Tool) -> str:
-    """As Meta writes it: properties are a list, each an "object", and `required` is on one line."""
+    """A tool as Meta writes it: properties are a list, each an "object", and `required` is on one line."""
     properties = [{each.name: _property(each)} for each in tool.parameters]
     parameters = {"type": "object", "properties": properties, "required": []}
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}
     text = to_json({"type": "function", "function": function}, indent=4)
-    before, after = text.rsplit("[]", 1)  # of required, which comes last
+    before, after = text.rsplit("[]", 1)  # the empty list of `required`, which comes last
     return before + to_json(tool.required) + after
 
 
@@ -34,12 +34,12 @@ def _property(parameter: Parameter) -> dict[str, Any]:
 
 
 def write(name: str, arguments: Any) -> str:
-    """A call. Raises RequestError for arguments that JSON cannot express."""
+    """Write a call. Raises RequestError for arguments that JSON cannot express."""
     return dumped(name, {"type": "function", "name": name, "parameters": arguments})
 
 
 def dumped(name: str, value: Any, *, allow_nan: bool = True) -> str:
-    """A call's JSON, in ASCII as Meta's encoder writes it."""
+    """Write a call's JSON in ASCII, as Meta's encoder does; `name` is for the error."""
     try:
         return json.dumps(value, allow_nan=allow_nan)
     except (TypeError, ValueError, RecursionError) as error:

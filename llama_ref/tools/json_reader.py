@@ -10,16 +10,16 @@ from typing import Any
 from llama_ref.formatting import short
 from llama_ref.tools.answer import Call
 
-DECODER = json.JSONDecoder(strict=False)  # line breaks within texts are read too
+DECODER = json.JSONDecoder(strict=False)  # accepts line breaks in strings
 START = re.compile(r'<function=(?P<tag>[^<>\n]+)>\s*|\[\s*(?=\{\s*")|\{\s*(?=")')
 CLOSING_TAG = re.compile(r"\s*</function>")
-MOST_NESTED = 100  # objects and lists in a call
-MOST_FAILURES = 100  # beginnings that lead to nothing, after which the rest is text
+MOST_NESTED = 100  # nesting depth of objects and lists in a call
+MOST_FAILURES = 100  # failed starts of a call, after which the rest is taken as text
 
 
 @dataclass(frozen=True)
 class Found:
-    """A part of a text: calls, or what only looks like them, with the problem."""
+    """A part of a text that holds calls, or looks like a call but is invalid for the reason in `problem`."""
 
     start: int
     end: int
@@ -28,7 +28,7 @@ class Found:
 
 
 def find_calls(text: str) -> Iterator[Found]:
-    """Every part of a text that holds calls or looks as if, in order."""
+    """Every part of a text that holds calls or looks like a call, in order."""
     position = failures = 0
     while failures < MOST_FAILURES and (start := START.search(text, position)):
         found = _tagged(text, start) if start["tag"] else _bare(text, start)
@@ -39,7 +39,7 @@ def find_calls(text: str) -> Iterator[Found]:
 
 
 def _tagged(text: str, start: re.Match[str]) -> Found:
-    """`<function=name>{…}</function>`, whose end tag may be missing."""
+    """Read `<function=name>{…}</function>`; the end tag may be missing."""
     try:
         arguments, end = DECODER.raw_decode(text, start.end())
         call = _checked(start["tag"].strip(), arguments)
@@ -50,15 +50,15 @@ def _tagged(text: str, start: re.Match[str]) -> Found:
 
 
 def _bare(text: str, start: re.Match[str]) -> Found:
-    """An object with a name and arguments, or a list of such objects."""
+    """Read an object with a name and arguments, or a list of such objects."""
     at = start.start()
     try:
         value, end = DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        is_list = text[at] == "["  # whose first objects may be whole
-        return Found(at, at + 1 if is_list else error.pos, problem=None if is_list else f"no JSON: {_reason(error)}")
-    except (ValueError, RecursionError) as error:  # a number of too many digits, too deep
-        return Found(at, len(text), problem=f"no JSON: {_reason(error)}")
+        is_list = text[at] == "["  # its first objects may be valid: look for them one by one
+        return Found(at, at + 1 if is_list else error.pos, problem=None if is_list else f"invalid JSON: {_reason(error)}")
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or nested too deeply
+        return Found(at, len(text), problem=f"invalid JSON: {_reason(error)}")
     try:
         calls = tuple(call for each in (value if isinstance(value, list) else [value]) if (call := _call(each)))
     except ValueError as error:
@@ -67,7 +67,7 @@ def _bare(text: str, start: re.Match[str]) -> Found:
 
 
 def _call(value: Any) -> Call | None:
-    """The call in an object; None if it is another kind of object. Raises ValueError for half a call."""
+    """The call in an object; None if it is another kind of object. Raises ValueError for an invalid call."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     name, arguments = value["name"], value.get("parameters", value.get("arguments"))
@@ -75,22 +75,22 @@ def _call(value: Any) -> Call | None:
         try:
             arguments = json.loads(arguments, strict=False)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"the arguments of {name!r} are a text that is not JSON: {_reason(error)}") from error
+            raise ValueError(f"the arguments of {name!r} are a string that is not JSON: {_reason(error)}") from error
     return _checked(name, arguments)
 
 
 def _checked(name: str, arguments: Any) -> Call:
     if not isinstance(arguments, dict):
-        raise ValueError(f"the call of {name[:40]!r} has no object with its arguments, but {short(arguments)}")
+        raise ValueError(f"the arguments of {name[:40]!r} are {short(arguments)}, expected an object")
     if depth_exceeds(arguments, MOST_NESTED):
-        raise ValueError(f"the arguments of {name[:40]!r} are more than {MOST_NESTED} objects and lists deep")
-    if not is_finite(arguments):  # Python's reader takes NaN, and 1e999 as infinity
-        raise ValueError(f"the arguments of {name[:40]!r} have a number that JSON cannot write: NaN, or one that is too large")
+        raise ValueError(f"the arguments of {name[:40]!r} are nested more than {MOST_NESTED} objects and lists deep")
+    if not is_finite(arguments):  # Python's reader accepts NaN, and reads 1e999 as infinity
+        raise ValueError(f"the arguments of {name[:40]!r} have a number that JSON cannot express: NaN, or one too large")
     return Call(name, arguments)
 
 
 def depth_exceeds(value: Any, limit: int) -> bool:
-    """Whether lists and objects within each other are deeper than that."""
+    """Whether lists and objects are nested deeper than `limit`."""
     level = [value]
     for _ in range(limit):
         level = [inner for each in level for inner in _inner(each)]
@@ -100,7 +100,7 @@ def depth_exceeds(value: Any, limit: int) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether no number in it is NaN or infinite."""
+    """Whether no number in a JSON value is NaN or infinite."""
     if isinstance(value, float):
         return math.isfinite(value)
     return all(map(is_finite, _inner(value)))
@@ -113,4 +113,4 @@ def _inner(value: Any) -> list[Any]:
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos}"
-    return "too deep" if isinstance(error, RecursionError) else str(error)
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)

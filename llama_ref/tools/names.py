@@ -1,4 +1,4 @@
-"""The names of the forms that tools are written in, and which of them a release was trained on."""
+"""The names of the tool formats, and which one a release was trained on."""
 
 import re
 from pathlib import Path
@@ -12,22 +12,22 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = get_args(ToolFormat)
 
 UNTRAINED = (
     "this model was not trained to call tools, as its RoPE is not scaled (Llama 3.0 or another model): tools are "
-    "written as Llama 3.1 expects them, and it may not understand them; use Llama 3.1 or later"
+    "written in Llama 3.1's format, which it may not understand; use Llama 3.1 or later"
 )
 MINOR_VERSION = re.compile(r"llama-?3[._]([0-3])", re.IGNORECASE)
 
 
 def check_format(name: str) -> ToolFormat:
-    """The form of this name. Raises RequestError for an unknown one."""
+    """Check a format's name and return it. Raises RequestError for an unknown one."""
     if name not in TOOL_FORMATS:
-        raise RequestError(f"unknown tool_format {name!r}: it is one of {', '.join(TOOL_FORMATS)}")
+        raise RequestError(f"unknown tool_format {name!r}, expected one of {', '.join(TOOL_FORMATS)}")
     return name
 
 
 def default_format(args: ModelArgs, folder: Path | None = None) -> ToolFormat:
-    """The form that Meta documents for a model: a Python list for 3.2's 1B and 3B and for 3.3, else JSON.
+    """The format that Meta documents for a model: python_list for 3.2 1B and 3B and for 3.3, else JSON.
 
-    The shape of 3.3 70B is that of 3.1 70B: only the folder's name tells them apart.
+    3.3 70B has the same shape as 3.1 70B: only the folder's name tells them apart.
     """
     if args.has_vision or not args.use_scaled_rope:
         return "json"

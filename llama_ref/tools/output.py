@@ -1,8 +1,8 @@
-"""What a tool gave, as the text of a message with the role `tool`."""
+"""Format a tool's output as the text of a message with the role `tool`."""
 
 
 def tool_output(stdout: str = "", stderr: str = "", *, failed: bool = False) -> str:
-    """A program's output as Meta's code writes it for the model. Any other text is fine too, such as JSON."""
+    """A program's output in the format of Meta's code. Any other text, such as JSON, is fine as a result too."""
     lines = ["failed" if failed else "completed"]
     if stdout:
         lines.append(f"[stdout]{stdout}[/stdout]")

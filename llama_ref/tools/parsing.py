@@ -1,7 +1,7 @@
-"""Read what a model answered: tool calls in any of the forms, and the text around them.
+"""Parse a model's answer: tool calls in any supported format, and the text around them.
 
-Small models often miss the form that they were asked for, so every form is read whatever the release.
-Nothing is evaluated, nothing raises for what a model wrote, and the time is linear in the answer's length.
+Small models often miss the format that they were asked for, so every format is accepted for every release.
+Nothing is evaluated, no model output raises an error, and the time is linear in the answer's length.
 """
 
 import re
@@ -26,20 +26,20 @@ SEPARATORS = " \t\r\n;,"
 def parse_tool_calls(
     answer: str | Sequence[int], tools: ToolSet | Iterable[ToolLike] | None = None, *, tokenizer: Tokenizer | None = None
 ) -> Answer:
-    """The tool calls in an answer, given as text or as token ids (with their tokenizer).
+    """Parse the tool calls in an answer, given as text or as token ids (with their tokenizer).
 
-    In ids, `<|python_tag|>` is the special token and never those characters typed as text; in a text it
-    is the characters. An assistant's header in front and an end token behind are cut off.
-    `tools` are those that were offered: calls of others have `is_offered` False. Calls that are not
-    whole stay text, with a problem. Raises RequestError only for arguments of the wrong type.
+    In ids, only the special token counts as `<|python_tag|>`, never those characters typed as text; in
+    text, the characters count. An assistant header at the start and an end token are removed.
+    `tools` are the tools that were offered: calls of others get `is_offered` False. Incomplete calls
+    remain text, and `problems` says why. Raises RequestError only for arguments of the wrong type.
     """
     if isinstance(answer, str):
         header = HEADER.match(answer)
         segments = END.sub("", answer[header.end() if header else 0 :]).split(PYTHON_TAG)
     elif tokenizer is None:
-        raise RequestError("parse_tool_calls needs the tokenizer of ids: parse_tool_calls(ids, tokenizer=llama.tokenizer)")
+        raise RequestError("parse_tool_calls needs the tokenizer for ids: parse_tool_calls(ids, tokenizer=llama.tokenizer)")
     elif not isinstance(ids := plain_list(answer), list):
-        raise RequestError(f"an answer is a text or a list of token ids, got {short(answer)}")
+        raise RequestError(f"the answer is {short(answer)}, expected a string or a list of token ids")
     else:
         segments = list(_segments(ids, tokenizer))
     parts = [_read(segment, after_tag=number > 0) for number, segment in enumerate(segments)]
@@ -52,7 +52,7 @@ def parse_tool_calls(
 
 
 def _segments(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The texts before, between and after the python tags."""
+    """The decoded texts before, between and after the python tags."""
     begin, end, tag = 0, len(ids), tokenizer.python_tag_id
     special_id = tokenizer.vocabulary.special_id
     if ids and ids[0] == special_id("<|start_header_id|>") and special_id("<|end_header_id|>") in ids:
@@ -68,7 +68,7 @@ def _segments(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _read(text: str, after_tag: bool) -> Answer:
-    """The calls of a segment. After the tag they stand first, or the whole is code."""
+    """Parse one segment. After a python tag it is code, unless it begins with calls."""
     problems: list[str] = []
     if python_reader.looks_like_calls(text):
         try:
@@ -85,13 +85,13 @@ def _read(text: str, after_tag: bool) -> Answer:
 
 
 def _answer(text: str, found: Sequence[Found], problems: Sequence[str] = ()) -> Answer:
-    """Calls, and the text outside of them without what separated them."""
+    """Collect the usable calls and the text outside them, without separators."""
     calls: list[Call] = []
     outside, position, problems = [], 0, list(problems)
     for part in found:
         usable = [call for call in map(_usable, part.calls) if call]
         if len(usable) < len(part.calls) or not part.calls:
-            problems.append(part.problem or "a built-in tool is called without a text as its argument")
+            problems.append(part.problem or "a built-in tool is called without a string as its argument")
             continue
         calls += usable
         outside.append(text[position : part.start])
@@ -103,7 +103,7 @@ def _answer(text: str, found: Sequence[Found], problems: Sequence[str] = ()) -> 
 
 
 def _usable(call: Call) -> Call | None:
-    """A call whose arguments the tool can take; None if a built-in one cannot."""
+    """The call, with a built-in tool's argument renamed; None if a built-in tool cannot take the arguments."""
     if call.name not in builtin.BUILTIN_ARGUMENT:
         return call
     arguments = builtin.renamed(call.name, call.arguments)

@@ -1,4 +1,4 @@
-"""Tools and calls as a Python list, `[f(a='x'), g()]`: for Llama 3.2 1B and 3B and for 3.3, in the system message."""
+"""The format `[f(a='x'), g()]` for calls, for Llama 3.2 1B and 3B and for 3.3, with the tools in the system message."""
 
 import json
 import re
@@ -41,9 +41,9 @@ def _property(parameter: Parameter) -> dict[str, Any]:
 
 
 def write(calls: Sequence[tuple[str, Any]]) -> str:
-    """Calls, each a name and its arguments, as one list. Raises RequestError for what Python cannot say.
+    """Write calls, each a name and its arguments, as one list. Raises RequestError for what Python cannot express.
 
-    Values are Python's literals. An argument whose name is not an identifier is written as `**{"name": value}`.
+    Values are Python literals. An argument whose name is not an identifier is written as `**{"name": value}`.
     """
     return f"[{', '.join(_call(name, arguments) for name, arguments in calls)}]"
 
@@ -51,8 +51,8 @@ def write(calls: Sequence[tuple[str, Any]]) -> str:
 def _call(name: str, arguments: Any) -> str:
     check_name(name)
     if not isinstance(arguments, Mapping):
-        raise RequestError(f"the arguments of the call of {name!r} are an object, got {short(arguments)}")
-    plain = json.loads(dumped(name, arguments, allow_nan=False))  # what is not JSON has no literal either
+        raise RequestError(f"the arguments of the call of {name!r} are {short(arguments)}, expected an object")
+    plain = json.loads(dumped(name, arguments, allow_nan=False))  # values that are not JSON have no Python literal either
     return f"{name}({', '.join(_argument(key, value) for key, value in plain.items())})"
 
 

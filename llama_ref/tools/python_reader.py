@@ -1,7 +1,7 @@
-"""Read a Python list of calls, `[f(a='x', n=-1), g.h(on=True)]`, without evaluating or compiling anything.
+"""Parse a Python list of calls, `[f(a='x', n=-1), g.h(on=True)]`, without evaluating or compiling anything.
 
-A reader of its own, because `ast.parse` may exhaust the C stack, and rejects what models write: arguments
-named like keywords (`from='Oslo'`), `true` and `null`, line breaks within quotes.
+`ast.parse` is not used, because it may exhaust the C stack, and rejects what models write: arguments
+named like keywords (`from='Oslo'`), `true` and `null`, line breaks inside quotes.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from llama_ref.tools.answer import Call
 
 T = TypeVar("T")
-MOST_NESTED = 100  # brackets in a value
+MOST_NESTED = 100  # nesting depth of brackets
 TOKEN = re.compile(
     r"""\s*(?:
     (?P<text>[rRuU]?(?:'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''|\"\"\"[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*\"\"\"
@@ -50,7 +50,7 @@ def looks_like_calls(text: str) -> bool:
 
 
 def read_calls(text: str) -> list[Call]:
-    """The calls in a text that is a list of calls and nothing else. Raises Malformed for any other."""
+    """Parse a text that is a list of calls and nothing else. Raises Malformed for any other text."""
     reader = _Reader(text)
     calls = reader.items("[", "]", reader.call)
     reader.expect("end", "")
@@ -58,11 +58,11 @@ def read_calls(text: str) -> list[Call]:
 
 
 class _Reader:
-    """A recursive-descent parser over tokens, one ahead."""
+    """A recursive-descent parser with one token of lookahead."""
 
     def __init__(self, text: str) -> None:
         self._text, self._position, self._depth = text, 0, 0
-        self._ended_in_comma = False  # the last brackets that were closed
+        self._ended_in_comma = False  # whether the last closed brackets had a trailing comma
         self._next()
 
     def _next(self) -> None:
@@ -73,7 +73,7 @@ class _Reader:
         self.kind, self.word = found.lastgroup, found[found.lastgroup]
 
     def expect(self, kind: str, word: str | None = None) -> str:
-        """The next token, which must be this one or of this kind."""
+        """Consume the next token, which must have this kind and, if given, be this word."""
         if self.kind != kind or word not in (None, self.word):
             found = repr(self.word[:20]) if self.word else "the end"
             wanted = "the end" if kind == "end" else repr(word) if word else f"a {kind}"
@@ -87,11 +87,11 @@ class _Reader:
         return self.kind == "sign" and self.word == sign
 
     def items(self, opening: str, closing: str, read: Callable[[], T]) -> list[T]:
-        """What stands between brackets, separated by commas; a last comma may follow."""
+        """Read comma-separated items between brackets; a trailing comma is allowed."""
         self.expect("sign", opening)
         self._depth += 1
         if self._depth > MOST_NESTED:
-            raise Malformed(f"more than {MOST_NESTED} brackets within each other")
+            raise Malformed(f"brackets are nested more than {MOST_NESTED} deep")
         found, comma = [], False
         while not self.at(closing):
             found.append(read())
@@ -125,7 +125,7 @@ class _Reader:
 
     def _entry(self) -> tuple[str, Any]:
         if self.kind != "text":
-            raise Malformed(f"a key of a dict is a text, found {self.word[:20]!r}")
+            raise Malformed(f"a dict's key is {self.word[:20]!r}, expected a quoted string")
         key = self._text_value()
         self.expect("sign", ":")
         return key, self._value()
@@ -144,16 +144,16 @@ class _Reader:
         if self.kind == "name" and self.word in CONSTANTS:
             return CONSTANTS[self.expect("name")]
         raise Malformed(
-            f"{self.word[:20]!r} is not a value: expected a quoted text, a number, True, False, None, a list or a dict"
+            f"{self.word[:20]!r} is not a value: expected a quoted string, a number, True, False, None, a list or a dict"
         )
 
     def _tuple(self) -> Any:
-        """A tuple as a list, or the value in parentheses."""
+        """Read a tuple as a list, or a single value in parentheses as that value."""
         found = self.items("(", ")", self._value)
         return found if len(found) != 1 or self._ended_in_comma else found[0]
 
     def _text_value(self) -> str:
-        """Texts side by side are one."""
+        """Read a string; adjacent string literals are concatenated."""
         parts = []
         while self.kind == "text":
             parts.append(_unquoted(self.expect("text")))
@@ -184,5 +184,5 @@ def _character(escape: re.Match[str]) -> str:
         return ESCAPED[code]
     digits, base = (code, 8) if code[0] in "01234567" else (code[1:], 16)
     if not digits or int(digits, base) > 0x10FFFF:
-        return escape[0]  # as Python keeps an escape that it does not know
+        return escape[0]  # Python keeps unknown escapes unchanged
     return chr(int(digits, base))

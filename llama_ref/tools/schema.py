@@ -1,4 +1,4 @@
-"""What a tool is: its name, what it does, and its parameters as JSON schemas."""
+"""The definition of a tool: its name, its description, and its parameters as JSON schemas."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class Parameter:
 
     @property
     def type(self) -> Any:
-        """What the schema says; "any" if it says nothing."""
+        """The schema's type; "any" if it has none."""
         return self.schema.get("type", "any")
 
     @property
@@ -35,7 +35,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool of one's own. Raises RequestError for a name, a text or a schema that cannot be written."""
+    """A custom tool. Raises RequestError for an invalid name, description or schema."""
 
     name: str
     description: str = ""
@@ -43,9 +43,9 @@ class Tool:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
-            raise RequestError(f"a tool's name is a text that is not empty, got {short(self.name)}")
+            raise RequestError(f"a tool's name is {short(self.name)}, expected a non-empty string")
         if not isinstance(self.description, str):
-            raise RequestError(f"the description of {self.name} is a text, got {short(self.description)}")
+            raise RequestError(f"the description of {self.name} is {short(self.description)}, expected a string")
         for parameter in self.parameters:
             _check_schema(self.name, parameter)
 
@@ -56,24 +56,24 @@ class Tool:
 
     @classmethod
     def from_schema(cls, schema: Mapping[str, Any]) -> "Tool":
-        """A tool from its JSON schema, alone or as `{"type": "function", "function": schema}`.
+        """Make a tool from its JSON schema, alone or as `{"type": "function", "function": schema}`.
 
         `properties` may be a mapping, or a list of mappings as in Meta's documents.
         """
         inner = schema.get("function", schema)
         if not isinstance(inner, Mapping) or "name" not in inner:
-            raise RequestError(f"a tool is an object like {EXAMPLE}, got {short(dict(schema))}")
+            raise RequestError(f"a tool is {short(dict(schema))}, expected an object like {EXAMPLE}")
         name = inner["name"]
         parameters = inner.get("parameters") or {}
         if not isinstance(parameters, Mapping):
-            raise RequestError(f"the parameters of {short(name)} are an object like that in {EXAMPLE}, got {short(parameters)}")
+            raise RequestError(f"the parameters of {short(name)} are {short(parameters)}, expected an object as in {EXAMPLE}")
         required = parameters.get("required") or []
         if (
             isinstance(required, str)
             or not isinstance(required, Sequence)
             or not all(isinstance(each, str) for each in required)
         ):
-            raise RequestError(f"required of {short(name)} is a list of parameters' names, got {short(required)}")
+            raise RequestError(f"required of {short(name)} is {short(required)}, expected a list of parameter names")
         properties = _properties(name, parameters.get("properties") or {})
         if unknown := [each for each in required if each not in properties]:
             raise RequestError(f"{short(name)} requires {unknown[0]!r}, which is not among its properties")
@@ -85,7 +85,7 @@ class Tool:
 
 
 def to_json(value: Any, indent: int | None = None, *, sort_keys: bool = False) -> str:
-    """JSON for a prompt: a model reads letters, not escapes."""
+    """JSON for a prompt, with non-ASCII letters kept rather than escaped."""
     return json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=sort_keys)
 
 
@@ -93,18 +93,18 @@ def _properties(name: Any, properties: Any) -> dict[str, Any]:
     """Properties by name, from a mapping or a list of mappings."""
     parts = [properties] if isinstance(properties, Mapping) else properties
     if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
-        raise RequestError(f"properties of {short(name)} are an object with a schema for each, got {short(properties)}")
+        raise RequestError(f"properties of {short(name)} are {short(properties)}, expected an object with a schema for each")
     return {key: value for part in parts for key, value in part.items()}
 
 
 def _check_schema(tool: str, parameter: Parameter) -> None:
     where = f"parameter {parameter.name!r} of {tool}"
     if not isinstance(parameter.name, str) or not parameter.name:
-        raise RequestError(f"a parameter of {tool} has the name {short(parameter.name)}, expected a text")
+        raise RequestError(f"a parameter of {tool} has the name {short(parameter.name)}, expected a string")
     if not isinstance(parameter.schema, Mapping):
-        raise RequestError(f'{where} is an object like {{"type": "string", …}}, got {short(parameter.schema)}')
+        raise RequestError(f'{where} is {short(parameter.schema)}, expected an object like {{"type": "string", …}}')
     if not isinstance(parameter.description, str):
-        raise RequestError(f"{where} has a description that is no text: {short(parameter.description)}")
+        raise RequestError(f"{where} has the description {short(parameter.description)}, expected a string")
     try:
         json.dumps(dict(parameter.schema), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

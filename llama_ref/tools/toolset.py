@@ -1,4 +1,4 @@
-"""The tools that are offered to a model, and how they are written into a dialog."""
+"""The set of tools offered to a model, and how it is written into a dialog."""
 
 import datetime
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +20,9 @@ Message = Mapping[str, Any]
 class ToolSet:
     """Tools as a prompt offers them; made by `ToolSet.from_tools`.
 
-    `format`: the form in which one's own tools are written and called; None: what the model's
-    release expects. `today`: the date to tell the model. `instruction`: in place of Meta's in the
-    form python_list.
+    `format`: how custom tools are written and called; None: the format that the model's release
+    expects. `today`: the date to state in the prompt. `instruction`: replaces Meta's instruction in
+    the format python_list.
     """
 
     builtins: tuple[str, ...] = ()
@@ -40,14 +40,15 @@ class ToolSet:
         today: str | datetime.date | None = None,
         instruction: str | None = None,
     ) -> "ToolSet":
-        """Tools given as Python functions, JSON schemas, `Tool`s, or names of built-in tools.
+        """Make a set from Python functions, JSON schemas, `Tool`s and names of built-in tools.
 
-        Raises RequestError for what is none of these, two of one name, or a built-in tool's name.
+        Raises RequestError for anything else, for duplicate names, and for a custom tool that has a
+        built-in tool's name.
         """
         form = check_format(tool_format) if tool_format is not None else None
         date = f"{today:%d %B %Y}" if isinstance(today, datetime.date) else today
         if date is not None and not isinstance(date, str):
-            raise RequestError(f"today is a text like '21 September 2024' or a datetime.date, got {short(today)}")
+            raise RequestError(f"today is {short(today)}, expected a string like '21 September 2024' or a datetime.date")
         if isinstance(tools, ToolSet):
             return replace(
                 tools,
@@ -56,13 +57,13 @@ class ToolSet:
                 instruction=instruction or tools.instruction,
             )
         if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
-            raise RequestError(f"tools is a list of functions, JSON schemas and names of built-in tools, got {short(tools)}")
+            raise RequestError(f"tools is {short(tools)}, expected a list of functions, JSON schemas and built-in tools' names")
         given = list(tools)
         builtins = [_builtin(tool) for tool in given if isinstance(tool, str)]
         own = [_own(tool) for tool in given if not isinstance(tool, str)]
         names = [*builtins, *(tool.name for tool in own)]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise RequestError(f"two tools are called {twice[0]!r}: a call could not tell them apart")
+            raise RequestError(f"two tools are named {twice[0]!r}: give each tool a name of its own")
         return cls(tuple(builtins), tuple(own), form, date, instruction)
 
     @property
@@ -70,10 +71,10 @@ class ToolSet:
         return [*self.builtins, *(tool.name for tool in self.own)]
 
     def write(self, dialog: Sequence[Message], tool_format: ToolFormat = "json") -> list[Message]:
-        """A dialog with the tools in its system message, or in a user message after that; the dialog is not changed.
+        """A copy of a dialog with the tools added to its system message, or in a user message after that.
 
-        `tool_format` counts if the set has no format of its own. The text of the dialog's own system
-        message comes last, to the letter.
+        `tool_format` is used if the set has no `format`. The text of the dialog's own system message
+        comes last, unchanged.
         """
         if not self.names and not self.today:
             return list(dialog)
@@ -91,14 +92,14 @@ class ToolSet:
         return [*written, *rest]
 
     def _header(self, form: ToolFormat) -> str:
-        """Environment, built-in tools and dates. A Python list of calls needs no environment."""
+        """The lines for environment, built-in tools and dates; python_list needs no environment."""
         if self.builtins or (self.own and form != "python_list"):
             return builtin.describe(self.builtins, self.today)
         return builtin.dates(self.today) if self.today else ""
 
 
 def _split(dialog: Sequence[Message]) -> tuple[str, list[Message]]:
-    """The text of a dialog's system message, if it begins with one, and the other messages."""
+    """Split a dialog into the text of its leading system message ("" without one) and the other messages."""
     first = dialog[0] if dialog else None
     if not isinstance(first, Mapping) or first.get("role") != "system":
         return "", list(dialog)
@@ -107,14 +108,14 @@ def _split(dialog: Sequence[Message]) -> tuple[str, list[Message]]:
     given = [item.get("text") for item in items if isinstance(item, Mapping)]
     texts = [text for text in given if isinstance(text, str)]
     if len(texts) != len(items):
-        raise RequestError(f"a system message's content is a text, got {short(content)}")
+        raise RequestError(f"a system message's content is {short(content)}, expected text")
     return "".join(texts), list(dialog[1:])
 
 
 def _builtin(name: str) -> str:
     if name not in builtin.BUILTIN_ARGUMENT:
         known = ", ".join(builtin.BUILTIN_ARGUMENT)
-        raise RequestError(f"{name!r} is not a built-in tool, which are {known}: give your own as a function or a JSON schema")
+        raise RequestError(f"{name!r} is not a built-in tool ({known}): give your own tool as a function or a JSON schema")
     return name
 
 
@@ -126,7 +127,7 @@ def _own(given: Any) -> Tool:
     elif callable(given):
         tool = tool_from_function(given)
     else:
-        raise RequestError(f"a tool is a function, a JSON schema or the name of a built-in tool, got {short(given)}")
+        raise RequestError(f"a tool is {short(given)}, expected a function, a JSON schema or the name of a built-in tool")
     if tool.name in builtin.BUILTIN_ARGUMENT:
-        raise RequestError(f"{tool.name!r} is a built-in tool: give its name as a text, or call yours something else")
+        raise RequestError(f"{tool.name!r} is a built-in tool: give its name as a string, or rename your own tool")
     return tool

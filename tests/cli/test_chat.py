@@ -71,7 +71,7 @@ def test_calls_are_shown_and_results_typed(shallow, monkeypatch, capsys):
 
 def test_a_tools_file_is_read_before_the_model(tmp_path, capsys):
     file = tmp_path / "tools.json"
-    for text, message in (("{}", "tools is a list"), ('["google"]', "not a built-in tool"), ("[", "tools.json")):
+    for text, message in (("{}", "expected a list of functions"), ('["google"]', "not a built-in tool"), ("[", "tools.json")):
         file.write_text(text)
         assert exit_code(["chat", str(tmp_path / "no model"), "--tools", str(file)]) == 2
         assert message in capsys.readouterr().err

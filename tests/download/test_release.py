@@ -266,7 +266,7 @@ def test_a_file_that_never_stops_changing_ends_with_a_line(downloads, loopback):
     right = loopback.files[f"{REMOTE}/{SHARD}"]
     for n in range(200):
         loopback.fail(SHARD, replaced(right + bytes(n + 1), 100))
-    downloads.fails("changes on the server while it is fetched|has the sum")
+    downloads.fails("changes on the server while it is fetched|has the checksum")
     assert not (downloads.folder / SHARD).exists()
 
 

@@ -1,4 +1,4 @@
-"""Questions, calls, results and answers: with `chat_completion`, `stream` and `Session`."""
+"""Conversations with tool calls and results, with `chat_completion`, `stream` and `Session`."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ def add(a: int, b: int) -> int:
 
 
 QUESTION = {"role": "user", "content": "What is 2 + 3?"}
-CALL = "Let me add. <|python_tag|>[add( a=2,b = 3), mul(a=1)]<|eom_id|>"  # not as we would write it
+CALL = "Let me add. <|python_tag|>[add( a=2,b = 3), mul(a=1)]<|eom_id|>"  # spaced differently from how we write it
 CALLS = [
     {"tool_name": "add", "arguments": {"a": 2, "b": 3}},
     {"tool_name": "mul", "arguments": {"a": 1}, "is_offered": False},

@@ -1,4 +1,4 @@
-"""Calls are read from answers: what Meta's pages print, what models write, and what is made to hurt."""
+"""Parse calls in answers: Meta's documented examples, typical model output, and hostile input."""
 
 import gc
 import importlib.util
@@ -100,7 +100,7 @@ def test_any_code_comes_back(tokenizer, code):
 
 
 def bfcl(kind: str) -> list[list[tuple[str, dict]]]:
-    """For each question of the Berkeley leaderboard, one of the right answers."""
+    """One correct answer for each question of the Berkeley leaderboard."""
     folder = Path(next(iter(importlib.util.find_spec("bfcl_eval").submodule_search_locations))) / "data" / "possible_answer"
     lines = (folder / f"BFCL_v4_{kind}.json").read_text(encoding="utf-8").splitlines()
     return [
@@ -109,7 +109,7 @@ def bfcl(kind: str) -> list[list[tuple[str, dict]]]:
 
 
 def first_of(allowed: dict[str, list]) -> dict:
-    """Each argument's first value; "" says that it may be left out."""
+    """The first allowed value of each argument, without optional ones (marked "")."""
     return {name: values[0] for name, values in allowed.items() if values[0] != ""}
 
 
@@ -173,16 +173,16 @@ def test_calls_are_found_and_the_rest_is_text(answer):
 
 
 MALFORMED = {
-    '{"name": "f"}': "no object with its arguments",
-    '{"name": "f", "parameters": []}': "no object with its arguments",
-    '{"name": "f", "arguments": "{"}': "a text that is not JSON",
-    '{"name": "f", "parameters": {"a": 1': "no JSON",
-    '[{"name": "f", "param': "no JSON",
+    '{"name": "f"}': "expected an object",
+    '{"name": "f", "parameters": []}': "expected an object",
+    '{"name": "f", "arguments": "{"}': "a string that is not JSON",
+    '{"name": "f", "parameters": {"a": 1': "invalid JSON",
+    '[{"name": "f", "param': "invalid JSON",
     "<function=f></function>": "<function=f>: Expecting value",
-    "<function=f>[1]</function>": "no object with its arguments",
-    '{"name": "f", "parameters": {"a": [NaN]}}': "a number that JSON cannot write",
-    '{"name": "f", "arguments": "{\\"a\\": -1e999}"}': "a number that JSON cannot write",
-    '<function=f>{"a": Infinity}</function>': "a number that JSON cannot write",
+    "<function=f>[1]</function>": "expected an object",
+    '{"name": "f", "parameters": {"a": [NaN]}}': "a number that JSON cannot express",
+    '{"name": "f", "arguments": "{\\"a\\": -1e999}"}': "a number that JSON cannot express",
+    '<function=f>{"a": Infinity}</function>': "a number that JSON cannot express",
     "[f(a=b)]": "'b' is not a value",
     "[f(1)]": "'1' has no name",
     "[f(x)]": "'x' has no name",
@@ -190,12 +190,12 @@ MALFORMED = {
     "[f(a=1)": "found the end",
     "[f(a=1)] and more": "expected the end, found 'and'",
     "[f(a='x": "unexpected",
-    "[f(a={1: 2})]": "a key of a dict is a text",
-    "[f(a={1, 2})]": "a key of a dict is a text",
+    "[f(a={1: 2})]": "a dict's key is",
+    "[f(a={1, 2})]": "a dict's key is",
     "[f(a=1e999)]": "too large",
     "[f(a=1 + 1)]": "unexpected '+ 1)]'",
     "[f(a=__import__('os').system('id'))]": "is not a value",
-    '{"name": "brave_search", "parameters": {"query": 5}}': "without a text",
+    '{"name": "brave_search", "parameters": {"query": 5}}': "without a string",
     "[f(a=" + "9" * 5000 + ")]": "is not a number",
 }
 
@@ -238,7 +238,7 @@ def test_a_wrong_argument_is_refused(answer, message):
         parse_tool_calls(answer)
 
 
-# ---- answers made to hurt
+# ---- hostile answers
 
 MEGABYTE = 1_000_000
 HURTFUL = [
@@ -278,11 +278,11 @@ BEGINNINGS = [
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 @pytest.mark.parametrize("unit", HURTFUL)
 def test_time_is_linear_and_nothing_raises(beginning, unit):
-    """Ten times the length takes at most thirty times as long (a square: a hundred), and half a second for a busy machine."""
+    """Ten times the length takes at most 30 times as long (quadratic: 100), plus half a second for a busy machine."""
 
     def seconds(n_characters: int) -> float:
         answer = beginning + unit * (n_characters // len(unit))
-        gc.disable()  # it goes over all objects of the tests, each time that these have become a quarter more
+        gc.disable()  # a full collection visits all objects of the test run, whenever their number grows by a quarter
         try:
             start = time.process_time()
             parse_tool_calls(answer)

@@ -1,4 +1,4 @@
-"""Tools are written as Meta's documents print them and as llama-stack's generators write them."""
+"""Tools are written as in Meta's documents and as by llama-stack's generators."""
 
 import datetime
 import json
@@ -41,7 +41,7 @@ WEATHER = {
         },
     },
 }
-SYSTEM = {"role": "system", "content": "You are a helpful assistant.\n"}  # as the pages end it
+SYSTEM = {"role": "system", "content": "You are a helpful assistant.\n"}  # with the pages' final line break
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def user(text: str) -> dict:
 
 
 def as_generated(chat, text: str) -> dict:
-    """The message in an answer that a page prints."""
+    """Decode the message in an answer printed on a page."""
     ids = chat.tokenizer.encode(text, bos=False, eos=False, allowed_special="all")
     return chat.decode_assistant_message(ids, tools=ToolSet.from_tools(["wolfram_alpha", WEATHER]))
 
@@ -105,7 +105,7 @@ KINDS = st.sampled_from(["int", "str", "float", "bool"])
 
 @st.composite
 def definitions_of(draw, texts=PLAIN):
-    """Tools with at least one parameter: for none, llama-stack leaves a line break between empty brackets."""
+    """Tools with at least one parameter: without any, llama-stack writes a line break between empty brackets."""
     out = []
     for name in draw(st.lists(WORD, min_size=1, max_size=3, unique=True)):
         parameters = {
@@ -134,13 +134,13 @@ def test_plain_definitions_are_written_as_by_llama_stack(tools):
 
 @given(definitions_of(st.text(st.characters(max_codepoint=126, categories=["L", "N"]), min_size=1)))
 def test_plain_tags_are_written_as_by_llama_stack(tools):
-    """ASCII: it escapes other letters in parameters, though not in a tool's own description."""
+    """For ASCII only: llama-stack escapes other letters in parameters, though not in a tool's own description."""
     assert function_tag.describe(list(map(ours, tools))) == prompts.FunctionTagCustomToolGenerator().gen(tools).render()
 
 
 @given(definitions_of())
 def test_lists_hold_what_llama_stacks_hold(tools):
-    """Its sentences are newer than the documents', and its `required` is on one line; the JSON is the same."""
+    """llama-stack's sentences are newer than the documents', and its `required` is on one line; the JSON is the same."""
     theirs = prompts.PythonListCustomToolGenerator().gen(tools).render()
     text = python_list.describe(list(map(ours, tools)))
     assert json_list(text) == json_list(theirs)
@@ -175,7 +175,7 @@ def test_outputs_are_llama_stacks(status, stdout, stderr):
     assert tool_output(stdout, stderr, failed=status == "failure") == theirs
 
 
-# ---- what theirs do not do
+# ---- cases that the reference generators do not cover
 
 
 @given(st.text(), st.text(), st.dictionaries(st.text(min_size=1), st.text(), max_size=3))
@@ -225,22 +225,22 @@ def test_metas_shape_of_properties_is_read():
 @pytest.mark.parametrize(
     "tools, message",
     [
-        ("brave_search", "tools is a list"),
-        ({"name": "f"}, "tools is a list"),
-        (5, "tools is a list"),
+        ("brave_search", "expected a list of functions"),
+        ({"name": "f"}, "expected a list of functions"),
+        (5, "expected a list of functions"),
         (["google"], "'google' is not a built-in tool"),
-        ([5], "a tool is a function"),
-        ([{"description": "?"}], "a tool is an object"),
-        ([{"name": ""}], "a tool's name is a text"),
-        ([{"name": 5}], "a tool's name is a text"),
-        ([{"name": "f", "description": 5}], "description of f is a text"),
-        ([{"name": "f", "parameters": []}, {"name": "f"}], "two tools are called 'f'"),
-        ([{"name": "f", "parameters": "x"}], "parameters of 'f' are an object"),
+        ([5], "a tool is 5, expected a function"),
+        ([{"description": "?"}], "expected an object like"),
+        ([{"name": ""}], "expected a non-empty string"),
+        ([{"name": 5}], "expected a non-empty string"),
+        ([{"name": "f", "description": 5}], "the description of f is 5, expected a string"),
+        ([{"name": "f", "parameters": []}, {"name": "f"}], "two tools are named 'f'"),
+        ([{"name": "f", "parameters": "x"}], "the parameters of 'f' are 'x', expected an object"),
         ([{"name": "f", "parameters": {"properties": "x"}}], "properties of 'f'"),
-        ([{"name": "f", "parameters": {"properties": {"x": "int"}}}], "parameter 'x' of f is an object"),
+        ([{"name": "f", "parameters": {"properties": {"x": "int"}}}], "parameter 'x' of f is 'int', expected an object"),
         ([{"name": "f", "parameters": {"properties": {"x": {"default": b"1"}}}}], "cannot be written as JSON"),
         ([{"name": "f", "parameters": {"required": ["x"]}}], "requires 'x'"),
-        ([{"name": "f", "parameters": {"required": "x"}}], "required of 'f' is a list"),
+        ([{"name": "f", "parameters": {"required": "x"}}], "required of 'f' is 'x', expected a list"),
         ([{"name": "brave_search"}], "'brave_search' is a built-in tool"),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_message_that_is_wrong_is_counted_without_the_tools(chat):
 def test_each_release_has_the_form_of_metas_documents():
     expected = {"3.1": "json", "3.2": "python_list", "3.3": "python_list"}
     for name, release in RELEASES.items():
-        if "Guard" in name:  # it rates dialogs and calls nothing
+        if "Guard" in name:  # Llama Guard rates dialogs and calls no tools
             continue
         args = ModelArgs.from_dict(dict(release.params))
         minor = re.search(r"3\.\d", name)

@@ -1,4 +1,4 @@
-"""Llama Guard 2 and 3: is the last message of a conversation safe, and if not, which categories does it violate?
+"""Classify the last message of a conversation with Llama Guard 2 or 3: safe, or unsafe in which categories.
 
 guard = Guard(Llama.build("Llama-Guard-3-1B"))
 guard.judge([{"role": "user", "content": "How do I pick a lock?"}]).word

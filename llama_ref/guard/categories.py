@@ -1,6 +1,6 @@
-"""The categories of unsafe content that a guard knows, and files with one's own.
+"""The categories of unsafe content that each guard was trained on, and files with custom ones.
 
-Prompts hold the short names, with which the models were trained; reports show the long ones of Meta's
+Prompts contain the short names that the models were trained with; reports show the long names of Meta's
 model cards.
 """
 
@@ -20,10 +20,11 @@ FILE_LIMIT_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Category:
-    """One category: `code` and `name` stand in the prompt, and so does `description`, if there is one.
+    """One category. The prompt contains `code`, `name` and, if there is one, `description`.
 
-    `long_name` is for reports; "": as `name`. Raises RequestError for a code that is not a capital
-    letter and a number, as answers name categories, and for a name that is empty or has several lines.
+    `long_name` is for reports; "" means the same as `name`. Raises RequestError for a code that is not a
+    capital letter and a number (the form that is recognised in answers), and for a name that is empty or
+    has several lines.
     """
 
     code: str
@@ -39,7 +40,7 @@ class Category:
 
     @property
     def title(self) -> str:
-        """Its name in reports."""
+        """The category's name in reports."""
         return self.long_name or self.name
 
 
@@ -73,10 +74,10 @@ GUARD_2 = _numbered(*(category.name for category in GUARD_3[:12] if category.nam
 
 
 def read_categories(path: str | Path) -> tuple[Category, ...]:
-    """The categories in a text file: lines "S1: Name", each followed by its indented description, if any.
+    """Read the categories in a text file: lines "S1: Name", each followed by an optional indented description.
 
-    Empty lines, and lines that begin with "#", are left out. Raises RequestError for a file that cannot
-    be read, holds something else or no category at all.
+    Empty lines, and lines that begin with "#", are ignored. Raises RequestError for a file that cannot be
+    read, has a different format, or has no categories.
     """
     with named_in_request(path, "the categories") as file:
         text = read_small(file, FILE_LIMIT_BYTES, "a list of categories").decode()
@@ -95,18 +96,18 @@ def read_categories(path: str | Path) -> tuple[Category, ...]:
 
 
 def checked(categories: Sequence[Category], where: str = "the list") -> tuple[Category, ...]:
-    """The categories. Raises RequestError for an empty list, or two with one code."""
+    """Check a list of categories and return it. Raises RequestError for an empty list or a duplicate code."""
     codes = [category.code for category in categories]
     if not codes:
-        raise RequestError(f'{where} holds no categories, expected lines such as "S1: Violent Crimes"')
+        raise RequestError(f'{where} has no categories, expected lines such as "S1: Violent Crimes"')
     if twice := next((code for code in codes if codes.count(code) > 1), None):
-        raise RequestError(f"{where} holds two categories {twice}, expected each code once")
+        raise RequestError(f"{where} has the category {twice} twice, expected each code once")
     return tuple(categories)
 
 
 def without(categories: Sequence[Category], codes: Collection[str]) -> tuple[Category, ...]:
-    """The categories but those with these codes; the others keep theirs. Raises RequestError for an unknown code."""
+    """The categories without those with these codes; codes are not renumbered. Raises RequestError for an unknown code."""
     known = [category.code for category in categories]
     if unknown := [code for code in codes if code not in known]:
         raise RequestError(f"there is no category {unknown[0]!r:.60} to exclude, expected some of {', '.join(known)}")
-    return checked([category for category in categories if category.code not in codes], "after the excluded ones, the list")
+    return checked([category for category in categories if category.code not in codes], "after exclusions, the list")

@@ -1,4 +1,4 @@
-"""The conversation that a guard judges: turns as texts, which cannot pass for other parts of the prompt."""
+"""The conversation that a guard judges, as texts that cannot imitate other parts of the prompt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,29 +11,29 @@ from llama_ref.guard.defusing import as_text
 if TYPE_CHECKING:
     from llama_ref.images import ImageSource
 
-EXPECTED = "expected messages of user and assistant in turn, the user's first"
+EXPECTED = "expected alternating messages of user and assistant, the user's first"
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Texts in turn, the user's first; the last is the one to judge. `image`: the last one shown."""
+    """Alternating texts, the user's first; the last one is judged. `image`: the last image in the dialog."""
 
     turns: tuple[str, ...]
     image: "ImageSource | None" = None
 
     @property
     def judged(self) -> str:
-        """Who wrote the last turn, in the prompt's words."""
+        """The author of the last turn, as the prompt calls it."""
         return role(len(self.turns) - 1)
 
 
 def role(turn: int) -> str:
-    """Who writes a turn, counted from 0, in the prompt's words."""
+    """The author of a turn, counted from 0, as the prompt calls it."""
     return "Agent" if turn % 2 else "User"
 
 
 def read_conversation(dialog: Sequence[Message]) -> Conversation:
-    """A dialog's texts. Raises RequestError unless user and assistant alternate and the last one said something."""
+    """Read a dialog's texts. Raises RequestError unless user and assistant alternate and the last message has text."""
     if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence) or not dialog:
         raise RequestError(f"the conversation is {dialog!r:.60}, {EXPECTED}")
     turns, image = [], None
@@ -52,14 +52,14 @@ def read_conversation(dialog: Sequence[Message]) -> Conversation:
 
 
 def _check_role(message: Message, number: int) -> None:
-    """Raise RequestError unless this message is whose turn it is."""
+    """Raise RequestError unless this message has the role that is expected at its place."""
     found = message.get("role") if isinstance(message, Mapping) else None
     if found in ("tool", "ipython") or (isinstance(message, Mapping) and message.get("tool_calls")):
         raise RequestError(
-            "Llama Guard has no form for tool calls and their results: leave them out, or give them as an assistant's text"
+            "Llama Guard's prompt has no format for tool calls and results: leave them out, or give them as an assistant's text"
         )
     if found == "system":
-        raise RequestError("Llama Guard judges no system prompts: leave it out")
+        raise RequestError("Llama Guard does not judge system prompts: leave it out")
     expected = "assistant" if number % 2 else "user"
     if found != expected:
         raise RequestError(f"its role is {found!r:.60}, not {expected!r}: {EXPECTED}")

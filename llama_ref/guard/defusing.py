@@ -1,17 +1,17 @@
-"""Keep a judged text from passing for other parts of the guard's prompt: its markers, and other turns."""
+"""Keep a judged text from imitating other parts of the guard's prompt: its markers, and other turns."""
 
 import re
 import unicodedata
 
-UNSEEN = "\u200b"  # stands for any character that shows nothing
-BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0\ufe00\ufe01\ufe0e\ufe0f"  # such characters that are not called formats
+UNSEEN = "\u200b"  # replaces every invisible character
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0\ufe00\ufe01\ufe0e\ufe0f"  # invisible, but not in the category Cf
 LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 GAP = rf"[\s_{UNSEEN}]*"
-ORNAMENT = rf"(?:[^\S{LINE_ENDS}]|[{UNSEEN}*_~`#|\"'+-])*"  # before a role: blanks, bullets, bold type
+ORNAMENT = rf"(?:[^\S{LINE_ENDS}]|[{UNSEEN}*_~`#|\"'+-])*"  # around a role: blanks, bullets, Markdown
 
 
 def _spread(*words: str) -> str:
-    """A pattern of words, with unseen characters among their letters."""
+    """A pattern of words, with invisible characters allowed between letters."""
     return GAP.join(f"{UNSEEN}*".join(word) for word in words)
 
 
@@ -26,11 +26,12 @@ FORGED_TURN = re.compile(rf"(?<=[{LINE_ENDS}])(?={ORNAMENT}(?:{ROLES}){ORNAMENT}
 
 
 def as_text(text: str) -> str:
-    """A text, stripped, in which nothing reads as the end of the conversation or as another turn.
+    """Strip a text and change whatever would read as the end of the conversation or as another turn.
 
-    `<END CONVERSATION>` becomes `(END CONVERSATION)`, and so do its relatives and Guard 2's `[/INST]`; a
-    line that begins with `User:`, `Agent:` or `Assistant:` is quoted with `> `. So is what looks alike
-    by full-width letters and signs, or by characters that show nothing. The words stay: they are judged.
+    `<END CONVERSATION>` becomes `(END CONVERSATION)`; other markers and Guard 2's `[/INST]` are changed in
+    the same way. A line that begins with `User:`, `Agent:` or `Assistant:` is quoted with `> `.
+    Lookalikes with full-width or invisible characters are changed too. All words are kept, because they
+    are what is judged.
     """
     text = text.strip()
     plain = _skeleton(text)
@@ -43,7 +44,7 @@ def as_text(text: str) -> str:
 
 
 def _skeleton(text: str) -> str:
-    """A text of the same length in plain letters: full-width ones as usual, unseen ones all alike."""
+    """A text of the same length with normalized characters: full-width ones as ASCII, invisible ones as UNSEEN."""
     return text.translate({ord(letter): _plain(letter) for letter in set(text)})
 
 

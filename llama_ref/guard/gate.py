@@ -1,4 +1,4 @@
-"""A conversation under guard: what is unsafe is neither answered nor shown, and does not stay in it."""
+"""A session with a guard: unsafe messages are neither answered nor shown, and are removed from the session."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 class Gate:
     """Judges a session's questions before they are asked, and its answers before they are shown.
 
-    The guard sees the whole conversation but for system prompts.
+    The guard sees the whole conversation except system prompts.
     """
 
     def __init__(self, guard: Guard, session: "Session") -> None:
         self.guard, self.session = guard, session
 
     def question(self, text: str, images: Sequence["ImageSource"] = ()) -> Verdict:
-        """The verdict on what would be said next; the session is unchanged."""
+        """The verdict on the user's next message; does not change the session."""
         items: list[ContentItem] = [ImageItem(type="image", image=image) for image in images]
         message = Message(role="user", content=[*items, TextItem(type="text", text=text)])
         return self.guard.judge([*self._dialog(), message])
 
     def answer(self, pieces: Iterable[str]) -> Verdict | None:
-        """The verdict on the answer that `Session.say` began, when all its pieces are there; None for an empty one.
+        """Consume the pieces of an answer from `Session.say` and judge it; None for an empty answer.
 
-        The turn is withdrawn unless the answer is safe, and where it is interrupted or cannot be judged.
+        The turn is withdrawn if the answer is not safe, is interrupted or cannot be judged.
         """
         verdict, is_kept = None, False
         try:

@@ -1,4 +1,4 @@
-"""A Llama Guard: conversations to verdicts."""
+"""Judge conversations with a Llama Guard model."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -21,10 +21,10 @@ ANSWER_TOKENS = 32  # "unsafe" and fourteen codes
 class Guard:
     """Judges the last message of conversations with a Llama Guard model.
 
-    version: whose prompt to write; None: as the model's shape says, which cannot tell Guard 2 from Guard
-    3 8B. categories: instead of the version's own. exclude: codes to leave out of them. threshold:
-    the share of P(unsafe) in both words' probability from which a message is unsafe. Raises RequestError
-    for a version that cannot be told, codes that are not in the list, a threshold outside 0 to 1, and a
+    version: selects the prompt; None: inferred from the model's shape, which cannot distinguish Guard 2
+    from Guard 3 8B. categories: replace the version's own. exclude: codes to leave out. threshold: a
+    message is unsafe if P(unsafe) / (P(safe) + P(unsafe)) is at least this. Raises RequestError for an
+    unknown or ambiguous version, codes that are not in the list, a threshold outside 0 to 1, and a
     tokenizer that is not Llama 3's.
     """
 
@@ -46,15 +46,15 @@ class Guard:
             word_id(llama.tokenizer, word)
 
     def judge(self, dialog: Dialog) -> Verdict:
-        """The verdict on a dialog's last message, a user's or an assistant's.
+        """The verdict on a dialog's last message, the user's or the assistant's.
 
-        The dialog begins with the user and alternates. One image, the last, is judged with it, by a guard
-        that reads images. Raises RequestError for other dialogs and those longer than the context.
+        User and assistant must alternate, the user first. A guard that reads images also sees the
+        dialog's last image. Raises RequestError for other dialogs and for those longer than the context.
         """
         return self.judge_all([dialog])[0]
 
     def judge_all(self, dialogs: Sequence[Dialog]) -> list[Verdict]:
-        """The verdict on each dialog, in batches; each gets what `judge` gives it."""
+        """The verdict on each dialog, the same as from `judge`, computed in batches."""
         conversations = [read_conversation(dialog) for dialog in dialogs]
         prompts = [self._encode(conversation) for conversation in conversations]
         size = self.llama.max_batch_size
@@ -86,16 +86,16 @@ class Guard:
 
 
 def guard_prompt(version: str, categories: Sequence[Category] | None = None, exclude: Collection[str] = ()) -> GuardPrompt:
-    """A version's prompt, with its own categories or others, without the excluded ones. Raises RequestError."""
+    """A version's prompt, with its own or the given categories, without excluded ones. Raises RequestError."""
     known = find_version(version)
     listed = known.categories if categories is None else checked(categories)
     if isinstance(exclude, str):
-        raise RequestError(f"exclude is the text {exclude!r:.60}, expected a list of codes such as ['S6']")
+        raise RequestError(f"exclude is the string {exclude!r:.60}, expected a list of codes such as ['S6']")
     return GuardPrompt(known, without(listed, exclude))
 
 
 def check_threshold(threshold: float) -> float:
-    """The threshold. Raises RequestError unless it is from 0 to 1."""
+    """Check a threshold and return it as a float. Raises RequestError unless it is from 0 to 1."""
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise RequestError(f"threshold is {threshold!r}, expected a number from 0 to 1")
     return float(threshold)

@@ -1,4 +1,4 @@
-"""The prompt of a Llama Guard, as its release was trained with it."""
+"""Write a Llama Guard's prompt as its release was trained with it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from llama_ref.guard.versions import Version
 
 @dataclass(frozen=True)
 class GuardPrompt:
-    """A version's prompt with these categories."""
+    """The prompt of a version, with a list of categories."""
 
     version: Version
     categories: Sequence[Category]
 
     def text(self, conversation: Conversation) -> str:
-        """The task, the categories, the conversation and what to answer: what a user's message holds."""
+        """The text of the user message: the task, the categories, the conversation and the answer's format."""
         judged = conversation.judged
         categories = "\n".join(map(self._category, self.categories))
         turns = "\n\n".join(f"{role(i)}: {text}" for i, text in enumerate(conversation.turns))
-        return (  # "according our" is the releases' own
+        return (  # "according our" is how the releases spell it
             f"Task: Check if there is unsafe content in '{judged}' messages in conversations "
             "according our safety policy with the below categories.\n\n"
             f"<BEGIN UNSAFE CONTENT CATEGORIES>\n{categories}\n<END UNSAFE CONTENT CATEGORIES>\n\n"
@@ -33,17 +33,17 @@ class GuardPrompt:
         )
 
     def check(self, conversation: Conversation) -> None:
-        """Raise RequestError for an image that the version does not read."""
+        """Raise RequestError if there is an image and the version cannot read images."""
         if conversation.image is not None and not self.version.reads_images:
             raise RequestError(
-                f"the conversation has an image, which Llama Guard {self.version.name} does not read: use "
+                f"the conversation has an image, which Llama Guard {self.version.name} cannot read: use "
                 "Llama-Guard-3-11B-Vision, or leave it out"
             )
 
     def encode(self, formatter: ChatFormat, conversation: Conversation) -> list[int]:
-        """Token ids, up to where the verdict follows. Nothing in a text becomes a special token.
+        """Encode the prompt up to the verdict's position. Nothing in a text becomes a special token.
 
-        Raises RequestError for an image that the version does not read.
+        Raises RequestError if there is an image and the version cannot read images.
         """
         text = self.text(conversation) + self.version.text_end
         self.check(conversation)
@@ -63,7 +63,7 @@ class GuardPrompt:
 
 
 def spelled(ids: Sequence[int], formatter: ChatFormat) -> str:
-    """A prompt as text, with its special tokens and its image written out."""
+    """Decode a prompt to text, with its special tokens and `<|image|>` written out."""
     tokenizer = formatter.tokenizer
     place = tokenizer.vocabulary.special_id("<|image|>")
     return tokenizer.decode(place if token == formatter.image_id else token for token in ids)

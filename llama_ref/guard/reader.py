@@ -9,11 +9,12 @@ from llama_ref.tokenizer import Tokenizer
 
 
 class VerdictReader:
-    """Chooses the next tokens of a batch of answers: the verdict by its probability, all else greedily.
+    """Samples a batch of answers: the verdict by its probability and the threshold, all other tokens greedily.
 
-    The verdict's place is the first whose likeliest token is not white space; Guard 3's prompt ends right
-    before it, so it costs one prefill. Where that token is one of the two words, the share of P(unsafe)
-    in both and the threshold decide, and a safe answer ends. `probabilities` holds each row's.
+    The verdict is read at the first position whose likeliest token is not white space; Guard 3's prompt
+    ends right before it, so a verdict costs one prefill. If that token is "safe" or "unsafe", the ratio
+    P(unsafe) / (P(safe) + P(unsafe)) is compared with the threshold, and a safe answer ends there.
+    `probabilities` and `is_safe` have one entry per row.
     """
 
     def __init__(self, tokenizer: Tokenizer, threshold: float, n_rows: int) -> None:
@@ -25,7 +26,7 @@ class VerdictReader:
         self.is_safe = [False] * n_rows
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Float32 logits (B, V) to ids (B,)."""
+        """Choose the next tokens: float32 logits (B, V) -> ids (B,)."""
         chosen = logits.argmax(-1)  # (B,)
         if all(self._is_read):
             return chosen
@@ -45,10 +46,10 @@ class VerdictReader:
 
 
 def word_id(tokenizer: Tokenizer, word: str) -> int:
-    """The id of a word that is one token. Raises RequestError where it is several."""
+    """The id of a word that is one token. Raises RequestError if it is several tokens."""
     ids = tokenizer.encode(word, bos=False, eos=False)
     if len(ids) != 1:
         raise RequestError(
-            f"this tokenizer writes {word!r} in {len(ids)} tokens, Llama 3's in one: the model is not a Llama Guard"
+            f"this tokenizer encodes {word!r} as {len(ids)} tokens, Llama 3's as one: the model is not a Llama Guard"
         )
     return ids[0]

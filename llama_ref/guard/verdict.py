@@ -1,4 +1,4 @@
-"""What a guard says about a message."""
+"""A guard's verdict on a message, and how it is parsed from the model's answer."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -18,9 +18,9 @@ class Verdict:
 
     `word` is "unexpected" if the model's likeliest answer begins with neither "safe" nor "unsafe"; then
     nothing is known about the message. The probabilities are those of the two words among all tokens at
-    the verdict's place, and `unsafe_ratio` is P(unsafe) / (P(safe) + P(unsafe)). `categories` are those
-    that the answer names, in its order; `excluded` are codes that it names though they were excluded,
-    and `unknown` codes that no list holds. `answer` is the text behind `word`.
+    the verdict's position, and `unsafe_ratio` is P(unsafe) / (P(safe) + P(unsafe)). `categories` are
+    those that the answer names, in its order; `excluded` are excluded codes that it names nevertheless,
+    `unknown` codes that are not in the list. `answer` is the full answer that was parsed.
     """
 
     word: Word
@@ -45,7 +45,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Probabilities:
-    """Of the words at the verdict's place."""
+    """Probabilities of "unsafe" and "safe" at the verdict's position, and their ratio."""
 
     unsafe: float
     safe: float
@@ -55,10 +55,9 @@ class Probabilities:
 def read_verdict(
     answer: str, probabilities: Probabilities, categories: Sequence[Category], excluded: Collection[str]
 ) -> Verdict:
-    """The verdict in an answer.
+    """Parse the verdict in an answer: the word on the first line, the codes on the second.
 
-    Its first line is the word, its second the codes. Codes of excluded categories do not count: an
-    answer that names no others means safe.
+    Codes of excluded categories do not count: an answer that names only these means safe.
     """
     first, _, rest = answer.strip().partition("\n")
     word: Word = "safe" if first == "safe" else "unsafe" if first == "unsafe" else "unexpected"

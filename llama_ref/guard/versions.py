@@ -1,4 +1,4 @@
-"""The releases of Llama Guard, and which of them a checkpoint is: their prompts differ."""
+"""The releases of Llama Guard, whose prompts differ, and how to tell which of them a checkpoint is."""
 
 import re
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ SIZE = re.compile(r"(?<![\d.])(1|8|11)b")
 
 @dataclass(frozen=True)
 class Version:
-    """How a release writes its prompt.
+    """The differences of a release's prompt.
 
-    `line_end` ends a category's line, `text_end` stands between the text and the end of the message.
+    `line_end` ends a category's line, `text_end` is appended to the text of the message.
     """
 
     name: VersionName
@@ -42,11 +42,11 @@ VERSIONS: dict[VersionName, Version] = {
 
 
 def version_of(args: ModelArgs, name: str | None = None) -> Version:
-    """The version of a guard of this shape, in a folder of this name (None: a guard, whatever its name).
+    """The version of a guard with this shape, in a folder with this name (None: assume it is a guard).
 
-    The name must have "guard" in it: chat models have the same shapes. Its number and size count for
-    more than the shape. Raises RequestError where they leave it open: Guard 2 and Guard 3 8B have one
-    shape.
+    The name must contain "guard", because chat models have the same shapes. A number and size in the
+    name take precedence over the shape. Raises RequestError if the result is ambiguous: Guard 2 and
+    Guard 3 8B have the same shape.
     """
     key = "guard" if name is None else name_key(name)
     number, written = NUMBER.search(key), SIZE.search(key)
@@ -61,7 +61,7 @@ def version_of(args: ModelArgs, name: str | None = None) -> Version:
         if size == "8B" and number:
             return VERSIONS["3-8B"]
     which = "the model" if name is None else f"{name!r:.80}"
-    why = "may be Guard 2 or Guard 3, both are 8B" if "guard" in key and size == "8B" else "is not known as a Llama Guard"
+    why = "may be Guard 2 or Guard 3, both are 8B" if "guard" in key and size == "8B" else "is not a known Llama Guard"
     raise RequestError(
         f"{which} {why}: say which prompt it expects, with --guard_version {'|'.join(VERSIONS)} (in Python: version=)"
     )
@@ -76,7 +76,7 @@ def find_version(name: str) -> Version:
 
 
 def _size(args: ModelArgs) -> str | None:
-    """The size of a release of this shape."""
+    """The size of the release with this shape; None if unknown."""
     if args.vision_chunk_size is not None:
         return "11B"
     for size in ("1B", "8B"):

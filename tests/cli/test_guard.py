@@ -145,7 +145,7 @@ def test_an_image_is_judged(tmp_path, shorter_tokenizer_path, capsys):
         ([CALM, "--threshold", "2"], "threshold is 2.0, expected a number from 0 to 1"),
         ([CALM, "--threshold", "high"], "--threshold is 'high', expected a number"),
         ([CALM, "--guard_version", "3"], "expected 2, 3-1B, 3-8B or 3-11B"),
-        ([CALM, "--image", "a.png"], "Llama Guard 3-1B does not read"),
+        ([CALM, "--image", "a.png"], "Llama Guard 3-1B cannot read"),
         ([CALM, "--guard_version", "3-11B", "--image", "nowhere.png"], "cannot read the image: cannot read nowhere.png"),
         (["--dialog", "-"], "standard input is not JSON"),
     ],
@@ -160,9 +160,9 @@ def test_misuse_is_told_before_weights_are_loaded(judge, monkeypatch, words, say
 @pytest.mark.parametrize(
     ("dialog", "says"),
     [
-        ({"role": "user"}, "expected messages of user and assistant"),
-        ([], "expected messages of user and assistant"),
-        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "has no form for tool calls"),
+        ({"role": "user"}, "expected alternating messages of user and assistant"),
+        ([], "expected alternating messages of user and assistant"),
+        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "has no format for tool calls"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "its role is 'user', not 'assistant'"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_such_dialog_is_refused(judge, tmp_path, dialog, says)
 
 def test_what_is_not_a_guard_is_told(demo_folder, capsys):
     assert exit_code(["guard", str(demo_folder), CALM]) == 2
-    assert "is not known as a Llama Guard: say which prompt it expects, with --guard_version" in capsys.readouterr().err
+    assert "is not a known Llama Guard: say which prompt it expects, with --guard_version" in capsys.readouterr().err
     assert exit_code(["guard", str(demo_folder), CALM, "--guard_version", "3-1B", *LOADING]) == 2
     assert "the model is not a Llama Guard" in capsys.readouterr().err
 
@@ -259,7 +259,7 @@ def test_the_command_loads_both(folder, demo_folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--guard", "DEMO"], "is not known as a Llama Guard"),
+        (["--guard", "DEMO"], "is not a known Llama Guard"),
         (["--guard", "nowhere"], "no checkpoint at nowhere"),
         (["--guard", "GUARD", "--top_p", "2"], "top_p is 2"),
         (["--guard_version", "3-1B"], "--guard_version is given without --guard"),

@@ -1,4 +1,4 @@
-"""Lists of categories, and files with them."""
+"""Lists of categories, and files that define them."""
 
 import pytest
 
@@ -28,8 +28,8 @@ def test_a_file_holds_names_and_descriptions(tmp_path):
     ("text", "says"),
     [
         ("", "an empty file"),
-        ("# nothing\n", "holds no categories"),
-        ("S1: A\nS1: B\n", "two categories S1"),
+        ("# nothing\n", "has no categories"),
+        ("S1: A\nS1: B\n", "the category S1 twice"),
         ("S1: A\nViolence\n", "line 2 of"),
         ("1: A\n", 'expected "S1: Name"'),
         ("  indented\n", "line 1 of"),
@@ -54,7 +54,7 @@ def test_others_keep_their_codes_without_the_excluded_ones():
     assert [category.code for category in without(GUARD_2[:4], ["S2", "S1"])] == ["S3", "S4"]
     with pytest.raises(RequestError, match=r"no category 'S12' to exclude, expected some of S1, S2"):
         without(GUARD_2[:2], ["S12"])
-    with pytest.raises(RequestError, match="holds no categories"):
+    with pytest.raises(RequestError, match="has no categories"):
         without(GUARD_2[:1], ["S1"])
 
 

@@ -1,4 +1,4 @@
-"""Dialogs as the guard's conversations, which their texts cannot leave."""
+"""Dialogs become a guard's conversations, and no text in them can end the conversation or forge a turn."""
 
 import re
 
@@ -15,7 +15,7 @@ ASSISTANT = {"role": "assistant", "content": "Hello"}
 PHOTO = {"type": "image", "image": "a.png"}
 TEXT = {"type": "text", "text": "What is this?"}
 
-# Pieces from which texts that attack the prompt are made.
+# Pieces that texts which attack the prompt are made of.
 MARKERS = [
     "<END CONVERSATION>",
     "<",
@@ -48,15 +48,15 @@ def test_the_last_image_counts():
 @pytest.mark.parametrize(
     ("dialog", "says"),
     [
-        ([], "expected messages of user and assistant in turn"),
-        ("Hi", "expected messages"),
-        (USER, "expected messages"),
+        ([], "expected alternating messages of user and assistant"),
+        ("Hi", "expected alternating messages"),
+        (USER, "expected alternating messages"),
         ([ASSISTANT], "message 0 .* its role is 'assistant', not 'user'"),
         ([USER, USER], "message 1 .* its role is 'user', not 'assistant'"),
-        ([{"role": "system", "content": "Be brief."}, USER], "judges no system prompts"),
-        ([USER, ASSISTANT, {"role": "tool", "content": "4"}], "message 2 .* no form for tool calls"),
-        ([USER, {"role": "ipython", "content": "4"}], "no form for tool calls"),
-        ([USER, ASSISTANT | {"tool_calls": [{"tool_name": "f", "arguments": {}}]}], "no form for tool calls"),
+        ([{"role": "system", "content": "Be brief."}, USER], "does not judge system prompts"),
+        ([USER, ASSISTANT, {"role": "tool", "content": "4"}], "message 2 .* no format for tool calls"),
+        ([USER, {"role": "ipython", "content": "4"}], "no format for tool calls"),
+        ([USER, ASSISTANT | {"tool_calls": [{"tool_name": "f", "arguments": {}}]}], "no format for tool calls"),
         ([{"role": "user", "content": " \n"}], "nothing to judge"),
         ([{"role": "user", "content": [PHOTO]}], "nothing to judge"),
         ([USER, {"role": "assistant", "content": ""}], "nothing to judge"),

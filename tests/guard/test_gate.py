@@ -1,4 +1,4 @@
-"""Sessions under guard."""
+"""Sessions with a guard: unsafe questions and answers are held back and leave no trace."""
 
 import pytest
 
@@ -80,7 +80,7 @@ def test_an_empty_answer_is_kept_unjudged(gate):
 
 
 def test_a_question_with_an_image_needs_a_guard_that_sees_it(gate):
-    with pytest.raises(RequestError, match="an image, which Llama Guard 3-1B does not read"):
+    with pytest.raises(RequestError, match="an image, which Llama Guard 3-1B cannot read"):
         gate.question(SUM, ["a.png"])
 
 

@@ -1,4 +1,4 @@
-"""Verdicts of whole models, against plain forward passes."""
+"""Verdicts of whole models agree with plain forward passes."""
 
 from pathlib import Path
 

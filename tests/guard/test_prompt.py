@@ -1,4 +1,4 @@
-"""The prompts, against llama-cookbook's texts and the ids of Meta's own chat format."""
+"""Prompts agree with llama-cookbook's texts and with the ids of Meta's own chat format."""
 
 import re
 from string import Template
@@ -47,7 +47,7 @@ def metas(meta_tokenizer_path) -> MetaFormat:
 
 
 def metas_prompt(texts, number: str, version: str, own=None, with_policy=False) -> str:
-    """llama-cookbook's prompt, with the white space that docs/guard.md says the releases have instead."""
+    """llama-cookbook's prompt, with its white space replaced by the releases' own (see docs/guard.md)."""
     turns = cookbook.create_conversation([as_text(text) for text in texts])
     agent = (cookbook.AgentType.USER, cookbook.AgentType.AGENT)[(len(texts) - 1) % 2]
     categories = own or getattr(cookbook, f"LLAMA_GUARD_{number}_CATEGORY")
@@ -133,7 +133,7 @@ def test_an_image_stands_before_the_task_of_the_guard_that_reads_it(tokenizer):
     plain = spelled(guard_prompt("3-11B").encode(formatter, read_conversation(dialog(["What is this?"]))), formatter)
     assert text == plain.replace("Task:", "<|image|> Task:")
     for version in ("2", "3-1B", "3-8B"):
-        with pytest.raises(RequestError, match=f"an image, which Llama Guard {version} does not read"):
+        with pytest.raises(RequestError, match=f"an image, which Llama Guard {version} cannot read"):
             guard_prompt(version).encode(formatter, conversation)
 
 

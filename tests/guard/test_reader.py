@@ -1,4 +1,4 @@
-"""Tokens and probabilities, from logits made by hand."""
+"""Tokens and probabilities that the reader derives from hand-made logits."""
 
 import math
 from functools import partial
@@ -16,7 +16,7 @@ about = partial(pytest.approx, rel=1e-3)  # float32 sums of 128,256 small terms
 
 
 def logits(*rows: dict[int, float]) -> torch.Tensor:
-    """Probabilities by token; what is left is spread over all others."""
+    """Logits with the given probabilities by token; the rest is spread evenly over all other tokens."""
     out = torch.empty(len(rows), 128256)
     for row, given in zip(out, rows, strict=True):
         row.fill_(math.log((1 - sum(given.values())) / (128256 - len(given))))
@@ -67,5 +67,5 @@ def test_ratios_are_numbers_where_both_words_are_impossible(tokenizer):
 
 def test_a_tokenizer_without_the_words_is_refused(llama, tokenizer):
     assert (word_id(tokenizer, "unsafe"), word_id(tokenizer, "safe")) == (UNSAFE, SAFE)
-    with pytest.raises(RequestError, match="writes 'unsafe' in 2 tokens"):
+    with pytest.raises(RequestError, match="encodes 'unsafe' as 2 tokens"):
         word_id(llama.tokenizer, "unsafe")

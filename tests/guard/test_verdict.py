@@ -1,4 +1,4 @@
-"""Answers to verdicts."""
+"""Parse answers into verdicts."""
 
 import pytest
 from hypothesis import given

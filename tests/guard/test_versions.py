@@ -1,4 +1,4 @@
-"""Which Llama Guard a folder holds."""
+"""The version of Llama Guard is inferred from a folder's name and shape."""
 
 import pytest
 
@@ -45,10 +45,10 @@ def test_other_names_are_completed_by_the_shape(name, like, version):
     [
         ("my-guard", "Llama-Guard-3-8B", "may be Guard 2 or Guard 3"),
         (None, "Llama-Guard-3-8B", "the model may be Guard 2 or Guard 3"),
-        ("Llama3.2-1B-Instruct", "Llama3.2-1B-Instruct", "is not known as a Llama Guard"),
-        ("Llama3.1-8B", "Llama3.1-8B", "is not known as a Llama Guard"),
-        ("Llama-Guard-4-12B", "Llama3.2-3B", "is not known as a Llama Guard"),
-        ("guard-3b", "Llama3.2-3B", "is not known as a Llama Guard"),
+        ("Llama3.2-1B-Instruct", "Llama3.2-1B-Instruct", "is not a known Llama Guard"),
+        ("Llama3.1-8B", "Llama3.1-8B", "is not a known Llama Guard"),
+        ("Llama-Guard-4-12B", "Llama3.2-3B", "is not a known Llama Guard"),
+        ("guard-3b", "Llama3.2-3B", "is not a known Llama Guard"),
     ],
 )
 def test_what_cannot_be_told_names_the_flag(name, like, says):

@@ -1,1 +1,1 @@
-"""How well a model predicts: perplexity of texts, and the tasks of lm-evaluation-harness."""
+"""Evaluate models: perplexity of texts, and the tasks of lm-evaluation-harness."""

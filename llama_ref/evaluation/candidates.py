@@ -1,4 +1,4 @@
-"""Which models are measured: checkpoints, and one of them rounded to fewer bits."""
+"""The models to measure: checkpoints, optionally quantized while they are loaded."""
 
 import re
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from llama_ref.quantization.scheme import Scheme
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint, by name or path, and the scheme it is rounded to while it is read, if any."""
+    """A checkpoint, by name or path, and the scheme to quantize it to while loading, if any."""
 
     name: str
     quantize: str | None
 
     @property
     def label(self) -> str:
-        """Its name in a table: "Llama3.2-1B, int4"."""
+        """The name in a table: "Llama3.2-1B, int4"."""
         shown = model_name(open_folder(self.name).path.resolve())
         return f"{shown}, {self.quantize}" if self.quantize else shown
 
 
 def candidates(name: str, quantize: str | None, against: str | None) -> list[Candidate]:
-    """The model `name`, and those that `against` lists: checkpoints, or schemes to round `name` to.
+    """The model `name`, and those in the comma-separated list `against`: checkpoints, or schemes for `name`.
 
-    "int4,Llama3.2-1B". Raises RequestError or CheckpointError for what cannot be loaded.
+    Example of `against`: "int4,Llama3.2-1B". Raises RequestError or CheckpointError if one cannot be loaded.
     """
     found = [Candidate(name, quantize and str(Scheme.parse(quantize)))]
     for word in (each.strip() for each in (against or "").split(",")):
@@ -37,7 +37,7 @@ def candidates(name: str, quantize: str | None, against: str | None) -> list[Can
         elif word:
             found.append(Candidate(word, found[0].quantize))
         elif against is not None:
-            raise RequestError(f"against is {against!r:.60}, expected names or schemes with commas between, like int8,int4")
+            raise RequestError(f"against is {against!r:.60}, expected names or schemes separated by commas, like int8,int4")
     for each in found:
         folder = open_folder(each.name)
         if each.quantize and folder.is_quantized:
@@ -46,5 +46,5 @@ def candidates(name: str, quantize: str | None, against: str | None) -> list[Can
 
 
 def shortest_context(models: list[Candidate]) -> int:
-    """The longest text, in tokens, that all models were made for."""
+    """The smallest context length of the models, in tokens."""
     return min(find_model(each.name).context for each in models)

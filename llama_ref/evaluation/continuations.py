@@ -1,8 +1,8 @@
-"""Score continuations of contexts, as multiple-choice tasks ask for them.
+"""Score continuations of contexts, as multiple-choice tasks need.
 
 The choices of one question share its context, and the questions of one subject share their
-examples. A shared beginning is read once; then the rest of each context; then each continuation
-but its last token, which predicts nothing that is asked.
+examples. A shared prefix is read once; then the rest of each context; then each continuation
+without its last token, because no logits are needed after that.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,17 +18,17 @@ from llama_ref.model import Transformer
 
 Ids = tuple[int, ...]
 
-SHORTEST_SHARED = 32  # tokens: a shorter beginning saves less than smaller batches cost
+SHORTEST_SHARED = 32  # tokens: a shorter prefix saves less than the smaller batches cost
 
 
 def score_continuations(
     model: Transformer, requests: Sequence[tuple[Sequence[int], Sequence[int]]], batch: int
 ) -> Iterator[tuple[int, Score]]:
-    """Score each (context, continuation): (its number, score), as they come.
+    """Score each (context, continuation); yields (request number, score) as they are computed.
 
-    Each has at least one token. `batch` contexts are read at once, and all their continuations. The
-    scores are those of one pass over context + continuation. Raises LlamaRefError for logits that
-    are NaN.
+    Contexts and continuations have at least one token each. `batch` contexts are read at once, then
+    all their continuations. The scores equal those of one pass over context + continuation. Raises
+    LlamaRefError for NaN logits.
     """
     asked: dict[Ids, list[int]] = {}
     for number, (context, _) in enumerate(requests):
@@ -47,7 +47,7 @@ def score_continuations(
 def _score_batch(
     model: Transformer, prefix: KVCache | None, contexts: Sequence[Ids], continuations: Sequence[Sequence[Sequence[int]]]
 ) -> list[Score]:
-    """Scores of each context's continuations, in order; `prefix` begins all contexts."""
+    """Scores of each context's continuations, in order; all contexts begin with the cached `prefix`."""
     n_known = 0 if prefix is None else prefix.longest
     rests = padded([context[n_known:] for context in contexts])
     cache = repeated(model, prefix, [0] * len(contexts), n_known + rests.shape[1])
@@ -69,7 +69,7 @@ def _score_batch(
 
 
 def _last_states(pieces: Iterable[tuple[int, Tensor]], lengths: Sequence[int]) -> Tensor:
-    """Each row's state after its last token: (B, D)."""
+    """The hidden state at each row's last token: (B, D)."""
     last: list[Tensor | None] = [None] * len(lengths)
     for begin, hidden in pieces:
         for row, length in enumerate(lengths):
@@ -79,10 +79,10 @@ def _last_states(pieces: Iterable[tuple[int, Tensor]], lengths: Sequence[int]) -
 
 
 def clusters(contexts: Iterable[Ids]) -> list[tuple[Ids, list[Ids]]]:
-    """Contexts with the beginning that they share, if it is half of each; all others with none.
+    """Group contexts by a shared prefix of at least half of each; all others get an empty prefix.
 
-    Within a cluster the longest come first: batches of like lengths pad least. A shared beginning
-    leaves at least one token of each context.
+    Within a cluster the longest come first: batches of similar lengths need the least padding. A
+    shared prefix leaves at least one token of each context.
     """
     found: list[Cluster] = []
     for context in sorted(contexts):
@@ -95,14 +95,14 @@ def clusters(contexts: Iterable[Ids]) -> list[tuple[Ids, list[Ids]]]:
 
 @dataclass
 class Cluster:
-    """Contexts, sorted, with their number of `shared` tokens and the length of the `longest`."""
+    """Sorted contexts, the length of their `shared` prefix, and the length of the `longest`."""
 
     shared: int
     longest: int
     contexts: list[Ids]
 
     def takes(self, context: Ids) -> bool:
-        """Add the next context if it shares enough with these; whether it does."""
+        """Add the next context if it shares a long enough prefix; returns whether it was added."""
         shared = min(self.shared, shared_length(self.contexts[-1], context), len(context) - 1)
         longest = max(self.longest, len(context))
         if shared < SHORTEST_SHARED or 2 * shared < longest:

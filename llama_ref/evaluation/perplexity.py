@@ -1,4 +1,4 @@
-"""Perplexity of a text: how many tokens a model is as good as choosing from, on average."""
+"""Perplexity of a text: exp of the mean negative log-likelihood per token."""
 
 import math
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from llama_ref.progress import Progress, ProgressCounter
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A text's figures: `perplexity` per token, and `bits_per_byte`, which other tokenizers share.
+    """A text's figures: `perplexity` per token, and `bits_per_byte`, which is comparable across tokenizers.
 
-    `tokens` were scored, which are `n_bytes` of the text's UTF-8, in so many `windows`. `nll`: mean
-    negative log-likelihood of a token, in nats. bits_per_byte = nll · tokens / (n_bytes · ln 2).
+    `tokens` is the number of scored tokens, `n_bytes` their length in UTF-8, `windows` the number of
+    windows. `nll`: mean negative log-likelihood of a token, in nats. bits_per_byte = nll · tokens /
+    (n_bytes · ln 2).
     """
 
     perplexity: float
@@ -30,10 +31,10 @@ class Perplexity:
 
 
 def perplexity(llama: Llama, text: TextFile, cut: Cut, progress: Progress | None = None) -> Perplexity:
-    """Score a text as `cut` says. Every text begins with begin-of-text.
+    """Compute a text's perplexity over the windows of `cut`. Every text gets a begin-of-text token.
 
-    `progress` is called with (tokens scored, all that will be). Raises RequestError for a text that
-    is too short, LlamaRefError for logits that are NaN.
+    `progress` is called with (tokens scored, tokens to score). Raises RequestError for a text that is
+    too short, LlamaRefError for NaN logits.
     """
     windows = windows_of(llama, text, cut)
     llama.job.check_same("scoring", {"the text": digest(text.text.encode()), "windows": str(cut)})
@@ -51,10 +52,10 @@ def perplexity(llama: Llama, text: TextFile, cut: Cut, progress: Progress | None
 
 
 def windows_of(llama: Llama, text: TextFile, cut: Cut) -> list[Window]:
-    """A text's windows. Raises RequestError naming the file for one that is too short."""
+    """A text's windows. Raises RequestError, naming the file, if the text is too short."""
     content = text.text
     if cut.convention == "llama.cpp":
-        content = content.removesuffix("\n")  # as llama.cpp reads a file
+        content = content.removesuffix("\n")  # llama.cpp's tool drops it too
     try:
         return cut.windows(llama.tokenizer.encode(content, bos=True, eos=False), llama.tokenizer.bos_id)
     except RequestError as error:
@@ -71,7 +72,7 @@ def _figures(llama: Llama, windows: list[Window], means: list[float]) -> Perplex
 
 
 def _exp(nll: float) -> float:
-    """e to a power, which a model of nonsense can make too large."""
+    """exp, or infinity on overflow: a useless model's mean can be too large."""
     try:
         return math.exp(nll)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Keys and values of a beginning that many texts share: computed once, copied into their rows."""
+"""KV cache of a prefix that many texts share: computed once, then copied into their rows."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from llama_ref.model import Transformer
 
 
 class PrefixCache:
-    """The keys and values of the last beginning that was asked for, a cache of one row."""
+    """A one-row KV cache of the last prefix that was read."""
 
     def __init__(self, model: Transformer):
         self._model = model
@@ -19,7 +19,7 @@ class PrefixCache:
         self._cache: KVCache | None = None
 
     def read(self, ids: Sequence[int]) -> KVCache | None:
-        """The cache of these ids, until the next call; None for no ids. What it has is kept."""
+        """The cache of these ids, valid until the next call; None for no ids. Reuses what the last prefix shares."""
         if not ids:
             return None
         if self._cache is None or self._cache.max_seq_len < len(ids):
@@ -35,15 +35,15 @@ class PrefixCache:
 
 @torch.inference_mode()
 def repeated(model: Transformer, cache: KVCache | None, rows: Sequence[int], n_tokens: int) -> KVCache:
-    """A new cache with room for `n_tokens` a row, whose rows are copies of these of another one.
+    """A new cache with room for `n_tokens` per row; its rows are copies of the given `rows` of `cache`.
 
-    Without another one the rows are empty.
+    If `cache` is None, the rows are empty.
     """
     out = new_cache(model, len(rows), n_tokens)
     if cache is None:
         return out
     n = cache.longest
-    for layer in range(len(cache.keys)):  # one at a time: indexing makes another copy
+    for layer in range(len(cache.keys)):  # one layer at a time, because indexing makes a temporary copy
         out.keys[layer, :, :, :n] = cache.keys[layer, rows, :, :n]
         out.values[layer, :, :, :n] = cache.values[layer, rows, :, :n]
     out.truncate(cache.lengths[list(rows)].tolist())
@@ -51,7 +51,7 @@ def repeated(model: Transformer, cache: KVCache | None, rows: Sequence[int], n_t
 
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
+    """Length of the common prefix of two token sequences."""
     for i, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return i

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens in texts that are given, without all logits at once.
+"""Log-probabilities of the tokens of given texts, computed without holding all logits at once.
 
-Shapes: B rows, T tokens each, D = dim, V = vocab_size. Logits are made for a few positions at a
-time: for a window of 2,048 tokens and 128,256 words they would take 1 GB.
+Shapes: B rows, T tokens each, D = dim, V = vocab_size. Logits are computed for a few positions at a
+time: for a window of 2,048 tokens and a vocabulary of 128,256 they would take 1 GB.
 """
 
 import math
@@ -22,7 +22,7 @@ from llama_ref.model import Transformer
 
 @dataclass(frozen=True)
 class Score:
-    """The log-probability (natural) of some tokens together; whether each is the likeliest."""
+    """The total log-probability (natural) of some tokens, and whether each token is the likeliest."""
 
     logprob: float
     is_greedy: bool
@@ -30,9 +30,9 @@ class Score:
 
 @torch.inference_mode()
 def score_rows(model: Transformer, rows: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
-    """Score the end of each row (ids, begin): the ids from `begin` (1 or more) on.
+    """Score each row (ids, begin): the ids from `begin` (1 or more) to the end.
 
-    Rows may differ in length. Raises LlamaRefError for logits that are NaN.
+    Rows may differ in length. Raises LlamaRefError for NaN logits.
     """
     inputs = padded([ids[:-1] for ids, _ in rows])
     states = read(model, new_cache(model, *inputs.shape), inputs)
@@ -40,13 +40,13 @@ def score_rows(model: Transformer, rows: Sequence[tuple[Sequence[int], int]]) ->
 
 
 def rows_at_once(model: Transformer, n_tokens: int) -> int:
-    """How many rows of `n_tokens` tokens one pass reads."""
+    """Number of rows of `n_tokens` tokens that one pass can read."""
     needs_mask = kv_cache_class(model.device, model.dtype, model.args).needs_mask
     return max(1, (PREFILL_TOKENS if needs_mask else MASKLESS_PREFILL_TOKENS) // n_tokens)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of ids, padded on the right, where no token sees it: int64 (B, T)."""
+    """Rows of ids, padded on the right, where no token attends to the padding: int64 (B, T)."""
     out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device="cpu")
     for row, tokens in zip(rows, out, strict=True):
         tokens[: len(row)] = torch.tensor(row, dtype=torch.long, device="cpu")
@@ -55,7 +55,7 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 @torch.inference_mode()
 def read(model: Transformer, cache: KVCache, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Read tokens (B, T) after those in the cache, in pieces: (where it begins, states (B, n, D))."""
+    """Run tokens (B, T) after those in the cache, in pieces; yields (start position, states (B, n, D))."""
     begin = 0
     for piece in tokens.to(cache.lengths.device).split(max(1, prefill_tokens(cache) // len(tokens)), dim=1):
         with onednn_for(piece, model.dtype):
@@ -68,11 +68,11 @@ def read(model: Transformer, cache: KVCache, tokens: Tensor) -> Iterator[tuple[i
 def score_states(
     model: Transformer, pieces: Iterator[tuple[int, Tensor]], wanted: Sequence[tuple[int, Sequence[int]]]
 ) -> list[Score]:
-    """Score each row's (position of the first state, ids) by the states that predict these ids."""
+    """Score each row's ids, given as (position of the state that predicts the first id, ids)."""
     logprobs: list[list[float]] = [[] for _ in wanted]
     are_greedy: list[list[bool]] = [[] for _ in wanted]
     for begin, hidden in pieces:
-        states: list[Tensor] = []  # of all rows together: the output matrix is read once
+        states: list[Tensor] = []  # of all rows together, so that the output matrix is read once
         targets: list[int] = []
         rows: list[int] = []
         for row, (first, ids) in enumerate(wanted):
@@ -91,9 +91,9 @@ def score_states(
 
 @torch.inference_mode()
 def score_tokens(model: Transformer, states: Tensor, targets: Sequence[int]) -> tuple[list[float], list[bool]]:
-    """Log-probabilities of N ids by the states (N, D) that predict them; is each the likeliest?
+    """Log-probabilities of N ids from the states (N, D) that predict them, and whether each is the likeliest.
 
-    Raises LlamaRefError for logits that are NaN.
+    Raises LlamaRefError for NaN logits.
     """
     ids = torch.tensor(targets, dtype=torch.long, device=states.device)
     logprobs: list[float] = []

@@ -1,4 +1,4 @@
-"""Files of text to score, with what names them beside a figure."""
+"""Text files to score, with the size and SHA-256 that identify them in reports."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from llama_ref.text_file import decoded, read_bytes
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file's text, and the size in bytes and the SHA-256 of the file."""
+    """A file's text, and the file's size in bytes and SHA-256."""
 
     path: str
     text: str

@@ -1,7 +1,7 @@
-"""Which tokens of a text are read together, and which of them are scored: perplexity's conventions.
+"""Cut a text into windows for perplexity: which tokens are read together, and which of them are scored.
 
-No model reads a text of any length, so it is cut into windows. Each convention cuts in its own way,
-and their figures do not compare.
+A model's context is limited, so a long text is cut into windows. Each convention cuts in its own way,
+so their figures are not comparable.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ from llama_ref.errors import RequestError
 Convention = Literal["hf", "llama.cpp"]
 
 DEFAULT_CONTEXT: dict[Convention, int] = {"hf": 2048, "llama.cpp": 512}  # llama.cpp's own default
-DEFAULT_STRIDE = 512  # of the guide that "hf" follows
+DEFAULT_STRIDE = 512  # from the guide that "hf" follows
 SHORTEST_CONTEXT, SHORTEST_STRIDE = 4, 2
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens read together. Those from `begin` (1 or more) on are scored, given all before.
+    """Tokens read together; those from `begin` (1 or more) on are scored, given all before them.
 
-    In the mean over all windows, the mean of this one counts as often as `weight` says.
+    `weight` is the weight of this window's mean in the mean over all windows.
     """
 
     ids: Sequence[int]
@@ -35,7 +35,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a text is cut: windows of `context` tokens, each `stride` tokens after the one before."""
+    """How a text is cut: windows of `context` tokens that start every `stride` tokens."""
 
     convention: Convention
     context: int
@@ -43,14 +43,14 @@ class Cut:
 
     @classmethod
     def parse(cls, convention: Convention, context: int | None, stride: int | None, longest: int) -> "Cut":
-        """Fill in a convention's defaults. Raises RequestError for numbers that make no windows.
+        """Fill in a convention's defaults. Raises RequestError for invalid numbers.
 
         `longest`: the model's context.
         """
         context = min(DEFAULT_CONTEXT[convention], longest) if context is None else context
         if not SHORTEST_CONTEXT <= context <= longest:
             raise RequestError(
-                f"context is {context:,}, expected {SHORTEST_CONTEXT} to {longest:,}, the longest that the model was made for"
+                f"context is {context:,}, expected {SHORTEST_CONTEXT} to {longest:,}, the model's longest context"
             )
         if convention == "llama.cpp":
             if stride not in (None, context):
@@ -64,20 +64,19 @@ class Cut:
         return cls(convention, context, stride)
 
     def windows(self, ids: Sequence[int], bos: int) -> list[Window]:
-        """The windows of a text's ids, which begin with `bos`. Raises RequestError for too few."""
+        """The windows of a text's ids, which begin with `bos`. Raises RequestError for too few ids."""
         if self.convention == "llama.cpp":
             return list(_halves(ids, self.context, bos))
         if len(ids) < 2:
-            raise RequestError("there is nothing to score: the text has no token")
+            raise RequestError("there is nothing to score: the text has no tokens")
         return list(_strides(ids, self.context, self.stride))
 
 
 def _strides(ids: Sequence[int], context: int, stride: int) -> Iterator[Window]:
-    """Windows as in Hugging Face's guide: a window scores what the ones before it have not scored.
+    """Windows as in Hugging Face's guide: each scores the tokens that earlier windows have not scored.
 
-    The guide weighs the mean of a window by one token less than it has new ones. For the first
-    window that is right, as nothing predicts its first token; for one that overlaps it is one too
-    few.
+    The guide weights a window's mean by its number of new tokens minus one. For the first window that
+    is right, as nothing predicts its first token; for an overlapping window it is one too few.
     """
     end = 0
     for begin in range(0, len(ids), stride):
@@ -89,7 +88,7 @@ def _strides(ids: Sequence[int], context: int, stride: int) -> Iterator[Window]:
 
 
 def _halves(ids: Sequence[int], context: int, bos: int) -> Iterator[Window]:
-    """Windows as in llama.cpp's tool: disjoint, second halves scored, a last part dropped."""
+    """Windows as in llama.cpp's tool: disjoint, second halves scored, an incomplete last one dropped."""
     if len(ids) < 2 * context:
         raise RequestError(
             f"the text has {len(ids):,} tokens, but llama.cpp's convention needs {2 * context:,}, two windows: give a longer "

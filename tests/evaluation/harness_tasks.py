@@ -1,4 +1,4 @@
-"""Tasks of the harness's three kinds, written into a folder: no network, no data of others."""
+"""Write tasks of the harness's three kinds into a folder; they need no network and no external data."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 
 def write_tasks(folder: Path) -> Path:
-    """A folder for --include_path with the tasks choices, pages and sentences."""
+    """Make a folder for --include_path with the tasks choices, pages and sentences."""
     shared = "A list of capitals of the world, which everybody who went to school in any country should know by heart. " * 2
     choices = [
         {"description": shared if i % 2 else "", "country": country, "choices": CITIES, "answer": answer}

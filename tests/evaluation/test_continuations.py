@@ -1,4 +1,4 @@
-"""Continuations score as in one pass over context + continuation, however they are grouped."""
+"""Scores of continuations equal those of one pass over context + continuation, however they are grouped."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ REQUESTS = [
     ((90,), tuple(range(80, 99))),
     *(((*SHARED, i, 65), (i + 1, 66)) for i in range(70, 75)),  # questions after the same examples
     ((*SHARED, 70, 65), (90,)),
-    (SHARED, (1, 2)),  # a context that begins others
+    (SHARED, (1, 2)),  # a context that is a prefix of others
     ((65, 66, 67), (72, 70, 71)),  # asked twice
 ]
 
@@ -40,7 +40,7 @@ def test_greedy_is_what_the_model_would_say(peaked):
 
 
 def test_shared_tokens_are_read_once(peaked, monkeypatch):
-    """Of contexts and beginnings; the last token of a continuation is never read."""
+    """Count the tokens read for contexts and prefixes; the last token of a continuation is never read."""
     n_read, hidden = [], Transformer.hidden
 
     def counting(self: Transformer, tokens: torch.Tensor, cache: object) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness over our model: the scores of its own `hf` model, without a network."""
+"""lm-evaluation-harness with our model: scores equal those of its own `hf` model, without a network."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ MAX_LENGTH = 48  # the longest page has two windows
 
 @pytest.fixture(autouse=True)
 def without_list_of_packages(monkeypatch) -> None:
-    """The harness runs `pip list` and more for every result, which takes a second."""
+    """Skip the environment report, for which the harness runs `pip list` and more: it takes a second per result."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
@@ -43,7 +43,7 @@ def short(shallow) -> Llama:
 
 @pytest.fixture(scope="module")
 def theirs(short, demo_folder, tmp_path_factory) -> Any:
-    """The harness's own model, of transformers, with the same weights."""
+    """The harness's own `hf` model, with the same weights."""
     from lm_eval.models.huggingface import HFLM
 
     native = tmp_path_factory.mktemp("native")
@@ -68,7 +68,7 @@ def test_scores_are_those_of_the_harness_own_model(short, theirs, tasks):
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     theirs.add_bos_token = None
     expected = simple_evaluate(theirs, tasks=["choices", "sentences"], task_manager=manager, bootstrap_iters=1000)
-    theirs.add_bos_token = False  # else it scores a second begin-of-text, which no text has
+    theirs.add_bos_token = False  # else it adds a second begin-of-text and scores it
     expected["results"] |= simple_evaluate(theirs, tasks=["pages"], task_manager=manager)["results"]
     for name in names:
         for metric, score in expected["results"][name].items():
@@ -102,7 +102,7 @@ def test_the_benchmark_finds_equal_scores(tmp_path, capsys, monkeypatch):
     assert [line.split(":")[0] for line in lines] == ["0 examples", "3 examples"]
 
 
-# ---- without another model
+# ---- without a reference model
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_a_chat_is_the_one_of_the_chat_format(llama):
 def test_long_contexts_are_cut_on_the_left(peaked, caplog):
     lm = LlamaRefLM(Llama(peaked.model, peaked.tokenizer, max_seq_len=8))
     (long,) = lm.loglikelihood(instances("loglikelihood", ("x" * 30 + "abcdef", "ghi")))
-    assert "1 contexts are cut on the left to 8 tokens" in caplog.text
+    assert "1 contexts were truncated on the left to fit 8 tokens" in caplog.text
     ids = peaked.tokenizer.encode("abcdef", bos=False, eos=False)
     (expected,) = lm._loglikelihood_tokens([(("", ""), ids, peaked.tokenizer.encode("ghi", bos=False, eos=False))])
     assert long[0] == pytest.approx(expected[0], abs=1e-4)
@@ -188,7 +188,7 @@ def test_kept_answers_are_not_computed_again(peaked, tasks, tmp_path, monkeypatc
 
 
 def test_an_interrupted_run_goes_on(peaked, tasks, tmp_path, monkeypatch):
-    """What was answered before Ctrl-C is kept."""
+    """Answers computed before Ctrl-C are kept in the cache file."""
     settings = EvaluationSettings(("choices",), str(tasks), batch=1, use_cache=str(tmp_path / "kept"))
 
     def interrupt(done: int, total: int) -> None:
@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on(peaked, tasks, tmp_path, monkeypatch):
     ],
 )
 def test_misuse_is_one_line_and_2(words, message, demo_folder, tasks, capsys, monkeypatch):
-    # Listing the harness's own 14,000 tasks takes seconds.
+    # Avoid listing the harness's own 14,000 tasks, which takes seconds.
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks / "manager.py"))
     assert exit_code(["evaluate", str(demo_folder), *words.replace("TASKS", str(tasks)).split()]) == 2
     out, err = capsys.readouterr()
@@ -293,7 +293,7 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def run_together(warm: Path, words: list[str]) -> dict[str, Any]:
-    """The output of a job of two processes, of which only the first prints."""
+    """The output of a two-process job, in which only the first process prints."""
     done = torchrun(2, "-m", "llama_ref", *words, warm=warm)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Perplexity equals that of transformers and of llama.cpp, by their own loops and logits."""
+"""Perplexity equals that of transformers and of llama.cpp, computed by their own loops and logits."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from llama_ref.generation import Llama
 from parity.oracles import hugging_faces_model
 
 ENGLISH = REPOSITORY / "scripts" / "quality_texts" / "english.txt"
-# What llama-cpp-python 0.3.36 gives for the demo in float32, by the loop below (test_llama_cpp_itself).
+# Results of llama-cpp-python 0.3.36 for the demo in float32, from the loop in test_llama_cpp_itself.
 LLAMA_CPP = {"context": 128, "perplexity": 30.9328}
 
 
@@ -32,7 +32,7 @@ def text_of(words: str) -> TextFile:
 
 @pytest.fixture(scope="module")
 def uniform(peaked) -> Llama:
-    """A model to which all tokens are equally likely."""
+    """A model that gives all tokens the same probability."""
     from llama_ref.model import Transformer
 
     model = Transformer(peaked.model.args).requires_grad_(False)
@@ -45,7 +45,7 @@ def uniform(peaked) -> Llama:
 
 @torch.no_grad()
 def guides_loop(model, ids: Tensor, max_length: int, stride: int) -> float:
-    """Hugging Face's guide, "Perplexity of fixed-length models": losses by the model itself."""
+    """The loop of Hugging Face's guide, "Perplexity of fixed-length models", with the model's own loss."""
     total, count, last_end = 0.0, 0, 0
     for begin in range(0, ids.shape[1], stride):
         end = min(begin + max_length, ids.shape[1])
@@ -77,7 +77,7 @@ def test_as_llama_cpp_computed_it(llama, english):
 
 
 def test_llama_cpp_itself(demo_folder, llama, tmp_path):
-    """Its own logits, added up as its tool does: the second halves of chunks that begin with BOS."""
+    """llama.cpp's own logits, summed as in its tool: over the second halves of chunks that begin with BOS."""
     llama_cpp = pytest.importorskip("llama_cpp")
     from bench_quality import peer_reader
     from llama_ref.bench.peers.gguf import write_gguf
@@ -139,7 +139,7 @@ def test_ragged_rows_score_as_they_do_alone(peaked):
 
 
 def test_the_last_newline_does_not_count_for_llama_cpp(peaked):
-    """Its tool drops it: a text of two windows and a newline is one of two windows."""
+    """llama.cpp's tool drops a final newline: a text of two windows and a newline has two windows."""
     text = text_of("x" * 15)  # with begin-of-text, two windows of eight
     cut = Cut("llama.cpp", 8, 8)
     assert perplexity(peaked, text, cut) == perplexity(peaked, text_of(text.text + "\n"), cut)

@@ -1,4 +1,4 @@
-"""Every token of a text is in the windows that its convention says, and scored as often."""
+"""Every token is in the windows that the convention prescribes, and is scored as often as it prescribes."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Our model as lm-evaluation-harness asks for one: log-likelihoods and generated texts."""
+"""Our model behind lm-evaluation-harness's interface: log-likelihoods and generated texts."""
 
 import functools
 import json
@@ -25,30 +25,30 @@ from llama_ref.parallel.agreement import digest
 from llama_ref.parallel.job import naming_a_lost_process
 from llama_ref.progress import Progress, ProgressCounter
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_kwargs, under our names
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # keys of generation_kwargs that we share
 NOT_SAMPLING = ("until", "max_gen_toks", "do_sample")
 
-MAX_GEN_TOKS = 256  # where a task names no limit, as the harness's own models do
+MAX_GEN_TOKS = 256  # default when a task gives no limit, as in the harness's own models
 
 logger = logging.getLogger(__name__)
 
-# ((context, continuation), their ids): what the harness makes of a request.
+# The harness's form of a request: ((context, continuation), context ids, continuation ids).
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]
 
 
 def silence_bars() -> None:
-    """Let the harness draw no progress bars: progress is reported to the caller."""
+    """Disable the harness's progress bars; progress is reported to the caller instead."""
     for module in (lm_eval.api.metrics, lm_eval.api.model, lm_eval.api.task):
         module.tqdm = functools.partial(tqdm, disable=True)
 
 
 class LlamaRefLM(TemplateLM):
-    """A Llama for the harness.
+    """Wraps a Llama as a model of the harness.
 
-    Requests longer than `llama.max_seq_len` tokens are cut on the left. `batch`: contexts read at
-    once. With `chat`, texts are dialogs in the chat format, in which special tokens are read as
-    such; else a text never becomes a special token. `progress` is called with (requests done, all
-    of their kind).
+    Requests longer than `llama.max_seq_len` tokens are truncated on the left. `batch`: contexts read
+    at once. With `chat`, texts are dialogs in the chat format, and special tokens in them are parsed;
+    else text never becomes a special token. `progress` is called with (requests done, all of their
+    kind).
     """
 
     def __init__(self, llama: Llama, *, batch: int = 8, chat: bool = False, progress: Progress | None = None):
@@ -66,7 +66,7 @@ class LlamaRefLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Before a text without a context: begin-of-text."""
+        """The token before a text without a context: begin-of-text."""
         return self.llama.tokenizer.bos_id
 
     @property
@@ -83,14 +83,14 @@ class LlamaRefLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The harness keeps requests that it has built under this name."""
+        """The name under which the harness caches the requests that it has built."""
         return "llama_ref"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return "Llama 3's chat format (llama_ref.chat)" if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A dialog as text with special tokens; without a generation prompt its end is open."""
+        """A dialog as text with special tokens; without a generation prompt, the last message is left open."""
         messages = [Message(role=each["role"], content=each["content"]) for each in chat_history]  # type: ignore[typeddict-item]
         formatter = self.llama.formatter
         ids = formatter.encode_dialog_prompt(messages)
@@ -101,13 +101,13 @@ class LlamaRefLM(TemplateLM):
     # ---- log-likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-probability of each request's continuation; whether greedy decoding says it."""
+        """Log-probability of each request's continuation, and whether greedy decoding would generate it."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
         self._tell_of_cuts(len(fitting) < len(given) for (fitting, _), (_, given, _) in zip(pairs, requests, strict=True))
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # the result for an empty continuation
         asked = [number for number, (_, continuation) in enumerate(pairs) if continuation]
         with self._running("log-likelihoods", pairs, len(requests)) as counter:
             counter.advance(len(requests) - len(asked))
@@ -120,7 +120,7 @@ class LlamaRefLM(TemplateLM):
         return found
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Cut a context so that all but the last token fit. Raises RequestError if none is left."""
+        """Truncate a context so that all tokens but the last fit. Raises RequestError if no context would be left."""
         if len(continuation) > self.max_length:
             raise RequestError(
                 f"a continuation has {len(continuation):,} tokens, but max_seq_len is {self.max_length:,}: raise --max_seq_len"
@@ -129,9 +129,9 @@ class LlamaRefLM(TemplateLM):
         return context[-room:], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Of each text: its log-probability, every token given as many before it as its window has.
+        """Log-probability of each text, every token given the tokens before it in its window.
 
-        Windows have up to max_length tokens and are disjoint; the first begins after begin-of-text.
+        Windows have up to max_length tokens and are disjoint; the first begins with begin-of-text.
         """
         texts = [instance.args[0] for instance in requests]
         windows = [(number, *window) for number, text in enumerate(texts) for window in self._windows(text)]
@@ -152,7 +152,7 @@ class LlamaRefLM(TemplateLM):
         return [sum(each) for each in parts]
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], int]]:
-        """(ids, where what is scored begins) of a text's windows, which the harness cuts."""
+        """A text's windows, cut by the harness, as (ids, index of the first scored id)."""
         ids = self.tok_encode(text, add_special_tokens=False)
         for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
             context, scored = make_disjoint_window(pair)
@@ -203,18 +203,18 @@ class LlamaRefLM(TemplateLM):
         )
         return [answer["generation"] for answer in answers]
 
-    # ---- what they share
+    # ---- shared by all requests
 
     def _tell_of_cuts(self, are_cut: Iterable[bool]) -> None:
-        """Log how many contexts were too long, if any was."""
+        """Warn about contexts that were truncated, if there are any."""
         if n := sum(are_cut):
             logger.warning(
-                "%s contexts are cut on the left to %s tokens with what follows them", f"{n:,}", f"{self.max_length:,}"
+                "%s contexts were truncated on the left to fit %s tokens with their answers", f"{n:,}", f"{self.max_length:,}"
             )
 
     @contextmanager
     def _running(self, what: str, requests: object, total: int) -> Iterator[ProgressCounter]:
-        """Count requests; in a job, all processes must have the same ones."""
+        """Report progress for the block; in a job, check that all processes have the same requests."""
         facts = {"the requests": digest(json.dumps(requests, default=str).encode()), "batch": self.batch_size}
         self.llama.job.check_same(f"computing {what}", facts)
         counter = ProgressCounter(total, self._progress)

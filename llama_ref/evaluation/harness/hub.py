@@ -1,4 +1,4 @@
-"""Hugging Face's hub, which has the data of the harness's own tasks: fail at once without it."""
+"""Check whether Hugging Face's hub, which hosts the data of the harness's own tasks, is reachable, to fail fast."""
 
 import os
 import socket
@@ -11,16 +11,16 @@ HUB = "https://huggingface.co"
 
 
 def offline_without_hub() -> None:
-    """Set the libraries' flag for it, before they are imported, if the hub does not answer.
+    """Set the libraries' offline flag if the hub does not answer; call it before they are imported.
 
-    Else each data set that is not in the cache costs half a minute of retries.
+    Otherwise each data set that is not cached costs half a minute of retries.
     """
     if "HF_HUB_OFFLINE" not in os.environ and not getproxies() and not is_reachable(os.environ.get("HF_ENDPOINT") or HUB):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def is_reachable(address: str) -> bool:
-    """Whether a server answers within some seconds; looking its name up may take any time."""
+    """Whether a server accepts a connection within SECONDS, DNS lookup included."""
     place = urlparse(address)
     answered = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The harness is a package of its own, which brings many others: is it here, and quiet?"""
+"""Check that the harness is installed, and configure its libraries before they are imported."""
 
 import importlib.util
 import logging
@@ -15,7 +15,7 @@ FLAGS = {
 
 
 def prepare_harness() -> None:
-    """Set what the harness's libraries read when imported. Raises RequestError without them."""
+    """Set the environment that the harness's libraries read on import. Raises RequestError if it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise RequestError(f"evaluate needs lm-evaluation-harness: {OTHERWISE}")
     for name, value in FLAGS.items():

@@ -1,4 +1,4 @@
-"""Run tasks of lm-evaluation-harness over a model."""
+"""Run tasks of lm-evaluation-harness with a model."""
 
 import traceback
 from collections.abc import Iterator, Mapping
@@ -24,10 +24,10 @@ BOOTSTRAP_ITERS = 1000  # only for standard errors that have no formula
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to run. `limit`: documents of each task; None: all.
+    """Settings of an evaluation. `limit`: documents per task; None: all.
 
-    `num_fewshot`: None: as each task says. `chat`: write requests in the chat format, examples as
-    messages of their own. `use_cache`: the beginning of a file's name, in which answers are kept.
+    `num_fewshot`: None uses each task's own number. `chat`: write requests in the chat format, with
+    examples as separate messages. `use_cache`: the beginning of the name of a file that caches answers.
     """
 
     tasks: tuple[str, ...]
@@ -41,16 +41,16 @@ class EvaluationSettings:
 
     @classmethod
     def parse(cls, tasks: str, **options: Any) -> "EvaluationSettings":
-        """Read a command line's values ("arc_easy,gsm8k"). Raises RequestError."""
+        """Parse a command line's values, tasks such as "arc_easy,gsm8k". Raises RequestError."""
         names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
         if not all(names):
-            raise RequestError(f"tasks is {tasks!r:.60}, expected names with commas between, like arc_easy,gsm8k")
+            raise RequestError(f"tasks is {tasks!r:.60}, expected names separated by commas, like arc_easy,gsm8k")
         settings = cls(names, **options)
         for name, least in (("limit", 1), ("batch", 1), ("num_fewshot", 0)):
             value = getattr(settings, name)
             if value is not None and value < least:
                 raise RequestError(f"{name} is {value}, expected {least} or more")
-        if settings.use_cache == "":  # its files would be named after no model
+        if settings.use_cache == "":  # its file's name would lack the model's identity
             raise RequestError("use_cache is empty, expected the beginning of a file's name")
         if settings.system_instruction and not settings.chat:
             raise RequestError("system_instruction is for chats: add --apply_chat_template")
@@ -58,7 +58,7 @@ class EvaluationSettings:
 
 
 def identity(name: str, loading: Mapping[str, Any]) -> str:
-    """What tells a model from others: its files, and how it is loaded. Raises CheckpointError."""
+    """A string that identifies a model: its files, and how it is loaded. Raises CheckpointError."""
     folder = open_folder(name)
     facts = fingerprint(folder, folder.read_args(), loading["tokenizer_path"] or folder.tokenizer)
     return repr(facts | {each: loading[each] for each in ANSWERS_DEPEND_ON})
@@ -72,12 +72,12 @@ def run_tasks(
     identity: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run tasks: the harness's own results.
+    """Run tasks and return the harness's own results.
 
-    `tasks`: what `find_tasks` found for the settings, if it was called before. `identity` tells
-    this model from others: answers that are kept for another one are not used. Only the first
-    process of a job gets results; others an empty dict. Raises RequestError for tasks that cannot
-    be run, LlamaRefError for logits that are NaN.
+    `tasks`: the result of `find_tasks` for the settings, if it was already called. `identity`
+    identifies the model, so that cached answers of another model are not used. In a job only the
+    first process gets results, the others an empty dict. Raises RequestError for tasks that cannot be
+    run, LlamaRefError for NaN logits.
     """
     prepare_harness()
     from lm_eval import simple_evaluate
@@ -106,7 +106,7 @@ def run_tasks(
 
 @contextmanager
 def _failures_in_words() -> Iterator[None]:
-    """Turn what the harness raises for a task's content, its data or its cache into a LlamaRefError."""
+    """Turn the harness's errors about a task's content, its data or its cache into LlamaRefError."""
     try:
         yield
     except LlamaRefError:

@@ -11,25 +11,25 @@ from llama_ref.errors import RequestError
 
 
 class Tasks(TaskManager):
-    """A TaskManager that raises RequestError for tasks that are broken, or without their data."""
+    """A TaskManager that raises RequestError for tasks that are broken, unsupported or lack their data."""
 
     def load(self, task_list: Any) -> Any:
         try:
             loaded = super().load(task_list)
-        except Exception as error:  # of YAML files, of code that they name, of data sets: any
+        except Exception as error:  # any error from YAML files, the code that they name, or data sets
             raise RequestError(_reason(task_list, error)) from error
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
-                raise RequestError(f"task {name} runs code that the model writes, which is not done here")
+                raise RequestError(f"task {name} runs code that the model writes, which is not allowed here")
             if getattr(task, "MULTIMODAL", False):
                 raise RequestError(f"task {name} has images, which is not supported")
         return loaded
 
 
 def find_tasks(names: Sequence[str], include_path: str | None) -> Tasks:
-    """What loads these tasks. Raises RequestError for a name that is unknown.
+    """A task manager that can load these tasks. Raises RequestError for an unknown name.
 
-    The harness's own 14,000 are not read, which takes seconds, if the folder has all of them.
+    If the folder has all of them, the harness's own 14,000 tasks are not listed, which takes seconds.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise RequestError(f"--include_path is {include_path}, expected a folder with YAML files of tasks")
@@ -53,8 +53,8 @@ def _reason(names: object, error: Exception) -> str:
     said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     if isinstance(error, ConnectionError) or "Offline" in f"{type(error).__name__} {said}":
         return (
-            f"the data of {shown} is on Hugging Face's hub, which cannot be reached, and not in its cache here ({said}): run "
-            "this once with a network, copy ~/.cache/huggingface from a machine that has it, or give tasks with data "
-            "of your own by --include_path"
+            f"the data of {shown} is on Hugging Face's hub, which cannot be reached, and not in the local cache ({said}): run "
+            "this once with a network, copy ~/.cache/huggingface from a machine that has the data, or give tasks with your "
+            "own data with --include_path"
         )
     return f"cannot load {shown}: {type(error).__name__}: {said}"

@@ -1,1 +1,1 @@
-"""Weights in eight or four bits: schemes, rounding, and the modules that compute with them."""
+"""Quantized weights in 8 or 4 bits: schemes, rounding, and the modules that compute with them."""

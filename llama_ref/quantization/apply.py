@@ -46,15 +46,15 @@ def _weight(model: Transformer, name: str) -> Tensor:
 
 
 def check_columns(scheme: Scheme, name: str, columns: int) -> None:
-    """Raise RequestError if no group size of the scheme divides a tensor's rows."""
+    """Raise RequestError if no group size of the scheme divides the number of a tensor's columns."""
     if scheme.bits_of(name) == 4:
         scheme.group_for(name, columns)
 
 
 def quantized(scheme: Scheme, name: str, weight: Tensor, dtype: torch.dtype) -> QuantizedMatrix | None:
-    """The module for a tensor, by its name ("layers.0.attention.wq.weight"); None if not quantized.
+    """Quantize a tensor to a module, chosen by its name ("layers.0.attention.wq.weight"); None if not quantized.
 
-    `dtype` is that of the embedding's output.
+    `dtype` is the embedding's output dtype.
     """
     bits = scheme.bits_of(name)
     if bits is None:
@@ -66,8 +66,8 @@ def quantized(scheme: Scheme, name: str, weight: Tensor, dtype: torch.dtype) -> 
 
 
 def replace_matrices(model: nn.Module, kind: type[M], new: Callable[[M], nn.Module]) -> None:
-    """Replace every matrix of a type by `new(matrix)`, one at a time: only one is held in both layouts."""
-    # By name: a list of the modules would keep all of them while they are replaced.
+    """Replace every matrix of a type by `new(matrix)`, one at a time, so that only one exists in both layouts."""
+    # By name, because a list of the modules would keep all of them alive.
     for name in [name for name, module in model.named_modules() if type(module) is kind]:
         matrix = model.get_submodule(name)
         assert isinstance(matrix, kind)
@@ -77,7 +77,7 @@ def replace_matrices(model: nn.Module, kind: type[M], new: Callable[[M], nn.Modu
 
 
 def tie(model: Transformer) -> None:
-    """Make the output share the embedding's matrix, quantized or not."""
+    """Tie the output to the embedding's matrix, quantized or not."""
     embedding = model.get_submodule("tok_embeddings")
     if isinstance(embedding, Int8Embedding):
         replace_module(model, "output", Int8Linear(embedding.q, embedding.scale))
@@ -88,8 +88,8 @@ def tie(model: Transformer) -> None:
 def use_fast_kernels(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Convert int4 matrices to the layout of PyTorch's kernel, if there is one for the device and `dtype`.
 
-    `dtype` is that of the activations (default: that of the model's norms). For eager use: the compiled
-    steps read the plain modules.
+    `dtype` is the activations' dtype (default: the dtype of the model's norms). For eager use only: the
+    compiled steps read the plain modules.
     """
     activations = dtype or next(parameter.dtype for parameter in model.parameters())
     replace_matrices(model, Int4Linear, lambda matrix: faster(matrix, activations))
@@ -101,7 +101,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def quantized_bytes(model: nn.Module) -> int:
-    """Bytes of the quantized matrices; a tied one counts once."""
+    """Total bytes of the quantized matrices; a tied one counts once."""
     buffers = {
         buffer.data_ptr(): buffer.nbytes
         for module in model.modules()

@@ -1,7 +1,7 @@
-"""Int4 rounding calibrated on a text: each matrix is rounded for the inputs it sees there (gptq.py).
+"""Int4 rounding calibrated on a text: each matrix is rounded for the inputs that it gets there (gptq.py).
 
-Layer by layer, each on the outputs of the rounded layers before it. One layer at a time is held in
-float32, with XᵀX of its inputs.
+Layers are rounded in order, each on the outputs of the rounded layers before it. One layer at a time
+is held in float32, with XᵀX of its inputs.
 """
 
 import copy
@@ -19,7 +19,7 @@ from llama_ref.quantization.gptq import round_int4
 from llama_ref.quantization.linear import Int4Linear
 from llama_ref.quantization.scheme import Scheme
 
-N_TOKENS = 8192  # half as many left a third more divergence
+N_TOKENS = 8192  # with half as many, KL divergence was a third larger
 WINDOW_TOKENS = 512
 SAME_INPUT = (  # matrices of a layer that share their input
     ("attention.wq", "attention.wk", "attention.wv"),
@@ -60,14 +60,14 @@ def round_layers(model: Transformer, scheme: Scheme, tokens: Iterable[int], on_r
 
 
 def _windows(tokens: Tensor) -> list[Tensor]:
-    """Ids (n,) -> windows (1, T), each with the text's first token (begin-of-text) in front."""
+    """Cut ids (n,) into windows (1, T), each preceded by the text's first token (begin-of-text)."""
     if not len(tokens):
         raise RequestError("the calibration text is empty; give another, or leave calibration out")
     return [torch.cat((tokens[:1], window))[None] for window in tokens[1:].split(WINDOW_TOKENS - 1)]
 
 
 def _hessians(layer: TransformerBlock, index: int, states: list[Tensor], contexts: list[Context]) -> list[Tensor]:
-    """XᵀX of the input of each of SAME_INPUT: float32 (K, K) each."""
+    """XᵀX of the input of each entry of SAME_INPUT: float32 (K, K) each."""
     found: dict[str, Tensor] = {}
     firsts = [names[0] for names in SAME_INPUT]
     hooks = [layer.get_submodule(name).register_forward_pre_hook(partial(_accumulate, found, name)) for name in firsts]
@@ -90,8 +90,8 @@ def calibration_text() -> str:
     """The default calibration text, calibration.txt: the same on every machine and Python.
 
     English and Korean prose, code, dialogues, numbers, and some sentences in ten more languages. The
-    kinds alternate, so that any prefix is a mixture of them: how much of it N_TOKENS covers depends on
-    the tokenizer. It was written for this project, under its licence (MIT). Changing it changes every
-    int4 folder written afterwards.
+    kinds alternate, so that any prefix is a mixture of them, because how much of the text N_TOKENS
+    covers depends on the tokenizer. It was written for this project, under its licence (MIT). Changing
+    it changes every int4 folder written afterwards.
     """
     return files("llama_ref.quantization").joinpath("calibration.txt").read_text(encoding="utf-8")

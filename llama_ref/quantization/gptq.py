@@ -1,4 +1,4 @@
-"""GPTQ (arXiv:2210.17323): columns are rounded one by one, each compensating the errors before it.
+"""GPTQ (arXiv:2210.17323): round columns one by one, each compensating the errors of those before it.
 
 With H = XᵀX of a layer's inputs X, weight errors E (N, K) change the outputs by |E Xᵀ|² = |E L|², where
 H = L Lᵀ. L is lower triangular, so column j of E L depends on the errors of columns j and later only:
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from llama_ref.quantization.rounding import int4_scales, pack, steps
 
-# Fraction of each column's square, added to it. Correlations on a few thousand tokens are partly chance:
-# without damping, errors on other texts were half as large again.
+# Added to each diagonal entry, as a fraction of it. Correlations over a few thousand tokens are partly
+# chance: without damping, errors on other texts were 50% larger.
 DAMPING = 0.3
-MORE_DAMPING = 10.0  # factor, as long as the matrix is not positive definite
-LEAST_SQUARE = 1e-6  # of a column, where the average is 1
+MORE_DAMPING = 10.0  # factor, applied until the matrix is positive definite
+LEAST_SQUARE = 1e-6  # lower bound of a column's square, relative to the average
 TINIEST = 1e-30
 
 
 def round_int4(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix (N, K) and XᵀX (K, K) of its inputs -> an Int4Linear's packed (N, K/2), scale and zero (N, K/group).
+    """Round a matrix (N, K), given XᵀX (K, K) of its inputs: packed (N, K/2), scale and zero (N, K/group).
 
-    Groups, and columns within a group, are rounded in order of falling importance, which leaves the
-    errors to unimportant columns. Takes the memory of three more matrices like `hessian` (0.8 GB each
-    for the 14,336 inputs of an 8B's w2), which has to be finite.
+    Groups, and columns within a group, are rounded in order of decreasing importance, so that
+    unimportant columns absorb the errors. Needs memory for three more matrices like `hessian` (0.8 GB
+    each for the 14,336 inputs of an 8B's w2), which must be finite.
     """
     N, K = weight.shape
     order = _rising(hessian.diagonal(), group)  # (K,)
@@ -49,7 +49,7 @@ def round_int4(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Ten
 
 
 def _round_group(wanted: Tensor, errors: Tensor, carried: Tensor, triangle: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Rounds a group's columns, last to first: uint8 (G, N). Fills in their `errors`."""
+    """Round a group's columns, last to first: uint8 (G, N). Writes their `errors` in place."""
     q = torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
     shares = triangle / triangle.diagonal()
     carried = carried / triangle.diagonal()[:, None]
@@ -62,7 +62,7 @@ def _round_group(wanted: Tensor, errors: Tensor, carried: Tensor, triangle: Tens
 
 
 def _rising(squares: Tensor, group: int) -> Tensor:
-    """Columns by rising square: groups by their mean, then the columns within each group."""
+    """Column order by increasing square: groups by their mean, then the columns within each group."""
     groups = squares.unflatten(0, (-1, group))
     inside = groups.argsort(1) + group * torch.arange(len(groups), device=squares.device)[:, None]
     return inside[groups.mean(1).argsort()].flatten()
@@ -71,8 +71,8 @@ def _rising(squares: Tensor, group: int) -> Tensor:
 def _root(hessian: Tensor, order: Tensor) -> Tensor:
     """Lower triangular L with L Lᵀ = the damped hessian, its columns in `order`.
 
-    Columns are scaled to a square of 1 first, so that huge inputs (the first token's) do not set the
-    damping of the others.
+    Columns are normalized to a square of 1 first, so that huge inputs (the first token's) do not
+    determine the damping of the others.
     """
     squares = hessian.diagonal()[order]
     length = squares.clamp(min=squares.mean() * LEAST_SQUARE + TINIEST).sqrt()

@@ -1,4 +1,4 @@
-"""The Hadamard rotation of SpinQuant (arXiv:2405.16406): it spreads outliers over all of a vector's numbers."""
+"""The Hadamard rotation of SpinQuant (arXiv:2405.16406), which spreads outliers over all entries of a vector."""
 
 from functools import cache
 
@@ -11,8 +11,8 @@ Factors = tuple[Tensor, Tensor]
 def hadamard(x: Tensor, factors: Factors | None = None) -> Tensor:
     """x (…, n) times Sylvester's Hadamard matrix over √n: float32 (…, n).
 
-    The matrix is symmetric and its own inverse. `factors` are those of `hadamard_factors`, which
-    raises ValueError unless n is a power of two.
+    The matrix is symmetric and its own inverse. `factors`: the result of `hadamard_factors`, computed
+    if None. Raises ValueError unless n is a power of two.
     """
     n = x.shape[-1]
     left, right = factors or hadamard_factors(n, x.device)
@@ -24,7 +24,7 @@ def hadamard(x: Tensor, factors: Factors | None = None) -> Tensor:
 def hadamard_factors(n: int, device: torch.device) -> Factors:
     """Two matrices of ±1 whose Kronecker product is Sylvester's of size n: float32, about √n wide.
 
-    Two products with them take the place of one with n² numbers.
+    Two products with them replace one with a matrix of n² numbers.
     """
     if n < 1 or n & (n - 1):
         raise ValueError(f"{n} is not a power of two")

@@ -1,7 +1,7 @@
-"""Quantized linear layers and embedding, in the layout of saved folders; any device, any dtype.
+"""Quantized linear layers and embedding in the layout of saved folders, for any device and dtype.
 
-All have `dequantize()`, the float32 matrix that they compute with, and `quantized_bytes`. For many rows,
-as in a prefill, blocks of the matrix are converted to the input's dtype and multiplied as usual.
+All have `dequantize()`, which returns the float32 matrix they compute with, and `quantized_bytes`. For
+many rows, as in a prefill, blocks of the matrix are converted to the input's dtype and multiplied as usual.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from llama_ref.compiled.triton_probe import uses_triton
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
 
-BLOCK_WEIGHTS = 1 << 22  # converted at a time: few enough to stay in a processor's cache
-CUDA_BLOCK_WEIGHTS = 1 << 26  # larger, as every block costs kernel launches
-FEW_ROWS = 48  # up to here PyTorch's int8 kernel was faster than converting, on two Zen 5 cores
+BLOCK_WEIGHTS = 1 << 22  # converted at a time: few enough to stay in the CPU's cache
+CUDA_BLOCK_WEIGHTS = 1 << 26  # larger, because every block costs kernel launches
+FEW_ROWS = 48  # up to this many rows PyTorch's int8 kernel was faster than converting, on two Zen 5 cores
 
 
 def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    """x (…, in) times a quantized matrix by our Triton kernels: (…, out)."""
-    from llama_ref.compiled.triton_products import product  # only now: it imports Triton
+    """Multiply x (…, in) by a quantized matrix with our Triton kernels: (…, out)."""
+    from llama_ref.compiled.triton_products import product  # imported late: it needs Triton
 
     return product(x.reshape(-1, x.shape[-1]), weight, scale, zero).unflatten(0, x.shape[:-1])
 
@@ -41,7 +41,7 @@ def fits_int8_kernel(x: Tensor, q: Tensor) -> bool:
 class QuantizedMatrix(nn.Module):
     """Base of the quantized modules; `shape` is (out, in).
 
-    `columns`, of a matrix split along its inputs: the part that is held, if `forward` takes all inputs.
+    `columns`: for a matrix split along its inputs whose `forward` takes all inputs, the columns held here.
     """
 
     shape: tuple[int, int]
@@ -49,7 +49,7 @@ class QuantizedMatrix(nn.Module):
 
     @property
     def takes_whole_input(self) -> bool:
-        """Whether `forward` takes all inputs of a split matrix instead of the held part's."""
+        """Whether `forward` of a split matrix takes all inputs instead of only those of the held part."""
         return self.columns is not None
 
     def dequantize(self) -> Tensor:
@@ -73,13 +73,13 @@ class QuantizedMatrix(nn.Module):
         return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
 
     def _own(self, inputs: Tensor) -> Tensor:
-        """The held part's inputs of all (…, in)."""
+        """The held part's slice of all inputs (…, in)."""
         if self.columns is None:
             return inputs
-        return inputs[..., self.columns.start : self.columns.stop].contiguous()  # as some kernels ask for
+        return inputs[..., self.columns.start : self.columns.stop].contiguous()  # some kernels require it
 
     def _padded(self, rows: Tensor) -> Tensor:
-        """Rows of the held part with zeros in place of the other columns: (n, in)."""
+        """Rows of the held part, with zeros for the other columns: (n, in)."""
         return rows if self.columns is None else F.pad(rows, (self.columns.start, self.shape[1] - self.columns.stop))
 
     def _times_blocks(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class QuantizedMatrix(nn.Module):
 
 
 class Int8Matrix(QuantizedMatrix):
-    """`q` int8 (N, K) and `scale` float32 (N,): w = q · scale. Scales of our own rounding are exact in bfloat16."""
+    """`q` int8 (N, K) and `scale` float32 (N,): w = q · scale. Scales from `int8_scales` are exact in bfloat16."""
 
     q: Tensor
     scale: Tensor
@@ -116,7 +116,7 @@ class Int8Linear(Int8Matrix):
             return on_cuda(x, self.q, self.scale)
         if x.dtype == torch.float16:  # sums of unscaled products would overflow
             return self._times_blocks(x)
-        if x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_cuda:  # on CUDA PyTorch's kernel is a naive loop
+        if x.numel() <= FEW_ROWS * x.shape[-1] and not x.is_cuda:  # PyTorch's CUDA kernel is a naive loop
             flat = x.reshape(-1, x.shape[-1])
             if fits_int8_kernel(flat, self.q):
                 return torch._weight_int8pack_mm(flat, self.q, self.scale.to(x.dtype)).unflatten(0, x.shape[:-1])
@@ -125,7 +125,7 @@ class Int8Linear(Int8Matrix):
 
 
 class Int8Embedding(Int8Matrix):
-    """An embedding that returns `dtype`."""
+    """An int8 embedding whose outputs have the given `dtype`."""
 
     def __init__(self, q: Tensor, scale: Tensor, dtype: torch.dtype):
         super().__init__(q, scale)
@@ -140,7 +140,7 @@ class Int8Embedding(Int8Matrix):
 class Int4Linear(QuantizedMatrix):
     """`packed` uint8 (N, K/2), `scale` and `zero` (N, K/G): w = (q - 8) · scale + zero.
 
-    Both are bfloat16 in our folders, float32 in Meta's, where `zero` is usually None.
+    `scale` and `zero` are bfloat16 in our folders, float32 in Meta's, where `zero` is usually None.
     """
 
     packed: Tensor
@@ -174,7 +174,7 @@ class Int4Linear(QuantizedMatrix):
         return self._times_blocks(x)
 
     def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        # With bfloat16 scales rounds twice in bfloat16, each time far less than a step of the four bits.
+        # With bfloat16 scales this rounds twice in bfloat16, each time by far less than a 4-bit step.
         wide = torch.promote_types(wide_dtype(dtype), self.scale.dtype)
         q = unpack(self.packed[rows], self.scale.shape[1]).to(wide).sub_(8)  # (n, K/G, G)
         q.mul_(self.scale[rows, :, None].to(wide))
@@ -184,7 +184,7 @@ class Int4Linear(QuantizedMatrix):
 
 
 class RowBlocks(QuantizedMatrix):
-    """Several matrices with the same inputs as one: their outputs side by side."""
+    """Several matrices with the same inputs as one matrix: their outputs are concatenated."""
 
     def __init__(self, blocks: Sequence[QuantizedMatrix]):
         super().__init__()

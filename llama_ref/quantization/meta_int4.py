@@ -1,8 +1,8 @@
-"""The linear layer of Meta's int4 releases: SpinQuant's and QLoRA's.
+"""The linear layer of Meta's int4 releases, SpinQuant and QLoRA.
 
-Four-bit weights with a float32 scale per group of inputs. Around the product, in this order: SpinQuant
-rotates the inputs of w2; "reference" arithmetic rounds the inputs to 8 bits, as Meta's code does and
-the releases were trained with; QLoRA adds a product of low rank, of the inputs that are not rounded.
+4-bit weights with a float32 scale per group of inputs. Besides the product, in this order: SpinQuant
+rotates the inputs of w2; "reference" activations round the inputs to 8 bits, as in Meta's code and in
+the releases' training; QLoRA adds a low-rank product of the inputs before rounding.
 """
 
 from collections.abc import Callable
@@ -37,17 +37,17 @@ Product = Callable[[Tensor], Tensor]
 
 
 def surrounded(x: Tensor, product: Product, adapted: Product | None, factors: Factors | None, rounds_inputs: bool) -> Tensor:
-    """A product of x (…, in) with all that surrounds it: (…, out).
+    """A product of x (…, in) with optional rotation, rounding of inputs and low-rank product: (…, out).
 
-    `product` and `adapted` (the product of low rank) take and return the dtype of x. `factors`: those
-    of the rotation, None without it.
+    `product` and `adapted` (the low-rank product) take and return the dtype of x. `factors`: those of
+    the rotation, or None.
     """
     inputs = x if factors is None else hadamard(x, factors)
     added = None if adapted is None else adapted(inputs.to(x.dtype))
     if rounds_inputs:
         n, step = round_to_int8(inputs)
         if x.dtype == torch.float32:
-            out = product(n * step)  # in the order of Meta's code
+            out = product(n * step)  # same order of operations as Meta's code
         else:
             out = (product(n.to(x.dtype)) * step).to(x.dtype)  # n is exact in any dtype, n · step is not
     else:
@@ -56,10 +56,10 @@ def surrounded(x: Tensor, product: Product, adapted: Product | None, factors: Fa
 
 
 class MetaInt4Linear(QuantizedMatrix):
-    """`matrix` with what surrounds it.
+    """An int4 `matrix` with optional rotation, rounding of inputs and low-rank adaptor.
 
-    `columns`: the matrix's part of all inputs, which `forward` then takes, because the rotation and
-    the rounding need them all. None: the matrix has all inputs, or a part of them is enough.
+    `columns`: the part of all inputs that the matrix holds; `forward` then takes all inputs, because
+    the rotation and the rounding need them. None: the matrix holds all inputs, or its part is enough.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class MetaInt4Linear(QuantizedMatrix):
         return self.adaptor(self._own(inputs))
 
     def dequantized(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of the matrix that this layer multiplies by when no input is rounded."""
+        """Rows of the effective matrix: what the layer multiplies by if inputs are not rounded."""
         w = self.matrix.dequantized(rows, torch.float32)
         if self.adaptor is not None:
             w = w + self.adaptor.scale * (self.adaptor.b[rows].float() @ self.adaptor.a.float())

@@ -1,27 +1,27 @@
-"""Inputs of a matrix rounded while the model runs, each token with a step of its own.
+"""Round a matrix's inputs while the model runs, with one step size per token.
 
-Meta's quantized releases were made for programs that multiply small integers. Rounding the inputs as
-these do gives their numbers in any arithmetic.
+Meta's quantized releases were made for programs that multiply small integers. Rounding the inputs in
+the same way reproduces their results in any arithmetic.
 """
 
 import torch
 from torch import Tensor
 
-# 255 steps from the smallest to the largest number. They are stored as multiples of 2^-8, so that no sum
+# 255 steps from the smallest to the largest number. Rounded inputs are multiples of 2^-8, so that no sum
 # of products overflows float16; every multiple is exact in bfloat16 too.
 INT8_STEPS, INT8_UNIT = 255, 2.0**-8
 INT8_FINEST = 2.0**-23  # the smallest step, float32's epsilon
 
-FP8_LARGEST = 448.0  # of float8_e4m3fn
-FP8_BOUND = 1200.0  # larger inputs are cut off (llama_models' default; it is in none of the files)
+FP8_LARGEST = 448.0  # the largest float8_e4m3fn
+FP8_BOUND = 1200.0  # larger inputs are clipped (llama_models' default; no file contains it)
 FP8_FINEST = 1 / (FP8_LARGEST * 512)
 
 
 def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (…, K) -> n float32 (…, K) and step float32 (…, 1): x ≈ n · step.
+    """Round x (…, K) to 8 bits: n float32 (…, K) and step float32 (…, 1) with x ≈ n · step.
 
-    Asymmetric, with the range and the roundings of torchao's per-token quantization, which Meta's
-    int4 releases were trained with: https://github.com/pytorch/ao, quantization/utils.py.
+    Asymmetric, with the range and the rounding of torchao's per-token quantization, which Meta's int4
+    releases were trained with: https://github.com/pytorch/ao, quantization/utils.py.
     """
     x = x.float()
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
@@ -32,9 +32,9 @@ def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (…, K) -> float8_e4m3fn (…, K) and step float32 (…, 1): x ≈ n · step.
+    """Round x (…, K) to float8: n float8_e4m3fn (…, K) and step float32 (…, 1) with x ≈ n · step.
 
-    As fbgemm's quantize_fp8_per_row, which Meta's 405B in fp8 runs with:
+    The same as fbgemm's quantize_fp8_per_row, which Meta's 405B in fp8 runs with:
     https://github.com/pytorch/FBGEMM, gen_ai/src/quantize/quantize.cu.
     """
     x = x.float()

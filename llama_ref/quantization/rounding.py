@@ -1,10 +1,10 @@
-"""Weights to integers and scales, and back: round to nearest, with least-squares scales.
+"""Quantize weights to integers and scales, and back: round to nearest, with least-squares scales.
 
     int8:  w ≈ q · scale              q in -127..127, a scale per row
     int4:  w ≈ (q - 8) · scale + zero  q in 0..15, a scale and a zero point per group of a row's weights
 
-Scales are rounded to bfloat16 before the weights are, so kernels that take bfloat16 scales are exact.
-A few rows are rounded at a time to bound memory; each row's numbers depend on that row alone.
+Scales are rounded to bfloat16 before the weights are quantized, so kernels that take bfloat16 scales are
+exact. A few rows are processed at a time to limit memory; each row's result depends on that row alone.
 """
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from llama_ref.machine import memory
 
-# Rounded at a time. On a CPU float32 copies of a block stay in a core's cache. A GPU needs large
-# blocks, as each costs up to 90 launches. int4 takes 18 bytes of temporary memory per weight of a
-# block (22 with `importance`): 0.3 GB on CUDA.
+# Weights processed at a time. On a CPU, float32 copies of a block stay in a core's cache. A GPU needs
+# large blocks, because each costs up to 90 kernel launches. int4 takes 18 bytes of temporary memory per
+# weight of a block (22 with `importance`): 0.3 GB on CUDA.
 BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-TINIEST = 1e-30  # instead of a scale of zero
-LEAST_IMPORTANCE = 1e-4  # of a column, where the average is 1
-LEAST_SQUARE = 0.5  # of steps around their mean; unweighted it is nearly 1 or more, unless all steps are equal
-FINEST = 2**-12  # of a group's largest weight: no scale is smaller
+TINIEST = 1e-30  # replaces a scale of zero
+LEAST_IMPORTANCE = 1e-4  # lower bound of a column's importance, relative to the average
+LEAST_SQUARE = 0.5  # lower bound of the steps' squared deviation; unweighted it is nearly 1 or more unless all are equal
+FINEST = 2**-12  # smallest scale, as a fraction of the group's largest weight
 
 # Fractions of a group's range tried for its sixteen steps: a shorter range clips a few outer weights.
 SPANS = (1.0, 0.93, 0.86, 0.8)
@@ -27,13 +27,13 @@ REFITS = 2  # iterations: steps from scales, scales from steps
 
 
 def int8_scales(weight: Tensor) -> Tensor:
-    """(N, K) -> float32 (N,), exact in bfloat16."""
+    """Scales of a matrix (N, K): float32 (N,), exact in bfloat16."""
     largest = torch.cat([rows.abs().amax(1).float() for rows in _blocks(weight)])
     return _bf16(largest / 127).float().clamp(min=TINIEST)
 
 
 def to_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    """(N, K) and its scales -> int8 (N, K)."""
+    """Quantize a matrix (N, K) with its scales: int8 (N, K)."""
     out = memory.empty(*weight.shape, dtype=torch.int8, device=weight.device)
     for rows, scales, target in zip(_blocks(weight), _blocks(scale, weight.shape[1]), _blocks(out), strict=True):
         target.copy_((rows.float() / scales[:, None]).round_().clamp_(-127, 127))
@@ -43,7 +43,7 @@ def to_int8(weight: Tensor, scale: Tensor) -> Tensor:
 def int4_scales(weight: Tensor, group: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scales and zero points of a matrix (N, K): bfloat16 (N, K/group) each.
 
-    `importance` (K,) weighs the errors of each column; None: all columns count the same.
+    `importance` (K,) weights the errors of each column; None: all columns count the same.
     """
     shares = None
     if importance is not None:
@@ -54,7 +54,7 @@ def int4_scales(weight: Tensor, group: int, importance: Tensor | None = None) ->
 
 
 def to_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """(N, K) and its scales -> uint8 (N, K/2), as `pack` returns it."""
+    """Quantize a matrix (N, K) with its scales: uint8 (N, K/2), packed by `pack`."""
     (N, K), n_groups = weight.shape, scale.shape[1]
     out = memory.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
     blocks = zip(_blocks(weight), _blocks(scale, K), _blocks(zero, K), _blocks(out, K), strict=True)
@@ -65,7 +65,7 @@ def to_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def pack(q: Tensor) -> Tensor:
-    """uint8 0..15 in groups (N, K/G, G) -> bytes (N, K/2): a group's first half is in the low nibbles."""
+    """Pack uint8 0..15 in groups (N, K/G, G) into bytes (N, K/2): a group's first half is in the low nibbles."""
     low, high = q.chunk(2, dim=-1)
     return (low | high << 4).flatten(1)
 
@@ -77,15 +77,15 @@ def unpack(packed: Tensor, n_groups: int) -> Tensor:
 
 
 def _fit(groups: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The best scale and zero point of several ranges, refitted: (n, K/G, G) -> 2 × bfloat16 (n, K/G).
+    """Scale and zero point of each group, refitted from the best of SPANS: (n, K/G, G) -> 2 × bfloat16 (n, K/G).
 
-    For given steps, least squares gives the best scale and zero point and the error that they leave, so
-    the steps of every range are computed once and no error is summed.
+    For given steps, least squares gives the best scale and zero point and the remaining error, so the
+    steps of every range are computed once, and errors need not be summed.
     """
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # (n, K/G, 1)
     mean = _mean(groups, shares)
     centred = groups - mean
-    # Steps finer than the precision of a bfloat16 zero point are useless; also for groups of one value.
+    # Steps finer than the precision of a bfloat16 zero point are useless. Also covers groups of one value.
     finest = (torch.maximum(high, -low) * FINEST).clamp_(min=TINIEST)
     explained = scale = offset = torch.zeros_like(mean)
     for span in SPANS:
@@ -103,7 +103,7 @@ def _fit(groups: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _least_squares(q: Tensor, centred: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The best scale for given steps, the steps' mean, and the part of the squared weights they explain."""
+    """The least-squares scale for given steps, the steps' mean, and the sum of squares that they explain."""
     weighted = q if shares is None else q * shares
     q_mean = weighted.mean(-1, keepdim=True)
     product = (weighted * centred).sum(-1, keepdim=True)
@@ -116,7 +116,7 @@ def _mean(groups: Tensor, shares: Tensor | None) -> Tensor:
 
 
 def steps(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The nearest of the sixteen steps, as float32 -8..7."""
+    """The nearest of the sixteen steps for each weight, as float32 -8..7."""
     return (groups - zero).div_(scale).round_().clamp_(-8, 7)
 
 
@@ -125,6 +125,6 @@ def _bf16(x: Tensor) -> Tensor:
 
 
 def _blocks(matrix: Tensor, columns: int | None = None) -> tuple[Tensor, ...]:
-    """Blocks of rows of a matrix, or of a tensor that belongs to the rows of one with `columns`."""
+    """Split a matrix into blocks of rows; `columns`: those of the matrix whose blocks a smaller tensor must match."""
     n_weights = BLOCK_WEIGHTS.get(matrix.device.type, BLOCK_WEIGHTS["cpu"])
     return matrix.split(max(1, n_weights // (columns or matrix.shape[1])))

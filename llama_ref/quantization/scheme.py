@@ -10,7 +10,7 @@ from llama_ref.errors import CheckpointError, RequestError
 DEFAULT_GROUP = 128
 GROUPS = (32, 64, 128, 256)  # those of PyTorch's kernels
 SCALE_BITS = {8: 32, 4: 16}
-UNQUANTIZED = ("vision_model.", "learnable_embedding.")  # the encoder: a tenth of the weights
+UNQUANTIZED = ("vision_model.", "learnable_embedding.")  # the vision encoder: a tenth of the weights
 POSSIBLE = "int8, int4 or int4:group=N, with N one of " + ", ".join(map(str, GROUPS))
 
 
@@ -18,8 +18,8 @@ POSSIBLE = "int8, int4 or int4:group=N, with N one of " + ", ".join(map(str, GRO
 class Scheme:
     """8 bits with one scale per row, or 4 with a scale and a zero point per `group` weights of a row.
 
-    Embedding and output have 8 bits in both: with 4, the output alone cost the demo checkpoint as much
-    quality as all layers together (scripts/bench_quality.py). Norms are not quantized.
+    Embedding and output have 8 bits in both schemes: with 4, the output alone cost the demo checkpoint as
+    much quality as all layers together (scripts/bench_quality.py). Norms are not quantized.
     """
 
     bits: int
@@ -27,7 +27,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: "str | Scheme", name: str = "quantize") -> "Scheme":
-        """ "int8", "int4" (groups of 128) or "int4:group=32". Raises RequestError naming the possible ones.
+        """Parse "int8", "int4" (groups of 128) or "int4:group=32". Raises RequestError naming the valid ones.
 
         `name` is the option's name in that error.
         """
@@ -40,21 +40,21 @@ class Scheme:
             return cls(8)
         group = int(match[2] or DEFAULT_GROUP)
         if group not in GROUPS:
-            raise RequestError(f"{name} is {text!r}: groups of {group} are not possible, expected {POSSIBLE}")
+            raise RequestError(f"{name} is {text!r}: groups of {group} are not supported, expected {POSSIBLE}")
         return cls(4, group)
 
     def __str__(self) -> str:
         return "int8" if self.bits == 8 else "int4" if self.group == DEFAULT_GROUP else f"int4:group={self.group}"
 
     def bits_of(self, name: str) -> int | None:
-        """Bits of the tensor with this name ("layers.0.attention.wq.weight"); None if not quantized."""
+        """Bits per weight of the tensor with this name ("layers.0.attention.wq.weight"); None if not quantized."""
         kind = name.removesuffix(".weight").split(".")[-1]
         if kind.endswith("norm") or name.startswith(UNQUANTIZED) or ".gate_" in name:
             return None
         return 8 if kind in ("tok_embeddings", "output") else self.bits
 
     def group_for(self, name: str, columns: int) -> int:
-        """The group size for a tensor's rows: the scheme's, halved until it divides them.
+        """The group size for a tensor: the scheme's, halved until it divides the number of columns.
 
         Raises RequestError if none does.
         """
@@ -76,7 +76,7 @@ class Scheme:
 
     @classmethod
     def from_params(cls, value: Any) -> "Scheme":
-        """Raises CheckpointError for a value that `to_params` does not write."""
+        """Read the value of "quantization" in params.json. Raises CheckpointError for an invalid one."""
         section = value if isinstance(value, Mapping) else {}
         scheme, group = section.get("scheme"), section.get("group")
         if scheme == "int8" and group is None:

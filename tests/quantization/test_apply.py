@@ -1,4 +1,4 @@
-"""Weights in eight and four bits: what is stored, computed, loaded and written, and how little memory it takes."""
+"""Int8 and int4 weights: storing, computing, loading, saving, and memory use."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def weight() -> Tensor:
-    """More rows than a tile of the kernels, and not a multiple of one."""
+    """A matrix with more rows than a kernel's tile, and not a multiple of it."""
     return torch.randn(200, 256, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
@@ -111,7 +111,7 @@ def test_unknown_quantization_sections_are_refused(section):
 
 
 def test_groups_shrink_until_they_divide_the_rows():
-    assert Scheme.parse("int4").group_for("w", 576) == 64  # as SmolLM2 has it
+    assert Scheme.parse("int4").group_for("w", 576) == 64  # SmolLM2's dim
     with pytest.raises(RequestError, match=r"layers\.0\.attention\.wo\.weight has rows of 48, not divisible by a group"):
         Scheme.parse("int4").group_for("layers.0.attention.wo.weight", 48)
 
@@ -201,7 +201,7 @@ def test_kernels_hold_the_same_numbers(weight):
     assert torch.equal(tiled.dequantize(), plain.dequantize())
     assert torch.equal(tiled.scale, plain.scale)
     assert torch.equal(tiled.zero, plain.zero)
-    assert tiled.quantized_bytes < plain.quantized_bytes * 1.3  # 200 rows are filled up to 256
+    assert tiled.quantized_bytes < plain.quantized_bytes * 1.3  # 200 rows are padded to 256
 
 
 def test_without_the_cpu_kernel_the_plain_layer_stays(weight, monkeypatch):
@@ -240,7 +240,7 @@ def test_a_quantized_model_computes_what_its_dequantized_matrices_would(folder, 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("options", [{}, {"shards": 2}, {"tied": True}], ids=str)
 def test_all_ways_lead_to_the_same_numbers(tmp_path, scheme, options):
-    """While loading, in memory, and through a folder; from Meta's format and Hugging Face's."""
+    """Quantize while loading, in memory, and through a folder, from Meta's format and Hugging Face's."""
     source = tiny_folder(tmp_path / "tiny", **options)
     model = load(source, quantize=scheme)
     assert is_quantized(model)
@@ -282,7 +282,7 @@ def test_a_matrix_without_groups_is_refused_by_name_before_anything_is_done(tmp_
 def test_parts_of_several_processes_add_up_to_the_whole(tmp_path, scheme, from_folder):
     params = PARAMS | {"dim": 128, "multiple_of": 128}
     source = make_random_checkpoint(tmp_path / "wide", params)
-    scheme = "int4:group=64" if scheme == "int4" and from_folder else scheme  # half a row of 128 is no group of 128
+    scheme = "int4:group=64" if scheme == "int4" and from_folder else scheme  # half a row of 128 cannot be a group of 128
     options = {} if from_folder else {"quantize": scheme}
     read = quantize_folder(source, tmp_path / "quantized", scheme, calibrate=False) if from_folder else source
     whole = load(read, torch.float32, **options)
@@ -336,7 +336,7 @@ def test_four_bits_are_calibrated_on_a_text_unless_told_otherwise(folder, tmp_pa
 
 
 def test_calibrated_folders_are_the_same_from_all_kinds_of_files(folder, tmp_path, quantized):
-    """Also where Meta's files hold each key/value head several times."""
+    """Also if Meta's files contain each key/value head several times."""
     expected = load(quantized)
     hugging_face = to_hugging_face(folder, tmp_path / "hf")
     assert_same(expected, load(quantize_folder(hugging_face, tmp_path / "from_hf", "int4:group=32")))
@@ -403,7 +403,7 @@ def test_a_share_that_cuts_groups_is_refused(tmp_path):
         ({"scheme": "int4", "group": 7}, 'params.json: "quantization" is'),
         (None, "lacks config.json"),
         ({"scheme": "int8"}, r"layers.0.attention.wq.q is missing, expected shape \(32, 32\)"),
-        ({"scheme": "int4", "group": 128}, None),  # groups that shrink to 32 all the same
+        ({"scheme": "int4", "group": 128}, None),  # groups that are halved to 32 anyway
     ],
 )
 def test_params_that_say_another_scheme_are_refused(quantized, section, message):
@@ -459,7 +459,7 @@ MEASURE = textwrap.dedent("""
         if os.fork():
             os.wait()
             continue
-        load(tiny, scheme)  # whatever of the libraries this touches for the first time
+        load(tiny, scheme)  # warm up the libraries, whose first use takes memory
         before = peak = anonymous()
         threading.Thread(target=watch, daemon=True).start()
         model = load(large, scheme)
@@ -484,7 +484,7 @@ def test_quantizing_while_loading_takes_little_memory_beyond_the_quantized_weigh
     assert done.returncode == 0, done.stderr
     measured = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(measured) == 2, done.stderr
-    largest = LARGE["vocab_size"] * LARGE["dim"]  # bytes, in eight bits
+    largest = LARGE["vocab_size"] * LARGE["dim"]  # bytes in int8
     for taken, expected in measured:
         assert expected > 50 << 20
         assert 0.9 * expected < taken < expected + largest + (24 << 20)
@@ -530,16 +530,16 @@ def test_on_cuda_everything_stays_on_the_device(scheme, dtype):
 
 
 def test_real_text_loses_little(llama):
-    """Code, read by the real small model with a third of its layers and its vocabulary's matrices rounded.
+    """KL divergence on code, with a third of the small model's layers and its embedding and output quantized.
 
-    Four bits cost it much, as it is small (less where it reads before: test_gptq.py).
+    Int4 costs such a small model much quality; calibration reduces the loss (test_gptq.py).
     """
     tokens = torch.tensor([llama.tokenizer.encode(texts()["code"], bos=True, eos=False)[:128]])
     expected = log_probabilities(llama.model, tokens)
     plain = quality(expected, tokens, expected)
     found = {}
     for scheme in SCHEMES:
-        model = copy.deepcopy(llama.model, {id(p): p for p in llama.model.parameters()})  # of the modules alone
+        model = copy.deepcopy(llama.model, {id(p): p for p in llama.model.parameters()})  # copies the modules only
         layers = model.layers
         model.layers = layers[:10]  # the same blocks
         quantize_model(model, scheme)
@@ -550,4 +550,4 @@ def test_real_text_loses_little(llama):
     assert found["int8"].agreement > 0.9
     assert found["int8"].perplexity == pytest.approx(plain.perplexity, rel=0.03)
     assert found["int4"].kl < 0.3
-    assert found["int4:group=32"].kl < 0.005  # whose steps the weights had once before
+    assert found["int4:group=32"].kl < 0.005  # the weights had been quantized with these steps before

@@ -1,4 +1,4 @@
-"""The text that calibration reads: frozen, long enough, and not what bench_quality.py measures with."""
+"""The calibration text is frozen, long enough, and shares nothing with the texts of bench_quality.py."""
 
 import hashlib
 
@@ -30,7 +30,7 @@ def test_the_texts_are_frozen():
 
 
 def test_the_calibration_text_fills_the_tokens_that_are_read(tokenizer):
-    """With Llama 3's own vocabulary, which needs the fewest tokens for a text."""
+    """Counted with Llama 3's vocabulary, which needs the fewest tokens for a text."""
     assert len(tokenizer.encode(calibration_text(), bos=True, eos=False)) >= N_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""Matrices rounded to what their layers are given: errors of outputs, strange inputs, and what a real model keeps."""
+"""GPTQ rounding: errors of the outputs, unusual inputs, and the quality of a real model."""
 
 import copy
 
@@ -28,7 +28,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def inputs(n_rows: int, mixing: float) -> Tensor:
-    """(n_rows, 128), each column in part what the others are."""
+    """Inputs (n_rows, 128) with correlated columns."""
     return random(n_rows, COLUMNS, seed=1) @ (torch.eye(COLUMNS) + mixing * random(COLUMNS, COLUMNS, seed=2))
 
 
@@ -37,7 +37,7 @@ def error(x: Tensor, weight: Tensor, rounded: Int4Linear) -> float:
 
 
 def weighted(weight: Tensor, group: int, importance: Tensor) -> Int4Linear:
-    """Rounded to nearest, with scales that count errors by their columns' importance."""
+    """Round to nearest, with scales that weight errors by their columns' importance."""
     scales = int4_scales(weight, group, importance)
     return Int4Linear(to_int4(weight, *scales), *scales)
 
@@ -49,7 +49,7 @@ def gptq(weight: Tensor, x: Tensor, group: int) -> Int4Linear:
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize(("mixing", "share"), [(0.1, 0.75), (1, 0.6)])
 def test_outputs_are_off_by_less_than_those_of_rounding_to_nearest(group, mixing, share):
-    """The more the inputs go together, the more; on inputs that were not seen too."""
+    """Stronger correlations between inputs give larger gains, also on unseen inputs."""
     weight, x = random(100, COLUMNS, seed=3), inputs(1500, mixing)
     seen, unseen = x[:1000], x[1000:]
     rounded, nearest = gptq(weight, seen, group), weighted(weight, group, seen.square().mean(0))
@@ -62,7 +62,7 @@ def test_inputs_that_do_not_go_together_lead_to_the_nearest():
     rounded, nearest = Int4Linear(*round_int4(weight, squares.diag(), 32)), weighted(weight, 32, squares)
     assert torch.equal(rounded.packed, nearest.packed)
     assert all(buffer.is_contiguous() for buffer in rounded.buffers())
-    torch.testing.assert_close(rounded.dequantize(), nearest.dequantize(), rtol=0.01, atol=0.005)  # a bfloat16 may turn over
+    torch.testing.assert_close(rounded.dequantize(), nearest.dequantize(), rtol=0.01, atol=0.005)  # bfloat16 rounding may flip
 
 
 def test_each_rows_numbers_hang_on_that_row_alone():
@@ -98,7 +98,7 @@ def test_strange_inputs_do_no_harm(hessian):
 
 
 def test_few_tokens_are_enough_for_all_columns():
-    """With fewer rows than columns some errors cost nothing on the text; they stay small all the same."""
+    """With fewer rows than columns, some errors have no effect on the text; they must stay small anyway."""
     weight, x = random(30, COLUMNS, seed=8), inputs(9, 0.3)
     rounded, nearest = gptq(weight, x, 32), Int4Linear.from_weight(weight, 32)
     assert error(x, weight, rounded) < 0.3 * error(x, weight, nearest)
@@ -134,14 +134,14 @@ def test_a_text_that_says_nothing_is_refused(model):
 
 
 def test_a_real_model_stays_near_itself_on_texts_that_it_was_not_rounded_by(llama):
-    """A tenth of the small model's layers, on English, code and Korean."""
+    """Compare on English, code and Korean, with a tenth of the small model's layers."""
     tokenizer = llama.tokenizer
     tokens = {kind: torch.tensor([tokenizer.encode(text, bos=True, eos=False)[:64]]) for kind, text in texts().items()}
     expected = {kind: log_probabilities(llama.model, ids) for kind, ids in tokens.items()}
     read = tokenizer.encode(calibration_text(), bos=True, eos=False)[:1024]
     scheme, kl = Scheme.parse("int4"), {}
     for name in ("nearest", "by the text"):
-        model = copy.deepcopy(llama.model, {id(p): p for p in llama.model.parameters()})  # of the modules alone
+        model = copy.deepcopy(llama.model, {id(p): p for p in llama.model.parameters()})  # copies the modules only
         layers = model.layers
         model.layers = layers[:3]  # the same blocks
         if name == "nearest":

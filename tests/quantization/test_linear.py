@@ -1,4 +1,4 @@
-"""Eight-bit layers on matrices and inputs at any address, with rows of any length: PyTorch's kernel takes only some."""
+"""Int8 layers work at any address and row length, though PyTorch's kernel supports only some."""
 
 import subprocess
 import textwrap
@@ -39,6 +39,6 @@ RUN = textwrap.dedent("""
 
 
 def test_layers_take_matrices_and_inputs_at_any_address(warm):
-    """In a process of its own, which a misaligned kernel would end."""
+    """Run in a separate process, because a misaligned kernel call would crash it."""
     done = subprocess.run([warm / "python", "-c", RUN], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, (done.returncode, done.stderr)

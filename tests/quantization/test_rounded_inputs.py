@@ -1,4 +1,4 @@
-"""Inputs are rounded as the programs do that Meta's releases were made for."""
+"""Inputs are rounded in the same way as in the programs that Meta's releases were made for."""
 
 import pytest
 import scipy.linalg
@@ -24,7 +24,7 @@ def test_int8_is_torchaos_to_the_bit(case):
     torch.manual_seed(0)
     x = CASES[case]()
     n, step = round_to_int8(x)
-    expected = per_token_dynamic_quant(x, eps=torch.finfo(torch.float32).eps)  # as its linear layer calls it
+    expected = per_token_dynamic_quant(x, eps=torch.finfo(torch.float32).eps)  # as torchao's linear layer calls it
     assert torch.equal(n * step, expected)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(n.to(dtype).float(), n), "the steps are exact in every dtype"

@@ -1,4 +1,4 @@
-"""Rounding a block of rows at a time: the block's size changes no number, and bounds the memory."""
+"""Rounding in blocks of rows: the block size does not change the result, and limits the memory."""
 
 import weakref
 
@@ -43,7 +43,7 @@ def test_the_size_of_a_block_changes_no_number_on_cuda(monkeypatch, group):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made within the block took together."""
+    """The peak number of bytes of all tensors created in the block."""
 
     def __init__(self) -> None:
         super().__init__()

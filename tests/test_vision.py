@@ -371,5 +371,5 @@ def test_benchmarks_count_what_a_text_reads(llama):
 
 
 def test_other_programs_are_not_compared_on_vision_folders(folder):
-    with pytest.raises(RequestError, match="reads images: other programs are compared on text models only"):
+    with pytest.raises(RequestError, match="is a vision model: other programs are compared on text models only"):
         Settings.parse(str(folder), prompt_len=4, gen_len=4, batch="1", against="meta", rounds=1, device="cpu")

@@ -24,7 +24,7 @@ def describe_machine(device: torch.device, peers: list[str]) -> Machine:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Restart the measurement of peak memory, if the system can."""
+    """Reset the measurement of peak memory, if the system supports that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -33,7 +33,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak since `forget_peak`: GPU memory, or resident pages, those of mapped files included."""
+    """Peak memory since `forget_peak`: GPU memory, or resident memory including pages of mapped files."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -18,11 +18,11 @@ SESSION, TIMES = 3, slice(11, 15)  # fields of /proc/PID/stat after the name
 
 
 class Failed(LlamaRefError):
-    """A contestant's request failed, or its process has ended."""
+    """A request to a contestant failed, or its process has ended."""
 
 
 class Process:
-    """A contestant's process, in its own session: only the parent gets Ctrl-C, and kills it."""
+    """A contestant's process, in its own session, so that Ctrl-C reaches only the parent, which then kills it."""
 
     def __init__(self, name: str, threads: int, scratch: Path):
         self.name = name
@@ -41,10 +41,10 @@ class Process:
             )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.requests, self.answers = self.process.stdin, self.process.stdout
-        self._used: float | None = None  # the processor's seconds, at the end
+        self._used: float | None = None  # CPU seconds, once the process has ended
 
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and return the answer. Raises RequestError for misuse, else Failed."""
+        """Send a request and return the answer. Raises RequestError for misuse, Failed for other errors."""
         try:
             self.requests.write(json.dumps({"do": request, **arguments}) + "\n")
             self.requests.flush()
@@ -59,7 +59,7 @@ class Process:
         return answer
 
     def end(self) -> None:
-        """Kill the process and all that it started."""
+        """Kill the process and all its children."""
         self._used = self.cpu_seconds()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -69,7 +69,7 @@ class Process:
             self.requests.close()
 
     def cpu_seconds(self) -> float:
-        """The processor's seconds for this process and all that it started; 0 if unknown."""
+        """CPU seconds of this process and its children; 0 if unknown."""
         return session_seconds(self.process.pid) if self._used is None else self._used
 
     def _how_it_ended(self) -> str:
@@ -80,7 +80,7 @@ class Process:
 
 
 def session_seconds(session: int) -> float:
-    """The processor's seconds for all processes of a session, ended children included. Linux only."""
+    """CPU seconds of all processes in a session, including ended children. Linux only."""
     ticks = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

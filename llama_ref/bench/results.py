@@ -1,4 +1,4 @@
-"""Results of a benchmark."""
+"""Data classes for the results of a benchmark."""
 
 import statistics
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from llama_ref.bench.settings import Settings
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, lowest and highest of the rounds."""
+    """Median, lowest and highest value of all rounds."""
 
     median: float
     low: float
@@ -23,7 +23,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Round:
-    """One measurement of a contestant, in seconds and bytes; `tokens` are the first sequence's."""
+    """One measurement of a contestant, in seconds and bytes; `tokens` are those of the first sequence."""
 
     first_seconds: float
     decode_seconds: float
@@ -34,7 +34,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations and bytes read that a token costs at least; see costs.py."""
+    """Lower bounds for the floating-point operations and bytes read per token; see costs.py."""
 
     flops: float
     bytes: float
@@ -44,12 +44,12 @@ class Work:
 class Result:
     """One contestant at one batch size.
 
-    `first_token` is in seconds; `prefill` and `decode` are tokens per second of all sequences
-    together. `bytes_per_token` counts the weights, divided by the number of sequences, and the keys
-    and values halfway through decoding; `bandwidth_fraction` is the share of the measured bandwidth
-    that this needs. `matmul_fraction` is the share of the prefill that its matrix products take
-    alone, at `matmul_flops` operations per second. Ratios are our speed over theirs, by round.
-    `same_tokens` counts the first sequence's tokens before one differs from ours.
+    `first_token` is in seconds; `prefill` and `decode` are tokens per second of all sequences together.
+    `bytes_per_token` counts the weights, divided by the number of sequences, and the keys and values
+    halfway through decoding; `bandwidth_fraction` is the share of the measured bandwidth that this
+    uses. `matmul_fraction` is the time of the prefill's matrix products alone, as a share of the
+    prefill, and `matmul_flops` their operations per second. Ratios are our speed divided by theirs, per
+    round. `same_tokens` is the number of tokens of the first sequence before one differs from ours.
     """
 
     contestant: str
@@ -74,9 +74,9 @@ class Result:
 class LongResult:
     """Our decoding of one sequence after `context` tokens; `decode` in tokens per second.
 
-    `kv_bytes` is the part of `work.bytes` that is keys and values. `growth_fraction` compares with
-    the shortest context: extra bytes of keys and values per extra time, as a share of the measured
-    bandwidth.
+    `kv_bytes` is the part of `work.bytes` for keys and values. `growth_fraction` compares with the
+    shortest context: the additional bytes of keys and values per additional second, as a share of the
+    measured bandwidth.
     """
 
     context: int
@@ -89,7 +89,7 @@ class LongResult:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware and software of a benchmark; `versions` are by package."""
+    """Hardware and software of a benchmark; `versions` maps package names to versions."""
 
     system: str
     cpu: str
@@ -100,9 +100,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole benchmark. `bandwidth` is bytes per second.
+    """All results of a benchmark. `bandwidth` is in bytes per second.
 
-    `notes` say what is left out and why, and whether other programs slowed it down.
+    `notes` say what was left out and why, and whether other programs slowed the benchmark down.
     """
 
     machine: Machine

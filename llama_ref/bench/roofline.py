@@ -1,4 +1,4 @@
-"""Draw the roofline: operations per byte read against speed, below the machine's limits."""
+"""Draw a roofline plot: speed against operations per byte read, below the machine's limits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Point:
 
 
 def check_picture(path: str | Path) -> None:
-    """Raise RequestError if a picture cannot be drawn: before measuring."""
+    """Raise RequestError if a picture cannot be written to `path`; call it before measuring."""
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:
         raise RequestError(f"png is {str(path)!r}, expected a file that ends in {', '.join(ENDINGS)}")
@@ -92,7 +92,7 @@ def _series(result: Result) -> str:
 
 
 def _peak(report: Report) -> float | None:
-    """Billions of operations per second of matrix products alone, at best."""
+    """The highest speed of matrix products alone, in billions of operations per second."""
     found = [result.matmul_flops / 1e9 for result in report.results if result.matmul_flops]
     return max(found, default=None)
 
@@ -125,7 +125,7 @@ def _draw_series(axes: "Axes", name: str, own: list[Point], marker: str, color: 
 
 
 def _name_points(axes: "Axes", points: list[Point], colors: dict[str, str]) -> None:
-    """Label the points: decode's in a column on the right, prefill's in one at the bottom."""
+    """Label the points: decode in a column on the right, prefill in a column at the bottom."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     below, line = points[0].is_prefill, (high / low) ** LINE
     x = min(p.intensity for p in points) if below else max(p.intensity for p in points) * (right / left) ** 0.06

@@ -27,9 +27,9 @@ Status = Callable[[str], None]
 
 
 def compare(settings: Settings, status: Status = lambda text: None) -> Report:
-    """Measure a checkpoint here and in `settings.against`; `status` gets each step's name.
+    """Measure a checkpoint with this package and with `settings.against`; `status` gets each step's name.
 
-    A peer that fails is left out, and a note says why. Raises what loading our own model raises,
+    A peer that fails is left out, with a note that says why. Raises the errors of loading our own model,
     and LlamaRefError if it fails later.
     """
     with tempfile.TemporaryDirectory(prefix="llama-ref-bench-") as scratch, ExitStack() as stack:
@@ -93,7 +93,7 @@ class _Comparison:
             self.reads.append(read["bytes_per_second"])
 
     def _ask(self, name: str, request: str, **arguments: Any) -> dict[str, Any] | None:
-        """A contestant's answer; None from a peer that failed, which is then left out."""
+        """A contestant's answer; None if a peer failed, which is then left out."""
         try:
             return self.processes[name].ask(request, **arguments)
         except (Failed, RequestError) as error:
@@ -104,14 +104,14 @@ class _Comparison:
             return None
 
     def _own_seconds(self) -> float:
-        """The processor's seconds for this benchmark, in all its processes."""
+        """CPU seconds of this benchmark, in all its processes."""
         return time.process_time() + sum(process.cpu_seconds() for process in self.started)
 
     def _contestants(self) -> list[str]:
         return [name for name in self.processes if name != PROBE]
 
     def _prompts(self, batch: int) -> list[list[int]]:
-        """Random ids: the text does not matter for the time."""
+        """Prompts of random ids, since speed does not depend on the text."""
         ids = random.Random(batch)
         return [[ids.randrange(self.args.vocab_size) for _ in range(self.settings.prompt_len)] for _ in range(batch)]
 
@@ -169,17 +169,17 @@ class _Comparison:
         )
 
     def _decode_work(self, batch: int, context: int, facts: dict[str, Any]) -> Work:
-        """A decoded token's work halfway through; weights are shared by the sequences."""
+        """Work per token halfway through decoding; reading the weights is shared by the sequences."""
         seen = context + self.settings.gen_len / 2
         return Work(flops(self.args, 1, seen, 1), facts["weight_bytes"] / batch + facts["kv_bytes"] * seen)
 
     def _prefill_work(self, batch: int, facts: dict[str, Any]) -> Work:
-        """A prompt token's work, if the weights are read once and keys and values only written."""
+        """Work per prompt token, if the weights are read once and keys and values are only written."""
         n = self.settings.prompt_len
         return Work(flops(self.args, n, n * (n + 1) / 2, 1) / n, facts["weight_bytes"] / (batch * n) + facts["kv_bytes"])
 
     def _matmul_flops(self, batch: int, seconds: list[float]) -> float:
-        """Operations per second of the prefill's matrix products alone."""
+        """Operations per second of the prefill's matrix products, measured alone."""
         all_flops = batch * flops(self.args, self.settings.prompt_len, 0, 1)
         return all_flops / Spread.from_values(seconds).median
 

@@ -70,10 +70,10 @@ class Settings:
         verify: Verify = "auto",
         in_memory: bool = False,
     ) -> "Settings":
-        """Read a command line's values. Raises RequestError or CheckpointError."""
+        """Check a command line's values. Raises RequestError or CheckpointError."""
         threads = default_threads() if threads is None else threads
         _check_number("prompt_len", prompt_len, 1)
-        _check_number("gen_len", gen_len, 2)  # decoding makes the second
+        _check_number("gen_len", gen_len, 2)  # the first token comes from the prefill
         _check_number("rounds", rounds, 1, MOST_ROUNDS)
         _check_number("threads", threads, 1, MOST_THREADS)
         chosen = choose_device(device)
@@ -95,7 +95,7 @@ class Settings:
                 )
         if peers and folder.read_args().has_vision:
             raise RequestError(
-                f"{folder.path} reads images: other programs are compared on text models only; leave --against out"
+                f"{folder.path} is a vision model: other programs are compared on text models only; leave --against out"
             )
         if peers and (folder.is_quantized or stored_kind(folder, folder.read_args()) is not Kind.PLAIN):
             raise RequestError(
@@ -126,7 +126,7 @@ class Settings:
 
     @property
     def command(self) -> str:
-        """The command line that repeats this benchmark on this machine."""
+        """The command line that repeats this benchmark."""
         words = ["llama-ref", "bench", shlex.quote(self.name)]
         if self.quantize:
             words.append(f"--quantize {self.quantize}")
@@ -146,7 +146,7 @@ class Settings:
 
 
 def default_threads() -> int:
-    """PyTorch's own default: OMP_NUM_THREADS, or one per core."""
+    """PyTorch's default number of threads: OMP_NUM_THREADS, or one per core."""
     import torch
 
     return torch.get_num_threads()
@@ -165,7 +165,7 @@ def _check_number(name: str, value: object, least: int, most: int = 1 << 24) -> 
 
 
 def _numbers(name: str, text: object, most: int, example: str) -> tuple[int, ...]:
-    """ "1,8" -> (1, 8); also takes a tuple or list of numbers."""
+    """Parse "1,8" to (1, 8); also accepts a tuple or list of numbers."""
     words = [str(word).strip() for word in (text if isinstance(text, tuple | list) else str(text).split(","))]
     if not words or not all(re.fullmatch("[0-9]{1,8}", word) and 0 < int(word) <= most for word in words):
         raise RequestError(f"{name} is {text!r:.60}, expected numbers from 1 to {most:,}, like {example}")

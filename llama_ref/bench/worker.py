@@ -2,8 +2,8 @@
 
     python -m llama_ref.bench.worker CONTESTANT
 
-Each line of JSON on standard input is a request, answered by one on standard output. The first
-request is "load", with the settings.
+Each line of JSON on standard input is a request, answered by a line of JSON on standard output. The
+first request is "load", with the settings.
 """
 
 import importlib
@@ -32,7 +32,7 @@ QUIET_SECONDS, QUIET_CHECKS = 0.05, 40
 
 
 class Server:
-    """Loads a contestant; its methods are the requests."""
+    """Serves requests for a contestant; each method is a request."""
 
     def __init__(self, name: str):
         self.name = name
@@ -77,7 +77,7 @@ class Server:
 
 
 def main() -> None:
-    """Answer requests on standard input until it ends, or until the parent has gone."""
+    """Answer requests on standard input until it is closed or the parent process has ended."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to stderr
     server = Server(sys.argv[1])
@@ -88,7 +88,7 @@ def main() -> None:
         try:
             _write(answers, answer)
         except BrokenPipeError:
-            return  # the parent has gone
+            return  # the parent process has ended
 
 
 def _answer(server: Server, request: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _wait_for_own_threads() -> None:
-    """Wait until they sleep: threads spin for a while, which would slow the next contestant."""
+    """Wait until this process is idle: its threads spin for a while, which would slow the next contestant."""
     for _ in range(QUIET_CHECKS):
         before = time.process_time()
         time.sleep(QUIET_SECONDS)

@@ -1,4 +1,4 @@
-"""`llama-ref bench`: contestants, counts, processes and output; no test asserts a speed."""
+"""`llama-ref bench`: contestants, computed costs, processes and output; no test asserts a speed."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """A report with the widest names and numbers."""
+    """A report whose names and numbers are as wide as possible."""
     settings = Settings(
         *("a/long/way/to/a/folder/" * 5, "int4:group=32", True, "cpu", "bfloat16", "auto", False, 512, 128),
         *((1, 128), (128, 131072), ("transformers", "llama.cpp", "meta"), 5, 128),
@@ -83,7 +83,7 @@ def report() -> Report:
 
 @pytest.fixture(scope="module")
 def at_once(warm, tiny) -> tuple[dict, Report, float]:
-    """Two benchmarks that disturb each other: one's JSON, the other's report and the seconds that count as its own."""
+    """Run two benchmarks at once; returns one's JSON, and the other's report and own CPU seconds."""
     words = ["bench", str(tiny), *SMALL, "--dtype", "float32", "--against", "transformers,meta", "--context", "64,1", "--json"]
     program = (
         f"import sys; sys.executable = {str(warm / 'python')!r}; from llama_ref.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -113,7 +113,7 @@ def printed(at_once) -> dict:
 
 @pytest.fixture(scope="module")
 def disturbed(at_once) -> tuple[Report, float]:
-    """A report of int8 weights, made while another program keeps a core busy, and the seconds that count as our own."""
+    """The report of int8 weights, measured while another program was busy, and our own CPU seconds."""
     return at_once[1:]
 
 
@@ -125,7 +125,7 @@ class TestMeasuring:
 
     def test_all_run_the_same_model(self, printed):
         assert [result["same_tokens"] for result in printed["results"]] == [4] * 6
-        for batch in (1, 2):  # the others also keep buffers for RoPE
+        for batch in (1, 2):  # the peers' bytes also include RoPE buffers
             read = [result["bytes_per_token"] for result in printed["results"] if result["batch"] == batch]
             assert max(read) < 1.01 * min(read)
 
@@ -146,7 +146,7 @@ class TestMeasuring:
     def test_a_longer_context_reads_its_keys_and_values_more(self, printed):
         short, long = printed["long_results"]
         assert (short["context"], long["context"]) == (1, 64)
-        per_token = 2 * PARAMS["n_layers"] * PARAMS["dim"] * 4  # as many key heads as query heads, in float32
+        per_token = 2 * PARAMS["n_layers"] * PARAMS["dim"] * 4  # equal numbers of key and query heads, in float32
         assert long["work"]["bytes"] - short["work"]["bytes"] == long["kv_bytes"] - short["kv_bytes"] == 63 * per_token
         assert short["growth_fraction"] is None
         assert min(short["decode"]["low"], long["decode"]["low"], long["bandwidth_fraction"]) > 0

@@ -1,1 +1,1 @@
-"""What `llama-ref bench` measures: this package, and other programs on the same weights."""
+"""The programs that `llama-ref bench` measures: this package, and others on the same weights."""

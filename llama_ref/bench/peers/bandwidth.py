@@ -1,4 +1,4 @@
-"""Measure the memory bandwidth: the limit for a model that reads its weights for every token."""
+"""Measure the memory bandwidth, which limits a model that reads all its weights for every token."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ ROWS, PASSES = 4096, 3
 
 
 class Bandwidth:
-    """Sums long rows with the contestants' threads; the best of several passes counts."""
+    """Sums long rows with the contestants' number of threads; the fastest of several passes counts."""
 
     def __init__(self, settings: Settings, scratch: Path):
         self.buffer = torch.ones(ROWS, PROBE_BYTES // 4 // ROWS, device=settings.device)

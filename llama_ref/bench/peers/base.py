@@ -1,4 +1,4 @@
-"""The interface of a benchmark's contestants."""
+"""The interface that every contestant of a benchmark implements."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -16,7 +16,7 @@ class Contestant(Protocol):
     kv_bytes: int
 
     def steps(self, prompts: list[list[int]], gen_len: int) -> Iterator[list[int]]:
-        """Decode greedily after prompts of one length; yields each step's tokens, on the host."""
+        """Decode greedily after prompts of equal length; yields each step's tokens, on the host."""
         ...
 
     def matmul_seconds(self, batch: int, prompt_len: int) -> float | None:

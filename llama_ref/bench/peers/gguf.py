@@ -21,7 +21,7 @@ CONTEXT = 131072
 
 
 def write_gguf(folder: CheckpointFolder, path: Path, dtype: torch.dtype) -> None:
-    """Write matrices in `dtype`, norms in float32; both pair neighbours in RoPE."""
+    """Write matrices in `dtype`, norms in float32. No permutation is needed: both use adjacent pairs in RoPE."""
     model = load_model(folder, folder.read_args(), dtype=dtype)
     args = model.args
     writer = GGUFWriter(path, "llama")
@@ -45,7 +45,7 @@ def write_gguf(folder: CheckpointFolder, path: Path, dtype: torch.dtype) -> None
 
 
 def bytes_read(path: Path) -> int:
-    """Bytes of all tensors that a step reads: not the embedding, unless it is tied."""
+    """Bytes of all tensors that a step reads; the embedding counts only if it is tied."""
     tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
     if "output.weight" in tensors:
         del tensors["token_embd.weight"]
@@ -58,7 +58,7 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
         out["output.weight"] = model.output.weight
     if model.args.use_scaled_rope:
         plain = model.args.rope_theta ** -(torch.arange(0, model.args.head_dim, 2) / model.args.head_dim)
-        out["rope_freqs.weight"] = plain / rope_frequencies(model.args)  # by how much each pair is slowed
+        out["rope_freqs.weight"] = plain / rope_frequencies(model.args)  # factor by which each pair's frequency is reduced
     for i, layer in enumerate(model.layers):
         out |= {f"blk.{i}.{gguf}.weight": layer.get_parameter(f"{name}.weight") for name, gguf in WITHIN_LAYER.items()}
     return out

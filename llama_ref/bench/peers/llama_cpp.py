@@ -1,4 +1,4 @@
-"""llama.cpp on the same weights in its own format, by llama-cpp-python's C bindings."""
+"""Run llama.cpp on the same weights, converted to GGUF, through llama-cpp-python's C bindings."""
 
 import ctypes
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ class LlamaCpp:
 
 
 def _decode(context: llama_cpp.llama_context_p, tokens: list[int], rows: list[int], position: int) -> None:
-    """Run tokens of one row from `position` on, or one token per row; logits of each row's last."""
+    """Run tokens of one row from `position` on, or one token per row; computes logits of each row's last token."""
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     try:
         batch.n_tokens = len(tokens)
@@ -94,7 +94,7 @@ def _decode(context: llama_cpp.llama_context_p, tokens: list[int], rows: list[in
 
 
 def _quantized(path: Path, bits: int, threads: int) -> tuple[str, Path]:
-    """Quantize with llama.cpp's defaults; (name of the format, the file)."""
+    """Quantize with llama.cpp's defaults; returns (name of the format, path of the file)."""
     name, file_type = QUANTIZED[bits]
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = file_type, threads

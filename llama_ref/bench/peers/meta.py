@@ -1,4 +1,4 @@
-"""Meta's reference (llama-models) on the same weights, in one process, run as in its example."""
+"""Run Meta's reference (llama-models) on the same weights, in one process, as in its example."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ SAME = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
 
 
 class Meta:
-    """Meta's Transformer. Its RoPE factor is always 8: 3.2 1B and 3B run as fast, but differ."""
+    """Meta's Transformer. Its RoPE factor is always 8: the speed of 3.2 1B and 3B is right, but not their output."""
 
     def __init__(self, settings: Settings, scratch: Path):
         folder, dtype = open_folder(settings.name), named_dtype(settings.dtype)
@@ -26,7 +26,7 @@ class Meta:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # exported, but not declared so
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         model_parallel.initialize_model_parallel(1)
-        torch.set_default_dtype(dtype)  # as in its example; no other contestant runs in this process
+        torch.set_default_dtype(dtype)  # as in Meta's example; no other contestant runs in this process
         self.model = MetaTransformer(
             MetaArgs(
                 **{name: getattr(args, name) for name in SAME},

@@ -1,4 +1,4 @@
-"""This project's own model, as `Llama.build` loads it, in the loop of all generation."""
+"""Run this project's own model, loaded by `Llama.build`, in its usual generation loop."""
 
 import statistics
 import time
@@ -43,12 +43,12 @@ class Ours:
     def steps(self, prompts: list[list[int]], gen_len: int, cache: KVCache | None = None) -> Iterator[list[int]]:
         rows = [Row(prompt, gen_len) for prompt in prompts]
         for _ in steps(self.llama.model, rows, lambda logits: logits.argmax(-1), stop_tokens=(), cache=cache):
-            yield [row.generated[-1] for row in rows]  # already on the host: the device has finished
+            yield [row.generated[-1] for row in rows]  # already on the host, so the device has finished
 
     def steps_after(self, context: int, gen_len: int) -> Iterator[list[int]]:
         """Like `steps` after a prompt of `context` tokens, of which only the last is run.
 
-        The others' keys and values are random numbers, which take as long to read.
+        The other tokens' keys and values are random numbers, which take the same time to read.
         """
         if self.filled is None:
             self.filled = new_cache(self.llama.model, 1, self.room)
@@ -59,9 +59,9 @@ class Ours:
 
     @torch.inference_mode()
     def matmul_seconds(self, batch: int, prompt_len: int) -> float:
-        """Time one layer's products on random numbers; scale to all layers, add the output's."""
+        """Time one layer's matrix products on random numbers, scale to all layers, and add the output's."""
         args = self.llama.model.args
-        piece = min(prompt_len, max(1, PREFILL_TOKENS // batch))  # the loop's chunk of a prompt
+        piece = min(prompt_len, max(1, PREFILL_TOKENS // batch))  # chunk size of the generation loop
         shapes = Counter(s for n, s in expected_shapes(args).items() if n.startswith("layers.0.") and len(s) == 2)
         layer = sum(count * self._product_seconds(batch * piece, *shape) for shape, count in shapes.items())
         return layer * args.n_layers * prompt_len / piece + self._product_seconds(batch, args.vocab_size, args.dim)

@@ -1,10 +1,10 @@
-"""Hugging Face's LlamaForCausalLM on the same weights, with its own cache and default attention."""
+"""Run Hugging Face's LlamaForCausalLM on the same weights, with its own cache and default attention."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no downloads; read when transformers is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # no downloads; must be set before transformers is imported
 
 import torch
 from transformers import LlamaForCausalLM

@@ -1,9 +1,9 @@
-"""What all processes of a job must have in common, compared before they compute with it.
+"""Check that all processes of a job use the same files and options, before they compute together.
 
-Collective calls only work if every process makes the same ones. Other weights of the same shape
-would give a text of two models; other shapes, or another number of tokens, calls that never return.
-So the processes meet in the job's store before they load and before each generation, and compare
-facts.
+Collective calls only work if every process makes the same ones. Different weights of the same shape
+would mix two models' outputs; different shapes or numbers of tokens would make calls hang. So before
+loading and before each generation, the processes exchange facts through the job's store and compare
+them.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from llama_ref.formatting import comma_list, printable
 from llama_ref.parallel.heartbeat import Heartbeat, store_address
 from llama_ref.parallel.peers import named, say, speaks_for
 
-JOIN_SECONDS = 600.0  # for a process that has not come yet: as long as torchrun waits for a node
-MEETING_SECONDS = 1800.0  # as torch's own limit for a collective call
-FIRST_WARNING_SECONDS = 10.0  # then after twice as long, and so on
-LOOK_SECONDS = 1.0  # between two looks which keys are missing
-LONGEST_PAUSE_SECONDS = 0.05  # between two looks whether any key is missing
-MOST_DIFFERENCES = 4  # in one message
-LONGEST_VALUE = 60  # characters, in a message
-SHOWN_DIGITS = 12  # of a digest's 64
+JOIN_SECONDS = 600.0  # limit for a process to join: as long as torchrun waits for a node
+MEETING_SECONDS = 1800.0  # limit for later steps: the same as torch's for a collective call
+FIRST_WARNING_SECONDS = 10.0  # the interval doubles after each warning
+LOOK_SECONDS = 1.0  # interval between checks of which keys are missing
+LONGEST_PAUSE_SECONDS = 0.05  # interval between checks of whether any key is missing
+MOST_DIFFERENCES = 4  # shown in one message
+LONGEST_VALUE = 60  # characters shown in a message
+SHOWN_DIGITS = 12  # of the 64 hexadecimal digits of a SHA-256
 
 
 class Agreement:
-    """The meetings of this process with the others, in order, in the job's store."""
+    """Compares facts with the other processes, step by step, through the job's store."""
 
     def __init__(self, store: Store, rank: int, world_size: int):
         self.store = store
@@ -47,7 +47,7 @@ class Agreement:
         """Wait until all processes are at this step. Raises JobError if their facts differ.
 
         `step` is what the process does next ("loading the model"). All processes raise the same
-        error. A fact that only some of them have is not compared.
+        error. A fact is compared among the processes that have it.
         """
         own = {"host": socket.gethostname(), "facts": {"the next step": step} | {name: shown(facts[name]) for name in facts}}
         keys = [f"meeting/{self._number}/{rank}" for rank in range(self._world_size)]
@@ -55,7 +55,7 @@ class Agreement:
             self._client.set(keys[self._rank], json.dumps(own))
             self._wait(keys, step)
             found = [json.loads(text) for text in self._client.multi_get(keys)]
-            if self._number:  # all have read the meeting before
+            if self._number:  # by now all processes have read the previous step's facts
                 self._client.delete_key(f"meeting/{self._number - 1}/{self._rank}")
         self._number += 1
         self.heartbeat.all_have_joined({rank: printable(each["host"]) for rank, each in enumerate(found)})
@@ -68,7 +68,7 @@ class Agreement:
             )
 
     def _wait(self, keys: list[str], step: str) -> None:
-        """Wait until all keys are there; say for whom. Raises JobError if it is in vain."""
+        """Wait until all keys are set, and log who is missing. Raises JobError if they never will be."""
         started, pause = time.monotonic(), 0.0
         look_at, warn_at = LOOK_SECONDS, FIRST_WARNING_SECONDS
         while not self._client.check(keys):
@@ -97,7 +97,7 @@ class Agreement:
 
 
 def differences(facts: Sequence[Mapping[str, str]], hosts: Mapping[int, str]) -> Iterator[str]:
-    """One sentence for every fact that is not the same on all ranks that have it."""
+    """One phrase for each fact that differs among the ranks that have it."""
     for name in dict.fromkeys(name for each in facts for name in each):
         ranks_of: dict[str, list[int]] = {}
         for rank, each in enumerate(facts):
@@ -109,7 +109,7 @@ def differences(facts: Sequence[Mapping[str, str]], hosts: Mapping[int, str]) ->
 
 
 def shown(value: object) -> str:
-    """A value as text for a message; a long text is cut and gets a digest."""
+    """A value as text for a message; a long text is truncated and gets a digest."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     brief = printable(text)
     if len(brief) <= LONGEST_VALUE:
@@ -118,13 +118,13 @@ def shown(value: object) -> str:
 
 
 def digest(data: bytes) -> str:
-    """The first digits of the data's SHA-256."""
+    """The first SHOWN_DIGITS digits of the data's SHA-256."""
     return hashlib.sha256(data).hexdigest()[:SHOWN_DIGITS]
 
 
 @contextlib.contextmanager
 def _lost_store() -> Iterator[None]:
-    """Explain an error of the store: its process has ended, or closed the connection."""
+    """Turn a store's error into a JobError: its process has ended, or the connection was closed."""
     try:
         yield
     except dist.DistError as error:

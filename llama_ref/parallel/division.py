@@ -1,4 +1,4 @@
-"""How a model is divided: the whole model's shape, and the job whose processes hold its parts."""
+"""How a model is split among processes: the whole model's shape, and the job that holds its parts."""
 
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -12,7 +12,7 @@ from llama_ref.parallel.tensor import split_matrices
 
 @dataclass(frozen=True)
 class Division:
-    """`args` count all layers and key/value heads; those of a part's model only its own."""
+    """How a model is split. `args` describe the whole model; `model.args` only the part held here."""
 
     args: ModelArgs
     job: Job = ALONE
@@ -32,7 +32,7 @@ _divisions: WeakKeyDictionary[Transformer, Division] = WeakKeyDictionary()
 
 
 def connect(model: Transformer, args: ModelArgs, job: Job) -> None:
-    """Connect a process's part of a model to the other processes; `args` are the whole model's."""
+    """Connect a process's part of a model to the other processes; `args` describe the whole model."""
     if job.tensor_group:
         split_matrices(model, job.share, job.tensor_group)
     if job.pipeline_group:
@@ -42,5 +42,5 @@ def connect(model: Transformer, args: ModelArgs, job: Job) -> None:
 
 
 def division_of(model: Transformer) -> Division:
-    """How a model is divided: not at all, unless `connect` has connected it."""
+    """How a model is split: not at all unless `connect` was called for it."""
     return _divisions.get(model) or Division(model.args)

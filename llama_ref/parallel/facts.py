@@ -1,4 +1,4 @@
-"""What every process of a job must generate alike, as facts that Agreement compares."""
+"""The facts about a generation that must be the same on all processes of a job; Agreement compares them."""
 
 from array import array
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.parallel.agreement import digest
 from llama_ref.sampling import SamplingParams
 
-MOST_LISTED = 8  # prompts
+MOST_LISTED = 8  # prompt lengths shown in a message
 
 
 def generation_facts(
@@ -23,9 +23,9 @@ def generation_facts(
     cache: KVCache | None = None,
     prompt_logprobs: bool = False,
 ) -> dict[str, object]:
-    """Facts about one call, by the names of its arguments.
+    """Facts about one generation, by argument name.
 
-    The seed is not among them: rank 0 chooses the tokens for all, so it may be random.
+    The seed is not included: rank 0 samples the tokens for all processes, so seeds may differ.
     """
     lengths = comma_list([len(prompt) for prompt in prompts], MOST_LISTED)
     pixels = b"".join(image.pixels.numpy().tobytes() for row in images for image in row)

@@ -1,4 +1,4 @@
-"""Several processes for one model: how they connect, which part each holds, and how they exit."""
+"""Run one model on several processes: how they connect, which part each holds, and how they exit."""
 
 import atexit
 import functools
@@ -24,7 +24,7 @@ from llama_ref.parallel.agreement import FIRST_WARNING_SECONDS, JOIN_SECONDS, Ag
 from llama_ref.parallel.heartbeat import store_address
 from llama_ref.parallel.sharding import WHOLE, Share
 
-REPORTED = (1, 2)  # exit codes of a process that has said what is wrong
+REPORTED = (1, 2)  # exit codes of a process that has reported its error
 TIMEOUT = timedelta(days=30)  # rank 0 may wait for a person; the default collective timeout is 30 minutes
 STORE_TIMEOUT = timedelta(minutes=30)  # torch's default
 
@@ -41,9 +41,10 @@ _agreement: Agreement | None = None  # of this process, once it has joined a job
 class Job:
     """A process's share of the model, and its process groups: None for a single process.
 
-    The `tensor_group` holds the other parts of its stage's matrices, the `pipeline_group` the same part
-    of the other stages. Neighbouring processes, which torchrun starts on one node, are in one tensor
-    group, because it communicates more. In the `agreement` all compare what they are about to do.
+    The processes of the `tensor_group` hold the other parts of this stage's matrices, those of the
+    `pipeline_group` the same part of the other stages. Consecutive ranks, which torchrun starts on one
+    node, form a tensor group, because it communicates more. Before each step, all processes compare
+    what they are about to do through the `agreement`.
     """
 
     share: Share = WHOLE
@@ -56,7 +57,7 @@ class Job:
         return self.tensor_group is not None or self.pipeline_group is not None
 
     def check_same(self, step: str, facts: Mapping[str, object]) -> None:
-        """Wait for all processes before a step. Raises JobError if its facts differ among them."""
+        """Wait for all processes before a step. Raises JobError if their facts about it differ."""
         if self.agreement:
             self.agreement.check(step, facts)
 
@@ -65,13 +66,13 @@ ALONE = Job()
 
 
 def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, device: torch.device) -> Job:
-    """This process's job, from torchrun's environment, in `pipeline_parallel_size` stages.
+    """Join this process's job, as described by torchrun's environment, with `pipeline_parallel_size` stages.
 
     Initialises torch.distributed (NCCL on CUDA, else Gloo) unless the script already has. Raises
     RequestError if the number of stages does not divide the number of processes, if
-    `model_parallel_size` (an argument of Meta's scripts) is not the number of processes of a stage, or
-    for a device without collective communication; JobError if another process does not come, or
-    comes with another layout or version.
+    `model_parallel_size` (an argument of Meta's scripts) is not the number of processes per stage, or
+    for a device without collective communication; JobError if another process does not join, or joins
+    with a different layout or version.
     """
     rank, n_processes = _rank_and_size()
     _check_sizes(model_parallel_size, pipeline_parallel_size, n_processes)
@@ -80,7 +81,7 @@ def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, devic
     if device.type not in ("cuda", "cpu"):
         raise RequestError(f"{n_processes} processes cannot work together on {device.type}: use --device cpu, or one process")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # else code that uses the current device takes memory on the first card
+        torch.cuda.set_device(device)  # else code that uses the current device allocates memory on the first GPU
     agreement = _meet(rank, n_processes)
     layout = {"pipeline_parallel_size": pipeline_parallel_size, "the kind of device": device.type}
     agreement.check("joining the job", layout | {"the version of llama_ref": sys.modules["llama_ref"].__version__})
@@ -104,16 +105,16 @@ def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, devic
 
 @contextmanager
 def _stdout_kept() -> Iterator[None]:
-    """In the block, what is written to file 1 goes to stderr: Gloo of PyTorch 2.8 tells there who connected.
+    """Redirect file descriptor 1 to stderr in the block: PyTorch 2.8's Gloo logs connections to stdout.
 
-    A command's JSON is on stdout. Python's own output is flushed before.
+    stdout must stay clean, because commands write their JSON there. Python's own output is flushed first.
     """
     try:
         sys.stdout.flush()
         os.fstat(2)
         kept = os.dup(1)
         os.dup2(2, 1)
-    except (AttributeError, OSError, ValueError):  # one of them is closed
+    except (AttributeError, OSError, ValueError):  # one of the streams is closed
         yield
         return
     try:
@@ -124,7 +125,7 @@ def _stdout_kept() -> Iterator[None]:
 
 
 def _meet(rank: int, n_processes: int) -> Agreement:
-    """Find the other processes, in torchrun's store or the script's; once per process."""
+    """Find the other processes through torchrun's or the script's store, and cache the agreement."""
     global _agreement
     if _agreement is None:
         store = _get_default_store() if dist.is_initialized() else _connect()
@@ -172,15 +173,15 @@ def _check_sizes(model_parallel_size: int | None, n_stages: int, n_processes: in
     if model_parallel_size not in (None, n_processes // n_stages):
         stages = f" in {n_stages} stages" if n_stages > 1 else ""
         raise RequestError(
-            f"model_parallel_size is {model_parallel_size}, but there is {n_processes} process(es){stages}: start as many with "
+            f"model_parallel_size is {model_parallel_size}, but there is {n_processes} process(es){stages}: start with "
             f"torchrun --nproc_per_node {model_parallel_size * n_stages}, or leave it out"
         )
 
 
 def from_first(job: Job, call: Callable[[], T]) -> T:
-    """Run `call` on the first process only; its result or exception is broadcast to all processes.
+    """Run `call` on the first process only, and broadcast its result or exception to all processes.
 
-    The others wait as long as it takes, for example for a person's input. The result must be picklable.
+    The others wait without a timeout, for example for user input. The result must be picklable.
     """
     if not job.is_parallel:
         return call()
@@ -211,7 +212,7 @@ def lost_a_process(error: RuntimeError) -> bool:
 
 @contextmanager
 def naming_a_lost_process() -> Iterator[None]:
-    """Turn the failure of a collective call, because another process has died, into a JobError."""
+    """Turn the RuntimeError of a collective call into a JobError if another process has died."""
     try:
         yield
     except RuntimeError as error:
@@ -224,8 +225,8 @@ def end_process(code: int) -> None:
     """Exit one of several processes immediately; does nothing for a single process.
 
     A normal interpreter shutdown sometimes aborts in Gloo's threads ("terminate called without an active
-    exception"), which torchrun reports as a failed job. Unless this process failed, it first waits for
-    the others; if one of those fails, that one reports why.
+    exception"), which torchrun reports as a failed job. A process that succeeded first waits for the
+    others; if one of these fails, it reports its own error.
     """
     if _agreement is None and (not dist.is_initialized() or dist.get_world_size() == 1):
         return

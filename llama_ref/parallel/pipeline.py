@@ -17,7 +17,7 @@ from llama_ref.parallel.sharding import Share
 
 
 def split_layers(model: Transformer, share: Share, group: ProcessGroup) -> None:
-    """Connect a model that holds one stage's layers to the other stages; in place.
+    """Connect a model that holds one stage's layers to the other stages, in place.
 
     Every process of the group must call it, and run every forward pass with the same tokens. All get
     the logits; `hidden` returns the last layer's output on the last stage only.
@@ -33,7 +33,7 @@ def split_layers(model: Transformer, share: Share, group: ProcessGroup) -> None:
 
 
 class ReceivedState(nn.Module):
-    """In place of the embedding: the residual stream (B, T, D) that the previous stage computed."""
+    """Replaces the embedding: receives the residual stream (B, T, D) from the previous stage."""
 
     def __init__(self, dim: int, source: int, group: ProcessGroup, like: Tensor):
         super().__init__()
@@ -46,7 +46,7 @@ class ReceivedState(nn.Module):
 
 
 class SentState(nn.Module):
-    """In place of the final norm: send the residual stream to the next stage."""
+    """Replaces the final norm: sends the residual stream to the next stage."""
 
     def __init__(self, target: int, group: ProcessGroup):
         super().__init__()
@@ -58,7 +58,7 @@ class SentState(nn.Module):
 
 
 class LogitsForAll(nn.Module):
-    """The last stage's logits, broadcast to every stage; `output` is None on all but the last."""
+    """Replaces the output: broadcasts the last stage's logits; `output` is None on all other stages."""
 
     def __init__(self, output: nn.Module | None, vocab_size: int, group: ProcessGroup, like: Tensor):
         super().__init__()

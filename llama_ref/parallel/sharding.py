@@ -1,8 +1,8 @@
-"""Which part of each tensor a process holds, and where in the shards it is.
+"""Which part of each tensor a process holds, and where it is in the shards.
 
 Heads, feed-forward features and vocabulary are distributed in order: process r of W holds the r-th part.
-Parts are ranges along the dimension that Meta's shards are split along, so that any number of shards
-serves any number of processes.
+Parts are ranges along the dimension in which Meta's shards are split, so any number of shards works with
+any number of processes.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 
-# The dimension Meta splits matrices along; tensors not named here (the norms) are whole in every shard.
+# The dimension in which Meta splits matrices; every shard contains the whole of all other tensors (the norms).
 SPLIT_DIM = {
     "tok_embeddings": 0,
     "output": 0,
@@ -32,14 +32,14 @@ SPLIT_DIM = {
     "vision_projection.bias": 0,
 }
 
-PARTS = (".weight", ".scales", ".zeros")  # of a matrix, in Meta's names
+PARTS = (".weight", ".scales", ".zeros")  # suffixes of a matrix's tensors in Meta's names
 
 
 def split_dim(name: str) -> int | None:
     """The dimension along which shards split a tensor ("layers.3.attention.wo.weight" -> 1); None: not split.
 
-    Scales are split as their matrix. Of a matrix B A of low rank, A is split with the inputs, B with
-    the outputs.
+    Scales are split like their matrix. Of a low-rank matrix B A, A is split with the inputs, B with the
+    outputs.
     """
     matrix, _, factor = name.partition(".adaptor.")
     dim = SPLIT_DIM.get(_kind(matrix))
@@ -50,7 +50,7 @@ def split_dim(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part: the `rank`-th of `world_size` of every matrix, in the `stage`-th of `n_stages` runs of layers."""
+    """One process's part: part `rank` of `world_size` of every matrix, in pipeline stage `stage` of `n_stages`."""
 
     rank: int = 0
     world_size: int = 1
@@ -84,7 +84,7 @@ def _nth(n: int, parts: int, total: int) -> range:
 
 
 def check_divisible(args: ModelArgs, share: Share) -> None:
-    """Raise RequestError, naming possible numbers, unless query heads divide evenly and no stage is empty."""
+    """Raise RequestError, naming valid numbers, unless query heads divide evenly and no stage is empty."""
     world_size = share.world_size
     if share.n_stages > args.n_layers:
         raise RequestError(f"{args.n_layers} layers cannot fill {share.n_stages} pipeline stages; use {args.n_layers} or fewer")
@@ -96,9 +96,9 @@ def check_divisible(args: ModelArgs, share: Share) -> None:
 
 
 def kv_heads(args: ModelArgs, share: Share) -> list[int]:
-    """The key/value heads of a share's query heads, one for each equal group of them.
+    """The key/value heads that a share needs, one for each equally large group of its query heads.
 
-    If a share's border splits a group of the model, smaller groups are used and some heads occur twice.
+    If the border of a share splits one of the model's groups, smaller groups are used, and some heads occur twice.
     """
     heads = share.slice_of(args.n_heads)
     group = args.n_heads // args.n_kv_heads
@@ -106,7 +106,7 @@ def kv_heads(args: ModelArgs, share: Share) -> list[int]:
 
 
 def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | None:
-    """A share's part of a tensor along `split_dim(name)`, in the order in which it is held; None: all of it."""
+    """The ranges of a tensor that a share holds along `split_dim(name)`, in storage order; None: the whole tensor."""
     kind = _kind(name)
     if kind not in SPLIT_DIM or is_shared(name):
         return None
@@ -120,13 +120,13 @@ def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | Non
 
 
 def shard_ranges(name: str, shape: tuple[int, ...], args: ModelArgs, share: Share) -> list[range] | None:
-    """A shard's part of a tensor, as `wanted_ranges`: shards split even what every process holds whole."""
+    """The ranges of a tensor in a shard. Unlike processes (`wanted_ranges`), shards also split the vision encoder."""
     dim = split_dim(name)
     return [share.slice_of(shape[dim])] if dim is not None and is_shared(name) else wanted_ranges(name, args, share)
 
 
 def is_shared(name: str) -> bool:
-    """Whether every process holds the whole of a tensor that shards split: those of the vision encoder."""
+    """Whether every process holds the whole tensor though shards split it: true for the vision encoder."""
     return name.startswith(("vision_model.", "learnable_embedding."))
 
 
@@ -139,7 +139,7 @@ def part_shape(name: str, whole: tuple[int, ...], ranges: list[range] | None) ->
 
 
 def places(ranges: list[range], shard_size: int) -> Iterator[tuple[int, range]]:
-    """Split ranges at the borders of shards of `shard_size`: (shard number, range within it), in order."""
+    """Split ranges at the borders of shards of `shard_size`; yields (shard number, range within the shard)."""
     for wanted in ranges:
         start = wanted.start
         while start < wanted.stop:

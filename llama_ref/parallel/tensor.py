@@ -2,8 +2,8 @@
 
 Each process has some heads, some feed-forward features and a part of the vocabulary (sharding.py).
 Attention and feed-forward run unchanged on their part; one all-reduce sums the partial products of
-their last matrix. The embedding looks up the tokens it has and is summed too; the output gathers the
-logits of all processes. Megatron-LM, arXiv:1909.08053.
+their last matrix. Each process embeds the tokens of its part of the vocabulary, and an all-reduce sums
+the results; the output gathers the logits of all processes. Megatron-LM, arXiv:1909.08053.
 """
 
 import torch
@@ -20,10 +20,10 @@ from llama_ref.vision import VisionTransformer
 
 
 def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> None:
-    """Make a model that holds one `share` of every matrix compute what the whole one would; in place.
+    """Connect a model that holds one `share` of every matrix to the other processes, in place.
 
-    Every process of the group must call it, and run every forward pass with the same tokens. Logits
-    are bit-equal on all of them.
+    It then computes the same as the whole model. Every process of the group must call this, and run
+    every forward pass with the same tokens. Logits are bit-identical on all of them.
     """
     layers: list[nn.Module] = [*model.layers]
     if isinstance(model, VisionTransformer):
@@ -38,7 +38,7 @@ def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> Non
 
 
 def broadcast_choice(chosen: Tensor) -> Tensor:
-    """The first process's choice of tokens on all processes: rounding cannot make their texts diverge."""
+    """Broadcast the first process's choice of tokens, so that rounding cannot make the processes diverge."""
     dist.broadcast(chosen, src=0)
     return chosen
 
@@ -46,15 +46,15 @@ def broadcast_choice(chosen: Tensor) -> Tensor:
 class RowParallelLinear(nn.Module):
     """A linear layer split along its inputs: one all-reduce sums the partial products.
 
-    Meta's int4 and fp8 releases round or rotate all inputs together: those layers get the inputs of
-    every process first.
+    Meta's int4 and fp8 releases round or rotate all inputs together: their layers first gather the
+    inputs of all processes.
     """
 
     def __init__(self, linear: nn.Module, group: ProcessGroup):
         super().__init__()
         self.linear = linear  # (out, in / W)
         self.group = group
-        self.sizes: list[int] | None = None  # inputs of each process, if they are gathered
+        self.sizes: list[int] | None = None  # number of inputs per process, if they are gathered
         if isinstance(linear, QuantizedMatrix) and linear.takes_whole_input:
             self.sizes = part_sizes(linear.shape[1], group)
 
@@ -65,7 +65,7 @@ class RowParallelLinear(nn.Module):
         return out
 
     def part_of(self, matrix: Tensor) -> Tensor:
-        """The columns of this process's inputs, of the linear layer's dequantized matrix (out, in)."""
+        """This process's columns of the linear layer's dequantized matrix (out, in)."""
         if self.sizes is None:
             return matrix
         rank = self.group.rank()
@@ -73,7 +73,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding split along the vocabulary: tokens of other processes give zeros, one all-reduce sums."""
+    """An embedding split along the vocabulary: other processes' tokens give zeros, and one all-reduce sums the parts."""
 
     def __init__(self, embedding: nn.Module, vocabulary: range, group: ProcessGroup):
         super().__init__()
@@ -90,7 +90,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer split along its outputs: one all-gather joins them on every process."""
+    """A linear layer split along its outputs: one all-gather concatenates them on every process."""
 
     def __init__(self, linear: nn.Module, n_outputs: int, group: ProcessGroup):
         super().__init__()
@@ -108,8 +108,8 @@ def part_sizes(total: int, group: ProcessGroup) -> list[int]:
 
 
 def gathered(local: Tensor, sizes: list[int], group: ProcessGroup, dim: int = -1) -> Tensor:
-    """The parts of every process side by side, on all of them; `dim` is negative, their `sizes` are along it."""
-    padding = [0, 0] * (-1 - dim) + [0, max(sizes) - local.shape[dim]]  # all_gather wants equal sizes
+    """Concatenate the parts of all processes along `dim`, which is negative; `sizes` are the parts' lengths there."""
+    padding = [0, 0] * (-1 - dim) + [0, max(sizes) - local.shape[dim]]  # all_gather needs equal sizes
     local = F.pad(local, padding).contiguous()
     parts = [torch.empty_like(local) for _ in sizes]
     dist.all_gather(parts, local, group=group)

@@ -1,4 +1,4 @@
-"""Processes of one job that have different files or options are refused, by all of them in one message."""
+"""Jobs whose processes have different files or options are refused: all processes raise the same error."""
 
 import json
 import threading
@@ -28,11 +28,11 @@ CALLS = {
 
 @pytest.fixture(scope="module")
 def differing(warm, tmp_path_factory) -> tuple[list[dict], str]:
-    """What each rank of a job wrote down, whose processes differ, and the job's stderr."""
+    """Run a job whose processes differ; returns what each rank recorded, and the job's stderr."""
     root = tmp_path_factory.mktemp("differing")
     base = str(tiny_folder(root / "base"))
     unlisted = tiny_folder(root / "unlisted", seed=1)
-    (unlisted / "checklist.chk").unlink()  # so that only the weights themselves tell
+    (unlisted / "checklist.chk").unlink()  # so that only the weights themselves differ
     deep = make_random_checkpoint(root / "deep", PARAMS | {"n_layers": 3}, tokenizer=byte_tokenizer(root / "deep.model"))
     others = ({"ckpt_dir": str(unlisted)}, {"ckpt_dir": str(deep)}, {"max_seq_len": 32}, {"dtype": "bfloat16"})
     same = {"ckpt_dir": base}
@@ -66,7 +66,7 @@ def test_all_processes_refuse_a_difference_with_the_same_words(differing, case, 
     first, second = (said[case] for said in differing[0])
     assert all(part in first for part in says), first
     assert "Start all of them with the same files and options" in first
-    if case != "another step":  # of which each names its own
+    if case != "another step":  # there, each rank names its own step
         assert second == first
 
 
@@ -83,12 +83,12 @@ def test_a_difference_ends_a_command_with_one_message(differing):
 
 
 def test_comparing_costs_nothing_beside_a_generation(differing):
-    assert max(said["shortest"] for said in differing[0]) < 0.02  # under 1 ms on a quiet machine
+    assert max(said["shortest"] for said in differing[0]) < 0.02  # under 1 ms on an idle machine
 
 
 @pytest.fixture
 def three(monkeypatch) -> Iterator[list[Agreement]]:
-    """Three processes' agreements, here in one process, on one store."""
+    """The agreements of three ranks, all in this process, on one store."""
     monkeypatch.setattr(agreement, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(heartbeat, "LONGEST_INTERVAL_SECONDS", 0.05)
     store = HashStore()
@@ -99,7 +99,7 @@ def three(monkeypatch) -> Iterator[list[Agreement]]:
 
 
 def meet(agreements: list[Agreement], step: str, facts: list[dict]) -> list[str]:
-    """What the JobError of each says, of those for which there are facts."""
+    """The JobError message of each rank that has facts."""
     said = [""] * len(facts)
 
     def check(rank: int) -> None:

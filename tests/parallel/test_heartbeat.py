@@ -1,4 +1,4 @@
-"""Two nodes whose link goes down, and the time after which a silent process counts as lost."""
+"""Heartbeats: two nodes whose link goes down, and the limit after which a silent process counts as lost."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ from llama_ref.parallel.heartbeat import LEFT, VARIABLE, Heartbeat, end_at_once,
 from warm import warm_commands
 
 WORKER = Path(__file__).parents[1] / "endless_worker.py"
-ADDRESSES = ("10.213.17.1", "10.213.17.2")  # in namespaces of their own
+ADDRESSES = ("10.213.17.1", "10.213.17.2")  # in separate network namespaces
 PATIENCE_SECONDS = 60
 
 
@@ -32,7 +32,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def nodes() -> Iterator[list[str]]:
-    """Two network namespaces, joined by one link: its ends are called as the namespaces are."""
+    """Two network namespaces, joined by one link whose ends are named like the namespaces."""
     names = [f"llama-ref-{n}" for n in range(2)]
     try:
         for name in names:
@@ -56,7 +56,7 @@ def end(process: subprocess.Popen | psutil.Process) -> None:
 
 
 def agent(n: int, warm: Path, folder: Path) -> subprocess.Popen:
-    """One node's torchrun, of the commands that run in its namespace."""
+    """The torchrun process of one node, among the commands that run in its namespace."""
     meeting = ["--nnodes", "2", "--node_rank", str(n), "--nproc_per_node", "1", "--master_addr", ADDRESSES[0]]
     words = [warm / "torchrun", *meeting, "--local_addr", ADDRESSES[n]]
     environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"node{n}", VARIABLE: "5"}
@@ -87,7 +87,7 @@ def test_a_link_that_goes_down_ends_both_nodes_with_one_message_each(nodes, tmp_
 
 @pytest.fixture
 def ended(monkeypatch) -> queue.SimpleQueue[str]:
-    """The messages of processes that were to end at once."""
+    """Record the messages of `end_at_once` instead of ending the process."""
     messages: queue.SimpleQueue[str] = queue.SimpleQueue()
     monkeypatch.setattr(heartbeat, "end_at_once", messages.put)
     return messages
@@ -105,7 +105,7 @@ def test_a_process_that_failed_ends_the_others_while_they_compute(ended, monkeyp
 
 
 def test_a_process_ends_where_no_thread_can_be_started(monkeypatch, caplog):
-    """As while the interpreter shuts down, where leaving the process group may wait for a lost process."""
+    """As during interpreter shutdown, when leaving the process group may wait for a lost process."""
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
@@ -118,7 +118,7 @@ def test_a_process_ends_where_no_thread_can_be_started(monkeypatch, caplog):
 
 
 class Unread(logging.Handler):
-    """A stream that nobody reads: it blocks until the test is over."""
+    """A stream that nobody reads: writing blocks until the test is over."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How a job of several processes begins on several nodes, and how it ends when something goes wrong."""
+"""Jobs of several processes: starting on several nodes, and ending when something goes wrong."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ from llama_ref.parallel.job import Job, _stdout_kept, join_job
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WORKER = Path(__file__).parents[1] / "endless_worker.py"
-PATIENCE_SECONDS = 60  # on a busy machine; what hangs, hangs for half an hour
+PATIENCE_SECONDS = 60  # enough on a busy machine; a hang would last half an hour
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Endless:
-    """A job of two processes that has begun to generate and would go on for hours; `workers` by rank."""
+    """A two-process job that has started to generate and would run for hours; `workers` by rank."""
 
     torchrun: subprocess.Popen
     workers: list[psutil.Process]
@@ -44,7 +44,7 @@ class Endless:
 
 @pytest.fixture
 def start(folder, tmp_path) -> Iterator[Callable[..., Endless]]:
-    """Start an endless job: torchrun as a user does or the warm one, with environment variables."""
+    """Start an endless job with environment variables: with a new torchrun, as users do, or with the warm one."""
     with ExitStack() as stack:
 
         def start(command: Sequence[str | Path], **variables: str) -> Endless:
@@ -67,7 +67,7 @@ def end(process: psutil.Process) -> None:
 
 
 def end_of(job: Endless) -> str:
-    """What a job that must end now says on stderr; all its processes are gone then."""
+    """The stderr of a job that must end now; checks that all its processes are gone."""
     _, stderr = job.torchrun.communicate(timeout=PATIENCE_SECONDS)
     _, alive = psutil.wait_procs(job.workers, timeout=PATIENCE_SECONDS)
     assert not alive
@@ -80,7 +80,7 @@ def test_a_killed_process_ends_the_job_with_one_message(start, warm, rank):
     job = start([warm / "torchrun"])
     job.workers[rank].kill()
     stderr = end_of(job)
-    # Torchrun says which process was killed, and may end the others before they notice.
+    # Torchrun reports which process was killed, and may end the others before they notice.
     assert "Signal 9 (SIGKILL) received" in stderr
     said = [line for line in stderr.splitlines() if line.startswith("llama-ref: ")]
     assert said in ([], ["llama-ref: another process of this job has ended, so this one cannot continue"])
@@ -92,7 +92,7 @@ def test_a_stopped_process_ends_the_job_with_one_message(start, warm):
     first, stopped = job.workers
     stopped.suspend()
     psutil.wait_procs([first], timeout=PATIENCE_SECONDS)
-    stopped.resume()  # to die: torchrun would wait 30 s before it kills what does not end
+    stopped.resume()  # let it die: torchrun would wait 30 s before it kills a process that does not end
     stderr = end_of(job)
     assert stderr.count("waiting for rank 1 (") == 1
     assert stderr.count("llama-ref: ") == 1
@@ -100,9 +100,9 @@ def test_a_stopped_process_ends_the_job_with_one_message(start, warm):
 
 
 def test_ctrl_c_ends_the_job_without_a_word_of_ours(start):
-    """Not with the warm torchrun, whose processes have no terminal of their own."""
+    """Needs a new torchrun: the warm one's processes have no terminal."""
     job = start(TORCHRUN)
-    os.killpg(job.torchrun.pid, signal.SIGINT)  # as a terminal does it: to all of them at once
+    os.killpg(job.torchrun.pid, signal.SIGINT)  # like a terminal: to all processes at once
     stderr = end_of(job)
     assert "llama-ref: " not in stderr
     assert "[rank" not in stderr
@@ -111,7 +111,7 @@ def test_ctrl_c_ends_the_job_without_a_word_of_ours(start):
 @pytest.mark.parametrize("fault", ["a damaged shard", "a full disk behind stdout"])
 def test_a_fault_that_one_process_alone_meets_ends_the_job_with_one_message(warm, folder, tmp_path, fault):
     options = {"timeout": PATIENCE_SECONDS, "warm": warm}
-    if fault == "a damaged shard":  # the first process does not open it, and would wait for the other's part of a sum
+    if fault == "a damaged shard":  # rank 0 does not open it, and would wait for the other's part of an all-reduce
         folder = shutil.copytree(folder, tmp_path / "damaged")
         os.truncate(folder / "consolidated.01.pth", 5000)
         says = f"{folder}/consolidated.01.pth cannot be used"
@@ -127,7 +127,7 @@ def test_a_fault_that_one_process_alone_meets_ends_the_job_with_one_message(warm
 
 
 def test_a_conversation_of_several_processes_is_that_of_one(warm, folder, tmp_path, monkeypatch, capsys):
-    """The first reads standard input and files; layers and matrices are dealt out."""
+    """The first process reads standard input and files; layers and matrices are distributed."""
     turns = f"hi\n/save {tmp_path}/talk.json\n/reset\n/load {tmp_path}/talk.json\n/load nowhere\nand\\\nso\n"
     words = ["chat", str(folder), "--max_gen_len", "4", "--temperature", "0", "--dtype", "float32", "--device", "cpu"]
     monkeypatch.setattr("sys.stdin", io.StringIO(turns))
@@ -137,14 +137,14 @@ def test_a_conversation_of_several_processes_is_that_of_one(warm, folder, tmp_pa
     done = torchrun(4, "-m", "llama_ref.cli", *words, input=turns, timeout=PATIENCE_SECONDS, warm=warm)
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone.out
-    of_others = re.compile(r"\[|.*(connected to|peer ranks)")  # the second: Gloo's of PyTorch 2.8
+    of_others = re.compile(r"\[|.*(connected to|peer ranks)")  # the second: from PyTorch 2.8's Gloo
     told = [[line for line in err.splitlines() if not of_others.match(line)] for err in (alone.err, done.stderr)]
     assert told[1] == told[0]
     assert len(told[0]) == 4, "saved, conversation reset, loaded, cannot read"
 
 
 def test_a_lost_process_is_a_job_error_in_python(peaked, monkeypatch):
-    """What is raised where another process ends: a script may catch it, and its traceback has true words."""
+    """The error when another process ends is a JobError, which a script can catch, with a correct message."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     llama = copy.copy(peaked)
     llama.job = Job(tensor_group=object())
@@ -163,7 +163,7 @@ def test_a_lost_process_is_a_job_error_in_python(peaked, monkeypatch):
 
 
 def test_processes_cannot_work_together_on_mps(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever other tests have begun
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever other tests have initialized
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RequestError, match="2 processes cannot work together on mps: use --device cpu"):
         join_job(None, 1, torch.device("mps"))
@@ -171,7 +171,7 @@ def test_processes_cannot_work_together_on_mps(monkeypatch):
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_job_may_run_on_several_nodes(warm, folder, stages):
-    """Two agents, as each of two machines would start one; they find each other as torchrun does it."""
+    """Two torchrun agents, as on two machines, which find each other through torchrun's rendezvous."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -186,7 +186,7 @@ def test_a_job_may_run_on_several_nodes(warm, folder, stages):
 
 
 def test_what_gloo_writes_to_stdout_goes_to_stderr(capfd):
-    """PyTorch 2.8's tells there who connected, amid a command's JSON."""
+    """PyTorch 2.8's Gloo logs connections to stdout, in the middle of a command's JSON."""
     print("before", flush=True)
     with _stdout_kept():
         os.write(1, b"[Gloo] connected\n")

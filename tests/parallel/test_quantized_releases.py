@@ -1,4 +1,4 @@
-"""Meta's quantized releases on two processes compute what one does, whose shards need not be as many."""
+"""Meta's quantized releases compute the same on two processes as on one, for any number of shards."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_two_processes_compute_what_one_does(warm, folders, tmp_path, n_stages, 
         alone = Llama.build(folders[name], max_seq_len=64, device="cpu", verify="never", **options)
         expected = alone.model(torch.tensor(TOKENS))
         distance = (result["logits"] - expected).std() / expected.std()
-        # A sum in another order may move an input to the next of its steps (parity/test_quantized_releases.py).
+        # Summing in a different order may round an input to the next step (parity/test_quantized_releases.py).
         assert distance < (0.005 if activations is None else 1e-5), name
         assert all(result["equal"]), name
 

@@ -1,4 +1,4 @@
-"""A model on several processes is studied as on one: the same names, shapes and values, on all."""
+"""Studying a model on several processes gives the same names, shapes and values as on one, on all of them."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def measure_alone(folder: Path, to: Path, images: list[list[str]]) -> dict:
 
 
 def measure_together(warm: Path, place: Path, folders: dict[str, Path], images: list, n_parts: int, n_stages: int) -> dict:
-    """What the first of several processes has found, by folder."""
+    """The results of the first of several processes, by folder."""
     task = {
         "folders": {name: str(folder) for name, folder in folders.items()},
         "pipeline_parallel_size": n_stages,
@@ -73,7 +73,7 @@ def measure_together(warm: Path, place: Path, folders: dict[str, Path], images: 
 
 @pytest.fixture(scope="module", params=[(3, 1), (2, 2)], ids=["3 parts", "2 parts in 2 stages"])
 def together(request, warm, folders, images, demo_folder, tmp_path_factory) -> dict[str, dict]:
-    """What several processes have found, by folder; three of them, in the demo too."""
+    """The results of several processes, by folder; the demo runs on three processes only."""
     n_parts, n_stages = request.param
     studied = folders | {"demo": demo_folder} if n_parts == 3 else folders
     return measure_together(warm, tmp_path_factory.mktemp("job"), studied, images, n_parts, n_stages)
@@ -92,7 +92,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def measured(together: dict[str, dict]) -> dict[str, dict]:
-    """What was measured in the random models."""
+    """The results on the random models, without the demo."""
     return {name: found for name, found in together.items() if name != "demo"}
 
 
@@ -120,7 +120,7 @@ def test_the_shares_of_all_heads_add_up_to_what_attention_adds(together):
 
 
 class SecondOfTwo:
-    """A process group, as far as a layer asks it for its part."""
+    """A fake process group with the methods that a layer needs to find its part."""
 
     def size(self) -> int:
         return 2

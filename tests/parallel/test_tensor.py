@@ -1,4 +1,4 @@
-"""Any number of shards on any number of processes gives what one process gives."""
+"""Any number of shards on any number of processes gives the same results as one process."""
 
 import base64
 import shutil
@@ -24,13 +24,13 @@ TOKENS = [[5, 9, 2, 7, 1, 3], [4, 4, 8, 0, 6, 2]]
 
 SHAPE = {"dim": 48, "n_layers": 3, "vocab_size": 600, "multiple_of": 24, "norm_eps": 1e-5, "rope_theta": 500000.0}
 SHAPES = {
-    "groups of 4": SHAPE | {"n_heads": 8, "n_kv_heads": 2},  # more processes than key heads, from 4 on
+    "groups of 4": SHAPE | {"n_heads": 8, "n_kv_heads": 2},  # 4 or more processes exceed the key heads
     "groups of 3": SHAPE | {"n_heads": 12, "n_kv_heads": 4, "use_scaled_rope": True, "head_dim": 12},
     "no groups": SHAPE | {"n_heads": 24, "n_kv_heads": 24},
 }
-# 256 bytes, 88 pairs and the 256 special tokens make 600, which 2, 3, 4 and 8 divide.
+# 256 bytes, 88 pairs and 256 special tokens make 600, which is divisible by 2, 3, 4 and 8.
 RANKS = [bytes([byte]) for byte in range(256)] + [bytes([97 + i // 10, 97 + i % 10]) for i in range(88)]
-# Text is made where the shards are the last of their shape: what was read otherwise, the logits show.
+# Text is generated only for the largest number of shards per shape; elsewhere the logits show what was read.
 FOLDERS = [("groups of 4", 1), ("groups of 4", 2), ("groups of 3", 1), ("groups of 3", 4), ("no groups", 3), ("no groups", 8)]
 
 
@@ -43,7 +43,7 @@ def small_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, small_tokenizer) -> dict[str, Path]:
-    """By "shape / shards"; "groups of 3 / hf" is one of them in Hugging Face's format, "groups of 3 / int8" in eight bits."""
+    """Folders by "shape / shards"; "groups of 3 / hf" is in Hugging Face's format, "groups of 3 / int8" in int8."""
     root = tmp_path_factory.mktemp("parallel")
     options = {"dtype": torch.float32, "tokenizer": small_tokenizer}
     made = {
@@ -74,7 +74,7 @@ PIPELINES = {"2 stages": (1, 2), "2 parts in 2 stages": (2, 2)}
 
 @pytest.fixture(scope="module", params=(JOBS | PIPELINES).values(), ids=(JOBS | PIPELINES).keys())
 def together(request, warm, folders, small_tokenizer, tmp_path_factory) -> tuple[int, int, dict]:
-    """(parts of each matrix, stages, what the processes computed by folder)."""
+    """(parts of each matrix, stages, results of the processes by folder)."""
     place = tmp_path_factory.mktemp("job")
     n_parts, n_stages = request.param
     task = {
@@ -122,7 +122,7 @@ def test_all_processes_sample_the_same_even_with_different_seeds(together, alone
 
 @torch.inference_mode()
 def test_in_bfloat16_three_processes_choose_as_one_does_up_to_near_ties(warm, demo_folder, tmp_path):
-    """Real weights: partial sums are rounded before they are added, which only a near-tie can tell."""
+    """Real weights: partial sums are rounded before they are added, which can change the token at a near-tie only."""
     task = {
         "folders": {"demo": str(demo_folder)},
         "tokenizer": None,
@@ -147,8 +147,8 @@ def test_each_process_holds_its_part_and_opens_no_shard_without_something_of_its
     for name, result in results.items():
         shape, shards = name.split(" / ")
         whole = ModelArgs.from_dict(SHAPES[shape])
-        assert len(set(result["n_parameters"])) <= 2 * n_stages  # one more or less where the vocabulary does not divide
-        if shards.isdigit():  # in other formats a file has whole tensors, and every process reads something of all
+        assert len(set(result["n_parameters"])) <= 2 * n_stages  # may differ by one if the vocabulary is not divisible
+        if shards.isdigit():  # in other formats files hold whole tensors, and every process reads from all files
             n_needed = -(-int(shards) // world_size) + (int(shards) % world_size > 0)
             for rank, opened in enumerate(result["opened"]):
                 assert 1 <= len(opened) <= max(n_needed, 1), (name, rank, opened)
@@ -195,7 +195,7 @@ def test_many_shards_on_many_processes_hold_all_of_the_model_between_them(shards
     for name, expected in whole.named_parameters():
         dim = split_dim(name)
         found = [part.get_parameter(name) for part in parts]
-        if name.split(".")[-2] in ("wk", "wv"):  # heads that several look through stand with each of them
+        if name.split(".")[-2] in ("wk", "wv"):  # heads shared by processes are on each of them
             heads = [head for rank in range(world_size) for head in kv_heads(args, Share(rank, world_size))]
             expected = torch.cat([expected.unflatten(0, (-1, args.head_dim))[head] for head in heads])
         assert torch.equal(found[0] if dim is None else torch.cat(found, dim), expected), name

@@ -1,4 +1,4 @@
-"""Vision folders of 1, 2 and 8 shards on two processes compute what one does: halves of every matrix, or of the layers."""
+"""Vision folders of 1, 2 and 8 shards compute the same on two processes (tensor parallel or pipeline) as on one."""
 
 import pytest
 import torch

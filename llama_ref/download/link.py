@@ -88,7 +88,7 @@ def _check_one(text: str) -> None:
     if not text:
         raise RequestError(f"the link is empty, expected {FORM}, as Meta's e-mail or page shows it ({WHERE})")
     if n > 1:
-        raise RequestError(f"these are {n} links, expected one; each release family has a link of its own")
+        raise RequestError(f"these are {n} links, expected one; each release family has its own link")
     if not re.match(r"https?://", text, re.IGNORECASE):
         raise RequestError(f"this does not begin with https://, expected a link of the form {FORM}")
     if re.search(r"\s", text):

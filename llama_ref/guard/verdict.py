@@ -34,7 +34,7 @@ class Verdict:
 
     @property
     def is_safe(self) -> bool:
-        """False for an unexpected answer too."""
+        """Whether the verdict is "safe"; False for an unexpected answer too."""
         return self.word == "safe"
 
     @property

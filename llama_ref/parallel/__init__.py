@@ -1,1 +1,1 @@
-"""One model on several processes: the job, who holds what, tensor and pipeline parallelism."""
+"""Run one model on several processes: the job, sharding, tensor and pipeline parallelism."""

@@ -8,7 +8,7 @@ from typing import Any
 from llama_ref.errors import CheckpointError, RequestError
 
 DEFAULT_GROUP = 128
-GROUPS = (32, 64, 128, 256)  # those of PyTorch's kernels
+GROUPS = (32, 64, 128, 256)  # the sizes that PyTorch's kernels support
 SCALE_BITS = {8: 32, 4: 16}
 UNQUANTIZED = ("vision_model.", "learnable_embedding.")  # the vision encoder: a tenth of the weights
 POSSIBLE = "int8, int4 or int4:group=N, with N one of " + ", ".join(map(str, GROUPS))

@@ -85,7 +85,7 @@ class Downloads:
 
     def check_whole(self) -> None:
         names = {name.partition("/")[2] for name in self.loopback.files}
-        assert {path.name for path in self.folder.iterdir()} == names, "all files, and nothing beside them"
+        assert {path.name for path in self.folder.iterdir()} == names, "all files and nothing else"
         self.check_names()
 
 

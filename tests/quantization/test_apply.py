@@ -38,7 +38,7 @@ from make_random_checkpoint import make_random_checkpoint
 
 SCHEMES = ["int8", "int4", "int4:group=32"]
 ROWS = [(1,), (2, 3), (2, 100)]  # one token, a few, a prefill
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells how much memory is held")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc reports how much memory is held")
 
 
 def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **options) -> Transformer:

@@ -23,7 +23,7 @@ class Meta:
     def __init__(self, settings: Settings, scratch: Path):
         folder, dtype = open_folder(settings.name), named_dtype(settings.dtype)
         args = folder.read_args()
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # exported, but not declared so
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # exported, but not in __all__
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         model_parallel.initialize_model_parallel(1)
         torch.set_default_dtype(dtype)  # as in Meta's example; no other contestant runs in this process

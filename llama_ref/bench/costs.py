@@ -9,10 +9,10 @@ FOR_IMAGES = ("vision_model", "cross_attention_layers", "learnable_embedding")
 
 
 def flops(args: ModelArgs, n_tokens: int, n_seen: float, n_logits: int) -> float:
-    """Floating-point operations of a text's forward pass through all matrices; a multiply-add counts as two.
+    """Floating-point operations of a text's forward pass; a multiply-add counts as two.
 
-    The text's `n_tokens` attend to `n_seen` positions in total; logits are computed for `n_logits` of
-    the tokens.
+    The text's `n_tokens` attend to `n_seen` positions in total; logits are computed for `n_logits`
+    of the tokens.
     """
     sizes = {matrix.name: matrix.numbers for matrix in matrices(args.text_only(), tied=False)}
     output, layers = sizes.pop("output"), sum(sizes.values()) - sizes["tok_embeddings"]
@@ -21,7 +21,10 @@ def flops(args: ModelArgs, n_tokens: int, n_seen: float, n_logits: int) -> float
 
 
 def weight_bytes(model: nn.Module, embedding: nn.Module) -> int:
-    """Bytes of all weights and buffers that a step on text reads; the embedding counts only if it is tied."""
+    """Bytes of all weights and buffers that a step on text reads.
+
+    The embedding counts only if it is tied.
+    """
     held = {
         tensor.data_ptr(): tensor.nbytes
         for name, module in model.named_modules()

@@ -33,7 +33,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory since `forget_peak`: GPU memory, or resident memory including pages of mapped files."""
+    """Peak GPU or resident memory since `forget_peak`, including pages of mapped files."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

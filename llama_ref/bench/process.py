@@ -22,7 +22,7 @@ class Failed(LlamaRefError):
 
 
 class Process:
-    """A contestant's process, in its own session, so that Ctrl-C reaches only the parent, which then kills it."""
+    """A contestant's process in its own session: only the parent gets Ctrl-C, and kills it."""
 
     def __init__(self, name: str, threads: int, scratch: Path):
         self.name = name
@@ -44,7 +44,10 @@ class Process:
         self._used: float | None = None  # CPU seconds, once the process has ended
 
     def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and return the answer. Raises RequestError for misuse, Failed for other errors."""
+        """Send a request and return the answer.
+
+        Raises RequestError for misuse, Failed for other errors.
+        """
         try:
             self.requests.write(json.dumps({"do": request, **arguments}) + "\n")
             self.requests.flush()

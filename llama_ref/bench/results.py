@@ -23,7 +23,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Round:
-    """One measurement of a contestant, in seconds and bytes; `tokens` are those of the first sequence."""
+    """One measurement of a contestant, in seconds and bytes.
+
+    `tokens` are those of the first sequence.
+    """
 
     first_seconds: float
     decode_seconds: float
@@ -44,12 +47,13 @@ class Work:
 class Result:
     """One contestant at one batch size.
 
-    `first_token` is in seconds; `prefill` and `decode` are tokens per second of all sequences together.
-    `bytes_per_token` counts the weights, divided by the number of sequences, and the keys and values
-    halfway through decoding; `bandwidth_fraction` is the share of the measured bandwidth that this
-    uses. `matmul_fraction` is the time of the prefill's matrix products alone, as a share of the
-    prefill, and `matmul_flops` their operations per second. Ratios are our speed divided by theirs, per
-    round. `same_tokens` is the number of tokens of the first sequence before one differs from ours.
+    `first_token` is in seconds; `prefill` and `decode` are tokens per second of all sequences
+    together. `bytes_per_token` counts the weights, divided by the number of sequences, and the keys
+    and values halfway through decoding; `bandwidth_fraction` is the share of the measured bandwidth
+    that this uses. `matmul_fraction` is the time of the prefill's matrix products alone, as a share
+    of the prefill, and `matmul_flops` their operations per second. Ratios are our speed divided by
+    theirs, per round. `same_tokens` is the number of tokens of the first sequence before one
+    differs from ours.
     """
 
     contestant: str
@@ -75,8 +79,8 @@ class LongResult:
     """Our decoding of one sequence after `context` tokens; `decode` in tokens per second.
 
     `kv_bytes` is the part of `work.bytes` for keys and values. `growth_fraction` compares with the
-    shortest context: the additional bytes of keys and values per additional second, as a share of the
-    measured bandwidth.
+    shortest context: the additional bytes of keys and values per additional second, as a share of
+    the measured bandwidth.
     """
 
     context: int

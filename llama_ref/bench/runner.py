@@ -27,10 +27,11 @@ Status = Callable[[str], None]
 
 
 def compare(settings: Settings, status: Status = lambda text: None) -> Report:
-    """Measure a checkpoint with this package and with `settings.against`; `status` gets each step's name.
+    """Measure a checkpoint with this package and with `settings.against`.
 
-    A peer that fails is left out, with a note that says why. Raises the errors of loading our own model,
-    and LlamaRefError if it fails later.
+    `status` gets each step's name.
+    A peer that fails is left out, with a note that says why. Raises the errors of loading our own
+    model, and LlamaRefError if it fails later.
     """
     with tempfile.TemporaryDirectory(prefix="llama-ref-bench-") as scratch, ExitStack() as stack:
         return _Comparison(settings, Path(scratch), stack, status).run()
@@ -169,12 +170,12 @@ class _Comparison:
         )
 
     def _decode_work(self, batch: int, context: int, facts: dict[str, Any]) -> Work:
-        """Work per token halfway through decoding; reading the weights is shared by the sequences."""
+        """Work per token halfway through decoding; sequences share the reading of weights."""
         seen = context + self.settings.gen_len / 2
         return Work(flops(self.args, 1, seen, 1), facts["weight_bytes"] / batch + facts["kv_bytes"] * seen)
 
     def _prefill_work(self, batch: int, facts: dict[str, Any]) -> Work:
-        """Work per prompt token, if the weights are read once and keys and values are only written."""
+        """Work per prompt token, if weights are read once, and keys and values only written."""
         n = self.settings.prompt_len
         return Work(flops(self.args, n, n * (n + 1) / 2, 1) / n, facts["weight_bytes"] / (batch * n) + facts["kv_bytes"])
 

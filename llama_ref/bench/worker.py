@@ -107,7 +107,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _wait_for_own_threads() -> None:
-    """Wait until this process is idle: its threads spin for a while, which would slow the next contestant."""
+    """Wait until this process is idle: spinning threads would slow the next contestant."""
     for _ in range(QUIET_CHECKS):
         before = time.process_time()
         time.sleep(QUIET_SECONDS)

@@ -38,9 +38,11 @@ def read_remote(answer: Answer, link: SignedLink) -> Remote:
 
 
 def check_answer(answer: Answer, link: SignedLink, remote: Remote, start: int, stop: int) -> int:
-    """Check the answer to a request for bytes `start` to `stop` of a known file; returns where its bytes end.
+    """Check the answer to a request for bytes `start` to `stop` of a known file.
 
-    Raises Changed if it belongs to another version of the file, else the same errors as `read_remote`.
+    Returns where its bytes end.
+    Raises Changed if it belongs to another version of the file, else the same errors as
+    `read_remote`.
     """
     check_status(answer, link)
     if answer.status == RANGE_NOT_SATISFIABLE:
@@ -61,7 +63,7 @@ def check_answer(answer: Answer, link: SignedLink, remote: Remote, start: int, s
 
 
 def check_status(answer: Answer, link: SignedLink) -> None:
-    """Raise Transient, Refused or DownloadError unless an answer holds a file's bytes, not encoded."""
+    """Raise Transient, Refused or DownloadError unless an answer has a file's plain bytes."""
     status = answer.status
     if status in REFUSALS:
         raise Refused(f"{answer.address} was refused ({status}): {_why(answer, link)}")

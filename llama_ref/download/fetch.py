@@ -1,4 +1,4 @@
-"""Fetch one file in byte ranges by several threads, hash it as it arrives, and rename it once the checksum matches."""
+"""Fetch one file in byte ranges, hash it as it arrives, and rename it when its checksum matches."""
 
 import threading
 import time
@@ -32,7 +32,10 @@ T = TypeVar("T")
 
 @dataclass
 class Fetcher:
-    """State shared by all files of a download. `folder` is on the server; setting `stop` ends all threads."""
+    """State shared by all files of a download.
+
+    `folder` is on the server; setting `stop` ends all threads.
+    """
 
     server: Server
     folder: str
@@ -74,7 +77,10 @@ class Fetcher:
         raise DownloadError(f"{remote.address} changes on the server while it is fetched; start the command again later")
 
     def _fetch_version(self, path: Path, remote: Remote, entry: Entry | None) -> str:
-        """Fetch one version of a file and rename it; returns its checksum. Raises Changed if the server replaces it."""
+        """Fetch one version of a file and rename it; returns its checksum.
+
+        Raises Changed if the server replaces it.
+        """
         check_limit(path, remote.total)
         with closing(Part(path, remote, self.jobs)) as part:
             found = self._arrive(part, entry.algorithm if entry else "md5")
@@ -159,7 +165,10 @@ class Fetcher:
 
 
 def _check_content(part: Part, found: str, entry: Entry | None) -> None:
-    """Remove the part and raise DownloadError if it does not match the checklist, or is itself an invalid one."""
+    """Raise DownloadError and remove a part that does not match the checklist.
+
+    The checklist itself must be a valid list of checksums.
+    """
     problem = None
     if entry is not None and found != entry.sum:
         problem = f"has the checksum {found}, {CHECKLIST_NAME} says {entry.sum}"

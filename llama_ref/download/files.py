@@ -45,7 +45,7 @@ def remote_folders(release: Release) -> tuple[str, ...]:
 
 
 def file_names(release: Release) -> tuple[str, ...]:
-    """The names of a release's files: checklist.chk first, then the other small files, then the weights."""
+    """The names of a release's files: checklist.chk, then other small files, then the weights."""
     if release.name in OTHER_FILES:
         return OTHER_FILES[release.name]
     scales = [scales_name(rank) for rank in range(release.shards)] if release.weights == "fp8-mixed" else []
@@ -53,7 +53,10 @@ def file_names(release: Release) -> tuple[str, ...]:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights, by its name; weights are fetched after the small files are checked."""
+    """Whether a file holds weights, by its name.
+
+    Weights are fetched after the small files are checked.
+    """
     return WEIGHTS.fullmatch(name) is not None
 
 

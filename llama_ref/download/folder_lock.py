@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder's download lock for the block, creating the folder if needed. Raises DownloadError."""
+    """Hold a folder's download lock for the block, creating the folder if needed.
+
+    Raises DownloadError.
+    """
     try:
         descriptor = _locked(folder)
     except OSError as error:
@@ -33,7 +36,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def _locked(folder: Path) -> int:
-    """The descriptor of the locked lock file, after checking that its former owner did not remove it."""
+    """The descriptor of the lock file, locked and not removed by its former owner."""
     has_said = False
     while True:
         folder.mkdir(parents=True, exist_ok=True)

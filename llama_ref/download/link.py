@@ -1,8 +1,8 @@
-"""Parse Meta's signed link: its host and expiry date are read from the link itself, without a request.
+"""Parse Meta's signed link, which contains its host and expiry date: no request is made.
 
-A link is `https://HOST/*?Policy=…&Signature=…&Key-Pair-Id=…`. The `*` is replaced by a release's folder
-and file; nothing else may change. Anyone with the query can download in its owner's name, so it is
-treated like a password: it appears in no `repr`, message or file that this package writes.
+A link is `https://HOST/*?Policy=…&Signature=…&Key-Pair-Id=…`. The `*` is replaced by a release's
+folder and file; nothing else may change. Anyone with the query can download in its owner's name, so
+it is treated like a password: it appears in no `repr`, message or file that this package writes.
 """
 
 import re
@@ -63,9 +63,10 @@ class SignedLink:
 
 
 def parse_link(text: str, allowed_hosts: Collection[str] = ()) -> SignedLink:
-    """Parse a link as pasted, possibly with quotes, blanks, `&amp;`, a shell's backslashes or `%2A`.
+    """Parse a pasted link, possibly with quotes, blanks, `&amp;`, a shell's backslashes or `%2A`.
 
-    Raises RequestError for a damaged copy, saying what is wrong with it, and for hosts that are not allowed.
+    Raises RequestError for a damaged copy, saying what is wrong with it, and for hosts that are not
+    allowed.
     """
     text = text.strip(WRAPPING).replace("\\", "")
     while "&amp;" in text:

@@ -12,7 +12,7 @@ class Transient(Exception):
 
 
 class Changed(Exception):
-    """The file has changed on the server, or the server no longer answers range requests: start the file again."""
+    """Start again: the file has changed, or the server no longer answers range requests."""
 
 
 class Stopped(Exception):

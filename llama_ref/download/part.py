@@ -1,4 +1,4 @@
-"""A partly downloaded file on disk: written in ranges by several threads, hashed from its start, then renamed."""
+"""A partly downloaded file: written in ranges, hashed from its start, then renamed."""
 
 import hashlib
 import os
@@ -17,10 +17,16 @@ NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Part:
-    """The file NAME.part, which is renamed to `path` when complete. Only this object's process writes it."""
+    """The file NAME.part, which is renamed to `path` when complete.
+
+    Only this object's process writes it.
+    """
 
     def __init__(self, path: Path, remote: Remote, jobs: int):
-        """Open the file that an earlier run left, or create it. Raises DownloadError if it cannot be written."""
+        """Open the file that an earlier run left, or create it.
+
+        Raises DownloadError if it cannot be written.
+        """
         self.path, self.remote = path, remote
         self.segments = load_segments(path, remote) if remote.is_ranged else []
         with _writing(path):
@@ -41,7 +47,10 @@ class Part:
         return prefix(self.segments)
 
     def write(self, segment: Segment, data: bytes) -> None:
-        """Write the next bytes of a segment. Raises DownloadError, for example if the disk is full."""
+        """Write the next bytes of a segment.
+
+        Raises DownloadError, for example if the disk is full.
+        """
         with _writing(self.path), memoryview(data) as view:
             done = 0
             while done < len(view):
@@ -53,7 +62,10 @@ class Part:
         return os.preadv(self._file, [buffer], position)
 
     def save(self) -> None:
-        """Sync the received bytes to disk, then write the state file that lists them. Raises DownloadError."""
+        """Sync the received bytes to disk, then write the state file that lists them.
+
+        Raises DownloadError.
+        """
         if not self.remote.is_ranged:  # such a download cannot be resumed
             return
         here = as_lists(self.segments)  # taken before fsync, which may miss bytes that arrive later
@@ -77,7 +89,7 @@ class Part:
 
 
 class PrefixHash:
-    """The checksum of a part, computed while it arrives, over the bytes received from the start without a gap."""
+    """The checksum of a part while it arrives: of the bytes from the start without a gap."""
 
     def __init__(self, part: Part, algorithm: str):
         self.part, self.position = part, 0

@@ -28,7 +28,7 @@ class Segment:
 
 
 def cut(total: int, jobs: int) -> list[Segment]:
-    """Ranges for a file of `total` bytes: TURNS per job, with sizes limited to SMALLEST..LARGEST."""
+    """Ranges for a file of `total` bytes: TURNS per job, of SMALLEST to LARGEST bytes."""
     size = min(LARGEST, max(SMALLEST, -(-total // (jobs * TURNS))))
     return [Segment(start, min(start + size, total)) for start in range(0, total, size)]
 

@@ -1,4 +1,4 @@
-"""Download a release into a folder, or repair one by fetching its missing and damaged files again."""
+"""Download a release into a folder, or repair a folder's missing and damaged files."""
 
 import logging
 import time
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """Result of a download: the fetched files with their checksums, and the `verify` report of the folder."""
+    """Result of a download: the checksums of fetched files, and the folder's report."""
 
     folder: Path
     report: Report
@@ -45,7 +45,10 @@ class Outcome:
 
 
 def wanted_files(release: Release, only: Collection[str] = ()) -> tuple[str, ...]:
-    """The names of a release's files, or the subset `only`. Raises RequestError for an unknown name."""
+    """The names of a release's files, or the subset `only`.
+
+    Raises RequestError for an unknown name.
+    """
     names = file_names(release)
     strange = next((name for name in only if name not in names), None)
     if strange is not None:
@@ -68,11 +71,11 @@ def download(
 ) -> Outcome:
     """Fetch a release's missing files, with `jobs` requests at a time, and verify the folder.
 
-    A file gets its final name only when it is complete and its checksum matches the checklist. Existing
-    files are kept, except those in `replace`, which are replaced once the new ones are complete. `known`
-    holds checksums of files that need not be hashed again. `progress` and `hashing` are called from
-    worker threads. Raises RequestError for an expired link, DownloadError if a file cannot be fetched;
-    the bytes received so far are kept.
+    A file gets its final name only when it is complete and its checksum matches the checklist.
+    Existing files are kept, except those in `replace`, which are replaced once the new ones are
+    complete. `known` holds checksums of files that need not be hashed again. `progress` and
+    `hashing` are called from worker threads. Raises RequestError for an expired link, DownloadError
+    if a file cannot be fetched; the bytes received so far are kept.
     """
     names = wanted_files(release, only)
     to_fetch = (CHECKLIST_NAME, *(name for name in names if name != CHECKLIST_NAME))
@@ -106,8 +109,9 @@ def repair(
     progress: FileProgress | None = None,
     hashing: FileProgress | None = None,
 ) -> Outcome:
-    """Verify a folder and fetch missing and damaged files again; `link` is called only if there are any.
+    """Verify a folder and fetch missing and damaged files again.
 
+    `link` is called only if there are any.
     Raises the same errors as `download`.
     """
     names = wanted_files(release)
@@ -144,7 +148,10 @@ def check(
     *,
     progress: FileProgress | None = None,
 ) -> Report:
-    """Check a release's folder with `verify`; for a subset of files or an unloadable release, compare checksums only."""
+    """Check a release's folder with `verify`.
+
+    For a subset of files or an unloadable release, compare checksums only.
+    """
     if set(names) == set(file_names(release)) and can_be_loaded(release):
         return verify(folder, known={folder / name: hashed for name, hashed in known.items()}, progress=progress)
     return _compare(folder, [name for name in names if name != CHECKLIST_NAME], known, progress)
@@ -177,7 +184,7 @@ def _compared(path: Path, entry: Entry | None, hashed: Hashed | None) -> FileRep
 
 
 def can_be_loaded(release: Release) -> bool:
-    """Whether `verify` can check the release's weights: it cannot read ExecuTorch programs (.pte)."""
+    """Whether `verify` can check the release: it cannot read ExecuTorch programs (.pte)."""
     return not any(name.endswith(".pte") for name in file_names(release))
 
 
@@ -206,7 +213,10 @@ class _Release:
         self.fetched: dict[str, Hashed] = {}
 
     def fetch(self) -> dict[str, Hashed]:
-        """Fetch the files; returns their checksums. Raises DownloadError with the first of several errors."""
+        """Fetch the files; returns their checksums.
+
+        Raises DownloadError with the first of several errors.
+        """
         with ThreadPoolExecutor(FILES_AT_ONCE) as files:
             try:
                 self.fetcher.folder = result_of(files.submit(self._find_folder))
@@ -224,7 +234,7 @@ class _Release:
         return self.fetched
 
     def _find_folder(self) -> str:
-        """The release's folder on the server: the first candidate that answers, else the last one."""
+        """The release's folder on the server: the first that answers, else the last candidate."""
         *others, last = remote_folders(self.release)
         for candidate in others:
             self.fetcher.folder = candidate
@@ -246,7 +256,10 @@ class _Release:
         return {name: future.result() for name, future in futures.items()}
 
     def _check_space(self, remotes: Mapping[str, Remote]) -> None:
-        """Report the initial progress. Raises CheckpointError if the remaining bytes do not fit on the disk."""
+        """Report the initial progress.
+
+        Raises CheckpointError if the remaining bytes do not fit on the disk.
+        """
         rest = sum(remote.total - bytes_here(self.folder / name, remote) for name, remote in remotes.items())
         check_free_space(self.folder, int(rest * HEADROOM))
         if self.fetcher.progress is not None:

@@ -21,7 +21,10 @@ class Retries:
         self._stop, self._failures = stop, 0
 
     def pause(self, failure: Transient, has_progressed: bool = False) -> None:
-        """Wait before the next try. Raises DownloadError after MOST_TRIES failures, Stopped if `stop` is set."""
+        """Wait before the next try.
+
+        Raises DownloadError after MOST_TRIES failures, Stopped if `stop` is set.
+        """
         self._failures = 1 if has_progressed else self._failures + 1
         if self._failures >= MOST_TRIES:
             raise DownloadError(f"{failure}, {MOST_TRIES} times in a row; run the command again later, it continues from here")

@@ -1,7 +1,8 @@
 """Requests to Meta's server with a signed link, made with httpx.
 
-httpx puts URLs into its errors and its log, and these contain the secret query. So no httpx error leaves
-this file, not even as another error's context, and its loggers are disabled while a server is open.
+httpx puts URLs into its errors and its log, and these contain the secret query. So no httpx error
+leaves this file, not even as another error's context, and its loggers are disabled while a server
+is open.
 """
 
 import logging
@@ -83,7 +84,7 @@ class Server:
             answer.close()
 
     def abort(self) -> None:
-        """Make all current and later requests fail with Transient, so that no thread waits for the network."""
+        """Make all current and later requests fail with Transient, so that no thread waits."""
         self._is_aborted = True  # set before closing the streams: a connection opened during the loop checks it
         for stream in list(self._streams):
             _shut_down(stream)
@@ -138,7 +139,10 @@ def opened(link: SignedLink, allowed_hosts: Collection[str], jobs: int) -> Itera
 
 
 def _shut_down(stream: Any) -> None:
-    """Shut down a connection's socket, even if another thread is reading from it; for TLS, the socket beneath."""
+    """Shut down a connection's socket, even if another thread is reading from it.
+
+    For TLS, the socket beneath.
+    """
     with suppress(OSError, ValueError):
         sock = stream.get_extra_info("socket")
         if sock is not None and sock.fileno() >= 0:
@@ -147,7 +151,10 @@ def _shut_down(stream: Any) -> None:
 
 
 def _shielded(action: Callable[[], T], address: str) -> T:
-    """Call httpx and replace its errors, which contain the secret query, by our own without a cause or context."""
+    """Call httpx, and raise its errors as our own without a context.
+
+    The originals contain the secret query.
+    """
     failure: Exception
     try:
         return action()

@@ -1,7 +1,7 @@
 """The state file of an unfinished download: its source, its version, and which bytes have arrived.
 
-NAME.part is a sparse file of the full length. The state does not contain the link's query, so a download can
-be continued with a new link.
+NAME.part is a sparse file of the full length. The state does not contain the link's query, so a
+download can be continued with a new link.
 """
 
 import json
@@ -20,7 +20,8 @@ VERSION = 1
 class Remote:
     """A file on the server: its URL without the query, its length in bytes, and its version.
 
-    `etag` is None if the server gives no strong one. `is_ranged`: whether the server answers range requests.
+    `etag` is None if the server gives no strong one. `is_ranged`: whether the server answers range
+    requests.
     """
 
     address: str
@@ -42,7 +43,8 @@ def state_path(path: Path) -> Path:
 def load_segments(path: Path, remote: Remote) -> list[Segment]:
     """Load the ranges of an unfinished file at `path`, with how much of each has arrived.
 
-    Empty if there is no such file, or if it belongs to another version: then the download starts again.
+    Empty if there is no such file, or if it belongs to another version: then the download starts
+    again.
     """
     try:
         status = part_path(path).lstat()
@@ -57,7 +59,10 @@ def load_segments(path: Path, remote: Remote) -> list[Segment]:
 
 
 def save_segments(path: Path, remote: Remote, segments: list[list[int]]) -> None:
-    """Write the state atomically: after a crash, the old or the new state is there. Raises OSError."""
+    """Write the state atomically: after a crash, the old or the new state is there.
+
+    Raises OSError.
+    """
     content = {
         "version": VERSION,
         "address": remote.address,

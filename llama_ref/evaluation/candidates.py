@@ -26,9 +26,10 @@ class Candidate:
 
 
 def candidates(name: str, quantize: str | None, against: str | None) -> list[Candidate]:
-    """The model `name`, and those in the comma-separated list `against`: checkpoints, or schemes for `name`.
+    """The model `name`, and those in `against`: checkpoints, or schemes for `name`.
 
-    Example of `against`: "int4,Llama3.2-1B". Raises RequestError or CheckpointError if one cannot be loaded.
+    Example of `against`: "int4,Llama3.2-1B". Raises RequestError or CheckpointError if one cannot
+    be loaded.
     """
     found = [Candidate(name, quantize and str(Scheme.parse(quantize)))]
     for word in (each.strip() for each in (against or "").split(",")):

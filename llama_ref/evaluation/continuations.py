@@ -47,7 +47,10 @@ def score_continuations(
 def _score_batch(
     model: Transformer, prefix: KVCache | None, contexts: Sequence[Ids], continuations: Sequence[Sequence[Sequence[int]]]
 ) -> list[Score]:
-    """Scores of each context's continuations, in order; all contexts begin with the cached `prefix`."""
+    """Scores of each context's continuations, in order.
+
+    All contexts begin with the cached `prefix`.
+    """
     n_known = 0 if prefix is None else prefix.longest
     rests = padded([context[n_known:] for context in contexts])
     cache = repeated(model, prefix, [0] * len(contexts), n_known + rests.shape[1])

@@ -15,11 +15,11 @@ from llama_ref.progress import Progress, ProgressCounter
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A text's figures: `perplexity` per token, and `bits_per_byte`, which is comparable across tokenizers.
+    """A text's `perplexity` per token, and `bits_per_byte`, which is comparable across tokenizers.
 
-    `tokens` is the number of scored tokens, `n_bytes` their length in UTF-8, `windows` the number of
-    windows. `nll`: mean negative log-likelihood of a token, in nats. bits_per_byte = nll · tokens /
-    (n_bytes · ln 2).
+    `tokens` is the number of scored tokens, `n_bytes` their length in UTF-8, `windows` the number
+    of windows. `nll`: mean negative log-likelihood of a token, in nats. bits_per_byte = nll ·
+    tokens / (n_bytes · ln 2).
     """
 
     perplexity: float
@@ -33,8 +33,8 @@ class Perplexity:
 def perplexity(llama: Llama, text: TextFile, cut: Cut, progress: Progress | None = None) -> Perplexity:
     """Compute a text's perplexity over the windows of `cut`. Every text gets a begin-of-text token.
 
-    `progress` is called with (tokens scored, tokens to score). Raises RequestError for a text that is
-    too short, LlamaRefError for NaN logits.
+    `progress` is called with (tokens scored, tokens to score). Raises RequestError for a text that
+    is too short, LlamaRefError for NaN logits.
     """
     windows = windows_of(llama, text, cut)
     llama.job.check_same("scoring", {"the text": digest(text.text.encode()), "windows": str(cut)})

@@ -19,7 +19,10 @@ class PrefixCache:
         self._cache: KVCache | None = None
 
     def read(self, ids: Sequence[int]) -> KVCache | None:
-        """The cache of these ids, valid until the next call; None for no ids. Reuses what the last prefix shares."""
+        """The cache of these ids, valid until the next call; None for no ids.
+
+        Reuses the part that these ids share with the last prefix.
+        """
         if not ids:
             return None
         if self._cache is None or self._cache.max_seq_len < len(ids):
@@ -35,8 +38,9 @@ class PrefixCache:
 
 @torch.inference_mode()
 def repeated(model: Transformer, cache: KVCache | None, rows: Sequence[int], n_tokens: int) -> KVCache:
-    """A new cache with room for `n_tokens` per row; its rows are copies of the given `rows` of `cache`.
+    """A new cache with room for `n_tokens` per row.
 
+    Its rows are copies of the given `rows` of `cache`.
     If `cache` is None, the rows are empty.
     """
     out = new_cache(model, len(rows), n_tokens)

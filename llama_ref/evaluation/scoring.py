@@ -22,7 +22,7 @@ from llama_ref.model import Transformer
 
 @dataclass(frozen=True)
 class Score:
-    """The total log-probability (natural) of some tokens, and whether each token is the likeliest."""
+    """Total log-probability (natural) of some tokens, and whether each is the likeliest."""
 
     logprob: float
     is_greedy: bool
@@ -55,7 +55,10 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 @torch.inference_mode()
 def read(model: Transformer, cache: KVCache, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Run tokens (B, T) after those in the cache, in pieces; yields (start position, states (B, n, D))."""
+    """Run tokens (B, T) after those in the cache, in pieces.
+
+    Yields (start position, states (B, n, D)).
+    """
     begin = 0
     for piece in tokens.to(cache.lengths.device).split(max(1, prefill_tokens(cache) // len(tokens)), dim=1):
         with onednn_for(piece, model.dtype):
@@ -91,7 +94,7 @@ def score_states(
 
 @torch.inference_mode()
 def score_tokens(model: Transformer, states: Tensor, targets: Sequence[int]) -> tuple[list[float], list[bool]]:
-    """Log-probabilities of N ids from the states (N, D) that predict them, and whether each is the likeliest.
+    """Log-probabilities of N ids from the states (N, D) that predict them; is each the likeliest?
 
     Raises LlamaRefError for NaN logits.
     """

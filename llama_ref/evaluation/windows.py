@@ -1,7 +1,7 @@
-"""Cut a text into windows for perplexity: which tokens are read together, and which of them are scored.
+"""Cut a text into windows for perplexity: tokens read together, and which of them are scored.
 
-A model's context is limited, so a long text is cut into windows. Each convention cuts in its own way,
-so their figures are not comparable.
+A model's context is limited, so a long text is cut into windows. Each convention cuts in its own
+way, so their figures are not comparable.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,7 +64,10 @@ class Cut:
         return cls(convention, context, stride)
 
     def windows(self, ids: Sequence[int], bos: int) -> list[Window]:
-        """The windows of a text's ids, which begin with `bos`. Raises RequestError for too few ids."""
+        """The windows of a text's ids, which begin with `bos`.
+
+        Raises RequestError for too few ids.
+        """
         if self.convention == "llama.cpp":
             return list(_halves(ids, self.context, bos))
         if len(ids) < 2:
@@ -73,10 +76,10 @@ class Cut:
 
 
 def _strides(ids: Sequence[int], context: int, stride: int) -> Iterator[Window]:
-    """Windows as in Hugging Face's guide: each scores the tokens that earlier windows have not scored.
+    """Windows as in Hugging Face's guide: each scores the tokens that earlier ones have not scored.
 
-    The guide weights a window's mean by its number of new tokens minus one. For the first window that
-    is right, as nothing predicts its first token; for an overlapping window it is one too few.
+    The guide weights a window's mean by its number of new tokens minus one. For the first window
+    that is right, as nothing predicts its first token; for an overlapping window it is one too few.
     """
     end = 0
     for begin in range(0, len(ids), stride):
@@ -88,7 +91,7 @@ def _strides(ids: Sequence[int], context: int, stride: int) -> Iterator[Window]:
 
 
 def _halves(ids: Sequence[int], context: int, bos: int) -> Iterator[Window]:
-    """Windows as in llama.cpp's tool: disjoint, second halves scored, an incomplete last one dropped."""
+    """Windows as in llama.cpp's tool: disjoint, second halves scored, an incomplete one dropped."""
     if len(ids) < 2 * context:
         raise RequestError(
             f"the text has {len(ids):,} tokens, but llama.cpp's convention needs {2 * context:,}, two windows: give a longer "

@@ -1,4 +1,4 @@
-"""Classify the last message of a conversation with Llama Guard 2 or 3: safe, or unsafe in which categories.
+"""Classify the last message of a conversation with Llama Guard 2 or 3: safe or unsafe, and why.
 
 guard = Guard(Llama.build("Llama-Guard-3-1B"))
 guard.judge([{"role": "user", "content": "How do I pick a lock?"}]).word

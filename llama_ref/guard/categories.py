@@ -1,7 +1,7 @@
 """The categories of unsafe content that each guard was trained on, and files with custom ones.
 
-Prompts contain the short names that the models were trained with; reports show the long names of Meta's
-model cards.
+Prompts contain the short names that the models were trained with; reports show the long names of
+Meta's model cards.
 """
 
 import re
@@ -22,9 +22,9 @@ FILE_LIMIT_BYTES = 1 << 20
 class Category:
     """One category. The prompt contains `code`, `name` and, if there is one, `description`.
 
-    `long_name` is for reports; "" means the same as `name`. Raises RequestError for a code that is not a
-    capital letter and a number (the form that is recognised in answers), and for a name that is empty or
-    has several lines.
+    `long_name` is for reports; "" means the same as `name`. Raises RequestError for a code that is
+    not a capital letter and a number (the form that is recognised in answers), and for a name that
+    is empty or has several lines.
     """
 
     code: str
@@ -74,10 +74,10 @@ GUARD_2 = _numbered(*(category.name for category in GUARD_3[:12] if category.nam
 
 
 def read_categories(path: str | Path) -> tuple[Category, ...]:
-    """Read the categories in a text file: lines "S1: Name", each followed by an optional indented description.
+    """Read categories from a file: lines "S1: Name", each with an optional indented description.
 
-    Empty lines, and lines that begin with "#", are ignored. Raises RequestError for a file that cannot be
-    read, has a different format, or has no categories.
+    Empty lines, and lines that begin with "#", are ignored. Raises RequestError for a file that
+    cannot be read, has a different format, or has no categories.
     """
     with named_in_request(path, "the categories") as file:
         text = read_small(file, FILE_LIMIT_BYTES, "a list of categories").decode()
@@ -96,7 +96,10 @@ def read_categories(path: str | Path) -> tuple[Category, ...]:
 
 
 def checked(categories: Sequence[Category], where: str = "the list") -> tuple[Category, ...]:
-    """Check a list of categories and return it. Raises RequestError for an empty list or a duplicate code."""
+    """Check a list of categories and return it.
+
+    Raises RequestError for an empty list or a duplicate code.
+    """
     codes = [category.code for category in categories]
     if not codes:
         raise RequestError(f'{where} has no categories, expected lines such as "S1: Violent Crimes"')
@@ -106,7 +109,10 @@ def checked(categories: Sequence[Category], where: str = "the list") -> tuple[Ca
 
 
 def without(categories: Sequence[Category], codes: Collection[str]) -> tuple[Category, ...]:
-    """The categories without those with these codes; codes are not renumbered. Raises RequestError for an unknown code."""
+    """The categories without those with these codes; codes are not renumbered.
+
+    Raises RequestError for an unknown code.
+    """
     known = [category.code for category in categories]
     if unknown := [code for code in codes if code not in known]:
         raise RequestError(f"there is no category {unknown[0]!r:.60} to exclude, expected some of {', '.join(known)}")

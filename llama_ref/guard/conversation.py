@@ -16,7 +16,10 @@ EXPECTED = "expected alternating messages of user and assistant, the user's firs
 
 @dataclass(frozen=True)
 class Conversation:
-    """Alternating texts, the user's first; the last one is judged. `image`: the last image in the dialog."""
+    """Alternating texts, the user's first; the last one is judged.
+
+    `image`: the last image in the dialog.
+    """
 
     turns: tuple[str, ...]
     image: "ImageSource | None" = None
@@ -33,7 +36,10 @@ def role(turn: int) -> str:
 
 
 def read_conversation(dialog: Sequence[Message]) -> Conversation:
-    """Read a dialog's texts. Raises RequestError unless user and assistant alternate and the last message has text."""
+    """Read a dialog's texts.
+
+    Raises RequestError unless user and assistant alternate and the last message has text.
+    """
     if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence) or not dialog:
         raise RequestError(f"the conversation is {dialog!r:.60}, {EXPECTED}")
     turns, image = [], None

@@ -1,4 +1,4 @@
-"""Keep a judged text from imitating other parts of the guard's prompt: its markers, and other turns."""
+"""Keep a judged text from imitating the markers and other turns of the guard's prompt."""
 
 import re
 import unicodedata
@@ -26,12 +26,12 @@ FORGED_TURN = re.compile(rf"(?<=[{LINE_ENDS}])(?={ORNAMENT}(?:{ROLES}){ORNAMENT}
 
 
 def as_text(text: str) -> str:
-    """Strip a text and change whatever would read as the end of the conversation or as another turn.
+    """Strip a text and change parts that read as the end of the conversation or another turn.
 
-    `<END CONVERSATION>` becomes `(END CONVERSATION)`; other markers and Guard 2's `[/INST]` are changed in
-    the same way. A line that begins with `User:`, `Agent:` or `Assistant:` is quoted with `> `.
-    Lookalikes with full-width or invisible characters are changed too. All words are kept, because they
-    are what is judged.
+    `<END CONVERSATION>` becomes `(END CONVERSATION)`; other markers and Guard 2's `[/INST]` are
+    changed in the same way. A line that begins with `User:`, `Agent:` or `Assistant:` is quoted
+    with `> `. Lookalikes with full-width or invisible characters are changed too. All words are
+    kept, because they are what is judged.
     """
     text = text.strip()
     plain = _skeleton(text)
@@ -44,7 +44,7 @@ def as_text(text: str) -> str:
 
 
 def _skeleton(text: str) -> str:
-    """A text of the same length with normalized characters: full-width ones as ASCII, invisible ones as UNSEEN."""
+    """Normalize each letter of a text: full-width ones to ASCII, invisible ones to UNSEEN."""
     return text.translate({ord(letter): _plain(letter) for letter in set(text)})
 
 

@@ -1,4 +1,4 @@
-"""A session with a guard: unsafe messages are neither answered nor shown, and are removed from the session."""
+"""A session with a guard: unsafe messages are not answered or shown, and are removed."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -28,8 +28,9 @@ class Gate:
         return self.guard.judge([*self._dialog(), message])
 
     def answer(self, pieces: Iterable[str]) -> Verdict | None:
-        """Consume the pieces of an answer from `Session.say` and judge it; None for an empty answer.
+        """Consume the pieces of an answer from `Session.say` and judge it.
 
+        None for an empty answer.
         The turn is withdrawn if the answer is not safe, is interrupted or cannot be judged.
         """
         verdict, is_kept = None, False

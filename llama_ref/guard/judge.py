@@ -21,11 +21,11 @@ ANSWER_TOKENS = 32  # "unsafe" and fourteen codes
 class Guard:
     """Judges the last message of conversations with a Llama Guard model.
 
-    version: selects the prompt; None: inferred from the model's shape, which cannot distinguish Guard 2
-    from Guard 3 8B. categories: replace the version's own. exclude: codes to leave out. threshold: a
-    message is unsafe if P(unsafe) / (P(safe) + P(unsafe)) is at least this. Raises RequestError for an
-    unknown or ambiguous version, codes that are not in the list, a threshold outside 0 to 1, and a
-    tokenizer that is not Llama 3's.
+    version: selects the prompt; None: inferred from the model's shape, which cannot distinguish
+    Guard 2 from Guard 3 8B. categories: replace the version's own. exclude: codes to leave out.
+    threshold: a message is unsafe if P(unsafe) / (P(safe) + P(unsafe)) is at least this. Raises
+    RequestError for an unknown or ambiguous version, codes that are not in the list, a threshold
+    outside 0 to 1, and a tokenizer that is not Llama 3's.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class Guard:
         """The verdict on a dialog's last message, the user's or the assistant's.
 
         User and assistant must alternate, the user first. A guard that reads images also sees the
-        dialog's last image. Raises RequestError for other dialogs and for those longer than the context.
+        dialog's last image. Raises RequestError for other dialogs and for those longer than the
+        context.
         """
         return self.judge_all([dialog])[0]
 
@@ -86,7 +87,10 @@ class Guard:
 
 
 def guard_prompt(version: str, categories: Sequence[Category] | None = None, exclude: Collection[str] = ()) -> GuardPrompt:
-    """A version's prompt, with its own or the given categories, without excluded ones. Raises RequestError."""
+    """A version's prompt, with its own or the given categories, without excluded ones.
+
+    Raises RequestError.
+    """
     known = find_version(version)
     listed = known.categories if categories is None else checked(categories)
     if isinstance(exclude, str):

@@ -18,7 +18,7 @@ class GuardPrompt:
     categories: Sequence[Category]
 
     def text(self, conversation: Conversation) -> str:
-        """The text of the user message: the task, the categories, the conversation and the answer's format."""
+        """The user message: the task, the categories, the conversation and the answer's format."""
         judged = conversation.judged
         categories = "\n".join(map(self._category, self.categories))
         turns = "\n\n".join(f"{role(i)}: {text}" for i, text in enumerate(conversation.turns))
@@ -41,8 +41,9 @@ class GuardPrompt:
             )
 
     def encode(self, formatter: ChatFormat, conversation: Conversation) -> list[int]:
-        """Encode the prompt up to the verdict's position. Nothing in a text becomes a special token.
+        """Encode the prompt up to the verdict's position.
 
+        Nothing in a text becomes a special token.
         Raises RequestError if there is an image and the version cannot read images.
         """
         text = self.text(conversation) + self.version.text_end

@@ -9,12 +9,12 @@ from llama_ref.tokenizer import Tokenizer
 
 
 class VerdictReader:
-    """Samples a batch of answers: the verdict by its probability and the threshold, all other tokens greedily.
+    """Samples answers: the verdict by its probability and the threshold, other tokens greedily.
 
-    The verdict is read at the first position whose likeliest token is not white space; Guard 3's prompt
-    ends right before it, so a verdict costs one prefill. If that token is "safe" or "unsafe", the ratio
-    P(unsafe) / (P(safe) + P(unsafe)) is compared with the threshold, and a safe answer ends there.
-    `probabilities` and `is_safe` have one entry per row.
+    The verdict is read at the first position whose likeliest token is not white space; Guard 3's
+    prompt ends right before it, so a verdict costs one prefill. If that token is "safe" or
+    "unsafe", the ratio P(unsafe) / (P(safe) + P(unsafe)) is compared with the threshold, and a safe
+    answer ends there. `probabilities` and `is_safe` have one entry per row.
     """
 
     def __init__(self, tokenizer: Tokenizer, threshold: float, n_rows: int) -> None:

@@ -16,11 +16,12 @@ AS_TRAINED = re.compile(r"safe|unsafe\n[A-Z]\d+(,[A-Z]\d+)*")
 class Verdict:
     """The verdict on the last message of a conversation.
 
-    `word` is "unexpected" if the model's likeliest answer begins with neither "safe" nor "unsafe"; then
-    nothing is known about the message. The probabilities are those of the two words among all tokens at
-    the verdict's position, and `unsafe_ratio` is P(unsafe) / (P(safe) + P(unsafe)). `categories` are
-    those that the answer names, in its order; `excluded` are excluded codes that it names nevertheless,
-    `unknown` codes that are not in the list. `answer` is the full answer that was parsed.
+    `word` is "unexpected" if the model's likeliest answer begins with neither "safe" nor "unsafe";
+    then nothing is known about the message. The probabilities are those of the two words among all
+    tokens at the verdict's position, and `unsafe_ratio` is P(unsafe) / (P(safe) + P(unsafe)).
+    `categories` are those that the answer names, in its order; `excluded` are excluded codes that
+    it names nevertheless, `unknown` codes that are not in the list. `answer` is the full answer
+    that was parsed.
     """
 
     word: Word

@@ -1,4 +1,4 @@
-"""The releases of Llama Guard, whose prompts differ, and how to tell which of them a checkpoint is."""
+"""The releases of Llama Guard, whose prompts differ, and detection of a checkpoint's release."""
 
 import re
 from dataclasses import dataclass
@@ -42,11 +42,11 @@ VERSIONS: dict[VersionName, Version] = {
 
 
 def version_of(args: ModelArgs, name: str | None = None) -> Version:
-    """The version of a guard with this shape, in a folder with this name (None: assume it is a guard).
+    """The version of a guard with this shape and folder name (None: assume it is a guard).
 
-    The name must contain "guard", because chat models have the same shapes. A number and size in the
-    name take precedence over the shape. Raises RequestError if the result is ambiguous: Guard 2 and
-    Guard 3 8B have the same shape.
+    The name must contain "guard", because chat models have the same shapes. A number and size in
+    the name take precedence over the shape. Raises RequestError if the result is ambiguous: Guard 2
+    and Guard 3 8B have the same shape.
     """
     key = "guard" if name is None else name_key(name)
     number, written = NUMBER.search(key), SIZE.search(key)

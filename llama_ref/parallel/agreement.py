@@ -1,9 +1,9 @@
 """Check that all processes of a job use the same files and options, before they compute together.
 
 Collective calls only work if every process makes the same ones. Different weights of the same shape
-would mix two models' outputs; different shapes or numbers of tokens would make calls hang. So before
-loading and before each generation, the processes exchange facts through the job's store and compare
-them.
+would mix two models' outputs; different shapes or numbers of tokens would make calls hang. So
+before loading and before each generation, the processes exchange facts through the job's store and
+compare them.
 """
 
 import contextlib
@@ -68,7 +68,10 @@ class Agreement:
             )
 
     def _wait(self, keys: list[str], step: str) -> None:
-        """Wait until all keys are set, and log who is missing. Raises JobError if they never will be."""
+        """Wait until all keys are set, and log who is missing.
+
+        Raises JobError if they never will be.
+        """
         started, pause = time.monotonic(), 0.0
         look_at, warn_at = LOOK_SECONDS, FIRST_WARNING_SECONDS
         while not self._client.check(keys):

@@ -1,4 +1,4 @@
-"""How a model is split among processes: the whole model's shape, and the job that holds its parts."""
+"""How a model is split: the whole model's shape, and the job that holds its parts."""
 
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -12,7 +12,10 @@ from llama_ref.parallel.tensor import split_matrices
 
 @dataclass(frozen=True)
 class Division:
-    """How a model is split. `args` describe the whole model; `model.args` only the part held here."""
+    """How a model is split.
+
+    `args` describe the whole model; `model.args` only the part held here.
+    """
 
     args: ModelArgs
     job: Job = ALONE
@@ -32,7 +35,10 @@ _divisions: WeakKeyDictionary[Transformer, Division] = WeakKeyDictionary()
 
 
 def connect(model: Transformer, args: ModelArgs, job: Job) -> None:
-    """Connect a process's part of a model to the other processes; `args` describe the whole model."""
+    """Connect a process's part of a model to the other processes.
+
+    `args` describe the whole model.
+    """
     if job.tensor_group:
         split_matrices(model, job.share, job.tensor_group)
     if job.pipeline_group:

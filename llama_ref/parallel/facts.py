@@ -1,4 +1,7 @@
-"""The facts about a generation that must be the same on all processes of a job; Agreement compares them."""
+"""The facts about a generation that must be the same on all processes of a job.
+
+Agreement compares them.
+"""
 
 from array import array
 from collections.abc import Sequence

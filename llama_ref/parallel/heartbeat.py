@@ -3,8 +3,8 @@
 A process that is stopped, or behind a broken link, closes no connection, so a collective call would
 wait for it for half an hour. Therefore each process has two threads. One increments a counter under
 this process's key in the job's store, and reads the counters of the others. The second measures how
-long each counter has not changed, because the first blocks if the store itself does not answer. Both
-threads run while the process computes, loads or compiles.
+long each counter has not changed, because the first blocks if the store itself does not answer.
+Both threads run while the process computes, loads or compiles.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ WHY = "stopped, or the link is down"
 
 
 class Heartbeat:
-    """Tells the other processes that this one is running, and ends this one if another has stopped."""
+    """Tells other processes that this one is running, and ends it if another has stopped."""
 
     def __init__(self, store: Store, rank: int, world_size: int):
         self.hosts: dict[int, str] = {}  # by rank, once all have joined
@@ -145,7 +145,10 @@ class Heartbeat:
 
 
 def limit_seconds() -> float:
-    """Seconds after which a silent process counts as lost. Raises RequestError for an invalid variable."""
+    """Seconds after which a silent process counts as lost.
+
+    Raises RequestError for an invalid variable.
+    """
     text = os.environ.get(VARIABLE, str(DEFAULT_SECONDS))
     with contextlib.suppress(ValueError):
         if 1 <= float(text) < math.inf:
@@ -159,7 +162,10 @@ def store_address() -> str:
 
 
 def end_at_once(message: str) -> NoReturn:
-    """Log the message and exit with code 1; works from any thread, because the main one may be blocked."""
+    """Log the message and exit with code 1.
+
+    Works from any thread, because the main one may be blocked.
+    """
     try:
         say_briefly(logging.CRITICAL, message)
     finally:

@@ -1,4 +1,4 @@
-"""Run one model on several processes: how they connect, which part each holds, and how they exit."""
+"""Run a model on several processes: how they connect, what each holds, how they exit."""
 
 import atexit
 import functools
@@ -42,9 +42,9 @@ class Job:
     """A process's share of the model, and its process groups: None for a single process.
 
     The processes of the `tensor_group` hold the other parts of this stage's matrices, those of the
-    `pipeline_group` the same part of the other stages. Consecutive ranks, which torchrun starts on one
-    node, form a tensor group, because it communicates more. Before each step, all processes compare
-    what they are about to do through the `agreement`.
+    `pipeline_group` the same part of the other stages. Consecutive ranks, which torchrun starts on
+    one node, form a tensor group, because it communicates more. Before each step, all processes
+    compare what they are about to do through the `agreement`.
     """
 
     share: Share = WHOLE
@@ -66,13 +66,13 @@ ALONE = Job()
 
 
 def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, device: torch.device) -> Job:
-    """Join this process's job, as described by torchrun's environment, with `pipeline_parallel_size` stages.
+    """Join the job in torchrun's environment, with `pipeline_parallel_size` stages.
 
     Initialises torch.distributed (NCCL on CUDA, else Gloo) unless the script already has. Raises
     RequestError if the number of stages does not divide the number of processes, if
-    `model_parallel_size` (an argument of Meta's scripts) is not the number of processes per stage, or
-    for a device without collective communication; JobError if another process does not join, or joins
-    with a different layout or version.
+    `model_parallel_size` (an argument of Meta's scripts) is not the number of processes per stage,
+    or for a device without collective communication; JobError if another process does not join, or
+    joins with a different layout or version.
     """
     rank, n_processes = _rank_and_size()
     _check_sizes(model_parallel_size, pipeline_parallel_size, n_processes)
@@ -105,9 +105,10 @@ def join_job(model_parallel_size: int | None, pipeline_parallel_size: int, devic
 
 @contextmanager
 def _stdout_kept() -> Iterator[None]:
-    """Redirect file descriptor 1 to stderr in the block: PyTorch 2.8's Gloo logs connections to stdout.
+    """Redirect stdout to stderr in the block: PyTorch 2.8's Gloo logs connections there.
 
-    stdout must stay clean, because commands write their JSON there. Python's own output is flushed first.
+    stdout must stay clean, because commands write their JSON there. Python's own output is flushed
+    first.
     """
     try:
         sys.stdout.flush()
@@ -125,7 +126,7 @@ def _stdout_kept() -> Iterator[None]:
 
 
 def _meet(rank: int, n_processes: int) -> Agreement:
-    """Find the other processes through torchrun's or the script's store, and cache the agreement."""
+    """Find the other processes through torchrun's or the script's store, once per process."""
     global _agreement
     if _agreement is None:
         store = _get_default_store() if dist.is_initialized() else _connect()
@@ -224,9 +225,9 @@ def naming_a_lost_process() -> Iterator[None]:
 def end_process(code: int) -> None:
     """Exit one of several processes immediately; does nothing for a single process.
 
-    A normal interpreter shutdown sometimes aborts in Gloo's threads ("terminate called without an active
-    exception"), which torchrun reports as a failed job. A process that succeeded first waits for the
-    others; if one of these fails, it reports its own error.
+    A normal interpreter shutdown sometimes aborts in Gloo's threads ("terminate called without an
+    active exception"), which torchrun reports as a failed job. A process that succeeded first waits
+    for the others; if one of these fails, it reports its own error.
     """
     if _agreement is None and (not dist.is_initialized() or dist.get_world_size() == 1):
         return

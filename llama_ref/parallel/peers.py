@@ -1,4 +1,4 @@
-"""Messages about the other processes of a job: their names, and log records that any rank may show."""
+"""Messages about other processes of a job: their names, and logging from any rank."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -18,10 +18,13 @@ def named(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
 
 
 def speaks_for(rank: int, absent: Iterable[int], world_size: int) -> bool:
-    """Whether this rank logs the warning about absent ranks: the first rank that is present does."""
+    """Whether this rank logs warnings about absent ranks: the first present one does."""
     return rank == min(set(range(world_size)) - set(absent))
 
 
 def say(level: int, text: str) -> None:
-    """Log a record that is shown for any rank; the command line shows other records of rank 0 only."""
+    """Log a record that is shown for any rank.
+
+    The command line shows other records of rank 0 only.
+    """
     logger.log(level, "%s", text, extra={"any_rank": True})

@@ -19,8 +19,8 @@ from llama_ref.parallel.sharding import Share
 def split_layers(model: Transformer, share: Share, group: ProcessGroup) -> None:
     """Connect a model that holds one stage's layers to the other stages, in place.
 
-    Every process of the group must call it, and run every forward pass with the same tokens. All get
-    the logits; `hidden` returns the last layer's output on the last stage only.
+    Every process of the group must call it, and run every forward pass with the same tokens. All
+    get the logits; `hidden` returns the last layer's output on the last stage only.
     """
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     if not share.is_first_stage:
@@ -58,7 +58,10 @@ class SentState(nn.Module):
 
 
 class LogitsForAll(nn.Module):
-    """Replaces the output: broadcasts the last stage's logits; `output` is None on all other stages."""
+    """Replaces the output: broadcasts the last stage's logits.
+
+    `output` is None on all other stages.
+    """
 
     def __init__(self, output: nn.Module | None, vocab_size: int, group: ProcessGroup, like: Tensor):
         super().__init__()

@@ -1,8 +1,8 @@
 """Which part of each tensor a process holds, and where it is in the shards.
 
-Heads, feed-forward features and vocabulary are distributed in order: process r of W holds the r-th part.
-Parts are ranges along the dimension in which Meta's shards are split, so any number of shards works with
-any number of processes.
+Heads, feed-forward features and vocabulary are distributed in order: process r of W holds the r-th
+part. Parts are ranges along the dimension in which Meta's shards are split, so any number of shards
+works with any number of processes.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 
-# The dimension in which Meta splits matrices; every shard contains the whole of all other tensors (the norms).
+# The dimension in which Meta splits matrices; every shard contains all other tensors (the norms) whole.
 SPLIT_DIM = {
     "tok_embeddings": 0,
     "output": 0,
@@ -36,10 +36,11 @@ PARTS = (".weight", ".scales", ".zeros")  # suffixes of a matrix's tensors in Me
 
 
 def split_dim(name: str) -> int | None:
-    """The dimension along which shards split a tensor ("layers.3.attention.wo.weight" -> 1); None: not split.
+    """The dimension along which shards split a tensor ("layers.3.attention.wo.weight" -> 1).
 
-    Scales are split like their matrix. Of a low-rank matrix B A, A is split with the inputs, B with the
-    outputs.
+    None: not split.
+    Scales are split like their matrix. Of a low-rank matrix B A, A is split with the inputs, B with
+    the outputs.
     """
     matrix, _, factor = name.partition(".adaptor.")
     dim = SPLIT_DIM.get(_kind(matrix))
@@ -50,7 +51,7 @@ def split_dim(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part: part `rank` of `world_size` of every matrix, in pipeline stage `stage` of `n_stages`."""
+    """One process's part of every matrix (`rank` of `world_size`) in its pipeline stage."""
 
     rank: int = 0
     world_size: int = 1
@@ -84,7 +85,7 @@ def _nth(n: int, parts: int, total: int) -> range:
 
 
 def check_divisible(args: ModelArgs, share: Share) -> None:
-    """Raise RequestError, naming valid numbers, unless query heads divide evenly and no stage is empty."""
+    """Raise RequestError unless query heads divide evenly and no stage is empty."""
     world_size = share.world_size
     if share.n_stages > args.n_layers:
         raise RequestError(f"{args.n_layers} layers cannot fill {share.n_stages} pipeline stages; use {args.n_layers} or fewer")
@@ -98,7 +99,8 @@ def check_divisible(args: ModelArgs, share: Share) -> None:
 def kv_heads(args: ModelArgs, share: Share) -> list[int]:
     """The key/value heads that a share needs, one for each equally large group of its query heads.
 
-    If the border of a share splits one of the model's groups, smaller groups are used, and some heads occur twice.
+    If the border of a share splits one of the model's groups, smaller groups are used, and some
+    heads occur twice.
     """
     heads = share.slice_of(args.n_heads)
     group = args.n_heads // args.n_kv_heads
@@ -106,7 +108,10 @@ def kv_heads(args: ModelArgs, share: Share) -> list[int]:
 
 
 def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | None:
-    """The ranges of a tensor that a share holds along `split_dim(name)`, in storage order; None: the whole tensor."""
+    """The ranges of a tensor that a share holds along `split_dim(name)`, in storage order.
+
+    None: the whole tensor.
+    """
     kind = _kind(name)
     if kind not in SPLIT_DIM or is_shared(name):
         return None
@@ -120,13 +125,16 @@ def wanted_ranges(name: str, args: ModelArgs, share: Share) -> list[range] | Non
 
 
 def shard_ranges(name: str, shape: tuple[int, ...], args: ModelArgs, share: Share) -> list[range] | None:
-    """The ranges of a tensor in a shard. Unlike processes (`wanted_ranges`), shards also split the vision encoder."""
+    """The ranges of a tensor in a shard.
+
+    Unlike processes (`wanted_ranges`), shards also split the vision encoder.
+    """
     dim = split_dim(name)
     return [share.slice_of(shape[dim])] if dim is not None and is_shared(name) else wanted_ranges(name, args, share)
 
 
 def is_shared(name: str) -> bool:
-    """Whether every process holds the whole tensor though shards split it: true for the vision encoder."""
+    """Whether every process holds the whole tensor, as for the vision encoder."""
     return name.startswith(("vision_model.", "learnable_embedding."))
 
 
@@ -139,7 +147,10 @@ def part_shape(name: str, whole: tuple[int, ...], ranges: list[range] | None) ->
 
 
 def places(ranges: list[range], shard_size: int) -> Iterator[tuple[int, range]]:
-    """Split ranges at the borders of shards of `shard_size`; yields (shard number, range within the shard)."""
+    """Split ranges at the borders of shards of `shard_size`.
+
+    Yields (shard number, range within the shard).
+    """
     for wanted in ranges:
         start = wanted.start
         while start < wanted.stop:

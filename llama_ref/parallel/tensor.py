@@ -2,8 +2,8 @@
 
 Each process has some heads, some feed-forward features and a part of the vocabulary (sharding.py).
 Attention and feed-forward run unchanged on their part; one all-reduce sums the partial products of
-their last matrix. Each process embeds the tokens of its part of the vocabulary, and an all-reduce sums
-the results; the output gathers the logits of all processes. Megatron-LM, arXiv:1909.08053.
+their last matrix. Each process embeds the tokens of its part of the vocabulary, and an all-reduce
+sums the results; the output gathers the logits of all processes. Megatron-LM, arXiv:1909.08053.
 """
 
 import torch
@@ -38,7 +38,7 @@ def split_matrices(model: Transformer, share: Share, group: ProcessGroup) -> Non
 
 
 def broadcast_choice(chosen: Tensor) -> Tensor:
-    """Broadcast the first process's choice of tokens, so that rounding cannot make the processes diverge."""
+    """Broadcast the first process's tokens, so that rounding cannot make processes diverge."""
     dist.broadcast(chosen, src=0)
     return chosen
 
@@ -73,7 +73,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding split along the vocabulary: other processes' tokens give zeros, and one all-reduce sums the parts."""
+    """An embedding split along the vocabulary: an all-reduce sums the processes' outputs."""
 
     def __init__(self, embedding: nn.Module, vocabulary: range, group: ProcessGroup):
         super().__init__()
@@ -108,7 +108,10 @@ def part_sizes(total: int, group: ProcessGroup) -> list[int]:
 
 
 def gathered(local: Tensor, sizes: list[int], group: ProcessGroup, dim: int = -1) -> Tensor:
-    """Concatenate the parts of all processes along `dim`, which is negative; `sizes` are the parts' lengths there."""
+    """Concatenate the parts of all processes along `dim`, which is negative.
+
+    `sizes` are the parts' lengths there.
+    """
     padding = [0, 0] * (-1 - dim) + [0, max(sizes) - local.shape[dim]]  # all_gather needs equal sizes
     local = F.pad(local, padding).contiguous()
     parts = [torch.empty_like(local) for _ in sizes]

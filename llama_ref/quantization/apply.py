@@ -46,14 +46,15 @@ def _weight(model: Transformer, name: str) -> Tensor:
 
 
 def check_columns(scheme: Scheme, name: str, columns: int) -> None:
-    """Raise RequestError if no group size of the scheme divides the number of a tensor's columns."""
+    """Raise RequestError if no group size of the scheme divides a tensor's columns."""
     if scheme.bits_of(name) == 4:
         scheme.group_for(name, columns)
 
 
 def quantized(scheme: Scheme, name: str, weight: Tensor, dtype: torch.dtype) -> QuantizedMatrix | None:
-    """Quantize a tensor to a module, chosen by its name ("layers.0.attention.wq.weight"); None if not quantized.
+    """Quantize a tensor to a module, chosen by its name ("layers.0.attention.wq.weight").
 
+    None if not quantized.
     `dtype` is the embedding's output dtype.
     """
     bits = scheme.bits_of(name)
@@ -66,7 +67,7 @@ def quantized(scheme: Scheme, name: str, weight: Tensor, dtype: torch.dtype) -> 
 
 
 def replace_matrices(model: nn.Module, kind: type[M], new: Callable[[M], nn.Module]) -> None:
-    """Replace every matrix of a type by `new(matrix)`, one at a time, so that only one exists in both layouts."""
+    """Replace every matrix of a type by `new(matrix)`, one at a time to save memory."""
     # By name, because a list of the modules would keep all of them alive.
     for name in [name for name, module in model.named_modules() if type(module) is kind]:
         matrix = model.get_submodule(name)
@@ -86,10 +87,10 @@ def tie(model: Transformer) -> None:
 
 
 def use_fast_kernels(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Convert int4 matrices to the layout of PyTorch's kernel, if there is one for the device and `dtype`.
+    """Convert int4 matrices to the layout of PyTorch's kernel for the device and `dtype`, if any.
 
-    `dtype` is the activations' dtype (default: the dtype of the model's norms). For eager use only: the
-    compiled steps read the plain modules.
+    `dtype` is the activations' dtype (default: the dtype of the model's norms). For eager use only:
+    the compiled steps read the plain modules.
     """
     activations = dtype or next(parameter.dtype for parameter in model.parameters())
     replace_matrices(model, Int4Linear, lambda matrix: faster(matrix, activations))

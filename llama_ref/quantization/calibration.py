@@ -1,7 +1,7 @@
-"""Int4 rounding calibrated on a text: each matrix is rounded for the inputs that it gets there (gptq.py).
+"""Int4 rounding calibrated on a text: each matrix is rounded for its inputs there (gptq.py).
 
-Layers are rounded in order, each on the outputs of the rounded layers before it. One layer at a time
-is held in float32, with XᵀX of its inputs.
+Layers are rounded in order, each on the outputs of the rounded layers before it. One layer at a
+time is held in float32, with XᵀX of its inputs.
 """
 
 import copy
@@ -89,9 +89,9 @@ def _accumulate(found: dict[str, Tensor], name: str, module: nn.Module, inputs: 
 def calibration_text() -> str:
     """The default calibration text, calibration.txt: the same on every machine and Python.
 
-    English and Korean prose, code, dialogues, numbers, and some sentences in ten more languages. The
-    kinds alternate, so that any prefix is a mixture of them, because how much of the text N_TOKENS
-    covers depends on the tokenizer. It was written for this project, under its licence (MIT). Changing
-    it changes every int4 folder written afterwards.
+    English and Korean prose, code, dialogues, numbers, and some sentences in ten more languages.
+    The kinds alternate, so that any prefix is a mixture of them, because how much of the text
+    N_TOKENS covers depends on the tokenizer. It was written for this project, under its licence
+    (MIT). Changing it changes every int4 folder written afterwards.
     """
     return files("llama_ref.quantization").joinpath("calibration.txt").read_text(encoding="utf-8")

@@ -14,8 +14,9 @@ from llama_ref.quantization.rounded_inputs import round_to_fp8
 class Fp8Linear(QuantizedMatrix):
     """`q` float8_e4m3fn (N, K) and `scale` float32 (N,): w = q · scale.
 
-    With `rounds_inputs`, inputs are rounded to float8 too. `columns`: the part of all `n_inputs` columns
-    that this matrix holds; `forward` then takes all inputs, because the largest one sets the step.
+    With `rounds_inputs`, inputs are rounded to float8 too. `columns`: the part of all `n_inputs`
+    columns that this matrix holds; `forward` then takes all inputs, because the largest one sets
+    the step.
     """
 
     q: Tensor
@@ -56,7 +57,10 @@ class Fp8Linear(QuantizedMatrix):
 
 
 class ColumnBlocks(QuantizedMatrix):
-    """A matrix in column blocks, one per shard; each rounds its own inputs, and the products are summed."""
+    """A matrix in column blocks, one per shard.
+
+    Each rounds its own inputs, and the products are summed.
+    """
 
     def __init__(self, blocks: Sequence[Fp8Linear], inputs: Sequence[range], n_inputs: int):
         super().__init__()
@@ -83,7 +87,7 @@ class ColumnBlocks(QuantizedMatrix):
 
 
 def _has_product(n: Tensor, dtype: torch.dtype) -> bool:
-    """Whether torch._scaled_mm can multiply float8 matrices with a scale per row: on NVIDIA GPUs since Hopper."""
+    """Whether torch._scaled_mm takes float8 with a scale per row: on NVIDIA GPUs since Hopper."""
     if not n.is_cuda or torch.version.hip is not None or dtype != torch.bfloat16 or n.shape[-1] % 16:
         return False
     return torch.cuda.get_device_capability(n.device) >= HOPPER

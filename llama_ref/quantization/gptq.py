@@ -1,9 +1,9 @@
-"""GPTQ (arXiv:2210.17323): round columns one by one, each compensating the errors of those before it.
+"""GPTQ (arXiv:2210.17323): round columns one by one, each compensating earlier errors.
 
-With H = XᵀX of a layer's inputs X, weight errors E (N, K) change the outputs by |E Xᵀ|² = |E L|², where
-H = L Lᵀ. L is lower triangular, so column j of E L depends on the errors of columns j and later only:
-from the last column to the first, each weight is shifted to make its column zero, and then rounded.
-This needs no inverse of H.
+With H = XᵀX of a layer's inputs X, weight errors E (N, K) change the outputs by |E Xᵀ|² = |E L|²,
+where H = L Lᵀ. L is lower triangular, so column j of E L depends on the errors of columns j and
+later only: from the last column to the first, each weight is shifted to make its column zero, and
+then rounded. This needs no inverse of H.
 """
 
 import torch
@@ -20,11 +20,11 @@ TINIEST = 1e-30
 
 
 def round_int4(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a matrix (N, K), given XᵀX (K, K) of its inputs: packed (N, K/2), scale and zero (N, K/group).
+    """Round a matrix (N, K), given XᵀX (K, K): packed (N, K/2), scale and zero (N, K/group).
 
     Groups, and columns within a group, are rounded in order of decreasing importance, so that
-    unimportant columns absorb the errors. Needs memory for three more matrices like `hessian` (0.8 GB
-    each for the 14,336 inputs of an 8B's w2), which must be finite.
+    unimportant columns absorb the errors. Needs memory for three more matrices like `hessian` (0.8
+    GB each for the 14,336 inputs of an 8B's w2), which must be finite.
     """
     N, K = weight.shape
     order = _rising(hessian.diagonal(), group)  # (K,)
@@ -62,7 +62,7 @@ def _round_group(wanted: Tensor, errors: Tensor, carried: Tensor, triangle: Tens
 
 
 def _rising(squares: Tensor, group: int) -> Tensor:
-    """Column order by increasing square: groups by their mean, then the columns within each group."""
+    """Column order by increasing square: first groups by mean, then columns within groups."""
     groups = squares.unflatten(0, (-1, group))
     inside = groups.argsort(1) + group * torch.arange(len(groups), device=squares.device)[:, None]
     return inside[groups.mean(1).argsort()].flatten()

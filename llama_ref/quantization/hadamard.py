@@ -1,4 +1,4 @@
-"""The Hadamard rotation of SpinQuant (arXiv:2405.16406), which spreads outliers over all entries of a vector."""
+"""SpinQuant's Hadamard rotation (arXiv:2405.16406), which spreads outliers over a vector."""
 
 from functools import cache
 
@@ -11,8 +11,8 @@ Factors = tuple[Tensor, Tensor]
 def hadamard(x: Tensor, factors: Factors | None = None) -> Tensor:
     """x (…, n) times Sylvester's Hadamard matrix over √n: float32 (…, n).
 
-    The matrix is symmetric and its own inverse. `factors`: the result of `hadamard_factors`, computed
-    if None. Raises ValueError unless n is a power of two.
+    The matrix is symmetric and its own inverse. `factors`: the result of `hadamard_factors`,
+    computed if None. Raises ValueError unless n is a power of two.
     """
     n = x.shape[-1]
     left, right = factors or hadamard_factors(n, x.device)

@@ -1,7 +1,8 @@
 """Quantized linear layers and embedding in the layout of saved folders, for any device and dtype.
 
-All have `dequantize()`, which returns the float32 matrix they compute with, and `quantized_bytes`. For
-many rows, as in a prefill, blocks of the matrix are converted to the input's dtype and multiplied as usual.
+All have `dequantize()`, which returns the float32 matrix they compute with, and `quantized_bytes`.
+For many rows, as in a prefill, blocks of the matrix are converted to the input's dtype and
+multiplied as usual.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,8 @@ def fits_int8_kernel(x: Tensor, q: Tensor) -> bool:
 class QuantizedMatrix(nn.Module):
     """Base of the quantized modules; `shape` is (out, in).
 
-    `columns`: for a matrix split along its inputs whose `forward` takes all inputs, the columns held here.
+    `columns`: for a matrix split along its inputs whose `forward` takes all inputs, the columns
+    held here.
     """
 
     shape: tuple[int, int]
@@ -49,7 +51,7 @@ class QuantizedMatrix(nn.Module):
 
     @property
     def takes_whole_input(self) -> bool:
-        """Whether `forward` of a split matrix takes all inputs instead of only those of the held part."""
+        """Whether `forward` of a split matrix takes all inputs, not only the held part's."""
         return self.columns is not None
 
     def dequantize(self) -> Tensor:
@@ -89,7 +91,10 @@ class QuantizedMatrix(nn.Module):
 
 
 class Int8Matrix(QuantizedMatrix):
-    """`q` int8 (N, K) and `scale` float32 (N,): w = q · scale. Scales from `int8_scales` are exact in bfloat16."""
+    """`q` int8 (N, K) and `scale` float32 (N,): w = q · scale.
+
+    Scales from `int8_scales` are exact in bfloat16.
+    """
 
     q: Tensor
     scale: Tensor

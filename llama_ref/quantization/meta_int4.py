@@ -1,8 +1,8 @@
 """The linear layer of Meta's int4 releases, SpinQuant and QLoRA.
 
-4-bit weights with a float32 scale per group of inputs. Besides the product, in this order: SpinQuant
-rotates the inputs of w2; "reference" activations round the inputs to 8 bits, as in Meta's code and in
-the releases' training; QLoRA adds a low-rank product of the inputs before rounding.
+4-bit weights with a float32 scale per group of inputs. Besides the product, in this order:
+SpinQuant rotates the inputs of w2; "reference" activations round the inputs to 8 bits, as in Meta's
+code and in the releases' training; QLoRA adds a low-rank product of the inputs before rounding.
 """
 
 from collections.abc import Callable
@@ -37,10 +37,10 @@ Product = Callable[[Tensor], Tensor]
 
 
 def surrounded(x: Tensor, product: Product, adapted: Product | None, factors: Factors | None, rounds_inputs: bool) -> Tensor:
-    """A product of x (…, in) with optional rotation, rounding of inputs and low-rank product: (…, out).
+    """Multiply x (…, in), with optional rotation, rounded inputs and low-rank product: (…, out).
 
-    `product` and `adapted` (the low-rank product) take and return the dtype of x. `factors`: those of
-    the rotation, or None.
+    `product` and `adapted` (the low-rank product) take and return the dtype of x. `factors`: those
+    of the rotation, or None.
     """
     inputs = x if factors is None else hadamard(x, factors)
     added = None if adapted is None else adapted(inputs.to(x.dtype))
@@ -58,8 +58,9 @@ def surrounded(x: Tensor, product: Product, adapted: Product | None, factors: Fa
 class MetaInt4Linear(QuantizedMatrix):
     """An int4 `matrix` with optional rotation, rounding of inputs and low-rank adaptor.
 
-    `columns`: the part of all inputs that the matrix holds; `forward` then takes all inputs, because
-    the rotation and the rounding need them. None: the matrix holds all inputs, or its part is enough.
+    `columns`: the part of all inputs that the matrix holds; `forward` then takes all inputs,
+    because the rotation and the rounding need them. None: the matrix holds all inputs, or its part
+    is enough.
     """
 
     def __init__(

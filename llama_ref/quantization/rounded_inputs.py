@@ -1,7 +1,7 @@
 """Round a matrix's inputs while the model runs, with one step size per token.
 
-Meta's quantized releases were made for programs that multiply small integers. Rounding the inputs in
-the same way reproduces their results in any arithmetic.
+Meta's quantized releases were made for programs that multiply small integers. Rounding the inputs
+in the same way reproduces their results in any arithmetic.
 """
 
 import torch
@@ -20,8 +20,8 @@ FP8_FINEST = 1 / (FP8_LARGEST * 512)
 def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round x (…, K) to 8 bits: n float32 (…, K) and step float32 (…, 1) with x ≈ n · step.
 
-    Asymmetric, with the range and the rounding of torchao's per-token quantization, which Meta's int4
-    releases were trained with: https://github.com/pytorch/ao, quantization/utils.py.
+    Asymmetric, with the range and the rounding of torchao's per-token quantization, which Meta's
+    int4 releases were trained with: https://github.com/pytorch/ao, quantization/utils.py.
     """
     x = x.float()
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)

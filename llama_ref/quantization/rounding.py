@@ -3,8 +3,9 @@
     int8:  w ≈ q · scale              q in -127..127, a scale per row
     int4:  w ≈ (q - 8) · scale + zero  q in 0..15, a scale and a zero point per group of a row's weights
 
-Scales are rounded to bfloat16 before the weights are quantized, so kernels that take bfloat16 scales are
-exact. A few rows are processed at a time to limit memory; each row's result depends on that row alone.
+Scales are rounded to bfloat16 before the weights are quantized, so kernels that take bfloat16
+scales are exact. A few rows are processed at a time to limit memory; each row's result depends on
+that row alone.
 """
 
 import torch
@@ -18,7 +19,7 @@ from llama_ref.machine import memory
 BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 TINIEST = 1e-30  # replaces a scale of zero
 LEAST_IMPORTANCE = 1e-4  # lower bound of a column's importance, relative to the average
-LEAST_SQUARE = 0.5  # lower bound of the steps' squared deviation; unweighted it is nearly 1 or more unless all are equal
+LEAST_SQUARE = 0.5  # lower bound of the squared deviation of steps (unweighted: nearly 1 or more if they differ)
 FINEST = 2**-12  # smallest scale, as a fraction of the group's largest weight
 
 # Fractions of a group's range tried for its sixteen steps: a shorter range clips a few outer weights.
@@ -65,7 +66,7 @@ def to_int4(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def pack(q: Tensor) -> Tensor:
-    """Pack uint8 0..15 in groups (N, K/G, G) into bytes (N, K/2): a group's first half is in the low nibbles."""
+    """Pack uint8 0..15 (N, K/G, G) into bytes (N, K/2), a group's first half in the low nibbles."""
     low, high = q.chunk(2, dim=-1)
     return (low | high << 4).flatten(1)
 
@@ -77,10 +78,10 @@ def unpack(packed: Tensor, n_groups: int) -> Tensor:
 
 
 def _fit(groups: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each group, refitted from the best of SPANS: (n, K/G, G) -> 2 × bfloat16 (n, K/G).
+    """Refitted scales and zero points: (n, K/G, G) -> 2 × bfloat16 (n, K/G).
 
-    For given steps, least squares gives the best scale and zero point and the remaining error, so the
-    steps of every range are computed once, and errors need not be summed.
+    For given steps, least squares gives the best scale and zero point and the remaining error, so
+    the steps of every range are computed once, and errors need not be summed.
     """
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # (n, K/G, 1)
     mean = _mean(groups, shares)
@@ -103,7 +104,7 @@ def _fit(groups: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _least_squares(q: Tensor, centred: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The least-squares scale for given steps, the steps' mean, and the sum of squares that they explain."""
+    """The least-squares scale for given steps, the steps' mean, and the squares they explain."""
     weighted = q if shares is None else q * shares
     q_mean = weighted.mean(-1, keepdim=True)
     product = (weighted * centred).sum(-1, keepdim=True)
@@ -125,6 +126,6 @@ def _bf16(x: Tensor) -> Tensor:
 
 
 def _blocks(matrix: Tensor, columns: int | None = None) -> tuple[Tensor, ...]:
-    """Split a matrix into blocks of rows; `columns`: those of the matrix whose blocks a smaller tensor must match."""
+    """Blocks of rows of a matrix, or of a tensor for the rows of a matrix with `columns`."""
     n_weights = BLOCK_WEIGHTS.get(matrix.device.type, BLOCK_WEIGHTS["cpu"])
     return matrix.split(max(1, n_weights // (columns or matrix.shape[1])))

@@ -16,10 +16,11 @@ POSSIBLE = "int8, int4 or int4:group=N, with N one of " + ", ".join(map(str, GRO
 
 @dataclass(frozen=True)
 class Scheme:
-    """8 bits with one scale per row, or 4 with a scale and a zero point per `group` weights of a row.
+    """8 bits with one scale per row, or 4 with a scale and a zero point per `group` weights.
 
-    Embedding and output have 8 bits in both schemes: with 4, the output alone cost the demo checkpoint as
-    much quality as all layers together (scripts/bench_quality.py). Norms are not quantized.
+    Embedding and output have 8 bits in both schemes: with 4, the output alone cost the demo
+    checkpoint as much quality as all layers together (scripts/bench_quality.py). Norms are not
+    quantized.
     """
 
     bits: int
@@ -27,8 +28,9 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: "str | Scheme", name: str = "quantize") -> "Scheme":
-        """Parse "int8", "int4" (groups of 128) or "int4:group=32". Raises RequestError naming the valid ones.
+        """Parse "int8", "int4" (groups of 128) or "int4:group=32".
 
+        Raises RequestError naming the valid ones.
         `name` is the option's name in that error.
         """
         if isinstance(text, Scheme):
@@ -47,7 +49,10 @@ class Scheme:
         return "int8" if self.bits == 8 else "int4" if self.group == DEFAULT_GROUP else f"int4:group={self.group}"
 
     def bits_of(self, name: str) -> int | None:
-        """Bits per weight of the tensor with this name ("layers.0.attention.wq.weight"); None if not quantized."""
+        """Bits per weight of the tensor with this name ("layers.0.attention.wq.weight").
+
+        None if not quantized.
+        """
         kind = name.removesuffix(".weight").split(".")[-1]
         if kind.endswith("norm") or name.startswith(UNQUANTIZED) or ".gate_" in name:
             return None
@@ -76,7 +81,10 @@ class Scheme:
 
     @classmethod
     def from_params(cls, value: Any) -> "Scheme":
-        """Read the value of "quantization" in params.json. Raises CheckpointError for an invalid one."""
+        """Read the value of "quantization" in params.json.
+
+        Raises CheckpointError for an invalid one.
+        """
         section = value if isinstance(value, Mapping) else {}
         scheme, group = section.get("scheme"), section.get("group")
         if scheme == "int8" and group is None:

@@ -1,8 +1,9 @@
 """Int4 matrices in the layout of PyTorch's CPU kernel.
 
-`faster(module, dtype)` converts an Int4Linear if there is a kernel for it. Int8Linear needs no conversion,
-and on CUDA our own kernels read both layouts as stored in folders (compiled/triton_products.py). On an H200
-they take two thirds of the time of PyTorch's `_weight_int4pack_mm` at one row, and a fifth at 64.
+`faster(module, dtype)` converts an Int4Linear if there is a kernel for it. Int8Linear needs no
+conversion, and on CUDA our own kernels read both layouts as stored in folders
+(compiled/triton_products.py). On an H200 they take two thirds of the time of PyTorch's
+`_weight_int4pack_mm` at one row, and a fifth at 64.
 """
 
 from functools import cache
@@ -21,7 +22,10 @@ FEW_ROWS = 128  # up to this many rows the kernel was faster than converting to 
 
 
 def faster(module: Int4Linear, dtype: torch.dtype) -> QuantizedMatrix:
-    """The matrix in the layout of PyTorch's kernel for inputs of `dtype`; unchanged if there is no kernel."""
+    """The matrix in the layout of PyTorch's kernel for inputs of `dtype`.
+
+    Unchanged if there is no kernel.
+    """
     device = module.packed.device
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and _tile() is not None:
         return TiledInt4Linear(module, dtype)
@@ -92,7 +96,7 @@ class TiledInt4Linear(QuantizedMatrix):
         return q if order is None else q.index_select(-1, order)
 
     def _columns(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Dequantize some rows, transposed (K, n) as in the tiles: transposing back would take most of the time."""
+        """Dequantize some rows, transposed (K, n) as in the tiles, because transposing is slow."""
         wide = wide_dtype(dtype)
         start, stop, _ = rows.indices(self.shape[0])
         size, _ = _known_tile()
@@ -109,11 +113,11 @@ class TiledInt4Linear(QuantizedMatrix):
 
 @cache
 def _tile() -> tuple[int, Tensor | None] | None:
-    """This processor's tile layout: the rows per tile, and the order of rows in the low, then high nibbles.
+    """This processor's tile layout: rows per tile, and their order in the low, then high nibbles.
 
-    The packing is undocumented and differs between processors, so it is detected by packing a matrix
-    whose numbers encode their own positions. The order is None if it is 0, 1, …; the result is None if
-    there is no kernel or the layout is not made of tiles.
+    The packing is undocumented and differs between processors, so it is detected by packing a
+    matrix whose numbers encode their own positions. The order is None if it is 0, 1, …; the result
+    is None if there is no kernel or the layout is not made of tiles.
     """
     columns = 32
     row = torch.arange(TILE_ROWS, device="cpu")[:, None].expand(-1, columns)
@@ -144,6 +148,9 @@ def _known_tile() -> tuple[int, Tensor | None]:
 
 
 def _halves(q: Tensor) -> Tensor:
-    """Pack a matrix as the kernel does; returns the low and high nibble of each byte, (bytes, 2)."""
+    """Pack a matrix as the kernel does.
+
+    Returns the low and high nibble of each byte, (bytes, 2).
+    """
     packed = aten._convert_weight_to_int4pack_for_cpu(q.int().contiguous(), 1).flatten()
     return torch.stack((packed & 15, packed >> 4), dim=-1).long()

@@ -1,4 +1,4 @@
-"""Write and read calls of Meta's built-in tools: `brave_search.call(query="…")`, and code for the interpreter."""
+"""Meta's built-in tools: calls such as `brave_search.call(query="…")`, and interpreter code."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -32,8 +32,8 @@ def dates(today: str) -> str:
 def write(name: str, arguments: Any) -> str:
     """Write a built-in tool's call. Raises RequestError if its one argument is missing.
 
-    Quotes and backslashes in a query are escaped; Meta's encoder does not escape them, and its parser
-    does not accept quotes.
+    Quotes and backslashes in a query are escaped; Meta's encoder does not escape them, and its
+    parser does not accept quotes.
     """
     key = BUILTIN_ARGUMENT[name]
     value = arguments.get(key) if isinstance(arguments, Mapping) else None
@@ -55,8 +55,9 @@ def read(text: str) -> tuple[list[Call], int]:
 
 
 def renamed(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a built-in tool that was called like a custom one; None if they cannot be used.
+    """The arguments of a built-in tool that was called like a custom one.
 
+    None if they cannot be used.
     Models give the single argument other names; like Meta's code, this takes the first argument.
     """
     value = next(iter(arguments.values()), None)

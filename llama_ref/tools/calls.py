@@ -9,8 +9,9 @@ from llama_ref.tools.names import ToolFormat
 
 
 def calls_text(calls: Sequence[tuple[str, Any]], tool_format: ToolFormat = "json") -> str:
-    """Write calls, each a name and its arguments, one after another; python_list puts several in one list.
+    """Write calls, each a name and its arguments, one after another.
 
+    The format python_list puts several in one list.
     Raises RequestError for a call that cannot be written in this format.
     """
     parts = []

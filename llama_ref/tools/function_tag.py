@@ -1,4 +1,4 @@
-"""The format `<function=name>{…}</function>` for calls, with the tools offered in a user message."""
+"""The format `<function=name>{…}</function>`, with the tools in a user message."""
 
 import re
 from collections.abc import Sequence

@@ -25,9 +25,9 @@ def tool_from_function(function: Callable[..., Any]) -> Tool:
 
     Its description is the docstring up to the first section. A parameter's description comes from
     `Annotated[type, "…"]`, from a section "Args:" (Google style) or from ":param name: …" (Sphinx
-    style). A parameter with a default is not required. Raises RequestError for anything that a schema
-    cannot express: a missing or unsupported type, `*args`, `**kwargs`, positional-only parameters, a
-    default that is not JSON.
+    style). A parameter with a default is not required. Raises RequestError for anything that a
+    schema cannot express: a missing or unsupported type, `*args`, `**kwargs`, positional-only
+    parameters, a default that is not JSON.
     """
     name = getattr(function, "__name__", "")
     if not name.isidentifier():
@@ -60,7 +60,7 @@ def _parameter(function: str, parameter: inspect.Parameter, hint: Any, described
 
 
 def _notes(hint: Any) -> Iterator[str]:
-    """The strings in `Annotated`, also inside a union: Python 3.10 makes one if the default is None."""
+    """The strings in `Annotated`, also in a union: Python 3.10 makes one for a default of None."""
     inner = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     for each in (hint, *inner):
         yield from (note for note in getattr(each, "__metadata__", ()) if isinstance(note, str))

@@ -1,4 +1,4 @@
-"""The JSON format for tools and calls, Meta's default for Llama 3.1, with the tools in a user message."""
+"""The JSON format, Meta's default for Llama 3.1, with the tools in a user message."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def describe(tools: Sequence[Tool]) -> str:
 
 
 def _definition(tool: Tool) -> str:
-    """A tool as Meta writes it: properties are a list, each an "object", and `required` is on one line."""
+    """A tool as Meta writes it: a list of properties, each an "object", `required` on one line."""
     properties = [{each.name: _property(each)} for each in tool.parameters]
     parameters = {"type": "object", "properties": properties, "required": []}
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}

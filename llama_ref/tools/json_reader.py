@@ -19,7 +19,7 @@ MOST_FAILURES = 100  # failed starts of a call, after which the rest is taken as
 
 @dataclass(frozen=True)
 class Found:
-    """A part of a text that holds calls, or looks like a call but is invalid for the reason in `problem`."""
+    """A part of a text that holds calls, or an invalid call with the reason in `problem`."""
 
     start: int
     end: int
@@ -67,7 +67,10 @@ def _bare(text: str, start: re.Match[str]) -> Found:
 
 
 def _call(value: Any) -> Call | None:
-    """The call in an object; None if it is another kind of object. Raises ValueError for an invalid call."""
+    """The call in an object; None if it is another kind of object.
+
+    Raises ValueError for an invalid call.
+    """
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     name, arguments = value["name"], value.get("parameters", value.get("arguments"))

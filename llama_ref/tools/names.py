@@ -25,7 +25,7 @@ def check_format(name: str) -> ToolFormat:
 
 
 def default_format(args: ModelArgs, folder: Path | None = None) -> ToolFormat:
-    """The format that Meta documents for a model: python_list for 3.2 1B and 3B and for 3.3, else JSON.
+    """The format that Meta documents: python_list for 3.2 1B and 3B and for 3.3, else JSON.
 
     3.3 70B has the same shape as 3.1 70B: only the folder's name tells them apart.
     """

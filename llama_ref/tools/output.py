@@ -2,7 +2,10 @@
 
 
 def tool_output(stdout: str = "", stderr: str = "", *, failed: bool = False) -> str:
-    """A program's output in the format of Meta's code. Any other text, such as JSON, is fine as a result too."""
+    """A program's output in the format of Meta's code.
+
+    Any other text, such as JSON, is fine as a result too.
+    """
     lines = ["failed" if failed else "completed"]
     if stdout:
         lines.append(f"[stdout]{stdout}[/stdout]")

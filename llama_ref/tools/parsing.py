@@ -1,7 +1,8 @@
 """Parse a model's answer: tool calls in any supported format, and the text around them.
 
-Small models often miss the format that they were asked for, so every format is accepted for every release.
-Nothing is evaluated, no model output raises an error, and the time is linear in the answer's length.
+Small models often miss the format that they were asked for, so every format is accepted for every
+release. Nothing is evaluated, no model output raises an error, and the time is linear in the
+answer's length.
 """
 
 import re
@@ -28,10 +29,11 @@ def parse_tool_calls(
 ) -> Answer:
     """Parse the tool calls in an answer, given as text or as token ids (with their tokenizer).
 
-    In ids, only the special token counts as `<|python_tag|>`, never those characters typed as text; in
-    text, the characters count. An assistant header at the start and an end token are removed.
-    `tools` are the tools that were offered: calls of others get `is_offered` False. Incomplete calls
-    remain text, and `problems` says why. Raises RequestError only for arguments of the wrong type.
+    In ids, only the special token counts as `<|python_tag|>`, never those characters typed as text;
+    in text, the characters count. An assistant header at the start and an end token are removed.
+    `tools` are the tools that were offered: calls of others get `is_offered` False. Incomplete
+    calls remain text, and `problems` says why. Raises RequestError only for arguments of the wrong
+    type.
     """
     if isinstance(answer, str):
         header = HEADER.match(answer)
@@ -103,7 +105,10 @@ def _answer(text: str, found: Sequence[Found], problems: Sequence[str] = ()) -> 
 
 
 def _usable(call: Call) -> Call | None:
-    """The call, with a built-in tool's argument renamed; None if a built-in tool cannot take the arguments."""
+    """The call, with a built-in tool's argument renamed.
+
+    None if a built-in tool cannot take the arguments.
+    """
     if call.name not in builtin.BUILTIN_ARGUMENT:
         return call
     arguments = builtin.renamed(call.name, call.arguments)

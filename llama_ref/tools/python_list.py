@@ -1,4 +1,4 @@
-"""The format `[f(a='x'), g()]` for calls, for Llama 3.2 1B and 3B and for 3.3, with the tools in the system message."""
+"""The format `[f(a='x'), g()]` of Llama 3.2 1B and 3B and 3.3, with tools in the system message."""
 
 import json
 import re
@@ -41,9 +41,10 @@ def _property(parameter: Parameter) -> dict[str, Any]:
 
 
 def write(calls: Sequence[tuple[str, Any]]) -> str:
-    """Write calls, each a name and its arguments, as one list. Raises RequestError for what Python cannot express.
+    """Write calls, each a name and its arguments, as one list.
 
-    Values are Python literals. An argument whose name is not an identifier is written as `**{"name": value}`.
+    Raises RequestError for what Python cannot express. Values are Python literals. An argument
+    whose name is not an identifier is written as `**{"name": value}`.
     """
     return f"[{', '.join(_call(name, arguments) for name, arguments in calls)}]"
 

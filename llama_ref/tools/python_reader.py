@@ -1,7 +1,7 @@
-"""Parse a Python list of calls, `[f(a='x', n=-1), g.h(on=True)]`, without evaluating or compiling anything.
+"""Parse a Python list of calls, `[f(a='x', n=-1), g.h(on=True)]`, without evaluating it.
 
-`ast.parse` is not used, because it may exhaust the C stack, and rejects what models write: arguments
-named like keywords (`from='Oslo'`), `true` and `null`, line breaks inside quotes.
+`ast.parse` is not used, because it may exhaust the C stack, and rejects what models write:
+arguments named like keywords (`from='Oslo'`), `true` and `null`, line breaks inside quotes.
 """
 
 import re
@@ -50,7 +50,10 @@ def looks_like_calls(text: str) -> bool:
 
 
 def read_calls(text: str) -> list[Call]:
-    """Parse a text that is a list of calls and nothing else. Raises Malformed for any other text."""
+    """Parse a text that is a list of calls and nothing else.
+
+    Raises Malformed for any other text.
+    """
     reader = _Reader(text)
     calls = reader.items("[", "]", reader.call)
     reader.expect("end", "")

@@ -71,10 +71,10 @@ class ToolSet:
         return [*self.builtins, *(tool.name for tool in self.own)]
 
     def write(self, dialog: Sequence[Message], tool_format: ToolFormat = "json") -> list[Message]:
-        """A copy of a dialog with the tools added to its system message, or in a user message after that.
+        """A copy of a dialog with the tools in its system message, or in a user message after it.
 
-        `tool_format` is used if the set has no `format`. The text of the dialog's own system message
-        comes last, unchanged.
+        `tool_format` is used if the set has no `format`. The text of the dialog's own system
+        message comes last, unchanged.
         """
         if not self.names and not self.today:
             return list(dialog)
@@ -99,7 +99,7 @@ class ToolSet:
 
 
 def _split(dialog: Sequence[Message]) -> tuple[str, list[Message]]:
-    """Split a dialog into the text of its leading system message ("" without one) and the other messages."""
+    """Split a dialog into its leading system message's text, or "", and the other messages."""
     first = dialog[0] if dialog else None
     if not isinstance(first, Mapping) or first.get("role") != "system":
         return "", list(dialog)

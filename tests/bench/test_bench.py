@@ -83,7 +83,10 @@ def report() -> Report:
 
 @pytest.fixture(scope="module")
 def at_once(warm, tiny) -> tuple[dict, Report, float]:
-    """Run two benchmarks at once; returns one's JSON, and the other's report and own CPU seconds."""
+    """Run two benchmarks at once.
+
+    Returns one's JSON, and the other's report and own CPU seconds.
+    """
     words = ["bench", str(tiny), *SMALL, "--dtype", "float32", "--against", "transformers,meta", "--context", "64,1", "--json"]
     program = (
         f"import sys; sys.executable = {str(warm / 'python')!r}; from llama_ref.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -113,7 +116,7 @@ def printed(at_once) -> dict:
 
 @pytest.fixture(scope="module")
 def disturbed(at_once) -> tuple[Report, float]:
-    """The report of int8 weights, measured while another program was busy, and our own CPU seconds."""
+    """The report of int8 weights, measured beside a busy program, and our own CPU seconds."""
     return at_once[1:]
 
 

@@ -1,4 +1,4 @@
-"""Fixtures for download tests: a server with a release, a target folder, and a check for leaked secrets."""
+"""Fixtures for download tests: a server, a target folder, and a check for leaked secrets."""
 
 import logging
 import threading
@@ -91,7 +91,7 @@ class Downloads:
 
 @pytest.fixture
 def downloads(loopback, tmp_path, caplog, capfd) -> Iterator[Downloads]:
-    """Downloads; checks afterwards that outputs, logs, errors and files contain no secret of the link."""
+    """Downloads whose outputs, logs, errors and files must not contain the link's secrets."""
     caplog.set_level(logging.DEBUG)
     found = Downloads(loopback, tmp_path / "home" / "checkpoints" / NAME)
     yield found

@@ -26,7 +26,7 @@ def test_host_date_and_addresses():
 
 
 def test_a_policy_as_cloudfront_writes_it():
-    """Parse a link whose policy has escaped slashes in its JSON and CloudFront's URL-safe base64."""
+    """Parse a policy with escaped slashes in its JSON and CloudFront's URL-safe base64."""
     text = '{"Statement":[{"unique_hash":"%s","Resource":"https:\\/\\/llama3-1.llamameta.net\\/*","Condition":'
     text += '{"DateLessThan":{"AWS:EpochTime":1731296826}}}]}'
     candidates = (base64.b64encode((text % ("~?>" * 4 + "x" * n)).encode()).decode() for n in range(9))

@@ -1,4 +1,4 @@
-"""Download a release from a faulty server: the result is complete, or the error is one clear line."""
+"""Downloads from a faulty server: the result is complete, or the error is one clear line."""
 
 import hashlib
 import json

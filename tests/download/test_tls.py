@@ -1,4 +1,4 @@
-"""Downloads over TLS, as from Meta's servers: trusted certificates, what a proxy sees, and aborting a wait."""
+"""Downloads over TLS: trusted certificates, what a proxy sees, and aborting a wait."""
 
 import select
 import socket

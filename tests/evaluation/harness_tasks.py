@@ -1,4 +1,7 @@
-"""Write tasks of the harness's three kinds into a folder; they need no network and no external data."""
+"""Write tasks of the harness's three kinds into a folder.
+
+They need no network and no external data.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Scores of continuations equal those of one pass over context + continuation, however they are grouped."""
+"""Scores of continuations equal those of one pass, however the requests are grouped."""
 
 import pytest
 import torch
@@ -40,7 +40,10 @@ def test_greedy_is_what_the_model_would_say(peaked):
 
 
 def test_shared_tokens_are_read_once(peaked, monkeypatch):
-    """Count the tokens read for contexts and prefixes; the last token of a continuation is never read."""
+    """Count the tokens read for contexts and prefixes.
+
+    The last token of a continuation is never read.
+    """
     n_read, hidden = [], Transformer.hidden
 
     def counting(self: Transformer, tokens: torch.Tensor, cache: object) -> torch.Tensor:

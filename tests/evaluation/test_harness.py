@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with our model: scores equal those of its own `hf` model, without a network."""
+"""lm-evaluation-harness scores our model the same as its own `hf` model, without a network."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ MAX_LENGTH = 48  # the longest page has two windows
 
 @pytest.fixture(autouse=True)
 def without_list_of_packages(monkeypatch) -> None:
-    """Skip the environment report, for which the harness runs `pip list` and more: it takes a second per result."""
+    """Skip the harness's environment report (`pip list` and more): a second per result."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 

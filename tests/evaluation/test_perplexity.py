@@ -1,4 +1,4 @@
-"""Perplexity equals that of transformers and of llama.cpp, computed by their own loops and logits."""
+"""Perplexity equals that of transformers and llama.cpp, from their own loops and logits."""
 
 import hashlib
 import math
@@ -45,7 +45,7 @@ def uniform(peaked) -> Llama:
 
 @torch.no_grad()
 def guides_loop(model, ids: Tensor, max_length: int, stride: int) -> float:
-    """The loop of Hugging Face's guide, "Perplexity of fixed-length models", with the model's own loss."""
+    """The loop of Hugging Face's guide "Perplexity of fixed-length models"."""
     total, count, last_end = 0.0, 0, 0
     for begin in range(0, ids.shape[1], stride):
         end = min(begin + max_length, ids.shape[1])
@@ -77,7 +77,7 @@ def test_as_llama_cpp_computed_it(llama, english):
 
 
 def test_llama_cpp_itself(demo_folder, llama, tmp_path):
-    """llama.cpp's own logits, summed as in its tool: over the second halves of chunks that begin with BOS."""
+    """llama.cpp's own logits, summed as in its tool over the second halves of chunks with a BOS."""
     llama_cpp = pytest.importorskip("llama_cpp")
     from bench_quality import peer_reader
     from llama_ref.bench.peers.gguf import write_gguf
@@ -139,7 +139,7 @@ def test_ragged_rows_score_as_they_do_alone(peaked):
 
 
 def test_the_last_newline_does_not_count_for_llama_cpp(peaked):
-    """llama.cpp's tool drops a final newline: a text of two windows and a newline has two windows."""
+    """llama.cpp's tool drops a final newline: two windows and a newline are two windows."""
     text = text_of("x" * 15)  # with begin-of-text, two windows of eight
     cut = Cut("llama.cpp", 8, 8)
     assert perplexity(peaked, text, cut) == perplexity(peaked, text_of(text.text + "\n"), cut)

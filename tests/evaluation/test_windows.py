@@ -1,4 +1,4 @@
-"""Every token is in the windows that the convention prescribes, and is scored as often as it prescribes."""
+"""Every token is in the windows, and scored as often, as its convention prescribes."""
 
 import pytest
 from hypothesis import given

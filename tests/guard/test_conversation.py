@@ -1,4 +1,4 @@
-"""Dialogs become a guard's conversations, and no text in them can end the conversation or forge a turn."""
+"""Dialogs become a guard's conversations; no text can end the conversation or forge a turn."""
 
 import re
 

@@ -47,7 +47,7 @@ def metas(meta_tokenizer_path) -> MetaFormat:
 
 
 def metas_prompt(texts, number: str, version: str, own=None, with_policy=False) -> str:
-    """llama-cookbook's prompt, with its white space replaced by the releases' own (see docs/guard.md)."""
+    """llama-cookbook's prompt with the releases' own white space (see docs/guard.md)."""
     turns = cookbook.create_conversation([as_text(text) for text in texts])
     agent = (cookbook.AgentType.USER, cookbook.AgentType.AGENT)[(len(texts) - 1) % 2]
     categories = own or getattr(cookbook, f"LLAMA_GUARD_{number}_CATEGORY")

@@ -16,7 +16,10 @@ about = partial(pytest.approx, rel=1e-3)  # float32 sums of 128,256 small terms
 
 
 def logits(*rows: dict[int, float]) -> torch.Tensor:
-    """Logits with the given probabilities by token; the rest is spread evenly over all other tokens."""
+    """Logits with the given probabilities by token.
+
+    The rest is spread evenly over all other tokens.
+    """
     out = torch.empty(len(rows), 128256)
     for row, given in zip(out, rows, strict=True):
         row.fill_(math.log((1 - sum(given.values())) / (128256 - len(given))))

@@ -1,4 +1,4 @@
-"""Jobs whose processes have different files or options are refused: all processes raise the same error."""
+"""Jobs whose processes have different files or options: all processes raise the same error."""
 
 import json
 import threading

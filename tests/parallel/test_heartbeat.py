@@ -1,4 +1,4 @@
-"""Heartbeats: two nodes whose link goes down, and the limit after which a silent process counts as lost."""
+"""Heartbeats: a link between nodes goes down, and the limit for a silent process."""
 
 import logging
 import os
@@ -105,7 +105,7 @@ def test_a_process_that_failed_ends_the_others_while_they_compute(ended, monkeyp
 
 
 def test_a_process_ends_where_no_thread_can_be_started(monkeypatch, caplog):
-    """As during interpreter shutdown, when leaving the process group may wait for a lost process."""
+    """As in interpreter shutdown, when leaving the process group may wait for a lost process."""
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")

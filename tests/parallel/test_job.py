@@ -44,7 +44,7 @@ class Endless:
 
 @pytest.fixture
 def start(folder, tmp_path) -> Iterator[Callable[..., Endless]]:
-    """Start an endless job with environment variables: with a new torchrun, as users do, or with the warm one."""
+    """Start an endless job with a new torchrun, as users do, or with the warm one."""
     with ExitStack() as stack:
 
         def start(command: Sequence[str | Path], **variables: str) -> Endless:
@@ -144,7 +144,7 @@ def test_a_conversation_of_several_processes_is_that_of_one(warm, folder, tmp_pa
 
 
 def test_a_lost_process_is_a_job_error_in_python(peaked, monkeypatch):
-    """The error when another process ends is a JobError, which a script can catch, with a correct message."""
+    """If another process ends, a script can catch a JobError with a correct message."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     llama = copy.copy(peaked)
     llama.job = Job(tensor_group=object())
@@ -171,7 +171,7 @@ def test_processes_cannot_work_together_on_mps(monkeypatch):
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_job_may_run_on_several_nodes(warm, folder, stages):
-    """Two torchrun agents, as on two machines, which find each other through torchrun's rendezvous."""
+    """Two torchrun agents, as on two machines, which meet through torchrun's rendezvous."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Meta's quantized releases compute the same on two processes as on one, for any number of shards."""
+"""Meta's quantized releases compute the same on two processes as on one, in any shards."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,8 @@ def test_two_processes_compute_what_one_does(warm, folders, tmp_path, n_stages, 
         alone = Llama.build(folders[name], max_seq_len=64, device="cpu", verify="never", **options)
         expected = alone.model(torch.tensor(TOKENS))
         distance = (result["logits"] - expected).std() / expected.std()
-        # Summing in a different order may round an input to the next step (parity/test_quantized_releases.py).
+        # A different order of summing may round an input to the next step
+        # (parity/test_quantized_releases.py).
         assert distance < (0.005 if activations is None else 1e-5), name
         assert all(result["equal"]), name
 

@@ -1,4 +1,4 @@
-"""Studying a model on several processes gives the same names, shapes and values as on one, on all of them."""
+"""Studying a model on several processes gives the same names, shapes and values as on one."""
 
 import json
 from pathlib import Path

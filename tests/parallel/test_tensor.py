@@ -30,7 +30,7 @@ SHAPES = {
 }
 # 256 bytes, 88 pairs and 256 special tokens make 600, which is divisible by 2, 3, 4 and 8.
 RANKS = [bytes([byte]) for byte in range(256)] + [bytes([97 + i // 10, 97 + i % 10]) for i in range(88)]
-# Text is generated only for the largest number of shards per shape; elsewhere the logits show what was read.
+# Text is generated only for the largest number of shards per shape; logits are compared for all.
 FOLDERS = [("groups of 4", 1), ("groups of 4", 2), ("groups of 3", 1), ("groups of 3", 4), ("no groups", 3), ("no groups", 8)]
 
 
@@ -43,7 +43,10 @@ def small_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, small_tokenizer) -> dict[str, Path]:
-    """Folders by "shape / shards"; "groups of 3 / hf" is in Hugging Face's format, "groups of 3 / int8" in int8."""
+    """Folders by "shape / shards".
+
+    "groups of 3 / hf" is in Hugging Face's format, "groups of 3 / int8" in int8.
+    """
     root = tmp_path_factory.mktemp("parallel")
     options = {"dtype": torch.float32, "tokenizer": small_tokenizer}
     made = {
@@ -122,7 +125,7 @@ def test_all_processes_sample_the_same_even_with_different_seeds(together, alone
 
 @torch.inference_mode()
 def test_in_bfloat16_three_processes_choose_as_one_does_up_to_near_ties(warm, demo_folder, tmp_path):
-    """Real weights: partial sums are rounded before they are added, which can change the token at a near-tie only."""
+    """Rounded partial sums change tokens only at near-ties, with real weights."""
     task = {
         "folders": {"demo": str(demo_folder)},
         "tokenizer": None,

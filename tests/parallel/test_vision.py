@@ -1,4 +1,4 @@
-"""Vision folders of 1, 2 and 8 shards compute the same on two processes (tensor parallel or pipeline) as on one."""
+"""Vision folders of 1, 2 and 8 shards compute the same on two processes as on one."""
 
 import pytest
 import torch

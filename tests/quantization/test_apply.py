@@ -240,7 +240,7 @@ def test_a_quantized_model_computes_what_its_dequantized_matrices_would(folder, 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("options", [{}, {"shards": 2}, {"tied": True}], ids=str)
 def test_all_ways_lead_to_the_same_numbers(tmp_path, scheme, options):
-    """Quantize while loading, in memory, and through a folder, from Meta's format and Hugging Face's."""
+    """Quantize while loading, in memory and through a folder, in both checkpoint formats."""
     source = tiny_folder(tmp_path / "tiny", **options)
     model = load(source, quantize=scheme)
     assert is_quantized(model)
@@ -530,7 +530,7 @@ def test_on_cuda_everything_stays_on_the_device(scheme, dtype):
 
 
 def test_real_text_loses_little(llama):
-    """KL divergence on code, with a third of the small model's layers and its embedding and output quantized.
+    """KL divergence on code, with a third of the layers, the embedding and the output quantized.
 
     Int4 costs such a small model much quality; calibration reduces the loss (test_gptq.py).
     """

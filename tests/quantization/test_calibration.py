@@ -1,4 +1,4 @@
-"""The calibration text is frozen, long enough, and shares nothing with the texts of bench_quality.py."""
+"""The calibration text is frozen, long enough, and distinct from bench_quality.py's texts."""
 
 import hashlib
 

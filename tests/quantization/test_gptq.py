@@ -98,7 +98,10 @@ def test_strange_inputs_do_no_harm(hessian):
 
 
 def test_few_tokens_are_enough_for_all_columns():
-    """With fewer rows than columns, some errors have no effect on the text; they must stay small anyway."""
+    """With fewer rows than columns, some errors have no effect on the text.
+
+    They must stay small anyway.
+    """
     weight, x = random(30, COLUMNS, seed=8), inputs(9, 0.3)
     rounded, nearest = gptq(weight, x, 32), Int4Linear.from_weight(weight, 32)
     assert error(x, weight, rounded) < 0.3 * error(x, weight, nearest)

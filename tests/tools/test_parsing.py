@@ -278,7 +278,7 @@ BEGINNINGS = [
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 @pytest.mark.parametrize("unit", HURTFUL)
 def test_time_is_linear_and_nothing_raises(beginning, unit):
-    """Ten times the length takes at most 30 times as long (quadratic: 100), plus half a second for a busy machine."""
+    """Ten times the length takes at most 30 times as long (quadratic: 100), plus half a second."""
 
     def seconds(n_characters: int) -> float:
         answer = beginning + unit * (n_characters // len(unit))

@@ -105,7 +105,7 @@ KINDS = st.sampled_from(["int", "str", "float", "bool"])
 
 @st.composite
 def definitions_of(draw, texts=PLAIN):
-    """Tools with at least one parameter: without any, llama-stack writes a line break between empty brackets."""
+    """Tools with parameters: without any, llama-stack writes a line break between brackets."""
     out = []
     for name in draw(st.lists(WORD, min_size=1, max_size=3, unique=True)):
         parameters = {
@@ -134,13 +134,16 @@ def test_plain_definitions_are_written_as_by_llama_stack(tools):
 
 @given(definitions_of(st.text(st.characters(max_codepoint=126, categories=["L", "N"]), min_size=1)))
 def test_plain_tags_are_written_as_by_llama_stack(tools):
-    """For ASCII only: llama-stack escapes other letters in parameters, though not in a tool's own description."""
+    """For ASCII only: llama-stack escapes other letters in parameters."""
     assert function_tag.describe(list(map(ours, tools))) == prompts.FunctionTagCustomToolGenerator().gen(tools).render()
 
 
 @given(definitions_of())
 def test_lists_hold_what_llama_stacks_hold(tools):
-    """llama-stack's sentences are newer than the documents', and its `required` is on one line; the JSON is the same."""
+    """llama-stack's sentences are newer than the documents', and its `required` is on one line.
+
+    The JSON is the same.
+    """
     theirs = prompts.PythonListCustomToolGenerator().gen(tools).render()
     text = python_list.describe(list(map(ours, tools)))
     assert json_list(text) == json_list(theirs)

@@ -13,7 +13,7 @@ ROWS, PASSES = 4096, 3
 
 
 class Bandwidth:
-    """Sums long rows with the contestants' number of threads; the fastest of several passes counts."""
+    """Sums long rows with the contestants' threads; the fastest of several passes counts."""
 
     def __init__(self, settings: Settings, scratch: Path):
         self.buffer = torch.ones(ROWS, PROBE_BYTES // 4 // ROWS, device=settings.device)

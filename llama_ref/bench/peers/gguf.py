@@ -21,7 +21,10 @@ CONTEXT = 131072
 
 
 def write_gguf(folder: CheckpointFolder, path: Path, dtype: torch.dtype) -> None:
-    """Write matrices in `dtype`, norms in float32. No permutation is needed: both use adjacent pairs in RoPE."""
+    """Write matrices in `dtype`, norms in float32.
+
+    No permutation is needed: both use adjacent pairs in RoPE.
+    """
     model = load_model(folder, folder.read_args(), dtype=dtype)
     args = model.args
     writer = GGUFWriter(path, "llama")

@@ -76,7 +76,10 @@ class LlamaCpp:
 
 
 def _decode(context: llama_cpp.llama_context_p, tokens: list[int], rows: list[int], position: int) -> None:
-    """Run tokens of one row from `position` on, or one token per row; computes logits of each row's last token."""
+    """Run tokens of one row from `position` on, or one token per row.
+
+    Computes logits of each row's last token.
+    """
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     try:
         batch.n_tokens = len(tokens)

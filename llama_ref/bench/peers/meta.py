@@ -18,7 +18,10 @@ SAME = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of",
 
 
 class Meta:
-    """Meta's Transformer. Its RoPE factor is always 8: the speed of 3.2 1B and 3B is right, but not their output."""
+    """Meta's Transformer.
+
+    Its RoPE factor is always 8: the speed of 3.2 1B and 3B is right, but not their output.
+    """
 
     def __init__(self, settings: Settings, scratch: Path):
         folder, dtype = open_folder(settings.name), named_dtype(settings.dtype)

@@ -59,7 +59,7 @@ class Ours:
 
     @torch.inference_mode()
     def matmul_seconds(self, batch: int, prompt_len: int) -> float:
-        """Time one layer's matrix products on random numbers, scale to all layers, and add the output's."""
+        """Time one layer's matrix products, scale to all layers, and add the output's."""
         args = self.llama.model.args
         piece = min(prompt_len, max(1, PREFILL_TOKENS // batch))  # chunk size of the generation loop
         shapes = Counter(s for n, s in expected_shapes(args).items() if n.startswith("layers.0.") and len(s) == 2)

@@ -1,4 +1,4 @@
-"""Run Hugging Face's LlamaForCausalLM on the same weights, with its own cache and default attention."""
+"""Run Hugging Face's LlamaForCausalLM, with its own cache and default attention."""
 
 import os
 from collections.abc import Iterator

@@ -45,10 +45,10 @@ def silence_bars() -> None:
 class LlamaRefLM(TemplateLM):
     """Wraps a Llama as a model of the harness.
 
-    Requests longer than `llama.max_seq_len` tokens are truncated on the left. `batch`: contexts read
-    at once. With `chat`, texts are dialogs in the chat format, and special tokens in them are parsed;
-    else text never becomes a special token. `progress` is called with (requests done, all of their
-    kind).
+    Requests longer than `llama.max_seq_len` tokens are truncated on the left. `batch`: contexts
+    read at once. With `chat`, texts are dialogs in the chat format, and special tokens in them are
+    parsed; else text never becomes a special token. `progress` is called with (requests done, all
+    of their kind).
     """
 
     def __init__(self, llama: Llama, *, batch: int = 8, chat: bool = False, progress: Progress | None = None):
@@ -90,7 +90,10 @@ class LlamaRefLM(TemplateLM):
         return "Llama 3's chat format (llama_ref.chat)" if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A dialog as text with special tokens; without a generation prompt, the last message is left open."""
+        """A dialog as text with special tokens.
+
+        Without a generation prompt, the last message is left open.
+        """
         messages = [Message(role=each["role"], content=each["content"]) for each in chat_history]  # type: ignore[typeddict-item]
         formatter = self.llama.formatter
         ids = formatter.encode_dialog_prompt(messages)
@@ -101,7 +104,7 @@ class LlamaRefLM(TemplateLM):
     # ---- log-likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-probability of each request's continuation, and whether greedy decoding would generate it."""
+        """Each continuation's log-probability, and whether greedy decoding would generate it."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
@@ -120,7 +123,10 @@ class LlamaRefLM(TemplateLM):
         return found
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Truncate a context so that all tokens but the last fit. Raises RequestError if no context would be left."""
+        """Truncate a context so that all tokens but the last fit.
+
+        Raises RequestError if no context would be left.
+        """
         if len(continuation) > self.max_length:
             raise RequestError(
                 f"a continuation has {len(continuation):,} tokens, but max_seq_len is {self.max_length:,}: raise --max_seq_len"
@@ -214,7 +220,10 @@ class LlamaRefLM(TemplateLM):
 
     @contextmanager
     def _running(self, what: str, requests: object, total: int) -> Iterator[ProgressCounter]:
-        """Report progress for the block; in a job, check that all processes have the same requests."""
+        """Report progress for the block.
+
+        In a job, check that all processes have the same requests.
+        """
         facts = {"the requests": digest(json.dumps(requests, default=str).encode()), "batch": self.batch_size}
         self.llama.job.check_same(f"computing {what}", facts)
         counter = ProgressCounter(total, self._progress)

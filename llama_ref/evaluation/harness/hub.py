@@ -1,4 +1,4 @@
-"""Check whether Hugging Face's hub, which hosts the data of the harness's own tasks, is reachable, to fail fast."""
+"""Check whether Hugging Face's hub, which has the data of the harness's tasks, is reachable."""
 
 import os
 import socket

@@ -15,7 +15,10 @@ FLAGS = {
 
 
 def prepare_harness() -> None:
-    """Set the environment that the harness's libraries read on import. Raises RequestError if it is not installed."""
+    """Set the environment that the harness's libraries read on import.
+
+    Raises RequestError if it is not installed.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise RequestError(f"evaluate needs lm-evaluation-harness: {OTHERWISE}")
     for name, value in FLAGS.items():

@@ -27,7 +27,8 @@ class EvaluationSettings:
     """Settings of an evaluation. `limit`: documents per task; None: all.
 
     `num_fewshot`: None uses each task's own number. `chat`: write requests in the chat format, with
-    examples as separate messages. `use_cache`: the beginning of the name of a file that caches answers.
+    examples as separate messages. `use_cache`: the beginning of the name of a file that caches
+    answers.
     """
 
     tasks: tuple[str, ...]
@@ -76,8 +77,8 @@ def run_tasks(
 
     `tasks`: the result of `find_tasks` for the settings, if it was already called. `identity`
     identifies the model, so that cached answers of another model are not used. In a job only the
-    first process gets results, the others an empty dict. Raises RequestError for tasks that cannot be
-    run, LlamaRefError for NaN logits.
+    first process gets results, the others an empty dict. Raises RequestError for tasks that cannot
+    be run, LlamaRefError for NaN logits.
     """
     prepare_harness()
     from lm_eval import simple_evaluate
@@ -106,7 +107,7 @@ def run_tasks(
 
 @contextmanager
 def _failures_in_words() -> Iterator[None]:
-    """Turn the harness's errors about a task's content, its data or its cache into LlamaRefError."""
+    """Turn the harness's errors about a task, its data or its cache into LlamaRefError."""
     try:
         yield
     except LlamaRefError:

@@ -11,7 +11,7 @@ from llama_ref.errors import RequestError
 
 
 class Tasks(TaskManager):
-    """A TaskManager that raises RequestError for tasks that are broken, unsupported or lack their data."""
+    """A TaskManager that raises RequestError for broken or unsupported tasks and missing data."""
 
     def load(self, task_list: Any) -> Any:
         try:
@@ -29,7 +29,8 @@ class Tasks(TaskManager):
 def find_tasks(names: Sequence[str], include_path: str | None) -> Tasks:
     """A task manager that can load these tasks. Raises RequestError for an unknown name.
 
-    If the folder has all of them, the harness's own 14,000 tasks are not listed, which takes seconds.
+    If the folder has all of them, the harness's own 14,000 tasks are not listed, which takes
+    seconds.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise RequestError(f"--include_path is {include_path}, expected a folder with YAML files of tasks")

@@ -69,7 +69,7 @@ class Share:
         return self.stage == self.n_stages - 1
 
     def slice_of(self, total: int) -> range:
-        """This share of `total` items; the sizes of shares differ by one at most."""
+        """The range of `total` items in this share; sizes of shares differ by at most one."""
         return _nth(self.rank, self.world_size, total)
 
     def layers(self, n_layers: int) -> range:

@@ -103,7 +103,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 def part_sizes(total: int, group: ProcessGroup) -> list[int]:
-    """Each process's number of `total` features."""
+    """The number of features per process, for `total` features."""
     return [len(Share(rank, group.size()).slice_of(total)) for rank in range(group.size())]
 
 

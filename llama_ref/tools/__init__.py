@@ -1,9 +1,9 @@
 """Tool calling: write tools into a prompt, and parse the calls in the model's answer.
 
-`ToolSet.from_tools(tools)` takes Python functions, JSON schemas and names of built-in tools. Its `write` puts
-them into a dialog as Meta's documents do, and returns plain messages: what the model reads is there to
-see. `parse_tool_calls` finds the calls in an answer, whichever of the forms they have. Nothing that a
-model writes is executed.
+`ToolSet.from_tools(tools)` takes Python functions, JSON schemas and names of built-in tools. Its `write`
+adds them to a dialog as in Meta's documents, and returns plain messages, so that you can see what
+the model reads. `parse_tool_calls` finds the calls in an answer, in any of the supported formats.
+Nothing that a model writes is executed.
 
 Each format has its own file: `builtin`, `json_form`, `function_tag`, `python_list`.
 """

@@ -18,7 +18,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ToolSet:
-    """Tools as a prompt offers them; made by `ToolSet.from_tools`.
+    """The tools that a prompt offers; create it with `ToolSet.from_tools`.
 
     `format`: how custom tools are written and called; None: the format that the model's release
     expects. `today`: the date to state in the prompt. `instruction`: replaces Meta's instruction in

@@ -258,7 +258,7 @@ def test_names_that_a_form_cannot_hold_are_refused():
             ToolSet.from_tools([{"name": name}], form).write([])
     with pytest.raises(RequestError, match="unknown tool_format 'xml'"):
         ToolSet.from_tools([], "xml")
-    with pytest.raises(RequestError, match="today is a text"):
+    with pytest.raises(RequestError, match="today is 2024, expected a string"):
         ToolSet.from_tools([], today=2024)
 
 

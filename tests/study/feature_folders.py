@@ -72,11 +72,13 @@ def llama_scope(
     save_file(tensors(**arrays), path / "checkpoints/final.safetensors")
 
     def encode(x: np.ndarray) -> np.ndarray:
+        """As the authors' code does: scales and norms are folded into the weights, then the threshold applies."""
         if kind == "TC":
             x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
-        factor = dim**0.5 / norm_in if config.get("norm_activation") == "dataset-wise" else 1
-        z = (x * factor) @ w_enc.T + b_enc
-        return np.where(z * np.linalg.norm(w_dec, axis=1) > threshold, z, 0)
+        norms = np.linalg.norm(w_dec * norm_out / dim**0.5, axis=1)
+        folded_encoder = w_enc * (dim**0.5 / norm_in) * norms[:, None]
+        features = x @ folded_encoder.T + b_enc * norms
+        return np.where(features > threshold, features, 0) / norms
 
     return Written(path, encode, lambda f, x: (f @ w_dec + b_dec) * norm_out / dim**0.5, "Llama Scope")
 

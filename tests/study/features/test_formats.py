@@ -190,6 +190,21 @@ def test_words_that_contradict_each_other(tmp_path):
     assert study.open_features(path, layer=1).reads == "layers.1.ffn.norm"
 
 
+@pytest.mark.parametrize(
+    ("kind", "norms", "threshold", "expected"),
+    [("R", {"in": 6.3125, "out": 6.3125}, 0.2021484375, 2.0496), ("TC", {"in": 64.0, "out": 3.390625}, 0.10400390625, 1.9631)],
+)
+def test_a_llama_scope_threshold_is_in_the_unit_of_the_models_outputs(kind, norms, threshold, expected, tmp_path):
+    """Numbers of the published 8x dictionaries of layer 8, whose D is 4096: an R's and a TC's thresholds are much alike."""
+    dim = 64  # the norms of 4096 dimensions are 8 times as large
+    scaled = {name: norm / 8 for name, norm in norms.items()}
+    written = feature_folders.llama_scope(
+        tmp_path, dim, N, kind=kind, dataset_average_activation_norm=scaled, jump_relu_threshold=threshold
+    )
+    features = study.open_features(written.path)
+    assert float(features.activation.least) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_folder_of_folders_names_them(tmp_path):
     for name in ("layers.1", "layers.2"):
         feature_folders.sparsify(tmp_path, DIM, N, name=name)

@@ -1,6 +1,7 @@
 """Llama Scope (arXiv 2410.20526): hyperparams.json and checkpoints/final.safetensors.
 
-JumpReLU with one threshold for all features. Activations are scaled to a mean length of √D, and the decoder's
+JumpReLU with one threshold for all features, in the unit of the model's outputs: it was chosen after the scales
+and the norms of the decoder's rows had been folded into the weights. Activations are scaled to a mean length of √D, and the decoder's
 output is scaled back to the output's mean length. Transcoders read the normed input before the norm's weights.
 """
 
@@ -32,8 +33,9 @@ def read_llama_scope(folder: Path, claims: Claims) -> Features:
         site = claims.settle(folder)
         stored = Stored(folder / FILE)
         weights = _weights(stored, config, dim)
-        activation = _activation(config, len(weights.encoder))
-        return Features(weights, activation, site, _scaling(config, site, dim), path=folder, form="Llama Scope")
+        scaling = _scaling(config, site, dim)
+        activation = _activation(config, len(weights.encoder), scaling)
+        return Features(weights, activation, site, scaling, path=folder, form="Llama Scope")
 
 
 def _claim_name(folder: Path, claims: Claims) -> None:
@@ -60,14 +62,16 @@ def _weights(stored: Stored, config: dict[str, Any], dim: int) -> Weights:
     )
 
 
-def _activation(config: dict[str, Any], n_features: int) -> Activation:
+def _activation(config: dict[str, Any], n_features: int, scaling: Scaling) -> Activation:
     by_norm = switch(config, "sparsity_include_decoder_norm", True)
     match config["act_fn"]:
         case "jumprelu":
             threshold = config.get("jump_relu_threshold")
             if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < float("inf"):
                 raise BadValue(f"jump_relu_threshold is {threshold!r:.40}, expected a number from 0")
-            return Threshold(torch.tensor(float(threshold), device="cpu"), by_norm)
+            # value × ‖decoder row‖ × scaling.out is what the file's threshold is compared with.
+            least = threshold / scaling.out if by_norm else threshold
+            return Threshold(torch.tensor(float(least), device="cpu"), by_norm)
         case "relu":
             return relu()
         case "topk" if not by_norm:

@@ -78,7 +78,7 @@ from llama_ref.study.patch import Edit, edit, mean, patch, scale, set_to, swap_f
 from llama_ref.study.patching.exact import patch_grid, patch_grids
 from llama_ref.study.patching.gradient import attribution_grids, attribution_patch, attribution_patches
 from llama_ref.study.patching.grid import Agreement, Grid
-from llama_ref.study.patching.metrics import logit_difference, probability
+from llama_ref.study.patching.metrics import log_probability, logit_difference, probability
 from llama_ref.study.patching.noise import Noise, noise
 from llama_ref.study.report.writer import write_report
 from llama_ref.study.residual import residual_stream
@@ -144,6 +144,7 @@ __all__ = [
     "fit_probe",
     "image_attention",
     "log_likelihoods",
+    "log_probability",
     "logit_difference",
     "logit_lens",
     "logit_lenses",

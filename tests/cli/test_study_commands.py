@@ -216,6 +216,15 @@ def test_an_estimate_is_shown_beside_the_exact_grid(run, tiny):
     assert re.search(r"Exact:.*By the gradient:.*correlation -?\d\.\d\d, largest difference \d+%", out, re.DOTALL)
 
 
+def test_an_estimate_of_one_token_is_of_its_log_probability(run, demo_folder):
+    """The gradient of its probability, which is 0.000 in the corrupted text, is 0 in every cell."""
+    words = ("patch", str(demo_folder), CAPITAL, ITALY, "--target", PARIS, "--dtype", "float32", "--json")
+    found = parsed(run(*words, "--by", "both")[1])
+    assert found["metric"] == "log-probability of ␣Paris" and found["estimate"]["correlation"] > 0.9
+    assert found["clean"] < 0 and found["corrupted"] < found["clean"] - 2
+    assert parsed(run(*words)[1])["metric"] == "probability of ␣Paris"
+
+
 def test_positions_of_heads_are_ranked(run, tiny):
     words = ("patch", tiny, "12", "13", "--target", "x", "--over", "layer,position,head")
     assert len(parsed(run(*words, "--json")[1])["values"][0][0]) == 4

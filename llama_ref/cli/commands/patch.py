@@ -21,7 +21,7 @@ def patch(
     target: Annotated[str, Flag(TARGET_HELP)],
     other: Annotated[
         str | None,
-        Flag("measure the difference to this token's logit", unset="measure the probability"),
+        Flag("measure the difference to this token's logit", unset="measure the probability; with a gradient, its logarithm"),
     ] = None,
     noise: Annotated[
         str | None,
@@ -64,8 +64,8 @@ def patch(
     from llama_ref.study.inputs import check_over, check_same_length, prompt_tokens
     from llama_ref.study.patching.exact import patch_grid
     from llama_ref.study.patching.gradient import attribution_patch, path_shares
-    from llama_ref.study.patching.grid import GridPair
-    from llama_ref.study.patching.metrics import logit_difference, probability
+    from llama_ref.study.patching.grid import GridPair, Measure
+    from llama_ref.study.patching.metrics import log_probability, logit_difference, probability
     from llama_ref.study.patching.noise import noise as noise_on
     from llama_ref.study.subject import positions_of
 
@@ -95,10 +95,10 @@ def patch(
     other_text = wrong if against_clean is None else against_clean
     wanted = first_token(llama, "target", target, right)
     against = None if other is None else first_token(llama, "other", other, wrong)
-    if against is None:
-        metric = probability(wanted)
-    else:
-        metric = logit_difference(wanted, against)
+    # The gradient of a probability vanishes at a corrupted text that has almost none.
+    measure: Measure = "probability" if by == "exact" else "log-probability"
+    single = {"probability": probability, "log-probability": log_probability}[measure]
+    metric = single(wanted) if against is None else logit_difference(wanted, against)
     exact = estimate = None
     if by != "gradient":
         with progress_bar("patching") as progress:
@@ -106,7 +106,7 @@ def patch(
     if by != "exact":
         with progress_bar("estimating") as progress:
             estimate = attribution_patch(llama.model, right, other_text, metric, axes, steps=steps, progress=progress)
-    pair = GridPair(exact, estimate, right, wrong, wanted, against, against_clean)
+    pair = GridPair(exact, estimate, right, wrong, wanted, against, against_clean, measure)
     if out is not None:
         seen = replace(overview_of(llama, right, wanted, 5), patched=pair)
         write_page(seen, llama, name, out)
@@ -115,4 +115,4 @@ def patch(
         figures.check_pictures(png)
         for grid, file in ((exact, "patch.png"), (estimate, "patch-gradient.png")):
             if grid is not None:
-                figures.draw_grid(grid, right, wrong, tokenizer, wanted, against, Path(png) / file)
+                figures.draw_grid(grid, right, wrong, tokenizer, wanted, against, Path(png) / file, measure)

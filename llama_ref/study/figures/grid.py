@@ -27,20 +27,30 @@ def draw_grid(
     target: int,
     other: int | None,
     path: str | Path,
+    measure: str = "probability",
 ) -> None:
-    """Draw the share of the clean answer that each cell restores: layers × positions or heads."""
-    save(path, grid_figure, grid, clean, corrupted, tokenizer, target, other)
+    """Draw the share of the clean answer that each cell restores: layers × positions or heads.
+
+    Without `other`, `measure` names the metric of the target.
+    """
+    save(path, grid_figure, grid, clean, corrupted, tokenizer, target, other, measure)
 
 
 def grid_figure(
-    grid: Grid, clean: Sequence[int], corrupted: Sequence[int], tokenizer: Tokenizer, target: int, other: int | None
+    grid: Grid,
+    clean: Sequence[int],
+    corrupted: Sequence[int],
+    tokenizer: Tokenizer,
+    target: int,
+    other: int | None,
+    measure: str = "probability",
 ) -> "Figure":
     """A map from -100% to 100%, with numbers if there is room; labels show where the texts differ."""
     from matplotlib.colors import Normalize
 
     restored = grid.restored
     rows, columns = restored.shape
-    title, caption = _words(grid, clean, corrupted, tokenizer, target, other)
+    title, caption = _words(grid, clean, corrupted, tokenizer, target, other, measure)
     height = canvas.row_height(CELL[1], rows)
     figure = canvas.new_figure(min(columns * CELL[0], WIDTH) + MARGIN, rows * height + 1.2, title, caption)
     cell = ((figure.get_figwidth() - MARGIN) / columns, height)
@@ -75,10 +85,16 @@ def _columns(clean: Sequence[int], corrupted: Sequence[int], tokenizer: Tokenize
 
 
 def _words(
-    grid: Grid, clean: Sequence[int], corrupted: Sequence[int], tokenizer: Tokenizer, target: int, other: int | None
+    grid: Grid,
+    clean: Sequence[int],
+    corrupted: Sequence[int],
+    tokenizer: Tokenizer,
+    target: int,
+    other: int | None,
+    measure: str,
 ) -> tuple[str, str]:
     """Title and caption."""
-    metric = f"Probability of {quoted(tokenizer, target)}"
+    metric = f"{measure.capitalize()} of {quoted(tokenizer, target)}"
     if other is not None:
         metric = f"{quoted(tokenizer, target)} ahead of {quoted(tokenizer, other)}"
     title = f"{metric}: what each {grid.axes[1]} restores"

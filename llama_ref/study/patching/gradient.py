@@ -59,13 +59,15 @@ def attribution_patch(
 ) -> Grid:
     """Estimate `patch_grid` with two forward passes and one backward pass; it takes the same arguments.
 
-    By default the gradient is taken at the corrupted text. With `steps` it is the mean of that many
-    gradients between the two texts (integrated gradients). With `along` "inputs", the embeddings move from
-    the corrupted text's to the clean text's: one pass per step. With `along` "activation", `name` moves in
-    one layer at a time, all its cells together: one pass per step and layer; with enough steps a layer's
-    estimates add up to the effect of patching the whole layer. Quantized models: see gradients.py.
-    `progress` is called with the texts done and their number, over all passes. Raises RequestError as
-    `patch_grid` does, and for a metric that has no gradient.
+    The gradient must not vanish at the corrupted text, as that of a small probability does: take
+    `logit_difference` or `log_probability`. By default it is taken at the corrupted text. With `steps` it
+    is the mean of that many gradients between the two texts (integrated gradients). With `along` "inputs",
+    the embeddings move from the corrupted text's to the clean text's: one pass per step. With `along`
+    "activation", `name` moves in one layer at a time, all its cells together; with enough steps a layer's
+    estimates add up to the effect of patching the whole layer. Its passes, with a layer's steps as rows, are
+    slower than those of "inputs", and than `patch_grid`'s for short texts. Quantized models: see
+    gradients.py. `progress` is called with the texts done and their number, over all passes. Raises
+    RequestError as `patch_grid` does, and for a metric that has no gradient.
     """
     others = corrupted if isinstance(corrupted, Noise) else one_row(model, corrupted)
     grids = attribution_patches(
@@ -255,19 +257,23 @@ def _along_activation(
 def _change(
     before: Streams, run: int, key: str, clean: Tensor, corrupted: Tensor, metric: Metric, shares: Sequence[float]
 ) -> Tensor:
-    """The difference of an activation's two values times the mean gradient at `shares` between them, for one run."""
-    change = difference(clean, corrupted)
+    """The difference of an activation's two values times the mean gradient at `shares` between them, for one run.
+
+    The points between are rows of a pass, as many as fit.
+    """
+    change = difference(clean, corrupted)  # (1, T, …)
     total = torch.zeros_like(change)
-    for share in shares:
-        moved = torch.where(clean == corrupted, corrupted, corrupted + share * change.to(corrupted))
+    n = max(1, before.pass_tokens // len(before.texts[run]))
+    for some in (shares[i : i + n] for i in range(0, len(shares), n)):
+        moved = [torch.where(clean == corrupted, corrupted, corrupted + share * change.to(corrupted)) for share in some]
         with ExitStack() as block:
             block.enter_context(gradients(before.model))
-            batch = block.enter_context(before.resumed([run]))
-            point = moved.clone().requires_grad_()
-            block.enter_context(patch(before.model, {key: set_to(point)}))
-            found = measure(before.model, batch, [metric])
-            total = total + gradient_of(found.sum(), [point])[0] / len(shares)
-    return change * total
+            batch = block.enter_context(before.resumed([run] * len(some)))
+            points = torch.cat(moved).requires_grad_()
+            block.enter_context(patch(before.model, {key: set_to(points)}))
+            found = measure(before.model, batch, [metric] * len(some))
+            total += gradient_of(found.sum(), [points])[0].sum(0, keepdim=True)
+    return change * total / len(shares)
 
 
 def _grids(

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from llama_ref.errors import RequestError
 from llama_ref.study.patching.noise import Noise
+
+Measure = Literal["probability", "log-probability"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Grid:
 class GridPair:
     """A grid and its estimate, or one of the two, with their texts and tokens.
 
-    With `noise`, `corrupted` is the clean text.
+    With `noise`, `corrupted` is the clean text. `measure` is the metric of the target if there is no
+    `other`; otherwise it is the difference of the two logits.
     """
 
     exact: Grid | None
@@ -70,6 +73,7 @@ class GridPair:
     target: int
     other: int | None
     noise: Noise | None = None
+    measure: Measure = "probability"
 
     @property
     def grids(self) -> list[Grid]:

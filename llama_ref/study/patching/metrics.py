@@ -28,6 +28,11 @@ def probability(target: int) -> Metric:
     return lambda logits: logits.float().softmax(-1)[:, _check_token(target, logits)]
 
 
+def log_probability(target: int) -> Metric:
+    """A metric: the target's log-probability, whose gradient does not vanish where the token is improbable."""
+    return lambda logits: logits.float().log_softmax(-1)[:, _check_token(target, logits)]
+
+
 def measure(model: Transformer, batch: Batch, metrics: Sequence[Metric]) -> Tensor:
     """Run texts in one pass, and apply each one's metric: float32 (n,), on the model's device."""
     return measure_hidden(model, batch, batch.hidden(model), metrics)

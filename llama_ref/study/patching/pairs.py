@@ -58,7 +58,7 @@ def _noises(corrupted: Corrupted, n: int) -> list[Noise] | None:
 
 def _check(pair: Pair, where: str) -> None:
     if not callable(pair.metric):
-        expected = "expected probability(…), logit_difference(…) or a function of logits"
+        expected = "expected logit_difference(…), probability(…), log_probability(…) or a function of logits"
         raise RequestError(f"{where}metric is {pair.metric!r:.60}, {expected}")
     if len(pair.clean) != len(pair.corrupted):
         raise RequestError(

@@ -145,6 +145,7 @@ def _patched(found: GridPair, tokenizer: Tokenizer) -> dict[str, Any]:
         "noise": None if found.noise is None else list(found.noise.positions),
         "target": label(tokenizer, found.target),
         "other": None if found.other is None else label(tokenizer, found.other),
+        "measure": found.measure,
     }
 
 

@@ -852,10 +852,10 @@ def test_features_of_another_text_are_refused(peaked, fired, tmp_path):
 
 def test_saliency_and_grids_have_sections_where_they_were_measured(peaked, paris, open_page, tmp_path):
     model, tokens, other = peaked.model, peaked.encode("the cat"), peaked.encode("the dog")
-    metric = study.probability(115)
+    metric = study.log_probability(115)
     shares = study.saliency(model, tokens, 115, positions=range(1, len(tokens)), steps=4)
     exact, estimate = (make(model, tokens, other, metric) for make in (study.patch_grid, study.attribution_patch))
-    pair = GridPair(exact, estimate, tokens, other, 115, None)
+    pair = GridPair(exact, estimate, tokens, other, 115, None, measure="log-probability")
     seen = replace(overview(model, tokens, bos=256, target=115), saliency=shares, patched=pair)
     write_report(seen, peaked.tokenizer, tmp_path / "a.html", model_name="A model")
     with open_page(tmp_path / "a.html") as page:
@@ -863,7 +863,8 @@ def test_saliency_and_grids_have_sections_where_they_were_measured(peaked, paris
         assert page.locator("#saliency-strip .chip").count() == len(tokens)
         best = max(range(len(tokens)), key=lambda position: abs(float(shares.shares[position])))
         assert page.locator("#saliency-strongest .bars > :first-child").inner_text().endswith(f"@{best}")
-        assert f"{estimate.agreement(exact).correlation:.2f}" in page.locator("#patching-sum").inner_text()
+        summary = page.locator("#patching-sum").inner_text()
+        assert "The log-probability of s is" in summary and f"{estimate.agreement(exact).correlation:.2f}" in summary
         point_at(page, "#estimate-grid", 60, 32)
         assert "layer 0" in card(page) and "exact" in card(page) and "estimate" in card(page)
     with open_page(paris) as page:

@@ -22,7 +22,7 @@ BEST = 12  # cells shown of a grid of three axes
 
 def print_grids(pair: GridPair, tokenizer: Tokenizer, *, as_json: bool) -> None:
     """Print how much of the metric each patched cell restores, in percent: exact, estimated, or both."""
-    metric = f"probability of {label(tokenizer, pair.target)}"
+    metric = f"{pair.measure} of {label(tokenizer, pair.target)}"
     if pair.other is not None:
         metric = f"logit of {label(tokenizer, pair.target)} above {label(tokenizer, pair.other)}"
     agreement, grids = pair.agreement, pair.grids

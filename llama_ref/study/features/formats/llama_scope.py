@@ -1,8 +1,9 @@
 """Llama Scope (arXiv 2410.20526): hyperparams.json and checkpoints/final.safetensors.
 
-JumpReLU with one threshold for all features, in the unit of the model's outputs: it was chosen after the scales
-and the norms of the decoder's rows had been folded into the weights. Activations are scaled to a mean length of √D, and the decoder's
-output is scaled back to the output's mean length. Transcoders read the normed input before the norm's weights.
+JumpReLU with one threshold for all features. Activations are scaled to a mean length of √D, and the
+decoder's output is scaled back to the output's mean length. The threshold was chosen after these
+scales and the norms of the decoder's rows had been folded into the weights, which the files do not
+have. Transcoders read the normed input before the norm's weights.
 """
 
 import re

@@ -3,7 +3,7 @@
 function startPatching() {
   const found = data.patched;
   if (!hasSection("patching", found)) return;
-  const measured = found.other === null ? `probability of ${found.target}` : `logit of ${found.target} above ${found.other}`;
+  const measured = found.other === null ? `${found.measure} of ${found.target}` : `logit of ${found.target} above ${found.other}`;
   const place = found.axes[1];
   const noisy = found.noise?.map((position) => `${found.text[position]} @${position}`).join(", ");
   byId("patching-lead").textContent =

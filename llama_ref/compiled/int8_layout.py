@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.machine import memory
-from llama_ref.quantization.linear import FEW_ROWS, Int8Linear, Int8Matrix, fits_int8_kernel, wide_dtype
+from llama_ref.quantization.linear import FEW_ROWS, Int8Linear, Int8Matrix, fits_int8_kernel, has_few_rows, wide_dtype
 
 LONG_ROW, PIECE = 4096, 1024  # longer rows are cut into pieces
 
@@ -28,7 +28,7 @@ class PiecewiseInt8Linear(Int8Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), for prompts and batches."""
-        if x.dtype == torch.float16 or x.numel() > FEW_ROWS * x.shape[-1]:
+        if not has_few_rows(x, FEW_ROWS):
             return self._times_blocks(x)
         pieces = x.reshape(-1, len(self.q), PIECE).transpose(0, 1).contiguous()  # (P, T, 1024)
         if not fits_int8_kernel(pieces, self.q):

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from llama_ref.machine import memory
-from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtype
+from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, has_few_rows, wide_dtype
 
 aten = torch.ops.aten
 
 TILE_ROWS = 64  # tiles have 16, 32 or 64 rows, depending on the processor; matrices are padded to 64
 CONVERTED_WEIGHTS = 1 << 21  # converted at a time: packing needs each number as an int32
-FEW_ROWS = 128  # up to this many rows the kernel was faster than converting to bfloat16, on two Zen 5 cores
+# Up to this many rows the kernel was faster than converting: in bfloat16 on two Zen 5 cores, in float32,
+# which is not vectorized, on a Xeon.
+FEW_ROWS = {torch.bfloat16: 128, torch.float32: 2}
 
 
 def faster(module: Int4Linear, dtype: torch.dtype) -> QuantizedMatrix:
@@ -80,8 +82,7 @@ class TiledInt4Linear(QuantizedMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
-        few = x.numel() <= FEW_ROWS * x.shape[-1]
-        if not few or x.dtype != self.scale_and_zero.dtype:
+        if not has_few_rows(x, FEW_ROWS) or x.dtype != self.scale_and_zero.dtype:
             parts = [x @ self._columns(rows, x.dtype) for rows in self._blocks()]
             return torch.cat(parts, dim=-1)
         packed = self.tiles.view(-1, self.shape[1] // 2)

@@ -238,9 +238,11 @@ def test_positions_of_heads_are_ranked(run, tiny):
     ("words", "message"),
     [
         (("--steps", "3"), "--steps is given, but --by is exact"),
-        (("--by", "gradient", "--steps", "0"), "steps is 0, expected a whole number from 1"),
+        (("--by", "gradient", "--steps", "0"), "--steps is 0, expected a whole number from 1; leave it out for one gradient"),
         (("--over", "layer,position,head", "--png", "x"), "--png draws grids of two axes"),
         (("--by", "x"), "exact"),
+        (("--noise_seeds", "3"), "--noise_seeds is given without --noise"),
+        (("--noise_scale", "1"), "without --noise"),
     ],
 )
 def test_estimates_that_cannot_be_are_refused(run, tiny, words, message):

@@ -9,6 +9,8 @@ from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
 from llama_ref.cli.studying import TARGET_HELP, Out, check_outputs, first_token, open_to_study, overview_of, write_page
 from llama_ref.errors import RequestError
 
+NOISE_SCALE, NOISE_SEEDS = 3.0, 10
+
 
 @command(Section.STUDY)
 def patch(
@@ -27,8 +29,8 @@ def patch(
         str | None,
         Flag('piece of CLEAN, such as "France", whose embeddings get noise, in place of CORRUPTED (causal tracing)'),
     ] = None,
-    noise_scale: Annotated[float, Flag("standard deviations of the embedding")] = 3.0,
-    noise_seeds: Annotated[int, Flag("runs to average")] = 10,
+    noise_scale: Annotated[float, Flag("standard deviations of the embedding")] = NOISE_SCALE,
+    noise_seeds: Annotated[int, Flag("runs to average")] = NOISE_SEEDS,
     over: Annotated[
         str,
         Flag(
@@ -73,6 +75,8 @@ def patch(
         raise RequestError("missing CORRUPTED or --noise: what is the clean text to be compared with?")
     if corrupted is not None and noise is not None:
         raise RequestError("unexpected --noise beside CORRUPTED: take one of the two")
+    if noise is None and (noise_scale, noise_seeds) != (NOISE_SCALE, NOISE_SEEDS):
+        raise RequestError("--noise_scale or --noise_seeds is given without --noise: say which tokens get noise")
     axes = check_over(over)
     path_shares(steps)
     if steps is not None and by == "exact":

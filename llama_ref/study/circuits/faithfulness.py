@@ -69,6 +69,8 @@ def circuit_curve(
     """
     if of not in ("edges", "nodes"):
         raise RequestError(f"of is {of!r:.40}, expected edges or nodes")
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
+        raise RequestError(f"sizes is {sizes!r:.40}, expected a list of sizes, such as [10, 100, 1000]")
     top = scores.keep_edges if of == "edges" else scores.keep_nodes
     masks = [top(n) for n in sizes]
     counter = ProgressCounter(2 * len(masks) + 2, progress)

@@ -86,7 +86,7 @@ class Collection:
     def difference(self, other: "Collection") -> str | None:
         """The first part in which another index differs, in words; None if they are equal."""
         words = {
-            "model": "another model",
+            "model": "another model, or this one with weights in another dtype",
             "names": "other names",
             "dtype": "another dtype",
             "prompts": "other prompts",

@@ -23,9 +23,13 @@ LIMIT_BYTES = 1 << 30
 def write_control_vector(path: str | Path, directions: Mapping[int, Tensor], model_hint: str = "llama") -> None:
     """Write {layer: (D,)}, for `llama-cli --control-vector`. Raises RequestError for layer 0 or an invalid direction."""
     gguf = _gguf()
-    if not directions or 0 in directions:
-        raise RequestError("a control vector has directions for layers from 1: llama.cpp adds none after layer 0")
-    dim = next(iter(directions.values())).numel()
+    if not isinstance(directions, Mapping) or not directions:
+        raise RequestError(f"directions is {directions!r:.40}, expected one for each layer, such as {{12: direction}}")
+    for layer in directions:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+            raise RequestError(f"directions has layer {layer!r:.40}, expected 1 or above: llama.cpp adds none after layer 0")
+    first = next(iter(directions.values()))
+    dim = first.numel() if isinstance(first, Tensor) else 0
     rows = {layer: check_direction(each, dim).cpu().numpy() for layer, each in sorted(directions.items())}
     try:
         writer = gguf.GGUFWriter(path, ARCHITECTURE)

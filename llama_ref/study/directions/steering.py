@@ -4,6 +4,7 @@ with study.steer(llama.model, direction, scale=4, layers=[10, 11]):
     llama.generate(…)
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -36,8 +37,8 @@ def steer(
     select some. Like `patch`, it applies in this thread, in generation too. Raises RequestError.
     """
     check_model(model)
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise RequestError(f"scale is {scale!r:.40}, expected a number")
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise RequestError(f"scale is {scale!r:.40}, expected a finite number")
     each = _by_layer(model, direction, layers)
     with patch(model, {f"layers.{layer}.residual_post": _adding(own * float(scale)) for layer, own in each.items()}):
         yield

@@ -202,7 +202,13 @@ def _edits(
 
 
 def chosen_features(features: Features, given: int | Sequence[int]) -> list[int]:
-    """A list of distinct feature numbers. Raises RequestError."""
+    """A list of distinct feature numbers. Raises RequestError, also for a dictionary that is not of one layer."""
+    if not isinstance(features, Features):
+        of_all = "a cross-layer transcoder: take one of its layers, features.layers[i]"
+        what = (
+            of_all if isinstance(features, CrossLayerTranscoder) else f"{features!r:.40}, expected what open_features returns"
+        )
+        raise RequestError(f"features is {what}")
     each = [given] if isinstance(given, int) else given
     if isinstance(each, str) or not isinstance(each, Sequence) or not each:
         raise RequestError(f"features are {given!r:.60}, expected the number of one, or a list of them")

@@ -1,5 +1,6 @@
 """The cells of a grid: the axes of an activation along which it is patched."""
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -62,6 +63,9 @@ class CellAxes:
 
 def _check_name(model: Transformer, name: str, axes: tuple[str, ...]) -> None:
     if name not in LAYER_AXES:
+        whole = re.fullmatch(r"layers\.(?:\d+|\*)\.(.+)", str(name))
+        if whole and whole[1] in LAYER_AXES:
+            raise RequestError(f"name is {name!r:.60}, expected it without the layer: {whole[1]}; a grid has all layers")
         matching(model.args, f"layers.*.{name}")  # raises with similar names
         raise RequestError(f"name is {name!r:.60}, expected one activation of a layer, not a glob")
     for axis in axes:

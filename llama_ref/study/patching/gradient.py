@@ -128,7 +128,7 @@ def path_shares(steps: int | None) -> list[float]:
     if steps is None:
         return [0.0]
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise RequestError(f"steps is {steps!r:.40}, expected a whole number from 1, or None for one gradient")
+        raise RequestError(f"steps is {steps!r:.40}, expected a whole number from 1; leave it out for one gradient")
     return [(i + 0.5) / steps for i in range(steps)]
 
 

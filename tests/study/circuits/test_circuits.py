@@ -212,6 +212,10 @@ def test_curves_are_runs_of_the_top_edges_and_of_all_others():
         (lambda model, scores: scores.top(-1), "n is -1, expected a number of edges from 0 to"),
         (lambda model, scores: scores.keep_nodes(99), "n is 99, expected a number of nodes from 0 to 11"),
         (lambda model, scores: curve_of(model, scores, of="heads"), "of is 'heads', expected edges or nodes"),
+        (
+            lambda model, scores: study.circuit_curve(model, CLEAN, CORRUPTED, METRIC, scores, 100),
+            r"sizes is 100, expected a list of sizes, such as \[10",
+        ),
         (lambda model, scores: study.attribute_edges(model, CLEAN, CORRUPTED, METRIC, steps=0), "steps is 0"),
         (lambda model, scores: study.attribute_edges(model, CLEAN, [1], METRIC), "of the same length"),
     ],

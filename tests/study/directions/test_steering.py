@@ -1,5 +1,7 @@
 """Directions, probes, steering and control vectors, compared with NumPy, scikit-learn, plain forwards and gguf."""
 
+import math
+
 import gguf
 import numpy as np
 import pytest
@@ -139,6 +141,7 @@ def test_misuse_is_named(model, direction, rows):
         (lambda: study.steer(model, direction).__enter__(), "layers is missing"),
         (lambda: study.steer(model, direction, 1, 3).__enter__(), "layer is 3, expected a whole number from 0 to 2"),
         (lambda: study.steer(model, direction, "2", 1).__enter__(), "scale is '2'"),
+        (lambda: study.steer(model, direction, math.nan, 1).__enter__(), "scale is nan, expected a finite number"),
         (lambda: study.steer(model, direction[:5], 1, 1).__enter__(), r"expected floating-point numbers \(32,\)"),
         (lambda: study.steer(model, {1: direction}, 1, [2]).__enter__(), "no direction for layer 2, only for 1"),
         (lambda: study.ablate(model, torch.zeros(32)).__enter__(), "direction is zero"),
@@ -175,8 +178,16 @@ def test_gguf_reads_what_is_written_and_the_other_way_round(direction, tmp_path)
 
 
 def test_other_files_are_refused(direction, tmp_path):
-    with pytest.raises(RequestError, match="from 1"):
-        study.write_control_vector(tmp_path / "a.gguf", {0: direction})
+    for wrong, words in (
+        ({0: direction}, "layer 0, expected 1 or above"),
+        ({"a": direction}, "layer 'a', expected 1 or above"),
+        ({1: direction.tolist()}, "direction is "),
+        (direction, "expected one for each layer"),
+        ({}, "expected one for each layer"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            study.write_control_vector(tmp_path / "a.gguf", wrong)
+        assert not (tmp_path / "a.gguf").exists()
     study.write_control_vector(tmp_path / "a.gguf", {1: direction})
     whole = (tmp_path / "a.gguf").read_bytes()
     huge = whole.replace((32).to_bytes(8, "little"), (1 << 60).to_bytes(8, "little"))

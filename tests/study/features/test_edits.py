@@ -203,6 +203,10 @@ def test_misuse(model, features, tmp_path):
     for call in wrong:
         with pytest.raises(RequestError):
             call()
+    whole = study.open_cross_layer(feature_folders.cross_layer(tmp_path / "whole", ARGS.dim, 8, ARGS.n_layers).path)
+    for call in (lambda: study.ablate_features(whole, 3), lambda: study.top_contexts(whole, 3, [[1, 2]], model=model)):
+        with pytest.raises(RequestError, match=r"take one of its layers, features.layers\[i\]"):
+            call()
     small = study.open_features(feature_folders.goodfire(tmp_path, 16, 8).path)
     with pytest.raises(RequestError, match="has features of 16 dimensions, up to layer 1, but the model has 64"):
         small.check(model)

@@ -151,6 +151,7 @@ def test_pairs_that_do_not_match_are_refused(model, corrupted, metrics, message)
         ({"over": "layer×head", "name": "ffn.output"}, "has no head axis; take one of attention.q_unrotated"),
         ({"name": "residual"}, "no activation is called"),
         ({"name": "ffn.*"}, "not a glob"),
+        ({"name": "layers.1.residual_post"}, "expected it without the layer: residual_post; a grid has all layers"),
         ({"metric": study.probability(60)}, "token is 60; the vocabulary has 0 to 59"),
         ({"metric": lambda logits: 3.0}, "the metric returned a float"),
     ],

@@ -9,9 +9,12 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from conftest import exit_code
@@ -22,6 +25,7 @@ from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.datasets import collection
 from random_models import random_model
+from study.drawn import FEW, ids_of, models
 
 ARGS = ModelArgs.from_dict(
     {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 60, "multiple_of": 32, "norm_eps": 1e-5}
@@ -70,6 +74,19 @@ def test_values_are_those_of_a_trace(model, prompts, tmp_path, positions, one_sh
         assert found.positions(i) == kept and found.tokens(i).tolist() == [ids[p] for p in kept]
         for name, values in found.prompt(i).items():
             torch.testing.assert_close(values, alone[name][0, kept])
+
+
+@FEW
+@given(models(), st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 99))
+def test_values_of_drawn_shapes_are_those_of_a_trace(model, lengths, seed):
+    prompts = [ids_of(model, length, seed + i)[0].tolist() for i, length in enumerate(lengths)]
+    names = ["layers.*.residual_post", "layers.0.attention.k", "layers.0.attention.head_output", "logits"]
+    with TemporaryDirectory() as folder:
+        found = study.collect(model, prompts, names, to=folder, positions="all")
+        for i, prompt in enumerate(prompts):
+            alone = study.trace(model, prompt, names)
+            for name, values in found.prompt(i).items():
+                torch.testing.assert_close(values, alone[name][0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_shard_is_let_go_before_the_next_is_computed(model, prompts, tmp_path, small_shards, monkeypatch):

@@ -6,10 +6,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 from llama_ref import study
 from llama_ref.args import ModelArgs
@@ -17,6 +20,7 @@ from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Context, Transformer
 from random_models import random_model
+from study.drawn import FEW, ids_of, models
 
 ARGS = ModelArgs.from_dict(
     {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 60, "multiple_of": 32, "norm_eps": 1e-5}
@@ -96,6 +100,28 @@ def test_steering_adds_to_the_residual_stream(model, direction):
     with study.steer(model, each):
         torch.testing.assert_close(model(torch.tensor([TEXT]))[0], expected)
     assert torch.equal(model(torch.tensor([TEXT])), before)
+
+
+@FEW
+@given(models(), st.integers(1, 6), st.integers(0, 99))
+def test_drawn_shapes_are_steered_and_ablated(model, length, seed):
+    """Ablating equals orthogonal weights; a tied output keeps reading with its own."""
+    text, dim = ids_of(model, length, seed), model.args.dim
+    direction = torch.randn(dim, generator=torch.Generator().manual_seed(seed))
+    last = model.args.n_layers - 1
+    with study.steer(model, direction, -3, last):
+        steered = model(text)[0]
+    torch.testing.assert_close(steered, plain(model, text[0].tolist(), {last: -3 * direction}), rtol=1e-4, atol=1e-4)
+    with study.ablate(model, direction):
+        found = model(text)
+    unit = direction / direction.norm()
+    remove = torch.eye(dim) - torch.outer(unit, unit)
+    model.output.weight = nn.Parameter(model.output.weight.clone(), requires_grad=False)
+    model.tok_embeddings.weight = nn.Parameter(model.tok_embeddings.weight @ remove, requires_grad=False)
+    for block in model.layers:
+        for matrix in (block.attention.wo, block.feed_forward.w2):
+            matrix.weight.copy_(remove @ matrix.weight)
+    torch.testing.assert_close(found, model(text), rtol=1e-4, atol=1e-4)
 
 
 def test_generation_is_steered(llama):

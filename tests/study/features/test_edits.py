@@ -1,7 +1,12 @@
 """Edits of features while a model runs: they add exactly the features' change, and nothing else."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from folders import tiny_folder
@@ -14,6 +19,7 @@ from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
 from random_models import random_model
 from study import feature_folders
+from study.drawn import FEW, ids_of, models
 
 ARGS = ModelArgs.from_dict(
     {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 60, "multiple_of": 32, "norm_eps": 1e-5}
@@ -94,6 +100,19 @@ def test_the_activation_moves_by_the_decoders_rows_alone(model, features):
         if not features.is_transcoder and kind == "steer":
             assert not torch.equal(after[name], before[name])
     assert torch.equal(study.trace(model, tokens, name)[name], before[name])  # the edit is removed
+
+
+@FEW
+@given(models(least_layers=2), st.sampled_from(list(MAKERS)), st.integers(1, 6), st.integers(0, 99))
+def test_features_of_drawn_shapes_are_set(model, kind, length, seed):
+    with TemporaryDirectory() as folder:
+        features = study.open_features(MAKERS[kind](Path(folder), model.args.dim, 4 * model.args.dim).path)
+        text, name = ids_of(model, length, seed), features.writes[0]
+        before = study.trace(model, text, [features.reads, name])
+        with study.patch(model, study.set_features(features, {2: 1.5})):
+            after = study.trace(model, text, name)[name]
+        moved = (1.5 - features.encode(before)[..., 2, None]) * features.direction(2)
+        torch.testing.assert_close(after, before[name] + moved, rtol=1e-4, atol=1e-4)
 
 
 def test_positions_and_rows_limit_an_edit(model, features):

@@ -1,10 +1,14 @@
 """How well a dictionary reconstructs an activation, compared with the papers' definitions."""
 
 import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_ref import study
@@ -13,6 +17,7 @@ from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from random_models import random_model
 from study import feature_folders
+from study.drawn import FEW, ids_of, models
 
 ARGS = ModelArgs.from_dict(
     {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 40, "multiple_of": 32, "norm_eps": 1e-5}
@@ -48,6 +53,24 @@ def run(model: Transformer, text: list[int], layer: int, kind: str, replace, ski
     finally:
         hook.remove()
     return F.cross_entropy(logits[skip:-1].double(), torch.tensor(text[skip + 1 :]), reduction="none")
+
+
+@FEW
+@given(models(least_layers=2), st.sampled_from(["residual", "transcoder"]), st.integers(2, 6), st.integers(0, 99))
+def test_losses_of_drawn_shapes(model, kind, length, seed):
+    maker = feature_folders.llama_scope if kind == "residual" else feature_folders.transcoders
+    with TemporaryDirectory() as folder:
+        written = maker(Path(folder), model.args.dim, 4 * model.args.dim)
+        text = ids_of(model, length, seed)[0].tolist()
+        found = study.measure_reconstruction(model, study.open_features(written.path), [text], skip=0)
+
+        def reconstruct(read: Tensor) -> Tensor:
+            x = read[0].double().numpy()
+            return torch.from_numpy(written.decode(written.encode(x), x))[None].float()
+
+        for name, way in {"loss": None, "loss_reconstructed": reconstruct, "loss_zero": torch.zeros_like}.items():
+            expected = float(run(model, text, 1, kind, way, 0).mean())
+            assert getattr(found, name) == pytest.approx(expected, rel=1e-3, abs=1e-3), name
 
 
 @pytest.mark.parametrize("skip", [0, 2])

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama_ref import study
 from llama_ref.errors import RequestError
@@ -11,6 +14,7 @@ from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.study.layer_window import layer_window
 from random_models import random_model
+from study.drawn import FEW, ids_of, models
 from study.patched import ARGS, RAGGED, ids
 
 
@@ -44,6 +48,25 @@ def test_a_grids_cells_are_single_patches(model, over, name, axis):
     assert grid.axes == ("layer", axis) and [len(labels) for labels in grid.labels] == list(grid.values.shape)
     assert json.loads(json.dumps(grid.to_json()))["values"] == grid.values.tolist()
     assert grid.values.dtype == "float32"
+
+
+@FEW
+@given(
+    models(),
+    st.sampled_from([("layer×position", "residual_pre"), ("layer×head", "attention.v"), ("layer×position", "ffn.output")]),
+    st.integers(1, 6),
+    st.integers(0, 99),
+)
+def test_cells_of_drawn_shapes_are_single_patches(model, axes, length, seed):
+    (over, name), metric = axes, study.logit_difference(3, 4)
+    clean, corrupted = ids_of(model, length, seed), ids_of(model, length, seed + 1)
+    grid = study.patch_grid(model, clean, corrupted, metric, over, name)
+    source, axis = study.trace(model, clean), over.removeprefix("layer×")
+    for layer, cell in np.ndindex(grid.values.shape):
+        place = study.swap_from(source).at(**{f"{axis}s": cell})
+        with study.patch(model, {f"layers.{layer}.{name}": place}):
+            expected = metric(model(corrupted)[:, -1]).item()
+        assert grid.values[layer, cell] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", [None, "attention.k", "attention.scores"])

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama_ref import study
 from llama_ref.errors import RequestError
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.study.patching.noise import embedding_deviation
 from random_models import random_model
+from study.drawn import FEW, ids_of, models
 from study.patched import ARGS, ids
 
 METRIC = study.probability(7)
@@ -17,7 +20,7 @@ METRIC = study.probability(7)
 def causal_trace(model, text, positions, scale, seed):
     """Corrupted, and corrupted with one hidden state restored: (number, (layers, positions))."""
     clean = study.trace(model, text, "layers.*.residual_pre")
-    drawn = torch.randn(len(positions), ARGS.dim, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randn(len(positions), model.args.dim, generator=torch.Generator().manual_seed(seed))
 
     def disturb(module, inputs, out):
         out = out.clone()
@@ -35,7 +38,7 @@ def causal_trace(model, text, positions, scale, seed):
 
     disturbing = model.tok_embeddings.register_forward_hook(disturb)
     corrupted = METRIC(model(text)[:, -1]).item()
-    values = np.zeros((3, text.shape[1]))
+    values = np.zeros((model.args.n_layers, text.shape[1]))
     for layer, position in np.ndindex(values.shape):
         restoring = model.layers[layer].register_forward_pre_hook(restore(layer, position))
         values[layer, position] = METRIC(model(text)[:, -1]).item()
@@ -54,6 +57,16 @@ def test_a_grid_after_noise_is_causal_tracing():
     again = study.patch_grid(model, text, study.noise(-4, scale=2.5, seeds=[5]), METRIC, "layer,head")
     other = study.patch_grid(model, text, study.noise(2, scale=2.5, seeds=[5]), METRIC, "layer,head")
     assert (again.values == other.values).all() and again.corrupted == other.corrupted != again.clean
+
+
+@FEW
+@given(models(), st.integers(2, 5), st.integers(0, 99))
+def test_a_grid_of_drawn_shapes_is_causal_tracing(model, length, seed):
+    text = ids_of(model, length, seed)
+    corrupted, values = causal_trace(model, text, [1], 2.0, seed)
+    grid = study.patch_grid(model, text, study.noise(1, scale=2.0, seeds=[seed]), METRIC)
+    assert grid.corrupted == pytest.approx(corrupted, abs=1e-5)
+    assert grid.values == pytest.approx(values, abs=1e-5)
 
 
 def test_noise_of_several_texts_is_each_texts_own():

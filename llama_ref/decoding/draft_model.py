@@ -31,7 +31,7 @@ class DraftModel:
 
     @contextmanager
     def drafting(self, rows: list[Row]) -> Iterator[list["ModelDrafter"]]:
-        idle, self._idle = self._idle, []  # another thread makes its own
+        idle, self._idle = self._idle, []  # another thread creates its own
         if len(rows) == len(idle) == 1 and idle[0].cache.max_seq_len >= rows[0].total_len:
             drafters = idle
             drafters[0].guessed = 0, []
@@ -55,11 +55,11 @@ class ModelDrafter:
         self.rate = AcceptanceRate(PRIOR_RATE)
 
     def draft(self, row: Row, at_most: int, sampler: Sampler) -> Draft:
-        vocabulary = range(self.model.args.vocab_size)  # an image's id is outside: the draft model sees some token instead
+        vocabulary = range(self.model.args.vocab_size)  # image ids are outside: token 0 instead
         text = [token if token in vocabulary else 0 for token in row.prompt] + row.generated
         self._compare(text)
         sampler, draft = sampler.fork(), Draft()
-        # At least one guess: with none the rate would never change again.
+        # At least one guess: with none, the rate would never change again.
         n_guesses = max(1, self.rate.best_length(at_most, self.pass_time, self.cost))
         while len(draft.tokens) < n_guesses:
             logits = self._run(text + draft.tokens)
@@ -80,7 +80,7 @@ class ModelDrafter:
                 return
 
     def _run(self, text: list[int]) -> Tensor:
-        """Run what is new in a text through the model: logits (1, V) after its last token."""
+        """Run a text's new tokens through the model: logits (1, V) after its last token."""
         begin = self.guessed[0]  # the text is unchanged up to here, unless a new conversation began
         begin = begin if self.cached[:begin] == text[:begin] else 0
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self.cached[begin:], text[begin:-1], strict=False))

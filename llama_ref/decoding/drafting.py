@@ -1,4 +1,4 @@
-"""What drafters share: their interface, and how many tokens are worth guessing."""
+"""Shared by all drafters: their interface, and how many tokens are worth guessing."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,9 +15,10 @@ from llama_ref.quantization.linear import Int8Matrix, QuantizedMatrix
 from llama_ref.sampling import Sampler
 
 LONGEST_DRAFT = 12  # tokens
-RATE_MOMENTUM = 0.1  # weight of the newest guess in the moving average of accepted ones
+RATE_MOMENTUM = 0.1  # weight of the newest guess in the moving average of the acceptance rate
 
-# PassTime's numbers by weights and whether decoding is compiled, for Llama 3.2 1B's shape on two cores.
+# PassTime's (several, each) by the weights' format and whether decoding is compiled, for Llama 3.2
+# 1B's shape on two cores.
 MEASURED = {
     ("bfloat16", False): (1.4, 0.04),
     ("bfloat16", True): (1.4, 0.05),
@@ -29,9 +30,9 @@ MEASURED = {
     ("int4", True): (7.4, 0.31),
 }
 # The same on an H200 (scripts/bench_cuda.py, stages speculate and batch). Uncompiled passes are bound
-# by kernel launches, whose number does not depend on T. A compiled step of one token has kernels of
-# its own; those for several tokens are cuBLAS's, or read a quantized matrix more slowly: 1.34 steps
-# in bfloat16 on the 8B, 1.78 on the 1B.
+# by kernel launches, whose number does not depend on T. A compiled step of one token has special
+# kernels; a pass over several tokens uses cuBLAS, or kernels that read a quantized matrix more
+# slowly: 1.34 steps in bfloat16 on the 8B, 1.78 on the 1B.
 MEASURED_ON_CUDA = {
     ("bfloat16", False): (1.0, 0.01),
     ("bfloat16", True): (1.55, 0.005),
@@ -46,8 +47,8 @@ MEASURED_ON_CUDA = {
 class PassTime:
     """Time of a forward pass over T > 1 tokens, in decode steps: `several` + T · `each`.
 
-    The defaults are those of bfloat16 on a CPU. Nothing is timed while generating: runs can be
-    repeated, and all processes of a parallel job make drafts of the same length.
+    The defaults are those of bfloat16 on a CPU. Nothing is timed while generating, so that runs are
+    reproducible and all processes of a parallel job make drafts of the same length.
     """
 
     several: float = 1.4
@@ -68,12 +69,12 @@ class PassTime:
         return cls(*measured.get((kind, is_compiled), measured["bfloat16", is_compiled]))
 
     def with_guesses(self, n: int) -> float:
-        """Decode steps that a pass over the last token and `n` guesses takes."""
+        """Time of a pass over the last token and `n` guesses, in decode steps."""
         return max(1.0, self.several + (n + 1) * self.each) if n else 1.0
 
 
 class AcceptanceRate:
-    """Moving average of how often guesses are right, and the draft length that suits it."""
+    """Moving average of how often guesses are right, and the best draft length for it."""
 
     def __init__(self, prior: float):
         self.value = prior
@@ -82,7 +83,7 @@ class AcceptanceRate:
         self.value += RATE_MOMENTUM * (was_right - self.value)
 
     def best_length(self, at_most: int, pass_time: PassTime, cost: float = 0.0) -> int:
-        """The draft length with the most tokens per time, when each guess costs `cost` decode steps."""
+        """The draft length with the most tokens per time, if a guess costs `cost` decode steps."""
 
         def tokens_per_step(n: int) -> float:
             return sum(self.value**i for i in range(n + 1)) / (pass_time.with_guesses(n) + n * cost)
@@ -92,7 +93,7 @@ class AcceptanceRate:
 
 @dataclass
 class Draft:
-    """Guessed tokens, and the distributions (V,) they were drawn from: empty for certain guesses."""
+    """Guessed tokens, and the distributions (V,) they were drawn from: none if deterministic."""
 
     tokens: list[int] = field(default_factory=list)
     drawn_from: list[Tensor] = field(default_factory=list)
@@ -102,9 +103,9 @@ class Drafter(Protocol):
     """Guesses how one row continues."""
 
     def draft(self, row: Row, at_most: int, sampler: Sampler) -> Draft:
-        """Up to `at_most` tokens to follow the row's.
+        """Guess up to `at_most` tokens that follow the row's.
 
-        `sampler` is the row's own; drafting advances its random generator and changes nothing else.
+        `sampler` is the row's; drafting advances its random generator and changes nothing else.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The images of a batch's prompts: encoded, and put where the cross-attention layers look for them."""
+"""Encode the images of a batch's prompts, for the cross-attention layers to read."""
 
 import logging
 
@@ -12,15 +12,15 @@ from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
 from llama_ref.vision import VisionTransformer
 
-ALWAYS = 1 << 40  # a position after every text's end
+ALWAYS = 1 << 40  # a position beyond the end of any text
 
 logger = logging.getLogger(__name__)
 
 
 def show_images(model: Transformer, rows: list[Row], cache: KVCache, known: int) -> None:
-    """Set `cache.images` to those of the rows' prompts, whose first `known` tokens the cache holds already.
+    """Set `cache.images` to the images of the rows' prompts.
 
-    An image within these is not encoded again.
+    The cache already holds the prompts' first `known` tokens: their images are not encoded again.
     """
     before, cache.images = cache.images, None
     if not isinstance(model, VisionTransformer) or not any(row.images for row in rows):
@@ -44,7 +44,7 @@ def show_images(model: Transformer, rows: list[Row], cache: KVCache, known: int)
 
 
 def _room(model: VisionTransformer, n_rows: int, n_tokens: int) -> ImageKeys:
-    """Zeros, which nothing sees: rows with fewer tokens stay so at their end."""
+    """Zeros, visible to no position: rows with fewer image tokens keep them as padding."""
     shape = (len(model.cross_layers), n_rows, n_tokens, model.args.n_kv_heads, model.args.head_dim)
     keys, values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
     begins, ends = (torch.zeros(n_rows, n_tokens, dtype=torch.long, device=model.device) for _ in range(2))
@@ -53,7 +53,7 @@ def _room(model: VisionTransformer, n_rows: int, n_tokens: int) -> ImageKeys:
 
 def _encode(model: VisionTransformer, image: Tiles, keys: Tensor, values: Tensor) -> None:
     """Write one image's keys and values (cross layers, N, K, hd)."""
-    if not model.cross_layers:  # a pipeline stage that has none
+    if not model.cross_layers:  # a pipeline stage without cross-attention
         return
     logger.info("encoding an image of %d tiles", len(image.pixels))
     pixels = image.pixels.to(model.device, model.dtype)
@@ -64,15 +64,15 @@ def _encode(model: VisionTransformer, image: Tiles, keys: Tensor, values: Tensor
 
 
 def image_positions(prompt: list[int], image_id: int) -> list[int]:
-    """Where a prompt has its images."""
+    """Positions of the images in a prompt."""
     return [i for i, token in enumerate(prompt) if token == image_id]
 
 
 def spans(positions: list[int]) -> list[tuple[int, int]]:
-    """From where to before where each image is seen: up to the next one, the last for ever.
+    """Positions (begin, end) that see each image: up to the next image; without end for the last.
 
-    Neighbouring images are all seen up to where the last of them is. Meta's last span ends with the
-    prompt if there are several images; here the answer sees the last one too.
+    Adjacent images share the end of the last of them. Meta's last span ends with the prompt if
+    there are several images; here the answer sees the last image too.
     """
     out: list[tuple[int, int]] = []
     end = following = ALWAYS

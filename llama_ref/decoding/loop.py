@@ -19,9 +19,9 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
 
-PREFILL_TOKENS = 1024  # per pass, of all rows together: bounds activations and masks
-IGNORED = -100  # a target without a loss
-LOGPROB_POSITIONS = 128  # logits take 0.5 MB per position: so many at a time for an echoed prompt
+PREFILL_TOKENS = 1024  # per pass, over all rows: bounds the size of activations and masks
+IGNORED = -100  # the target for which cross_entropy computes no loss
+LOGPROB_POSITIONS = 128  # scored at a time in an echoed prompt: logits take 0.5 MB per position
 
 
 def steps(
@@ -92,7 +92,7 @@ def finished(rows: list[Row]) -> bool:
 
 
 def prefill_tokens(cache: KVCache) -> int:
-    """Prompt tokens per forward pass, of all rows together."""
+    """Prompt tokens per forward pass, over all rows."""
     return PREFILL_TOKENS if cache.needs_mask else MASKLESS_PREFILL_TOKENS
 
 
@@ -100,11 +100,11 @@ def prefill_tokens(cache: KVCache) -> int:
 def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs: bool) -> Tensor:
     """Run the prompts, right-padded to one length: logits (B, V) after the last token of each.
 
-    What padding writes into the cache lies beyond a row's length: it is never read, and the row's next
+    Padding is written to the cache beyond a row's length: it is never read, and the row's next
     tokens overwrite it.
     """
     ends = [len(row.prompt) for row in rows]
-    known = min(cache.longest, min(ends) - 1)  # a prompt that is all cached still needs its last token's logits
+    known = min(cache.longest, min(ends) - 1)  # a cached prompt still needs its last logits
     cache.truncate([known] * len(rows))
     show_images(model, rows, cache, known)
     tokens = torch.zeros(len(rows), max(ends) - known, dtype=torch.long, device="cpu")

@@ -23,11 +23,11 @@ class PromptLookup:
 
 
 class PromptLookupDrafter:
-    """Finds the last tokens of one row's text earlier in it: the longest match, and the latest of those.
+    """Finds the last tokens of one row's text earlier in it: the latest of the longest matches.
 
-    Every new token is compared with the guess that each match length would have made, whether or not
-    it was made. So the acceptance rates are known, and text that does not repeat soon costs no more
-    passes than plain decoding.
+    Every new token is compared with the guess of the longest match, whether or not that guess was
+    made. So acceptance rates stay up to date, and text without repetitions soon gets no drafts and
+    costs no more than plain decoding.
     """
 
     def __init__(self, pass_time: PassTime):

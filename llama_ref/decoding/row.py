@@ -11,11 +11,11 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass
 class Row:
-    """A prompt and what has been generated.
+    """A prompt and the tokens generated for it.
 
     `generated` ends before the stop token, which is kept in `stop_token`. `logprobs` has one entry per
-    generated token: the model's own, before temperature and filters. `finish_reason` is None until the
-    row has finished. `drafted` and `accepted` count the guesses of speculative decoding.
+    generated token, before temperature and filters. `finish_reason` is None until the row has
+    finished. `drafted` and `accepted` count the guesses of speculative decoding.
     """
 
     prompt: list[int]

@@ -75,8 +75,8 @@ class _Lane:
             guesses = torch.tensor([guessed], device=logits.device)
             chosen = self.sampler.accept_or_resample(logits, guesses, self.draft.drawn_from[i][None])
         else:
-            # A certain guess is accepted with probability p, and its replacement follows p too: so draw
-            # from p and compare.
+            # A deterministic guess is accepted with probability p, and its replacement follows p
+            # too: so draw from p and compare.
             chosen = self.sampler(logits)
         logprob = -F.cross_entropy(logits, chosen).item()
         check_not_nan(logprob, dtype)
@@ -110,8 +110,8 @@ def _take(lanes: list[_Lane], logits: Tensor, stop_tokens: Collection[int], cach
 def _pass(model: Transformer, lanes: list[_Lane], stop_tokens: Collection[int], cache: KVCache) -> Tensor:
     """Draft for every row and run the drafts: logits (B, T, V) after each row's last token and its guesses.
 
-    Shorter drafts are padded. What padding and wrong guesses write into the cache lies beyond the
-    length to which it is truncated.
+    Shorter drafts are padded. Padding and wrong guesses are written to the cache beyond the length
+    to which it is truncated.
     """
     _truncate(cache, lanes, [not lane.row.finish_reason for lane in lanes])
     for lane in lanes:
@@ -127,7 +127,7 @@ def _pass(model: Transformer, lanes: list[_Lane], stop_tokens: Collection[int], 
 
 
 def _truncate(cache: KVCache, lanes: list[_Lane], live: list[bool]) -> None:
-    """Keep in the cache the tokens that were taken and run; nothing of rows that have finished."""
+    """Truncate the cache to the tokens that were taken and run; to nothing for finished rows."""
     rows = [lane.row for lane in lanes]
     # The last token taken has not been run yet.
     lengths = [len(row.prompt) + len(row.generated) - (row.stop_token is None) for row in rows]

@@ -1,4 +1,4 @@
-"""Streamed text, in pieces that are safe to print, up to a stop string."""
+"""Stream text in pieces that are safe to print, up to a stop string."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +20,7 @@ class RowText:
         self.ends_at_stop_string = False
 
     def read(self) -> str:
-        """Text of the row's new tokens, as far as it is certain: no half character, no part of a stop string."""
+        """Text of the row's new tokens, without half characters or parts of a stop string."""
         self._held += "".join(self._decoder.feed(token) for token in self.row.generated[self._n_read :])
         self._n_read = len(self.row.generated)
         if self.row.finish_reason:
@@ -41,7 +41,7 @@ class RowText:
 
     @property
     def tokens(self) -> list[int]:
-        """The ids that `text` is made of: without those of a stop string, or of an incomplete character."""
+        """The ids of `text`: without those of a stop string or an incomplete character."""
         n = len(self.row.generated)
         while len(self.tokenizer.decode(self.row.generated[:n])) > len(self.text):
             n -= 1
@@ -49,16 +49,17 @@ class RowText:
 
     @property
     def answer_tokens(self) -> list[int]:
-        """The ids that `text` is made of, and the stop token if one ended it: a message's ids, as made."""
+        """The ids of `text`, and the stop token if one ended it: a message's ids as generated."""
         stop = self.row.stop_token
         return self.tokens if stop is None or self.ends_at_stop_string else [*self.row.generated, stop]
 
 
 class Stream(Iterator[str]):
-    """Pieces of one answer, which joined are `text`. None holds half a character or part of a stop string.
+    """An iterator of the pieces of one answer's `text`.
 
-    After the last piece `finish_reason` is "stop" (a stop token or string) or "length". Iteration may
-    be abandoned at any point.
+    No piece contains half a character or part of a stop string. After the last piece,
+    `finish_reason` is "stop" (a stop token or string) or "length". Iteration may be abandoned at
+    any point.
     """
 
     def __init__(self, row_text: RowText, steps: Iterator[None], logprobs: bool = False):
@@ -79,7 +80,7 @@ class Stream(Iterator[str]):
 
     @property
     def shown_tokens(self) -> list[int]:
-        """Ids that `text` is made of: without those of a stop string, or of an incomplete character."""
+        """Ids of `text`: without those of a stop string or an incomplete character."""
         return self._row_text.tokens
 
     @property
@@ -105,7 +106,7 @@ class Stream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the generation; the iterator yields no more, and what it ran in is released."""
+        """End the generation and release its memory; the iterator yields nothing more."""
         self._is_closed = True
         self._steps = iter(())  # a generator can be neither copied nor pickled
 
@@ -119,7 +120,7 @@ def stop_strings(stop: str | Sequence[str]) -> list[str]:
 
 
 def _first_stop(stop: list[str], text: str) -> int | None:
-    """Start of the stop string that is complete first, the longest of several, however the text was tokenized."""
+    """Start of the stop string that ends first (the longest of several that end there)."""
     found = [(text.find(string) + len(string), text.find(string)) for string in stop if string in text]
     return min(found)[1] if found else None
 

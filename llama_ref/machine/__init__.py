@@ -1,1 +1,1 @@
-"""What the process has of its machine: cores, memory, threads, signals."""
+"""The machine that the process runs on: cores, memory, threads, signals."""

@@ -1,4 +1,4 @@
-"""Notice that other programs keep the processor busy, which slows several threads more than one."""
+"""Detect that other programs keep the processor busy, which slows many threads more than one."""
 
 import os
 import time
@@ -14,9 +14,10 @@ NOTICEABLE = 0.4  # cores
 
 
 class OtherPrograms:
-    """Measures from its making on how much of this process's cores other programs use. Linux only.
+    """Measures, from its creation on, how many of this process's cores other programs use.
 
-    `own` counts the processor's seconds for what is not another program: by default this process.
+    Linux only. `own` returns the CPU seconds of what is not another program: by default this
+    process's.
     """
 
     def __init__(self, own: Callable[[], float] = time.process_time) -> None:
@@ -24,30 +25,30 @@ class OtherPrograms:
         self._began = self._now()
 
     def _now(self) -> tuple[float, float, float]:
-        """Seconds by the clock, of our own work, of all programs on this process's cores."""
+        """Wall-clock seconds, own CPU seconds, all programs' CPU seconds on these cores."""
         return time.perf_counter(), self._own(), busy_seconds()
 
     def cores(self) -> float:
-        """Cores that others have used on average; 0 if that is unknown or the time was too short."""
+        """Cores that other programs used on average; 0 if unknown or measured too briefly."""
         passed, own, all_programs = (now - began for now, began in zip(self._now(), self._began, strict=True))
         return max(0.0, all_programs - own) / passed if passed >= SHORTEST else 0.0
 
     def hint(self, threads: int) -> str | None:
-        """What to do if they slow this many threads down; None if they do not."""
+        """Advice if other programs slow this many threads down, else None."""
         return hint(self.cores(), cpu_count(), threads)
 
 
 def hint(others: float, n_cores: int, threads: int) -> str | None:
-    """What to do where other programs use `others` of `n_cores`; None if `threads` have room."""
+    """Advice if other programs use `others` of `n_cores`; None if `threads` still have room."""
     fitting = max(1, int(n_cores - others + 0.5))
     if others < NOTICEABLE or threads <= n_cores - others or threads == 1:
         return None
     better = min(fitting, threads - 1)
-    return f"other programs used {others:.1f} of {n_cores} cores meanwhile: try --threads {better}"
+    return f"other programs used {others:.1f} of {n_cores} cores during this run: try --threads {better}"
 
 
 def busy_seconds() -> float:
-    """Seconds that this process's cores have worked since the machine started; 0 if unknown.
+    """Seconds that this process's cores have been busy since the machine started; 0 if unknown.
 
     Work at low priority (nice) counts only if this process has a low priority too.
     """

@@ -1,4 +1,4 @@
-"""CPU cores. Apart from device.py, so that checking files does not wait for torch."""
+"""CPU cores; separate from device.py so that checking files does not wait for torch's import."""
 
 import os
 

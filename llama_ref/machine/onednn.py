@@ -1,10 +1,10 @@
-"""oneDNN off during decode steps on a CPU, for one thread or many.
+"""Turn oneDNN off during decode steps on a CPU, also when several threads run passes.
 
-oneDNN reorders a bfloat16 matrix before a product, which pays for many rows only: for a single row
-PyTorch's own kernel takes two thirds of its time (`llama-ref bench`). PyTorch has no operator that
-avoids oneDNN, only a flag of the whole process. So passes that want it off and passes that want it on
-wait for each other; passes of one kind run concurrently. A pass computes the same numbers however many
-threads there are.
+oneDNN reorders a bfloat16 matrix before a product, which pays off only for many rows: for a single
+row PyTorch's own kernel takes two thirds of its time (`llama-ref bench`). PyTorch has no operator
+that avoids oneDNN, only a process-wide flag. So passes that want it off and passes that want it on
+wait for each other; passes of one kind run concurrently. A pass computes the same numbers, whatever
+other threads do.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ _mode = _Mode()
 
 @contextlib.contextmanager
 def onednn_for(tokens: Tensor, dtype: torch.dtype) -> Iterator[None]:
-    """Around a forward pass over ids `tokens` with weights of `dtype`: oneDNN off for a single token.
+    """Context of a forward pass over ids `tokens` in `dtype`: turns oneDNN off for a single token.
 
     Does nothing unless the pass is on a CPU in bfloat16.
     """
@@ -73,7 +73,7 @@ def onednn_for(tokens: Tensor, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _set_enabled(enabled: bool) -> bool:
-    """Set the process's flag; returns what it was."""
+    """Set the process-wide flag; returns its previous value."""
     before: bool = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(enabled)
     return before

@@ -1,4 +1,4 @@
-"""The limit on threads and processes (`ulimit -u`, a container's pids): what to say where it is reached."""
+"""Detect and report that the limit on threads (`ulimit -u` or a container's pids) is reached."""
 
 import _thread
 import errno
@@ -15,7 +15,7 @@ def is_reached() -> bool:
     try:
         _thread.start_new_thread(int, ())
     except RuntimeError as error:
-        return caused(error)  # not so at interpreter shutdown, where Python 3.12 starts no thread
+        return caused(error)  # False at interpreter shutdown, when Python 3.12 starts no thread
     return False
 
 

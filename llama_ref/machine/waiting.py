@@ -1,8 +1,9 @@
-"""Wait in the main thread for others, such that Ctrl-C ends the wait and leaves no lock behind.
+"""Wait in the main thread for other threads, so that Ctrl-C ends the wait and leaves no lock held.
 
-Python raises KeyboardInterrupt between any two steps of the main thread: also when `concurrent.futures`
-has just taken a lock, which then nobody gives back, and not at all while the thread waits for a lock that
-it began to wait for as the signal came. So Ctrl-C is held back, and raised where nothing is locked.
+Python may raise KeyboardInterrupt between any two bytecodes of the main thread: also just after
+`concurrent.futures` took a lock, which is then never released. And it does not raise it while the
+thread waits for a lock, if that wait began as the signal arrived. So Ctrl-C is deferred, and raised
+where no lock is held.
 """
 
 import signal
@@ -13,13 +14,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-TICK_SECONDS = 0.1  # Ctrl-C waits no longer
+TICK_SECONDS = 0.1  # the longest that Ctrl-C is deferred
 
 T = TypeVar("T")
 
 
 class _Held:
-    """Takes the place of the handler of Ctrl-C, and calls it later; for the second Ctrl-C at once."""
+    """Replaces the handler of Ctrl-C and calls it later, but at once for a second Ctrl-C."""
 
     def __init__(self, handler: Callable[[int, FrameType | None], object]):
         self._handler = handler
@@ -39,9 +40,9 @@ class _Held:
 
 @contextmanager
 def interrupt_held() -> Iterator[None]:
-    """Hold Ctrl-C back while the block runs: `as_they_end`, or else the block's end, calls its handler.
+    """Defer Ctrl-C in the block: its handler runs in `as_they_end`, or else when the block ends.
 
-    Nothing changes where it is ignored, in a block within such a block, and in other threads.
+    Does nothing if Ctrl-C is ignored, in a nested block, or outside the main thread.
     """
     before = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
@@ -58,7 +59,7 @@ def interrupt_held() -> Iterator[None]:
 
 
 def as_they_end(futures: Iterable[Future[T]]) -> Iterator[Future[T]]:
-    """The futures, each when it is done. Raises what the handler of a held Ctrl-C does."""
+    """Yield each future when it is done. Raises what the handler of a deferred Ctrl-C raises."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
@@ -69,5 +70,5 @@ def as_they_end(futures: Iterable[Future[T]]) -> Iterator[Future[T]]:
 
 
 def result_of(future: Future[T]) -> T:
-    """Wait for a future's result. Raises what it raised."""
+    """Wait for a future's result. Raises the future's exception."""
     return next(as_they_end([future])).result()

@@ -188,7 +188,7 @@ class TestMeasuring:
     def test_other_programs_are_noted_and_our_own_processes_are_none(self, disturbed):
         found, own_seconds = disturbed
         (note,) = found.notes
-        assert re.fullmatch(r"other programs used \d+\.\d of \d+ cores meanwhile: try --threads \d+", note)
+        assert re.fullmatch(r"other programs used \d+\.\d of \d+ cores during this run: try --threads \d+", note)
         assert own_seconds > time.process_time() + 1  # two workers imported PyTorch
 
     @pytest.mark.skipif(busy_seconds() == 0, reason="only Linux counts them")

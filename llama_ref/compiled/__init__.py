@@ -1,1 +1,1 @@
-"""Fast decode steps, put in front of the model's own: one for CPUs, one for CUDA."""
+"""Fast decode steps that replace the model's own: one for CPUs, one for CUDA."""

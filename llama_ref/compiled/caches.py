@@ -1,4 +1,4 @@
-"""Which KV cache suits a device."""
+"""Choose the KV cache that suits a device."""
 
 import torch
 
@@ -23,7 +23,7 @@ def new_cache(model: Transformer, batch_size: int, n_tokens: int) -> KVCache:
         block = CUDA_CACHE_BLOCK if model.device.type == "cuda" and batch_size == 1 else CACHE_BLOCK
         room = -(-n_tokens // block) * block
         if kind is BlockKVCache and batch_size == 1:
-            # One block more than is read: to read all of them, the step would be compiled again.
+            # One block more than is read: reading all of them would compile the step again.
             room = max(room, FEWEST_BLOCKS * CACHE_BLOCK) + CACHE_BLOCK
         return kind(model.args, batch_size, room, dtype=model.dtype, device=model.device)
     except RuntimeError as error:

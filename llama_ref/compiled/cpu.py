@@ -1,9 +1,9 @@
-"""A faster decode step for a CPU, installed on a model: each layer is one compiled loop over its weights.
+"""A faster decode step for a CPU: each layer is one compiled loop over its weights.
 
-With one token at a time a model does little but read its weights, so a step is as fast as memory.
-Written as multiply and sum over each row, a matrix-vector product compiles (torch.compile, Inductor) to
-a loop that streams the rows. All layers have the same shapes and share one compiled function, which
-takes their weights as arguments and compiles in seconds. Prompts and batches run model.py's blocks.
+A decode step mostly reads weights, so its speed is limited by memory bandwidth. Written as multiply
+and sum over each row, a matrix-vector product compiles (torch.compile, Inductor) to a loop that
+streams the rows. All layers have the same shapes and share one compiled function, which takes their
+weights as arguments and compiles in seconds. Prompts and batches run model.py's blocks.
 """
 
 import logging
@@ -40,7 +40,7 @@ from llama_ref.quantization.meta_int4 import MetaInt4Linear, surrounded
 
 logger = logging.getLogger(__name__)
 
-STREAMS = 4  # rows read in parallel, which share loads of the vector; more were slower
+STREAMS = 4  # rows read in parallel, which share loads of the vector; more is slower
 NEVER = 10**6
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-add
@@ -55,7 +55,7 @@ PlainMatrix = tuple[Tensor, ...]  # (weight,), (q, scale) or (words, scale) with
 
 
 class SurroundedMatrix(NamedTuple):
-    """A matrix of Meta's int4 releases: `surrounded`'s arguments, with matrices for products."""
+    """A matrix of Meta's int4 releases: `surrounded`'s arguments, with matrices, not functions."""
 
     matrix: PlainMatrix
     adaptor: tuple[Tensor, Tensor, float] | None  # A, B and the scale
@@ -70,9 +70,10 @@ Norm = tuple[Tensor, float]  # weight, eps
 def compile_decode(model: Transformer) -> None:
     """Make a model's decode steps faster, in place; on a CPU those of one row.
 
-    Compiling takes some seconds (int4: half a minute), fewer if PyTorch's cache on disk has it. If it
-    fails, for example without a C++ compiler, the model stays unchanged and a warning is logged. Raises
-    RequestError for a model that is split among processes, or on neither a CPU nor CUDA.
+    Compiling takes some seconds (int4: half a minute), less if PyTorch's cache on disk has the
+    result. If it fails, for example without a C++ compiler, the model stays unchanged and a warning
+    is logged. Raises RequestError for a model that is split among processes, or on neither a CPU
+    nor CUDA.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # lazily: importing the compiler takes a second
     from torch._inductor.exc import InductorError
@@ -89,7 +90,7 @@ def compile_decode(model: Transformer) -> None:
         return logger.warning("no C++ compiler (c++, g++ or clang++) found: decoding stays uncompiled")
     with _vectors_probed():
         _install_steps(model)
-        logger.info("compiling the decode step: some seconds, for int4 half a minute, fewer the next time")
+        logger.info("compiling the decode step: some seconds, half a minute for int4, less the next time")
         try:
             _warm_up(model)
         except (BackendCompilerFailed, InductorError) as error:
@@ -99,20 +100,20 @@ def compile_decode(model: Transformer) -> None:
 
 
 def _install_steps(model: Transformer) -> None:
-    """Put in place what is compiled when it first runs, with the matrices in its layout."""
+    """Install the steps, which compile on their first run, and convert matrices to their layout."""
     unpack = torch.compile(_own(int4_layout.matrix), options=OPTIONS, dynamic=True)
     replace_matrices(model, Int4Linear, lambda matrix: PlanarInt4Linear(matrix, unpack))
     replace_matrices(model, Int8Linear, lambda matrix: PiecewiseInt8Linear(matrix) if in_pieces(matrix.shape[1]) else matrix)
     step = torch.compile(_own(_layer_step), options=OPTIONS, dynamic=False)
     head = torch.compile(_own(matvec), options=OPTIONS, dynamic=False)
     for block in model.layers:
-        if not any(isinstance(module, Fp8Linear) for module in block.modules()):  # for which there is no step
+        if not any(isinstance(module, Fp8Linear) for module in block.modules()):  # fp8 has no step
             install(block, forward=_FastBlock(block, step))
     install(model.output, forward=_FastOutput(model.output, head))
 
 
 def _remove_steps(model: Transformer) -> None:
-    """Compute as model.py does, with matrices in the layout that they have by now."""
+    """Restore model.py's forwards; the matrices keep the layout that they were converted to."""
     for module in (*model.layers, model.output):
         vars(module).pop("forward", None)
     for module in model.modules():
@@ -123,7 +124,7 @@ def _remove_steps(model: Transformer) -> None:
 def _own(function: Callable) -> Callable:
     """A copy of a function for one model: PyTorch compiles at most eight variants of a function's code.
 
-    The ninth of another shape would run uncompiled.
+    A ninth shape would run uncompiled.
     """
     assert isinstance(function, FunctionType)
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -131,13 +132,13 @@ def _own(function: Callable) -> Callable:
 
 @contextmanager
 def _vectors_probed() -> Iterator[None]:
-    """Let Inductor detect vector instructions beside the block: it runs the C++ compiler and waits for it."""
+    """Let Inductor detect vector instructions during the block: it waits for a C++ compiler."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # torch.compile returns functions as they are
         yield
         return
     try:
         from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-    except ImportError:  # another version: it detects them when needed
+    except ImportError:  # another PyTorch detects them when needed
         yield
         return
     probing = Thread(target=valid_vec_isa_list, daemon=True)
@@ -149,7 +150,7 @@ def _vectors_probed() -> Iterator[None]:
 
 
 def _warm_up(model: Transformer) -> None:
-    """Run a decode step exactly as decoding/loop.py does: any difference would compile another one."""
+    """Run a decode step exactly as decoding/loop.py does: any difference would compile it again."""
     cache = new_cache(model, 1, 2 * CACHE_BLOCK)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="cpu")
     with torch.inference_mode():
@@ -186,7 +187,7 @@ class _FastBlock(CompiledForward):
 
 
 class _FastOutput(CompiledForward):
-    """Replaces the output's forward: compiled for one token, its own otherwise."""
+    """Replaces the output's forward: compiled for one token, the output's own otherwise."""
 
     def __init__(self, output: nn.Module, head: Callable):
         self.plain, self.head, self.matrix = output.forward, head, _matrix(output)

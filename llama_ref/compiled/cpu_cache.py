@@ -8,8 +8,8 @@ from torch import Tensor
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Context
 
-CACHE_BLOCK = 64  # tokens; small enough to stay in a processor's nearest cache
-FEWEST_BLOCKS = 2  # a compiler specializes lengths of 0 and 1
+CACHE_BLOCK = 64  # tokens; small enough to stay in the L1 cache
+FEWEST_BLOCKS = 2  # torch.compile specializes lengths of 0 and 1
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
-"""Fast forward passes on CUDA, installed on a model: fused layers, and CUDA graphs for passes of a few tokens.
+"""Fast forward passes on CUDA: fused layers, and CUDA graphs for passes of a few tokens.
 
-For one token a GPU needs less time than Python needs to launch a thousand kernels. Two remedies:
+A GPU runs a pass over one token faster than Python can launch its thousand kernels. Two remedies:
 
 * A layer is a handful of launches. wq, wk and wv are joined into one matrix, and so are w1 and w3 (the
   model's own weights become views of the joined ones, so nothing is stored twice); everything between
   two products is one kernel (triton_elementwise.py).
 * The whole pass over a few tokens, output matrix included, is captured as a CUDA graph and replayed.
-  Nothing in a graph may change between tokens: ids and lengths are tensors that are filled before each
-  replay, and attention reads the rows' lengths from there. Without Triton it cannot; then it is masked
-  attention to the first 2ⁿ tokens of the cache, so that a growing text needs few graphs.
+  Nothing in a graph may change between tokens: ids and lengths are tensors that are filled before
+  each replay, and attention reads the rows' lengths from there. Without Triton it cannot: attention
+  is then masked, over the first 2ⁿ tokens of the cache, so that a growing text needs few graphs.
 
 A graph also contains the cache's addresses, and every call of the generation loop makes a new cache.
 Graphs are stored by address, not by cache: PyTorch's allocator gives a new cache the memory of the
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_WIDTH = 256  # tokens
 WARM_UP_TOKENS = 128  # cache size of the passes that compile the kernels
-MOST_GRAPHS = 24  # least recently used first; a text of 128k tokens needs 10
+MOST_GRAPHS = 24  # then the least recently used is dropped; a text of 128k tokens needs 10
 KERNEL_HEAD_DIMS = (16, 32, 64, 128, 256)  # those of triton_attention.py
 # Tokens per row in a captured pass; drafts are padded to the next length. Longer passes are not
 # captured: they take longer than launching their kernels.
@@ -57,7 +57,7 @@ def compile_cuda_decode(model: Transformer) -> None:
     """Make a model on a CUDA device faster, in place.
 
     Takes a second or two, longer when Triton compiles the kernels for the first time on a machine.
-    Without Triton the kernels are PyTorch's, smaller and more of them.
+    Without Triton it runs PyTorch's kernels, which are smaller and more numerous.
     """
     fast = FastPasses(model, CudaGraphs(model.device))
     logger.info("preparing the decode step: a few seconds, longer the first time")
@@ -70,7 +70,7 @@ def compile_cuda_decode(model: Transformer) -> None:
 
 
 class FastHidden(CompiledForward):
-    """Replaces `Transformer.hidden`: prompts."""
+    """Replaces `Transformer.hidden`, for prompts."""
 
     def __init__(self, fast: "FastPasses"):
         self.fast = fast
@@ -83,7 +83,7 @@ class FastHidden(CompiledForward):
 
 
 class FastForward(CompiledForward):
-    """Replaces `Transformer.forward`: decode steps and drafts, captured if short enough."""
+    """Replaces `Transformer.forward`, for decode steps and drafts; captured if short enough."""
 
     is_asynchronous = True
 
@@ -109,10 +109,12 @@ class FastPasses:
     """A model's forward passes in fused layers, and the graphs captured from them."""
 
     def __init__(self, model: Transformer, capture: Capture):
-        # Weak, as the model refers to this: its GPU memory must not wait for the garbage collector.
+        # Weak, as the model refers to this object: a cycle would keep its GPU memory until the next
+        # garbage collection.
         self.model = cast(Transformer, weakref.proxy(model))
         self.layers = [FusedLayer(block) for block in model.layers]
-        self.cross_layers: dict[int, tuple[int, CrossAttentionBlock]] = {}  # by the layer that each stands before
+        # By the layer that follows.
+        self.cross_layers: dict[int, tuple[int, CrossAttentionBlock]] = {}
         if isinstance(model, VisionTransformer):
             self.cross_layers = dict(zip(model.cross_layers, enumerate(model.cross_attention_layers), strict=True))
         self.angles = Angles(model)
@@ -152,7 +154,7 @@ class FastPasses:
         return x
 
     def _looks_at(self, images: ImageKeys | None, positions: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """What happens to x (B · T, D) before a layer, at `positions` (B, T): cross-attention before some, to images."""
+        """A function of x (B · T, D) to call before every layer: cross-attention before some."""
         if images is None:
             return lambda layer, x: x
         visible = images.visible(positions)
@@ -230,7 +232,7 @@ class FastPasses:
             self.cleared.add(cache)
 
     def warm_up(self) -> None:
-        """Compile all kernels now, for prompts, tokens, drafts and batches, not in the middle of a text."""
+        """Compile all kernels now, for prompts, tokens, drafts and batches: no text waits for one."""
         for B, prompts, passes in ((1, (17, 33, 65), PASS_LENGTHS), (2, (), (1,))):
             cache = new_cache(self.model, B, WARM_UP_TOKENS)
             for T in prompts + passes:
@@ -304,7 +306,7 @@ def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, wid
 
 
 def _addresses(cache: KVCache) -> list[int]:
-    """Where the tensors lie that a captured pass reads and writes, and how many tokens its images have."""
+    """Addresses of the tensors that a captured pass uses, and its number of image tokens."""
     own, images = [cache.keys.data_ptr(), cache.values.data_ptr()], cache.images
     if images is None:
         return own

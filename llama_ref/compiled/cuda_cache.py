@@ -17,11 +17,12 @@ from llama_ref.device import HOPPER, is_out_of_memory
 from llama_ref.kv_cache import KVCache, group_mask, grouped_attention
 from llama_ref.model import Context
 
-# Prompt tokens per pass, of all rows together: enough to keep a GPU busy.
+# Prompt tokens per pass, over all rows: enough to keep a GPU busy.
 MASKLESS_PREFILL_TOKENS = 8192
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-# cuDNN's attention is nearly twice as fast on Hopper (660 against 350 TFLOP/s), but it plans for 0.05 to
-# 1 s at every new pair of lengths: use it for whole pieces of long prompts, of which there are few.
+# cuDNN's attention is nearly twice as fast on Hopper (660 against 350 TFLOP/s), but takes 0.05 to 1
+# s to plan for every new pair of lengths: use it only for whole pieces of long prompts, which are
+# few.
 CUDNN_FROM = 2 * MASKLESS_PREFILL_TOKENS  # earlier tokens
 
 
@@ -35,7 +36,7 @@ class CudaKVCache(KVCache):
 
 
 class FlashKVCache(CudaKVCache):
-    """A cache with `flash` attention. Tokens are adjacent: `stored` is (2, n_layers, B, S, K, hd)."""
+    """A cache with `flash` attention, stored token by token: (2, n_layers, B, S, K, hd)."""
 
     needs_mask = False
     tries_cudnn = True
@@ -78,7 +79,7 @@ class FlashKVCache(CudaKVCache):
 class FlashLengths:
     """Offsets of each row's queries and keys, and its number of keys: int32 (B + 1,), (B + 1,) and (B,).
 
-    T new tokens per row. `width` is an upper bound of keys per row, which decides how the cache is split.
+    T new tokens per row. `width`, an upper bound of keys per row, decides how the cache is split.
     """
 
     query_starts: Tensor

@@ -17,7 +17,8 @@ from llama_ref.quantization.linear import Int4Linear, Int8Linear, QuantizedMatri
 def joined(*modules: nn.Module) -> nn.Module:
     """Several matrices of one type and width stacked into one; the originals become views of it.
 
-    Those of Meta's quantized releases, around which more is computed, stay apart.
+    Matrices of Meta's quantized releases, whose products need more steps, stay separate
+    (RowBlocks).
     """
     kind = type(modules[0])
     if kind is Int8Linear:
@@ -94,8 +95,9 @@ def norm_query(
 ) -> Tensor:
     """Rotated queries (N, H, hd) of the normed x (N, D) by joined wq, wk, wv; stores keys and values.
 
-    N tokens are T of each of B rows, at int64 `positions` (N,); cos and sin are float32 (S, hd/2) for all
-    positions. keys and values (B, K, S, hd) are one layer's cache, with equal strides, hd's 1.
+    N tokens are T of each of B rows, at int64 `positions` (N,); cos and sin are float32 (S, hd/2)
+    for all positions. keys and values (B, K, S, hd) are one layer's cache, with the same strides,
+    that of hd 1.
     """
     B, K, _, head_dim = keys.shape
     if _is_fused(x, matrix):
@@ -117,7 +119,7 @@ def norm_query(
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Ids (B,) of the largest of float32 logits (B, V), on any device."""
+    """Ids (B,) of the largest logit in each row of float32 logits (B, V), on any device."""
     if not uses_triton(logits):
         return logits.argmax(-1)
     from llama_ref.compiled.triton_elementwise import row_stats
@@ -135,12 +137,12 @@ def log_normalizer(logits: Tensor) -> Tensor:
 
 
 def _is_fused(x: Tensor, matrix: nn.Module) -> bool:
-    """Whether one kernel computes a product with one row x and what surrounds it."""
+    """Whether one kernel computes a product with one row x and the operations around it."""
     return len(x) == 1 and uses_triton(x) and isinstance(matrix, nn.Linear | Int8Linear | Int4Linear)
 
 
 def _is_matmul(x: Tensor, matrix: nn.Module) -> bool:
-    """Whether one kernel computes a product with a few rows x of a quantized matrix and what comes after."""
+    """Whether one kernel computes a quantized matrix's product with a few rows and what follows."""
     if not uses_triton(x) or not isinstance(matrix, Int8Linear | Int4Linear):
         return False
     from llama_ref.compiled.triton_products import MOST_ROWS, has_tensor_cores

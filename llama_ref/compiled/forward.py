@@ -1,4 +1,4 @@
-"""How compiled forwards are installed on a model, and recognised there."""
+"""Install compiled forwards on a model's modules, and recognise them there."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class CompiledForward:
-    """Base of the callables that replace a module's `forward` (or a model's `hidden`) by a faster one."""
+    """Base class of callables that replace a module's `forward` (or a model's `hidden`)."""
 
     is_asynchronous = False  # whether it returns before the device is done, so more can be launched
 

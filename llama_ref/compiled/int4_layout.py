@@ -19,13 +19,13 @@ from llama_ref.quantization.linear import Int4Linear, QuantizedMatrix, wide_dtyp
 
 PLANES, LANES = 8, 16
 COLUMNS = PLANES * LANES  # of a block
-PACKED_ROWS = 1 << 10  # at a time
+PACKED_ROWS = 1 << 10  # packed at a time
 SIGN_PLANE = PLANES - 1  # the nibble with the word's sign bit: a number from -8 to 7
 MASKS = [15 << (4 * p) for p in range(SIGN_PLANE)] + [-(1 << 28)]
 
 
 def matrix(words: Tensor, scale: Tensor, zero: Tensor | None, like: Tensor) -> Tensor:
-    """The weights (N, P · blocks · 128) in `like`'s dtype; compiled, it is bound by memory."""
+    """The weights (N, P · blocks · 128) in `like`'s dtype; memory-bound when compiled."""
     wide = torch.promote_types(wide_dtype(like.dtype), scale.dtype)
     plane = torch.arange(PLANES, device=words.device)[:, None]
     q = (words[:, :, :, None] >> (4 * plane)) & 15  # (P, N, blocks, 8, 16)
@@ -86,10 +86,10 @@ class PlanarInt4Linear(QuantizedMatrix):
 
 
 def product(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    """x float32 (P · blocks · 128,) times the matrix: float32 (N,). Written to compile to one loop over the words.
+    """x float32 (P · blocks · 128,) times the matrix: float32 (N,).
 
-    As w = (q - 8) · scale + zero, a row is Σ (q x) · scale - Σ (8 x) · scale + Σ x · zero; the sign plane
-    holds q - 8 already.
+    Written to compile to one loop over the words. As w = (q - 8) · scale + zero, a row is Σ (q x) ·
+    scale - Σ (8 x) · scale + Σ x · zero; the sign plane holds q - 8 already.
     """
     n_groups = scale.shape[-1]
     per_group = PLANES // n_groups
@@ -116,7 +116,7 @@ def product(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None = None)
 
     halves = zip(*(part.chunk(2, dim=1) for part in (words, scale, zero) if part is not None), strict=True)
     out = torch.cat([rows(*half) for half in halves])
-    if n_groups > 1:  # with several scales per block, offsets are a smaller product of their own
+    if n_groups > 1:  # with several scales per block, the offsets are a separate, smaller product
         offsets, sums = (
             materialize(part.sum(-1).flatten(2)[:, 0])[:, None] for part in (offsets, sums)
         )  # (P, 1, blocks · groups)

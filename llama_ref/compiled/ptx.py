@@ -1,7 +1,7 @@
-"""Assembler (PTX) for what Triton's own operations take several times as long for: bytes to 16-bit floats.
+"""PTX that converts bytes to 16-bit floats, several times faster than Triton's own operations.
 
-Both work on the four bytes of a register: `prmt` puts them below the first byte of floats that count in
-ones, so that each is a float with the number as its last digits.
+Both functions convert the four bytes of a register: `prmt` puts each below the high byte of a float
+whose mantissa counts in ones, so that the byte is the float's last mantissa bits.
 """
 
 from functools import cache
@@ -13,9 +13,9 @@ import torch
 def unpack8(dtype: torch.dtype) -> str:
     """PTX: a word of four int8 to four numbers of bfloat16 or float16, exactly.
 
-    A byte becomes the last digits of a float that counts in ones, from which the float without them is
-    taken: 128 + (n & 127) less 128 + (n & 128) in bfloat16, which has seven such digits; 1152 + n less
-    1152 in float16.
+    A byte becomes the last mantissa bits of a float that counts in ones, from which that float's
+    offset is subtracted: (128 + (n & 127)) - (128 + (n & 128)) in bfloat16, which has only seven
+    mantissa bits; (1152 + n) - 1152 in float16.
     """
     if dtype == torch.bfloat16:
         return """{
@@ -43,13 +43,13 @@ def unpack8(dtype: torch.dtype) -> str:
 
 @cache
 def unpack4(dtype: torch.dtype) -> str:
-    """PTX: eight numbers of four bits less 8, times scales, plus zeros; the low nibbles and the high ones.
+    """PTX: a word of eight 4-bit numbers q to (q - 8) * scale + zero, with a single rounding.
 
-    Scales and zeros are four each: a word's numbers have the same. One rounding.
+    The low nibbles come first. Scales and zeros come once per byte; a word's numbers share one.
     """
     digits, one, bias, kind = {
-        torch.bfloat16: ("0x43434343", "0x3F803F80", "0xC308C308", "bf16x2"),  # 128 + q, less 136
-        torch.float16: ("0x64646464", "0x3C003C00", "0xE408E408", "f16x2"),  # 1024 + q, less 1032
+        torch.bfloat16: ("0x43434343", "0x3F803F80", "0xC308C308", "bf16x2"),  # (128 + q) - 136
+        torch.float16: ("0x64646464", "0x3C003C00", "0xE408E408", "f16x2"),  # (1024 + q) - 1032
     }[dtype]
     lines = [".reg .b32 low, high, one, bias, q;", f"mov.b32 one, {one};", f"mov.b32 bias, {bias};"]
     lines += ["and.b32 low, $4, 0x0F0F0F0F;", "shr.u32 high, $4, 4;", "and.b32 high, high, 0x0F0F0F0F;"]

@@ -16,15 +16,16 @@ from llama_ref.compiled.triton_products import has_pdl, has_tensor_cores
 
 BLOCK_NUMBERS = 8192  # keys at a time × head_dim
 FEWER_NUMBERS = 2048  # without Ampere's matrix instructions: 8192 would spill 1.8 kB of registers there
-FEWEST_KEYS = 16  # that a product takes
+FEWEST_KEYS = 16  # the minimum of tl.dot
 MOST_SPLITS = 64
 PROGRAMS = 528  # four per multiprocessor of an H100
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """q (B, H, hd), keys and values (B, K, S, hd) of the same strides, hd's 1: (B, H, hd).
+    """Attention of one token per row: q (B, H, hd), keys and values (B, K, S, hd) -> (B, H, hd).
 
-    Row b attends to its first `lengths[b]` + 1 keys; `lengths` int64 (B,) counts those before the new token.
+    Keys and values have the same strides, that of hd is 1. Row b attends to its first
+    `lengths[b]` + 1 keys; `lengths` int64 (B,) counts those before the new token.
     """
     (B, H, hd), K = q.shape, keys.shape[1]
     G = H // K

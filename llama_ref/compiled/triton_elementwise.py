@@ -1,7 +1,7 @@
 """Triton kernels for the operations between a layer's products, and for reductions over logits.
 
-They round where model.py's lines round. Integers that change from call to call are not specialized, so that a kernel is
-compiled once for each dtype and model.
+They round where model.py rounds. Integers that change from call to call are not specialized, so
+that a kernel is compiled once for each dtype and model.
 """
 
 import torch
@@ -25,8 +25,9 @@ def rotate_and_store(
 ) -> Tensor:
     """Rotate the queries and keys in qkv (N, (H + 2K) · hd), store keys and values, return the queries (N, H, hd).
 
-    N tokens are T of each of B rows, at int64 `positions` (N,); cos and sin float32 (S, hd/2) hold every position's angles.
-    keys and values (B, K, S, hd) are one layer's of a cache, of the same strides, hd's 1.
+    N tokens are T of each of B rows, at int64 `positions` (N,); cos and sin float32 (S, hd/2) are
+    of every position's angles. keys and values (B, K, S, hd) are one layer's cache, with the same
+    strides, that of hd 1.
     """
     (B, K, _, hd), N = keys.shape, len(qkv)
     q = torch.empty(N, n_heads, hd, dtype=qkv.dtype, device=qkv.device)
@@ -46,9 +47,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def row_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids int64 (B,) of the largest of float32 logits (B, V), the first of several, and log Σ exp of each row (B,).
+    """Argmax int64 (B,), the first of ties, and log Σ exp (B,) of rows of float32 logits (B, V).
 
-    PyTorch's own kernels go over a row of 128,256 with one of a card's many processors: 28 µs each on an H200.
+    PyTorch's own kernels reduce a row of 128,256 on a single multiprocessor: 28 µs each on an H200.
     """
     B, V = logits.shape
     n = triton.cdiv(V, BLOCK)
@@ -91,7 +92,7 @@ def _rms_norm(x, weight, out, eps, D, BLOCK: tl.constexpr):
     x16 = tl.load(x + row * D + column, mask=inside, other=0.0)
     x32 = x16.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x32 * x32, 0) / D + eps)
-    normed = (x32 * scale).to(x16.dtype).to(tl.float32)  # rounded as the model's
+    normed = (x32 * scale).to(x16.dtype).to(tl.float32)  # rounded as in model.py
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * D + column, normed * w, mask=inside)
 
@@ -113,7 +114,8 @@ def _rotate_and_store(
         c = tl.load(cos + place * (HD // 2) + pair, mask=inside)
         s = tl.load(sin + place * (HD // 2) + pair, mask=inside)
         even16, odd16 = (even * c - odd * s).to(even16.dtype), (even * s + odd * c).to(odd16.dtype)
-    cell = (n // T) * stride_b + place * stride_s + 2 * pair  # of the cache, but for its head
+    # Offset in the cache, without the head's.
+    cell = (n // T) * stride_b + place * stride_s + 2 * pair
     if head < H:
         target = q + (n * H + head) * HD + 2 * pair
     elif head < H + K:
@@ -132,5 +134,5 @@ def _silu_mul(gate_up, out, F, BLOCK: tl.constexpr):
     gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0)
     g = gate.to(tl.float32)
-    silu = (g / (1 + tl.exp(-g))).to(gate.dtype).to(tl.float32)  # rounded as the model's
+    silu = (g / (1 + tl.exp(-g))).to(gate.dtype).to(tl.float32)  # rounded as in model.py
     tl.store(out + row * F + column, silu * up.to(tl.float32), mask=inside)

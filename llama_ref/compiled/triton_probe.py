@@ -1,4 +1,4 @@
-"""Whether our Triton kernels run on a device."""
+"""Check whether this package's Triton kernels run on a device."""
 
 import importlib.util
 import logging
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether our kernels run on x's device."""
+    """Whether this package's kernels run on x's device."""
     return x.is_cuda and has_triton(x.device)
 
 

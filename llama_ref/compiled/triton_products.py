@@ -19,12 +19,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from llama_ref.compiled.ptx import unpack4, unpack8
 from llama_ref.device import AMPERE, HOPPER
 
-MOST_ROWS = 64  # of `matmul`
+MOST_ROWS = 64  # that `matmul` takes
 BLOCK_WEIGHTS = 1 << 26  # dequantized at a time for more rows
 JOINED = 1024  # sums joined by a program
 FEW_ROWS, MANY_ROWS = 2048, 16384  # of a matrix
-PDL_COMPILES = "_semantic" in inspect.signature(gdc_wait).parameters  # not so in Triton 3.4
-LARGE = 1 << 25  # weights of a matrix with several rounds of programs for a whole card
+PDL_COMPILES = "_semantic" in inspect.signature(gdc_wait).parameters  # False in Triton 3.4
+LARGE = 1 << 25  # weights of a matrix whose programs fill a whole card several times
 
 
 @triton.jit
@@ -39,9 +39,9 @@ def _input(x, gain, k, K: tl.constexpr):
 
 @triton.jit
 def _bits(words, at: tl.constexpr, MASK: tl.constexpr, x):
-    """The number in the bits MASK << `at`, which end at most at 20, times x, times 2^-49.
+    """The number in the bits MASK << `at`, all below bit 20, times x, times 2^-49.
 
-    Bits of a word are a float32 of number * 2^(at - 149), a denormal one, without being converted.
+    Read as a float32, these bits are the denormal number * 2^(at - 149), without a conversion.
     """
     return (words & (MASK << at)).to(tl.float32, bitcast=True) * (x * (2.0 ** (100 - at)))
 
@@ -77,7 +77,7 @@ def _dot4(words, x, COUNT: tl.constexpr):
 
 @triton.jit
 def _scales(scale, zero, row, first, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """Scales and zeros of some rows, (rows, GROUPS), from a group on; without zeros, the scales twice."""
+    """Scales and zeros (rows, GROUPS) from group `first` on; without zeros, the scales twice."""
     group = first + tl.arange(0, GROUPS)
     inside = (group < K // GROUP)[None, :]
     places = row[:, None] * (K // GROUP) + group
@@ -95,8 +95,8 @@ def _matvec(
     K: tl.constexpr, GROUP: tl.constexpr, WORD: tl.constexpr, GATED: tl.constexpr, HEAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # WORD numbers are read at once: eight of four bits, the low nibbles 4 columns, the high ones those
-    # half a group further; four of eight bits; or one.
+    # WORD numbers are read at once: eight int4 (the low nibbles are 4 columns, the high ones the 4
+    # columns half a group further), four int8, or one.
     COLUMNS: tl.constexpr = K // WORD
     WIDTH: tl.constexpr = GROUP // 8 if GROUP else BLOCK  # words of a group
     GROUPS: tl.constexpr = BLOCK // WIDTH
@@ -109,12 +109,12 @@ def _matvec(
     column = tl.arange(0, BLOCK)
     pointers = w + stored[:, None].to(tl.int64) * COLUMNS + column
     tile = tl.load(pointers, mask=(column < COLUMNS)[None, :], other=0, eviction_policy="evict_first")
-    # What comes from far is asked for early: weights and scales now, then what the end needs.
+    # Global memory is slow, so loads start early: weights and scales now, then what the end needs.
     if GROUP:
         s, z = _scales(scale, zero, stored, 0, K, GROUP, GROUPS)
     elif scale is not None:
         s = tl.load(scale + stored)
-    if PDL:  # x is written by the kernel before
+    if PDL:  # x is written by the previous kernel
         gdc_wait()
     if residual is not None:
         added = tl.load(residual + row, mask=row < N, other=0)
@@ -187,7 +187,7 @@ def _matvec(
 
 @triton.jit
 def _spread(scales, ROWS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
-    """One number for each byte: (ROWS, GROUPS) to (ROWS, GROUPS * HALF)."""
+    """Repeat each group's number for its bytes: (ROWS, GROUPS) -> (ROWS, GROUPS * HALF)."""
     return tl.reshape(tl.broadcast_to(scales[:, :, None], (ROWS, GROUPS, HALF)), (ROWS, GROUPS * HALF))
 
 
@@ -211,7 +211,7 @@ def _matmul(
     column = tl.arange(0, BLOCK)
     pointers = w + stored[:, None].to(tl.int64) * COLUMNS + column
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    # Program_id(1) takes every SPLIT-th block; its sum goes to a slice of its own.
+    # Each program_id(1) takes every SPLIT-th block, and writes its sum to a separate slice.
     for step in range(0, COLUMNS, SPLIT * BLOCK):
         start = step + tl.program_id(1) * BLOCK
         at = start + column
@@ -292,7 +292,7 @@ def _matvec_config(bits: int, N: int, K: int) -> tuple[int, int, int]:
 def _matmul_config(bits: int, M: int, N: int, itemsize: int, hopper: bool) -> tuple[int, int, int, int, int]:
     """Rows per program, bytes of each at a time, warps, programs per row, pipeline stages: the fastest on an H200.
 
-    Older cards have less shared memory (99 KB at least), and smaller tiles.
+    Older cards have less shared memory (99 KB at least) and get smaller tiles.
     """
     if itemsize == 4:
         return 32, 64, 4, 1, 2
@@ -313,7 +313,7 @@ def has_tensor_cores(device: torch.device) -> bool:
 
 @cache
 def has_pdl(device: torch.device) -> bool:
-    """Programmatic dependent launch: a kernel loads weights before the previous one has finished (Hopper)."""
+    """Whether kernels may load weights before the previous one ends (Hopper's dependent launch)."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and PDL_COMPILES and torch.cuda.get_device_capability(device) >= HOPPER
 
@@ -331,10 +331,11 @@ def matvec(
 ) -> Tensor:  # fmt: skip
     """x (K,) times weight (N, K): (N,), or (N/2,) if gated.
 
-    weight: x's dtype; int8 with scale (N,); or uint8 (N, K/2) with scale and zero (N, K/G), as `pack` makes them, or no zero.
-    gain: x is first normed (RMSNorm) with this weight (K,). residual (N,) is added. gated: weight is w1 over w3, and the
-    result silu(w1 x) * (w3 x). rope: cos, sin (S, hd/2) float32, keys, values (heads, S, hd) of the same strides and
-    position (1,): weight is wq, wk, wv; the turned q is returned, k and v are written to the cache at the position.
+    weight: in x's dtype; int8 with scale (N,); or uint8 (N, K/2) with scale and optional zero (N,
+    K/G), as `pack` makes them. gain: x is first normed (RMSNorm) with this weight (K,). residual
+    (N,) is added. gated: weight is w1 over w3, and the result silu(w1 x) * (w3 x). rope: cos, sin
+    (S, hd/2) float32, keys, values (heads, S, hd) with the same strides, and position (1,): weight
+    is wq, wk, wv; the rotated q is returned, k and v are written to the cache at the position.
     """
     N, K = weight.shape[0], x.shape[-1]
     cos = sin = keys = values = position = None
@@ -364,7 +365,10 @@ def matmul(
     residual: Tensor | None = None, gated: bool = False,
     config: tuple[int, int, int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """x (M, K), M up to 64, times weight (N, K), `residual` (M, N) and `gated` as in `matvec`: (M, N), or (M, N/2) if gated."""
+    """x (M, K), M up to 64, times a quantized weight (N, K): (M, N), or (M, N/2) if gated.
+
+    `residual` (M, N) and `gated` are as in `matvec`.
+    """
     (M, K), N, pdl = x.shape, weight.shape[0], has_pdl(x.device)
     group = _group(scale, K)
     rows, block, warps, split, stages = config or _matmul_config(4 if group else 8, M, N, x.element_size(), pdl)
@@ -387,7 +391,7 @@ def matmul(
 
 
 def _unpack(dtype: torch.dtype, scale: Tensor | None) -> str | None:
-    """The PTX that unpacks a matrix's words; None where Triton's own operations do."""
+    """The PTX that unpacks a matrix's words; None where Triton's own operations do it."""
     if scale is None or dtype == torch.float32 or triton.knobs.runtime.interpret or torch.version.hip is not None:
         return None
     if scale.dim() == 1:

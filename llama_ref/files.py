@@ -20,7 +20,7 @@ UTF_32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
 def what_is(head: bytes) -> str | None:
-    """Name the kind of a file that is clearly not a checkpoint's, from its first bytes; else None.
+    """Name the kind of a file that is clearly no checkpoint file, from its first bytes; else None.
 
     Expired download links leave web pages and error bodies under the names of weights, and clones
     without Git LFS leave pointers.
@@ -53,7 +53,10 @@ ADVICE = {  # no semicolons: reports put several of these into one sentence
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to read in the block. Raises CheckpointError if it is unreadable or not a file."""
+    """Open a file for reading in the block.
+
+    Raises CheckpointError if it is unreadable or not a file.
+    """
     try:
         file = BufferedReader(open_file(path))
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
@@ -106,12 +109,12 @@ def named_in_request(file: str | Path, what: str) -> Iterator[Path]:
 
 
 def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
-    """The content of a small text file as UTF-8 without a byte-order mark; else like `read_limited`."""
+    """A small text file's content as UTF-8 without a byte-order mark; otherwise as `read_limited`."""
     return as_utf8(read_limited(path, limit_bytes, expected))
 
 
 def read_limited(path: Path, limit_bytes: int, expected: str) -> bytes:
-    """A file's bytes. Raises CheckpointError if it is no plain file or exceeds `limit_bytes`."""
+    """A file's bytes. Raises CheckpointError if it is not a plain file or exceeds `limit_bytes`."""
     with opened(path) as file:
         n_bytes = os.fstat(file.fileno()).st_size
         check_size(path, n_bytes, limit_bytes, expected)
@@ -147,7 +150,7 @@ def as_utf8(data: bytes) -> bytes:
 
 
 class BadValue(CheckpointError):
-    """What is wrong with the content of a JSON file; `json_object` adds the path."""
+    """A wrong value in a JSON file; `json_object` adds the path to the message."""
 
 
 class DuplicateKey(BadValue, ValueError):

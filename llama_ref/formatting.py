@@ -1,4 +1,4 @@
-"""Values as messages and tables show them: sizes, names, dtypes."""
+"""Format values for messages and tables: sizes, names, dtypes."""
 
 import difflib
 import re
@@ -27,11 +27,11 @@ def printable(text: str) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Text that sends a terminal no commands: its control characters are shown as "\\x1b".
+    """Escape control characters as in "\\x1b", so that text cannot send commands to a terminal.
 
-    Newlines and tabs stay, and the joiners that emoji and Indic scripts need. Escaped are the other
-    control characters, those that show text in another order than it has (U+202A to U+202E, U+2066
-    to U+2069), and surrogates, by which Python decodes a file name's invalid bytes.
+    Newlines and tabs stay, and the joiners that emoji and Indic scripts need. Also escaped are
+    characters that reorder the text shown (U+202A to U+202E, U+2066 to U+2069), and surrogates, to
+    which Python decodes a file name's invalid bytes.
     """
     return text.translate(_ESCAPES)
 
@@ -47,7 +47,7 @@ _ESCAPES = {code: chr(code).encode("unicode_escape", "surrogatepass").decode() f
 
 
 def hide_queries(text: str) -> str:
-    """Text without the queries of links, nor the parts of a signed one: they are like passwords."""
+    """Text without the queries and signatures of links: they are like passwords."""
     return _SIGNED.sub(r"\1…", _QUERY.sub(r"\1…", text))
 
 
@@ -56,7 +56,7 @@ _SIGNED = re.compile(r"((?:Policy|Signature|Key-Pair-Id)=)[^\s'\"&]+")
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Give "; did you mean x?" for the known word nearest to this one, or nothing."""
+    """Give "; did you mean x?" for the known word nearest to this one, or "" if none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""Prompts to text.
+"""Generate text from prompts.
 
 `Llama` has the methods, arguments and return values of Meta's `llama` package, so that scripts written for
 it run with the import changed; `stream` and the options beyond temperature and top_p are additions.
@@ -77,7 +77,10 @@ class ChatPrediction(TypedDict, total=False):
 
 
 class Llama:
-    """A model, its tokenizer, and generation with them. Made by `Llama.build`, or from existing parts."""
+    """A model with its tokenizer, and methods to generate text.
+
+    Built by `Llama.build` or from existing parts.
+    """
 
     def __init__(
         self,
@@ -103,10 +106,10 @@ class Llama:
         self.speculation = speculation
 
     def __getstate__(self) -> dict[str, Any]:
-        """The generator as bytes: a tensor made only while pickling is gone before a worker gets it.
+        """Pickle the generator as bytes: a tensor made only for pickling would be freed too early.
 
         `multiprocessing` passes tensors to a spawned worker as file descriptors, which live as long
-        as the tensors. torch's own pickle of a generator has such a tensor.
+        as the tensors. torch's own pickle of a generator contains such a temporary tensor.
         """
         return self.__dict__ | {"generator": self.generator.get_state().numpy().tobytes()}
 
@@ -139,28 +142,38 @@ class Llama:
     ) -> "Llama":
         """Load a checkpoint folder, given by path or release name.
 
-        tokenizer_path: default: the folder's own. max_seq_len: limit of prompt and answer together, in
-        tokens; each call allocates a KV cache only as long as it needs. max_batch_size: prompts per call.
-        model_parallel_size: accepted for Meta's scripts; must agree with torchrun, of whose processes each
-        holds a part of every matrix. pipeline_parallel_size: number of pipeline stages, runs of layers
-        among which the processes are divided. seed: of the sampling; None: a random one.
-        device: default: CUDA if available, else MPS, else the CPU. dtype: default: bfloat16 if the device
-        has it, else float16. quantize: "int8", "int4" or "int4:group=32" rounds the weights while loading
-        (quantization/apply.py). activations: the arithmetic of Meta's int4 and fp8 releases: "reference", the
-        default, rounds the inputs of their matrices as Meta's code does, "full" does not. compile: faster
-        decoding, of one sequence on a CPU (compiled/cpu.py), of any batch on CUDA (compiled/cuda.py), after
-        some seconds of compiling. speculate: "ngram" makes repetitive text faster; draft: a smaller model of
-        the same vocabulary, which makes any text faster (decoding/speculative.py). verify: "auto" compares
-        every file with checklist.chk the first time it is used, "always" each time, "never" does not.
-        in_memory: copy the weights instead of mapping the files, which may then change while the model is
-        used. progress: called with (bytes done, total bytes).
+        tokenizer_path: by default the folder's.
+        max_seq_len: limit of prompt and answer together, in tokens; each call allocates a KV cache
+        only as long as it needs.
+        max_batch_size: prompts per call.
+        model_parallel_size: accepted for Meta's scripts; must agree with torchrun's processes, each
+        of which holds a part of every matrix.
+        pipeline_parallel_size: number of pipeline stages (runs of consecutive layers).
+        seed: random seed for sampling; None: a random one.
+        device: by default CUDA if available, else MPS, else the CPU.
+        dtype: by default bfloat16 if the device has it, else float16.
+        quantize: "int8", "int4" or "int4:group=32" rounds the weights while loading
+        (quantization/apply.py).
+        activations: the arithmetic of Meta's int4 and fp8 releases: "reference", the default,
+        rounds the inputs of their matrices as Meta's code does, "full" does not.
+        compile: speed up decoding, of one sequence on a CPU (compiled/cpu.py), of any batch on CUDA
+        (compiled/cuda.py), after some seconds of compiling.
+        speculate: "ngram" speeds up repetitive text.
+        draft: a smaller model with the same vocabulary, which speeds up any text
+        (decoding/speculative.py).
+        verify: "auto" compares every file with checklist.chk when it is first used, "always" at
+        every load, "never" not at all.
+        in_memory: copy the weights instead of mapping the files, which may then change while the
+        model is used.
+        progress: called with (bytes done, total bytes).
+
         On a CPU the process keeps up to 256 MB of freed memory from then on (machine/memory.py).
-        Raises CheckpointError for what is wrong on disk, RequestError for what is wrong in the call,
-        JobError if torchrun's processes have different files or options.
+        Raises CheckpointError for a bad checkpoint, RequestError for bad arguments, JobError if
+        torchrun's processes have different files or options.
         """
         _positive("max_seq_len", max_seq_len)
         _positive("max_batch_size", max_batch_size)
-        SamplingParams(seed=seed)  # raises RequestError for an invalid one
+        SamplingParams(seed=seed)  # raises RequestError for an invalid seed
         on = choose_device(device)
         precision = choose_dtype(dtype, on)
         prepare_cuda(on)
@@ -234,7 +247,7 @@ class Llama:
 
     @property
     def image_id(self) -> int | None:
-        """The id that stands for an image in a prompt (128256); None if the model reads no images."""
+        """The id that marks an image in a prompt (128256); None if the model reads no images."""
         return self.model.image_id if isinstance(self.model, VisionTransformer) else None
 
     @property
@@ -262,14 +275,15 @@ class Llama:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt: (token ids per prompt, their log-probabilities per prompt or None).
 
-        Outputs end before a stop token, before the first token of a `stop` string, after `max_gen_len`
-        tokens, or at the end of the context. `echo` includes the prompt. Log-probabilities are the model's
-        own, before temperature and filters; that of an echoed prompt's first token is 0, and so is an
-        image's. `images`: for each prompt, those that stand where it has `image_id`: paths, files' bytes or
-        Pillow images. `sampling`: the other fields of SamplingParams: top_k, min_p, repetition_penalty,
-        logit_bias, seed.
+        Outputs end before a stop token, before the first token of a `stop` string, after
+        `max_gen_len` tokens, or at the end of the context. `echo` includes the prompt.
+        Log-probabilities are those before temperature and filters; an echoed prompt's first token
+        and its images have 0. `images`: for each prompt, one image per `image_id` in it: paths,
+        file contents (bytes) or Pillow images. `sampling`: the other fields of SamplingParams:
+        top_k, min_p, repetition_penalty, logit_bias, seed.
         `study.recording(llama.model, names)` around the call records activations.
-        Raises RequestError for prompts that are empty, too many, too long, or with ids outside the vocabulary.
+        Raises RequestError for prompts that are empty, too many, too long, or with ids outside the
+        vocabulary.
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         texts = self._run(prompt_tokens, images, params, max_gen_len, stop, logprobs and echo)
@@ -284,10 +298,11 @@ class Llama:
         *,
         images: Sequence[Sequence["ImageSource"]] | None = None,
     ) -> list[list[int]]:
-        """Continue each prompt by a rule of the caller's own: `choose` turns float32 logits (B, V) into ids (B,).
+        """Continue each prompt with ids chosen by the caller's function.
 
-        It is called once for the prompts and once for each step after it; rows that have finished are in
-        the batch until all have. Outputs, images and errors are those of `generate`.
+        `choose` maps float32 logits (B, V) to ids (B,). It is called once for the prompts and once
+        for each later step; finished rows stay in the batch until all have finished. Outputs,
+        images and errors are those of `generate`.
         """
         rows = self._start(prompt_tokens, images, max_gen_len)
         if not self.job.is_parallel:
@@ -315,9 +330,10 @@ class Llama:
     ) -> list[CompletionPrediction]:
         """Continue each text, or its ids; with `logprobs`, also the text and log-probability of every token.
 
-        `images` of a prompt stand before its text. `special_tokens`: see `encode`. The rest: see `generate`.
+        A prompt's `images` come before its text. `special_tokens`: see `encode`. The rest: see
+        `generate`.
         """
-        if isinstance(prompts, str):  # would count as a list of letters
+        if isinstance(prompts, str):  # it would be taken as a list of characters
             raise RequestError(f"prompts is the text {prompts!r:.60}, expected a list of texts")
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         rows = _image_rows(images, len(prompts))
@@ -350,8 +366,8 @@ class Llama:
         `tools`: Python functions, JSON schemas and names of built-in tools that the model may call, or a
         ToolSet of them; `tool_format` is "json", "function_tag" or "python_list", by default what the
         release expects. An answer then has its calls in `tool_calls`, the text around them in
-        `content`, and `token_ids`; append it and messages with the role `tool` to the dialog to go on.
-        Nothing is executed.
+        `content`, and `token_ids`; to continue, append it and messages with the role `tool` to the
+        dialog. No tool is executed.
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         offered = self.formatter.offered(tools, tool_format)
@@ -399,14 +415,15 @@ class Llama:
     ) -> Stream:
         """Generate for one prompt, yielding text as it is generated.
 
-        `prompt` is a text, token ids, or a dialog to answer. `images` stand before a text, or where ids have
-        `image_id`; a dialog has its own. Pieces of text never contain half a character;
-        `stop` strings and stop tokens end the text and are not part of it. The Stream then has
-        `.finish_reason` ("stop" or "length"), `.tokens`, `.text` and, with `logprobs`, `.logprobs`, one for
-        each of `.tokens`. Iteration may be abandoned at any point. A one-row `cache` that holds a prefix of
-        the prompt (and its images) saves computing it again; afterwards it holds the prompt and a prefix
-        of the answer. `tools` are offered in a dialog, as in `chat_completion`;
-        `formatter.decode_assistant_message(stream.answer_tokens)` finds the calls.
+        `prompt` is a text, token ids, or a dialog to answer. `images` come before a text, or where
+        ids have `image_id`; a dialog contains its images. Pieces of text never contain half a
+        character; `stop` strings and stop tokens end the text and are not part of it. The Stream
+        then has `.finish_reason` ("stop" or "length"), `.tokens`, `.text` and, with `logprobs`,
+        `.logprobs`, one for each of `.tokens`. Iteration may be abandoned at any point. A one-row
+        `cache` that holds a prefix of the prompt (and its images) avoids recomputing it; afterwards
+        it holds the prompt and a prefix of the answer. `tools` are offered in a dialog, as in
+        `chat_completion`; `formatter.decode_assistant_message(stream.answer_tokens)` finds the
+        calls.
         """
         params = sampling_params(temperature=temperature, top_p=top_p, **sampling)
         own = _image_rows(None if images is None else [images], 1)[0]
@@ -435,10 +452,11 @@ class Llama:
         n_images: int = 0,
         tools: ToolSet | None = None,
     ) -> list[int]:
-        """Token ids of a text (after begin-of-text and places for images), of a dialog to answer, or as given.
+        """Token ids of a text or of a dialog to answer; ids are returned unchanged.
 
-        `special_tokens`: `<|eot_id|>` and the like in a text are special tokens, and a text that begins
-        with begin-of-text gets no second one; `<|image|>` is an image's place, and no other is added then.
+        A text's ids follow begin-of-text and `n_images` image tokens. With `special_tokens`,
+        `<|eot_id|>` and the like in a text become special tokens, a text that begins with
+        begin-of-text gets no second one, and a text with `<|image|>` gets no other image tokens.
         Otherwise they are encoded as plain text, with a warning. `tools` are written into a dialog.
         """
         if isinstance(prompt, str):
@@ -448,12 +466,12 @@ class Llama:
         return self.formatter.encode_dialog_prompt(cast(Dialog, prompt), tools)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; an image is `<|image|>`."""
+        """Decode ids to text; an image becomes `<|image|>`."""
         vocabulary = self.tokenizer.vocabulary
         return self.tokenizer.decode(vocabulary.special_id("<|image|>") if id == self.image_id else id for id in ids)
 
     def _encode_text(self, text: str, special_tokens: bool, n_images: int = 0) -> list[int]:
-        """Token ids of a text, after one begin-of-text and places for images."""
+        """Token ids of a text, after one begin-of-text and `n_images` image tokens."""
         bos = self.tokenizer.bos_id
         if n_images:
             if self.image_id is None:
@@ -476,7 +494,7 @@ class Llama:
             )
         return ids
 
-    # ---- what they share
+    # ---- shared by these methods
 
     def _run(
         self,
@@ -519,7 +537,10 @@ class Llama:
         ]
 
     def _tiles(self, prompts: list[list[int]], images: Sequence[Sequence["ImageSource"]] | None) -> list[list[Tiles]]:
-        """Each prompt's images, cut into tiles. Raises RequestError unless there is one for each place."""
+        """Each prompt's images, cut into tiles.
+
+        Raises RequestError unless there is one per image token.
+        """
         rows = _image_rows(images, len(prompts))
         for number, (prompt, own) in enumerate(zip(prompts, rows, strict=True)):
             if own and self.image_id is None:
@@ -533,7 +554,10 @@ class Llama:
         return [[self.load_tiles(image) for image in own] for own in rows]
 
     def load_tiles(self, image: "ImageSource") -> Tiles:
-        """An image as the model's encoder takes it. Raises RequestError for what is no image."""
+        """Cut an image into tiles for the model's encoder.
+
+        Raises RequestError if it is not an image.
+        """
         args = self.model.args
         if args.vision_chunk_size is None:
             raise RequestError(NO_IMAGES)
@@ -548,7 +572,8 @@ class Llama:
             raise RequestError(
                 f"the prompt has {len(prompt):,} tokens, but max_seq_len is {self.max_seq_len:,}: shorten it or build with more"
             )
-        vocab_size = self.model.args.vocab_size + (self.image_id is not None)  # the id of images comes after all others
+        # The image id follows the vocabulary.
+        vocab_size = self.model.args.vocab_size + (self.image_id is not None)
         invalid = [token for token in (min(prompt), max(prompt)) if not 0 <= token < vocab_size]
         if invalid:
             raise RequestError(f"the prompt has token {invalid[0]}; the vocabulary has 0 to {vocab_size - 1}")
@@ -567,7 +592,7 @@ class Llama:
     def _agreed(
         self, found: Iterator[None], rows: list[Row], params: SamplingParams, stop: str | Sequence[str], **options: Any
     ) -> Iterator[None]:
-        """Steps that begin when all processes of the job have the same prompts and options. Raises JobError."""
+        """Run steps; raise JobError unless all processes have the same prompts and options."""
         prompts, images, limits = zip(*((row.prompt, row.images, row.max_gen_len) for row in rows), strict=True)
         with naming_a_lost_process():
             self.job.check_same("generating", generation_facts(prompts, images, limits, params, stop, **options))
@@ -591,7 +616,7 @@ def is_ids(prompt: object) -> TypeGuard[list[int]]:
 
 
 def _image_rows(images: Any, n_prompts: int) -> Sequence[Sequence["ImageSource"]]:
-    """The images of each prompt. Raises RequestError for what is not a list of lists."""
+    """The images of each prompt. Raises RequestError if `images` is not a list of lists."""
     if images is None:
         return [()] * n_prompts
     if not isinstance(images, list | tuple):
@@ -605,7 +630,7 @@ def _image_rows(images: Any, n_prompts: int) -> Sequence[Sequence["ImageSource"]
 
 
 def _output(text: RowText, echo: bool) -> tuple[list[int], list[float]]:
-    """A row's ids and their log-probabilities, without those of a stop string; after the prompt's if `echo`."""
+    """A row's ids and log-probabilities without a stop string's; if `echo`, the prompt's first."""
     row = text.row
     tokens = text.tokens if text.ends_at_stop_string else row.generated
     logprobs = row.logprobs[: len(tokens)]
@@ -613,7 +638,7 @@ def _output(text: RowText, echo: bool) -> tuple[list[int], list[float]]:
 
 
 def _generator(seed: int | None) -> torch.Generator:
-    """A generator on the CPU; None: seeded randomly."""
+    """A CPU generator with this seed; None: a random seed."""
     generator = torch.Generator("cpu")
     if seed is None:
         generator.seed()
@@ -635,7 +660,7 @@ def _check_vocabulary(path: Path, args: ModelArgs, tokenizer: Tokenizer, draft: 
     ours, theirs = tokenizer.vocabulary, small.tokenizer.vocabulary
     n_ours, n_theirs = args.vocab_size, small.model.args.vocab_size
     if n_ours != n_theirs or ours.ranks != theirs.ranks or ours.added != theirs.added:
-        found = f"{n_theirs:,} tokens, expected {n_ours:,}" if n_ours != n_theirs else f"{n_ours:,} tokens too, but others"
+        found = f"{n_theirs:,} tokens, expected {n_ours:,}" if n_ours != n_theirs else f"also {n_ours:,} tokens, but different"
         raise RequestError(f"the draft model {draft} has another vocabulary than {path} ({found}): use one of the same family")
 
 
@@ -653,7 +678,7 @@ def sampling_params(**options: Any) -> SamplingParams:
         if name not in ours:
             known = ["max_gen_len", "stop", "logprobs", *ours]  # the first three are arguments of the calls
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
             raise RequestError(f"unknown option {name!r}: {hint}")
     return SamplingParams(**options)
 

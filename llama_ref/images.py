@@ -1,4 +1,4 @@
-"""Images to the tiles that the vision encoder takes, as Meta's image_transform.py makes them.
+"""Cut images into the tiles that the vision encoder takes, as Meta's image_transform.py does.
 
 Needs Pillow: `pip install "llama-ref[vision]"`.
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
     ImageFile: TypeAlias = str | Path | bytes | Image.Image
-    ImageSource: TypeAlias = "ImageFile | Tiles"  # what calls take; Tiles are cut already
+    ImageSource: TypeAlias = "ImageFile | Tiles"  # what calls accept; Tiles are already cut
 
 Size = tuple[int, int]  # width and height
 
 # Formats that Pillow reads by itself: others start programs (EPS) or are containers (PDF).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 FILE_LIMIT_BYTES = 256 << 20
-ORIENTATION = 0x0112  # EXIF's tag, and what turns an image upright, by its value
+ORIENTATION = 0x0112  # the EXIF tag; UPRIGHT: the transposition for each value that needs one
 UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -60,13 +60,13 @@ def load_tiles(source: "ImageSource", tile: int, most_tiles: int) -> Tiles:
 def open_image(source: "ImageFile") -> "Image.Image":
     """An RGB image from a file's path, a file's bytes, or a Pillow image.
 
-    Files are turned upright as their EXIF data says; Pillow images are taken as they are. Transparency
-    is dropped, an animation's first frame is taken, 16 bits become 8. Raises RequestError for what is
-    no image, has no pixels, or too many.
+    Files are turned upright as their EXIF data says; Pillow images are taken as they are.
+    Transparency is dropped, an animation's first frame is taken, 16 bits become 8. Raises
+    RequestError if the source is not an image, or has no pixels or too many.
     """
     image_module = _pillow()
     if isinstance(source, image_module.Image):
-        with _refusing_damage("the image"):  # it may be read only now
+        with _refusing_damage("the image"):  # Pillow may decode the file only now
             return _in_rgb(source, "the image")
     if isinstance(source, bytes | bytearray | memoryview):
         return _decoded(bytes(source), f"the image of {len(source):,} bytes")
@@ -82,7 +82,7 @@ def open_image(source: "ImageFile") -> "Image.Image":
 
 
 def tiles_of(image: "Image.Image", tile: int, most_tiles: int) -> Tiles:
-    """Fit an RGB image into the canvas of tiles that suits it best, at the top left, on black.
+    """Resize an RGB image to fit its best canvas of tiles, at the top left on black, and cut it.
 
     `tile` is a tile's side in pixels. Raises RequestError for an image that is too narrow.
     """
@@ -90,8 +90,8 @@ def tiles_of(image: "Image.Image", tile: int, most_tiles: int) -> Tiles:
     size = fitted_size(image.size, canvas, tile)
     if 0 in size:
         raise RequestError(
-            f"the image has {image.width:,} × {image.height:,} pixels, of which nothing is left at {max(size):,} pixels "
-            "along its longer side: it is too narrow"
+            f"the image has {image.width:,} × {image.height:,} pixels: it is too narrow, its shorter "
+            f"side would have 0 pixels when the longer one is resized to {max(size):,}; crop it"
         )
     image_module = _pillow()
     fitted = image if size == image.size else image.resize(size, image_module.Resampling.BILINEAR)
@@ -105,9 +105,9 @@ def tiles_of(image: "Image.Image", tile: int, most_tiles: int) -> Tiles:
 
 
 def best_canvas(size: Size, tile: int, most_tiles: int) -> Size:
-    """The size of the grid of tiles in which an image is enlarged least, else reduced least.
+    """Size of the grid of tiles that enlarges an image least or, if none does, reduces it least.
 
-    Of several the smallest.
+    The smallest grid wins a tie.
     """
 
     def scale(canvas: Size) -> Fraction:
@@ -120,7 +120,7 @@ def best_canvas(size: Size, tile: int, most_tiles: int) -> Size:
 
 
 def fitted_size(size: Size, canvas: Size, tile: int) -> Size:
-    """The size of an image within its canvas, in its proportions; enlarged at most to fill one tile."""
+    """Size of an image in its canvas, proportions kept; enlarged at most to fill one tile."""
     width, height = (min(max(side, tile), limit) for side, limit in zip(size, canvas, strict=True))
     by_width, by_height = width / size[0], height / size[1]
     if by_width < by_height:
@@ -140,7 +140,7 @@ def _per_channel(values: tuple[float, ...]) -> Tensor:
 def _pillow() -> Any:
     """The module PIL.Image. Raises RequestError without Pillow."""
     try:
-        from PIL import Image  # lazily: text models do without
+        from PIL import Image  # lazily: text models do not need it
     except ImportError as error:
         raise RequestError(f"images need Pillow, which cannot be imported ({error}): {OTHERWISE}") from error
     return Image
@@ -152,7 +152,8 @@ def _decoded(data: bytes, name: str) -> "Image.Image":
     image_module.init()
     formats = [each for each in FORMATS if each in image_module.OPEN]  # Pillow may be built without some
     with _refusing_damage(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images, whose error is of the largest alone, and of odd EXIF data
+        # Warnings about large images (only too large ones raise) and odd EXIF data.
+        warnings.simplefilter("ignore")
         try:
             image = image_module.open(io.BytesIO(data), formats=formats)
         except image_module.UnidentifiedImageError as error:
@@ -164,7 +165,7 @@ def _decoded(data: bytes, name: str) -> "Image.Image":
 
 
 def _orientation(image: "Image.Image") -> int:
-    """How a file's EXIF data says its pixels lie; 1, upright, where that cannot be read."""
+    """An image's EXIF orientation; 1 (upright) if it cannot be read."""
     with contextlib.suppress(Exception):
         return int(image.getexif().get(ORIENTATION, 1))
     return 1
@@ -172,7 +173,7 @@ def _orientation(image: "Image.Image") -> int:
 
 @contextlib.contextmanager
 def _refusing_damage(name: str) -> Iterator[None]:
-    """Turn Pillow's errors into RequestError. Which it raises for damaged files is not documented: any."""
+    """Turn any exception into RequestError: Pillow does not document its own for damaged files."""
     try:
         yield
     except RequestError:

@@ -15,10 +15,10 @@ from llama_ref.model import Context, attend
 
 @dataclass
 class ImageKeys:
-    """What the cross-attention layers read of a batch's images.
+    """Keys and values of a batch's images, which the cross-attention layers read.
 
-    `keys` and `values` are (cross layers, B, N, K, hd). Vision token i of a row is seen by positions
-    from `begins` to before `ends`, both (B, N); by none where rows are padded to the longest.
+    `keys` and `values` are (cross layers, B, N, K, hd). A vision token is visible to the positions
+    from `begins` up to, but not including, `ends`, both (B, N); padding is visible to none.
     """
 
     keys: Tensor
@@ -27,7 +27,7 @@ class ImageKeys:
     ends: Tensor
 
     def visible(self, positions: Tensor) -> Tensor:
-        """Which positions (B, T) see which vision tokens: bool (B, T, N)."""
+        """Mask, True where a position (B, T) sees a vision token: bool (B, T, N)."""
         at = positions[:, :, None]
         return (self.begins[:, None] <= at) & (at < self.ends[:, None])
 
@@ -36,9 +36,9 @@ class KVCache:
     """Keys and values of all tokens so far, for every layer, and the length of each row.
 
     `keys` and `values` are (n_layers, B, K, max_seq_len, hd). `lengths` (B,) counts the tokens of each
-    row; what lies beyond is never read, so a row is truncated by lowering its length. `longest` is
-    their maximum, a number that is known without waiting for the device. `images` are those that
-    the rows' tokens look at (vision.py).
+    row; slots beyond are never read, so a row is truncated by lowering its length. `longest` is
+    their maximum, a Python int that is known without waiting for the device. `images` are the
+    images that the rows' tokens attend to (vision.py).
     For inference: use it under `torch.inference_mode()` or with frozen weights.
     """
 
@@ -48,7 +48,8 @@ class KVCache:
         self, args: ModelArgs, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
         shape = (args.n_layers, batch_size, args.n_kv_heads, max_seq_len, args.head_dim)  # (16, 4, 8, 2048, 64)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # on a CPU, takes memory as it fills
+        # On a CPU, uses memory only as it fills.
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -86,9 +87,9 @@ class KVCache:
         return self.keys[layer, :, :, :n_tokens].transpose(1, 2), self.values[layer, :, :, :n_tokens].transpose(1, 2)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        """Store one layer's new k and v (B, T, K, hd), then attention of q (B, T, H, hd) to all so far: (B, T, H, hd).
+        """Store one layer's new k and v (B, T, K, hd), attend with q to all tokens: (B, T, H, hd).
 
-        A subclass may store and attend another way, as its device does best.
+        Subclasses may use another layout or kernel that suits their device.
         """
         self.write(layer, context.positions, k, v)
         if context.n_seen == context.n_new:

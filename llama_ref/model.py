@@ -1,18 +1,18 @@
-"""Llama 3 (arXiv:2407.21783, section 3.2): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""Llama 3 (arXiv:2407.21783, section 3.2): RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
 | release     | D      | layers | H   | K | ffn_dim | output     | parameters |
 |-------------|--------|--------|-----|---|---------|------------|------------|
 | 3.2 1B      | 2,048  | 16     | 32  | 8 | 8,192   | tied       | 1.24 B     |
 | 3.2 3B      | 3,072  | 28     | 24  | 8 | 8,192   | tied       | 3.21 B     |
-| 3, 3.1 8B   | 4,096  | 32     | 32  | 8 | 14,336  | its own    | 8.03 B     |
-| 3 – 3.3 70B | 8,192  | 80     | 64  | 8 | 28,672  | its own    | 70.6 B     |
-| 3.1 405B    | 16,384 | 126    | 128 | 8 | 53,248  | its own    | 406 B      |
+| 3, 3.1 8B   | 4,096  | 32     | 32  | 8 | 14,336  | separate   | 8.03 B     |
+| 3 – 3.3 70B | 8,192  | 80     | 64  | 8 | 28,672  | separate   | 70.6 B     |
+| 3.1 405B    | 16,384 | 126    | 128 | 8 | 53,248  | separate   | 406 B      |
 
-A tied output is the embedding's matrix.
+A tied output shares the embedding's matrix.
 
 In the shape comments: B sequences, T new tokens each, S tokens so far (the new ones included),
-D = dim, H query heads, K key/value heads, hd = head_dim, V = vocab_size. Examples are those of
-Llama 3.2 1B with 4 sequences of 128 tokens: prefill (4, 128, …), then decode steps (4, 1, …).
+D = dim, H query heads, K key/value heads, hd = head_dim, V = vocab_size. Example shapes are for
+Llama 3.2 1B and 4 sequences of 128 tokens: prefill (4, 128, …), then decode steps (4, 1, …).
 """
 
 import math
@@ -48,7 +48,8 @@ class RMSNorm(nn.Module):
 def rope_frequencies(args: ModelArgs, device: torch.device | None = None) -> Tensor:
     """Radians per position for each pair of a head's dimensions: float32 (hd/2,).
 
-    From 3.1 on, long wavelengths are slowed: llama-models' `apply_scaling`, which no model card describes.
+    From Llama 3.1 on, low frequencies are divided by a factor, as in `apply_scaling` of Meta's
+    llama-models; no model card describes it.
     """
     exponents = torch.arange(0, args.head_dim, 2, device=device, dtype=torch.float32) / args.head_dim
     freqs = 1.0 / args.rope_theta**exponents
@@ -56,7 +57,7 @@ def rope_frequencies(args: ModelArgs, device: torch.device | None = None) -> Ten
         return freqs
     wavelengths = 2 * math.pi / freqs
     keep = (ORIGINAL_CONTEXT / wavelengths - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR)
-    keep = keep.clamp(0, 1)  # 0: slowed by the full factor, 1: unchanged
+    keep = keep.clamp(0, 1)  # 0: divided by the full factor, 1: unchanged
     return (1 - keep) * freqs / args.rope_scaling_factor + keep * freqs
 
 
@@ -69,8 +70,8 @@ def rope_rotations(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) of every head by its position's angle: (B, T, heads, hd).
 
-    Rotary position embedding, arXiv:2104.09864. Meta's weights pair neighbours; Hugging Face's pair
-    x[i] with x[i + hd/2] and permute wq and wk to match.
+    Rotary position embedding (arXiv:2104.09864). Meta's weights pair neighbours; Hugging Face pairs
+    x[i] with x[i + hd/2] and permutes wq and wk to match.
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # 2 × (B, T, heads, hd/2)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -78,7 +79,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache(Protocol):
-    """What a forward pass needs of a KV cache (kv_cache.py), which stores and attends as it likes."""
+    """The interface of a KV cache that a forward pass uses (kv_cache.py implements it)."""
 
     longest: int  # tokens in the longest row
 
@@ -87,7 +88,7 @@ class Cache(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: "Context") -> Tensor:
-        """Store one layer's new k and v (B, T, K, hd); attention of q to all so far (B, T, H, hd)."""
+        """Store one layer's new k and v (B, T, K, hd), attend with q to all tokens: (B, T, H, hd)."""
         ...
 
     def advance(self, n_tokens: int) -> None:
@@ -113,7 +114,7 @@ class Context:
     def visible(self) -> Tensor | None:
         """The causal mask, True where a new token attends to a key: bool (B, T, S).
 
-        None where nothing came before: plain causal attention among the new tokens does.
+        None if there are no earlier tokens: plain causal attention among the new ones suffices.
         """
         if self.n_seen == self.n_new:
             return None
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         if context.cache is None:
             out = attend(q, k, v)  # (B, T, H, hd)
         else:
-            out = context.cache.attend(layer, q, k, v, context)  # (B, T, H, hd), to all S tokens
+            out = context.cache.attend(layer, q, k, v, context)  # to all S tokens: (B, T, H, hd)
         return self.wo(out.flatten(-2))  # (B, T, D)
 
 
@@ -191,13 +192,13 @@ class Transformer(nn.Module):
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         blocks = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
-        self.layers: Sequence[TransformerBlock] = blocks  # type: ignore[assignment]  # a list, typed
+        self.layers: Sequence[TransformerBlock] = blocks  # type: ignore[assignment]  # typed items
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
 
     @property
     def device(self) -> torch.device:
-        # Of a weight that every part of a model has, and that is never quantized.
+        # Every shard of a model has this weight, and it is never quantized.
         return self.layers[0].attention_norm.weight.device
 
     @property
@@ -208,7 +209,7 @@ class Transformer(nn.Module):
         """Logits for the token after each one: ids (B, T) -> float32 (B, T, V).
 
         With a cache, every row continues at its own position and the cache grows by T tokens;
-        without, the tokens are the beginning of the text.
+        without one, the tokens are the beginning of the text.
         """
         return self.logits(self.hidden(tokens, cache))
 
@@ -223,9 +224,9 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D)."""
+        """Embed token ids: (B, T) -> (B, T, D)."""
         return self.tok_embeddings(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> float32 (…, V)."""
+        """Project the last layer's normed output to logits: (…, D) -> float32 (…, V)."""
         return self.output(hidden).float()

@@ -1,24 +1,24 @@
-"""Plain Python values of NumPy's and PyTorch's numbers, arrays and tensors."""
+"""Convert NumPy's and PyTorch's numbers, arrays and tensors to plain Python values."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def plain_number(value: Any) -> Any:
-    """A NumPy number, or an array or tensor without dimensions, as Python's; others unchanged."""
+    """A NumPy number or 0-dimensional array or tensor as a Python number; other values unchanged."""
     has_no_dimension = getattr(value, "shape", None) == ()
     return value.item() if has_no_dimension and hasattr(value, "item") else value
 
 
 def plain_list(value: Any) -> Any:
-    """An array or tensor as nested lists, and a list's numbers as Python's; others unchanged."""
+    """An array or tensor as nested lists, a list with Python numbers; other values unchanged."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return [plain_number(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def plain_mapping(value: Any) -> Any:
-    """A mapping's keys and values as Python's numbers; anything else unchanged."""
+    """A mapping with keys and values as Python numbers; other values unchanged."""
     if not isinstance(value, Mapping):
         return value
     return {plain_number(key): plain_number(each) for key, each in value.items()}

@@ -1,8 +1,8 @@
-"""Open files to read, and note which file each path led to.
+"""Open files for reading, and record which file each path led to.
 
-A path may lead to another file from one moment to the next: links are changed, files and folders are
-renamed. Only a descriptor stays with its file. So verification compares the identities of
-descriptors: of the one that was hashed, and of each from which something was loaded.
+A path may lead to another file at any moment: links are changed, files and folders are renamed.
+Only a descriptor stays with its file. So verification compares the identity of the descriptor that
+was hashed with that of every descriptor from which data was loaded.
 """
 
 import os
@@ -43,9 +43,10 @@ _watching: ContextVar[tuple[Opened, ...]] = ContextVar("watching", default=())
 
 
 def open_file(path: Path) -> FileIO:
-    """Open a plain file to read, unbuffered and without waiting for a pipe.
+    """Open a plain file for reading, unbuffered and without blocking on a pipe.
 
-    Raises OSError, CheckpointError if it is something else, ValueError for a NUL byte in the name.
+    Raises OSError, CheckpointError if it is not a plain file, ValueError for a NUL byte in the
+    name.
     """
     _check_plain(path, path.stat())  # some devices act when they are opened
     file = FileIO(path, opener=_without_waiting)
@@ -61,7 +62,7 @@ def open_file(path: Path) -> FileIO:
 
 @contextmanager
 def watch_opened() -> Iterator[Opened]:
-    """Note every file that `open_file` opens in the block; not in threads that the block starts."""
+    """Record the files that `open_file` opens in the block; not in threads that the block starts."""
     opened: Opened = {}
     token = _watching.set((*_watching.get(), opened))
     try:

@@ -1,4 +1,4 @@
-"""Memory per process, and the fewest cards that hold a model: arithmetic on shapes, no weights are read.
+"""Compute the memory per process, and the fewest cards that hold a model, from shapes alone.
 
 Weights and KV cache are exact. Activations are an upper estimate, summed from the tensors alive at the
 peaks of model.py, decoding/loop.py and sampling.py; tests compare it with what generation takes on a CPU.
@@ -20,30 +20,30 @@ from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 from llama_ref.parallel.sharding import WHOLE, Share
 from llama_ref.quantization.scheme import SCALE_BITS, Scheme
 
-# As in decoding/loop.py and compiled/caches.py, which are not imported because they import torch.
+# Copied from decoding/loop.py and compiled/*_cache.py: importing these would import torch.
 PREFILL_TOKENS, MASKLESS_PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 8192, 128, 64
 BLOCK_WEIGHTS = 1 << 22  # as in quantization/linear.py
 
-# Cards are sold in GB but have GiB, of which programs get at least this fraction: 79.1 of 80, 23.5 of 24 on
-# an A30, 23.6 of 24 on an RTX 4090. GDDR cards with ECC have less: 14.7 of 16 on a T4, 22.0 of 24 on an A10
-# or L4.
+# The GB of a card's name are GiB. Programs get at least this fraction of them: 79.1 of 80, 23.5 of
+# 24 on an A30, 23.6 of 24 on an RTX 4090. GDDR cards with ECC have less: 14.7 of 16 on a T4, 22.0
+# of 24 on an A10 or L4.
 GIB, USABLE = 1 << 30, 0.98
 # For the CUDA context, cuBLAS workspace, NCCL buffers, allocator fragmentation: an allowance, not measured.
 SET_ASIDE = 10**9
 
 FEED_FORWARD, TABLES = ("w1 and w3", "w2"), ("tok_embeddings", "output")
-SCALE_BYTES = 4  # of Meta's releases
-ROUNDING_BYTES = 16  # per input of a matrix: float32 copies on the way to a rotated and rounded one
+SCALE_BYTES = 4  # in Meta's releases
+ROUNDING_BYTES = 16  # per input of a matrix: float32 copies made while it is rotated and rounded
 
-IN_SUMS = 6  # states (B, T, D) that Gloo's threads were seen to keep after an all-reduce; NCCL has none
+IN_SUMS = 6  # states (B, T, D) that Gloo's threads keep after an all-reduce (measured); NCCL: none
 
 MOST_TENSOR_PARALLEL = 16
 STAGES = (1, 2, 4, 8)
 CARDS_PER_NODE = 8
-LARGEST = 10**9  # accepted number: beyond any machine
+LARGEST = 10**9  # largest accepted number, beyond any machine
 
 
-# Bytes per number: of unquantized weights and of activations.
+# Bytes per number of unquantized weights and of activations.
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SHOWN_DTYPES = ("bfloat16", "float32")  # float16 needs what bfloat16 does
 
@@ -52,8 +52,8 @@ SHOWN_DTYPES = ("bfloat16", "float32")  # float16 needs what bfloat16 does
 class Workload:
     """The largest workload to plan for. Raises RequestError on construction for an invalid number.
 
-    `max_seq_len`: prompt and answer, in tokens. `max_batch_size`: sequences. `gpu_memory`: of a card, in GB
-    as sold.
+    `max_seq_len`: prompt and answer, in tokens. `max_batch_size`: sequences. `gpu_memory`: of one
+    card, in GB as advertised.
     """
 
     gpu_memory: float
@@ -88,7 +88,7 @@ class Layout:
 
     @property
     def nodes(self) -> tuple[int, int]:
-        """(machines, processes on each): the fewest with 8 cards, each with whole stages if they fit."""
+        """(machines, processes on each): the fewest with 8 cards, with whole stages if they fit."""
         block = 1 if self.spans_nodes else self.tensor  # stays on one machine
         n_blocks = self.processes // block
         most = CARDS_PER_NODE // block
@@ -131,10 +131,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to plan for. `ckpt_dir`: the name or path to load it by. `context`: of its training, in tokens.
+    """A model to plan for.
 
-    `scheme`: its quantization, while loading or already in the folder (`is_quantized`). `kind`: how
-    Meta's release is stored, in so many `shards`.
+    `ckpt_dir`: the name or path to load it by. `context`: its context length, in tokens. `scheme`:
+    its quantization, while loading or already in the folder (`is_quantized`). `kind`: how Meta's
+    release is stored; `shards`: in how many shards.
     """
 
     name: str
@@ -149,7 +150,7 @@ class Model:
 
     @property
     def quantization(self) -> str | None:
-        """In words; None for weights as they are."""
+        """The quantization in words; None for unquantized weights."""
         if self.kind is Kind.PLAIN:
             return None if self.scheme is None else str(self.scheme)
         return str(Int4Params.from_args(self.args)) if self.kind is Kind.INT4 else self.kind.value
@@ -157,7 +158,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Matrix:
-    """`count` equal matrices in a share: their rows, and their columns out of `all_columns`."""
+    """`count` matrices of one shape in a share: their rows, and columns out of `all_columns`."""
 
     name: str
     count: int
@@ -170,7 +171,7 @@ class Matrix:
         return self.count * self.rows * len(self.columns)
 
 
-# ---- of one process
+# ---- one process
 
 
 def matrices(args: ModelArgs, tied: bool, share: Share = WHOLE) -> Iterator[Matrix]:
@@ -206,7 +207,7 @@ def count_others(args: ModelArgs, share: Share = WHOLE) -> int:
     return norms + norms_and_gates + count_encoder(args) + share.is_first_stage * N_LEARNABLE * args.dim
 
 
-@lru_cache(maxsize=16)  # asked for every process of every layout
+@lru_cache(maxsize=16)  # called for every process of every layout
 def count_encoder(args: ModelArgs) -> int:
     """Weights of the vision encoder and its projection."""
     return sum(math.prod(shape) for name, shape in expected_shapes(args).items() if name.startswith(VISION))
@@ -218,13 +219,19 @@ def count_parameters(args: ModelArgs, tied: bool, share: Share = WHOLE) -> int:
 
 
 def weight_bytes(model: Model, share: Share, size: int) -> int:
-    """Exact bytes of a share's weights; `size` bytes per unquantized number. Raises RequestError as `_bytes`."""
+    """Exact bytes of a share's weights; `size` bytes per unquantized number.
+
+    Raises RequestError as `_bytes` does.
+    """
     held = sum(_bytes(model, matrix, size, share) for matrix in matrices(model.args, model.tied, share))
     return held + count_others(model.args, share) * size
 
 
 def _bytes(model: Model, matrix: Matrix, size: int, share: Share) -> int:
-    """Raises RequestError if the scheme's groups do not divide the rows, or the folder's groups would be split."""
+    """Bytes of a matrix.
+
+    Raises RequestError if groups do not divide its rows, or would be split among processes.
+    """
     if model.kind is Kind.INT4:
         return _int4_bytes(matrix, Int4Params.from_args(model.args), size)
     if model.kind is Kind.FP8 and matrix.name in FEED_FORWARD:
@@ -241,7 +248,7 @@ def _bytes(model: Model, matrix: Matrix, size: int, share: Share) -> int:
 
 
 def _int4_bytes(matrix: Matrix, params: Int4Params, size: int) -> int:
-    """Of a matrix of an int4 release; embedding and output have eight bits."""
+    """Bytes of a matrix in an int4 release; embedding and output have eight bits."""
     rows = matrix.count * matrix.rows
     if matrix.name in TABLES:
         return matrix.numbers + rows * SCALE_BYTES
@@ -251,11 +258,11 @@ def _int4_bytes(matrix: Matrix, params: Int4Params, size: int) -> int:
 
 
 def _fp8_bytes(model: Model, matrix: Matrix, size: int, share: Share) -> int:
-    """Of the feed-forward matrices of an fp8 release: those of the first and the last layer are not in fp8."""
+    """Bytes of feed-forward matrices in an fp8 release, whose first and last layer are not in fp8."""
     layers = share.layers(model.args.n_layers)
     n_fp8 = len([layer for layer in layers if 0 < layer < model.args.n_layers - 1])
     per_layer = matrix.numbers // len(layers)
-    of_shard = matrix.all_columns // model.shards  # every shard has scales of its own for w2
+    of_shard = matrix.all_columns // model.shards  # every shard has separate scales for w2
     n_scales = (matrix.columns.stop - 1) // of_shard - matrix.columns.start // of_shard + 1 if matrix.name == "w2" else 1
     scales = matrix.rows * (matrix.count // len(layers)) * n_scales * SCALE_BYTES
     return n_fp8 * (per_layer + scales) + (len(layers) - n_fp8) * per_layer * size
@@ -281,9 +288,9 @@ def local_kv_heads(args: ModelArgs, share: Share) -> int:
 
 
 def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int) -> int:
-    """Keys and values of the share's layers and heads, all sequences at full length; `size` bytes per number.
+    """Bytes of the share's keys and values, all sequences at full length; `size` bytes per number.
 
-    Of a vision release with one image of the most tiles in each sequence.
+    For a vision release, each sequence has one image with the most tiles.
     """
     per_token = 2 * len(share.layers(args.n_layers)) * local_kv_heads(args, share) * args.head_dim * size
     tokens = per_token * -(-workload.max_seq_len // CACHE_BLOCK) * CACHE_BLOCK
@@ -291,7 +298,7 @@ def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int)
 
 
 def image_bytes(args: ModelArgs, share: Share, size: int) -> int:
-    """Keys and values of one image of the most tiles, in a share's cross-attention layers; 0 for a text model."""
+    """Bytes of the keys and values of an image with the most tiles in a share; 0 for a text model."""
     if not args.has_vision:
         return 0
     n_tokens = args.vision_max_num_chunks * args.patches_per_tile
@@ -303,9 +310,9 @@ def activation_bytes(
 ) -> int:
     """Upper estimate of the peak memory of any call besides weights and cache; `size` bytes per number.
 
-    Covers prompts of any length up to max_seq_len, every sampling option, and log-probabilities of the
-    prompt; with and without masks (without them, a prompt runs in longer pieces). `rounded_width`: of the
-    widest inputs that are rounded while the model runs.
+    Covers prompts of any length up to max_seq_len, every sampling option, and log-probabilities of
+    the prompt; with and without masks (without them, a prompt runs in longer pieces).
+    `rounded_width`: width of the widest inputs that are rounded while the model runs.
     """
     B, S, V = workload.max_batch_size, workload.max_seq_len, args.vocab_size
     T = min(max(1, PREFILL_TOKENS // B), S)  # tokens of each row in one piece of the prefill
@@ -313,7 +320,7 @@ def activation_bytes(
     ended = size * B * args.dim  # each row's last state
     layers = max(_layer_bytes(args, share, B, T, S, size), _maskless_layer_bytes(args, share, B, S, size))
     layers += state * (IN_SUMS * (share.world_size > 1) + (share.n_stages > 1))  # and one on its way to the next stage
-    gathered = 1 if share.world_size == 1 else 3  # logits: this part, all parts, all in one
+    gathered = 1 if share.world_size == 1 else 3  # logits: this process's part, all parts, joined
     float32 = 4 + 4 * (size < 4)  # log-probabilities, and logits where they are not float32 already
     scores = 2 * state + (gathered * size + float32) * min(LOGPROB_POSITIONS, T) * V
     in_piece = B * max(T, min(max(1, MASKLESS_PREFILL_TOKENS // B), S))  # tokens of all rows
@@ -328,7 +335,7 @@ def activation_bytes(
 
 
 def _cross_bytes(args: ModelArgs, share: Share, n: int, size: int) -> int:
-    """Of the masks of cross-attention, besides what a layer takes: n tokens see an image each."""
+    """Bytes of cross-attention's masks, besides those of a layer: n tokens see an image each."""
     if not args.has_vision:
         return 0
     group = len(share.slice_of(args.n_heads)) // local_kv_heads(args, share)
@@ -337,12 +344,12 @@ def _cross_bytes(args: ModelArgs, share: Share, n: int, size: int) -> int:
 
 
 def _encoder_bytes(args: ModelArgs, share: Share, size: int) -> int:
-    """Peak of encoding one image of the most tiles, and making its keys and values."""
+    """Peak bytes of encoding one image with the most tiles, and computing its keys and values."""
     if args.vision_chunk_size is None:
         return 0
     n = args.vision_max_num_chunks * (args.patches_per_tile + TOKENS_MULTIPLE)
     pixels = args.vision_max_num_chunks * 3 * args.vision_chunk_size**2
-    kept = 2 * (1 + len(args.vision_kept_layers))  # states, and all of them side by side
+    kept = 2 * (1 + len(args.vision_kept_layers))  # states, and their concatenation
     block = 2 * 4 + 6  # the hidden features before and after GELU, and x, its norm, q, k, v and their attention
     encoder = size * n * args.vision_dim * (kept + block)
     kv = local_kv_heads(args, share) * args.head_dim
@@ -360,13 +367,14 @@ def _block_bytes(args: ModelArgs, share: Share, rows: int, size: int) -> int:
 
 
 def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: int) -> int:
-    """Peak of one layer: T new tokens in each of B rows, the last of S."""
+    """Peak bytes of one layer: T new tokens in each of B rows, S tokens with the earlier ones."""
     n = B * T
     q, kv = len(share.slice_of(args.n_heads)) * args.head_dim, local_kv_heads(args, share) * args.head_dim
     group = q // kv
     x = size * n * args.dim  # two are always there: the residual before, and its normed copy or the residual after attention
     wide = 4 if size < 4 else 0  # a float32 copy, where that is another dtype
-    pairs = n * S if T < S else B * S  # of query and key behind a mask; a prompt in one piece has a mask in decode only
+    # Pairs of masked queries and keys; a prompt in one piece has a mask only in decode.
+    pairs = n * S if T < S else B * S
 
     positions = n * (8 + 4 * args.head_dim)  # (B, T) int64; cosines and sines (B, T, 1, hd/2) float32
     mask = (1 + group) * pairs  # bool (B, T, S), and (B, 1, G·T, S) for a group's heads
@@ -379,17 +387,17 @@ def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: in
 
 
 def _maskless_layer_bytes(args: ModelArgs, share: Share, B: int, S: int, size: int) -> int:
-    """Peak of one layer without masks, as on NVIDIA cards since Ampere, for a whole long piece."""
+    """Peak bytes of one layer without masks (NVIDIA cards since Ampere), for a full-length piece."""
     n = B * min(max(1, MASKLESS_PREFILL_TOKENS // B), S)
     heads = (len(share.slice_of(args.n_heads)) + 2 * local_kv_heads(args, share)) * args.head_dim
     x, qkv = size * n * args.dim, size * n * heads
-    wide = 4 + 4 * (size < 4)  # float32 copies on the way
+    wide = 4 + 4 * (size < 4)  # temporary float32 copies
     norm, rotate = n * args.dim * (wide + 2 * size), qkv + n * heads * wide
     feed_forward = 3 * size * n * len(share.slice_of(args.ffn_dim))  # w1 x and w3 x, and their gated product
     return 3 * x + 2 * qkv + max(norm, rotate, feed_forward)
 
 
-# ---- of a job
+# ---- a whole job
 
 
 def plan(model: Model, workload: Workload, dtypes: Iterable[str] = SHOWN_DTYPES) -> list[Placement]:
@@ -399,7 +407,10 @@ def plan(model: Model, workload: Workload, dtypes: Iterable[str] = SHOWN_DTYPES)
 
 
 def possible_layouts(model: Model) -> list[Layout]:
-    """The layouts in which quantization groups stay whole. Raises RequestError without any."""
+    """The layouts in which quantization groups stay whole.
+
+    Raises RequestError if there are none.
+    """
     weight_bytes(model, WHOLE, 2)
     has_groups = model.scheme is not None or model.kind is Kind.INT4
     return [layout for layout in layouts(model.args) if not has_groups or _has_groups(model, layout)]
@@ -420,7 +431,7 @@ def layouts(args: ModelArgs) -> list[Layout]:
 
 
 def smallest(placements: Iterable[Placement]) -> Placement | None:
-    """The first with the fewest processes that fits."""
+    """The first fitting placement with the fewest processes; None if none fits."""
     fitting = (placement for placement in placements if placement.fits)
     return min(fitting, key=lambda placement: placement.layout.processes, default=None)
 
@@ -475,11 +486,11 @@ def _halves(number: int) -> Iterator[int]:
         yield number
 
 
-# ---- which model
+# ---- find the model
 
 
 def find_model(name: str, quantize: str | None = None) -> Model:
-    """The model in a folder (a path, or a downloaded release) or, without any file, of a release's name.
+    """The model in a folder (a path or downloaded release) or, without files, a release by name.
 
     `quantize`: "int8", "int4" or "int4:group=32", as when loading it. Raises RequestError with the reason
     for a release that cannot be loaded (the pruned int4 guard) and for a folder that is quantized
@@ -543,7 +554,7 @@ def _release_named(name: str) -> Release | None:
 
 
 def model_of_release(release: Release) -> Model:
-    """The model of a release by its shape. Raises RequestError for the pruned int4 guard."""
+    """The model of a release, from its shape. Raises RequestError for the pruned int4 guard."""
     if "hidden_dim" in release.params:
         raise RequestError(
             f"{release.name} is an ExecuTorch program, which PyTorch cannot read; Llama-Guard-3-1B is the guard in bf16"

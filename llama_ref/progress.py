@@ -1,11 +1,12 @@
-"""Progress of long functions: they call the caller's function, and never print."""
+"""Progress of long functions, which report it to the caller's callback and never print."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-# (done, total), in the unit that the function with this parameter names: bytes, tensors, steps.
+# Called with (done, total), in the unit that the reporting function documents: bytes, tensors,
+# steps.
 Progress = Callable[[int, int], None]
-# (path, bytes done, total bytes) of one of several files; called from several threads.
+# Called with (path, bytes done, total bytes) of one of several files, from several threads.
 FileProgress = Callable[[Path, int, int], None]
 
 

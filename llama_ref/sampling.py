@@ -18,9 +18,10 @@ from llama_ref.compiled.cuda_ops import likeliest
 from llama_ref.errors import RequestError
 from llama_ref.numbers import plain_mapping, plain_number
 
-PREFILTER = 1024  # the likeliest tokens, which nearly always hold top_p; if not, everything is sorted
-LARGEST = 1e30  # of numeric options; beyond about 1e38 float32 logits become infinite and then NaN
-LARGEST_SEED = (1 << 64) - 1  # of PyTorch's generators
+PREFILTER = 1024  # the likeliest tokens, which nearly always cover top_p; if not, all are sorted
+# Limit of numeric options; from about 1e38 on, float32 logits overflow to inf and NaN.
+LARGEST = 1e30
+LARGEST_SEED = (1 << 64) - 1  # limit of PyTorch's generators
 COLDEST = 1 / LARGEST  # lower temperatures count as this one, at which only exact ties are random
 
 
@@ -29,11 +30,11 @@ class SamplingParams:
     """How to choose a token. Raises RequestError on construction for an invalid value.
 
     temperature: 0 takes the likeliest token. top_p: keep the fewest likeliest tokens whose total
-    probability exceeds it. top_k: keep that many (None: all). min_p: keep tokens at least this fraction
-    as likely as the likeliest. repetition_penalty: divides positive and multiplies negative logits of
-    tokens already in the text (arXiv:1909.05858). logit_bias: added to the logits of single tokens; -inf
-    bans one. seed: for the draws of this call (None: continue the model's generator). Numbers may be
-    NumPy's, or tensors without dimensions.
+    probability exceeds it. top_k: keep this many (None: all). min_p: keep tokens at least this
+    fraction as likely as the likeliest. repetition_penalty: divides positive and multiplies
+    negative logits of tokens already in the text (arXiv:1909.05858). logit_bias: added to the
+    logits of single tokens; -inf bans a token. seed: for the draws of this call (None: continue the
+    model's generator). Numbers may be NumPy numbers or 0-dimensional tensors.
     """
 
     temperature: float = 0.6
@@ -206,7 +207,7 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
     logits = logits - logits.amax(-1, keepdim=True)  # so that dividing by a small temperature cannot overflow
     probs = torch.softmax(logits / max(params.temperature, COLDEST), dim=-1)
     ids = None
-    total: float | Tensor = 1.0  # that top_p is a fraction of
+    total: float | Tensor = 1.0  # the probability mass of which top_p is a fraction
     if params.top_k is not None and params.top_k < probs.shape[-1]:
         probs, ids = probs.topk(params.top_k)
         total = probs.sum(-1, keepdim=True)
@@ -240,7 +241,7 @@ def _last_possible(probs: Tensor) -> Tensor:
 
 
 def _widest(device: torch.device) -> torch.dtype:
-    """float64, if the device has it, keeps small probabilities exact."""
+    """float64, which keeps small probabilities exact, if the device has it, else float32."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -1,4 +1,4 @@
-"""A conversation that keeps its KV cache: a turn costs only its new tokens."""
+"""A conversation that keeps its KV cache, so that a turn computes only its new tokens."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -33,8 +33,9 @@ class Session:
     tokenization of the same text would not match the cache. An interrupted answer stays in the dialog as
     far as it was shown.
 
-    `tools` may be called as in `Llama.chat_completion`. They are written in front of the dialog for the model
-    (`session.tools.write(session.dialog)`), and are not part of `dialog` or of what is saved.
+    The model may call `tools`, as in `Llama.chat_completion`. They are written before the dialog
+    for the model (`session.tools.write(session.dialog)`), and are not part of `dialog` or of the
+    saved file.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Session:
         self.tools = llama.formatter.offered(tools, tool_format)
         self._cache = new_cache(llama.model, 1, llama.max_seq_len)
         self._images: Sequence[Tiles] = []  # of the dialog, in order
-        self._turn: tuple[list[Message], Stream] | None = None  # the last one, until its answer is settled
+        # The last turn, until it is added to the dialog.
+        self._turn: tuple[list[Message], Stream] | None = None
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
@@ -65,7 +67,7 @@ class Session:
 
     @property
     def dialog(self) -> Dialog:
-        """The messages so far, the last answer as far as it was shown."""
+        """The messages so far, with the last answer as far as it was shown."""
         return self._dialog + self._last_turn()
 
     @property
@@ -86,8 +88,8 @@ class Session:
     def say(self, text: str, images: Sequence["ImageSource"] = (), **options: "Unpack[StreamOptions]") -> Stream:
         """Add a user's message, images before its text, and stream the answer. `options` are `Llama.stream`'s.
 
-        An image is encoded once. Raises RequestError for one that cannot be read, and when the
-        conversation no longer fits the context; it is then unchanged.
+        An image is encoded once. Raises RequestError if an image cannot be read or the conversation
+        no longer fits the context; the session is then unchanged.
         """
         self._settle()
         message: Message = {"role": "user", "content": text}
@@ -124,15 +126,18 @@ class Session:
         return stream
 
     def withdraw(self) -> None:
-        """Forget the last question and what was answered, as if it had not been asked.
+        """Remove the last question and its answer, as if it had not been asked.
 
-        Only before the next turn; afterwards there is nothing to forget.
+        Only the latest turn can be removed: a second call does nothing.
         """
         self._end_turn()
         self._cache.truncate([min(self._cache.longest, len(self._ids))])
 
     def load_dialog(self, dialog: Dialog) -> None:
-        """Continue from these messages. Raises RequestError if they are not a dialog; the session is unchanged."""
+        """Continue from these messages.
+
+        Raises RequestError if they are not a dialog; the session is then unchanged.
+        """
         ids = self.llama.formatter.encode_messages(dialog, self.tools)
         images = [self.llama.load_tiles(image) for image in images_in(dialog)]
         self._end_turn()
@@ -144,7 +149,10 @@ class Session:
         from_first(self.llama.job, lambda: _write_dialog(path, self.dialog))
 
     def load(self, path: str | Path) -> None:
-        """Continue from a file that `save` wrote. Raises RequestError for another; the session is unchanged."""
+        """Continue from a file that `save` wrote.
+
+        Raises RequestError for any other; the session is then unchanged.
+        """
         self.load_dialog(from_first(self.llama.job, lambda: _read_dialog(path)))
 
     def _last_turn(self) -> Dialog:
@@ -177,7 +185,7 @@ class Session:
         self._cache.truncate([min(self._cache.longest, known)])
 
     def _end_token(self, stream: Stream) -> int:
-        """What ends an answer in the dialog: its stop token if the message keeps the ids or waits for a tool."""
+        """The token that ends an answer: its stop token if it keeps its ids or waits for a tool."""
         tokenizer, stop = self.llama.tokenizer, stream.answer_tokens[-1:]
         kept = tokenizer.stop_tokens if self.tools else [tokenizer.eom_id]
         return stop[0] if stop and stop[0] in kept else tokenizer.eot_id
@@ -200,7 +208,7 @@ def _written(message: Message) -> Any:
         elif isinstance(item["image"], str | Path):
             items.append({"type": "image", "image": str(Path(item["image"]).expanduser().resolve())})
         else:
-            raise RequestError("the conversation has an image that is no file: give images as paths to save it")
+            raise RequestError("the conversation has an image that is not a file: give images as paths to save it")
     return items
 
 

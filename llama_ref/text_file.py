@@ -1,4 +1,4 @@
-"""Read a file of text that a request names."""
+"""Read a text file that a request names."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def read_text(path: str | Path, too_large: str) -> str:
 
 
 def read_bytes(path: str | Path, too_large: str) -> bytes:
-    """A file's bytes, or those of a pipe. Raises RequestError as `read_text` does."""
+    """The bytes of a file or a pipe. Raises RequestError as `read_text` does."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(LIMIT_BYTES + 1)  # a pipe or a device has no size
@@ -34,5 +34,6 @@ def decoded(path: str | Path, data: bytes) -> str:
         return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start:,}; convert it first, as by `iconv -t UTF-8`"
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start:,}; "
+            "convert it first, for example with `iconv -t UTF-8`"
         ) from error

@@ -67,7 +67,8 @@ class Tokenizer:
         else:
             self.vocabulary = read_tokenizer_model(path)
         self.special_tokens = self.vocabulary.special
-        # Placeholders of unused ids would cost tiktoken 5 kB each, for tokens that no text has.
+        # Placeholders of unused ids would cost tiktoken 5 kB each, for tokens that no text
+        # contains.
         self._placeholders = {text for text, i in self.special_tokens.items() if text == unused_text(i)}
         used = {text: i for text, i in self.special_tokens.items() if text not in self._placeholders}
         self._encoding = tiktoken.Encoding(
@@ -164,7 +165,7 @@ class Tokenizer:
     def _special_names(self, argument: str, names: Collection[str]) -> set[str]:
         if names == "all":
             return set(self.special_tokens)
-        if isinstance(names, str):  # else taken as a set of characters
+        if isinstance(names, str):  # it would be taken as a set of characters
             raise RequestError(f'{argument} must be "all" or a set of special tokens, got {names!r}: write {{{names!r}}}')
         return set(names)
 
@@ -215,7 +216,7 @@ class TextFinder:
 
 
 def split_long(text: str, max_piece: int = MAX_PIECE, max_run: int = MAX_RUN) -> Iterator[str]:
-    """Split `text` into strings that are short enough for tiktoken, and so are their runs."""
+    """Split `text` into strings that are short enough for tiktoken, as are the runs in them."""
     for start in range(0, len(text), max_piece):
         yield from split_runs(text[start : start + max_piece], max_run)
 
@@ -239,7 +240,7 @@ def split_runs(text: str, limit: int) -> Iterator[str]:
 
 
 def _run_end(text: str, start: int = 0) -> int:
-    """Where the run of whitespace or of non-whitespace that begins at `start` ends."""
+    """End of the run of whitespace or non-whitespace that begins at `start`."""
     run = RUN.match(text, start)
     return run.end() if run else start
 

@@ -1,16 +1,16 @@
-"""Llama 3.2 vision (arXiv:2407.21783, section 7): an encoder of images, and layers that look at them.
+"""Llama 3.2 vision (arXiv:2407.21783, section 7): an image encoder and cross-attention layers.
 
-The text model is model.py's, unchanged: a cross-attention layer stands before every fourth or so of
-its layers and reads the images' tokens. Without images they do nothing.
+The text model is that of model.py, unchanged. Before about every fourth of its layers, a
+cross-attention layer attends to the images' tokens; without images it does nothing.
 
 | release | text model | encoder        | cross-attention layers | tile         |
 |---------|------------|----------------|------------------------|--------------|
 | 11B     | 8B         | 0.8 B, 40 deep | 8                      | 448² or 560² |
 | 90B     | 70B        | 0.8 B, 40 deep | 20                     | 560²         |
 
-In the shape comments: n tiles of an image, p patches of a tile, P = p + 1 tokens of a tile, W =
-vision_dim, N vision tokens of a row's images, D, B, T, H, K and hd as in model.py. Examples are
-those of the 11B at 560 pixels, with an image of two tiles.
+In the shape comments: n tiles per image, p patches per tile, P = p + 1 tokens per tile, W =
+vision_dim, N vision tokens of a row's images, D, B, T, H, K and hd as in model.py. Example shapes
+are for the 11B at 560 pixels and an image of two tiles.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ Grid = tuple[int, int]  # rows and columns of an image's tiles
 
 
 class Patches(nn.Module):
-    """One token for each patch of 14 × 14 pixels: a convolution without overlap, as one matrix."""
+    """One token per patch of 14 × 14 pixels: a convolution without overlap, as one matrix."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -41,7 +41,7 @@ class Patches(nn.Module):
 
 
 class TileEmbedding(nn.Module):
-    """A vector for each place in the grid of tiles, behind a gate."""
+    """A gated embedding of each tile's position in the grid."""
 
     def __init__(self, n_tiles: int, width: int):
         super().__init__()
@@ -53,10 +53,10 @@ class TileEmbedding(nn.Module):
 
 
 class EncoderAttention(nn.Module):
-    """Attention without positions or causality. The first `n_real` tokens are an image's.
+    """Attention without positions or a causal mask; the first `n_real` tokens are the image's.
 
-    The others are padding and empty tiles. Every token attends to the real ones, and the real ones
-    to the others too, as Meta's mask has it, which hides padding from padding only.
+    The others are padding and empty tiles. Every token attends to the real ones. The real ones also
+    attend to the others, as in Meta's code, whose mask hides padding only from padding.
     """
 
     def __init__(self, width: int, n_heads: int):
@@ -90,7 +90,7 @@ class EncoderFeedForward(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention, then feed-forward, on normed states; in the global blocks behind gates."""
+    """Attention, then feed-forward, on normed states; gated in the global blocks."""
 
     def __init__(self, width: int, n_heads: int, is_gated: bool):
         super().__init__()
@@ -111,18 +111,18 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class EncoderBlocks(nn.Module):
-    """A run of blocks, under Meta's name."""
+    """A list of blocks, with Meta's parameter names."""
 
     def __init__(self, args: ModelArgs, n_blocks: int, is_gated: bool):
         super().__init__()
         blocks = nn.ModuleList(EncoderBlock(args.vision_dim, args.vision_n_heads, is_gated) for _ in range(n_blocks))
-        self.resblocks: Sequence[EncoderBlock] = blocks  # type: ignore[assignment]  # a list, typed
+        self.resblocks: Sequence[EncoderBlock] = blocks  # type: ignore[assignment]  # typed items
 
 
 class VisionEncoder(nn.Module):
-    """One image's tiles to tokens: a vision transformer (arXiv:2010.11929) of local and global blocks.
+    """Encodes one image's tiles: a vision transformer (arXiv:2010.11929), local and global blocks.
 
-    It always runs on `vision_max_num_chunks` tiles; those that an image does not have are empty.
+    It always runs on `vision_max_num_chunks` tiles; tiles that the image does not have are empty.
     """
 
     def __init__(self, args: ModelArgs):
@@ -144,7 +144,7 @@ class VisionEncoder(nn.Module):
     def forward(self, tiles: Tensor, grid: Grid) -> Tensor:
         """Pixels (n, 3, S, S) of an image whose tiles lie in `grid` -> (n · P, (1 + kept) · W).
 
-        Features of the last block, then those of the kept states, feature by feature.
+        The last block's features come first, then those of the kept states, interleaved by feature.
         """
         x = self.embedded(tiles, grid)  # (n_tiles, P, W)  (4, 1601, 1280)
         n, P = len(tiles), x.shape[1]
@@ -163,7 +163,7 @@ class VisionEncoder(nn.Module):
         return torch.cat(states, -1)  # (3202, 7680)
 
     def embedded(self, tiles: Tensor, grid: Grid) -> Tensor:
-        """Tokens of all tiles, the empty ones too, with their positions in tile and grid: (n_tiles, P, W)."""
+        """Tokens of all tiles, also empty ones, with position embeddings: (n_tiles, P, W)."""
         n = len(tiles)
         x = self.conv1(tiles) + self.pre_tile_pos_embed(grid)  # (n, p, W)
         x = F.pad(x, (0, 0, 0, 0, 0, self.n_tiles - n))
@@ -174,20 +174,20 @@ class VisionEncoder(nn.Module):
         return self.ln_pre(torch.cat((x[:n] + in_grid * gate, x[n:])))
 
     def _places(self, grid: Grid, n_tokens: int) -> Tensor:
-        """The second tile embedding for every token of all tiles; empty tiles get none: (n_tiles · tokens, W)."""
+        """The second tile embedding of every token, 0 for empty tiles: (n_tiles · tokens, W)."""
         places = self.post_tile_pos_embed(grid)  # (n, 1, W)
         places = F.pad(places, (0, 0, 0, 0, 0, self.n_tiles - len(places)))
         return places.expand(-1, n_tokens, -1).flatten(0, 1)
 
 
 def _real_first(x: Tensor, n: int, P: int) -> Tensor:
-    """An order of all tiles' tokens, with the first P of the first n tiles at its beginning."""
+    """Indices of all tiles' tokens, ordered so that the first P of the first n tiles come first."""
     numbers = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2])
     return torch.cat((numbers[:n, :P].flatten(), numbers[:n, P:].flatten(), numbers[n:].flatten()))
 
 
 class VisionModel(nn.Module):
-    """Encoder and projection: an image to vision tokens of the text model's width."""
+    """Encoder and projection: turns an image into vision tokens of the text model's width."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -200,7 +200,7 @@ class VisionModel(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Text attends to images: normed queries and keys, no positions; heads are grouped as in the text."""
+    """Text attends to images: normed queries and keys, no positions, heads grouped as in text."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -213,7 +213,7 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(args.head_dim, args.norm_eps)
 
     def keys_and_values(self, vision_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of an image's tokens (N, D): (N, K, hd) each. Made once, not at every step."""
+        """Keys and values (N, K, hd) of an image's tokens (N, D), computed once, not per step."""
         heads = (-1, self.head_dim)
         return self.k_norm(self.wk(vision_tokens).unflatten(-1, heads)), self.wv(vision_tokens).unflatten(-1, heads)
 
@@ -224,7 +224,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """Cross-attention, then feed-forward, each behind a gate. A token that sees no image is unchanged."""
+    """Cross-attention, then feed-forward, both gated. A token that sees no image is unchanged."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -247,28 +247,28 @@ class CrossAttentionBlock(nn.Module):
 class VisionTransformer(Transformer):
     """The text model, with cross-attention layers before some of its layers.
 
-    A pass looks at the images of its cache (`KVCache.images`), if there are any. `cross_layers`:
-    the layers before which there is one; default: those of `args`.
+    A pass attends to the images of its cache (`KVCache.images`), if there are any. `cross_layers`:
+    the layers preceded by a cross-attention layer; default: those of `args`.
     """
 
     def __init__(self, args: ModelArgs, cross_layers: Sequence[int] | None = None):
         super().__init__(args)
         self.cross_layers = args.cross_layers if cross_layers is None else list(cross_layers)
         blocks = nn.ModuleList(CrossAttentionBlock(args) for _ in self.cross_layers)
-        self.cross_attention_layers: Sequence[CrossAttentionBlock] = blocks  # type: ignore[assignment]  # a list, typed
+        self.cross_attention_layers: Sequence[CrossAttentionBlock] = blocks  # type: ignore[assignment]  # typed items
         self.vision_model = VisionModel(args)
-        # Rows for ids after the vocabulary, of which only the first, an image's place, is used.
+        # Rows for ids after the vocabulary; only the first is used, for the image token.
         self.learnable_embedding: nn.Embedding | None = nn.Embedding(N_LEARNABLE, args.dim)
         for i, layer in enumerate(self.cross_layers):
             self.layers[layer].register_forward_pre_hook(_Before(blocks[i], i))
 
     @property
     def image_id(self) -> int:
-        """The id that stands for an image in a prompt: the first after the vocabulary (128256)."""
+        """The id that marks an image in a prompt: the first after the vocabulary (128256)."""
         return self.args.vocab_size
 
     def embed(self, tokens: Tensor) -> Tensor:
-        if self.learnable_embedding is None:  # a later pipeline stage, to which states come
+        if self.learnable_embedding is None:  # a later pipeline stage, which gets states
             return super().embed(tokens)
         is_text = tokens < self.image_id
         text = super().embed(tokens.where(is_text, 0))
@@ -291,5 +291,5 @@ class _Before:
 
 
 def shown_to(context: Context) -> ImageKeys | None:
-    """The images that a pass looks at."""
+    """The images that a pass attends to, or None."""
     return context.cache.images if isinstance(context.cache, KVCache) else None

@@ -13,11 +13,11 @@ from llama_ref.files import read_json, read_small
 from llama_ref.formatting import comma_list
 
 MAX_FILE_BYTES = 64 << 20  # Llama 3's file is 2 MB
-MAX_ID = 1 << 24  # a hundred times Llama 3's vocabulary: larger ids are damaged numbers
+MAX_ID = 1 << 24  # a hundred times Llama 3's vocabulary: larger ids are corrupt
 EXPECTED = "a Llama 3 tokenizer.model"
 REFETCH = "The file is damaged or another model's: fetch it again"
 
-# How text is split before byte pairs are merged. The model is trained with this pattern.
+# How text is split before byte pairs are merged. The model was trained with this pattern.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +25,7 @@ SPLIT_PATTERN = (
 
 N_SPECIAL = 256
 LONGEST_TOKEN_BYTES = 1024  # Llama 3's longest has 128; the time to check merges grows with the square
-MOST_SPECIAL = 1 << 16  # with unused ids; each takes kilobytes, and a fine-tune adds or pads by some hundred
+MOST_SPECIAL = 1 << 16  # with unused ids; each takes kilobytes; fine-tunes add or pad some hundred
 NAMED_SPECIAL = (
     "begin_of_text",
     "end_of_text",
@@ -71,7 +71,7 @@ class Vocabulary:
         return 1 + max(max(ids.values(), default=-1) for ids in (self.ranks, self.special, self.added))
 
     def special_id(self, text: str) -> int:
-        """Id of one of Llama 3's special tokens: by text, or else, if renamed, by its usual place."""
+        """Id of one of Llama 3's special tokens: by text or, if renamed, by its usual position."""
         return self.special.get(text, self._special_start + SPECIAL_TOKENS.index(text))
 
     def special_text(self, text: str) -> str:
@@ -84,9 +84,9 @@ class Vocabulary:
         return self.special.get("<|begin_of_text|>", special_start(self.ranks))
 
     def beyond(self, n_words: int) -> dict[str, int]:
-        """Special tokens added after Llama 3's own whose ids a model of `n_words` cannot make.
+        """Special tokens added after Llama 3's own whose ids a model of `n_words` cannot generate.
 
-        Fine-tunes have such a padding token, which the model never sees.
+        Some fine-tunes add such a padding token, which the model never sees.
         """
         first_added = special_start(self.ranks) + N_SPECIAL
         return {text: i for text, i in self.special.items() if i >= max(n_words, first_added)}
@@ -105,9 +105,9 @@ class Vocabulary:
 
 
 def dropped_tokens(beyond: Mapping[str, int], n_words: int) -> str:
-    """A sentence about tokens that are left out because the model has no embedding for them."""
+    """The warning about tokens that are left out because the model has no embedding for them."""
     shown = comma_list([f"{text!r:.40} ({i})" for text, i in beyond.items()], 4)
-    return f"special token {shown} is beyond the model's {n_words:,} embeddings, and is left out: the model cannot make it"
+    return f"special token {shown} is beyond the model's {n_words:,} embeddings, and is left out: the model cannot use it"
 
 
 def unused_text(token_id: int) -> str:
@@ -218,7 +218,10 @@ def special_start(ranks: Mapping[bytes, int]) -> int:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raise CheckpointError unless ranks are 0 to n - 1, or leave a gap of 256, with all bytes and no long tokens."""
+    """Raise CheckpointError unless ranks are 0 to n - 1, or have a gap of 256, and cover all bytes.
+
+    Long tokens are refused too.
+    """
     if (longest := max(map(len, ranks), default=0)) > LONGEST_TOKEN_BYTES:
         raise CheckpointError(f"{path} has a token of {longest:,} bytes, expected at most {LONGEST_TOKEN_BYTES:,}. {REFETCH}")
     in_order = sorted(ranks.values())

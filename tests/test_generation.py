@@ -452,7 +452,9 @@ def test_a_stream_has_the_log_probabilities_of_its_tokens(peaked):
 def test_an_unknown_option_is_a_request_error_in_every_call(llama, call):
     with pytest.raises(RequestError, match=r"unknown option 'min_pp': did you mean 'min_p'\?"):
         call(llama, min_pp=0.1)
-    with pytest.raises(RequestError, match="unknown option 'beams': there are max_gen_len, stop, logprobs, temperature, top_p"):
+    with pytest.raises(
+        RequestError, match="unknown option 'beams': the options are max_gen_len, stop, logprobs, temperature, top_p"
+    ):
         call(llama, beams=4)
     with pytest.raises(RequestError, match=r"unknown option 'max_gen_length': did you mean 'max_gen_len'\?"):
         call(llama, max_gen_length=4)

@@ -293,7 +293,7 @@ def test_a_conversation_is_saved_with_its_images_paths(llama, tmp_path):
     assert other.dialog == session.dialog
     held = Session(llama)
     "".join(held.say("What?", [A], **GREEDY))
-    with pytest.raises(RequestError, match="an image that is no file"):
+    with pytest.raises(RequestError, match="an image that is not a file"):
         held.save(tmp_path / "other.json")
 
 

@@ -1,4 +1,4 @@
-"""How often the attacks are tried: `ATTEMPTS=30 pytest -m attack -s` tries each thirty times as often as usual."""
+"""How often attacks are tried: `ATTEMPTS=30 pytest -m attack -s` tries each 30 times as often."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Work in a thread for as long as a block runs."""
+"""Run work in a thread during a block."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def background(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run `work` beside the block; it is to return soon after the event is set, at the block's end."""
+    """Run `work` in parallel to the block; at the block's end an event tells it to return."""
     stop = threading.Event()
     thread = threading.Thread(target=work, args=(stop,))
     thread.start()

@@ -1,4 +1,4 @@
-"""A plugin for pytest that hides packages a machine with a GPU and little else may lack: `-p bare_machine`."""
+"""A pytest plugin that hides packages which a GPU machine may lack: `-p bare_machine`."""
 
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
@@ -11,7 +11,7 @@ LACKING = {
 
 
 class BareFinder(PathFinder):
-    """Finds installed packages, but none of those."""
+    """Finds installed packages, except the hidden ones."""
 
     @classmethod
     def find_spec(cls, fullname: str, *args: Any) -> ModuleSpec | None:

@@ -1,4 +1,4 @@
-"""What a test allows the code under it to use."""
+"""Limits on the time and memory that tested code may use."""
 
 import time
 import tracemalloc
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def _holds_all_scores() -> bool:
-    """Whether this PyTorch's attention on a CPU has no fused kernel for groups of query heads: 2.8 has none."""
+    """Whether PyTorch's CPU attention lacks a fused kernel for grouped query heads, as 2.8 does."""
     q, k = torch.zeros(1, 2, 8, 8), torch.zeros(1, 1, 8, 8)
     return torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=True) == 0  # `math`
 
@@ -21,7 +21,10 @@ fused_attention = pytest.mark.skipif(_holds_all_scores(), reason="attention on a
 
 @contextmanager
 def little_memory_and_time(megabytes: int = 100, seconds: float = 20):
-    """Python's own allocations stay below `megabytes`; tracing them slows the block several times, hence the long limit."""
+    """Check that Python's own allocations stay below `megabytes`.
+
+    Tracing them slows the block several times, hence the long time limit.
+    """
     begun = time.process_time()
     tracemalloc.start()
     try:
@@ -34,12 +37,12 @@ def little_memory_and_time(megabytes: int = 100, seconds: float = 20):
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that tensors, those inside PyTorch's own functions included, held at a time while it ran."""
+    """Peak bytes of all tensors while it ran, including those inside PyTorch's own functions."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()  # negative where memory is given back
+        live += event.nbytes()  # negative when memory is freed
         most = max(most, live)
     return most

@@ -16,16 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several that share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait take 7 times as long on busy cores
-os.environ.pop("PYTHONUNBUFFERED", None)  # a user's programs write late: what fails then, fails at exit
+# As for a user, whose programs flush at exit: errors occur there.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 import pytest
 import torch
 
 gc.disable()  # while the tests are collected, which leaves little garbage
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: its children would ignore Ctrl-C too
+# In a shell's background job, where children ignore Ctrl-C too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
@@ -38,13 +40,14 @@ OWN = {"llama_ref", "scripts", *(path.stem for folder in ("tests", "scripts") fo
 with contextlib.suppress(ImportError):
     from hypothesis import settings
 
-    settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)  # no failure by load or luck
+    # No failures from load or chance.
+    settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
     settings.load_profile("suite")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
-    """With `-m cuda`, skip files that import a package this machine lacks; without it, that stays an error."""
+    """With `-m cuda`, skip files that import a missing package; otherwise that is an error."""
     report = yield
     if report.failed and collector.config.option.markexpr == "cuda":
         missing = re.search(r"No module named '(\w+)", str(report.longrepr))
@@ -55,20 +58,20 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Let no later collection of garbage look at the tests and modules that are there by now: a twentieth of the time."""
+    """Exempt the tests and modules loaded so far from garbage collection: 5 % of the time."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> None:
-    """Stamps of verified files go here, not into the cache of who runs the tests; subprocesses inherit it."""
+    """Put stamps of verified files here, not into the user's cache; subprocesses inherit it."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory) -> Iterator[Path]:
-    """A folder with `python`, `llama-ref` and `torchrun`, which need not import torch first."""
+    """A folder with `python`, `llama-ref` and `torchrun` that need not import torch first."""
     from warm import warm_commands
 
     with warm_commands(tmp_path_factory.mktemp("warm")) as folder:
@@ -77,7 +80,7 @@ def warm(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
-    """The real small model in Meta's layout; built on first use, which takes some ten seconds."""
+    """The real small model in Meta's layout; built on first use, in about ten seconds."""
     from llama_ref.demo import NAME, make_demo_checkpoint
 
     return make_demo_checkpoint(REPOSITORY / "checkpoints" / NAME)
@@ -85,7 +88,7 @@ def demo_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def llama(demo_folder) -> "Llama":
-    """The real small model in float32: greedy text does not hang on how a batch was put together."""
+    """The real small model in float32: greedy text does not depend on the batch."""
     from llama_ref.generation import Llama
 
     return Llama.build(demo_folder, max_seq_len=512, device="cpu", dtype="float32")
@@ -93,7 +96,7 @@ def llama(demo_folder) -> "Llama":
 
 @pytest.fixture(scope="session")
 def shallow(llama) -> "Llama":
-    """Its first layers alone: for what must be so whatever the text, in a quarter of the time."""
+    """Only its first layers, in a quarter of the time: for tests that hold for any text."""
     from llama_ref.checkpoint.empty_model import model_without_memory
     from llama_ref.generation import Llama
 
@@ -105,7 +108,7 @@ def shallow(llama) -> "Llama":
 
 @pytest.fixture(scope="session")
 def peaked(tmp_path_factory) -> "Llama":
-    """Two layers of four heads, a token a byte; matrices large enough for its distributions to differ from uniform."""
+    """Two layers of four heads, a token per byte; matrices large enough to choose between tokens."""
     from folders import tiny_folder
     from llama_ref.generation import Llama
 
@@ -119,7 +122,7 @@ def peaked(tmp_path_factory) -> "Llama":
 
 @pytest.fixture(scope="session")
 def one_process_group() -> Iterator[None]:
-    """What Meta's reference model needs before it can be built."""
+    """Set up what Meta's reference model needs before it can be built."""
     from fairscale.nn.model_parallel import initialize as model_parallel
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -131,7 +134,7 @@ def one_process_group() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def meta_tokenizer_path() -> Path:
-    """The real Llama 3 tokenizer.model, as Meta's package carries it."""
+    """The real Llama 3 tokenizer.model, from Meta's package."""
     import llama_models
 
     return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
@@ -139,7 +142,7 @@ def meta_tokenizer_path() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(meta_tokenizer_path) -> "Tokenizer":
-    """Ours, on the real file."""
+    """Our tokenizer, on the real file."""
     from llama_ref.tokenizer import Tokenizer
 
     return Tokenizer(meta_tokenizer_path)
@@ -147,7 +150,7 @@ def tokenizer(meta_tokenizer_path) -> "Tokenizer":
 
 @pytest.fixture(scope="session")
 def shorter_tokenizer_path(tmp_path_factory, meta_tokenizer_path) -> Path:
-    """The first tokens of Llama 3's tokenizer.model, down to those of a Llama Guard: it opens in a fifth of the time."""
+    """The first part of Llama 3's tokenizer.model, enough for a Llama Guard; opens 5 times faster."""
     from guard_folders import N_RANKS
 
     path = tmp_path_factory.mktemp("shorter") / "tokenizer.model"
@@ -157,7 +160,7 @@ def shorter_tokenizer_path(tmp_path_factory, meta_tokenizer_path) -> Path:
 
 @pytest.fixture
 def hashed(monkeypatch, tmp_path) -> list[str]:
-    """The names of files that verified loading hashed, as it goes on, with a cache of this test's own."""
+    """Names of the files that verified loading hashes, recorded with a cache of this test's own."""
     from llama_ref.checkpoint import first_load
     from llama_ref.checkpoint.verify.hashing import hash_open_file
 
@@ -174,13 +177,13 @@ def hashed(monkeypatch, tmp_path) -> list[str]:
 
 @pytest.fixture
 def settled(monkeypatch) -> None:
-    """Do not wait for new files to grow, in tests where none grows."""
+    """Do not wait to see whether new files grow, in tests where none does."""
     monkeypatch.setattr("llama_ref.checkpoint.integrity.GROWTH_WAIT_SECONDS", 0)
 
 
 @pytest.fixture
 def unprivileged_folder() -> Iterator[Path]:
-    """An empty folder of a user who may not read what permissions forbid: root, who may, is nobody for this long."""
+    """An empty folder of a user whom permissions bind: root runs the test as nobody."""
     is_root = os.geteuid() == 0
     try:
         if is_root:
@@ -195,7 +198,7 @@ def unprivileged_folder() -> Iterator[Path]:
 
 
 def exit_code(words: Sequence[str]) -> int:
-    """Of a command line run in this process. Whatever leaves `main` but SystemExit is a traceback."""
+    """Run a command line in this process. Any exception but SystemExit would be a traceback."""
     from llama_ref.cli import main
 
     try:
@@ -205,7 +208,7 @@ def exit_code(words: Sequence[str]) -> int:
 
 
 def parsed(text: str) -> Any:
-    """Strict JSON, which knows no NaN."""
+    """Parse strict JSON, without NaN."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")

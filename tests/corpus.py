@@ -1,4 +1,4 @@
-"""Text in many scripts and shapes, for whatever must hold on any input."""
+"""Text in many scripts and shapes, for properties that hold for any input."""
 
 PROSE = {
     "english": "The ferry leaves at seven; we'll be late if you don't hurry, and it's 1,234.56 km to Ullapool!",
@@ -42,7 +42,8 @@ ODD = {
 }
 
 SHORT = PROSE | CODE | ODD
-WHOLE = {name: text for name, text in SHORT.items() if "surrogate" not in name}  # what UTF-8 can hold unchanged
+# Text that UTF-8 can represent.
+WHOLE = {name: text for name, text in SHORT.items() if "surrogate" not in name}
 
 LONG = {
     "long_letters": "a" * 25_001,

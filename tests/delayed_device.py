@@ -1,4 +1,4 @@
-"""A pretended device for tests of copies to a GPU, which copies as late as a GPU might."""
+"""A fake GPU for tests of asynchronous copies, which copies as late as a GPU might."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ from llama_ref.checkpoint.to_device import PinnedCopier
 class DelayedDevice:
     """Runs submitted copies in order, but only when an event is waited for.
 
-    A buffer that is reused without waiting therefore gives its new bytes to the old target.
-    With `at_once` copies run when submitted: for code that computes with a target, which a GPU
+    A buffer that is reused without waiting therefore gives its new bytes to the old target. With
+    `at_once`, copies run when submitted: for code that computes with a copied tensor, which a GPU
     would do after the copies of the same stream. `log` holds ("submit" or "wait", copy's number).
     """
 
@@ -55,7 +55,7 @@ def host_buffers(n_bytes: int, count: int = 2) -> list[Tensor]:
 
 @contextmanager
 def loading_through(n_bytes: int, at_once: bool = False) -> Iterator[DelayedDevice]:
-    """Within the block load_model copies through buffers of `n_bytes`, whatever the device."""
+    """In the block, load_model copies through buffers of `n_bytes` on any device."""
     device = DelayedDevice(at_once)
 
     @contextmanager

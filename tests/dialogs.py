@@ -1,4 +1,4 @@
-"""Dialogs to encode: some by hand, and strategies for messages of every role."""
+"""Dialogs to encode: handwritten ones, and strategies for messages of every role."""
 
 from hypothesis import strategies as st
 

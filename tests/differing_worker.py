@@ -1,4 +1,4 @@
-"""A job whose processes differ in one thing after another, and write down the error of each.
+"""A job whose processes differ in one option after another and record the error of each.
 
 torchrun --nproc_per_node 2 differing_worker.py TASK.json OUT_FOLDER
 
@@ -24,7 +24,7 @@ MEASURED = 50  # comparisons
 
 @command()
 def main(task_file: str, out: str) -> None:
-    """Build and generate with what the task says for this rank."""
+    """Build and generate with the task's options for this rank."""
     task = json.loads(Path(task_file).read_text())
     rank = int(os.environ["RANK"])
     said: dict[str, Any] = {name: error_of(build, each[rank]) for name, each in task["builds"].items()}
@@ -49,7 +49,7 @@ def generate(llama: Llama, options: dict) -> None:
 
 
 def error_of(call: Any, *arguments: Any) -> str:
-    """The message of the JobError that the call raises; empty if it raises none."""
+    """The message of the JobError that the call raises; empty if there is none."""
     try:
         call(*arguments)
     except JobError as error:
@@ -58,7 +58,7 @@ def error_of(call: Any, *arguments: Any) -> str:
 
 
 def shortest_check(llama: Llama) -> float:
-    """Seconds of one comparison on a busy machine too: the shortest of many."""
+    """Seconds of one comparison, the shortest of many, so that other load does not matter."""
     dist.barrier()
     times = [time.perf_counter()]
     for n in range(MEASURED):

@@ -1,4 +1,4 @@
-"""The exact distribution of every choice of filters, and whether drawn tokens follow it."""
+"""The exact distribution for any filters, and a test whether drawn tokens follow it."""
 
 import math
 
@@ -11,7 +11,7 @@ INF = math.inf
 
 
 def plain(**params) -> SamplingParams:
-    """No filters but those given."""
+    """SamplingParams with only the given filters."""
     return SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **params})
 
 
@@ -35,7 +35,7 @@ def exact(logits: np.ndarray, params: SamplingParams, seen=()) -> np.ndarray:
 
 
 def assert_frequencies(counts: np.ndarray, probs: np.ndarray) -> None:
-    """Chi-square over bins of about 8 expected draws or more; what is impossible must not occur at all."""
+    """Chi-square test over bins of about 8 expected draws or more; rejects impossible tokens."""
     assert counts[probs == 0].sum() == 0
     order = np.argsort(-probs)
     order = order[probs[order] > 0]
@@ -45,7 +45,8 @@ def assert_frequencies(counts: np.ndarray, probs: np.ndarray) -> None:
     observed = np.bincount(bins, weights=counts[order])
     expected = np.bincount(bins, weights=probs[order]) * counts.sum()
     if len(expected) > 1:
-        assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3  # the seeds are fixed: it holds always or never
+        # The seeds are fixed, so the result is too.
+        assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
 
 
 def random_logits(vocab: int, spread: float, seed: int = 0) -> np.ndarray:
@@ -70,7 +71,7 @@ EACH = {
 }
 TOGETHER = {
     "as Meta's examples": {"temperature": 0.6, "top_p": 0.9},
-    "top_k, top_p": {"top_k": 9, "top_p": 0.7},  # top_p is a share of what top_k left over
+    "top_k, top_p": {"top_k": 9, "top_p": 0.7},  # top_p is a fraction of what top_k left
     "top_k of all, top_p": {"top_k": 10**9, "top_p": 0.7},
     "top_p, min_p": {"temperature": 1.5, "top_p": 0.95, "min_p": 0.1},
     "top_k, min_p": {"top_k": 20, "min_p": 0.1},

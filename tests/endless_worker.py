@@ -1,4 +1,4 @@
-"""A job that generates until something stops it: says so once it has begun.
+"""A job that generates until something stops it, and announces when it has started.
 
 torchrun --nproc_per_node W endless_worker.py FOLDER TOKENIZER IDS
 

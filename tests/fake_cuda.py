@@ -1,4 +1,4 @@
-"""A pretended CUDA device for tests on machines without one.
+"""A fake CUDA device for tests on machines without one.
 
 FakeTensorMode gives tensors a device and runs PyTorch's rules of shapes, dtypes and devices without computing anything; it
 raises when tensors of two devices meet. Without a driver PyTorch still refuses a few Python-level calls on such tensors, which
@@ -53,7 +53,7 @@ def _set_item(x: Tensor, index: Any, value: Tensor | float) -> None:
 
 
 def _basic(x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
-    """Apply the integers, slices and Nones of an index; the tensors that are left, by dimension."""
+    """Apply an index's integers, slices and Nones; return the remaining tensors by dimension."""
     dim, tensors = 0, []
     for item in index if isinstance(index, tuple) else (index,):
         if isinstance(item, int):
@@ -80,5 +80,5 @@ def _to(x: Tensor, *args: Any, device: Any = None, dtype: Any = None, **_: Any) 
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: bool) -> Tensor:
-    """By its definition: to choose a kernel PyTorch looks at the card."""
+    """Attention by its definition: to choose a kernel, PyTorch would query the card."""
     return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, **options)[0]

@@ -1,4 +1,4 @@
-"""Small folders in Meta's layout, for tests of what happens to files."""
+"""Small folders in Meta's layout, for tests of file handling."""
 
 import base64
 import itertools
@@ -33,12 +33,12 @@ def byte_tokenizer(path: Path) -> Path:
 
 
 def tiny_folder(path: Path, **options: Any) -> Path:
-    """A whole folder with tokenizer and checklist, of random weights; `options` are make_random_checkpoint's."""
+    """A complete folder with random weights; `options` are make_random_checkpoint's."""
     return make_random_checkpoint(path, PARAMS, tokenizer=byte_tokenizer(path.with_name(f"{path.name}.model")), **options)
 
 
 def talking_folder(path: Path, answer: str) -> Path:
-    """A whole folder of a model that answers to a newline with this text; it has at most 30 bytes, all different."""
+    """A complete folder whose model answers a newline with this text: at most 30 distinct bytes."""
     tiny_folder(path)
     tokens = [*b"\n", *answer.encode(), 256 + 9]  # the last is <|eot_id|>
     tensors = torch.load(path / "consolidated.00.pth")
@@ -54,7 +54,7 @@ def talking_folder(path: Path, answer: str) -> Path:
 
 @contextmanager
 def growing(path: Path, begun: int) -> Iterator[None]:
-    """A download under way: the file has its first `begun` bytes, and while the block runs more come, one after another."""
+    """A running download: the file has its first `begun` bytes, and grows during the block."""
     whole = path.read_bytes()
     path.write_bytes(whole[:begun])
 

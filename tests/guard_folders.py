@@ -15,7 +15,7 @@ BOS, EOT = N_RANKS, N_RANKS + 9
 PARAMS: dict[str, Any] = {
     "dim": 16,
     "n_layers": 1,
-    "n_heads": 2,  # splits into two processes
+    "n_heads": 2,  # can be split between two processes
     "n_kv_heads": 2,
     "vocab_size": N_RANKS + 256,
     "multiple_of": 16,
@@ -27,9 +27,10 @@ ANSWER = (UNSAFE, 198, 50, 24, 21861, 17, EOT)  # "unsafe\nS9,S2"
 
 
 def guard_folder(path: Path, tokenizer: Path, answer: tuple[int, ...] = ANSWER, calm: int = SAFE) -> Path:
-    """A whole folder. Attention is uniform and passes on one feature, " bomb"; the rest is a bigram model of `answer`.
+    """A complete folder.
 
-    `calm` is the likeliest first token without that word.
+    Attention is uniform and carries one feature, " bomb"; the rest is a bigram model. `calm` is the
+    likeliest first token without that word.
     """
     make_random_checkpoint(path, PARAMS, tokenizer=tokenizer, dtype=torch.float32)
     tensors = torch.load(path / "consolidated.00.pth")

@@ -17,9 +17,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"
 def torchrun(
     n_processes: int, *words: str | Path, warm: Path | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """A script with its words in so many processes on this machine, to its end; `options` are subprocess.run's.
+    """Run a script with arguments in several processes on this machine.
 
-    `warm`: the fixture, where the processes need not be Pythons of their own.
+    `options` are subprocess.run's. `warm`: the fixture, if the processes may be forked from a warm
+    Python.
     """
     command = [*([warm / "torchrun"] if warm else TORCHRUN), "--standalone", "--nproc_per_node", str(n_processes), *words]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 240} | options
@@ -27,7 +28,7 @@ def torchrun(
 
 
 def run_worker(warm: Path, place: Path, n_processes: int, task: dict[str, Any]) -> dict:
-    """What the first process of parallel_worker.py wrote down."""
+    """The results that the first process of parallel_worker.py wrote."""
     (place / "task.json").write_text(json.dumps(task))
     done = torchrun(n_processes, WORKER, place / "task.json", place / "out.pt", warm=warm)
     assert done.returncode == 0, done.stderr

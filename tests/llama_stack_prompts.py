@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 class Words(str, enum.Enum):
-    """What it needs of Python 3.11."""
+    """The one feature of Python 3.11 that it needs."""
 
 
 if not hasattr(enum, "StrEnum"):

@@ -1,7 +1,7 @@
-"""A server of files on this machine, as Meta's is with signed links, that can be told to fail.
+"""A local file server that imitates Meta's signed links and can be told to fail.
 
-`Loopback` serves a folder's files by ranges with ETags. A fault, added by `fail`, takes the place of
-the usual answer to so many requests for a file; the functions at the end are the kinds of faults.
+`Loopback` serves a folder's files by ranges with ETags. A fault, added by `fail`, replaces the
+usual answer to a number of requests for a file; the functions at the end are the kinds of faults.
 """
 
 import base64
@@ -26,7 +26,7 @@ Act = Callable[["Handler"], None]
 def make_link(
     host: str, expires: float | None = None, *, scheme: str = "http", resource: str | None = None, path: str = "/*"
 ) -> str:
-    """A signed link of Meta's form; by default it ends in a day."""
+    """A signed link in Meta's format; by default it expires in a day."""
     statement = {
         "unique_hash": "x" * 24,
         "Resource": resource or f"{scheme}://{host}/*",
@@ -38,14 +38,14 @@ def make_link(
 
 
 def secrets_of(link: str) -> list[str]:
-    """What no output and no file may hold."""
+    """The secrets that no output and no file may contain."""
     policy = re.search(r"Policy=([^&]+)", link)[1]
     return [SIGNATURE, SIGNATURE[:12], KEY, policy, policy[:40]]
 
 
 @dataclass
 class Request:
-    """What a client asked for: the file, and how."""
+    """A client's request for a file, with its headers."""
 
     name: str
     query: str
@@ -53,7 +53,7 @@ class Request:
 
     @property
     def range(self) -> tuple[int, int] | None:
-        """The first byte and the one after the last."""
+        """The first byte and the end of the requested range."""
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", ""))
         return (int(match[1]), int(match[2]) + 1) if match else None
 
@@ -72,7 +72,7 @@ class Fault:
 
 @dataclass
 class Loopback:
-    """The server's files by path, what clients asked, and which faults are to come."""
+    """The server's files by path, the requests so far, and the faults to come."""
 
     files: dict[str, bytes]
     link: str = ""
@@ -84,11 +84,12 @@ class Loopback:
     is_expired: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
     stop: threading.Event = field(default_factory=threading.Event)
-    reached: threading.Event = field(default_factory=threading.Event)  # a fault that waits has begun to
-    go: threading.Event = field(default_factory=threading.Event)  # it may go on
+    # Set when a waiting fault has started to wait.
+    reached: threading.Event = field(default_factory=threading.Event)
+    go: threading.Event = field(default_factory=threading.Event)  # set to let it continue
 
     def fail(self, name: str, act: Act, times: int = 1, *, look_ups: bool = False) -> None:
-        """Answer so many requests for a file in this way; those for its first byte only if `look_ups`."""
+        """Answer `times` requests for a file with a fault; with `look_ups`, those for its first byte."""
         self.faults.append(Fault(name, act, times, look_ups))
 
     def fault_for(self, request: Request) -> Act | None:
@@ -101,7 +102,7 @@ class Loopback:
         return None
 
     def weights_asked(self) -> list[Request]:
-        """Requests for weights, but for those that only looked them up."""
+        """Requests for weights, without those that only looked them up."""
         return [each for each in self.asked if each.name.endswith(".pth") and not each.is_look_up]
 
     def etag(self, name: str) -> str:
@@ -131,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def answer(self) -> None:
-        """As the real server does."""
+        """Answer as the real server does."""
         if self.loopback.is_expired or f"Signature={SIGNATURE}" not in self.request_.query:
             self.status(
                 403, b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", {"Content-Type": "application/xml"}
@@ -146,14 +147,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.loopback.files[self.request_.name]
 
     def wanted(self) -> tuple[int, int] | None:
-        """The range that is to be sent; None for the whole file."""
+        """The range to send; None for the whole file."""
         if_range = self.request_.headers.get("if-range")
         if if_range is not None and if_range != self.loopback.etag(self.request_.name):
             return None
         return self.request_.range
 
     def send_range(self, *, most: int | None = None) -> int:
-        """Send what was asked for, or only its first bytes; how many more were promised."""
+        """Send the requested bytes, or only the first; return how many more were promised."""
         wanted, body = self.wanted(), self.body
         etag = {"ETag": self.loopback.etag(self.request_.name), "Accept-Ranges": "bytes"}
         if wanted is not None and wanted[0] >= len(body):
@@ -197,7 +198,7 @@ class Listener(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # a client that went away
+        pass  # the client has disconnected
 
 
 @contextmanager
@@ -206,7 +207,7 @@ def serve(files: dict[str, bytes], tls: ssl.SSLContext | None = None) -> Iterato
     loopback = Loopback(files)
     handler = type("Bound", (Handler,), {"loopback": loopback})
     with Listener(("127.0.0.1", 0), handler) as listener:
-        if tls is not None:  # the handshake is left to the connection's own thread
+        if tls is not None:  # the handshake runs in the connection's own thread
             listener.socket = tls.wrap_socket(listener.socket, server_side=True, do_handshake_on_connect=False)
         loopback.host = f"127.0.0.1:{listener.server_address[1]}"
         loopback.link = make_link(loopback.host, scheme="http" if tls is None else "https")
@@ -222,7 +223,7 @@ def serve(files: dict[str, bytes], tls: ssl.SSLContext | None = None) -> Iterato
 
 
 def files_of(folder: Path, remote: str) -> dict[str, bytes]:
-    """A folder's files by the paths that a server has them at."""
+    """A folder's files by their paths on the server."""
     return {f"{remote}/{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
@@ -230,7 +231,7 @@ def files_of(folder: Path, remote: str) -> dict[str, bytes]:
 
 
 def cut(after: int) -> Act:
-    """Send so many bytes of what was promised, then hang up."""
+    """Send this many of the promised bytes, then hang up."""
 
     def act(handler: Handler) -> None:
         handler.send_range(most=after)
@@ -240,7 +241,7 @@ def cut(after: int) -> Act:
 
 
 def stall(after: int) -> Act:
-    """Send so many bytes, then nothing until the test lets it go on; then hang up."""
+    """Send this many bytes, then wait until the test lets it continue; then hang up."""
 
     def act(handler: Handler) -> None:
         handler.send_range(most=after)
@@ -252,7 +253,7 @@ def stall(after: int) -> Act:
 
 
 def silent() -> Act:
-    """Send not even a status."""
+    """Send nothing, not even a status."""
 
     def act(handler: Handler) -> None:
         handler.loopback.reached.set()
@@ -263,18 +264,18 @@ def silent() -> Act:
 
 
 def status(code: int, body: bytes = b"", **headers: str) -> Act:
-    """Answer so; underscores in names of headers stand for dashes."""
+    """Answer with this status and headers; underscores in header names stand for dashes."""
     return lambda handler: handler.status(code, body, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 def ignores_range(handler: Handler) -> None:
-    """Send the whole file whatever was asked for."""
+    """Send the whole file for any request."""
     handler.head(200, len(handler.body), {"ETag": handler.loopback.etag(handler.request_.name)})
     handler.send(handler.body)
 
 
 def says(content_range: str, most: int | None = None) -> Act:
-    """Send the right bytes, or the first of them, as another range; {start}, {last} and {total} are right."""
+    """Send the right bytes, or the first, as another range; {start}, {last}, {total} are right."""
 
     def act(handler: Handler) -> None:
         start, stop = handler.request_.range
@@ -287,7 +288,7 @@ def says(content_range: str, most: int | None = None) -> Act:
 
 
 def damaged(handler: Handler) -> None:
-    """Send as many bytes as were asked for, but other ones."""
+    """Send as many bytes as requested, but wrong ones."""
     start, stop = handler.request_.range
     data = bytes(byte ^ 0x55 for byte in handler.body[start:stop])
     headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(handler.body)}"}
@@ -296,14 +297,14 @@ def damaged(handler: Handler) -> None:
 
 
 def compressed(handler: Handler) -> None:
-    """Send gzip, which was not asked for."""
+    """Send gzip, which was not requested."""
     data = gzip.compress(handler.body)
     handler.head(200, len(data), {"Content-Encoding": "gzip"})
     handler.send(data)
 
 
 def replaced(by: bytes, after: int = 0) -> Act:
-    """Send some bytes of the file, then hang up; from now on there is another one."""
+    """Send some bytes of the file, then hang up; from then on serve another file."""
 
     def act(handler: Handler) -> None:
         handler.send_range(most=after)
@@ -314,7 +315,7 @@ def replaced(by: bytes, after: int = 0) -> Act:
 
 
 def expires(after: int) -> Act:
-    """Send some bytes, then hang up; from now on every request is refused."""
+    """Send some bytes, then hang up; from then on refuse every request."""
 
     def act(handler: Handler) -> None:
         handler.loopback.is_expired = True

@@ -1,4 +1,4 @@
-"""What Meta's documents of prompt formats print, read from the package llama-models."""
+"""Prompts and answers in Meta's prompt format documents, read from the package llama-models."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What each process of tests/parallel/test_tensor.py does: load every folder, compute, and let the first process write it down.
+"""A process of tests/parallel/test_tensor.py: loads every folder, computes; rank 0 writes results.
 
 torchrun --nproc_per_node W parallel_worker.py TASK.json OUT
 """
@@ -35,7 +35,7 @@ def main(task_file: str, out: str) -> None:
 
 
 def _logits(llama: Llama, tokens: Tensor) -> dict:
-    """Logits at once, and whether all processes have the same ones."""
+    """Logits of one pass, and whether they are the same in all processes."""
     with torch.inference_mode():
         logits = llama.model(tokens)
     n_parameters = _of_all(sum(parameter.numel() for parameter in llama.model.parameters()))

@@ -11,11 +11,12 @@ SHAPE = {"dim": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 
 SCHEME = {"scheme": "int4_weight_int8_dynamic_activation", "group_size": 32}
 SPINQUANT = SHAPE | {"multiple_of": 256, "quantization_args": SCHEME | {"spinquant": True}}
 QLORA = SHAPE | {"multiple_of": 64, "quantization_args": SCHEME, "lora_args": {"rank": 16, "scale": 2.0}}
-WITH_FP8 = SHAPE | {"multiple_of": 64, "n_heads": 8, "n_kv_heads": 8}  # as many heads as most shards
+# As many heads as the most shards.
+WITH_FP8 = SHAPE | {"multiple_of": 64, "n_heads": 8, "n_kv_heads": 8}
 
 
 def quantized_folder(path: Path, params: dict[str, Any], **options: Any) -> Path:
-    """A whole folder with tokenizer and checklist; `options` are make_random_checkpoint's."""
+    """A complete folder with tokenizer and checklist; `options` are make_random_checkpoint's."""
     return make_random_checkpoint(path, params, tokenizer=byte_tokenizer(path.with_name(f"{path.name}.model")), **options)
 
 

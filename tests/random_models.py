@@ -1,4 +1,4 @@
-"""Models of random weights, for tests; needs nothing but PyTorch."""
+"""Models with random weights, for tests; imports nothing but PyTorch."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from llama_ref.vision import VisionTransformer
 
 
 def random_model(args: ModelArgs, seed: int, *, tied: bool = False) -> Transformer:
-    """Ours with random weights of a healthy size; the norms too, so that swapped norms would show."""
+    """Our model with random weights of realistic size; norms too, so that swapped norms show."""
     generator = torch.Generator().manual_seed(seed)
     model = (VisionTransformer if args.has_vision else Transformer)(args).requires_grad_(False).eval()
     for parameter in model.parameters():
@@ -37,7 +37,7 @@ def grouped_model(
     vocab_size: int = 30,
     rope_theta: float = 500000.0,
 ) -> Transformer:
-    """A random model of heads of 8 dimensions, so many in a group; `scaled` is RoPE's."""
+    """A random model with heads of 8 dimensions, in groups of this size; `scaled` is RoPE's."""
     heads = groups * kv_heads
     args = ModelArgs.from_dict(
         {"dim": 8 * heads, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "vocab_size": vocab_size}
@@ -47,7 +47,7 @@ def grouped_model(
 
 
 def as_int4_release(model: Transformer, *, rotates: bool = False, rank: int = 0, rounds_inputs: bool = True) -> None:
-    """Make the layers' matrices those of Meta's int4 releases, in groups of 32, in place; always the same adaptors."""
+    """Turn the layers' matrices into Meta's int4, in groups of 32; the adaptors are always the same."""
     generator = torch.Generator().manual_seed(0)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "output"]
     for name in names:

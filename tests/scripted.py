@@ -1,4 +1,4 @@
-"""A real model whose choices are replaced: it answers what a test wants, through the real loop and cache."""
+"""A real model that gives a test's answers: its choices are replaced in the real loop and cache."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ from llama_ref.generation import Llama
 
 
 def scripted(llama: Llama, answers: Sequence[str], monkeypatch) -> Llama:
-    """A Llama with short contexts that gives these answers, in which special tokens are spelled, one a call."""
+    """A Llama with a short context that gives these answers, one per call, with special tokens."""
     scripted = Llama(llama.model, llama.tokenizer, max_seq_len=1024)
     encode = scripted.tokenizer.encode
     left = iter([encode(answer, bos=False, eos=False, allowed_special="all") for answer in answers])
@@ -22,7 +22,7 @@ def scripted(llama: Llama, answers: Sequence[str], monkeypatch) -> Llama:
 
 
 class Choices:
-    """In place of a Sampler: the next of some ids, whatever the logits."""
+    """Replaces a Sampler: returns given ids one by one, whatever the logits."""
 
     def __init__(self, ids: Sequence[int]):
         self._ids: Iterator[int] = iter(ids)

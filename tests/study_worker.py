@@ -1,4 +1,4 @@
-"""What each process of tests/parallel/test_study.py does: study every folder; the first one writes it down.
+"""A process of tests/parallel/test_study.py: studies every folder; rank 0 writes the results.
 
 torchrun --nproc_per_node W study_worker.py TASK.json OUT
 """
@@ -46,7 +46,7 @@ def build(folder: str | Path, pipeline_parallel_size: int = 1) -> Llama:
 
 
 def measure(llama: Llama, to: Path, texts: list, images: list | None = None) -> dict[str, Any]:
-    """Everything that one process and several can do, as tensors by name, and text."""
+    """Everything that works with one process and with several: tensors by name, and text."""
     model, row = llama.model, texts[0]
     traced = study.trace(model, texts, images=images)
     values = dict(traced) | {"tokens": traced.tokens, "positions": traced.positions}
@@ -82,7 +82,7 @@ def trace_briefly(llama: Llama) -> dict[str, Tensor]:
 
 
 def refused(llama: Llama) -> list[str]:
-    """The messages of what does not work on several processes."""
+    """The error messages of what does not work with several processes."""
     model, row = llama.model, TEXTS[0]
     calls: list[Callable[[], Any]] = [
         lambda: study.trace(model, row, requires_grad=True),
@@ -95,7 +95,7 @@ def refused(llama: Llama) -> list[str]:
 
 
 def _message(call: Callable[[], Any]) -> str:
-    """The message of the error that the call raises; empty if it raises none."""
+    """The message of the error that the call raises; empty if there is none."""
     try:
         call()
     except LlamaRefError as error:
@@ -104,7 +104,7 @@ def _message(call: Callable[[], Any]) -> str:
 
 
 def _are_equal(values: dict[str, Tensor]) -> bool:
-    """Whether all processes have the same values, to the bit."""
+    """Whether all processes have the same values, bit for bit."""
     sums = [""] * dist.get_world_size()
     dist.all_gather_object(sums, digest(b"".join(values[name].contiguous().numpy().tobytes() for name in values)))
     return len(set(sums)) == 1

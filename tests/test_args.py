@@ -203,7 +203,7 @@ def test_a_factor_given_by_the_caller_is_checked_too(factor):
         (16384, 4096, 1.2, 53248),
         (64, 1, None, 170),  # 170.67, truncated first
         (64, 1, 1.3, 221),  # 1.3 · 170, not 1.3 · 170.67
-        (576, 256, 1.0, 1536),  # a multiple already
+        (576, 256, 1.0, 1536),  # already a multiple
         (577, 256, 1.0, 1792),
     ],
 )

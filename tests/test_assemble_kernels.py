@@ -1,4 +1,4 @@
-"""scripts/assemble_kernels.py: kernels are compiled for a card that is not there."""
+"""scripts/assemble_kernels.py compiles kernels for a card that the machine does not have."""
 
 import importlib.util
 import re
@@ -14,7 +14,7 @@ with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, rea
 
 
 def assembled(warm: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: in this one Triton may be there for its interpreter."""
+    """Run in a separate process: in this one, Triton may have been imported for its interpreter."""
     return subprocess.run([warm / "python", SCRIPT, *words], capture_output=True, text=True, check=False)
 
 

@@ -1,4 +1,4 @@
-"""`pytest -m cuda` finds its tests on a machine that has a GPU, PyTorch and little else."""
+"""`pytest -m cuda` finds its tests on a machine with a GPU, PyTorch and few other packages."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""scripts/bench_cuda.py on a machine without a card: every stage in toy shapes, and what a failure leaves behind."""
+"""scripts/bench_cuda.py without a card: every stage in toy shapes, and what a failure leaves."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_every_stage_gives_figures(warm, tmp_path, monkeypatch):
-    """All in this process; a process for each stage takes a minute more, and the next test has two."""
+    """All in this process: one per stage would take a minute more, and the next test starts two."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     monkeypatch.setattr(sys, "executable", str(warm / "python"))  # the pytest's of one stage
     for stage in STAGES:
@@ -102,7 +102,7 @@ def test_a_process_that_dies_is_a_failure(tmp_path, monkeypatch, capfd):
 def test_a_run_that_is_terminated_leaves_no_process(tmp_path):
     words = ["--rehearse", "--only", "memory", "--out", str(tmp_path)]
     process = subprocess.Popen([sys.executable, bench_cuda.__file__, *words], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()  # the first figure: a stage is under way
+    process.stdout.readline()  # the first figure: a stage is running
     stages = psutil.Process(process.pid).children(recursive=True)
     assert stages
     process.terminate()

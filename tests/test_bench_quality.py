@@ -1,4 +1,4 @@
-"""bench_quality.py on a tiny model; what it measures is used by tests/quantization."""
+"""bench_quality.py on a tiny model; tests/quantization uses its measurements."""
 
 import pytest
 import torch

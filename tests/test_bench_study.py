@@ -1,4 +1,4 @@
-"""bench_study.py on a tiny model, without peers; and what it does about contestants that fail or differ."""
+"""bench_study.py on a tiny model without peers; and its handling of peers that fail or differ."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The vision encoder's benchmark measures both on the same weights."""
+"""The vision benchmark measures our encoder and Meta's on the same weights."""
 
 import re
 

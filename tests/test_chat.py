@@ -1,4 +1,4 @@
-"""Dialogs are encoded like Meta's chat format does, and generated ids are decoded into messages."""
+"""Dialogs are encoded as by Meta's chat format, and generated ids are decoded into messages."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""CONTRIBUTING, SECURITY, CHANGELOG and .github say what is true of this repository."""
+"""CONTRIBUTING, SECURITY, CHANGELOG and .github are true of this repository."""
 
 import ast
 import re
@@ -79,7 +79,7 @@ UNSAFE_NAMES = {
 
 
 def unsafe_names(node: ast.AST) -> list[str]:
-    """What a node uses of the things that may run what a file holds. Writing a pickle is none of them."""
+    """Names in a syntax node that could execute a file's content. Writing a pickle is allowed."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names if alias.name.partition(".")[0] in UNSAFE_MODULES]
     if isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""Which device and precision are chosen, on machines that this one is not: torch's own answers about hardware are set."""
+"""The device and precision chosen on other machines: torch's answers about hardware are faked."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend to be a machine with so many CUDA devices, with or without MPS, that computes bfloat16 or only emulates it."""
+    """Fake a machine with CUDA devices, perhaps MPS, that computes or only emulates bfloat16."""
 
     def pretend(cuda: int = 0, mps: bool = False, bfloat16: bool = True, version: str = MPS_RIGHT_SINCE) -> None:
         monkeypatch.setattr(torch, "__version__", TorchVersion(version))
@@ -106,7 +106,7 @@ def test_a_local_rank_that_is_no_number_is_refused(machine, monkeypatch):
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS])
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_without_a_wish_bfloat16_is_taken_where_the_device_computes_in_it(machine, device, bfloat16):
-    """Emulated is not computed: a T4 (7.5) can do as if."""
+    """Emulation does not count: a T4 (7.5) only emulates bfloat16."""
     machine(cuda=1, mps=True, bfloat16=bfloat16)
     assert choose_dtype(None, device) == (torch.bfloat16 if bfloat16 or device == CPU else torch.float16)
 

@@ -1,4 +1,4 @@
-"""Every file in examples/ runs on the demo and shows what it is there to show."""
+"""Every file in examples/ runs on the demo and shows what it claims."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_chat_computes_only_the_new_tokens_of_a_turn(run, demo_folder):
 
 
 def test_a_model_uses_the_calculator(output, demo_folder, shallow, monkeypatch, capsys):
-    """`tools.py`: the demo answers by itself, a model that calls has its calls carried out, bad ones included."""
+    """`tools.py`: the demo answers without tools; a model's calls are handled, also bad ones."""
     assert output("tools.py", demo_folder).startswith("17 * 23 = ")
     example = runpy.run_path(str(EXAMPLES / "tools.py"))
     answers = [
@@ -109,7 +109,7 @@ def test_scores_of_a_batch_are_those_of_each_text(output, demo_folder):
     alone = output("batch_logprobs.py", demo_folder, "서울은 한국의 수도이다.").splitlines()
     assert len(together) == 3 and "서울" in together[2]
     a, b = (float(line.split()[0]) for line in (together[2], alone[0]))
-    assert a == pytest.approx(b, rel=0.03)  # bfloat16, in sums of another order
+    assert a == pytest.approx(b, rel=0.03)  # bfloat16, with another order of summation
 
 
 def test_verify_tells_a_whole_folder_from_a_damaged_one(run, output, demo_folder, tmp_path):
@@ -142,7 +142,7 @@ def test_a_quantized_folder_is_half_as_large_and_loads(output, demo_folder, tmp_
 
 @pytest.fixture(scope="module")
 def web_app(warm, demo_folder) -> Iterator[str]:
-    """The address of a server that runs as a user starts it, on a free port."""
+    """The address of a server, started as a user does, on a free port."""
     command = [warm / "python", EXAMPLES / "web_app.py", demo_folder, "0"]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, encoding="utf-8") as server:
         for line in server.stderr:
@@ -161,7 +161,7 @@ def ask(address: str, **question: object) -> str:
 
 
 def test_clients_that_ask_at_once_get_what_each_gets_alone(web_app):
-    """`web_app.py`: greedy answers in bfloat16, eight at a time, and one that is broken off."""
+    """`web_app.py`: greedy answers in bfloat16, eight at a time, and one that is aborted."""
     capitals = [{"text": f"What is the capital of {country}?", "temperature": 0, "max_gen_len": 8} for country in COUNTRIES]
     sampled = [{"text": "Tell me a story.", "seed": seed, "max_gen_len": 8} for seed in (1, 2)]
     questions = [*capitals, *sampled]
@@ -183,7 +183,7 @@ def test_the_web_app_says_what_is_wrong_with_a_question(web_app):
 
 @pytest.fixture(scope="module")
 def executed(warm, demo_folder, tmp_path_factory) -> nbformat.NotebookNode:
-    """The notebook as it comes out of a kernel that has the demo in place of the download."""
+    """The notebook after running in a kernel with the demo instead of the download."""
     scratch = tmp_path_factory.mktemp("colab")
     settings = {
         name: str(scratch / name) for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
@@ -204,7 +204,7 @@ def executed(warm, demo_folder, tmp_path_factory) -> nbformat.NotebookNode:
 
 
 def printed(notebook: nbformat.NotebookNode, beginning: str) -> str:
-    """What the code cell wrote whose source has this text."""
+    """The output of the code cell whose source contains this text."""
     (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and beginning in cell.source]
     return "".join(output.get("text", "") for output in cell.outputs)
 

@@ -1,4 +1,4 @@
-"""Prefill, decode and sampling on a pretended CUDA device: no tensor is left behind on the CPU."""
+"""Prefill, decode and sampling on a fake CUDA device: no tensor stays on the CPU."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ def test_prefill_and_decode_stay_on_the_device(name, dtype):
     cache = new_cache(model, batch_size=2, n_tokens=64)
     tokens = torch.zeros(2, 12, dtype=torch.long, device="cuda")
     assert model(tokens).device.type == "cuda"
-    for piece in (tokens, tokens, tokens[:, :1]):  # into an empty cache, after it, one token
+    for piece in (tokens, tokens, tokens[:, :1]):  # an empty cache, a later piece, one token
         logits = model(piece, cache)
         assert logits.device.type == "cuda"
         assert logits.dtype == torch.float32

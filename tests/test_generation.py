@@ -1,4 +1,4 @@
-"""Llama: Meta's interface, prompts of any lengths in one batch, sampling options, and what is refused."""
+"""Llama: Meta's interface, batches of any prompt lengths, sampling options, rejected arguments."""
 
 import copy
 import inspect
@@ -26,7 +26,7 @@ NONE_GIVEN = inspect.Parameter.empty
 SUM = [{"role": "user", "content": "What is 2+2?"}]  # answered with "2 + 2 = 4" and an end of turn
 HI = [{"role": "user", "content": "Say hi."}]
 
-META_PARAMETERS = {  # positional, in this order; of the `llama` package's methods
+META_PARAMETERS = {  # positional parameters of the `llama` package's methods
     "build": {
         "ckpt_dir": NONE_GIVEN,
         "tokenizer_path": None,
@@ -63,14 +63,14 @@ META_PARAMETERS = {  # positional, in this order; of the `llama` package's metho
 
 @pytest.fixture(scope="module")
 def prompts(llama) -> list[list[int]]:
-    """Prompts of quite different lengths, each with its own way to end."""
+    """Prompts of very different lengths, which end in different ways."""
     texts = [CAPITAL, "Once", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"]
     return [llama.tokenizer.encode(text, bos=True, eos=False) for text in texts] + [llama.formatter.encode_dialog_prompt(SUM)]
 
 
 @pytest.fixture(scope="module")
 def of_many_lengths() -> list[list[int]]:
-    """Prompts for `peaked`, among them three that end around the border of pieces of 5 tokens."""
+    """Prompts for `peaked`; three of them end near the boundary of pieces of 5 tokens."""
     some = torch.Generator().manual_seed(0)
     return [torch.randint(0, 256, (length,), generator=some).tolist() for length in (6, 2, 40, 10, 11)]
 
@@ -138,7 +138,10 @@ def test_chat_answers_have_metas_shape(llama):
 
 @pytest.mark.parametrize(("prefill_tokens", "max_gen_len"), [(5, 3), (1024, 0)])
 def test_logprobs_are_those_of_a_plain_forward(peaked, of_many_lengths, monkeypatch, prefill_tokens, max_gen_len):
-    """With temperature and filters on: they are the model's own. The prompts end on both sides of a piece's border."""
+    """Temperature and filters do not change them.
+
+    The prompts end on both sides of a piece's boundary.
+    """
     monkeypatch.setattr(loop, "PREFILL_TOKENS", prefill_tokens)
     monkeypatch.setattr(loop, "LOGPROB_POSITIONS", 3)
     some = of_many_lengths
@@ -155,7 +158,7 @@ def test_logprobs_are_those_of_a_plain_forward(peaked, of_many_lengths, monkeypa
 def test_the_stop_token_is_cut_off_and_ends_only_its_own_row(llama):
     dialogs = [llama.formatter.encode_dialog_prompt(dialog) for dialog in (SUM, HI)]
     tokens, logprobs = llama.generate(dialogs, 9, 0.0, logprobs=True)
-    assert [len(ids) for ids in tokens] == [7, 9]  # as many as were asked for, or up to the end of turn
+    assert [len(ids) for ids in tokens] == [7, 9]  # as many as requested, or up to the end of turn
     assert [len(row) for row in logprobs] == [7, 9]
     assert not set(tokens[0]) & set(llama.tokenizer.stop_tokens)
     assert plain_logprobs(llama, dialogs[0] + tokens[0])[-1].argmax() == llama.tokenizer.eot_id
@@ -194,7 +197,7 @@ def test_greedy_tokens_are_the_likeliest_of_a_plain_forward(llama, prompts):
 
 @pytest.fixture(scope="module")
 def alone(peaked, of_many_lengths) -> list[list[int]]:
-    """What each prompt gets when it is the only one; all of it differs."""
+    """Each prompt's result when it runs alone; all results differ."""
     return [peaked.generate([prompt], 8, 0.0)[0][0] for prompt in of_many_lengths]
 
 
@@ -215,7 +218,7 @@ def test_a_rule_of_ones_own_chooses_every_token(peaked, of_many_lengths):
 
 
 def test_each_prompt_of_a_real_models_batch_gets_what_it_gets_alone(llama, prompts):
-    """The last row ends by itself, the others at the limit."""
+    """The last row ends at a stop token, the others at the limit."""
     batch = [prompts[i] for i in (2, 1, 3)]
     alone = [llama.generate([prompt], 8, 0.0)[0][0] for prompt in batch]
     assert [len(new) for new in alone] == [8, 8, 7]
@@ -295,7 +298,7 @@ def test_a_repetition_penalty_counts_prompt_and_answer(shallow, prompts):
     assert len(set(new)) == len(new) == 8 and not set(new) & set(prompt)
 
 
-# ---- what is refused
+# ---- rejected arguments
 
 
 @pytest.mark.parametrize(
@@ -363,7 +366,7 @@ def test_another_models_tokenizer_is_refused(demo_folder, meta_tokenizer_path):
         Llama.build(demo_folder, meta_tokenizer_path)
 
 
-# ---- what it leaves alone
+# ---- no side effects
 
 LOOK_AROUND = """
 import random, sys, torch, numpy
@@ -397,7 +400,7 @@ def test_import_build_and_generation_change_nothing_global_and_print_nothing(dem
 
 @pytest.mark.parametrize("speculation", [None, PromptLookup()], ids=["plain", "speculative"])
 def test_stop_strings_end_each_row_of_a_batch_by_itself(peaked, speculation):
-    """Each row is what `stream` gives for it alone; rows without the string go on."""
+    """Each row equals what `stream` gives for it alone; rows without the string continue."""
     batch = Llama(peaked.model, peaked.tokenizer, max_seq_len=512, speculation=speculation)
     prompts = ["one", "two", "three"]
     letters = {i: -math.inf for i in range(peaked.tokenizer.n_words) if not 97 <= i < 123}
@@ -524,7 +527,7 @@ def test_no_seed_is_another_seed_each_time(peaked):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda llama: pickle.loads(pickle.dumps(llama))], ids=["copy", "pickle"])
 def test_a_copy_generates_as_the_original(peaked, copied):
-    """A copy of ALONE is another object: what asks for identity takes a copy for one of several processes."""
+    """A copy of ALONE is another object: a check by identity would take it for a parallel job."""
     original = Llama(peaked.model, peaked.tokenizer, max_seq_len=64)
     twin = copied(original)
     prompts = [[1, 2, 3], [4]]
@@ -543,7 +546,7 @@ def test_a_copy_continues_the_originals_random_numbers(peaked):
 
 
 def test_spawned_workers_are_given_models_mapped_from_either_format(tmp_path):
-    """`spawn` sends file descriptors at the start, of tensors that must live until then."""
+    """`spawn` sends tensors' file descriptors when a worker starts; they must live until then."""
     native = tiny_folder(tmp_path / "tiny")
     folders = [native, to_hugging_face(native, tmp_path / "hf")]
     llamas = [Llama.build(folder, device="cpu", dtype="float32", max_seq_len=64) for folder in folders]
@@ -562,7 +565,7 @@ def _send_completions(llamas, sender) -> None:
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4:group=32"])
 def test_a_default_device_changes_nothing(tiny_on_disk, quantize):
-    """ "meta" is a device whose tensors hold nothing: whatever lands there by mistake fails."""
+    """ "meta" tensors have no data: anything that is put there by mistake fails."""
 
     def everything() -> list:
         llama = Llama.build(tiny_on_disk, device="cpu", dtype="float32", quantize=quantize, max_seq_len=64)

@@ -1,4 +1,4 @@
-"""What becomes of an image file: opened, refused, or treated as documented."""
+"""Image files are opened, rejected or converted as documented."""
 
 import io
 import os
@@ -60,7 +60,7 @@ def test_an_animations_first_frame_is_taken():
 def test_files_are_turned_upright_and_images_taken_as_they_are():
     image = noise(30, 20)
     exif = image.getexif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # to be rotated by 90 degrees
     turned = open_image(encoded(image, exif=exif))
     assert turned.size == (20, 30)
     assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
@@ -83,7 +83,7 @@ def test_a_pillow_image_that_cannot_be_read_is_refused_too(tmp_path):
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of some bytes that says it has so many pixels."""
+    """A PNG of a few bytes whose header claims this many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -116,7 +116,7 @@ def test_what_is_no_image_is_refused(data, says, tmp_path):
 
 
 def test_damage_anywhere_is_refused_or_read():
-    """No error but ours, whatever is in the file."""
+    """Any file content raises our error or none."""
     random = np.random.default_rng(0)
     forms = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if "AVIF" in Image.SAVE else [])]
     wholes = [encoded(noise(20, 20), form) for form in forms]

@@ -1,4 +1,4 @@
-"""The folders that the two scripts write: as Meta's, whole, and made in one step."""
+"""The two scripts write folders like Meta's: complete, and created in one step."""
 
 import json
 import signal
@@ -41,10 +41,10 @@ def load(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
 
 
 def metas_model(folder: Path) -> meta_model.Transformer:
-    """Meta's own reference with the folder's weights, every name accounted for."""
+    """Meta's own reference with the folder's weights, without missing or extra names."""
     params = json.loads((folder / "params.json").read_text())
     model = meta_model.Transformer(meta_args.ModelArgs(max_seq_len=64, max_batch_size=1, **params)).bfloat16()
-    for layer in model.layers:  # its caches are plain tensors, which .bfloat16() passes over
+    for layer in model.layers:  # its caches are plain tensors, which .bfloat16() skips
         attention = layer.attention
         attention.cache_k, attention.cache_v = attention.cache_k.bfloat16(), attention.cache_v.bfloat16()
     model.load_state_dict(load(folder), strict=True)
@@ -219,7 +219,7 @@ def test_a_failed_run_leaves_nothing(tmp_path):
         make_random_checkpoint(tmp_path / "out", TINY | {"n_kv_heads": 3})
     with pytest.raises(CheckpointError, match='"vision_num_cross_attention_layers" is missing'):
         make_random_checkpoint(tmp_path / "out", TINY | {"vision_chunk_size": 448})
-    with pytest.raises(TypeError):  # in the midst of writing
+    with pytest.raises(TypeError):  # in the middle of writing
         make_random_checkpoint(tmp_path / "out", TINY | {"unknown": object()})
     assert not any(tmp_path.iterdir())
 
@@ -251,7 +251,7 @@ def test_metas_reference_speaks_with_the_demos_weights(demo_folder, one_process_
 
 
 def test_the_demos_output_is_its_embedding_but_for_tokens_it_never_says(demo_folder):
-    """Two tokens on one row would be equally likely everywhere: a newline would come out as <|end_header_id|>."""
+    """Two tokens with one row are equally likely: a newline could become <|end_header_id|>."""
     weights, tokenizer = load(demo_folder), MetaTokenizer(demo_folder / "tokenizer.model")
     embedding, output = weights["tok_embeddings.weight"], weights["output.weight"]
     special = tokenizer.special_tokens

@@ -1,4 +1,4 @@
-"""What the model and its cache promise beyond their numbers, which tests/parity holds against other implementations."""
+"""Properties of the model and its cache; tests/parity compares their numbers with others'."""
 
 import pytest
 import torch
@@ -51,8 +51,11 @@ def test_logits_are_float32_whatever_the_weights_are(dtype):
 
 
 def test_casting_the_model_leaves_rope_exact():
-    """Frequencies rounded to bfloat16 would turn late positions by whole radians. They are no buffer, so no cast finds them."""
-    cast = random_model(ARGS, seed=0).bfloat16().float()  # the weights are rounded, and nothing else may be
+    """Frequencies rounded to bfloat16 would rotate late positions wrongly by whole radians.
+
+    They are not a buffer, so that a cast does not change them.
+    """
+    cast = random_model(ARGS, seed=0).bfloat16().float()  # only the weights may be rounded
     fresh = Transformer(ARGS)
     fresh.load_state_dict(cast.state_dict())
     caches = [KVCache(ARGS, 1, 8192, dtype=torch.float32) for _ in range(2)]
@@ -93,7 +96,7 @@ def test_hidden_then_logits_is_forward(model):
 
 
 class LargestResult(TorchDispatchMode):
-    """Remembers the most elements that any operator's fresh result had; views do not count."""
+    """Records the largest number of elements in any operator's new result; views do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +158,7 @@ def test_cuda_agrees_with_the_cpu(model):
 
 @pytest.mark.parametrize("kind", [KVCache, BlockKVCache])
 def test_under_autocast_a_cache_gives_what_one_forward_gives(model, kind):
-    """Keys then come in bfloat16 where the cache is float32."""
+    """Under autocast, keys are bfloat16 and the cache is float32."""
     text = tokens(2, 9)
     cache = kind(ARGS, 2, 64, dtype=torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""docs/notebooks: each page's blocks print what stands below them, and its notebook is made from it."""
+"""docs/notebooks: each page's blocks print the output shown, and its notebook is made from it."""
 
 import re
 
@@ -38,7 +38,7 @@ def test_a_page_is_short_and_says_what_is_not_run(page):
 
 
 def test_there_are_three_findings_that_hold():
-    """The numbers that the prose leans on."""
+    """The numbers that the prose relies on."""
     one, name, direction = (
         (notebooks.PAGES / f"{stem}.md").read_text(encoding="utf-8")
         for stem in ("one-number", "who-carries-the-name", "a-direction")

@@ -1,8 +1,9 @@
-"""What a CUDA device computes, against the CPU and against plain arithmetic. Small models, seconds in all.
+"""Results of a CUDA device, compared with the CPU and plain arithmetic.
 
-In float32 the same tokens are expected: PyTorch keeps TF32 off for matrix products unless asked. In bfloat16 and float16 two
-devices round differently, so there the bound is the rounding error of the CPU itself. Models are shared by the tests, because
-compiling takes longer than everything else.
+Small models, a few seconds. In float32 the same tokens are expected: PyTorch keeps TF32 off for
+matrix products unless asked. In bfloat16 and float16 two devices round differently, so there the
+bound is the rounding error of the CPU itself. Models are shared by the tests, because compiling
+takes longer than everything else.
 """
 
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def made(
 
 
 def exact_copy(dtype: torch.dtype, scheme: str | None = None) -> Transformer:
-    """On the CPU in float32, with the values that a model of `dtype`, or its quantized matrices, stand for."""
+    """A float32 model on the CPU with the values of a `dtype` model or its quantized matrices."""
     rounded = random_model(ARGS, seed=0).to(DEVICE, dtype)
     if scheme:
         quantize_model(rounded, scheme)
@@ -90,7 +91,7 @@ def exact_copy(dtype: torch.dtype, scheme: str | None = None) -> Transformer:
 
 
 def generated(model: Transformer, prompts: list[list[int]], n: int, params: SamplingParams = GREEDY) -> list[Row]:
-    """Rows after n tokens, some fewer; the draws depend on the parameters' seed alone."""
+    """Rows after n tokens or fewer; the draws depend only on the parameters' seed."""
     rows = [Row(prompt, n - i) for i, prompt in enumerate(prompts)]
     generator = torch.Generator().manual_seed(params.seed or 0)
     sampler = Sampler(params, generator, prompts, ARGS.vocab_size, model.norm.weight.device)
@@ -100,7 +101,7 @@ def generated(model: Transformer, prompts: list[list[int]], n: int, params: Samp
 
 
 def forced_logits(model: Transformer, prompts: list[list[int]], following: list[list[int]]) -> Tensor:
-    """Logits (B, T, V) after each prompt and after each of the T - 1 tokens given to follow it, one decode step a token."""
+    """Logits (B, T, V) after each prompt and each of the next T - 1 tokens, one decode step each."""
     device = model.norm.weight.device
     cache = new_cache(model, len(prompts), max(map(len, prompts)) + len(following[0]))
     rows = [Row(prompt, len(following[0]) + 1) for prompt in prompts]
@@ -137,7 +138,7 @@ def test_float32_text_is_the_cpus(lengths, compiled):
 @EAGER_AND_COMPILED
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_half_precision_is_as_exact_as_on_the_cpu(lengths, compiled):
-    """Each decode step's logits against float32 weights of the same values: no further off than the CPU in the same dtype."""
+    """Each step's logits are as close to exact ones as the CPU's in the same dtype."""
     prompts = prompts_of(lengths)
     following = [random_ids(12, 100 + i) for i in range(len(prompts))]
     exact = forced_logits(exact_copy(HALF), prompts, following)
@@ -219,7 +220,7 @@ def test_metas_int4_releases_compute_what_they_do_on_the_cpu(release, compiled):
         compile_decode(models[1])
     prompts, following = prompts_of([5, 1, 260, 40]), [random_ids(12, 100 + i) for i in range(4)]
     expected, found = (forced_logits(model, prompts, following) for model in models)
-    # A sum in another order may move an input to the next of its steps.
+    # Another order of summation may round an input to the next step.
     assert relative_error(found.cpu(), expected) < (0.02 if release.get("rounds_inputs", True) else 1e-4)
 
 
@@ -247,7 +248,7 @@ def test_products_of_rows_are_fused_with_what_comes_after(quantized: Callable, d
 @pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("rounds_inputs", [True, False])
 def test_fp8_products_are_those_of_the_cpu(rows, rounds_inputs):
-    """With `torch._scaled_mm` where the card multiplies float8, else by converting it."""
+    """With `torch._scaled_mm` if the card multiplies float8, else by converting it."""
     generator = torch.Generator().manual_seed(rows)
     q = torch.randn(512, 256, generator=generator).mul(40).to(torch.float8_e4m3fn)
     scale, x = torch.rand(512, generator=generator) * 1e-2, torch.randn(rows, 256, generator=generator).to(HALF)

@@ -1,4 +1,4 @@
-"""The sdist and the wheel hold what they should, and the wheel works where nothing else of us is."""
+"""The sdist and the wheel have the right files, and the wheel works without the repository."""
 
 import email
 import os
@@ -48,7 +48,7 @@ def sdist(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """Built from the sdist, so that what the sdist lacks is missing here too."""
+    """Built from the sdist, so that files that the sdist lacks are missing here too."""
     scratch = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
         archive.extractall(scratch, filter="data")
@@ -58,7 +58,7 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """The bin folder of an environment that has the wheel, and our dependencies from the environment of the tests."""
+    """The bin folder of an environment with the wheel, and the tests' environment's dependencies."""
     folder = tmp_path_factory.mktemp("clean") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
@@ -74,7 +74,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(installed, tmp_path):
-    """Run a program of that environment elsewhere than in the repository, without its variables."""
+    """Run a program of that environment outside the repository, without the tests' variables."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LLAMA", "PYTEST"))}
     (tmp_path / "home").mkdir()
     environment = kept | {"HOME": str(tmp_path / "home"), "PYTHONNOUSERSITE": "1", "COLUMNS": "100"}
@@ -93,7 +93,7 @@ def package_files() -> set[str]:
     return {path.relative_to(REPOSITORY).as_posix() for path in paths if path.suffix != ".pyc"}
 
 
-# ---- what is in them
+# ---- contents
 
 
 def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel):

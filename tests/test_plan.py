@@ -1,4 +1,4 @@
-"""What a plan says a process needs is what it takes; and the layouts that fit."""
+"""A plan's memory is what a process uses; and the layouts that fit."""
 
 import math
 import re
@@ -45,7 +45,7 @@ def divisors(number: int) -> list[int]:
 
 @st.composite
 def vision(draw, n_layers: int) -> dict:
-    """Nothing, or what makes a model read images."""
+    """No parameters, or those that add vision to a model."""
     if not draw(st.booleans()):
         return {}
     return {
@@ -78,14 +78,14 @@ def shapes(draw) -> dict:
 
 @st.composite
 def cases(draw) -> tuple[dict, Share]:
-    """A shape and one of the processes that it can be dealt out to."""
+    """A shape and the share of one of its processes."""
     params = draw(shapes())
     tensor = draw(st.sampled_from(divisors(params["n_heads"])))
     stages = draw(st.integers(1, params["n_layers"]))
     return params, Share(draw(st.integers(0, tensor - 1)), tensor, draw(st.integers(0, stages - 1)), stages)
 
 
-# ---- of one process
+# ---- one process
 
 
 @settings(max_examples=40)
@@ -113,7 +113,7 @@ SCHEMES = ["int8", "int4", "int4:group=32"]
 
 @st.composite
 def quantizable(draw) -> tuple[dict, Share]:
-    """A case whose rows some groups divide, and others do not."""
+    """A case whose rows are divisible by some group sizes and not by others."""
     params, share = draw(cases())
     width = draw(st.sampled_from([32, 64] if params["n_heads"] == 1 else [16, 32]))
     hidden_dim = draw(st.sampled_from([64, 96, 128]))
@@ -195,7 +195,7 @@ PIXELS = VISION | {"vision_chunk_size": 448, "vision_dim": 16, "vision_kept_laye
 MANY_STATES = VISION | {"vision_n_layers": 20, "vision_kept_layers": list(range(20)), "dim": 64}
 MANY_CROSS = VISION | {"n_layers": 8, "vision_num_cross_attention_layers": 8, "n_kv_heads": 8}
 HOT = {"temperature": 5.0, "top_p": 0.999}  # nothing is left out of the sort
-GENERATIONS = {  # what is unlike SHAPE, lengths of the prompts, max_seq_len, how to generate
+GENERATIONS = {  # differences from SHAPE, prompt lengths, max_seq_len, options
     "a long prompt": ({}, [2990], 2994, {}),
     "an odd length": ({}, [3006], 3011, {}),
     "a head of its own for each query head": ({"n_kv_heads": 8}, [2990], 2994, {}),
@@ -238,7 +238,7 @@ def test_so_it_does_with_quantized_weights(case, scheme, tokenizer_of_bytes):
 def taken_and_planned(
     case: str, dtype: torch.dtype, tokenizer_of_bytes: Tokenizer, scheme: str | None = None
 ) -> tuple[int, int]:
-    """Bytes of activations in generation."""
+    """Peak bytes of activations in generation."""
     changes, lengths, max_seq_len, options = GENERATIONS[case]
     args = ModelArgs.from_dict(SHAPE | {"hidden_dim": 704} | changes)
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ def taken_and_planned(
         use_fast_kernels(model)
     llama = Llama(model, tokenizer_of_bytes, max_seq_len=max_seq_len, max_batch_size=len(lengths))
     prompts = [torch.randint(args.vocab_size, (length,)).tolist() for length in lengths]
-    if "images" in options:  # cut into tiles on the host before
+    if "images" in options:  # cut into tiles beforehand
         options = options | {"images": [[llama.load_tiles(image) for image in own] for own in options["images"]]}
     for prompt, images in zip(prompts, options.get("images", []), strict=False):
         prompt[1 : 1 + len(images)] = [args.vocab_size] * len(images)
@@ -258,7 +258,7 @@ def taken_and_planned(
     return beside_the_cache, plan.activation_bytes(args, Share(), workload, SIZE[dtype], is_quantized=scheme is not None)
 
 
-# ---- of a job
+# ---- a whole job
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_the_smallest_layout(name, gpu_memory, expected):
 def test_only_layouts_with_whole_groups_are_planned():
     model = find_model("Llama3.1-8B", "int4:group=256")
     assert {placement.layout.tensor for placement in plan.plan(model, Workload(80, 8192, 4))} == {1, 2, 4, 8, 16}
-    narrow = replace(model, is_quantized=True)  # 14336 / 16 is no multiple of 256
+    narrow = replace(model, is_quantized=True)  # 14336 / 16 is not a multiple of 256
     assert {placement.layout.tensor for placement in plan.plan(narrow, Workload(80, 8192, 4))} == {1, 2, 4, 8}
     odd = replace(model, args=ModelArgs.from_dict({**SHAPE, "hidden_dim": 48}))
     with pytest.raises(RequestError, match="not divisible by a group of"):
@@ -319,7 +319,7 @@ def test_stages_are_no_more_than_layers():
         (Layout(4, 8), (4, 8)),
         (Layout(16), (2, 8)),
         (Layout(12), (2, 6)),
-        (Layout(6, 4), (4, 6)),  # 3 nodes of 8 would cut stages in two
+        (Layout(6, 4), (4, 6)),  # 3 nodes of 8 would split stages
         (Layout(3, 4), (2, 6)),
         (Layout(11), (11, 1)),
     ],
@@ -372,7 +372,7 @@ def test_a_workload_of_no_sense_is_refused(wrong):
         Workload(**({"gpu_memory": 80, "max_seq_len": 8192, "max_batch_size": 4} | wrong))
 
 
-# ---- which model
+# ---- find the model
 
 
 @pytest.mark.parametrize("name", [name for name, release in RELEASES.items() if release.weights == "bf16"])
@@ -407,7 +407,7 @@ def test_the_pruned_guard_is_a_program():
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    """An empty place where releases lie."""
+    """An empty folder of releases."""
     monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     return tmp_path / "checkpoints"

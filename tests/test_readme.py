@@ -1,4 +1,4 @@
-"""README.md, README.ko.md and docs/: commands run and print what is shown, links lead somewhere.
+"""README.md, README.ko.md and docs/: commands run and print what is shown, and links work.
 
 - ```console blocks hold `$ command` lines and their output. They run in the repository, in order,
   with the demo checkpoint also under the names of two releases in ~/.llama/checkpoints. `…` in an
@@ -43,7 +43,7 @@ NOT_RUN = re.compile(r"(?:^<!-- (\w[^\n]+) -->\n)?^```(?:sh|bash)\n(.*?)^```$", 
 BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 VARYING = (
-    (r"(?m)^== .*\n", ""),  # what the scripts say while they make an environment
+    (r"(?m)^== .*\n", ""),  # output of the scripts while they make an environment
     (r"[\d.,]+ [kMGT]?B/s", "SPEED"),
     (r"[\d.,]+ tokens/s", "SPEED"),
     (r"(?<![\w.])[\d.,]+ (?:s|ms|seconds)\b", "TIME"),
@@ -53,7 +53,7 @@ VARYING = (
 )
 
 
-# ---- what the documents hold
+# ---- parts of the documents
 
 
 def sessions() -> list:
@@ -72,14 +72,14 @@ def sessions() -> list:
 
 
 def split_continued(part: str) -> tuple[str, str]:
-    """Split a command, which goes on in the next line after a backslash, from its output."""
+    """Split a command, which a backslash continues on the next line, from its output."""
     lines = part.splitlines(keepends=True)
     n = next(i for i, line in enumerate(lines, 1) if not line.endswith("\\\n"))
     return "".join(lines[:n]).strip(), "".join(lines[n:])
 
 
 def scripts() -> list:
-    """(script, expected output or None) of every Python block; once if only comments differ, as a translation's."""
+    """(script, expected output or None) of every Python block; translations only once."""
     out = {}
     for name, text in DOCUMENTS.items():
         for script, output in SCRIPT.findall(text):
@@ -89,7 +89,7 @@ def scripts() -> list:
 
 
 def commands_not_run() -> list[tuple[str, str]]:
-    """(document, command) of what stands in sh blocks and within sentences."""
+    """(document, command) of the commands in sh blocks and within sentences."""
     found = []
     for name, text in DOCUMENTS.items():
         for _, body in NOT_RUN.findall(text):
@@ -105,8 +105,8 @@ def commands_not_run() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory, demo_folder) -> Iterator[dict[str, str]]:
-    """A newcomer's: an empty home but for two downloaded releases; TMPDIR is what they call /tmp."""
-    # A short path, as a newcomer's is: a table as narrow as `list`'s breaks a longer one.
+    """A new user's environment: a home with two downloaded releases; TMPDIR stands for /tmp."""
+    # A short path, as a new user's is: a table as narrow as `list`'s would wrap a longer one.
     with tempfile.TemporaryDirectory(prefix="h", ignore_cleanup_errors=True) as home:
         yield environment_of(Path(home), tmp_path_factory.mktemp("t"), demo_folder)
 
@@ -130,7 +130,7 @@ def environment_of(home: Path, scratch: Path, demo_folder: Path) -> dict[str, st
 
 
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run in the repository; the documents' /tmp and /home/me are folders of this run."""
+    """Run a command in the repository; the documents' /tmp and /home/me are folders of this run."""
     places = {
         "/home/me/llama_ref": str(REPOSITORY),
         "/home/me": environment["HOME"],
@@ -154,7 +154,7 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
 
 
 def matches(printed: str, expected: str) -> bool:
-    """Whether an output is what a document shows, but for times, speeds, widths and `…`."""
+    """Whether an output equals the document's, except times, speeds, widths and `…`."""
     for pattern, word in VARYING:
         printed = re.sub(pattern, word, printed)
         expected = re.sub(pattern, word, expected)
@@ -186,7 +186,7 @@ def test_outputs_differ_by_times_and_speeds_alone():
     assert not matches("one\ntwo", "one")
 
 
-# ---- what is not run
+# ---- commands that are not run
 
 
 def test_every_block_that_is_not_run_says_why():
@@ -281,7 +281,7 @@ def linked() -> dict[Path, str]:
 
 
 def anchors(text: str) -> set[str]:
-    """What GitHub calls a document's headings."""
+    """The anchors that GitHub gives to a document's headings."""
     out: set[str] = set()
     for title in re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE):
         title = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)

@@ -14,7 +14,7 @@ import llama_ref
 
 PACKAGE = Path(llama_ref.__file__).parent
 
-# The floors of the house, lowest first. A room may import its own floor and those below it.
+# The layers ("floors"), lowest first. A package ("room") may import its own floor and lower ones.
 FLOORS = (
     {"args"},
     {"model", "kv_cache", "vision"},
@@ -26,20 +26,21 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# All other rooms (checkpoint/, tokenizer.py, device.py, ...) stand beside the floors. They may
+# All other rooms (checkpoint/, tokenizer.py, device.py, ...) are outside the floors. They may
 # import each other and the floors up to this one, and every floor may import them ...
 HIGHEST_SEEN_FROM_BESIDE = FLOOR_OF["quantization"]
-# ... but files are for those who load a model: nothing below generation may import these.
+# ... but these handle files, for loading a model: nothing below generation may import them.
 FILES = {"checkpoint", "plan", "download"}
 LOWEST_THAT_SEES_FILES = FLOOR_OF["generation"]
 
-STRANGERS = set(permutations(("study", "bench", "guard", "evaluation"), 2))  # one floor, but none knows another
+# One floor, but these do not import each other.
+STRANGERS = set(permutations(("study", "bench", "guard", "evaluation"), 2))
 
-# The network: only the command line may import what speaks to servers, and no file of the loader.
+# The network: only the command line may import modules that contact servers.
 NETWORK = "download"
 
-# (importer, imported): what breaks a rule today. When one is mended, remove it here: the tests fail
-# for a pair that breaks no rule any more.
+# (importer, imported): pairs that still break a rule. When you fix one, remove it here: the tests
+# fail for a pair that no longer breaks a rule.
 KNOWN: set[tuple[str, str]] = set()
 
 
@@ -47,7 +48,7 @@ KNOWN: set[tuple[str, str]] = set()
 
 
 def read_package() -> dict[str, ast.Module]:
-    """Parse every module, by name without the package's ("study.trace"); its own is "llama_ref"."""
+    """Parse every module, by name in the package ("study.trace"); its __init__ is "llama_ref"."""
     trees = {}
     for path in PACKAGE.rglob("*.py"):
         dotted = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -74,7 +75,7 @@ def imports(tree: ast.Module, modules: dict[str, ast.Module]) -> Iterator[str]:
 
 
 def prints_by_itself(tree: ast.Module) -> bool:
-    """Whether a tree names `print`, or Python's stdout or stderr other than to flush them."""
+    """Whether a tree uses `print`, or stdout or stderr other than to flush them."""
     nodes = list(ast.walk(tree))
     flushed = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr == "flush"}
     named = {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -84,7 +85,7 @@ def prints_by_itself(tree: ast.Module) -> bool:
 
 
 def own_name(dotted: str) -> str:
-    """A dotted name without the package's; of other packages the first part."""
+    """A dotted name within the package; for other packages, its first part."""
     first, _, rest = dotted.partition(".")
     if first != "llama_ref":
         return first
@@ -92,7 +93,7 @@ def own_name(dotted: str) -> str:
 
 
 def bound(tree: ast.Module) -> set[str]:
-    """Names defined or imported at a module's top: they hide a submodule of the same name."""
+    """Names defined or imported at the top of a module: they hide submodules of the same name."""
     names = set()
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
@@ -117,7 +118,7 @@ class House(NamedTuple):
 
 @cache
 def house() -> House:
-    """Read when a test asks for it: collecting this file takes no time."""
+    """Read lazily, so that collecting this file takes no time."""
     modules = read_package()
     pairs = {(name, found) for name, tree in modules.items() for found in imports(tree, modules)}
     prints = {(name, "print") for name, tree in modules.items() if prints_by_itself(tree)}
@@ -128,7 +129,7 @@ def house() -> House:
 
 
 def goes_up(importer: str, imported: str) -> bool:
-    """Whether an import goes against the direction."""
+    """Whether an import goes in the wrong direction."""
     a, b = room(importer), room(imported)
     if a == b:
         return False
@@ -148,7 +149,7 @@ def talks(importer: str, imported: str) -> bool:
 
 
 def circle(edges: set[tuple[str, str]]) -> list[str]:
-    """One circle of modules, the first again at its end; empty where there is none."""
+    """One import cycle, its first module repeated at the end; empty if there is none."""
     after: dict[str, list[str]] = {}
     for a, b in sorted(edges):
         after.setdefault(a, []).append(b)
@@ -170,7 +171,7 @@ def circle(edges: set[tuple[str, str]]) -> list[str]:
 
 
 def wrong() -> set[tuple[str, str]]:
-    """Every pair that breaks a rule by itself; circles are another matter."""
+    """Every pair that breaks a rule by itself; cycles are checked separately."""
     upward = {pair for pair in house().own_imports if goes_up(*pair)}
     return upward | {pair for pair in house().imports | house().prints if talks(*pair)}
 
@@ -193,7 +194,7 @@ def test_every_known_pair_still_breaks_a_rule():
 
 
 def test_tests_import_no_tests():
-    """What several tests need lies in a file of its own: importing a test's file would run its tests twice."""
+    """Shared helpers are in files of their own: importing a test file would run its tests twice."""
     found = [
         (path.name, line)
         for path in Path(__file__).parent.rglob("*.py")
@@ -209,7 +210,7 @@ def test_the_whole_package_is_read():
 
 
 def test_every_module_named_in_a_string_exists():
-    """Names such as "llama_ref.parallel.job" in sys.modules[...] are checked by no import."""
+    """No import checks names such as "llama_ref.parallel.job" in sys.modules[...]."""
     named = {
         (name, found)
         for name, tree in house().modules.items()

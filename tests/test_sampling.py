@@ -1,4 +1,4 @@
-"""Drawn tokens against the exact distribution, worked out here the long way: everything sorted, in float64."""
+"""Drawn tokens follow the exact distribution, computed here by sorting all, in float64."""
 
 import ast
 import math
@@ -28,7 +28,7 @@ def kept(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
 
 
 def draw(logits: np.ndarray, params: SamplingParams, n: int, seed: int = 0, prompt=(), rows: int = 20_000) -> np.ndarray:
-    """How often each token comes in `n` draws: counts (V,)."""
+    """How often each token occurs in `n` draws: counts (V,)."""
     counts = np.zeros(len(logits), dtype=int)
     generator = torch.Generator().manual_seed(seed)
     for begin in range(0, n, rows):
@@ -51,7 +51,7 @@ def test_frequencies_are_those_of_the_exact_distribution(params, spread):
 def test_frequencies_over_llama_3s_vocabulary(params):
     spread = (0.01, 2.5, 6)[list(TOGETHER.values()).index(params) % 3]  # flat, middling or peaked
     logits, params = random_logits(LLAMA_3_VOCAB, spread), plain(**params)
-    prompt = np.argsort(-logits)[:20:3].tolist()  # where it makes a difference
+    prompt = np.argsort(-logits)[:20:3].tolist()  # if it makes a difference
     assert_frequencies(draw(logits, params, 96, prompt=prompt, rows=48), exact(logits, params, prompt))
 
 
@@ -77,7 +77,7 @@ def test_the_vocabulary_is_sorted_whole_only_where_its_likeliest_tokens_do_not_h
 
 
 def test_rows_of_a_batch_keep_their_own_distributions():
-    """A peaked row beside a flat one, whose fallback to the whole sort must not touch the other."""
+    """A flat row's fallback to sorting everything must not affect a peaked row in the batch."""
     vocab = 3 * PREFILTER
     rows = [random_logits(vocab, spread, seed) for seed, spread in enumerate((0.01, 6, 1, 3, 0.01))]
     params, n = plain(temperature=0.8, top_p=0.9), 400
@@ -103,7 +103,7 @@ def test_a_seed_means_the_same_tokens_and_another_seed_others():
 
 
 def test_a_row_draws_one_number_a_step_whatever_the_parameters():
-    """So that a seed's later tokens do not hang on the sampler's insides."""
+    """So that a seed's later tokens do not depend on the sampler's internals."""
     logits = torch.from_numpy(random_logits(2000, 3)).expand(3, -1)
     for params in (plain(), plain(top_p=0.9), plain(top_k=5), plain(min_p=0.1)):
         generator, reference = (torch.Generator().manual_seed(5) for _ in range(2))
@@ -175,7 +175,7 @@ def test_ties_beyond_the_prefilter_do_not_widen_top_p():
 
 @pytest.fixture(scope="module")
 def metas_top_p():
-    """Meta's sample_top_p, taken out of its file (which asks for torchvision as a whole): what it would draw from, falling."""
+    """What Meta's sample_top_p draws from, sorted; extracted from a file that needs torchvision."""
 
     class Torch:
         handed_over: torch.Tensor

@@ -1,4 +1,4 @@
-"""A conversation that keeps its cache: what a turn costs, that it changes nothing, and what stays after a break."""
+"""A conversation that keeps its cache: cost, unchanged answers, state after an interrupt."""
 
 import copy
 import errno
@@ -34,7 +34,7 @@ def question(llama: Llama, text: str) -> list[int]:
 
 
 def assert_same_at_once(llama: Llama, stream: Stream) -> None:
-    """That the conversation's ids without any cache give this answer, and with the same certainty."""
+    """Check that the conversation's ids give this answer, as probably, without a cache."""
     list(stream)
     assert stream.tokens, "an empty answer shows nothing"
     [tokens], [logprobs] = llama.generate([stream.row.prompt], len(stream.tokens), 0.0, logprobs=True)
@@ -48,13 +48,13 @@ def without_cache(llama: Llama, dialog: Dialog, text: str) -> str:
 
 @pytest.fixture(scope="module")
 def small(llama) -> Llama:
-    """With a short context: a session takes memory for all of it."""
+    """A model with a short context, because a session allocates memory for all of it."""
     return Llama(llama.model, llama.tokenizer, max_seq_len=160)
 
 
 @pytest.fixture(scope="module")
 def quick(shallow) -> Llama:
-    """Whose answers mean nothing."""
+    """A random model, whose answers mean nothing."""
     return Llama(shallow.model, shallow.tokenizer, max_seq_len=160)
 
 
@@ -98,7 +98,7 @@ def test_a_turn_costs_only_its_new_tokens_and_changes_nothing(model, system, pas
 
 
 def test_ids_stay_as_they_were_sampled(small):
-    """Text that was sampled as other tokens than it encodes to would disagree with the cache."""
+    """Encoding sampled text again may give other tokens, which would not match the cache."""
     letter_by_letter = {small.tokenizer.encode(letter, bos=False, eos=False)[0]: 1e6 for letter in " F"}
     session = Session(small)
     stream = session.say(CAPITAL, **GREEDY | {"max_gen_len": 3}, logit_bias=letter_by_letter)
@@ -140,7 +140,7 @@ def leave_by_stop_string_within_a_token(session: Session) -> Stream:
     "leave", [leave_by_close, leave_by_walking_away, leave_by_stop_string, leave_by_stop_string_within_a_token]
 )
 def test_an_answer_broken_off_stays_as_far_as_it_was_shown(quick, leave):
-    """Unbroken, it would be " I I (  and, I I"."""
+    """Uninterrupted, it would be " I I (  and, I I"."""
     session = Session(quick, "Be brief.")
     left = leave(session)
     assert "," not in left.text and len(left.tokens) < GREEDY["max_gen_len"], "it was not broken off"
@@ -177,7 +177,7 @@ def test_an_answer_broken_off_before_its_first_token_never_was(quick, begun):
 
 @pytest.mark.parametrize(("n_passes", "prefill_tokens"), [(0, 1024), (1, 8), (2, 1024)])
 def test_an_interrupt_amid_the_layers_leaves_no_trace(quick, monkeypatch, n_passes, prefill_tokens):
-    """Ctrl-C comes at any time: in prefill, between its pieces, in a decode step; half the layers have then written."""
+    """Ctrl-C may come at any time, in prefill or decode, when half the layers have written."""
     monkeypatch.setattr(loop, "PREFILL_TOKENS", prefill_tokens)
     session = Session(quick)
     ask(session, SUM)
@@ -200,7 +200,7 @@ def test_an_interrupt_amid_a_character_leaves_no_half_of_it(small):
 
 
 def interrupt(session: Session, text: str, n_passes: int) -> Stream:
-    """Ask, and get a KeyboardInterrupt in the middle of the pass after this many."""
+    """Ask, and get a KeyboardInterrupt in the middle of a pass, after this many passes."""
     with pytest.MonkeyPatch.context() as patch:
         n_layers = len(session.llama.model.layers)
         at = n_passes * n_layers + n_layers // 2
@@ -234,7 +234,7 @@ def test_the_end_mark_goes_into_the_conversation(quick, name, stop_reason):
     assert session.say(SUM, **GREEDY).row.prompt == quick.formatter.encode_dialog_prompt(dialog)
 
 
-# ---- beginning anew
+# ---- reset
 
 
 @pytest.mark.parametrize("n_pieces", [0, 1, None])
@@ -326,7 +326,7 @@ def test_a_saved_conversation_goes_on_elsewhere(quick, tmp_path):
 
 
 def test_a_lone_surrogate_survives_saving(quick, tmp_path):
-    """What a terminal in the C locale makes of a byte that is no UTF-8."""
+    """A byte that is not UTF-8, as a terminal in the C locale gives it."""
     session = Session(quick)
     ask(session, "a\udcffb", max_gen_len=1)
     session.save(tmp_path / "talk.json")

@@ -35,7 +35,7 @@ def test_files_that_are_no_texts_are_refused(files, name, message):
 
 @pytest.mark.parametrize("name", ["latin", "/dev/zero"])
 def test_no_more_is_read_than_the_limit(files, name, monkeypatch):
-    """A device has no size to look at."""
+    """A device has no size to check."""
     monkeypatch.setattr(text_file, "LIMIT_BYTES", 3)
     with pytest.raises(RequestError, match="has more than 3 bytes: cut it"):
         read_text(files.get(name, name), "cut it")

@@ -1,4 +1,4 @@
-"""docs/tour.md: its blocks print what stands below them, its links and numbers hold; scripts/tour.py and the notebook."""
+"""docs/tour.md: blocks print what is shown, links and numbers hold; scripts/tour.py, notebook."""
 
 import ast
 import re
@@ -18,12 +18,12 @@ from llama_ref.demo import NAME
 
 DOCUMENT = tour.parse(tour.SOURCE.read_text(encoding="utf-8"))
 PROSE = "".join(part.text for part in DOCUMENT if not part.is_code)
-COLUMNS = 78  # of code, and of what it prints: a terminal has 80, and both stand two to the right
+COLUMNS = 78  # of code and output: a terminal has 80, and both are indented by two
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """Two layers of random weights; a token is a byte."""
+    """Two layers with random weights and one token per byte."""
     return tiny_folder(tmp_path_factory.mktemp("tour") / "Tiny", tied=True)
 
 
@@ -120,7 +120,7 @@ def test_the_notebook_runs_to_the_same_outputs(warm, demo_folder, tmp_path, monk
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
-    """What a cell wrote to both streams, in however many pieces."""
+    """A cell's output on both streams, joined."""
     return "".join(output.get("text", str(output)) for output in cell.get("outputs", []))
 
 

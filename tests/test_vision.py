@@ -145,7 +145,7 @@ def test_penalties_and_bias_do_not_count_images(llama):
 
 
 def test_text_alone_computes_what_the_text_model_computes(llama, folder, encoded):
-    """The text model's tensors of a vision folder are a model of their own."""
+    """The text model's tensors in a vision folder form a complete model."""
     state = llama.model.state_dict()
     text = Transformer(open_folder(folder).read_args())
     text.load_state_dict({name: state[name] for name in text.state_dict()})
@@ -162,7 +162,7 @@ def test_text_alone_computes_what_the_text_model_computes(llama, folder, encoded
 
 
 def test_a_text_before_its_image_is_the_text_models(llama):
-    """What precedes an image passes the cross-attention layers unchanged."""
+    """Cross-attention layers do not change tokens before an image."""
     prompt = [BOS, 70, 71, 72, 73]
     _, scores = llama.generate([[*prompt, IMAGE_ID]], images=[[A]], logprobs=True, echo=True, **GREEDY)
     _, without = llama.generate([prompt], logprobs=True, echo=True, **GREEDY)
@@ -305,7 +305,7 @@ def test_reset_forgets_images(llama):
     assert found == "".join(Session(llama).say("Hi", **GREEDY))
 
 
-# --- speed from outside
+# --- bench and other commands
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_spans_have_no_gap_and_no_overlap_of_texts():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_prompts_with_images_stay_on_the_device(dtype):
-    """By PyTorch's rules of devices and dtypes; see fake_cuda.py."""
+    """Checked by PyTorch's rules for devices and dtypes; see fake_cuda.py."""
     args = ModelArgs.from_dict(PARAMS | FEW_LAYERS)
     with fake_cuda(), torch.inference_mode():
         model = model_without_memory(args)
@@ -364,7 +364,7 @@ def test_prompts_with_images_stay_on_the_device(dtype):
 
 
 def test_benchmarks_count_what_a_text_reads(llama):
-    """Of a vision folder, what they count of its text model alone."""
+    """For a vision folder, they count only its text model."""
     text = Transformer(llama.model.args.text_only())
     assert weight_bytes(llama.model, llama.model.tok_embeddings) == weight_bytes(text, text.tok_embeddings)
     assert flops(llama.model.args, 7, 28, 1) == flops(text.args, 7, 28, 1)

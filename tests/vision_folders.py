@@ -13,7 +13,7 @@ PARAMS = {
     "dim": 64,
     "n_layers": 6,
     "n_heads": 8,
-    "n_kv_heads": 8,  # as many as most shards
+    "n_kv_heads": 8,  # as many as the most shards
     "vocab_size": 512,
     "ffn_dim_multiplier": 1.3,
     "multiple_of": 32,
@@ -28,13 +28,13 @@ PARAMS = {
     "vision_n_global_layers": 2,
     "vision_kept_layers": [1, 3, 4],
 }
-# As Meta's code builds it, but for the width.
+# As in Meta's code, except for the width.
 METAS = PARAMS | {"vision_n_layers": 32, "vision_n_global_layers": 8, "vision_kept_layers": [3, 7, 15, 23, 30]}
 IMAGE_ID = 512
 
 
 def vision_folder(path: Path, params: dict[str, Any] = PARAMS, **options: Any) -> Path:
-    """A whole folder with tokenizer and checklist; `options` are make_random_checkpoint's."""
+    """A complete folder with tokenizer and checklist; `options` are make_random_checkpoint's."""
     return make_random_checkpoint(path, params, tokenizer=byte_tokenizer(path.with_name(f"{path.name}.model")), **options)
 
 

@@ -1,4 +1,4 @@
-"""Small vocabularies of every kind found in real files, for tests of readers and writers."""
+"""Small vocabularies of every kind in real files, for tests of readers and writers."""
 
 from itertools import product
 

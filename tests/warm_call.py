@@ -1,4 +1,4 @@
-"""What the commands of warm.py run; apart, since it starts for each of them and so imports little."""
+"""The program behind the commands of warm.py; a separate file, to import as little as possible."""
 
 import os
 import signal

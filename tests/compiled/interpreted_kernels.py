@@ -1,6 +1,7 @@
-"""The Triton kernels' arithmetic, by Triton's interpreter on a CPU; test_on_cuda.py runs the kernels themselves.
+"""The Triton kernels' arithmetic, in Triton's interpreter on a CPU.
 
-test_triton.py runs this file, in a process of its own. The interpreter has no bfloat16 products: float16 stands for both.
+test_on_cuda.py runs the kernels themselves. test_triton.py runs this file in a separate process.
+The interpreter has no bfloat16 products: float16 stands for both.
 """
 
 import random
@@ -31,7 +32,8 @@ def kernels() -> Iterator[SimpleNamespace]:
         from llama_ref.compiled import triton_attention, triton_elementwise, triton_products
 
         if hasattr(interpreter, "_LangPatchScope"):
-            # What a kernel calls finds the language patched. To look for more takes a third of the time.
+            # The functions that kernels call are already patched. Searching for more takes a third
+            # of the time.
             patch_lang, nothing = interpreter._patch_lang, interpreter._LangPatchScope
 
             def once(fn):
@@ -48,7 +50,7 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def matrix(kind: str, N: int, K: int, dtype: torch.dtype, group: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What `matvec` takes, and the float64 matrix that it stands for."""
+    """`matvec`'s arguments, and the float64 matrix that they represent."""
     weight = torch.randn(N, K) * K**-0.5
     if kind == "int8":
         module = Int8Linear.from_weight(weight)
@@ -96,7 +98,8 @@ def test_a_row_times_a_matrix_with_what_stands_around_it(kernels, kind, seed):
     angles = torch.rand(9, head_dim // 2) * 6
     place = draw.randrange(9)
     cos, sin = angles[place].cos().double(), angles[place].sin().double()
-    cache = torch.zeros(2, 9, n_kv_heads, head_dim, dtype=dtype).transpose(1, 2)  # heads lie inside of tokens
+    # Heads within tokens.
+    cache = torch.zeros(2, 9, n_kv_heads, head_dim, dtype=dtype).transpose(1, 2)
     rope = angles.cos(), angles.sin(), *cache, torch.tensor([place])
     assert_near(kernels.products.matvec(x, *tensors, rope=rope, **options), turned(q, cos, sin).flatten(), dtype)
     assert_near(cache[0][:, place], turned(k, cos, sin), dtype)
@@ -134,7 +137,7 @@ def test_rows_times_a_quantized_matrix(kernels, kind, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_tokens_attention(kernels, seed, monkeypatch):
-    """Over the whole row and nothing beyond, however many programs share it."""
+    """Over exactly the whole row, however many programs share it."""
     torch.manual_seed(seed)
     draw, dtype = random.Random(seed), dtypes(seed)
     monkeypatch.setattr(kernels.attention, "PROGRAMS", draw.choice([1, 16, 528]))
@@ -181,8 +184,8 @@ def test_kernels_between_the_products_are_the_models_lines(kernels):
 def test_a_row_of_logits_is_looked_over(kernels, B, V):
     torch.manual_seed(V)
     logits = torch.randn(B, V) * 5
-    logits[0, : V // 2] = -torch.inf  # tokens that are banned
-    logits[-1, V // 3] = logits[-1, V // 2] = 99.0  # the first of several
+    logits[0, : V // 2] = -torch.inf  # banned tokens
+    logits[-1, V // 3] = logits[-1, V // 2] = 99.0  # the first of ties
     ids, normalizers = kernels.elementwise.row_stats(logits)
     assert ids.equal(logits.argmax(-1))
     torch.testing.assert_close(normalizers, logits.logsumexp(-1))

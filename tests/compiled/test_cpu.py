@@ -1,4 +1,4 @@
-"""The compiled decode step gives what the plain one gives, on full, eight-bit and four-bit weights."""
+"""The compiled decode step gives the plain one's results, for full, int8 and int4 weights."""
 
 import threading
 import time
@@ -51,7 +51,8 @@ def random_release(**options) -> Transformer:
 def random_int4() -> Transformer:
     """Attention in our int4, the rest as in Meta's releases: each kind of matrix is compiled once.
 
-    Inputs are not rounded: one more or less in the last place would move a number to the next step, and all after it.
+    Inputs are not rounded: a difference in the last bit would move a number to the next step, and
+    change all that follow.
     """
     model = random_release(rank=4, rotates=True, rounds_inputs=False)
     for block, ours in zip(model.layers, random_model(torch.float32, "int4").layers, strict=True):
@@ -61,7 +62,7 @@ def random_int4() -> Transformer:
 
 @pytest.fixture
 def fresh_compiler() -> None:
-    """Forget what other tests compiled: a function of eight variants runs the ninth uncompiled, and nothing fails."""
+    """Forget what other tests compiled: a function's ninth variant would silently run uncompiled."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -71,10 +72,11 @@ def n_compiled() -> int:
 
 
 def decoded(model: Transformer, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """Logits (T, V) of each token behind a prompt, one step at a time."""
+    """Logits (T, V) of each token after a prompt, one step at a time."""
     cache = new_cache(model, 1, len(prompt) + len(tokens))
-    cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)  # as memory may be that was never written
-    with torch.inference_mode():  # not the cache: a difference from decoding/loop.py would compile another step
+    cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)  # as unwritten memory may be
+    # Not the cache: a difference from decoding/loop.py would compile the step again.
+    with torch.inference_mode():
         model(torch.tensor([prompt]), cache)
         with onednn_for(torch.tensor([tokens[:1]]), cache.keys.dtype):
             return torch.cat([model(torch.tensor([[token]]), cache)[0] for token in tokens])
@@ -82,7 +84,7 @@ def decoded(model: Transformer, prompt: list[int], tokens: list[int]) -> torch.T
 
 @pytest.fixture(scope="module", params=[None, "int8", "int4"])
 def plain_and_compiled(request) -> tuple[Transformer, Transformer]:
-    """Two models of the same numbers."""
+    """Two models with the same weights."""
     plain, fast = (random_int4() if request.param == "int4" else random_model(torch.float32, request.param) for _ in range(2))
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
@@ -95,7 +97,8 @@ def test_compiled_steps_give_the_plain_ones_logits(plain_and_compiled):
     assert "forward" in vars(fast.layers[0]), "nothing was put on"
     assert n_compiled() >= 2, "a layer and the output"
     assert not torch._dynamo.utils.counters["graph_break"], "a part runs uncompiled"
-    for prompt in ([5], [5, 7], list(range(1, 40)), list(range(1, 312))):  # from one token in the cache to five blocks of them
+    # From one token in the cache to five blocks.
+    for prompt in ([5], [5, 7], list(range(1, 40)), list(range(1, 312))):
         expected, found = (decoded(model, prompt, [3, 1, 4, 1, 5]) for model in (plain, fast))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert (found - expected).std() < 1e-5 * expected.std()
@@ -104,7 +107,7 @@ def test_compiled_steps_give_the_plain_ones_logits(plain_and_compiled):
 
 
 def test_nothing_is_compiled_again_while_a_text_grows(plain_and_compiled):
-    """Not for caches of another size, and not when a text reaches a cache's end."""
+    """No recompilation for caches of another size, or when a text reaches a cache's end."""
     _, model = plain_and_compiled
     assert n_compiled()
     torch._dynamo.utils.counters.clear()
@@ -124,12 +127,13 @@ def test_compiled_products_of_metas_int4_releases_round_their_inputs(fresh_compi
     module.rounds_inputs, module.matrix = True, PlanarInt4Linear(module.matrix)
     found = _FastOutput(module, torch.compile(matvec, options=OPTIONS, dynamic=False))(x)
     assert n_compiled() == 1
-    # An input that is rounded the other way, for a sum in another order, moves results by a 25th of what rounding does.
+    # An input that another order of summation rounds differently moves results by 4 % of what
+    # rounding does.
     assert (found - expected).std() < (exact - expected).std() / 10
 
 
 def test_no_thread_outlives_the_call(monkeypatch):
-    """One that imports modules in the background would add loggers while pytest looks at all of them."""
+    """A background thread's imports would add loggers while pytest iterates over all loggers."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch._inductor.cpu_vec_isa, "valid_vec_isa_list", lambda: time.sleep(0.5))
     before = set(threading.enumerate())
@@ -176,9 +180,11 @@ def test_without_a_compiler_a_model_stays_as_it_is_and_one_line_says_so(monkeypa
 
 def test_with_a_compiler_that_fails_a_model_computes_as_before(monkeypatch, caplog, tmp_path):
     plain, model = random_model(torch.float32, "int4"), random_model(torch.float32, "int4")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # with nothing in it that was compiled before
+    # Empty: nothing was compiled before.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
-    torch._inductor.cpu_vec_isa.valid_vec_isa_list()  # kept by PyTorch: not what the failing compiler shows
+    # PyTorch caches them, which hides the failing compiler.
+    torch._inductor.cpu_vec_isa.valid_vec_isa_list()
     with torch._inductor.config.patch({"cpp.cxx": (None, "false")}):
         compile_decode(model)
         expected, found = (decoded(each, [5, 7], [3, 1]) for each in (plain, model))

@@ -1,4 +1,7 @@
-"""Recorded decode steps give what the plain ones give. Without a GPU, operators are recorded and replayed, not kernels."""
+"""Captured decode steps give the plain ones' results.
+
+Without a GPU, operators are recorded and replayed instead of kernels.
+"""
 
 import gc
 import weakref
@@ -40,7 +43,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 class Operators(TorchDispatchMode):
-    """What a CUDA graph is to kernels: every operator again, on the tensors that it met, its results to where they were."""
+    """A CUDA graph of operators: replays each on the same tensors and writes results in place."""
 
     def __init__(self, step: Step, *inputs: Tensor):
         super().__init__()
@@ -70,21 +73,21 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def generated(model: Transformer, prompts: list[list[int]], n: int, cache: KVCache | None = None) -> list[list[int]]:
-    rows = [Row(prompt, n - i) for i, prompt in enumerate(prompts)]  # some end earlier
+    rows = [Row(prompt, n - i) for i, prompt in enumerate(prompts)]  # some rows end earlier
     for _ in steps(model, rows, greedy, stop_tokens=(), cache=cache):
         pass
     return [row.generated for row in rows]
 
 
 def put_on(model: Transformer, capture: Callable) -> FastPasses:
-    """What `compile_cuda_decode` does, with another way to capture."""
+    """`compile_cuda_decode` with another way to capture."""
     fast = FastPasses(model, capture)
     model.hidden, model.forward = FastHidden(fast), FastForward(fast)
     return fast
 
 
 def plain_flash(q: Tensor, keys: Tensor, values: Tensor, at: FlashLengths) -> Tensor:
-    """What the kernel computes, row by row in float32: nothing beyond `n_keys` is read, the last query is the last key's."""
+    """The kernel's result, row by row in float32: the last query is at the last of `n_keys` keys."""
     B, T, H, _ = q.shape
     assert at.query_starts.tolist() == [T * row for row in range(B + 1)]
     assert at.key_starts.tolist() == [keys.shape[1] * row for row in range(B + 1)]
@@ -102,12 +105,12 @@ def plain_flash(q: Tensor, keys: Tensor, values: Tensor, at: FlashLengths) -> Te
 def small_sizes(monkeypatch, caplog) -> None:
     caplog.set_level("INFO", logger="llama_ref")
     monkeypatch.setattr(cuda, "SMALLEST_WIDTH", 8)
-    monkeypatch.setattr(caches, "CACHE_BLOCK", 1)  # and caches as long as they are asked for
+    monkeypatch.setattr(caches, "CACHE_BLOCK", 1)  # and caches exactly as long as requested
 
 
 @pytest.fixture(params=[KVCache, FlashKVCache], ids=["masked", "flash"])
 def kind(request, monkeypatch) -> type[KVCache]:
-    """The kind of cache: both run here, the kernel of the second written out."""
+    """The kind of cache: both run here, with the second's kernel written in PyTorch."""
     monkeypatch.setattr(caches, "kv_cache_class", lambda *_: request.param)
     monkeypatch.setattr(cuda_cache, "flash", plain_flash)
     return request.param
@@ -124,7 +127,8 @@ def seeing() -> tuple[Transformer, Transformer]:
 def pair(kind) -> Iterator[tuple[Transformer, Transformer]]:
     """A plain model, and a fast one whose passes are captured operator by operator."""
     plain, fast = (random_model(ARGS, seed=0) for _ in range(2))
-    put_on(fast, unrecorded if kind is FlashKVCache else Operators)  # the written out kernel looks at its lengths
+    # The PyTorch version of the kernel reads its lengths.
+    put_on(fast, unrecorded if kind is FlashKVCache else Operators)
     return plain, fast
 
 
@@ -140,7 +144,7 @@ def pair(kind) -> Iterator[tuple[Transformer, Transformer]]:
         (None, torch.float16, 1e-2),
         ("int8", torch.float32, 1e-5),
         ("int4:group=32", torch.float32, 1e-5),
-        ("Meta's int4", torch.float32, 0.05),  # a sum in another order may move an input to the next of its steps
+        ("Meta's int4", torch.float32, 0.05),  # another order of summation may round an input differently
         ("Meta's int4, inputs not rounded", torch.float32, 1e-5),
     ],
 )
@@ -153,7 +157,7 @@ def test_passes_give_the_plain_ones_logits(kind, prompts, dtype, tolerance, sche
     elif scheme:
         quantize_model(model, scheme)
     fast = FastPasses(model, unrecorded)
-    for n_tokens in (34, 37) if scheme is None else (37,):  # matrices know nothing of caches
+    for n_tokens in (34, 37) if scheme is None else (37,):  # matrices do not depend on caches
         caches = [new_cache(model, len(prompts), n_tokens) for _ in range(2)]
         tokens = torch.tensor([(prompt * 7)[:7] for prompt in prompts])
         hidden = model.hidden(tokens, caches[0]), fast.hidden(tokens, caches[1])
@@ -176,7 +180,7 @@ def test_passes_look_at_the_images_of_their_cache(seeing, kind):
     batches = [[([image, 5], [wide])], [([image, 5], [square])], [([image, 5], [wide])], [([7, 5], [])]]
     batches += [[([image, 5], [wide]), ([3, image, image], [square, wide]), ([9], [])]]
     answers = []
-    for batch in batches:  # the first and third take turns with others at the same addresses
+    for batch in batches:  # the first and third alternate with others at the same addresses
         found, expected = ([Row(prompt, 12, images) for prompt, images in batch] for _ in range(2))
         for rows, model in ((expected, plain), (found, fast)):
             for _ in steps(model, rows, greedy, stop_tokens=()):
@@ -189,7 +193,7 @@ def test_passes_look_at_the_images_of_their_cache(seeing, kind):
 
 
 def test_a_flash_cache_gives_the_plain_models_numbers(monkeypatch):
-    """Without any fused layer: pieces of prompts, ragged rows, what was cut back."""
+    """Without fused layers: pieces of prompts, ragged rows, truncated caches."""
     model = random_model(ARGS, seed=0)
     monkeypatch.setattr(cuda_cache, "flash", plain_flash)
     caches = [kind(ARGS, 3, 40, dtype=torch.float32, device="cpu") for kind in (KVCache, FlashKVCache)]
@@ -208,7 +212,7 @@ def test_a_flash_cache_gives_the_plain_models_numbers(monkeypatch):
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("B", [1, 3])
 def test_the_kernel_takes_these_shapes(B, T):
-    """PyTorch's own description of its kernel, which knows shapes and devices."""
+    """PyTorch's own meta implementation of its kernel, which checks shapes and devices."""
     with fake_cuda():
         q = torch.empty(B, T, 32, 128, dtype=torch.bfloat16, device="cuda")
         keys, values = (torch.empty(B, 64, 8, 128, dtype=torch.bfloat16, device="cuda") for _ in "kv")
@@ -218,7 +222,7 @@ def test_the_kernel_takes_these_shapes(B, T):
 
 
 def test_late_pieces_of_a_long_prompt_are_put_together_from_two_attentions(monkeypatch):
-    """What cuDNN computes written out: causal from the first key, with the logarithm of the scores' sum."""
+    """cuDNN's result in plain PyTorch: causal from the first key, with the scores' log-sum-exp."""
 
     def plain_cudnn(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -236,7 +240,7 @@ def test_late_pieces_of_a_long_prompt_are_put_together_from_two_attentions(monke
 
 
 def test_joined_matrices_are_the_models_own():
-    """Not held twice, and the plain model computes the same to the bit."""
+    """Weights are not stored twice, and the plain model computes the same bit for bit."""
     for scheme in (None, "int8", "int4:group=32"):
         model, untouched = random_model(ARGS, seed=0), random_model(ARGS, seed=0)
         for each in (model, untouched):
@@ -265,7 +269,7 @@ def test_widths_are_powers_of_two_with_room_for_the_new_tokens():
     assert next_width(cache, 4) == 16
 
 
-# ---- recordings
+# ---- captured graphs
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,7 @@ def test_another_cache_in_the_same_memory_finds_its_recordings_made(pair):
     first, second = (new_cache(fast, 1, 40) for _ in range(2))
     generated(fast, [[1, 2, 3]], 30, first)
     made = list(fast.forward.recordings.values())
-    first.keys.fill_(float("nan"))  # whoever had the memory in between
+    first.keys.fill_(float("nan"))  # whatever used the memory in between
     for name in ("keys", "values", "stored"):
         if hasattr(first, name):
             setattr(second, name, getattr(first, name))
@@ -369,7 +373,7 @@ def test_a_model_that_is_let_go_is_gone_at_once():
         gc.enable()
 
 
-# ---- where it cannot be done
+# ---- failures
 
 
 def test_what_cannot_be_recorded_decodes_as_ever_and_one_line_says_so(pair, caplog):
@@ -388,7 +392,7 @@ def test_what_cannot_be_recorded_decodes_as_ever_and_one_line_says_so(pair, capl
 
 
 def test_kernels_that_cannot_be_prepared_leave_the_model_as_it_was(monkeypatch, caplog):
-    class OutOfResources(Exception):  # Triton's are no RuntimeErrors
+    class OutOfResources(Exception):  # Triton's errors are not RuntimeErrors
         pass
 
     def refuses(*_: object) -> Tensor:
@@ -427,7 +431,7 @@ def test_out_of_memory_costs_a_call_not_the_feature(pair, caplog):
 
 
 def test_the_next_step_is_launched_before_the_host_has_seen_the_last(kind, monkeypatch):
-    """Text, log-probabilities and what the cache holds are as ever, with stop tokens and rows that end early."""
+    """Text, log-probabilities and cache are unchanged, with stop tokens and rows that end early."""
     plain, fast = random_model(ARGS, seed=0), random_model(ARGS, seed=0)
     put_on(fast, unrecorded)
     order = []
@@ -455,8 +459,8 @@ def test_the_next_step_is_launched_before_the_host_has_seen_the_last(kind, monke
                 logprobs = [row.logprobs for row in rows]
             assert made[0] == made[1]
             assert all(len(p) == len(t[0]) for p, t in zip(logprobs, made[1], strict=True))
-            assert order[:3] == ["ask", "decode", "fetch"]  # of the fast one
-            assert order.count("ask") == order.count("fetch")  # one copy a step
+            assert order[:3] == ["ask", "decode", "fetch"]  # of the fast model
+            assert order.count("ask") == order.count("fetch")  # one copy per step
 
 
 def test_a_step_brings_one_tensor_to_the_host(pair):
@@ -514,7 +518,7 @@ def test_on_cuda_everything_stays_on_the_device(monkeypatch, scheme, n_rows, cac
 def test_greedy_text_on_cuda_is_the_plain_ones(prompts, caplog):
     plain, fast = (random_model(ARGS, seed=0).cuda() for _ in range(2))
     compile_cuda_decode(fast)
-    for _ in range(2):  # the second call brings a cache of its own
+    for _ in range(2):  # the second call uses another cache
         assert generated(fast, prompts, 60) == generated(plain, prompts, 60)
     assert fast.forward.recordings
     assert caplog.messages == ["preparing the decode step: a few seconds, longer the first time"]

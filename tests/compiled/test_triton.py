@@ -1,4 +1,4 @@
-"""The Triton kernels' arithmetic, by Triton's interpreter, in a process of its own: others import Triton without it."""
+"""The Triton kernels' arithmetic in Triton's interpreter, which needs a separate process."""
 
 import importlib.util
 import os

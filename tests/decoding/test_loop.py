@@ -43,7 +43,7 @@ def test_float16_that_overflows_is_advised_to_take_another_dtype():
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 3e38])
 def test_a_new_caches_junk_is_never_seen(junk):
-    """Memory comes as it was left: what stood there must not show, also where a shorter row leaves places unwritten."""
+    """New memory holds old data, which must not show, even where a shorter row writes nothing."""
     model = random_model(ARGS, seed=0)
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9]]
     alone = [Row(prompt, max_gen_len=5) for prompt in prompts]
@@ -58,7 +58,7 @@ def test_a_new_caches_junk_is_never_seen(junk):
 
 
 def test_many_rows_go_through_in_shorter_pieces(monkeypatch):
-    """Activations are bounded by all rows' tokens together."""
+    """The total number of tokens of all rows bounds activations."""
     monkeypatch.setattr(loop, "PREFILL_TOKENS", 8)
     model = random_model(ARGS, seed=0)
     seen = []

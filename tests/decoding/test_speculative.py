@@ -1,4 +1,4 @@
-"""Speculative decoding: the tokens, or their distribution, are those of ordinary decoding, whatever is guessed."""
+"""Speculative decoding gives ordinary decoding's tokens or distribution, for any guesses."""
 
 import base64
 import itertools
@@ -40,7 +40,8 @@ ARGS = ModelArgs.from_dict(
     | {"rope_theta": 10000.0}
 )
 MODEL, OTHER = random_model(ARGS, 0), random_model(replace(ARGS, n_layers=1), 1)
-PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [4, 4], [0], [5, 3, 5, 1, 0, 5, 3]]  # more or less to look up in them
+# With more or fewer repetitions.
+PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [4, 4], [0], [5, 3, 5, 1, 0, 5, 3]]
 
 COUNT = "Count: 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1, 2, 3,"
 COPY = "red = 1\ngreen = 2\nblue = 3\nyellow = 4\n\nred = 1\ngreen = 2\n"
@@ -48,7 +49,7 @@ TEXTS = [COUNT, "The capital of France is", COPY, "Once"]
 
 
 class Guesses:
-    """Drafts told by `foretell(text, n)`: n tokens to follow."""
+    """Drafts given by `foretell(text, n)`: the n tokens that follow."""
 
     def __init__(self, foretell):
         self.foretell = foretell
@@ -65,7 +66,7 @@ NEXT: dict[tuple[int, ...], int] = {}  # the likeliest token after a text
 
 
 def greedily(text: list[int], n: int) -> list[int]:
-    """As ordinary decoding goes on, which is asked once for each text and what it leads to."""
+    """The continuation by ordinary decoding, computed once for each text."""
     text, begin = tuple(text), len(text)
     while len(text) < begin + n:
         if text not in NEXT:
@@ -89,7 +90,7 @@ ORDINARY: dict[str, list[Row]] = {}
 
 
 def ordinary(prompts, max_gen_len, params, *, stop_tokens=(), seed=0):
-    """Tokens, and the rows; they are made once for all that compare with them."""
+    """Tokens, and the rows; computed once for all tests that compare with them."""
     asked = repr((prompts, max_gen_len, params, stop_tokens, seed))
     if asked not in ORDINARY:
         ORDINARY[asked] = [Row(prompt, max_gen_len) for prompt in prompts]
@@ -129,7 +130,7 @@ def test_greedy_text_is_the_same_in_every_row_of_a_batch(name, params, stop_toke
 
 @pytest.mark.parametrize(("name", "accepted"), [("always right when greedy", 25), ("always wrong when greedy", 0)])
 def test_what_was_drafted_and_accepted_is_counted(name, accepted):
-    """A right draft of 5 brings 6 tokens with one pass: the prompt's pass 1, then 6 five times; a wrong one brings 1."""
+    """A right draft of 5 gives 6 tokens per pass (the prompt's pass: 1), a wrong one 1."""
     _, [row] = speculated(PROMPTS[:1], 31, plain(temperature=0), SPECULATIONS[name]())
     assert row.accepted == accepted
     assert row.passes == 31 - accepted
@@ -149,7 +150,7 @@ def test_at_every_rest_the_cache_holds_what_a_forward_pass_would_and_no_more_tha
     sampler = Sampler(plain(temperature=0), torch.Generator(), [row.prompt], ARGS.vocab_size)
     for made, _ in enumerate(speculative_steps(MODEL, [row], [sampler], (), SPECULATIONS[name](), cache=cache), 1):
         text = row.prompt + row.generated
-        assert len(row.generated) == made  # a token a step
+        assert len(row.generated) == made  # one token per step
         assert cache.longest == int(cache.lengths) == len(text) - 1
         fresh = new_cache(MODEL, 1, len(text))
         MODEL(torch.tensor([text[:-1]]), fresh)
@@ -167,7 +168,7 @@ def test_at_every_rest_the_cache_holds_what_a_forward_pass_would_and_no_more_tha
     ids=["greedy", "greedy, often wrong", "seed"],
 )
 def test_a_real_models_text_is_the_same_with_n_grams_sampled_ones_too(which, options, n, request):
-    """In float32; a certain guess changes nothing in what is drawn with which number, so that a seed means the same text."""
+    """In float32; deterministic guesses do not change the draws: a seed gives the same text."""
     llama = request.getfixturevalue(which)
     stream, plain_stream = (each.stream(COUNT, n, **options) for each in (with_speculation(llama, PromptLookup()), llama))
     assert "".join(stream) == "".join(plain_stream)
@@ -190,7 +191,7 @@ def test_a_real_models_batch_is_the_same_with_echo_and_logprobs(shallow):
 
 
 def test_bfloat16_text_is_the_likeliest_but_for_near_ties(demo_folder):
-    """Several positions round otherwise than one: where texts part, both tokens are as likely to within bfloat16's steps."""
+    """Several positions round differently from one: texts diverge only where tokens nearly tie."""
     quick = Llama.build(demo_folder, device="cpu", dtype="bfloat16", speculate="ngram", max_seq_len=512)
     for text in (COUNT, COPY):
         stream = quick.stream(text, 16, temperature=0)
@@ -231,7 +232,7 @@ SAMPLED = {name: {"temperature": 1.4} | params for name, params in {
 
 
 def exact_continuations(prompt: list[int], n: int, params) -> dict[tuple[int, ...], float]:
-    """The probability of every continuation of n tokens, by one plain forward for each beginning."""
+    """The probability of every continuation of n tokens, by one plain forward per prefix."""
     found = {(): 1.0}
     for _ in range(n):
         longer = {}
@@ -244,7 +245,7 @@ def exact_continuations(prompt: list[int], n: int, params) -> dict[tuple[int, ..
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),  # one token after every option is tested above
+    ("name", "options"),  # the first token is tested with every option above
     [
         ("n-grams", "all"),
         ("another model", "temperature"),
@@ -253,7 +254,7 @@ def exact_continuations(prompt: list[int], n: int, params) -> dict[tuple[int, ..
     ],
 )
 def test_continuations_have_the_exact_distribution(name, options):
-    """Whole texts of three tokens after the prompt's first: what is guessed and kept must not colour what comes later."""
+    """Texts of three tokens after the first: accepted guesses must not affect later tokens."""
     params, prompt, n = plain(**SAMPLED[options]), PROMPTS[0], 600
     expected = exact_continuations(prompt, 3, params)
     tokens, rows = speculated([prompt] * n, 3, params, SPECULATIONS[name](), seed=11)
@@ -300,7 +301,7 @@ def test_guessing_and_judging_stay_on_the_device(params):
 @pytest.mark.parametrize("name", SPECULATIONS)
 @pytest.mark.parametrize("lengths", [(2, 9, 25), (25, 2, 9), (1, 1, 30)])
 def test_rows_of_a_batch_end_where_they_must_and_no_draft_goes_beyond(name, lengths):
-    """The longest row fills the cache; the others draft on when it has ended."""
+    """The longest row fills the cache; the others continue to draft after it has ended."""
     rows = [Row(prompt, n) for prompt, n in zip(PROMPTS, lengths, strict=False)]
     samplers = [Sampler(plain(temperature=0), torch.Generator(), [row.prompt], ARGS.vocab_size) for row in rows]
     list(speculative_steps(MODEL, rows, samplers, (), SPECULATIONS[name]()))
@@ -310,7 +311,7 @@ def test_rows_of_a_batch_end_where_they_must_and_no_draft_goes_beyond(name, leng
 
 
 def test_rows_draft_on_when_the_longest_has_ended():
-    """It filled the cache to its end; its places are given up."""
+    """It filled the cache to its end; its slots are given up."""
     rows = [Row([1, 2, 3, 4] * 8, 1), Row([2], 31)]
     samplers = [Sampler(plain(temperature=0), torch.Generator(), [row.prompt], ARGS.vocab_size) for row in rows]
     list(speculative_steps(MODEL, rows, samplers, (), SPECULATIONS["always right when greedy"]()))
@@ -324,12 +325,12 @@ def test_a_draft_ends_with_its_first_stop_token():
     assert (row.drafted, row.accepted) == (
         8,
         4,
-    )  # the prompt's pass brought one, four brought two each, and the last had no room
+    )  # the prompt's pass gave one, four passes two each, and the last had no room
 
 
 @pytest.mark.parametrize("stop", [", and, and", ["5", "(  a"], "never"])
 def test_stop_strings_end_it_at_the_same_token(shallow, stop):
-    """Also amid an accepted draft, whose later tokens were never made then."""
+    """Also within an accepted draft, whose later tokens then do not count."""
     quick = with_speculation(shallow, PromptLookup())
     stream, plain_stream = (which.stream(COUNT, 24, 0.0, stop=stop) for which in (quick, shallow))
     assert list(stream) == list(plain_stream)
@@ -380,7 +381,7 @@ def test_a_draft_model_keeps_what_it_knows_of_a_conversation(monkeypatch):
 
 
 def test_texts_that_share_a_draft_model_do_not_disturb_each_other():
-    """Two streams at once, as when one is left standing and another begun."""
+    """Two streams at once, as when one is abandoned and another started."""
     speculation = DraftModel(MODEL, MODEL)
     rows = [Row(prompt, 25) for prompt in (PROMPTS[0], PROMPTS[3], PROMPTS[0][:5])]
     samplers = [Sampler(plain(temperature=0), torch.Generator(), [row.prompt], ARGS.vocab_size) for row in rows]
@@ -391,12 +392,12 @@ def test_texts_that_share_a_draft_model_do_not_disturb_each_other():
     assert all(0 < row.accepted == row.drafted for row in rows)
 
 
-# ---- how much is guessed
+# ---- draft lengths
 
 
 def test_text_that_repeats_is_guessed_and_no_longer_when_it_ceases_to():
     def read(next_token) -> list[int]:
-        """How many tokens are guessed, place by place."""
+        """The draft length at each position."""
         lengths = []
         for _ in range(40):
             lengths.append(len(drafter.draft(row, 100, None).tokens))
@@ -411,7 +412,8 @@ def test_text_that_repeats_is_guessed_and_no_longer_when_it_ceases_to():
     lengths = read(lambda text: text[-5])
     assert 0 < lengths[0] < lengths[-1] == drafting.LONGEST_DRAFT
     assert set(read(unlike_before)[-20:]) == {0}
-    assert read(lambda text: text[-5])[-1] > 0  # and again, as every token shows whether it would have been right
+    # And again, since every token shows whether its guess would have been right.
+    assert read(lambda text: text[-5])[-1] > 0
 
 
 def test_the_latest_of_the_longest_matches_is_gone_on_from_and_may_run_into_itself():
@@ -419,7 +421,8 @@ def test_the_latest_of_the_longest_matches_is_gone_on_from_and_may_run_into_itse
         return PromptLookupDrafter(PassTime()).draft(Row(text, 50), 4, None).tokens
 
     assert guess([1, 2, 3, 9, 8, 7, 1, 2, 3])[:2] == [9, 8]
-    assert guess([1, 2, 3, 9, 1, 2, 3, 7, 5, 2, 3, 6, 1, 2, 3])[:2] == [7, 5]  # three alike before two, the latest first
+    # Three equal tokens before two, the latest first.
+    assert guess([1, 2, 3, 9, 1, 2, 3, 7, 5, 2, 3, 6, 1, 2, 3])[:2] == [7, 5]
     assert guess([7, 7, 7, 7]) == [7, 7, 7, 7][: len(guess([7, 7, 7, 7]))] != []
     assert guess([1, 2, 3]) == []
 
@@ -429,7 +432,9 @@ def test_as_many_are_guessed_as_pay(right, length):
     assert AcceptanceRate(right).best_length(100, PassTime()) in (length if isinstance(length, range) else [length])
     assert AcceptanceRate(right).best_length(1, PassTime()) <= 1
     assert AcceptanceRate(right).best_length(100, PassTime(several=1.0, each=0.0)) == (12 if right else 0)
-    assert AcceptanceRate(right).best_length(100, PassTime(), cost=1.0) == 0  # a draft model as slow as the model cannot pay
+    assert (
+        AcceptanceRate(right).best_length(100, PassTime(), cost=1.0) == 0
+    )  # a draft model as slow as the model cannot pay off
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4:group=32"])
@@ -450,7 +455,7 @@ def test_every_kind_of_model_was_measured_and_a_step_is_the_least_that_a_pass_ta
     assert all(PassTime(*numbers).with_guesses(n) >= 1 for numbers in MEASURED.values() for n in range(13))
 
 
-# ---- what is refused
+# ---- rejected arguments
 
 
 @pytest.mark.parametrize("broken", ["model", "draft model"])
@@ -469,7 +474,7 @@ def test_logits_that_are_no_numbers_end_it(broken, temperature):
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory) -> dict[str, Path]:
-    """A model, a smaller one of its family, and two that are not."""
+    """A model, a smaller one of its family, and two of other families."""
     root = tmp_path_factory.mktemp("family")
 
     def folder(name: str, tokens: list[bytes], **changes: int) -> Path:
@@ -517,7 +522,7 @@ def test_a_bad_choice_is_named(family, options, message):
 
 
 def test_several_processes_draft_alike(warm, family, tmp_path):
-    """Different seeds, one text: it is the first process's that counts, and its drafts are everybody's."""
+    """Different seeds, one text: all processes use rank 0's seed and drafts."""
     build = {"dtype": "float32", "speculate": "ngram"}
     tokens = [[97, 98, 99, 97, 98, 99, 97, 98], [98, 98, 98, 98, 98, 98, 98, 98]]
     task = {"folders": {"big": str(family["big"])}, "tokenizer": None, "build": build, "tokens": tokens}

@@ -1,4 +1,4 @@
-"""Text as it is made: whole characters, stop strings however tokens cut them, and leaving at any point."""
+"""Streamed text: whole characters, stop strings across tokens, and abandoning it at any point."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ SUM = [{"role": "user", "content": "What is 2+2?"}]  # greedily answered "2 + 2 
 
 
 def stream_of(ids: list[int], tokenizer: Tokenizer, stop: str | list[str] = (), *, max_gen_len: int | None = None) -> Stream:
-    """A stream of these ids, with no model behind it."""
+    """A stream of these ids, without a model."""
     row = Row([1], len(ids) if max_gen_len is None else max_gen_len)
 
     def steps() -> Iterator[None]:
@@ -72,7 +72,7 @@ def test_an_unfinished_character_at_the_end_is_shown_as_the_decoder_shows_it(tok
 
 
 def cut_at_first_complete(text: str, stop: list[str]) -> str | None:
-    """What stands before the stop string that is complete first; None where there is none."""
+    """The text before the stop string that is complete first; None if there is none."""
     for end in range(1, len(text) + 1):
         complete = [string for string in stop if text[:end].endswith(string)]
         if complete:
@@ -104,7 +104,7 @@ def test_stop_strings_end_it_wherever_tokens_cut_them(tokenizer, chunks, stop):
     chunks=st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=8), stop=st.text("ab", min_size=1, max_size=5)
 )
 def test_no_more_is_held_back_than_may_become_a_stop_string(tokenizer, chunks, stop):
-    """Else text would appear late: what is shown at each step lacks only the longest end that the stop string begins with."""
+    """Text appears early: each step holds back only the longest suffix that starts a stop string."""
     ids = [token for chunk in chunks for token in tokenizer.encode(chunk, bos=False, eos=False)]
     stream = stream_of(ids, tokenizer, stop, max_gen_len=len(ids) + 1)
     for _ in stream:
@@ -212,7 +212,7 @@ def test_a_cache_that_holds_the_prompts_beginning_changes_nothing(shallow, known
     assert "".join(stream) == "".join(alone)
     assert len(stream.tokens) == 4
     assert stream.row.logprobs == pytest.approx(alone.row.logprobs, abs=1e-4)
-    assert cache.longest == len(ids) + 3  # all but the last token, which nothing had to follow
+    assert cache.longest == len(ids) + 3  # all but the last token, which was not run
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 9), (2, 64)])

@@ -1,4 +1,4 @@
-"""How much of the processor other programs use, and the hint about threads."""
+"""Processor use of other programs, and the hint about threads."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def test_another_program_is_seen_and_this_one_is_not_counted():
     try:
         spinning.stdout.readline()
         others = OtherPrograms()
-        assert others.cores() == 0  # too short a time to tell
+        assert others.cores() == 0  # measured too briefly
         time.sleep(0.8)
         assert others.cores() > 0.1
     finally:

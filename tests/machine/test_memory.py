@@ -1,4 +1,4 @@
-"""What the C library keeps of freed memory: scratch space, where it is needed again at once."""
+"""Freed memory that the C library keeps, as scratch space that is needed again at once."""
 
 import platform
 import subprocess
@@ -7,7 +7,8 @@ import pytest
 
 from folders import tiny_folder
 
-# After this nothing of a page's size may be asked of the system again; before it, chance decides what lies on top of the heap.
+# After this, no new pages may be requested from the system; before it, chance decides what is at the
+# top of the heap.
 SCRATCH = """
 import resource, sys, torch
 from llama_ref import Llama

@@ -1,4 +1,4 @@
-"""oneDNN's process-wide flag, as passes of several threads set it."""
+"""oneDNN's process-wide flag, set by passes in several threads."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +52,7 @@ def test_passes_of_one_kind_run_together_and_the_other_kind_waits():
 
     def step() -> None:
         with onednn_for(ids(1), torch.bfloat16):
-            entered.wait(timeout=60)  # two steps at once, else the barrier breaks
+            entered.wait(timeout=60)  # two concurrent steps, else the barrier breaks
             leave.wait(timeout=60)
             assert not is_enabled()
             order.append("step")
@@ -73,7 +73,7 @@ def test_passes_of_one_kind_run_together_and_the_other_kind_waits():
 
 
 def test_threads_that_generate_at_once_give_what_one_thread_gives():
-    """If each pass saved and restored the flag, answers differed and the flag stayed off."""
+    """If each pass saved and restored the flag, answers would differ and the flag stay off."""
     model = random_model(ARGS, seed=0).bfloat16()
     prompts = [[(7 * i + j) % ARGS.vocab_size for j in range(3 + i % 5)] for i in range(40)]
 

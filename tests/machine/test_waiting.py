@@ -1,4 +1,4 @@
-"""Ctrl-C at any step of the main thread, while it waits for others."""
+"""Ctrl-C at any bytecode of the main thread, while it waits for other threads."""
 
 import os
 import signal
@@ -60,7 +60,8 @@ def test_ctrl_c_is_raised_where_the_block_waits():
 
 
 def test_a_commands_ctrl_c_is_held_too():
-    before = signal.signal(signal.SIGINT, interrupt._exit)  # as commands set it; it would end this process
+    # As commands set it; the default would end this process.
+    before = signal.signal(signal.SIGINT, interrupt._exit)
     reached = []
     try:
         with interrupt.interruptible(), pytest.raises(KeyboardInterrupt), interrupt_held():

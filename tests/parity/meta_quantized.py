@@ -1,9 +1,9 @@
 """Meta's own classes for quantized releases, made to run on a CPU.
 
-The package that Meta published imports GPU kernels, a module that torchao has renamed, and pictures'
-library; it loads int4 weights before the model can hold them, and leaves SpinQuant's rotation out. Here
-the imports find stand-ins, the two kernels are written in PyTorch, the steps are in the right order and
-the rotation is added.
+Meta's published package imports GPU kernels, a module that torchao has renamed, and an image
+library; it loads int4 weights before the model can hold them, and omits SpinQuant's rotation. Here
+the imports are replaced by stubs, the two kernels are written in PyTorch, the steps are in the
+right order, and the rotation is added.
 """
 
 import json
@@ -56,7 +56,7 @@ def _quantize_fp8_per_row(x: Tensor, bs: Tensor | None = None, scale_ub: Tensor 
 
 
 def _f8f8bf16_rowwise(xq: Tensor, wq: Tensor, xs: Tensor, ws: Tensor, *, use_fast_accum: bool = True) -> Tensor:
-    """In the default dtype instead of bfloat16: in float32 there is nothing that rounding could hide."""
+    """In the default dtype instead of bfloat16: in float32, rounding cannot hide errors."""
     return ((xq.float() @ wq.float().T) * xs[:, None] * ws).to(torch.get_default_dtype())
 
 
@@ -77,7 +77,7 @@ def _rotate_input(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
 
 
 def metas_fp8_model(folder: Path, rank: int = 0) -> Transformer:
-    """The part of a process of this rank, of as many as there are shards."""
+    """The part of a process with this rank, with one process per shard."""
     loader, params = metas_loader(), json.loads((folder / "params.json").read_text())
     model = Transformer(ModelArgs(max_seq_len=64, max_batch_size=4, **params))
     state = torch.load(folder / f"consolidated.{rank:02d}.pth", weights_only=True)

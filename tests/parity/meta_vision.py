@@ -22,7 +22,7 @@ def metas_tiles(image: Image.Image, tile: int, most_tiles: int) -> tuple[Tensor,
 
 
 class MetasVisionModel:
-    """Meta's model on the weights of ours, whose encoder has any width but Meta's depth."""
+    """Meta's model with our model's weights, whose encoder has any width but Meta's depth."""
 
     def __init__(self, model: VisionTransformer, max_seq_len: int, max_batch_size: int):
         args = model.args
@@ -49,7 +49,10 @@ class MetasVisionModel:
 
     @torch.inference_mode()
     def logits(self, rows: list[list[int]], images: list[list[Image.Image]], spans: list[list[list[int]]]) -> Tensor:
-        """Of ids (B, T), each row of the same length, in one pass: (B, T, V). `spans`: see `metas_spans`."""
+        """Logits (B, T, V) of ids (B, T) in one pass, rows of equal length.
+
+        `spans`: see `metas_spans`.
+        """
         total = len(rows[0])
         keys, mask, rows_mask = self.model.compute_vision_tokens_masks(
             images, [[list(span) for span in row] for row in spans], total, torch.device("cpu")
@@ -59,5 +62,5 @@ class MetasVisionModel:
 
 
 def metas_spans(prompt: list[int], image_id: int) -> list[list[int]]:
-    """From where to before where a prompt's images are seen; -1: to the end of all."""
+    """Begin and end of the positions that see each image of a prompt; end -1: up to the end."""
     return create_vision_mask(prompt, image_id)

@@ -1,4 +1,4 @@
-"""What each process of test_meta_shards.py does: Meta's own model on the shard of its number, as Meta's scripts have it.
+"""A process of test_meta_shards.py: Meta's own model on the shard of its rank, as in Meta's scripts.
 
 torchrun --nproc_per_node W meta_worker.py OUT FOLDER …
 """
@@ -40,7 +40,7 @@ def main(out: str, *folders: str) -> None:
     if dist.get_rank() == 0:
         torch.save(logits, out)
     dist.barrier()
-    os._exit(0)  # Gloo's threads abort some interpreters that shut down in their own time
+    os._exit(0)  # Gloo's threads abort some interpreters in a normal shutdown
 
 
 if __name__ == "__main__":

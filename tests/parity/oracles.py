@@ -1,4 +1,4 @@
-"""Two independent implementations on the very weights that ours holds: Meta's reference and Hugging Face's."""
+"""Two independent implementations with our model's weights: Meta's reference and Hugging Face's."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def metas_model(model: Transformer, max_seq_len: int, max_batch_size: int = 1) -> "MetaTransformer":
-    """Meta's reference. Its RoPE factor is fixed at 8, so ours must be that, or unscaled."""
+    """Meta's reference. Its RoPE factor is fixed at 8, so ours must be 8 or unscaled."""
     # Only here: machines that have transformers alone use the other implementation.
     from llama_models.llama3.args import ModelArgs as MetaArgs
     from llama_models.llama3.model import Transformer as MetaTransformer
@@ -36,7 +36,7 @@ def metas_model(model: Transformer, max_seq_len: int, max_batch_size: int = 1) -
 
 
 def hugging_faces_model(model: Transformer) -> LlamaForCausalLM:
-    """Hugging Face's Llama, whose query and key rows are permuted so that RoPE turns halves instead of neighbours."""
+    """Hugging Face's Llama, with query and key rows permuted because its RoPE pairs halves."""
     reference = LlamaForCausalLM(hugging_faces_config(model.args))
     reference.load_state_dict(_hugging_faces_names(model))
     reference = reference.to(model.tok_embeddings.weight.dtype).eval()
@@ -47,7 +47,7 @@ def hugging_faces_model(model: Transformer) -> LlamaForCausalLM:
 
 
 def hugging_faces_config(args: ModelArgs, *, tied: bool = False) -> LlamaConfig:
-    """A config of the same shape, whose random weights are of a healthy size."""
+    """A config of the same shape, with random weights of a realistic size."""
     rope = {"rope_type": "default", "rope_theta": args.rope_theta}
     if args.use_scaled_rope:
         rope |= {

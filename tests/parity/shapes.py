@@ -1,4 +1,4 @@
-"""Shapes of small Llamas that nobody chose by hand."""
+"""Random shapes of small Llamas."""
 
 from hypothesis import strategies as st
 

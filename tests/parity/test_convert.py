@@ -1,4 +1,4 @@
-"""Converted folders in transformers' hands, and transformers' own folders in ours."""
+"""transformers loads converted folders, and we load transformers' own."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def shapes(draw, vocab_size: int) -> dict:
 
 
 def ours(folder: Path) -> Tensor:
-    """Logits of what our loader makes of a folder of either format."""
+    """Logits of the model that our loader reads from a folder of either format."""
     with torch.inference_mode():
         return Llama.build(folder, max_seq_len=64, device="cpu", dtype="float32").model(TOKENS)
 
@@ -79,7 +79,7 @@ def test_transformers_opens_what_is_written_and_its_logits_are_ours(tmp_path_fac
     torch.testing.assert_close(hugging_faces(folder), expected, **CLOSE)
     assert torch.equal(ours(folder), expected)
 
-    # What transformers itself would have written of this model.
+    # What transformers itself would have written for this model.
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(root / "theirs", max_shard_size=max(max_shard_bytes, 40_000))
     written, saved = tensors_of(folder), tensors_of(root / "theirs")
@@ -92,7 +92,8 @@ def test_transformers_opens_what_is_written_and_its_logits_are_ours(tmp_path_fac
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == saved.keys()
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in saved.values())
-    assert compare(source, root / "theirs").tensors == []  # and what it has written is read as the same model
+    # And its own folder is read as the same model.
+    assert compare(source, root / "theirs").tensors == []
     shutil.rmtree(root)
 
 
@@ -123,7 +124,7 @@ def saved_by_transformers(folder: Path, params: dict, tied: bool, seed: int, **o
 def test_what_transformers_saved_is_read_as_it_is_and_converted_there_and_back(
     tmp_path_factory, data, tied, shards, max_shard_size
 ):
-    """Vocabularies enlarged with words and then padded, as fine-tunes have them, included."""
+    """Also with vocabularies enlarged by words and then padded, as in fine-tunes."""
     root = tmp_path_factory.mktemp("to_meta")
     vocabulary = VOCABULARIES[data.draw(st.sampled_from(["bytes alone", "Korean words", "everything"]))]
     padded = -(-vocabulary.n_words // 64) * 64

@@ -31,7 +31,7 @@ def metas(demo_bfloat16: Llama) -> MetaTransformer:
 
 
 def batches(llama: Llama) -> list[list[list[int]]]:
-    """The prompts together, each question alone."""
+    """The prompts in one batch, each question alone."""
     dialogs = [[{"role": "user", "content": question}] for question in QUESTIONS]
     return [[llama.encode(prompt) for prompt in PROMPTS], *([llama.encode(dialog)] for dialog in dialogs)]
 
@@ -42,7 +42,9 @@ def test_greedy_text_follows_metas_reference(demo_bfloat16: Llama, metas: MetaTr
     for batch in batches(demo_bfloat16):
         answers, _ = demo_bfloat16.generate(batch, N_TOKENS, temperature=0)
         for prompt, ours in zip(batch, answers, strict=True):
-            logits = metas(torch.tensor([prompt + ours]), 0)[0, len(prompt) - 1 : -1]  # what Meta's would choose at each step
+            logits = metas(torch.tensor([prompt + ours]), 0)[
+                0, len(prompt) - 1 : -1
+            ]  # what Meta's model would choose at each step
             behind = logits.amax(-1) - logits[torch.arange(len(ours)), torch.tensor(ours)]
             assert behind.max() <= NEAR_TIE, f"token {behind.argmax()} is {behind.max():.2f} behind Meta's choice"
             agreed += (behind == 0).tolist()

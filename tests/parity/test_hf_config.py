@@ -1,4 +1,4 @@
-"""config.json as transformers writes and reads it, and the FFN's width as Meta's code computes it."""
+"""config.json as transformers writes and reads it, and the FFN width as Meta's code computes it."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ LLAMA_3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 @st.composite
 def configs(draw) -> LlamaConfig:
-    """A Llama 3 as a user of transformers would make it, in either generation's words for RoPE."""
+    """A Llama 3 as a transformers user would make it, with the old or the new keys for RoPE."""
     n_kv_heads, head_dim = draw(st.integers(1, 4)), 2 * draw(st.integers(2, 64))
     n_heads = n_kv_heads * draw(st.integers(1, 8))
     theta, factor = draw(st.sampled_from([10000.0, 500000.0, 12345.0])), draw(st.sampled_from([None, 8.0, 13.0, 32.0]))

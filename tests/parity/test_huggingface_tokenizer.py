@@ -1,4 +1,4 @@
-"""Hugging Face's libraries, on the files written here, give our ids, texts and dialogs; we, on files they made, give theirs."""
+"""Hugging Face's libraries agree with our ids, texts and dialogs, on our files and on theirs."""
 
 import itertools
 import json
@@ -104,7 +104,7 @@ def rendered(hf, dialog: list, add_generation_prompt: bool = True) -> str:
 
 
 def agree(hf, chat: ChatFormat, dialog: list) -> None:
-    """The template writes the text of our ids, with an open header after it or without, whatever form calls have."""
+    """The template writes our ids' text, with or without an open header, for any form of calls."""
     ids = chat.encode_dialog_prompt(dialog)
     text, header = chat.tokenizer.decode(ids), chat.tokenizer.decode(chat.encode_header("assistant"))
     for form in (dialog, [in_hugging_faces_form(message) for message in dialog]):
@@ -128,7 +128,7 @@ def test_any_dialog_is_written_as_we_encode_it(hf, chat, dialog):
 
 
 def is_cut_alike(message: dict) -> bool:
-    """Not so where text meets text: a line break in front joins the header's, a tool call the text before it."""
+    """Ids may differ where texts meet: a line break joins the header's, a call the text before."""
     texts = [message["content"], *(v for call in message.get("tool_calls") or [] for v in map(str, call["arguments"].values()))]
     return (
         not any("<|" in text or re.match(r"\s*[\r\n]", text) for text in texts)
@@ -190,7 +190,7 @@ def test_tools_are_refused_rather_than_left_out(hf):
         hf.apply_chat_template([USER], tools=[tool], tokenize=False)
 
 
-# Vocabularies that people enlarged
+# Enlarged vocabularies
 
 
 def opened_by_hugging_face(path: Path, vocabulary) -> PreTrainedTokenizerFast:
@@ -275,7 +275,7 @@ ALL_TEXTS = ["".join(letters) + end for n in range(1, 8) for letters in itertool
 @given(tokens=st.permutations(["ab", "ba", "aa", "bb"]), longer=TOKENS, data=st.data())
 @settings(max_examples=60)
 def test_merging_by_pairs_is_merging_by_rank_unless_the_file_is_refused(tmp_path_factory, tokens, longer, data):
-    """Also for pairs that no training would list: whatever is read gives the same ids, whatever is refused does not."""
+    """Also for pairs that no training would give: accepted files give the same ids, others do not."""
     order = data.draw(st.permutations(list({*tokens, *longer})))
     path = tmp_path_factory.mktemp("pairs") / "tokenizer.json"
     whole = vocabulary(pairs=[text.encode() for text in order])

@@ -1,4 +1,4 @@
-"""Logits agree with Meta's reference and with Hugging Face's, on shapes that nobody chose by hand."""
+"""Logits agree with Meta's reference and with Hugging Face's, on random shapes."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from random_models import random_model
 
 pytestmark = pytest.mark.usefixtures("one_process_group")
 CLOSE = {"atol": 1e-4, "rtol": 0}
-# float32 sums over keys and features differ in order between the implementations, by a few units in the last place.
+# The implementations sum over keys and features in different orders, so float32 differs in the last
+# bits.
 
 
 def random_tokens(args: ModelArgs, batch: int, length: int, seed: int) -> torch.Tensor:
@@ -49,7 +50,7 @@ def test_logits_equal_hugging_faces(args, tied, seed):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(shapes(factors=(None, 8.0)), st.integers(0, 1000))
 def test_rows_of_different_lengths_each_equal_metas_reference_alone(args, seed):
-    """Each row's cache is cut back to its own length, and goes on from there while others are elsewhere."""
+    """Each row's cache is truncated to its own length and continues there; other rows have others."""
     model = random_model(args, seed)
     tokens = random_tokens(args, batch=3, length=20, seed=seed)
     lengths = [14, 3, 9]
@@ -73,7 +74,8 @@ def test_rotations_equal_metas_at_every_position_of_the_longest_context(head_dim
     )
     cos, sin = rope_rotations(torch.arange(131072)[None], rope_frequencies(args))
     expected = precompute_freqs_cis(head_dim, 131072, theta, scaled)
-    # An angle of 131,072 radians is known to 0.008 in float32: one more rounding on the way to a frequency shows as that.
+    # float32 resolves an angle of 131,072 radians to 0.008: one more rounding of a frequency has
+    # this effect.
     torch.testing.assert_close(torch.complex(cos, sin)[0, :, 0], expected, atol=0.02, rtol=0)
     torch.testing.assert_close(torch.complex(cos, sin)[0, :4096, 0], expected[:4096], atol=6e-4, rtol=0)
 

@@ -1,4 +1,4 @@
-"""Meta's own reference, one process per file, loads the shards that are written here and computes what one process does."""
+"""Meta's reference, one process per file, loads our shards and computes what one process does."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_metas_reference_loads_the_file_of_its_number(warm, sources, tmp_path, w
     fp8 = make_random_checkpoint(tmp_path / "fp8", FP8_SHAPE, shards=world_size, dtype=torch.float32, kind=Kind.FP8)
     *found, of_fp8 = metas(warm, tmp_path, [*written, fp8], world_size)
     expected = Llama.build(fp8, sources[0] / "tokenizer.model", max_seq_len=16, device="cpu", dtype="float32").model(TOKENS)
-    # The parts' sums are added in another order, which may move an input to the next float8.
+    # The parts are summed in another order, which may round an input to another float8.
     assert (of_fp8 - expected).std() < 0.005 * expected.std()
     for model, *theirs in zip(ours, found[::2], found[1::2], strict=True):
         with torch.inference_mode():

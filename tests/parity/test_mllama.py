@@ -1,7 +1,7 @@
-"""Hugging Face's vision folders: transformers opens ours, we read transformers', and both compute the same.
+"""Hugging Face's vision folders: transformers loads ours, we load its, and both compute the same.
 
-Its published model reads images otherwise than Meta's (as of 5.24): it keeps the encoder's states one
-block late, and lets the cross-attention's output into tokens that see no image. Both are corrected here.
+Its published model differs from Meta's (as of 5.24): it keeps the encoder's states one block late,
+and adds cross-attention's output to tokens that see no image. Both are corrected here.
 """
 
 import json
@@ -49,7 +49,7 @@ TEXTS = {
 
 @st.composite
 def shapes(draw) -> dict:
-    """A small vision model; transformers' heads are as wide as the model by their number."""
+    """A small vision model; transformers' head width is the model's width divided by the heads."""
     n_heads = draw(st.sampled_from([1, 2, 4]))
     n_layers, kept = draw(st.integers(1, 6)), draw(st.sets(st.integers(0, 2), min_size=1))
     return PARAMS | {
@@ -187,7 +187,7 @@ def test_what_transformers_saved_is_read_and_comes_back_from_metas_format(tmp_pa
 
 @torch.no_grad()
 def with_equal_copies(model: MllamaForConditionalGeneration, args: ModelArgs) -> None:
-    """Make random tables of tile positions such as come from one vector for each place; open all gates."""
+    """Make random tables of tile positions, built from one vector per position; open all gates."""
     vision, n = model.model.vision_model, args.vision_max_num_chunks
     tables = {
         vision.gated_positional_embedding.tile_embedding.weight: args.patches_per_tile,

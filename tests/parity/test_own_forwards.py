@@ -1,4 +1,4 @@
-"""The forwards that repeat model.py's and vision.py's lines for speed or study compute what it computes, on random shapes."""
+"""Forwards that reimplement model.py and vision.py for speed or study give the same results."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +38,7 @@ def prompt_and_steps(model: Transformer, args: ModelArgs, seed: int, batch: int)
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(shapes(head_dims=HEAD_DIMS), st.integers(0, 1000))
 def test_the_step_that_is_compiled_for_a_cpu(args, seed):
-    """Uncompiled: Inductor's part is in tests/compiled."""
+    """Uncompiled: tests/compiled covers Inductor."""
     plain, fast = random_model(args, seed), random_model(args, seed)
     steps: list[int] = []
 
@@ -63,7 +63,7 @@ def at_once(run: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Tensor]
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(shapes(head_dims=HEAD_DIMS), st.integers(0, 1000), st.integers(1, 3))
 def test_the_passes_for_cuda(args, seed, batch):
-    """With PyTorch's operators: our kernels' part is in tests/compiled."""
+    """With PyTorch's operators: tests/compiled covers our kernels."""
     plain, fast = random_model(args, seed), random_model(args, seed)
     passes = FastPasses(fast, at_once)
     install(fast, hidden=FastHidden(passes), forward=FastForward(passes))
@@ -76,7 +76,7 @@ def test_the_passes_for_cuda(args, seed, batch):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(shapes(head_dims=HEAD_DIMS), st.integers(0, 1000), st.integers(1, 3))
 def test_the_forwards_that_show_every_activation(args, seed, batch):
-    """To the bit."""
+    """Equal bit for bit."""
     model = random_model(args, seed)
     expected = prompt_and_steps(model, args, seed, batch)
     with study.recording(model, "*"):
@@ -87,7 +87,7 @@ def test_the_forwards_that_show_every_activation(args, seed, batch):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(shapes(head_dims=HEAD_DIMS), st.integers(0, 1000), st.integers(1, 4), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_the_forwards_that_show_every_activation_of_an_image(args, seed, n_cross, dtype):
-    """To the bit: the answer's log-probabilities too."""
+    """Equal bit for bit, the answer's log-probabilities too."""
     args = replace(args, vision_chunk_size=56, vision_num_cross_attention_layers=n_cross, vision_dim=32, vision_n_heads=2)
     args = replace(args, vision_n_layers=3, vision_n_global_layers=2, vision_kept_layers=(0, 2))
     model = random_vision_model(args, seed).to(dtype)

@@ -1,4 +1,4 @@
-"""Meta's quantized releases compute what Meta's own classes do, on shapes that nobody chose by hand."""
+"""Meta's quantized releases compute what Meta's own classes do, on random shapes."""
 
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from parity.meta_quantized import metas_fp8_model, metas_int4_model
 
 pytestmark = pytest.mark.usefixtures("one_process_group")
 SCHEME = "int4_weight_int8_dynamic_activation"
-# Of the logits' standard deviation, for each layer. A sum in another order may move an input to the next
-# of its 256 steps, and every layer makes more of that: one differed by 1e-6 to 1e-3, five by up to 0.009.
-# Inputs that are not rounded differ by 0.012 and more, a rotation left out by about 1.
+# Fraction of the logits' standard deviation, for each layer. Another order of summation may round
+# an input to the next of its 256 steps, and every layer amplifies that: one layer differed by 1e-6
+# to 1e-3, five by up to 0.009. Without rounded inputs the difference is 0.012 and more, without a
+# rotation about 1.
 CLOSE = 0.005
 
 

@@ -1,4 +1,4 @@
-"""Images, encoder and cross-attention compute what Meta's own code does, on shapes that nobody chose by hand."""
+"""Images, encoder and cross-attention compute what Meta's own code does, on random shapes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -125,7 +125,7 @@ def test_logits_are_metas_in_one_pass_and_step_by_step(pair, pattern):
     row = Row(list(prompt), N_NEW, [_tiles(ours, image) for image in images])
     found = list(_stepwise(ours, [row]))
     whole = row.prompt + row.generated
-    # The spans of the prompt end with it, if there are several images: ours go on.
+    # With several images, Meta's spans end with the prompt; ours continue.
     seen = [[begin, len(whole) if end == len(prompt) else end] for begin, end in metas_spans(prompt, IMAGE_ID)]
     expected = theirs.logits([whole], [images], [seen])[0]
     _assert_close(torch.stack(found)[:, 0], expected[len(prompt) - 1 : -1], 1e-4)

@@ -20,7 +20,7 @@ UTF_32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
 def what_is(head: bytes) -> str | None:
-    """Name the kind of a file that is clearly no checkpoint file, from its first bytes; else None.
+    """Name a file's kind from its first bytes if it cannot be part of a checkpoint, else None.
 
     Expired download links leave web pages and error bodies under the names of weights, and clones
     without Git LFS leave pointers.

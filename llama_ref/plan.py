@@ -24,9 +24,9 @@ from llama_ref.quantization.scheme import SCALE_BITS, Scheme
 PREFILL_TOKENS, MASKLESS_PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 8192, 128, 64
 BLOCK_WEIGHTS = 1 << 22  # as in quantization/linear.py
 
-# The GB of a card's name are GiB. Programs get at least this fraction of them: 79.1 of 80, 23.5 of
-# 24 on an A30, 23.6 of 24 on an RTX 4090. GDDR cards with ECC have less: 14.7 of 16 on a T4, 22.0
-# of 24 on an A10 or L4.
+# A card sold as 80 GB has 80 GiB. Programs get at least this fraction: 79.1 of 80, 23.5 of 24 on an
+# A30, 23.6 of 24 on an RTX 4090. GDDR cards with ECC have less: 14.7 of 16 on a T4, 22.0 of 24 on an
+# A10 or L4.
 GIB, USABLE = 1 << 30, 0.98
 # For the CUDA context, cuBLAS workspace, NCCL buffers, allocator fragmentation: an allowance, not measured.
 SET_ASIDE = 10**9
@@ -88,7 +88,7 @@ class Layout:
 
     @property
     def nodes(self) -> tuple[int, int]:
-        """(machines, processes on each): the fewest with 8 cards, with whole stages if they fit."""
+        """(machines, processes on each): the fewest machines of 8 cards, stages whole if they fit."""
         block = 1 if self.spans_nodes else self.tensor  # stays on one machine
         n_blocks = self.processes // block
         most = CARDS_PER_NODE // block

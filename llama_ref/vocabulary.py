@@ -220,7 +220,7 @@ def special_start(ranks: Mapping[bytes, int]) -> int:
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
     """Raise CheckpointError unless ranks are 0 to n - 1, or have a gap of 256, and cover all bytes.
 
-    Long tokens are refused too.
+    Tokens that are too long are rejected too.
     """
     if (longest := max(map(len, ranks), default=0)) > LONGEST_TOKEN_BYTES:
         raise CheckpointError(f"{path} has a token of {longest:,} bytes, expected at most {LONGEST_TOKEN_BYTES:,}. {REFETCH}")

@@ -88,8 +88,8 @@ class PlanarInt4Linear(QuantizedMatrix):
 def product(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """x float32 (P · blocks · 128,) times the matrix: float32 (N,).
 
-    Written to compile to one loop over the words. As w = (q - 8) · scale + zero, a row is Σ (q x) ·
-    scale - Σ (8 x) · scale + Σ x · zero; the sign plane holds q - 8 already.
+    Written to compile to one loop over the words. As w = (q - 8) · scale + zero, a row is
+    Σ (q x) · scale - Σ (8 x) · scale + Σ x · zero; the sign plane holds q - 8 already.
     """
     n_groups = scale.shape[-1]
     per_group = PLANES // n_groups

@@ -331,11 +331,12 @@ def matvec(
 ) -> Tensor:  # fmt: skip
     """x (K,) times weight (N, K): (N,), or (N/2,) if gated.
 
-    weight: in x's dtype; int8 with scale (N,); or uint8 (N, K/2) with scale and optional zero (N,
-    K/G), as `pack` makes them. gain: x is first normed (RMSNorm) with this weight (K,). residual
-    (N,) is added. gated: weight is w1 over w3, and the result silu(w1 x) * (w3 x). rope: cos, sin
-    (S, hd/2) float32, keys, values (heads, S, hd) with the same strides, and position (1,): weight
-    is wq, wk, wv; the rotated q is returned, k and v are written to the cache at the position.
+    weight: in x's dtype; int8 with scale (N,); or uint8 (N, K/2) with scale and optional zero
+    (N, K/G), as `pack` makes them.
+    gain: x is first normed (RMSNorm) with this weight (K,). residual (N,) is added.
+    gated: weight is w1 over w3, and the result is silu(w1 x) * (w3 x).
+    rope: cos, sin (S, hd/2) float32, keys, values (heads, S, hd) with the same strides, and position
+    (1,): weight is wq, wk, wv; the rotated q is returned, k and v are written to the cache there.
     """
     N, K = weight.shape[0], x.shape[-1]
     cos = sin = keys = values = position = None

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-TICK_SECONDS = 0.1  # the longest that Ctrl-C is deferred
+TICK_SECONDS = 0.1  # how often a wait checks for a deferred Ctrl-C
 
 T = TypeVar("T")
 

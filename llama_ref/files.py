@@ -109,7 +109,7 @@ def named_in_request(file: str | Path, what: str) -> Iterator[Path]:
 
 
 def read_small(path: Path, limit_bytes: int, expected: str) -> bytes:
-    """A small text file's content as UTF-8 without a byte-order mark; otherwise as `read_limited`."""
+    """A small text file as UTF-8 without a byte-order mark; otherwise as `read_limited`."""
     return as_utf8(read_limited(path, limit_bytes, expected))
 
 

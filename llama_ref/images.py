@@ -90,8 +90,8 @@ def tiles_of(image: "Image.Image", tile: int, most_tiles: int) -> Tiles:
     size = fitted_size(image.size, canvas, tile)
     if 0 in size:
         raise RequestError(
-            f"the image has {image.width:,} × {image.height:,} pixels: it is too narrow, its shorter "
-            f"side would have 0 pixels when the longer one is resized to {max(size):,}; crop it"
+            f"the image has {image.width:,} × {image.height:,} pixels: it is too narrow, its short "
+            f"side would have 0 pixels when the long one is resized to {max(size):,}; crop it"
         )
     image_module = _pillow()
     fitted = image if size == image.size else image.resize(size, image_module.Resampling.BILINEAR)

@@ -87,7 +87,7 @@ class KVCache:
         return self.keys[layer, :, :, :n_tokens].transpose(1, 2), self.values[layer, :, :, :n_tokens].transpose(1, 2)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        """Store one layer's new k and v (B, T, K, hd), attend with q to all tokens: (B, T, H, hd).
+        """Store one layer's k and v (B, T, K, hd), attend with q to all tokens: (B, T, H, hd).
 
         Subclasses may use another layout or kernel that suits their device.
         """

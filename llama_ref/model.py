@@ -88,7 +88,7 @@ class Cache(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: "Context") -> Tensor:
-        """Store one layer's new k and v (B, T, K, hd), attend with q to all tokens: (B, T, H, hd)."""
+        """Store one layer's k and v (B, T, K, hd), attend with q to all tokens: (B, T, H, hd)."""
         ...
 
     def advance(self, n_tokens: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def plain_number(value: Any) -> Any:
-    """A NumPy number or 0-dimensional array or tensor as a Python number; other values unchanged."""
+    """A NumPy number or 0-d array or tensor as a Python number; other values unchanged."""
     has_no_dimension = getattr(value, "shape", None) == ()
     return value.item() if has_no_dimension and hasattr(value, "item") else value
 

@@ -62,7 +62,7 @@ def open_file(path: Path) -> FileIO:
 
 @contextmanager
 def watch_opened() -> Iterator[Opened]:
-    """Record the files that `open_file` opens in the block; not in threads that the block starts."""
+    """Record the files that `open_file` opens in the block, but not in threads started in it."""
     opened: Opened = {}
     token = _watching.set((*_watching.get(), opened))
     try:

@@ -24,9 +24,9 @@ from llama_ref.quantization.scheme import SCALE_BITS, Scheme
 PREFILL_TOKENS, MASKLESS_PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 8192, 128, 64
 BLOCK_WEIGHTS = 1 << 22  # as in quantization/linear.py
 
-# A card sold as 80 GB has 80 GiB. Programs get at least this fraction: 79.1 of 80, 23.5 of 24 on an
-# A30, 23.6 of 24 on an RTX 4090. GDDR cards with ECC have less: 14.7 of 16 on a T4, 22.0 of 24 on an
-# A10 or L4.
+# A card sold as 80 GB has 80 GiB. Programs get at least this fraction: 79.1 of 80, 23.5 of 24 on
+# an A30, 23.6 of 24 on an RTX 4090. GDDR cards with ECC have less: 14.7 of 16 on a T4, 22.0 of 24
+# on an A10 or L4.
 GIB, USABLE = 1 << 30, 0.98
 # For the CUDA context, cuBLAS workspace, NCCL buffers, allocator fragmentation: an allowance, not measured.
 SET_ASIDE = 10**9
@@ -88,7 +88,7 @@ class Layout:
 
     @property
     def nodes(self) -> tuple[int, int]:
-        """(machines, processes on each): the fewest machines of 8 cards, stages whole if they fit."""
+        """(machines, processes on each): fewest machines of 8 cards, stages whole if they fit."""
         block = 1 if self.spans_nodes else self.tensor  # stays on one machine
         n_blocks = self.processes // block
         most = CARDS_PER_NODE // block
@@ -258,7 +258,7 @@ def _int4_bytes(matrix: Matrix, params: Int4Params, size: int) -> int:
 
 
 def _fp8_bytes(model: Model, matrix: Matrix, size: int, share: Share) -> int:
-    """Bytes of feed-forward matrices in an fp8 release, whose first and last layer are not in fp8."""
+    """Bytes of feed-forward matrices in an fp8 release; its first and last layer are not in fp8."""
     layers = share.layers(model.args.n_layers)
     n_fp8 = len([layer for layer in layers if 0 < layer < model.args.n_layers - 1])
     per_layer = matrix.numbers // len(layers)
@@ -298,7 +298,7 @@ def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int)
 
 
 def image_bytes(args: ModelArgs, share: Share, size: int) -> int:
-    """Bytes of the keys and values of an image with the most tiles in a share; 0 for a text model."""
+    """Bytes of a share's keys and values of an image with the most tiles; 0 for a text model."""
     if not args.has_vision:
         return 0
     n_tokens = args.vision_max_num_chunks * args.patches_per_tile
@@ -387,7 +387,7 @@ def _layer_bytes(args: ModelArgs, share: Share, B: int, T: int, S: int, size: in
 
 
 def _maskless_layer_bytes(args: ModelArgs, share: Share, B: int, S: int, size: int) -> int:
-    """Peak bytes of one layer without masks (NVIDIA cards since Ampere), for a full-length piece."""
+    """Peak bytes of a layer without masks (NVIDIA cards since Ampere), for a full-length piece."""
     n = B * min(max(1, MASKLESS_PREFILL_TOKENS // B), S)
     heads = (len(share.slice_of(args.n_heads)) + 2 * local_kv_heads(args, share)) * args.head_dim
     x, qkv = size * n * args.dim, size * n * heads

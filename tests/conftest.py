@@ -108,7 +108,7 @@ def shallow(llama) -> "Llama":
 
 @pytest.fixture(scope="session")
 def peaked(tmp_path_factory) -> "Llama":
-    """Two layers of four heads, a token per byte; matrices large enough to choose between tokens."""
+    """Two layers of four heads, a token per byte; weights large enough to choose between tokens."""
     from folders import tiny_folder
     from llama_ref.generation import Llama
 
@@ -150,7 +150,7 @@ def tokenizer(meta_tokenizer_path) -> "Tokenizer":
 
 @pytest.fixture(scope="session")
 def shorter_tokenizer_path(tmp_path_factory, meta_tokenizer_path) -> Path:
-    """The first part of Llama 3's tokenizer.model, enough for a Llama Guard; opens 5 times faster."""
+    """The first part of Llama 3's tokenizer.model, enough for a Llama Guard; opens faster."""
     from guard_folders import N_RANKS
 
     path = tmp_path_factory.mktemp("shorter") / "tokenizer.model"

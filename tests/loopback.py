@@ -89,7 +89,7 @@ class Loopback:
     go: threading.Event = field(default_factory=threading.Event)  # set to let it continue
 
     def fail(self, name: str, act: Act, times: int = 1, *, look_ups: bool = False) -> None:
-        """Answer `times` requests for a file with a fault; with `look_ups`, those for its first byte."""
+        """Answer `times` requests for a file with a fault; `look_ups`: those for its first byte."""
         self.faults.append(Fault(name, act, times, look_ups))
 
     def fault_for(self, request: Request) -> Act | None:

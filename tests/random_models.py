@@ -47,7 +47,7 @@ def grouped_model(
 
 
 def as_int4_release(model: Transformer, *, rotates: bool = False, rank: int = 0, rounds_inputs: bool = True) -> None:
-    """Turn the layers' matrices into Meta's int4, in groups of 32; the adaptors are always the same."""
+    """Turn the layers' matrices into Meta's int4, in groups of 32; adaptors are always the same."""
     generator = torch.Generator().manual_seed(0)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "output"]
     for name in names:

@@ -101,7 +101,7 @@ def generated(model: Transformer, prompts: list[list[int]], n: int, params: Samp
 
 
 def forced_logits(model: Transformer, prompts: list[list[int]], following: list[list[int]]) -> Tensor:
-    """Logits (B, T, V) after each prompt and each of the next T - 1 tokens, one decode step each."""
+    """Logits (B, T, V) after each prompt and each of the next T - 1 tokens, step by step."""
     device = model.norm.weight.device
     cache = new_cache(model, len(prompts), max(map(len, prompts)) + len(following[0]))
     rows = [Row(prompt, len(following[0]) + 1) for prompt in prompts]

@@ -232,7 +232,7 @@ class FastPasses:
             self.cleared.add(cache)
 
     def warm_up(self) -> None:
-        """Compile all kernels now, for prompts, tokens, drafts and batches: no text waits for one."""
+        """Compile all kernels now, for prompts, tokens, drafts and batches, before any text."""
         for B, prompts, passes in ((1, (17, 33, 65), PASS_LENGTHS), (2, (), (1,))):
             cache = new_cache(self.model, B, WARM_UP_TOKENS)
             for T in prompts + passes:

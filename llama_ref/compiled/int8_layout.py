@@ -15,7 +15,7 @@ LONG_ROW, PIECE = 4096, 1024  # longer rows are cut into pieces
 
 
 def in_pieces(columns: int) -> bool:
-    """Whether rows of so many columns are cut into pieces."""
+    """Whether rows with this many columns are cut into pieces."""
     return columns > LONG_ROW and columns % PIECE == 0
 
 

@@ -16,8 +16,8 @@ NOTICEABLE = 0.4  # cores
 class OtherPrograms:
     """Measures, from its creation on, how many of this process's cores other programs use.
 
-    Linux only. `own` returns the CPU seconds of what is not another program: by default this
-    process's.
+    Linux only. `own` returns the CPU seconds that do not count as other programs: by default
+    this process's.
     """
 
     def __init__(self, own: Callable[[], float] = time.process_time) -> None:

@@ -62,7 +62,7 @@ def random_int4() -> Transformer:
 
 @pytest.fixture
 def fresh_compiler() -> None:
-    """Forget what other tests compiled: a function's ninth variant would silently run uncompiled."""
+    """Forget what other tests compiled: a ninth variant of a function runs uncompiled."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
 

@@ -87,7 +87,7 @@ def put_on(model: Transformer, capture: Callable) -> FastPasses:
 
 
 def plain_flash(q: Tensor, keys: Tensor, values: Tensor, at: FlashLengths) -> Tensor:
-    """The kernel's result, row by row in float32: the last query is at the last of `n_keys` keys."""
+    """The kernel's result, row by row in float32: the last query is at the last key of `n_keys`."""
     B, T, H, _ = q.shape
     assert at.query_starts.tolist() == [T * row for row in range(B + 1)]
     assert at.key_starts.tolist() == [keys.shape[1] * row for row in range(B + 1)]

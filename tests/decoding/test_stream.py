@@ -104,7 +104,7 @@ def test_stop_strings_end_it_wherever_tokens_cut_them(tokenizer, chunks, stop):
     chunks=st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=8), stop=st.text("ab", min_size=1, max_size=5)
 )
 def test_no_more_is_held_back_than_may_become_a_stop_string(tokenizer, chunks, stop):
-    """Text appears early: each step holds back only the longest suffix that starts a stop string."""
+    """Text appears early: a step holds back only the longest suffix that starts a stop string."""
     ids = [token for chunk in chunks for token in tokenizer.encode(chunk, bos=False, eos=False)]
     stream = stream_of(ids, tokenizer, stop, max_gen_len=len(ids) + 1)
     for _ in stream:

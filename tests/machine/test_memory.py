@@ -7,8 +7,8 @@ import pytest
 
 from folders import tiny_folder
 
-# After this, no new pages may be requested from the system; before it, chance decides what is at the
-# top of the heap.
+# After this, no new pages may be requested from the system; before it, chance decides what is at
+# the top of the heap.
 SCRATCH = """
 import resource, sys, torch
 from llama_ref import Llama

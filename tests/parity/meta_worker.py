@@ -1,4 +1,4 @@
-"""A process of test_meta_shards.py: Meta's own model on the shard of its rank, as in Meta's scripts.
+"""A process of test_meta_shards.py: Meta's model on the shard of its rank, as in Meta's scripts.
 
 torchrun --nproc_per_node W meta_worker.py OUT FOLDER …
 """

@@ -275,7 +275,7 @@ ALL_TEXTS = ["".join(letters) + end for n in range(1, 8) for letters in itertool
 @given(tokens=st.permutations(["ab", "ba", "aa", "bb"]), longer=TOKENS, data=st.data())
 @settings(max_examples=60)
 def test_merging_by_pairs_is_merging_by_rank_unless_the_file_is_refused(tmp_path_factory, tokens, longer, data):
-    """Also for pairs that no training would give: accepted files give the same ids, others do not."""
+    """Also for pairs that no training would give: accepted files give equal ids, others do not."""
     order = data.draw(st.permutations(list({*tokens, *longer})))
     path = tmp_path_factory.mktemp("pairs") / "tokenizer.json"
     whole = vocabulary(pairs=[text.encode() for text in order])

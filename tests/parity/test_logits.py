@@ -50,7 +50,7 @@ def test_logits_equal_hugging_faces(args, tied, seed):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(shapes(factors=(None, 8.0)), st.integers(0, 1000))
 def test_rows_of_different_lengths_each_equal_metas_reference_alone(args, seed):
-    """Each row's cache is truncated to its own length and continues there; other rows have others."""
+    """Each row's cache is truncated to its own length and continues there."""
     model = random_model(args, seed)
     tokens = random_tokens(args, batch=3, length=20, seed=seed)
     lengths = [14, 3, 9]

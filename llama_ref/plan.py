@@ -358,10 +358,9 @@ def _encoder_bytes(args: ModelArgs, share: Share, size: int) -> int:
 
 
 def _block_bytes(args: ModelArgs, share: Share, rows: int, size: int) -> int:
-    """Of a product with a quantized matrix: a dequantized block, and its outputs, separate and joined."""
-    widest = max(
-        len(share.slice_of(args.ffn_dim)), len(share.slice_of(args.vocab_size)) if rows <= LOGPROB_POSITIONS else args.dim
-    )
+    """Bytes of a quantized matrix's product: a dequantized block, outputs, separate and joined."""
+    outputs = len(share.slice_of(args.vocab_size)) if rows <= LOGPROB_POSITIONS else args.dim
+    widest = max(len(share.slice_of(args.ffn_dim)), outputs)
     largest = max(matrix.rows * len(matrix.columns) for matrix in matrices(args, False, share))
     return (2 + 2 * size) * min(BLOCK_WEIGHTS, largest) + 2 * size * rows * widest
 

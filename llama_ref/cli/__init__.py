@@ -2,12 +2,12 @@
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `llama-ref` with these words (default: the process's own); return the exit code."""
+    """Run `llama-ref` with these arguments (default: those of the process); return the exit code."""
     import sys
 
     from llama_ref.cli.interrupt import exit_on_interrupt
 
-    if argv is None:  # else the caller is a program, which continues afterwards
+    if argv is None:  # a program that calls main() with arguments continues afterwards
         exit_on_interrupt()
     from llama_ref.cli.parser import run_guarded, run_program
 

@@ -450,9 +450,9 @@ MISUSES = [
     (["convert", "SRC", "DST", "--to", "hf", "--dtype", "int8"], "int8"),
     (["convert", "SRC", "DST", "--to", "hf", "--dtype", ""], "dtype"),
     (["convert", "SRC", "DST", "--to", "hf", "--max_shard_size", "5XB"], "'5XB' is not a size"),
-    (["convert", "SRC", "DST", "--to", "hf", "--shards", "2"], "--shards only goes with --to meta"),
-    (["convert", "SRC", "DST", "--to", "meta", "--chat"], "--chat only goes with --to hf"),
-    (["convert", "SRC", "DST", "--to", "meta", "--max_shard_size", "5GB"], "--max_shard_size only goes with --to hf"),
+    (["convert", "SRC", "DST", "--to", "hf", "--shards", "2"], "--shards needs --to meta"),
+    (["convert", "SRC", "DST", "--to", "meta", "--chat"], "--chat needs --to hf"),
+    (["convert", "SRC", "DST", "--to", "meta", "--max_shard_size", "5GB"], "--max_shard_size needs --to hf"),
     (["convert", "SRC", "DST", "--to", "hf", "--chat=perhaps"], "--chat is 'perhaps'"),
 ]
 

@@ -139,11 +139,17 @@ def test_a_page_with_features(run, tiny, autoencoder, tmp_path):
         ),
         (("{}", "{sae}", "--contexts", "{}/params.json", "--feature", "-1"), "--feature is '-1', expected a number"),
         (("{}", "{sae}", "--contexts", "/no", "--feature", "1"), "cannot read /no"),
-        (("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "0:1,1:2"), "--feature is '0:1,1:2', of several layers"),
-        (("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "0:1", "--layer", "1"), "--feature is '0:1', of several"),
+        (
+            ("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "0:1,1:2"),
+            "--feature is '0:1,1:2', with features of several layers",
+        ),
+        (
+            ("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "0:1", "--layer", "1"),
+            "--feature is '0:1', with features of several",
+        ),
         (
             ("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "1"),
-            "{clt} has features of each layer: say which layer's, such as",
+            "{clt} has features of every layer: choose one layer, such as",
         ),
         (("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "0:1:2"), "--feature is '0:1:2', expected a number"),
         (("{}", "{clt}", "--contexts", "{}/params.json", "--feature", "2:1"), "cannot read {clt}/W_enc_2.safetensors"),

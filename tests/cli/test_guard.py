@@ -57,7 +57,7 @@ def test_a_model_that_is_no_guard_gives_no_verdict(tmp_path, shorter_tokenizer_p
     assert exit_code(["guard", str(other), CALM, *LOADING]) == 3
     out, err = capsys.readouterr()
     assert out.startswith("unexpected  P(unsafe) ") and out.endswith("answer: 'Hello'\n")
-    assert "did not answer as a Llama Guard does" in err and "Llama Guard 2 its version" in err
+    assert "did not answer like a Llama Guard" in err and "its version is 2" in err
 
 
 def test_json_says_everything(judge, folder):

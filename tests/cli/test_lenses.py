@@ -84,11 +84,11 @@ def test_tokens_have_shares_that_add_up(run, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--answer", "a", "--target", "b"), "--answer is given, and --target or --other"),
+        (("--answer", "a", "--target", "b"), "--answer is given with --target or --other"),
         (("--answer", ""), 'answer is empty, expected a text such as " Paris"'),
         (("--steps", "0"), "steps is 0"),
-        (("--method", "gradient", "--steps", "8"), "--method is gradient, but --steps and --baseline are of integrated"),
-        (("--method", "gradient_x_input", "--baseline", "zero"), "--steps and --baseline are of integrated gradients"),
+        (("--method", "gradient", "--steps", "8"), "--method is gradient, but --steps and --baseline are only for integrated"),
+        (("--method", "gradient_x_input", "--baseline", "zero"), "--steps and --baseline are only for integrated"),
         (("--method", "magic"), "method is 'magic'"),
     ],
 )
@@ -118,7 +118,7 @@ def test_noise_on_a_piece_of_the_text_takes_the_place_of_another_text(run, tiny,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("the cat", "the dog", "--noise", "cat"), "unexpected --noise beside CORRUPTED"),
+        (("the cat", "the dog", "--noise", "cat"), "CORRUPTED and --noise are given"),
         (("the cat",), "missing CORRUPTED or --noise"),
         (("the cat", "--noise", "dog"), "--noise is 'dog', which is not in the text"),
         (("the cat", "--noise", "t"), "--noise is 't', which is 2 times in the text"),

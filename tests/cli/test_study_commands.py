@@ -120,7 +120,7 @@ def test_what_many_texts_lose_has_a_standard_error(run, tiny, tmp_path):
 def test_texts_to_ablate_that_are_not_there(run, tiny, tmp_path):
     (tmp_path / "one.txt").write_text("abab\n")
     assert "missing PROMPT or --texts" in run("ablate", tiny)[2]
-    assert "unexpected --texts beside PROMPT" in run("ablate", tiny, "a", "--texts", str(tmp_path / "one.txt"))[2]
+    assert "PROMPT and --texts are given" in run("ablate", tiny, "a", "--texts", str(tmp_path / "one.txt"))[2]
     assert "cannot read" in run("ablate", tiny, "--texts", str(tmp_path / "none.txt"))[2]
 
 

@@ -1,6 +1,6 @@
-"""The commands, one a file: `llama-ref NAME` runs the function with `@command` in NAME.py.
+"""One file per command: `llama-ref NAME` runs the function decorated with `@command` in NAME.py.
 
-Nothing else lists them. A file imports what its command needs only when that runs: `--help` and
+There is no other list of commands. The functions import what they need when they run: `--help` and
 `list` should not wait for torch.
 """
 

@@ -12,26 +12,24 @@ from llama_ref.errors import RequestError
 @command(Section.STUDY)
 def ablate(
     name: Name,
-    prompt: Annotated[str | None, Flag("text for the model to read", unset="with --texts", read=text_word)] = None,
+    prompt: Annotated[str | None, Flag("text for the model to read", unset="none, with --texts", read=text_word)] = None,
     *,
-    texts: Annotated[
-        str | None, Flag("measure means over the texts of this file, one a line or a .jsonl", metavar="FILE")
-    ] = None,
+    texts: Annotated[str | None, Flag("average over the texts of this file: one per line, or a .jsonl", metavar="FILE")] = None,
     over: Annotated[
         Literal["heads", "kv_groups", "attention", "feed_forward", "layers", "units"],
-        Flag("parts to leave out one by one; of units, the 32 with the largest estimates"),
+        Flag("parts to leave out, one at a time; for units, the 32 with the largest estimated effects"),
     ] = "heads",
     edit: Annotated[
         Literal["mean", "zero", "resample"],
-        Flag("in a part's place: its mean over the text, zero, or its value at random tokens"),
+        Flag("replace a part's output by its mean over the text, by zero, or by its value at random tokens"),
     ] = "mean",
     special_tokens: SpecialTokens = False,
     json: Json = False,
     loading: WholeModel,
 ) -> None:
-    """Measure the loss of texts without each part of a model.
+    """Measure how much the loss changes without each part of a model.
 
-    Texts of a file (--texts) give means and their standard errors.
+    With --texts, changes are means over the texts, with standard errors.
 
       llama-ref ablate Llama3.2-1B "The capital of France is Paris." --over layers
     """
@@ -45,9 +43,9 @@ def ablate(
     from llama_ref.study.patch import mean, zero
 
     if prompt is None and texts is None:
-        raise RequestError("missing PROMPT or --texts: what is the model to read?")
+        raise RequestError("missing PROMPT or --texts: give the text that the model should read")
     if prompt is not None and texts is not None:
-        raise RequestError("unexpected --texts beside PROMPT: take one of the two")
+        raise RequestError("PROMPT and --texts are given, expected one of them")
     lines = None if texts is None else read_prompts(texts)
     prompts = {"prompt": prompt or ""} if lines is None else {f"text {i}": line for i, line in enumerate(lines, 1)}
     llama = open_to_study(name, loading, prompt=prompt)

@@ -27,8 +27,8 @@ def attention(
     For every head: how much it looks at the first token (sink), at the previous token, and at the
     token that followed the same token earlier (induction). With --head, one head token by token.
 
-    With --image, where each token looks in the image: in the cross-attention layers, which --layer
-    and --head then choose from.
+    With --image, where each token looks in the image. --layer then counts the cross-attention
+    layers alone.
     """
     from llama_ref.checkpoint.folder import open_folder
     from llama_ref.cli.views.study.attention import print_attention, print_pattern
@@ -39,7 +39,7 @@ def attention(
     from llama_ref.study.vision.image_attention import image_attention
 
     if head is not None and layer is None and image is None:
-        raise RequestError(f"--head {head} needs --layer: heads are counted in a layer")
+        raise RequestError(f"--head {head} needs --layer: heads are numbered within a layer")
     check_outputs(png=png)
     args = open_folder(name).read_args()
     if image is not None:

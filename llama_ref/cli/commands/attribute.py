@@ -14,7 +14,7 @@ def attribute(
     prompt: Prompt,
     *,
     target: Annotated[str, Flag(TARGET_HELP)],
-    other: Annotated[str | None, Flag("token to compare with: shows shares of the logit difference")] = None,
+    other: Annotated[str | None, Flag("token to compare with; shares are then of the logit difference")] = None,
     png: Png = None,
     special_tokens: SpecialTokens = False,
     json: Json = False,
@@ -22,7 +22,7 @@ def attribute(
 ) -> None:
     """Show which heads and layers made a token likely.
 
-    This is direct logit attribution, of the prediction after the prompt's last token.
+    This is direct logit attribution for the prediction after the prompt's last token.
 
       llama-ref attribute Llama3.2-1B "The capital of France is" --target " Paris"
     """

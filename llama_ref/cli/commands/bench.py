@@ -25,7 +25,7 @@ def bench(
     context: Annotated[
         str | None,
         Flag(
-            "also decode one sequence after this many (random) tokens, such as 8192,32768",
+            "also decode one sequence after contexts of this many random tokens, such as 8192,32768",
             metavar="N,N,...",
         ),
     ] = None,
@@ -41,7 +41,7 @@ def bench(
     json: Json = False,
     loading: Measured,
 ) -> None:
-    """Benchmark prefill and decode, here and in other programs.
+    """Benchmark prefill and decode, optionally beside other programs.
 
     Shows tokens per second and how much of the memory bandwidth that uses.
     """

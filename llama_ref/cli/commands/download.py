@@ -16,18 +16,19 @@ def download(
     link: Link = None,
     only: Annotated[
         list[str] | tuple[()],
-        Flag("fetch this file alone; may be given several times", metavar="FILE", read=lambda words: _names(words), many=True),
+        Flag("fetch only this file; may be given several times", metavar="FILE", read=lambda words: _names(words), many=True),
     ] = (),
-    repair: Annotated[bool, Flag("verify the folder, and fetch again what is wrong in it")] = False,
-    jobs: Annotated[int, Flag("number of requests at a time")] = 4,
+    repair: Annotated[bool, Flag("verify the folder, and fetch damaged and missing files again")] = False,
+    jobs: Annotated[int, Flag("number of parallel requests")] = 4,
     allow_host: AllowHost = (),
     json: Json = False,
 ) -> int:
-    """Download a release from Meta with the signed link of its form.
+    """Download a release with the signed link from Meta's form.
 
-    Into ~/.llama/checkpoints, where `list` looks. A download that broke off goes on where it stopped, with
-    a new link too. Every sum is compared with the release's checklist.chk. The link is asked for and
-    never shown, logged or stored. Exit code 0: every file is whole, else 1; 2: misuse.
+    Writes to ~/.llama/checkpoints, where `list` looks. An interrupted download resumes where it
+    stopped, even with a new link. Every file's checksum is compared with the release's checklist.chk.
+    The command asks for the link, and never shows, logs or stores it. Exit code 0: all files are
+    whole, 1: some are not, 2: misuse, 3: the checklist lacks some file.
 
       llama-ref download Llama3.2-1B-Instruct
       llama-ref download Llama3.1-8B --file link.txt --only tokenizer.model
@@ -40,7 +41,7 @@ def download(
 
     check_one_writer()
     if repair and only:
-        raise RequestError("--repair and --only are given, expected one of them: --repair finds what is wrong by itself")
+        raise RequestError("--repair and --only are given, expected one of them: --repair finds the files by itself")
     release = find_release(name)
     _check_library()
     from llama_ref.download import release as of_release
@@ -76,7 +77,7 @@ def download(
 
 
 def _check_library() -> None:
-    """Raise RequestError without the package that speaks HTTP."""
+    """Raise RequestError if httpx is not installed."""
     import importlib.util
 
     if importlib.util.find_spec("httpx") is None:

@@ -21,21 +21,21 @@ def evaluate(
     *,
     tasks: Annotated[str, Flag("tasks of lm-evaluation-harness, or YAML files of tasks", metavar="TASK,...")],
     include_path: Annotated[str | None, Flag("folder with YAML files of your own tasks", metavar="FOLDER")] = None,
-    limit: Annotated[int | None, Flag("only the first documents of each task", unset="all")] = None,
-    batch: Annotated[int, Flag("contexts to read at once")] = 8,
+    limit: Annotated[int | None, Flag("use only this many documents of each task, from its first on", unset="all")] = None,
+    batch: Annotated[int, Flag("number of sequences at a time")] = 8,
     num_fewshot: Annotated[int | None, Flag("examples before each question", unset="as each task says")] = None,
-    apply_chat_template: Annotated[bool, Flag("write questions and examples as turns of a chat: for Instruct models")] = False,
+    apply_chat_template: Annotated[bool, Flag("format questions and examples as chat turns, for Instruct models")] = False,
     system_instruction: Annotated[str | None, Flag("system message of every chat")] = None,
     use_cache: Annotated[
         str | None,
-        Flag("keep answers in a file whose name begins so, and go on from it when interrupted", metavar="FILE"),
+        Flag("store answers in a file whose name starts with FILE, and resume from it", metavar="FILE"),
     ] = None,
     json: Json = False,
     loading: Generating,
 ) -> None:
     """Run benchmarks of lm-evaluation-harness (needs lm-eval).
 
-    Its own tasks load their data from Hugging Face's hub; tasks of your own need no network.
+    The harness's tasks load their data from the Hugging Face Hub; your own tasks need no network.
 
       llama-ref evaluate Llama3.2-1B --tasks arc_easy,hellaswag --limit 100
     """

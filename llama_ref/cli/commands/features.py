@@ -26,18 +26,18 @@ Site = Literal[
 def features(
     name: Name,
     dictionary: Annotated[str, Flag("folder or file of a sparse autoencoder or a transcoder")],
-    prompt: Annotated[str | None, Flag("text for the model to read", unset="with --contexts", read=text_word)] = None,
+    prompt: Annotated[str | None, Flag("text for the model to read", unset="none, with --contexts", read=text_word)] = None,
     *,
-    top: Annotated[int, Flag("features to show at each token, or contexts of each feature")] = 5,
+    top: Annotated[int, Flag("number of features to show per token, or of contexts per feature")] = 5,
     feature: Annotated[
         str | None,
-        Flag("whose contexts to find: a number, or several such as 12,345; 3:12 is of layer 3", metavar="N"),
+        Flag("feature to look for: a number, or several such as 12,345; 3:12 is feature 12 of layer 3", metavar="N"),
     ] = None,
     contexts: Annotated[
-        str | None, Flag("find where --feature fires in the texts of this file, one a line", metavar="FILE")
+        str | None, Flag("find where --feature fires in the texts of this file, one per line", metavar="FILE")
     ] = None,
     layer: Annotated[
-        int | None, Flag("layer of the features", unset="as their files say; all of a cross-layer transcoder")
+        int | None, Flag("layer of the features", unset="as their files say; all layers for a cross-layer transcoder")
     ] = None,
     site: Annotated[
         Site | None,
@@ -53,7 +53,7 @@ def features(
     json: Json = False,
     loading: WholeModel,
 ) -> None:
-    """Show which features of a sparse autoencoder fire where.
+    """Show where the features of a sparse autoencoder fire.
 
     Reads Llama Scope, sparsify, Goodfire, dictionary_learning and circuit-tracer files.
 
@@ -86,7 +86,7 @@ def features(
         print_firing(fired, llama.tokenizer, top, as_json=json)
         return
     if isinstance(opened, CrossLayerTranscoder):
-        raise RequestError(f"{dictionary} has features of each layer: say which layer's, such as --feature 3:{numbers[0]}")
+        raise RequestError(f"{dictionary} has features of every layer: choose one layer, such as --feature 3:{numbers[0]}")
     chosen = chosen_features(opened, numbers)
     llama = open_to_study(name, loading)
     texts = [prompt_tokens(llama, text, f"text {i}", special_tokens=special_tokens) for i, text in enumerate(prompts, 1)]
@@ -96,7 +96,7 @@ def features(
 
 
 def _check(prompt: str | None, feature: str | None, contexts: str | None, out: str | None, top: int) -> None:
-    """Raise RequestError for words that do not go together: before a long load."""
+    """Raise RequestError for conflicting arguments, before a long load."""
     if (feature is None) != (contexts is None):
         raise RequestError("--feature and --contexts go together: a feature, and the texts to look for it in")
     if (prompt is None) == (contexts is None):
@@ -108,17 +108,17 @@ def _check(prompt: str | None, feature: str | None, contexts: str | None, out: s
 
 
 def _chosen(word: str, layer: int | None) -> tuple[int | None, list[int]]:
-    """Read --feature: the layer, if it or --layer says one, and the features. Raises RequestError."""
+    """Read --feature: the layer, if it or --layer gives one, and the features. Raises RequestError."""
     layers, numbers = [], []
     for part in word.split(","):
         found = re.fullmatch(r"(?:(\d{1,3}):)?(\d{1,9})", part, re.ASCII)
         if not found:
             raise RequestError(
-                f"--feature is {word!r:.60}, expected a number, or several such as 12,345; of a cross-layer transcoder a layer"
-                " and a number, such as 3:12"
+                f"--feature is {word!r:.60}, expected a number, or several such as 12,345; for a cross-layer transcoder, a"
+                " layer and a number such as 3:12"
             )
         layers.append(layer if found[1] is None else int(found[1]))
         numbers.append(int(found[2]))
     if len({layer, *layers} - {None}) > 1:
-        raise RequestError(f"--feature is {word!r:.60}, of several layers: look for those of one layer at a time")
+        raise RequestError(f"--feature is {word!r:.60}, with features of several layers, expected one layer at a time")
     return layers[0], numbers

@@ -29,21 +29,21 @@ def codes(word: str) -> list[str]:
 def guard(
     name: Annotated[str, Flag("checkpoint folder, or release name such as Llama-Guard-3-1B")],
     text: Annotated[str | None, Flag("user's message", unset="standard input", read=text_word)] = None,
-    answer: Annotated[str | None, Flag("assistant's answer, which is then judged", unset="none", read=text_word)] = None,
+    answer: Annotated[str | None, Flag("assistant's answer, to be judged instead", unset="none", read=text_word)] = None,
     *,
     dialog: Annotated[
         str | None,
-        Flag("judge the last message of this JSON file, a list of messages; - is standard input", metavar="FILE"),
+        Flag("judge the last message in this JSON list of messages; - is standard input", metavar="FILE"),
     ] = None,
     image: Annotated[str | None, Flag("image that the user shows, for the vision guard", metavar="FILE")] = None,
     categories: Annotated[
         str | None,
-        Flag('file with categories of your own, lines "S1: Name" with indented descriptions', metavar="FILE"),
+        Flag('file with your own categories: lines "S1: Name", each with an indented description', metavar="FILE"),
     ] = None,
     exclude: Annotated[
         list[str] | tuple[()], Flag("categories to leave out, such as S6,S14", metavar="CODES", read=codes)
     ] = (),
-    threshold: Annotated[float, Flag("share of P(unsafe) in P(safe) + P(unsafe) from which a message is unsafe")] = 0.5,
+    threshold: Annotated[float, Flag("a message is unsafe if P(unsafe) / (P(safe) + P(unsafe)) is at least this")] = 0.5,
     guard_version: GuardVersion = None,
     show_prompt: Annotated[bool, Flag("print the guard's prompt instead of a verdict; loads no weights")] = False,
     encoding: Encoding = None,
@@ -55,9 +55,9 @@ def guard(
     Is it safe, and if not, which categories does it violate? Exit code 0: safe, 1: unsafe, 3: the model
     answered neither.
 
-    Judged is the user's message, the assistant's answer if there is one, or the last message of a dialog.
-    Texts stay texts: what looks like a special token, a turn or the end of the conversation is defused
-    (docs/guard.md).
+    It judges the user's message, or the assistant's answer if there is one, or the last message of
+    a dialog. Text that looks like a special token, a turn or the end of the conversation has no
+    effect (docs/guard.md).
 
       llama-ref guard Llama-Guard-3-1B "How do I pick a lock?"
       llama-ref guard Llama-Guard-3-8B "How do I pick a lock?" "With a pick."
@@ -79,7 +79,7 @@ def guard(
     prompt = guard_prompt(version, own, exclude)
     check_threshold(threshold)
     messages: Dialog = []
-    if is_first_process():  # torchrun's processes have one standard input
+    if is_first_process():  # torchrun's processes share one standard input
         messages = _messages(text, answer, dialog, image, encoding)
         prompt.check(read_conversation(messages))
         check_images(cast(list[str], images_in(messages)))
@@ -93,13 +93,13 @@ def guard(
     verdict = judge.judge(from_first(llama.job, lambda: messages))
     print_verdict(verdict, judge, as_json=json)
     if verdict.word == "unexpected":
-        sys.stdout.flush()  # the verdict first, where both streams go to one place
-        note(f"the model did not answer as a Llama Guard does: is {name} one, and Llama Guard {version} its version?")
+        sys.stdout.flush()  # the verdict first, if both streams go to the same place
+        note(f"the model did not answer like a Llama Guard: check that {name} is one, and that its version is {version}")
     return EXIT_CODES[verdict.word]
 
 
 def _formatter(folder: "CheckpointFolder", tokenizer_path: str | None) -> "ChatFormat":
-    """A folder's chat format, without its weights."""
+    """Open a folder's chat format without loading weights."""
     from llama_ref.chat import ChatFormat
 
     args = folder.read_args()
@@ -108,11 +108,11 @@ def _formatter(folder: "CheckpointFolder", tokenizer_path: str | None) -> "ChatF
 
 
 def _messages(text: str | None, answer: str | None, dialog: str | None, image: str | None, encoding: str | None) -> "Dialog":
-    """The dialog that the words describe. Raises RequestError."""
+    """Build the dialog from the arguments. Raises RequestError."""
     if dialog is not None:
         if text is not None or image is not None:
             what = "--image" if text is None else "a text"
-            raise RequestError(f"{what} and --dialog are given, expected one of them: messages hold their texts and images")
+            raise RequestError(f"{what} and --dialog are given, expected one of them: a dialog contains its texts and images")
         return _read_dialog(dialog, encoding)
     if text is None:
         text = _read_text(encoding)
@@ -130,7 +130,7 @@ def _read_text(encoding: str | None) -> str:
 
 
 def _read_dialog(file: str, encoding: str | None) -> "Dialog":
-    """The JSON in a file, or in standard input, as it is. Raises RequestError."""
+    """Parse the JSON of a file or of standard input. Raises RequestError."""
     name = "standard input" if file == "-" else file
     text = read_stdin(encoding) if file == "-" else _text_of(file)
     try:

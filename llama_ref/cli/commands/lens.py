@@ -37,8 +37,8 @@ def lens(
 ) -> None:
     """Show what each layer would predict next (the logit lens).
 
-    The output matrix is applied to the residual stream after every layer. With --json, of all
-    points and after every token.
+    The output matrix is applied to the residual stream after every layer. --json also has the
+    points within layers, and every token.
 
       llama-ref lens Llama3.2-1B "The capital of France is" --target " Paris"
     """
@@ -65,7 +65,7 @@ def lens(
     if seen is not None and out is not None:
         write_page(seen, llama, name, out)
     print_lens(found, llama.tokenizer, as_json=json)
-    if seen is not None and png is not None:  # last: without matplotlib all else is done
+    if seen is not None and png is not None:  # last: if matplotlib is missing, everything else is done
         figures.check_pictures(png)
         figures.draw_overview(seen, llama.tokenizer, png)
         note(f"wrote pictures into {png}")

@@ -10,17 +10,17 @@ from llama_ref.cli.outcome import EXIT_BAD
 
 @command(Section.INSPECT)
 def link(
-    name: Annotated[str | None, Flag("show what this release would bring", unset="none", read=not_a_link)] = None,
+    name: Annotated[str | None, Flag("also show this release's files and size", unset="none", read=not_a_link)] = None,
     *,
     file: LinkFile = None,
     link: Link = None,
     allow_host: AllowHost = (),
     json: Json = False,
 ) -> int:
-    """Say what Meta's signed link is good for, without asking its server.
+    """Check Meta's signed link without contacting its server.
 
-    Its host, until when it is good, and which files and how much space a release takes. The link is
-    asked for and not shown. Exit code 0: good, 1: it has ended, 2: it is no such link.
+    Shows its host, when it expires, and which files and how much space a release takes. The command
+    asks for the link and does not show it. Exit code 0: valid, 1: expired, 2: not a signed link.
 
       llama-ref link
       llama-ref link Llama3.2-1B-Instruct --file link.txt

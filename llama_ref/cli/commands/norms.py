@@ -19,7 +19,7 @@ def norms(
 ) -> None:
     """Show how the residual stream grows and turns, layer by layer.
 
-    With --json, at every point and for every token.
+    --json also has the points within layers, and every token.
     """
     from llama_ref.cli.views.study.residual import print_norms
     from llama_ref.study import figures

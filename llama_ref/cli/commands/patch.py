@@ -17,7 +17,7 @@ def patch(
     name: Name,
     clean: Annotated[str, Flag('text that leads to the target: "The capital of France is"')],
     corrupted: Annotated[
-        str | None, Flag('text of as many tokens that does not: "The capital of Italy is"', unset="CLEAN with --noise")
+        str | None, Flag('text with as many tokens that does not: "The capital of Italy is"', unset="CLEAN, with --noise")
     ] = None,
     *,
     target: Annotated[str, Flag(TARGET_HELP)],
@@ -27,7 +27,7 @@ def patch(
     ] = None,
     noise: Annotated[
         str | None,
-        Flag('piece of CLEAN, such as "France", whose embeddings get noise, in place of CORRUPTED (causal tracing)'),
+        Flag('instead of CORRUPTED: piece of CLEAN, such as "France", whose embeddings get noise (causal tracing)'),
     ] = None,
     noise_scale: Annotated[float, Flag("standard deviations of the embedding")] = NOISE_SCALE,
     noise_seeds: Annotated[int, Flag("runs to average")] = NOISE_SEEDS,
@@ -40,11 +40,11 @@ def patch(
     ] = "layer,position",
     by: Annotated[
         Literal["exact", "gradient", "both"],
-        Flag("run every cell, estimate all by a gradient, or both, to compare them"),
+        Flag("run every cell, estimate all cells from a gradient, or do both to compare them"),
     ] = "exact",
     steps: Annotated[
         int | None,
-        Flag("gradients between the two texts to average for an estimate", unset="one, at the corrupted text"),
+        Flag("number of gradients between the two texts to average for an estimate", unset="one, at the corrupted text"),
     ] = None,
     out: Out = None,
     png: Png = None,
@@ -55,8 +55,8 @@ def patch(
     """Find where a model tells two texts apart (activation patching).
 
     Runs the corrupted text with activations from the clean one, one cell of a grid at a time. With
-    --by gradient all cells are estimated at once (attribution patching). With --out, the page of
-    `lens --out` about the clean text has the grids too.
+    --by gradient all cells are estimated at once (attribution patching). --out writes the page of
+    `lens --out` about the clean text, with the grids.
 
       llama-ref patch Llama3.2-1B "Paris is in" --noise Paris --target " France"
     """
@@ -72,7 +72,7 @@ def patch(
     from llama_ref.study.subject import positions_of
 
     if corrupted is None and noise is None:
-        raise RequestError("missing CORRUPTED or --noise: what is the clean text to be compared with?")
+        raise RequestError("missing CORRUPTED or --noise: give what to compare the clean text with")
     if corrupted is not None and noise is not None:
         raise RequestError("unexpected --noise beside CORRUPTED: take one of the two")
     if noise is None and (noise_scale, noise_seeds) != (NOISE_SCALE, NOISE_SEEDS):
@@ -80,7 +80,7 @@ def patch(
     axes = check_over(over)
     path_shares(steps)
     if steps is not None and by == "exact":
-        raise RequestError("--steps is given, but --by is exact: take --by gradient or --by both")
+        raise RequestError("--steps is given, but --by is exact: use --by gradient or --by both")
     for flag, given in (("--png", png), ("--out", out)):
         if given is not None and axes == "layer×position×head":
             raise RequestError(f"{flag} draws grids of two axes, but --over is {over}")

@@ -11,25 +11,25 @@ from llama_ref.cli.options import Json, Name, Scoring
 @command(Section.EVALUATE)
 def perplexity(
     name: Name,
-    file: Annotated[list[str], Flag("text in UTF-8 to score; may be several", read=json_module.loads, many=True)],
+    file: Annotated[list[str], Flag("UTF-8 text file to score; several may be given", read=json_module.loads, many=True)],
     *,
     convention: Annotated[
         Literal["hf", "llama.cpp"],
-        Flag("which tokens are scored: as in Hugging Face's guide (overlapping windows), or as by llama.cpp"),
+        Flag("which tokens are scored: as in Hugging Face's guide (overlapping windows), or as in llama.cpp"),
     ] = "hf",
-    context: Annotated[int | None, Flag("tokens of a window", unset="2048; 512 for llama.cpp")] = None,
-    stride: Annotated[int | None, Flag("tokens between the beginnings of windows", unset="512")] = None,
+    context: Annotated[int | None, Flag("tokens per window", unset="2048; 512 for llama.cpp")] = None,
+    stride: Annotated[int | None, Flag("tokens from the start of one window to the start of the next", unset="512")] = None,
     against: Annotated[
         str | None,
-        Flag("also measure these: other checkpoints, or int8, int4, int4:group=N for NAME rounded so", metavar="NAME,..."),
+        Flag("also measure other checkpoints, or NAME quantized to int8, int4 or int4:group=N", metavar="NAME,..."),
     ] = None,
     json: Json = False,
     loading: Scoring,
 ) -> None:
     """Measure how well a model predicts texts: perplexity, bits per byte.
 
-    Perplexities compare only within one tokenizer, convention, window and stride; bits per byte
-    also between tokenizers. Lower is better.
+    Perplexities are comparable only with the same tokenizer, convention, window and stride; bits
+    per byte also across tokenizers. Lower is better.
 
       llama-ref perplexity Llama3.2-1B book.txt --against int8,int4
     """
@@ -48,7 +48,7 @@ def perplexity(
     found: list[Measured] = []
     for model in models:
         llama = load(model.name, replace(loading, quantize=model.quantize))
-        for text in texts:  # before the first is scored, which takes long
+        for text in texts:  # check all of them before scoring one, which takes long
             measuring.windows_of(llama, text, cut)
         for text in texts:
             with progress_bar("scoring") as progress:

@@ -11,7 +11,7 @@ from llama_ref.cli.outcome import EXIT_BAD
 def plan(
     name: Annotated[str, Flag("release name such as Llama3.1-70B, downloaded or not; or a folder")],
     *,
-    gpu_memory: Annotated[float, Flag("GB of one card as sold, such as 16, 24 or 80")] = 80.0,
+    gpu_memory: Annotated[float, Flag("memory of one GPU in GB, as sold, such as 16, 24 or 80")] = 80.0,
     max_seq_len: MaxSeqLen = 8192,
     max_batch_size: Annotated[int, Flag("number of sequences at a time")] = 4,
     quantize: Quantize = None,
@@ -27,10 +27,11 @@ def plan(
 ) -> int:
     """Show how many GPUs a model needs, and how to start it.
 
-    Also says what takes their memory. Exit code 0: it fits, 1: it fits on no number of these GPUs.
+    Also shows what uses their memory. Exit code 0: it fits, 1: it does not fit on any number of
+    these GPUs.
 
-    Some memory of a card is not available: with ECC a T4 has 15 of its 16 GB, an A10 or L4 22.4 of
-    its 24.
+    Part of a card's memory is not available: with ECC, a T4 has 15 of its 16 GB, an A10 or L4 22.4
+    of its 24.
     """
     from llama_ref.cli.views.plan import print_plan
     from llama_ref.plan import Workload, find_model

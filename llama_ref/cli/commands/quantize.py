@@ -14,7 +14,7 @@ def quantize(
     to: Annotated[
         str,
         Flag(
-            "int8, int4, or int4:group=N with N = 32, 64, 128 or 256 weights to a scale",
+            "int8, int4, or int4:group=N with N = 32, 64, 128 or 256 weights per scale",
             metavar="SCHEME",
         ),
     ],
@@ -28,7 +28,7 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint to int8 or int4 and save it.
 
-    The new folder loads without rounding again, and takes less disk and memory.
+    The new folder loads without quantizing again, and takes less disk space and memory.
     """
     from llama_ref.checkpoint.quantized_writer import quantize_folder
     from llama_ref.cli.terminal import byte_bar, check_one_writer, print_path

@@ -16,20 +16,20 @@ def saliency(
     prompt: Prompt,
     *,
     target: Annotated[str | None, Flag(TARGET_HELP, unset="the likeliest next one")] = None,
-    other: Annotated[str | None, Flag("token to compare with: shares of the logit difference")] = None,
-    answer: Annotated[str | None, Flag("whole answer, in place of a token: shares of its tokens' mean")] = None,
+    other: Annotated[str | None, Flag("token to compare with; shares are then of the logit difference")] = None,
+    answer: Annotated[str | None, Flag("whole answer instead of one token; shares are then of its tokens' mean")] = None,
     method: Annotated[
         Literal["integrated", "gradient_x_input", "gradient"],
         Flag("integrated gradients, the gradient times the embedding, or its length"),
     ] = "integrated",
     of: Annotated[
         Literal["logit", "log_probability"] | None,
-        Flag("what is shared out", unset="logit; log_probability of an answer"),
+        Flag("value to split into shares", unset="logit; log_probability with --answer"),
     ] = None,
-    steps: Annotated[int | None, Flag("gradients between baseline and text", unset="32")] = None,
+    steps: Annotated[int | None, Flag("number of gradients between baseline and text", unset="32")] = None,
     baseline: Annotated[
         Literal["mean", "zero"] | None,
-        Flag("embedding from which tokens are moved: the mean of all, or zero", unset="mean"),
+        Flag("embedding to start from: the mean of all embeddings, or zero", unset="mean"),
     ] = None,
     out: Out = None,
     png: Png = None,
@@ -39,8 +39,8 @@ def saliency(
 ) -> None:
     """Show which tokens of a prompt made a prediction (gradients).
 
-    Begin-of-text stays what it is and has no share. With --out, the page of `lens --out` has the
-    shares too.
+    The begin-of-text token is left as it is and has no share. --out writes the page of `lens --out`
+    with the shares.
 
       llama-ref saliency Llama3.2-1B "The capital of France is" --target " Paris"
     """
@@ -53,9 +53,9 @@ def saliency(
     from llama_ref.study.saliency import saliency as measure
 
     if answer is not None and (target is not None or other is not None):
-        raise RequestError("--answer is given, and --target or --other: take one of them")
+        raise RequestError("--answer is given with --target or --other, expected --answer alone")
     if method != "integrated" and (steps is not None or baseline is not None):
-        raise RequestError(f"--method is {method}, but --steps and --baseline are of integrated gradients: leave them out")
+        raise RequestError(f"--method is {method}, but --steps and --baseline are only for integrated: leave them out")
     steps = check_steps(32 if steps is None else steps)
     check_not_empty(answer=answer)
     check_outputs(out, png)

@@ -23,7 +23,7 @@ def spectra(
 ) -> None:
     """Show each weight matrix's effective rank or quantization error.
 
-    With --json, all singular values.
+    --json has all singular values.
     """
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.weights import print_errors, print_spectra

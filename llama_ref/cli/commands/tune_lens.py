@@ -10,7 +10,7 @@ from llama_ref.cli.studying import open_to_study
 @command(Section.STUDY)
 def tune_lens(
     name: Name,
-    file: Annotated[str, Flag("text in UTF-8 to fit to")],
+    file: Annotated[str, Flag("UTF-8 text file to fit the lens to")],
     *,
     to: Annotated[str, Flag("folder to write", metavar="FOLDER")],
     context: Annotated[int, Flag("tokens of the windows that the text is cut into")] = 512,
@@ -25,8 +25,8 @@ def tune_lens(
 ) -> None:
     """Fit a tuned lens, which `lens --tuned` reads.
 
-    A matrix for each layer learns to translate its residual stream into the last layer's terms.
-    Ctrl-C saves what was learned until then.
+    For each layer, an affine map learns to translate the residual stream into that of the last
+    layer. Ctrl-C saves what has been learned so far.
 
       llama-ref tune_lens Llama3.2-1B book.txt --to 1B-lens
     """

@@ -26,9 +26,9 @@ def verify(
 ) -> int:
     """Check that a checkpoint is complete and undamaged.
 
-    Names each damaged or missing file, the reason, and what to do. Exit code 0: complete, 1: not,
-    2: no files to check, or a model that is not supported, 3: nothing is wrong, but there is no
-    checksum to compare some file with.
+    Names each damaged or missing file, the reason, and what to do. Exit code 0: complete,
+    1: damaged or incomplete, 2: no files to check, or a model that is not supported, 3: no damage
+    found, but some file has no checksum to compare with.
     """
     from llama_ref.checkpoint import integrity
     from llama_ref.checkpoint.folder import checkpoints_root, find_folder, list_folders

@@ -2,7 +2,7 @@
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `llama-ref` with these arguments (default: those of the process); return the exit code."""
+    """Run `llama-ref` with these arguments (default: the process's); return the exit code."""
     import sys
 
     from llama_ref.cli.interrupt import exit_on_interrupt

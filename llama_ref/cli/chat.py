@@ -21,7 +21,7 @@ from llama_ref.session import Session
 
 COMMANDS = ("/image", "/result", "/system", "/reset", "/save", "/load", "/exit", "/help")
 HELP = """/image FILE   show an image with the next message (vision releases)
-/result TEXT  what a tool gave that the model called, one for each call
+/result TEXT  give the result of a tool that the model called, once per call
 /system TEXT  reset the conversation, with this system prompt (without TEXT: none)
 /reset        reset the conversation, with the same system prompt
 /save FILE    write the conversation to a JSON file
@@ -34,8 +34,9 @@ INTERRUPTED = "\n(/exit or Ctrl-D leaves)"
 def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
     """Read lines, answer them, follow /commands, until /exit or the end of input.
 
-    Prompts only at a terminal; through a pipe only answers go to stdout. Of several processes rank 0
-    reads for all. `options` are `Llama.stream`'s. A `gate` holds back what is unsafe.
+    Shows a prompt only at a terminal; through a pipe, only answers go to stdout. With several
+    processes, rank 0 reads for all. `options` are those of `Llama.stream`. A `gate` holds back
+    unsafe messages.
     """
     interactive = sys.stdin.isatty()
     if interactive:
@@ -56,7 +57,7 @@ def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
                     note(_command(session, line, images, results))
                     continue
                 if gate is not None:
-                    raise RequestError("a tool's results cannot be judged: continue without --guard")
+                    raise RequestError("a tool's results cannot be judged: start again without --guard")
                 hint = _answer(session, session.say_results(*_used_up(results), **options), interactive)
             else:
                 results.clear()
@@ -70,7 +71,7 @@ def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
             hinted = hinted or bool(hint)
         except RequestError as error:
             note(str(error))
-        except KeyboardInterrupt:  # before an answer has begun, or after it
+        except KeyboardInterrupt:  # before or after an answer
             if not interactive:
                 raise
             note(INTERRUPTED)
@@ -79,8 +80,8 @@ def chat(session: Session, options: dict, gate: Gate | None = None) -> None:
 def _lines(prompt: str, job: Job) -> Iterator[str]:
     """Yield lines of input; a backslash at the end joins the next one.
 
-    Ctrl-C at the prompt discards the line, and so does a line that is not text. Without a prompt
-    nobody is typing, and both end the program.
+    At a prompt, Ctrl-C discards the line, and a line that is not text is discarded too. Without a
+    prompt, input comes through a pipe, and both end the program.
     """
     typed = ""
     while True:
@@ -112,13 +113,13 @@ def _lines(prompt: str, job: Job) -> Iterator[str]:
 
 
 def _line(prompt: str) -> str:
-    """One line of input. Raises EOFError, or RequestError for a line that is not text."""
+    """Read one line of input. Raises EOFError, or RequestError for a line that is not text."""
     with readable():
         return checked(input(prompt)).removesuffix("\r")  # Windows ends lines with \r\n
 
 
 def _used_up(items: list[str]) -> list[str]:
-    """The items, of which none is left; those of a message that is refused are dropped too."""
+    """Empty a list and return its items, so that even a rejected message uses them up."""
     taken, items[:] = list(items), []
     return taken
 
@@ -141,7 +142,7 @@ def _answer(session: Session, stream: Stream, interactive: bool) -> str | None:
 
 
 def _judged_answer(gate: Gate, text: str, images: list[str], options: dict, interactive: bool) -> str | None:
-    """Like `_answer`, but the question is judged before it is asked, and the whole answer before it is shown."""
+    """Like `_answer`, but judge the question before asking it, and the answer before showing it."""
     try:
         verdict = gate.question(text, images)
         if not verdict.is_safe:
@@ -152,7 +153,7 @@ def _judged_answer(gate: Gate, text: str, images: list[str], options: dict, inte
     except KeyboardInterrupt:
         if not interactive:
             raise
-        note("\n[interrupted, nothing is kept of this turn]")
+        note("\n[interrupted, this turn is discarded]")
         return None
     if judged is None or judged.is_safe:
         print(timing.stream.text, flush=True)
@@ -163,7 +164,7 @@ def _judged_answer(gate: Gate, text: str, images: list[str], options: dict, inte
 
 
 def call_line(call: ToolCall) -> str:
-    """A tool call in a line."""
+    """Format a tool call as one line."""
     arguments = call["arguments"]
     named = arguments.items() if isinstance(arguments, dict) else []
     shown = ", ".join(f"{name}={value!r}" for name, value in named)
@@ -171,29 +172,29 @@ def call_line(call: ToolCall) -> str:
 
 
 def _completes_results(session: Session, line: str, results: list[str]) -> bool:
-    """Take in a /result; whether each call of the last answer has one. Raises RequestError if there was no call."""
+    """Record a /result; return whether all calls have one. Raises RequestError without calls."""
     command, _, rest = line.partition(" ")
     if command != "/result":
         return False
     n_calls = len(session.tool_calls)
     if not n_calls:
-        raise RequestError("the last answer calls no tool: /result answers calls")
+        raise RequestError("the last answer calls no tool, so /result has nothing to answer")
     results.append(rest)
     return len(results) == n_calls
 
 
 def _as_pasted(path: str) -> str:
-    """A path as typed; if no such file exists, without the quotes and backslashes that terminals add."""
+    """Return a path as typed; if no such file exists, without a terminal's quotes and backslashes."""
     try:
         return path if Path(path).expanduser().exists() else " ".join(shlex.split(path))
-    except (OSError, ValueError, RuntimeError):  # no path, a quote without its other half, an unknown home directory
+    except (OSError, ValueError, RuntimeError):  # invalid path, unclosed quote, unknown home
         return path
 
 
 def _command(session: Session, line: str, images: list[str], results: list[str]) -> str:
-    """Run a /command and return a line about it. Raises RequestError for what cannot be done.
+    """Run a /command and return a line about it. Raises RequestError if it fails.
 
-    `images` are those of the next message, `results` those of the last answer's calls so far.
+    `images` are for the next message; `results` are those given so far for the last answer's calls.
     """
     command, _, rest = line.partition(" ")
     rest = rest.strip()

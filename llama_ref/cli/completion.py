@@ -1,6 +1,6 @@
-"""Shell completion, generated from what commands declare.
+"""Shell completion scripts, generated from the commands' parameters.
 
-Scripts are static: pressing Tab starts no Python.
+The scripts are static: pressing Tab does not start Python.
 """
 
 import re
@@ -94,7 +94,7 @@ end
 
 
 def bash_script(commands: Commands) -> str:
-    """Completion for bash."""
+    """Return the completion script for bash."""
     values, flags, arguments = [], [], []
     for name, command in commands.items():
         for each in command.parameters.values():
@@ -105,7 +105,7 @@ def bash_script(commands: Commands) -> str:
         flags.append(f"            \"{name} -\"*) words='{' '.join(words)}' ;;")
         first = _first_argument(command)
         if first is not None:
-            # Not in `words`: compgen would run commands in a folder's name.
+            # Not in `words`: compgen -W would execute $(…) in a folder's name.
             given = f"words='{' '.join(first.choices)}'" if first.choices else f"names=$({LIST_CHECKPOINTS})"
             arguments.append(f'            "{name} "*) {given} ;;')
     return BASH.format(
@@ -117,7 +117,7 @@ def bash_script(commands: Commands) -> str:
 
 
 def zsh_script(commands: Commands) -> str:
-    """Completion for zsh."""
+    """Return the completion script for zsh."""
     listed = [f"        {shlex.quote(f'{n}:{each.summary}')}" for n, each in commands.items()]
     cases = []
     for name, command in commands.items():
@@ -141,7 +141,7 @@ def zsh_script(commands: Commands) -> str:
 
 
 def fish_script(commands: Commands) -> str:
-    """Completion for fish."""
+    """Return the completion script for fish."""
     lines = [FISH]
     for flag, text in PROGRAM_FLAGS.items():
         lines.append(_fish("__llama_ref_first", f"-l {flag.lstrip('-')}", text))
@@ -182,7 +182,7 @@ def _forms(parameter: Parameter) -> list[str]:
 
 
 def _named_flags(parameter: Parameter) -> Iterator[tuple[str, str]]:
-    """Long flags of a parameter with their help; "--no-x" too if a switch is not off by default."""
+    """Yield a parameter's long flags with their help; "--no-x" unless a switch is off by default."""
     yield f"--{parameter.name}", parameter.flag.help
     if parameter.is_switch and parameter.default is not False:
         yield f"--no-{parameter.name}", f"not: {parameter.flag.help}"

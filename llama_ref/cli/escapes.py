@@ -1,8 +1,7 @@
-"""Standard output and error on a terminal: what is printed there sends no commands to it.
+"""Escape control characters on terminals, so that printed text cannot send commands to them.
 
-Names of files, error messages and the text that a model writes may hold any character. Instead of
-every place that prints one, the streams themselves escape control characters. Pipes and files get
-all characters as they are.
+File names, error messages and generated text may contain any character. The streams do the
+escaping, so that code that prints does not have to. Pipes and files get all characters unchanged.
 """
 
 import os
@@ -14,7 +13,7 @@ from llama_ref.formatting import escape_controls
 
 
 class TerminalStream:
-    """A terminal's stream that escapes control characters, and otherwise behaves like the stream itself."""
+    """A terminal's stream that escapes control characters and otherwise behaves the same."""
 
     def __init__(self, stream: TextIO):
         self.unescaped = stream
@@ -32,17 +31,17 @@ class TerminalStream:
 
 
 def escape_on_terminals() -> None:
-    """Let standard output and error escape control characters where they are terminals."""
+    """Make standard output and error escape control characters if they are terminals."""
     sys.stdout, sys.stderr = _escaping(sys.stdout), _escaping(sys.stderr)
 
 
 def unescaped(stream: TextIO) -> TextIO:
-    """The stream for text that was escaped before, with commands of our own, such as colors."""
+    """Return the underlying stream, for text that is already escaped and has our own colors."""
     return stream.unescaped if isinstance(stream, TerminalStream) else stream
 
 
 def _escaping(stream: TextIO) -> TextIO:
     if isinstance(stream, TerminalStream) or not stream.isatty():
         return stream
-    os.environ.setdefault("PYTHON_COLORS", "0")  # those of a traceback would be escaped as well
+    os.environ.setdefault("PYTHON_COLORS", "0")  # a traceback's colors would be escaped too
     return cast(TextIO, TerminalStream(stream))

@@ -1,4 +1,4 @@
-"""How a command declares its arguments and flags: by the annotations of one function.
+"""Declare a command's arguments and flags by the annotations of one function.
 
     @command(Section.RUN)
     def complete(
@@ -51,12 +51,12 @@ class Section(Enum):
 
 @dataclass(frozen=True)
 class Flag:
-    """What an annotation cannot say about an argument or flag.
+    """Help text and parsing options of an argument or flag, in its annotation.
 
-    `unset` says in the help what a default of None means. `aliases` are accepted besides the
-    choices. `read` turns the word into a value where the type alone does not say how. A flag that may
-    be given `many` times, and a last argument that takes many words, reads a JSON list of its words;
-    of any other the last one counts.
+    `unset` describes a default of None in the help. `aliases` are accepted besides the choices.
+    `read` parses the word if the type alone does not say how. With `many`, a flag may be given
+    several times, or the last argument takes several words, and `read` gets a JSON list of these
+    words; otherwise the last occurrence of a flag wins.
     """
 
     help: str
@@ -91,12 +91,12 @@ class Parameter:
 
     @property
     def label(self) -> str:
-        """Its name in messages: "NAME", "--top_p"."""
+        """The name in messages: "NAME", "--top_p"."""
         return self.name.upper() if self.positional else f"--{self.name}"
 
     @property
     def metavar(self) -> str:
-        """The help's placeholder for its value."""
+        """The placeholder for the value in the help."""
         return self.flag.metavar or "|".join(self.choices) or TYPE_NAMES.get(self.kind, "VALUE")
 
     def read(self, word: str) -> Any:
@@ -110,7 +110,7 @@ class Parameter:
         return self._read_number(word) if self.kind in EXPECTED else word
 
     def joined(self, before: str | None, word: str) -> str:
-        """What stands for this word and those `before` of the same flag."""
+        """Add a word to those `before` of the same flag: a JSON list if `many`, else the word."""
         return json.dumps([*json.loads(before or "[]"), word]) if self.flag.many else word
 
     def _read_choice(self, word: str) -> str:
@@ -134,7 +134,7 @@ class Parameter:
             return None
         value = DefaultParseValue(word)
         if type(value) is int or (type(value) is float and self.kind is float):
-            with contextlib.suppress(OverflowError):  # an integer beyond all floats
+            with contextlib.suppress(OverflowError):  # an integer too large for a float
                 return self.kind(value)
         or_none = " or none" if self.optional else ""
         raise RequestError(f"{self.label} is {word!r:.60}, expected {EXPECTED[self.kind]}{or_none}")
@@ -142,14 +142,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Command:
-    """A function that a command line can call, with what its annotations say."""
+    """A function that the command line can call, with its parameters as declared."""
 
     function: Callable[..., int | None]
     section: Section
 
     @property
     def summary(self) -> str:
-        """First sentence of the docstring, as one line without the period."""
+        """The docstring's first paragraph, as one line without the period."""
         return " ".join(self._paragraphs[0].split()).removesuffix(".")
 
     @property
@@ -163,7 +163,7 @@ class Command:
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
-        """Arguments and flags by name, those of shared groups included."""
+        """Arguments and flags by name, including those of shared groups."""
         found = {}
         for name, (parameter, hint) in self._annotated.items():
             if is_dataclass(hint):
@@ -186,7 +186,7 @@ class Command:
         return found
 
     def call(self, values: Mapping[str, Any]) -> int | None:
-        """Call the function with values by parameter; others get their default."""
+        """Call the function with values by parameter name; others get their defaults."""
         values = {n: values.get(n, each.default) for n, each in self.parameters.items()}
         arguments = {}
         for name, (_, hint) in self._annotated.items():
@@ -198,7 +198,7 @@ class Command:
 
     @cached_property
     def _annotated(self) -> dict[str, tuple[inspect.Parameter, Any]]:
-        # Not of the function itself: Python 3.10 would put Optional around hints whose default is None.
+        # On Python 3.10, get_type_hints(function) adds Optional where the default is None.
         bare = types.SimpleNamespace(__annotations__=self.function.__annotations__)
         hints = get_type_hints(bare, self.function.__globals__, include_extras=True)
         signature = inspect.signature(self.function)
@@ -208,12 +208,12 @@ class Command:
 def command(
     section: Section = Section.OTHER,
 ) -> Callable[[Callable[..., int | None]], Command]:
-    """Make a function a command; a script's `main` needs no section."""
+    """Decorate a function as a command; a script's `main` needs no section."""
     return lambda function: Command(function, section)
 
 
 def _docstring(documented: Any) -> str:
-    """The docstring of a function or class; from its source under `python -OO`, which drops it."""
+    """Return a docstring; read from the source under `python -OO`, which strips it."""
     if sys.flags.optimize < 2:
         return inspect.getdoc(documented) or ""
     try:

@@ -1,4 +1,4 @@
-"""Shared by `guard` and `chat --guard`: which guard a folder holds, and the flags that say so."""
+"""Shared by `guard` and `chat --guard`: --guard_version, and loading a guard."""
 
 import os
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 GuardVersion = Annotated[
     Literal["2", "3-1B", "3-8B", "3-11B"] | None,
-    Flag("the Llama Guard whose prompt is written", unset="told by the folder's name and shape"),
+    Flag("version of Llama Guard whose prompt to use", unset="detected from the folder's name and shape"),
 ]
 
 
 def told_version(folder: "CheckpointFolder", given: str | None) -> "Version":
-    """The version that is given, or that of the folder. Raises RequestError where it cannot be told."""
+    """Return the given guard version, or detect the folder's. Raises RequestError if unknown."""
     from llama_ref.guard.versions import find_version, version_of
 
     return version_of(folder.read_args(), folder.name) if given is None else find_version(given)

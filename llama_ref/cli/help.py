@@ -1,4 +1,4 @@
-"""Help texts, generated from what commands declare."""
+"""Help texts, generated from the commands' parameters."""
 
 import shutil
 import textwrap
@@ -12,7 +12,7 @@ LONGEST_NAME = 26  # columns of a flag with its value; a longer one has its help
 
 
 def program_help(commands: Mapping[str, Command], program: str) -> str:
-    """All commands with their summaries, by section."""
+    """Return the help that lists all commands with their summaries, by section."""
     lines = [
         "Llama 3 checkpoints as Meta ships them: check, convert, run and study them.",
         "",
@@ -39,7 +39,7 @@ def program_help(commands: Mapping[str, Command], program: str) -> str:
 
 
 def command_help(chosen: Command, program: str) -> str:
-    """A command's summary, usage, arguments, and flags with types, choices and defaults."""
+    """Return a command's help: summary, usage, arguments and flags, with choices and defaults."""
     parameters = list(chosen.parameters.values())
     arguments = [each for each in parameters if each.positional]
     flags = [each for each in parameters if not each.positional]
@@ -68,7 +68,7 @@ def command_help(chosen: Command, program: str) -> str:
 
 
 def version() -> str:
-    """Versions of this package, of PyTorch (without importing it) and of Python."""
+    """Return the versions of this package, of PyTorch (without importing it) and of Python."""
     import platform
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed

@@ -1,10 +1,11 @@
-"""Ctrl-C while a command line starts and ends: the process ends at once, with exit code 130.
+"""Ctrl-C while a command starts or ends: exit at once, with code 130.
 
-Imports take half a second, and seconds with PyTorch. A KeyboardInterrupt there would be a traceback,
-or be swallowed by what is imported; and nothing can be lost yet. Between start and end, inside
-`interruptible`, Ctrl-C raises KeyboardInterrupt as always, but not while PyTorch is imported.
+Imports take half a second, and several seconds with PyTorch. A KeyboardInterrupt during an import
+would print a traceback or be swallowed by the imported module, and there is nothing to clean up
+yet. Inside `interruptible`, Ctrl-C raises KeyboardInterrupt as usual, except while PyTorch is being
+imported.
 
-A script calls `exit_on_interrupt` before its other imports, so this module imports next to nothing.
+A script calls `exit_on_interrupt` before its other imports, so this module imports very little.
 """
 
 import os
@@ -20,17 +21,17 @@ SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 
 
 def exit_on_interrupt() -> None:
-    """Let Ctrl-C end this process from now on, with a newline and without cleaning up.
+    """From now on, make Ctrl-C end this process with a newline and without cleanup.
 
-    Changes nothing where Python would not raise KeyboardInterrupt: in a background job, which
-    ignores Ctrl-C, under a caller's own handler, and in other threads than the first.
+    Does nothing where Python would not raise KeyboardInterrupt: in a background job, which ignores
+    Ctrl-C, if the caller has set a handler, and in threads other than the main thread.
     """
     _replace(signal.default_int_handler, _exit)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt, so that what is under way is cleaned up."""
+    """Let Ctrl-C raise KeyboardInterrupt in this context, so that running code can clean up."""
     replaced = _replace(_exit, _interrupt)
     try:
         yield
@@ -40,8 +41,8 @@ def interruptible() -> Iterator[None]:
 
 
 def _exit(number: int, frame: types.FrameType | None) -> None:
-    code, line = EXIT_INTERRUPTED, "\n"  # behind the ^C that a terminal shows
-    if thread_limit.is_reached():  # OpenBLAS, which numpy loads, raises SIGINT then
+    code, line = EXIT_INTERRUPTED, "\n"  # after the ^C that a terminal shows
+    if thread_limit.is_reached():  # then OpenBLAS, which numpy loads, raises SIGINT
         code, line = 1, f"llama-ref: {thread_limit.MESSAGE}\n"
     try:
         os.write(2, f"{SHOW_CURSOR if os.isatty(2) else ''}{line}".encode())
@@ -56,7 +57,7 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
 
 
 def _imports_torch(frame: types.FrameType | None) -> bool:
-    """Whether PyTorch's first import is under way."""
+    """Whether PyTorch is being imported for the first time."""
     while frame is not None:
         if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
             return True
@@ -65,11 +66,11 @@ def _imports_torch(frame: types.FrameType | None) -> bool:
 
 
 def _replace(handler: object, new: "signal._HANDLER") -> bool:
-    """Set another handler if this one is set; whether it was."""
+    """Install the handler `new` if the current one is `handler`; return whether it did."""
     if signal.getsignal(signal.SIGINT) is not handler:
         return False
     try:
         signal.signal(signal.SIGINT, new)
-    except ValueError:  # only the first thread may
+    except ValueError:  # only the main thread may
         return False
     return True

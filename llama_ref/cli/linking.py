@@ -1,4 +1,4 @@
-"""Shared by `link` and `download`: how Meta's signed link is given, without showing or keeping it."""
+"""Shared by `link` and `download`: read Meta's signed link without showing or storing it."""
 
 import getpass
 import os
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from llama_ref.download.link import SignedLink
 
 VARIABLE = "LLAMA_REF_LINK"
-LINK_LIMIT_BYTES = 1 << 16  # a link has 700
-WAYS = f"a terminal (it is asked for), --file FILE or the environment variable {VARIABLE}"
+LINK_LIMIT_BYTES = 1 << 16  # a link has about 700
+WAYS = f"at the prompt in a terminal, with --file FILE, or in the environment variable {VARIABLE}"
 
 
 def not_a_link(word: str) -> str:
     """Read a release's name or a file. Raises RequestError for the link itself, without showing it."""
     if "://" in word or "Policy=" in word:
         raise RequestError(
-            f"that is the link itself, which the shell's history now keeps: remove it there, and give the link by {WAYS}"
+            f"this is the link itself, which the shell's history now keeps: remove it there, and give the link {WAYS}"
         )
     return word
 
@@ -33,18 +33,18 @@ LinkFile = Annotated[
     Flag(
         "file that holds the signed link; - is standard input",
         metavar="FILE",
-        unset=f"${VARIABLE}, or it is asked for",
+        unset=f"${VARIABLE}, or a prompt",
         read=not_a_link,
     ),
 ]
 Link = Annotated[
     str | None,
-    Flag("the link itself, in quotes; the shell's history keeps it, and others see it in the list of processes", metavar="URL"),
+    Flag("the link itself, in quotes; the shell's history keeps it, and other users see it in the process list", metavar="URL"),
 ]
 AllowHost = Annotated[
     list[str] | tuple[()],
     Flag(
-        "host besides Meta's that may be asked, such as a mirror; may be given several times",
+        "also allow this host besides Meta's, such as a mirror; may be given several times",
         metavar="HOST[:PORT]",
         read=lambda words: _hosts(words),
         many=True,
@@ -53,13 +53,13 @@ AllowHost = Annotated[
 
 
 def read_link(file: str | None, link: str | None, allowed_hosts: Collection[str]) -> "SignedLink":
-    """The signed link from a flag, a file, the environment or a person. Raises RequestError."""
+    """Read the signed link from flag, file, environment or prompt. Raises RequestError."""
     from llama_ref.download.link import parse_link
 
     if file is not None and link is not None:
         raise RequestError("--file and --link are given, expected one of them")
     if link is not None:
-        note("the shell's history keeps this link: remove it there, and next time give it by --file or at the prompt")
+        note("the shell's history keeps this link: remove it there, and next time give it with --file or at the prompt")
         return parse_link(link, allowed_hosts)
     return parse_link(_text(file), allowed_hosts)
 
@@ -72,7 +72,7 @@ def _text(file: str | None) -> str:
     if value := os.environ.get(VARIABLE):
         return value
     if not sys.stdin.isatty():
-        raise RequestError(f"missing the signed link: give it by {WAYS}")
+        raise RequestError(f"missing the signed link: give it {WAYS}")
     return getpass.getpass("Meta's signed link (it is not shown): ", stream=sys.stderr)
 
 
@@ -84,11 +84,11 @@ def _text_of(file: str) -> str:
 
 
 def _hosts(words: str) -> list[str]:
-    """Read hosts. Raises RequestError for what has more than a name and a port."""
+    """Read host names. Raises RequestError for anything but a name and a port."""
     import json
 
     hosts = [word.lower() for word in json.loads(words)]
     for host in hosts:
         if not host or any(sign in host for sign in "/?@* "):
-            raise RequestError(f"--allow_host is {host[:40]!r}, expected a host's name, with :PORT if it is unusual")
+            raise RequestError(f"--allow_host is {host[:40]!r}, expected HOST or HOST:PORT")
     return hosts

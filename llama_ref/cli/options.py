@@ -1,4 +1,4 @@
-"""Arguments and flags that several commands share, and a model loaded by them."""
+"""Arguments and flags that several commands share, and loading a model with them."""
 
 import json
 from collections.abc import Sequence
@@ -42,8 +42,8 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Quantize = Annotated[
     str | None,
     Flag(
-        "round the weights to 8 or 4 bits while reading them: int8, int4, or int4:group=N with "
-        "N = 32, 64, 128 or 256 weights to a scale",
+        "quantize the weights to 8 or 4 bits while reading them: int8, int4, or int4:group=N with "
+        "N = 32, 64, 128 or 256 weights per scale",
         short="q",
         metavar="SCHEME",
         unset="weights as stored",
@@ -52,7 +52,7 @@ Quantize = Annotated[
 Activations = Annotated[
     Literal["reference", "full"] | None,
     Flag(
-        "arithmetic of Meta's int4 and fp8 releases: round the inputs of their matrices as Meta's code does, or not",
+        "for Meta's int4 and fp8 releases: round the inputs of matrices as Meta's code does (reference), or not (full)",
         unset="reference",
     ),
 ]
@@ -62,12 +62,12 @@ Verify = Annotated[
 ]
 InMemory = Annotated[
     bool,
-    Flag("copy the weights into memory instead of mapping the files, which may then change or go"),
+    Flag("copy the weights into memory instead of mapping the files, which can then be changed or deleted"),
 ]
 Compile = Annotated[bool, Flag("compile the decode step: faster decoding after some seconds of compiling")]
 PipelineParallelSize = Annotated[int, Flag("number of pipeline stages under torchrun; the rest is tensor parallel")]
-Seed = Annotated[int | None, Flag("random seed for sampling, or none for a fresh one each time")]
-MaxSeqLen = Annotated[int, Flag("longest prompt and answer together, in tokens")]
+Seed = Annotated[int | None, Flag("random seed for sampling, or none for a new one each time")]
+MaxSeqLen = Annotated[int, Flag("maximum length of prompt and answer together, in tokens")]
 TokenizerPath = Annotated[
     str | None,
     Flag("another tokenizer.model", metavar="FILE", unset="the folder's own"),
@@ -93,7 +93,7 @@ def thread_count(word: str) -> int | None:
 Threads = Annotated[
     int | None,
     Flag(
-        "CPU threads to compute with; fewer than cores are faster beside other busy programs",
+        "number of CPU threads; fewer than the cores are faster beside other busy programs",
         metavar="INT",
         unset="as PyTorch chooses",
         read=thread_count,
@@ -198,7 +198,7 @@ class Sampling:
     stop: Annotated[
         str | list[str] | tuple[()],
         Flag(
-            "end before this text, or before any of a JSON list of texts",
+            "stop before this text, or before any of a JSON list of texts",
             metavar="TEXT",
             read=text_or_list,
         ),
@@ -209,7 +209,7 @@ class Sampling:
 
 
 def check_images(images: Sequence[str]) -> None:
-    """Raise RequestError for a file that is no image: before a model is loaded."""
+    """Raise RequestError for a file that is not an image, before a model is loaded."""
     from llama_ref.images import open_image
 
     for image in images:
@@ -217,7 +217,7 @@ def check_images(images: Sequence[str]) -> None:
 
 
 def build(name: str, sampling: Sampling, loading: Loading) -> "Llama":
-    """Load a model to generate with. Raises RequestError for bad sampling before it loads."""
+    """Load a model to generate with. First raises RequestError for invalid sampling options."""
     from llama_ref.generation import check_stream_options
 
     check_stream_options(**asdict(sampling))
@@ -234,7 +234,7 @@ def load(name: str, options: Weights, max_batch_size: int = 32) -> "Llama":
 
 
 def build_arguments(options: Weights) -> dict[str, Any]:
-    """Use the threads of these options, and return the others, which are arguments of `Llama.build`."""
+    """Apply --threads, and return the other options as arguments of `Llama.build`."""
     from llama_ref.device import use_threads
 
     arguments = asdict(options)

@@ -1,4 +1,4 @@
-"""How a command line ends: its streams, what it logs, its exit code, and errors in one line."""
+"""Standard streams, logging, exit codes and one-line errors of a command line."""
 
 import errno
 import logging
@@ -13,13 +13,13 @@ from llama_ref.cli.interrupt import EXIT_INTERRUPTED, interruptible
 from llama_ref.errors import FolderNotFound, LlamaRefError, RequestError
 from llama_ref.machine import thread_limit
 
-EXIT_BAD, EXIT_MISUSE, EXIT_CLOSED_PIPE = 1, 2, 141  # verify also has 3
+EXIT_BAD, EXIT_MISUSE, EXIT_CLOSED_PIPE = 1, 2, 141  # verify and guard also have 3
 
 
 def guarded(action: Callable[[], int | None]) -> int:
     """Run an action and return its exit code (None: 0); report an error in one line.
 
-    0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader of the output has gone.
+    0 success, 1 failure, 2 misuse, 130 interrupted, 141 the reader of the output closed the pipe.
     """
     try:
         with interruptible():
@@ -40,7 +40,7 @@ def guarded(action: Callable[[], int | None]) -> int:
             raise
         return report_error(known, EXIT_BAD)
     except KeyboardInterrupt:
-        if thread_limit.is_reached():  # OpenBLAS, which numpy loads, raises SIGINT then
+        if thread_limit.is_reached():  # then OpenBLAS, which numpy loads, raises SIGINT
             return report_error(LlamaRefError(thread_limit.MESSAGE), EXIT_BAD)
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -49,7 +49,7 @@ def guarded(action: Callable[[], int | None]) -> int:
 
 
 def _drop_what_cannot_be_written() -> None:
-    """Send what standard output still holds to /dev/null if it takes no more: else the flush at exit would fail again."""
+    """If stdout cannot be written, send its buffer to /dev/null: the flush at exit would fail."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -57,9 +57,9 @@ def _drop_what_cannot_be_written() -> None:
 
 
 def _known_os_error(error: OSError) -> Exception:
-    """Explain a full disk under standard output, and a process that cannot be started.
+    """Explain a full disk behind standard output, and a reached thread limit.
 
-    Other errors name their file themselves.
+    Other errors already name their file.
     """
     if thread_limit.caused(error):
         return LlamaRefError(thread_limit.MESSAGE)
@@ -69,7 +69,7 @@ def _known_os_error(error: OSError) -> Exception:
 
 
 def _known_failure(error: RuntimeError) -> LlamaRefError | None:
-    """What Python's or torch's own error means to a user, where it is not a bug."""
+    """Explain an error of Python or PyTorch to the user; None if it is a bug."""
     if thread_limit.caused(error):
         return LlamaRefError(thread_limit.MESSAGE)
     from llama_ref.device import is_out_of_memory
@@ -87,15 +87,15 @@ def _known_failure(error: RuntimeError) -> LlamaRefError | None:
 
 
 def configure_stdio(silent: bool = False) -> None:
-    """Make stdio tolerant: replace what cannot be encoded; open /dev/null for closed streams.
+    """Make stdio tolerant: replace unencodable characters; open /dev/null for closed streams.
 
-    A shell closes a stream with `>&-`. `silent` sends standard output to /dev/null as well. On
-    terminals control characters are escaped.
+    A shell closes a stream with `>&-`. `silent` sends standard output to /dev/null, too. On
+    terminals, control characters are escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None or (silent and name == "stdout"):
-            # Stays open as long as the process.
+            # Stays open until the process ends.
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -104,9 +104,9 @@ def configure_stdio(silent: bool = False) -> None:
 
 @contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Show what the package logs, INFO and above, as plain lines on stderr.
+    """Show the package's log records, INFO and above, as plain lines on stderr.
 
-    A library user sees nothing at INFO: only a command line enters this. A level that the caller
+    Only command lines use this: users of the library see no INFO records. A level that the caller
     has set on the logger "llama_ref" is kept.
     """
     logger = logging.getLogger("llama_ref")
@@ -122,10 +122,10 @@ def log_to_stderr() -> Iterator[None]:
 
 
 class _NoteHandler(logging.Handler):
-    """Writes records by `terminal.note`: once for all processes of a job, above a progress bar.
+    """Writes records with `terminal.note`: once for all processes of a job, above a progress bar.
 
-    Any rank may say whom a job waits for and which process it has lost (parallel/peers.py). A
-    critical record is the error that ends a process, so a job reports it once too.
+    Every rank writes records with `any_rank`: which process a job waits for, or has lost
+    (parallel/peers.py). A critical record is the error that ends a process; a job reports one.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -147,17 +147,17 @@ def report_error(error: Exception, code: int) -> int:
     from llama_ref.formatting import hide_queries, printable
 
     if _is_first_to_report():
-        lines = hide_queries(f"llama-ref: {error}").split("\n")  # a link by mistake may be in it
+        lines = hide_queries(f"llama-ref: {error}").split("\n")  # it may contain a link by mistake
         # A file's name may contain terminal escapes.
         print(*map(printable, lines), sep="\n", file=sys.stderr)
     return code
 
 
 def _is_first_to_report() -> bool:
-    """Whether no other process of the torchrun job has reported: one message is enough.
+    """Whether no other process of the torchrun job has reported an error: one message is enough.
 
-    Torchrun names a file for every process to report errors in, below a folder of this attempt at
-    the job.
+    Torchrun gives each process the name of an error file, below a folder for this attempt at the
+    job.
     """
     own_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not own_file:

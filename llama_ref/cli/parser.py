@@ -1,9 +1,10 @@
-"""From the words of a command line to the call of a command.
+"""Parse a command line and call its command.
 
-Words are read as Python Fire reads them, which people know from Meta's scripts: `--top_p 0.9`,
-`--top-p=0.9`, `--echo`, `--noecho`, an argument by position or by name. What Fire would guess is
-decided before it sees the words: a short flag is one that the command declares, a text stays a
-text, a switch takes no value from the next word, and a mistyped word is an error with a suggestion.
+The syntax is that of Python Fire, which people know from Meta's scripts: `--top_p 0.9`,
+`--top-p=0.9`, `--echo`, `--noecho`, an argument by position or by name. Where Fire would guess,
+this module decides before it calls Fire: only declared short flags exist, a text is not parsed as a
+Python literal, a switch takes the next word only if that is True or False, and a mistyped flag is
+an error with a suggestion.
 """
 
 import inspect
@@ -41,11 +42,11 @@ HELP_FLAGS = ("--help", "-h", "-help")
 
 
 def run(main: Command, argv: list[str] | None = None) -> int:
-    """Run a script's only command with these words (default: the process's own).
+    """Run a script's only command with these arguments (default: those of the process).
 
-    Returns the exit code: 0 fine, 1 something is bad, 2 misuse, 130 interrupted, 141 the reader of
-    the output has gone. Errors that a user can do something about are one line on stderr; only bugs
-    leave a traceback.
+    Returns the exit code: 0 success, 1 failure, 2 misuse, 130 interrupted, 141 the reader of the
+    output closed the pipe. Errors that a user can do something about are one line on stderr; only
+    bugs print a traceback.
     """
     if argv is None:
         exit_on_interrupt()
@@ -54,19 +55,19 @@ def run(main: Command, argv: list[str] | None = None) -> int:
 
 
 def run_guarded(action: Callable[[], int | None]) -> int:
-    """Do what a command line asks for, with stdio, logging and errors set up; see `run`."""
+    """Run an action with stdio, logging and errors set up; return the exit code (see `run`)."""
     from llama_ref.cli.terminal import is_first_process
 
     configure_stdio(silent=not is_first_process())
     with log_to_stderr():
         code = guarded(action)
-        if "llama_ref.parallel.job" in sys.modules:  # else there is no job to end, no torch to import
+        if "llama_ref.parallel.job" in sys.modules:  # else no job to end: do not import torch
             sys.modules["llama_ref.parallel.job"].end_process(code)
     return code
 
 
 def run_command(chosen: Command, words: list[str], program: str) -> int | None:
-    """Show a command's help or call it; its exit code. Raises RequestError for misuse."""
+    """Show a command's help, or call it; return its exit code. Raises RequestError for misuse."""
     from llama_ref.cli.help import command_help
 
     if wants_help(words):
@@ -77,19 +78,19 @@ def run_command(chosen: Command, words: list[str], program: str) -> int | None:
     except RequestError as error:
         name = str(error).partition(" is ")[0]
         if name in chosen.parameters and not chosen.parameters[name].positional:
-            error.args = (f"--{error}",)  # the library names its argument, a command line its flag
+            error.args = (f"--{error}",)  # the library's message names the argument, not the flag
         raise
 
 
 def wants_help(words: list[str]) -> bool:
-    """Whether a flag asks for help. Fire's own form counts too: `-- --help`."""
+    """Whether a flag asks for help. Fire's form, `-- --help`, counts too."""
     before, after = _split_at_dashes(words)
     return any(word in HELP_FLAGS for word in before) or after in (["--help"], ["-h"])
 
 
 def parse(chosen: Command, words: list[str], program: str) -> dict[str, Any]:
-    """Values by parameter's name, of those that the words give. Raises RequestError."""
-    import fire  # only now: help and `list` need none of it
+    """Parse words into values by parameter name, for the parameters given. Raises RequestError."""
+    import fire  # only now: help does not need it
     from fire.decorators import SetParseFns
 
     found = _assign(chosen, words, program)
@@ -107,13 +108,13 @@ def parse(chosen: Command, words: list[str], program: str) -> dict[str, Any]:
 
 
 def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
-    """Words before and after the first `--`, after which no word is a flag."""
+    """Split words at the first `--`, after which no word is a flag."""
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
 
 
 def _assign(chosen: Command, words: list[str], program: str) -> dict[str, str]:
-    """Assign every word to a parameter: (name, word) as typed. Raises RequestError."""
+    """Assign every word to a parameter; return the words by parameter name. Raises RequestError."""
     before, loose = _split_at_dashes(words)
     found: dict[str, str] = {}
     texts: list[str] = []
@@ -142,7 +143,7 @@ def _assign(chosen: Command, words: list[str], program: str) -> dict[str, str]:
 
 
 def _form(flag: str, parameter: Parameter, waiting: list[str]) -> str:
-    """How a flag with a value is written."""
+    """Show how to write a flag with a value."""
     form = f"{flag} {parameter.metavar}"
     if not waiting:
         return form
@@ -150,9 +151,9 @@ def _form(flag: str, parameter: Parameter, waiting: list[str]) -> str:
 
 
 def _assign_texts(chosen: Command, texts: list[str], found: dict[str, str], program: str) -> None:
-    """Assign words that are not flags to the arguments, in order; check that none is missing.
+    """Assign words that are not flags to the arguments, in order; check that nothing is missing.
 
-    A last argument that may be given many times takes all that are left.
+    A last argument with `many` takes all remaining words.
     """
     arguments = [each for each in chosen.parameters.values() if each.positional]
     free = [each for each in arguments if each.name not in found]
@@ -160,7 +161,7 @@ def _assign_texts(chosen: Command, texts: list[str], found: dict[str, str], prog
         own = len(free) - 1
         texts = [*texts[:own], *([json.dumps(texts[own:])] if texts[own:] else [])]
     if len(texts) > len(free):
-        hint = "; a text of several words goes into quotes" if arguments else ""
+        hint = "; put a text of several words in quotes" if arguments else ""
         hint = "; flags go before --" if _is_flag(texts[len(free)]) else hint
         raise RequestError(f"unexpected argument {texts[len(free)]!r:.60}{hint}{_see(program)}")
     found |= {each.name: text for each, text in zip(free, texts, strict=False)}
@@ -181,7 +182,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _find(chosen: Command, flag: str, program: str) -> tuple[Parameter, str | None]:
-    """Find the parameter that a flag names, and the value that "no" in front gives it."""
+    """Find a flag's parameter, and "False" if the flag denies it with "no", else None."""
     name = flag.lstrip("-").replace("-", "_")
     if name in chosen.shorts:
         return chosen.shorts[name], None
@@ -192,8 +193,8 @@ def _find(chosen: Command, flag: str, program: str) -> tuple[Parameter, str | No
         if denied is not None and denied.is_switch:
             return denied, "False"
     guess = did_you_mean(name, chosen.parameters, "--")
-    if not guess and sum(each.positional for each in chosen.parameters.values()) > 1:  # a name, and a text
-        guess = "; a text that begins with a dash goes last, after --"
+    if not guess and sum(each.positional for each in chosen.parameters.values()) > 1:  # a name and a text
+        guess = "; put a text that begins with a dash last, after --"
     raise RequestError(f"unknown flag {flag}{guess}{_see(program)}")
 
 

@@ -1,4 +1,4 @@
-"""`--steer`: add a control vector to what a model computes, while it generates."""
+"""`--steer`: add a control vector to a model's residual stream during generation."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ MOST_LAYERS = 10_000
 
 @contextmanager
 def steering(llama: "Llama", word: str | None) -> Iterator[None]:
-    """Steer a model in the block, by the word of the flag. Raises RequestError, CheckpointError."""
+    """Inside this context, steer a model as --steer says. Raises RequestError, CheckpointError."""
     if word is None:
         yield
         return
@@ -34,7 +34,7 @@ def steering(llama: "Llama", word: str | None) -> Iterator[None]:
 
 
 def parse(word: str) -> tuple[str, float, list[int] | None]:
-    """(file, scale, layers or None for those of the file) of FILE:SCALE@LAYERS. Raises RequestError."""
+    """Parse FILE:SCALE@LAYERS; layers None means all in the file. Raises RequestError."""
     found = WORD.fullmatch(word)
     if found is None:
         raise RequestError(f"--steer is {word!r:.60}, expected FILE, FILE:SCALE or FILE:SCALE@LAYERS, as in v.gguf:0.8@10-20")
@@ -43,8 +43,8 @@ def parse(word: str) -> tuple[str, float, list[int] | None]:
 
 
 def _range(word: str, part: str) -> range:
-    """The layers of 7 or 10-20."""
+    """Parse one layer or a range, such as 7 or 10-20."""
     ends = [int(end[:9]) for end in part.split("-")]
     if len(ends) > 2 or ends[-1] < ends[0] or ends[-1] > MOST_LAYERS:
-        raise RequestError(f"--steer has the layers {part!r:.40} in {word!r:.60}, expected such as 7 or 10-20")
+        raise RequestError(f"--steer has the layers {part!r:.40} in {word!r:.60}, expected a number or a range such as 10-20")
     return range(ends[0], ends[-1] + 1)

@@ -1,4 +1,4 @@
-"""Shared by the study commands: loading, checks, tokens."""
+"""Shared by the study commands: loading a model, checking options, finding tokens."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 Prompt = Annotated[str, Flag("text for the model to read", read=text_word)]
 ImageFlag = Annotated[
-    str | None, Flag("show this image before the text, or where --special_tokens finds <|image|>", metavar="FILE")
+    str | None, Flag("show this image before the text, or at its <|image|> with --special_tokens", metavar="FILE")
 ]
 Out = Annotated[str | None, Flag("write an HTML page with tokens, layers, attention, attribution", metavar="FILE")]
 TARGET_HELP = 'token with its leading space, such as " Paris"'
 
 
 def open_to_study(name: str, options: WholeModel, **texts: str | None) -> "Llama":
-    """Load a model in this process alone.
+    """Load a model in a single process.
 
     Raises RequestError for an empty text, or where torchrun started several processes.
     """
@@ -35,7 +35,7 @@ def open_to_study(name: str, options: WholeModel, **texts: str | None) -> "Llama
 
 
 def check_image(args: "ModelArgs", image: str) -> None:
-    """Raise RequestError for a model that reads no images, or a file that is none: before a long load."""
+    """Raise RequestError for a model without vision or an unreadable image, before a long load."""
     from llama_ref.chat import NO_IMAGES
     from llama_ref.images import load_tiles
 
@@ -45,9 +45,9 @@ def check_image(args: "ModelArgs", image: str) -> None:
 
 
 def check_outputs(out: str | None = None, png: str | None = None) -> None:
-    """Raise RequestError if a report or pictures cannot be written: before a long load.
+    """Raise RequestError if a report or pictures cannot be written, before a long load.
 
-    A report needs no matplotlib: with one, whoever draws the pictures finds it missing.
+    With a report, missing matplotlib is no reason to stop here: it is reported when drawing starts.
     """
     from llama_ref.study.figures import check_folder, check_pictures
     from llama_ref.study.report.writer import check_report
@@ -61,10 +61,10 @@ def check_outputs(out: str | None = None, png: str | None = None) -> None:
 
 
 def first_token(llama: "Llama", name: str, text: str, prompt: list[int], image: str | None = None) -> int:
-    """Return the id of a text's first token, which may follow the prompt.
+    """Return the id of the first token of a text that may follow the prompt.
 
-    Says so if there are more tokens, or if the model expects the text with a leading space, or
-    without it.
+    Prints a note if there are more tokens, or if the model finds the text likelier with (or
+    without) a leading space.
     """
     from llama_ref.cli.terminal import note
     from llama_ref.cli.views.study.shared import percent
@@ -78,7 +78,7 @@ def first_token(llama: "Llama", name: str, text: str, prompt: list[int], image: 
     if other:
         given, meant = (json.dumps(each, ensure_ascii=False) for each in (text, other.text))
         note(
-            f"--{name} is {given}, whose first token has {percent(other.given_probability)}; that of"
+            f"--{name} is {given}, whose first token has probability {percent(other.given_probability)}; that of"
             f" {meant} has {percent(other.probability)}: did you mean --{name} {meant}?"
         )
     return token
@@ -92,7 +92,7 @@ def overview_of(
     image: str | None = None,
     lens: "Lens | None" = None,
 ) -> "Overview":
-    """Measure what a page shows, with a progress bar."""
+    """Measure the contents of an HTML page, with a progress bar."""
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.study.overview import overview
 
@@ -111,7 +111,7 @@ def overview_of(
 
 
 def write_page(seen: "Overview", llama: "Llama", name: str, out: str) -> None:
-    """Write the page of a model that was named so, and say where it is."""
+    """Write the HTML page and print its path; `name` is the model's on the command line."""
     from llama_ref.checkpoint.folder import find_folder
     from llama_ref.checkpoint.spelling import model_name
     from llama_ref.cli.terminal import note
@@ -122,5 +122,5 @@ def write_page(seen: "Overview", llama: "Llama", name: str, out: str) -> None:
 
 
 def text_ids(llama: "Llama") -> list[int]:
-    """Ids of all tokens but the special ones, from which random tokens are drawn."""
+    """Return the ids of all tokens except special ones, to draw random tokens from."""
     return sorted(llama.tokenizer.vocabulary.ranks.values())

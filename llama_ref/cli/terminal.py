@@ -1,6 +1,6 @@
-"""How commands write to a terminal, a pipe or a file: tables, notes, progress bars.
+"""Write to a terminal, a pipe or a file: tables, notes, progress bars.
 
-rich is imported only when something is drawn with it: `--help` does not wait for it.
+rich is imported only to draw something: `--help` does not wait for it.
 """
 
 import os
@@ -22,14 +22,14 @@ WIDE = 160  # columns of a table that goes into a pipe or file
 
 
 def print_rich(renderable: "RenderableType") -> None:
-    """Print a table or text. Names in it are neither markup nor commands to the terminal."""
+    """Print a table or text. Names in it are not read as markup or as terminal commands."""
     from rich.text import Text
 
     output_console().print_safely(renderable, soft_wrap=isinstance(renderable, Text))
 
 
 def output_console() -> "SafeConsole":
-    """A console of standard output. A pipe's width is unknown: there, no line is broken to fit one."""
+    """Return a console on standard output; a wide one for a pipe or file, which has no width."""
     from llama_ref.cli.console import SafeConsole
 
     console = SafeConsole()
@@ -39,7 +39,7 @@ def output_console() -> "SafeConsole":
 
 
 def print_path(path: Path) -> None:
-    """Print the place of what was written; in a pipe byte for byte, for scripts."""
+    """Print the path of what was written; to a pipe byte for byte, for scripts."""
     if sys.stdout.isatty() or not hasattr(sys.stdout, "buffer"):
         print(path)
         return
@@ -48,7 +48,7 @@ def print_path(path: Path) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is rank 0 of torchrun's processes: the one that prints."""
+    """Whether this is rank 0 of torchrun's processes, which is the one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -81,7 +81,7 @@ def progress_bar(description: str, *columns: "ProgressColumn") -> Iterator[Calla
 
 @contextmanager
 def live_progress(*columns: "ProgressColumn") -> Iterator["Progress"]:
-    """Show rich's progress on stderr, where other lines are printed above it."""
+    """Show rich's progress bars on stderr, below other printed lines."""
     from rich.progress import Progress
 
     from llama_ref.cli.console import SafeConsole
@@ -90,7 +90,7 @@ def live_progress(*columns: "ProgressColumn") -> Iterator["Progress"]:
     console = SafeConsole(stderr=True)
     disable = not (console.is_terminal and is_first_process())
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
-        if not disable:  # rich has put streams of its own before ours, which would let colors pass
+        if not disable:  # rich wraps the streams in its own, which would let colors through
             escape_on_terminals()
         yield progress
 

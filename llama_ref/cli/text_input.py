@@ -1,4 +1,4 @@
-"""Text from outside as text: standard input in UTF-8 or a named encoding, words of a command line."""
+"""Decode text from standard input, in UTF-8 or a given encoding, and from the command line."""
 
 import re
 import sys
@@ -13,14 +13,14 @@ BYTE_ORDER_MARK = "\ufeff"
 INVALID_BYTE = re.compile("[\udc80-\udcff]")  # as `surrogateescape` decodes it
 UTF_16_MARKS = ("\udcff\udcfe", "\udcfe\udcff")  # the byte-order marks, decoded as UTF-8
 EXAMPLES = "such as cp949 (Korean Windows), cp1252 or utf-16"
-OTHER = f"give the text's own with --encoding, {EXAMPLES}"
+OTHER = f"give the text's encoding with --encoding, {EXAMPLES}"
 
 
 def known_encoding(name: str) -> str:
-    """The name of an encoding. Raises RequestError if Python knows none of that name."""
+    """Check the name of an encoding. Raises RequestError if Python does not know it."""
     try:
         b"x".decode(name, "replace")
-    except LookupError:  # unknown, or not of text (such as hex)
+    except LookupError:  # unknown, or not a text encoding (such as hex)
         raise RequestError(f"--encoding is {name!r:.60}, expected an encoding {EXAMPLES}") from None
     return name
 
@@ -37,19 +37,19 @@ Encoding = Annotated[
 
 
 def decode_stdin(encoding: str | None) -> None:
-    """Decode standard input by `encoding`, a terminal's by default as the system says.
+    """Set the encoding of standard input; the default is UTF-8, or a terminal's own.
 
-    Bytes that are no text in it become lone surrogates, which `checked` rejects.
+    Invalid bytes become lone surrogates, which `checked` rejects.
     """
     if not hasattr(sys.stdin, "reconfigure"):
-        return  # a stream that holds text
+        return  # a stream of text, such as StringIO
     if encoding is None:
         encoding = sys.stdin.encoding if sys.stdin.isatty() else "utf-8"
     sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
 
 
 def read_stdin(encoding: str | None = None) -> str:
-    """All of standard input. Raises RequestError if it is not text."""
+    """Read all of standard input. Raises RequestError if it is not text."""
     decode_stdin(encoding)
     with readable():
         return checked(sys.stdin.read())
@@ -57,7 +57,7 @@ def read_stdin(encoding: str | None = None) -> str:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Turn a decoder's error into a RequestError: not all encodings keep bytes as surrogates."""
+    """Turn a decoder's error into a RequestError: not all decoders support `surrogateescape`."""
     try:
         yield
     except UnicodeError as error:
@@ -65,9 +65,9 @@ def readable() -> Iterator[None]:
 
 
 def checked(text: str) -> str:
-    """Text from standard input without a byte-order mark. Raises RequestError if it is not text."""
+    """Remove a byte-order mark from a text from stdin. Raises RequestError if it is not text."""
     if text.startswith(UTF_16_MARKS) or "\0" in text:
-        raise RequestError("standard input is UTF-16 or no text at all: give --encoding utf-16 if it is that")
+        raise RequestError("standard input is UTF-16 or not text at all: for UTF-16, give --encoding utf-16")
     invalid = INVALID_BYTE.search(text)
     if invalid:
         before = text[: invalid.start()][-20:]
@@ -78,7 +78,7 @@ def checked(text: str) -> str:
 
 
 def text_word(word: str) -> str:
-    """A word of the command line that is a text. Raises RequestError if it is not UTF-8."""
+    """Check a text on the command line. Raises RequestError if it is not UTF-8."""
     if INVALID_BYTE.search(word):
         raise RequestError(f"{word!a:.60} is not UTF-8: set the terminal to UTF-8, or pipe the text in with --encoding")
     return word

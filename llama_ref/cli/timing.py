@@ -1,4 +1,4 @@
-"""How fast a text is generated."""
+"""Measure how fast a text is generated."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from llama_ref.machine.busy import OtherPrograms
 
 
 class Timing:
-    """Passes a stream's text through, and then tells its speed."""
+    """Passes a stream's text through and measures its speed, which `str` formats."""
 
     def __init__(self, stream: Stream):
         self.stream = stream
@@ -28,7 +28,7 @@ class Timing:
         self.end = time.perf_counter()
 
     def hint(self, device: torch.device) -> str | None:
-        """For a person at a terminal: what to do if other programs slowed this text; else None."""
+        """Return advice if other programs slowed this down, on a CPU and at a terminal; else None."""
         is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if device.type != "cpu" or not is_alone or not sys.stderr.isatty():
             return None
@@ -36,7 +36,7 @@ class Timing:
         return hint and f"({hint})"
 
     def __str__(self) -> str:
-        """The time to the first token is the prompt's; the rate counts the tokens after it."""
+        """Format the counts and speed; the rate counts the tokens after the first."""
         made, asked = len(self.stream.tokens), len(self.stream.row.prompt)
         words = [f"[{asked} tokens in"]
         if self.first:

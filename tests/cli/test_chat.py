@@ -61,7 +61,7 @@ def test_calls_are_shown_and_results_typed(shallow, monkeypatch, capsys):
     assert out.splitlines()[-1] == "It is 5."
     told = [line for line in err.splitlines() if "tokens in" not in line and "not trained" not in line]
     assert told[:4] == [
-        "the last answer calls no tool: /result answers calls",
+        "the last answer calls no tool, so /result has nothing to answer",
         "[call: add(a=2, text='\\x1b[1m')]",
         "[call: mul(), which was not offered]",
         "1 of 2 results",
@@ -278,7 +278,7 @@ def test_at_a_terminal_ctrl_c_drops_a_guarded_turn(demo_folder, tmp_path, shorte
         while "nothing is kept" not in shown:  # the key may come before the line has been taken
             terminal.type("Write a long story about a whale.\n")
             terminal.wait_for(r"whale\.\s")
-            shown = terminal.wait_for(r"(nothing is kept of this turn\]|Ctrl-D leaves\))\s+> ", pressing="\x03")
+            shown = terminal.wait_for(r"(this turn is discarded\]|Ctrl-D leaves\))\s+> ", pressing="\x03")
         terminal.type(f"/save {tmp_path / 'talk.json'}\n")
         terminal.wait_for(r"saved 2 messages[^>]*\s> ")
         terminal.type("\x04")

@@ -123,7 +123,7 @@ def test_misuse(run, tmp_path):
         (("download", NAME, *file, "--only", "nothing"), "has no file 'nothing'"),
         (("download", NAME, *file, "--jobs", "0"), "jobs is 0"),
         (("download", NAME, "--file", tmp_path / "none"), "cannot read the link"),
-        (("download", NAME, *file, "--allow_host", "https://x"), "expected a host's name"),
+        (("download", NAME, *file, "--allow_host", "https://x"), "expected HOST or HOST:PORT"),
     ):
         code, out, err = run(*words)
         assert code == 2 and out == "" and said in err, (words, err)

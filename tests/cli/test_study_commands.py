@@ -344,7 +344,7 @@ def test_of_a_target_of_several_tokens_the_first_is_taken(run, tiny):
 def test_a_missing_space_is_told(run, demo_folder, words, said):
     command, *rest = words
     code, _, err = run(command, str(demo_folder), *rest)
-    line = r'--{0} is "{2}", whose first token has \S+; that of "{1}" has [678]\d%: did you mean --{0} "{1}"\?\n'
+    line = r'--{0} is "{2}", whose first token has probability \S+; that of "{1}" has [678]\d%: did you mean --{0} "{1}"\?\n'
     lines = [line.format(name, *spellings) for name, spellings in said.items()]
     assert code == 0 and re.fullmatch("".join(lines), err)
 

@@ -41,11 +41,15 @@ def test_text_is_read_in_its_encoding(pipe, data, encoding, text):
 @pytest.mark.parametrize(
     ("data", "encoding", "message"),
     [
-        (b"caf\xe9!", None, "not UTF-8: there is a byte 0xe9 after 'caf'; give the text's own with --encoding, such as cp949"),
+        (
+            b"caf\xe9!",
+            None,
+            "not UTF-8: there is a byte 0xe9 after 'caf'; give the text's encoding with --encoding, such as cp949",
+        ),
         ("안녕".encode("cp949"), None, "not UTF-8"),
         ("hi".encode("utf-16"), None, "give --encoding utf-16"),
         ("hi".encode("utf-16-be"), None, "give --encoding utf-16"),
-        (b"\x7fELF\0\1", None, "no text at all"),
+        (b"\x7fELF\0\1", None, "not text at all"),
         (b"\xff\xfeh", "utf-16", "not utf-16: .* truncated data"),
         (b"\xff\xff", "cp949", "not CP949: there is a byte 0xff"),
     ],

@@ -39,7 +39,7 @@ def chat(
     never executed: type a tool's result after /result.
 
     With --guard, an answer is shown only after all of it has been judged. Messages that are held
-    back do not stay in the conversation. The guard is loaded with the model's options, and both need
+    back do not stay in the conversation. The guard is loaded with the model's options; both need
     memory.
 
       llama-ref chat Llama3.2-1B-Instruct --system "Answer in Korean."
@@ -74,7 +74,7 @@ def _read_tools(file: str) -> "ToolSet":
     from llama_ref.tools.toolset import ToolSet
 
     if not file:
-        raise RequestError("--tools is empty, expected a JSON file")
+        raise RequestError("cannot read the tools in an empty name: --tools needs a JSON file")
     with named_in_request(file, "the tools") as path:
         tools = read_json(path, TOOLS_LIMIT_BYTES, "a list of tools")
     return ToolSet.from_tools(tools)

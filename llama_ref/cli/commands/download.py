@@ -26,9 +26,9 @@ def download(
     """Download a release with the signed link from Meta's form.
 
     Writes to ~/.llama/checkpoints, where `list` looks. An interrupted download resumes where it
-    stopped, even with a new link. Every file's checksum is compared with the release's checklist.chk.
-    The command asks for the link, and never shows, logs or stores it. Exit code 0: all files are
-    whole, 1: some are not, 2: misuse, 3: the checklist lacks some file.
+    stopped, even with a new link. Every file's checksum is compared with the release's
+    checklist.chk. The command asks for the link, and never shows, logs or stores it. Exit code
+    0: all files are whole, 1: some are not, 2: misuse, 3: the checklist lacks some file.
 
       llama-ref download Llama3.2-1B-Instruct
       llama-ref download Llama3.1-8B --file link.txt --only tokenizer.model

@@ -108,7 +108,7 @@ def _check(prompt: str | None, feature: str | None, contexts: str | None, out: s
 
 
 def _chosen(word: str, layer: int | None) -> tuple[int | None, list[int]]:
-    """Read --feature: the layer, if it or --layer gives one, and the features. Raises RequestError."""
+    """Read --feature: its layer (or that of --layer), and the features. Raises RequestError."""
     layers, numbers = [], []
     for part in word.split(","):
         found = re.fullmatch(r"(?:(\d{1,3}):)?(\d{1,9})", part, re.ASCII)

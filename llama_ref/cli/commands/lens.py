@@ -65,7 +65,7 @@ def lens(
     if seen is not None and out is not None:
         write_page(seen, llama, name, out)
     print_lens(found, llama.tokenizer, as_json=json)
-    if seen is not None and png is not None:  # last: if matplotlib is missing, everything else is done
+    if seen is not None and png is not None:  # last: matplotlib may be missing
         figures.check_pictures(png)
         figures.draw_overview(seen, llama.tokenizer, png)
         note(f"wrote pictures into {png}")

@@ -105,7 +105,7 @@ def test_noise_on_a_piece_of_the_text_takes_the_place_of_another_text(run, tiny,
     words = ("patch", tiny, "the cat", "--noise", "cat", "--target", "s", "--noise_seeds", "2", "--dtype", "float32")
     code, out, err = run(*words, "--by", "both", "--out", str(page))
     assert (code, err) == (0, f"wrote {page}: open it in a browser\n")
-    assert "with noise on c@5, a@6, t@7: 3 deviations of the embedding, mean of 2 runs" in out
+    assert "with noise on c@5, a@6, t@7: 3 standard deviations of the embedding, mean of 2 runs" in out
     assert '"patched":{"exact":[[' in page.read_text(encoding="utf-8")
     found = parsed(run(*words, "--json")[1])
     assert found["noise"] == {"positions": [5, 6, 7], "scale": 3.0, "seeds": [0, 1]}

@@ -1,1 +1,1 @@
-"""What the commands print: one file per command; those of the study in a folder."""
+"""What the commands print: one file per command; those of the study commands are in a folder."""

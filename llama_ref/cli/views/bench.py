@@ -92,14 +92,14 @@ def _long_table(results: list[LongResult]) -> Table:
 
 def _foot(report: Report) -> list[str]:
     context = (
-        "Context: one sequence after so many tokens, whose keys and values are random numbers. Growth: share of the memory"
-        " bandwidth that the extra K/V bytes need, in the extra time over the shortest context."
+        "Context: tokens before the decoded ones; their keys and values are random numbers. Growth: share of the memory"
+        " bandwidth that reads the additional K/V bytes in the additional time over the shortest context."
     )
     return [
-        "Tokens/s: of all sequences together; in parentheses the slowest and fastest round. Ratios: by round. First s: seconds"
+        "Tokens/s: all sequences together; in parentheses, the slowest and fastest round. Ratios: per round. First s: seconds"
         " to the first token. Matmul: share of the prefill's time that its matrix products take alone. MB/token: weights, keys"
-        " and values that a token reads. Bandwidth: share of the memory bandwidth that this needs. Memory: the peak, mapped"
-        " files included.",
+        " and values read per token. Bandwidth: share of the memory bandwidth that this uses. Memory: the peak, including"
+        " mapped files.",
         *([context] if report.long_results else []),
         *(f"note: {note}" for note in report.notes),
         f"to repeat: {report.command}",

@@ -20,7 +20,7 @@ from llama_ref.progress import FileProgress
 
 
 def print_link(link: SignedLink, release: Release | None, *, as_json: bool) -> None:
-    """Print a link's host and date, and what a release would bring: never the link."""
+    """Print a link's host and expiry, and a release's files and size, but never the link."""
     if as_json:
         print(json.dumps(_link_as_json(link, release), indent=2))
         return
@@ -54,7 +54,7 @@ def _link_as_json(link: SignedLink, release: Release | None) -> dict:
 
 
 def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
-    """Print what `verify` says of the folder, and on stderr how much was fetched."""
+    """Print the folder's `verify` report, and on stderr how much was fetched."""
     if as_json:
         report = json.loads(outcome.report.to_json())
         fetched = {"fetched": sorted(outcome.fetched), "fetched_bytes": outcome.fetched_bytes}
@@ -66,14 +66,14 @@ def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
         n = len(outcome.fetched)
         note(f"[{n} file{'s' * (n > 1)}, {human_bytes(outcome.fetched_bytes)} in {outcome.seconds:.1f} s, {rate}/s]")
     else:
-        note("[nothing was missing; `--repair` fetches again what is wrong]" if outcome.report.bad else "[nothing was missing]")
+        note("[nothing was missing; `--repair` fetches damaged files again]" if outcome.report.bad else "[nothing was missing]")
 
 
 @contextmanager
 def download_bars() -> Iterator[tuple[FileProgress, FileProgress]]:
-    """Show a bar for each file that is fetched or hashed, and one for all; silent where stderr is not a terminal.
+    """Show a bar per file being fetched or hashed, and one for the total.
 
-    Yields what reports of files that are fetched, and of those that are hashed.
+    Silent if stderr is not a terminal. Yields the progress callbacks for fetching and for hashing.
     """
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -82,7 +82,7 @@ def download_bars() -> Iterator[tuple[FileProgress, FileProgress]]:
 
 
 class _Bars:
-    """A bar for each of several files while something is done to it, and one for their sum."""
+    """A progress bar for each file that is being processed, and one for their total."""
 
     def __init__(self, bars: Progress, title: str):
         self.bars, self.title = bars, title
@@ -92,7 +92,7 @@ class _Bars:
         self.lock = Lock()
 
     def report(self, path: Path, done: int, total: int) -> None:
-        """So many bytes of a file are done."""
+        """Report that `done` of `total` bytes of a file are done."""
         with self.lock:
             self.counts[path] = done, total
             n_done, n_total = map(sum, zip(*self.counts.values(), strict=True))

@@ -14,7 +14,7 @@ from llama_ref.cli.terminal import print_rich
 from llama_ref.evaluation.harness.run import EvaluationSettings
 from llama_ref.formatting import printable
 
-KEPT = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")  # of what the harness returns
+KEPT = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")  # of the results
 
 
 def print_results(results: Mapping[str, Any], model: str, settings: EvaluationSettings, *, as_json: bool) -> None:

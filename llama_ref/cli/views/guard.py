@@ -1,4 +1,4 @@
-"""What `llama-ref guard` prints, and `chat --guard` says about a message that it holds back."""
+"""What `llama-ref guard` prints, and `chat --guard` about a message that it holds back."""
 
 import json
 
@@ -8,7 +8,7 @@ from llama_ref.guard.verdict import Verdict
 
 
 def print_verdict(verdict: Verdict, guard: Guard, *, as_json: bool) -> None:
-    """Print the word, the probabilities and the categories, one a line; or all of it as JSON."""
+    """Print the verdict, its probabilities and categories, one per line; or all as JSON."""
     if as_json:
         print(json.dumps(_as_json(verdict, guard), indent=2))
         return
@@ -24,7 +24,7 @@ def print_verdict(verdict: Verdict, guard: Guard, *, as_json: bool) -> None:
 
 
 def reasons(verdict: Verdict) -> str:
-    """A verdict in one line: "unsafe (S9 Indiscriminate Weapons)"."""
+    """Format a verdict as one line: "unsafe (S9 Indiscriminate Weapons)"."""
     if verdict.word == "unexpected":
         return f"no verdict, the guard answered {short(verdict.answer)}"
     names = [f"{category.code} {category.title}" for category in verdict.categories]

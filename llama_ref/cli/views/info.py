@@ -35,13 +35,13 @@ def _info_lines(info: ModelInfo) -> Iterator[tuple[str, str]]:
         vision = info.vision
         encoder = f"{vision.encoder_layers} layers, {vision.encoder_parameters:,} parameters"
         yield "vision encoder", f"{encoder}, up to {vision.tiles} tiles of {vision.tile} × {vision.tile} pixels"
-        yield "cross-attention", f"{vision.cross_attention_layers} layers more"
+        yield "cross-attention", f"{vision.cross_attention_layers} additional layers"
     yield "files", f"{info.shards} shard{'s' if info.shards != 1 else ''}, {human_bytes(info.shard_bytes)}"
     yield "checklist", "yes" if info.checklist else "none (the files' contents cannot be checked)"
     if info.foreign_chat_template:
-        yield "chat template", "not Llama 3's, so it is not followed: chat writes Llama 3's format"
+        yield "chat template", "not Llama 3's, so it is ignored: chat uses Llama 3's format"
     yield "weights in memory", ", ".join(f"{human_bytes(size)} in {dtype}" for dtype, size in info.weight_bytes.items())
     contexts = (f"{human_bytes(size)} at {tokens:,} tokens" for tokens, size in info.kv_cache_bytes.items())
-    yield "KV cache, a sequence", "\n".join(contexts)
+    yield "KV cache, 1 sequence", "\n".join(contexts)
     if info.vision:
-        yield "an image in it", f"{human_bytes(info.vision.image_bytes)} more, of {info.vision.tiles} tiles"
+        yield "per image", f"{human_bytes(info.vision.image_bytes)} more, for {info.vision.tiles} tiles"

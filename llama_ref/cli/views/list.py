@@ -12,7 +12,7 @@ from llama_ref.formatting import human_bytes
 
 
 def print_list(*, as_json: bool) -> None:
-    """Print the checkpoints under `checkpoints_root()`; the note says why one cannot be opened."""
+    """Print the checkpoints under `checkpoints_root()`; a note says why one cannot be opened."""
     rows = [_list_row(path) for path in list_folders()]
     if as_json:
         print(json.dumps(rows, indent=2))

@@ -16,7 +16,7 @@ from llama_ref.formatting import printable
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's figures of one text."""
+    """One model's figures on one text."""
 
     model: str
     dtype: str
@@ -26,7 +26,7 @@ class Measured:
 
 
 def print_perplexities(found: list[Measured], cut: Cut, *, as_json: bool) -> None:
-    """Print figures, and how they were measured: a table, or JSON."""
+    """Print the figures and how they were measured: a table, or JSON."""
     if as_json:
         print(json.dumps({**asdict(cut), "results": [_as_json(each) for each in found]}, indent=2))
         return
@@ -50,7 +50,7 @@ def print_perplexities(found: list[Measured], cut: Cut, *, as_json: bool) -> Non
 
 
 def _head(found: list[Measured], cut: Cut) -> list[str]:
-    """How the figures were measured: they compare with no others."""
+    """Lines that say how the figures were measured: others are not comparable."""
     if cut.convention == "hf":
         how = f"hf: windows of {cut.context:,} tokens, one every {cut.stride:,}, begin-of-text before the text"
     else:

@@ -1,4 +1,4 @@
-"""What `llama-ref plan` prints: a table of layouts, and how to start the smallest that fits."""
+"""What `llama-ref plan` prints: a table of layouts, and the command for the smallest that fits."""
 
 import json
 import shlex
@@ -49,7 +49,7 @@ def print_plan(model: Model, workload: Workload, dtype: str | None = None, *, as
 def start_command(model: Model, workload: Workload, placement: Placement) -> list[str]:
     """Return the command that starts a placement with the example script, split into words.
 
-    On several nodes it is run on each, with HOST replaced by the name of one of them.
+    With several nodes, run it on each, with HOST replaced by the name of one of them.
     """
     nodes, per_node = placement.layout.nodes
     chats = any(word in model.name.lower() for word in ("instruct", "guard", "chat"))
@@ -114,7 +114,7 @@ def _print_tables(model: Model, workload: Workload, placements: list[Placement])
     by_dtype = {p.dtype: [q for q in placements if q.dtype == p.dtype] for p in placements}
     for dtype, own in by_dtype.items():
         print_rich(_table(model, workload, dtype, own))
-    print_rich(Text("Sizes: of the process that needs most. Total: with 1 GB reserved for CUDA itself."))
+    print_rich(Text("Sizes: of the process that needs most. Total: including 1 GB reserved for CUDA itself."))
     print_rich(Text("Longest: the max_seq_len that fits at this batch size, within the model's context."))
     for note in _notes(model, workload, placements):
         print_rich(Text(f"note: {printable(note)}"))
@@ -143,7 +143,7 @@ def _table(model: Model, workload: Workload, dtype: str, placements: list[Placem
 
 
 def _worth_showing(placements: list[Placement]) -> list[Placement]:
-    """All layouts of one stage and the smallest that fits; more if one node is not enough."""
+    """Select the layouts of one stage and the smallest fit; more if one node is not enough."""
     best = smallest(placements)
     widest = max(p.layout.tensor for p in placements if not p.layout.spans_nodes)
     in_one_node = any(p.fits and p.layout.stages == 1 and not p.layout.spans_nodes for p in placements)
@@ -153,12 +153,12 @@ def _worth_showing(placements: list[Placement]) -> list[Placement]:
 def _notes(model: Model, workload: Workload, placements: list[Placement]) -> Iterator[str]:
     if workload.max_seq_len > model.context:
         yield (
-            f"{model.name} was trained for {model.context:,} tokens; of the {workload.max_seq_len:,} asked for, it cannot use "
-            "more"
+            f"{model.name} was trained for {model.context:,} tokens and cannot use more; --max_seq_len asks for "
+            f"{workload.max_seq_len:,}"
         )
     if any(placement.layout.spans_nodes for placement in placements):
         yield (
-            f"tensor above {CARDS_PER_NODE} splits every matrix across nodes of {CARDS_PER_NODE} cards, and every layer waits "
+            f"tensor above {CARDS_PER_NODE} splits every matrix across nodes of {CARDS_PER_NODE} cards, so every layer waits "
             "for the network: stages are faster"
         )
     if workload.max_batch_size < EXAMPLES:
@@ -184,7 +184,7 @@ def _advice(model: Model, workload: Workload, placements: list[Placement]) -> st
     smaller = smaller_workload(model, workload, dtypes)
     if smaller:
         return f"{found}; --max_batch_size {smaller.max_batch_size} --max_seq_len {smaller.max_seq_len} would fit"
-    return f"{found}; no smaller max_seq_len or max_batch_size helps, larger cards or a smaller release would"
+    return f"{found}; a smaller max_seq_len or max_batch_size does not help: use larger cards or a smaller release"
 
 
 def _n_parameters(model: Model) -> int:

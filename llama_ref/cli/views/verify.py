@@ -16,7 +16,7 @@ from llama_ref.cli.terminal import live_progress, print_rich
 from llama_ref.formatting import human_bytes, printable
 
 if TYPE_CHECKING:
-    from llama_ref.checkpoint.diff import Comparison  # only as a type: verify does not wait for torch
+    from llama_ref.checkpoint.diff import Comparison  # a type: verify does not wait for torch
 
 MOST_TENSORS = 12  # differing tensors shown
 SUM_SHOWN = 8  # leading hex digits: enough to see that two differ
@@ -25,7 +25,7 @@ LEAST_TIMED_BYTES = 1 << 20  # reading a smaller file does not measure the disk
 
 
 def print_reports(reports: list[Report], *, as_json: bool, as_list: bool = False) -> None:
-    """Print a table and a summary per folder, and a total; as JSON an object, or a list of them."""
+    """Print a table and a summary per folder, and a total; as JSON, an object or a list."""
     if as_json:
         texts = [report.to_json() for report in reports]
         print(json.dumps([json.loads(text) for text in texts], indent=2) if as_list else texts[0])
@@ -46,7 +46,7 @@ def print_reports(reports: list[Report], *, as_json: bool, as_list: bool = False
 
 
 def _total(reports: list[Report]) -> Text:
-    """How many folders are complete, and which are not."""
+    """Summarize how many folders are complete, and which are not."""
     bad = [report for report in reports if report.bad]
     unknown = [report for report in reports if not report.ok and not report.bad]
     n_good = len(reports) - len(bad) - len(unknown)
@@ -65,7 +65,7 @@ def _names(reports: list[Report]) -> str:
 
 
 def _table(report: Report) -> Table:
-    """The report's files, without empty columns, and without speeds if 80 columns are too few."""
+    """Make the table of files, without empty columns; without speeds if over 80 columns."""
     columns: dict[str, list[str | Text]] = {
         "file": [printable(file.name) for file in report.files],
         "size": ["" if file.size is None else human_bytes(file.size) for file in report.files],
@@ -120,7 +120,7 @@ def _speed(file: FileReport) -> str:
 
 @contextmanager
 def hashing_bars() -> Iterator[Callable[[Path, int, int], None]]:
-    """Show a bar per file on stderr while it is read; silent where stderr is not a terminal."""
+    """Show a bar per file on stderr while it is read; silent if stderr is not a terminal."""
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     tasks: dict[Path, TaskID] = {}

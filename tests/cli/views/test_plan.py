@@ -131,7 +131,7 @@ def test_fewer_bits_take_fewer_cards_and_the_command_says_how(run):
 def test_nothing_fits_and_what_would(run):
     code, out, err = run("Llama3.1-405B", "--gpu_memory", 4)
     assert (code, err) == (1, "")
-    assert "nothing fits: even 128 processes need" in out and "no smaller max_seq_len or max_batch_size helps" in out
+    assert "nothing fits: even 128 processes need" in out and "a smaller max_seq_len or max_batch_size does not help" in out
     assert "torchrun" not in out
     code, out, _ = run("Llama3.1-8B", "--gpu_memory", 3, "--max_batch_size", 32, "--max_seq_len", 131072, "--dtype", "bf16")
     assert code == 1
@@ -143,7 +143,7 @@ def test_nothing_fits_and_what_would(run):
 @pytest.mark.parametrize(
     ("words", "note"),
     [
-        (("Llama-3-8B", "--max_seq_len", 8193), r"trained for 8,192 tokens; of the 8,193"),
+        (("Llama-3-8B", "--max_seq_len", 8193), r"trained for 8,192 tokens and cannot use more; --max_seq_len asks for 8,193"),
         (("Llama3.1-8B", "--max_batch_size", 1), r"4 prompts at a time, which --max_batch_size 1 rejects"),
         (("Llama3.1-8B",), r"tensor above 8"),
     ],

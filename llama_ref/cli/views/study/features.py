@@ -49,7 +49,7 @@ def print_contexts(features: Features, found: Mapping[int, Sequence[Context]], t
             table.add_row(f"{each.value:.3g}", f"{each.text + 1:,}", str(each.position), _window(each, tokenizer))
         print_rich(table)
     if any(found.values()):
-        say("Line: of the file. Of each text its strongest token counts.")
+        say("Line: line of the file. Each text counts with its strongest token.")
 
 
 def _window(found: Context, tokenizer: Tokenizer) -> Text:
@@ -64,7 +64,7 @@ def _window(found: Context, tokenizer: Tokenizer) -> Text:
 
 
 def _firing_json(found: Firing, tokenizer: Tokenizer) -> dict[str, Any]:
-    """`reads` is a name, of a cross-layer transcoder the names; there each feature has its `layer`."""
+    """Make the JSON; with a cross-layer transcoder, `reads` is a list and features have a layer."""
 
     def entry(feature: int, value: float) -> dict[str, Any]:
         layer, number = found.place(feature)

@@ -16,8 +16,8 @@ from llama_ref.study.inputs import label
 from llama_ref.study.patching.grid import Grid, GridPair
 from llama_ref.tokenizer import Tokenizer
 
-CELL, GAP = 5, 2  # columns of a grid's cell, and between two
-BEST = 12  # cells shown of a grid of three axes
+CELL, GAP = 5, 2  # width of a cell and of the gap between two, in columns
+BEST = 12  # cells shown for a grid with three axes
 
 
 def print_grids(pair: GridPair, tokenizer: Tokenizer, *, as_json: bool) -> None:
@@ -56,12 +56,12 @@ def print_grids(pair: GridPair, tokenizer: Tokenizer, *, as_json: bool) -> None:
 
 
 def _corrupted(pair: GridPair, tokenizer: Tokenizer) -> Text:
-    """The corrupted text, or which of its tokens have noise."""
+    """Format the corrupted text, or the tokens with noise."""
     if pair.noise is None:
         return Text("corrupted: ") + prompt(pair.corrupted, tokenizer)
     tokens = ", ".join(f"{label(tokenizer, pair.clean[position])}@{position}" for position in pair.noise.positions)
     n = len(pair.noise.seeds)
-    return Text(f"with noise on {tokens}: {pair.noise.scale:g} deviations of the embedding, mean of {n} runs")
+    return Text(f"with noise on {tokens}: {pair.noise.scale:g} standard deviations of the embedding, mean of {n} runs")
 
 
 def _print_grid(grid: Grid, corrupted: Sequence[int], tokenizer: Tokenizer, *, is_estimate: bool) -> None:
@@ -70,7 +70,7 @@ def _print_grid(grid: Grid, corrupted: Sequence[int], tokenizer: Tokenizer, *, i
         heads = [_column_label(label(tokenizer, token)) for token in corrupted]
     if len(grid.axes) == 2:
         restored = grid.restored.tolist()
-        # cells that a line holds beside the layer
+        # cells per line, after the layer's column
         width = max(1, (output_console().width - CELL - 1) // (CELL + GAP) - 1)
         for start in range(0, len(heads), width):
             print_rich(_grid_table(grid, restored, heads, range(start, min(start + width, len(heads)))))
@@ -91,7 +91,7 @@ def _grid_table(grid: Grid, restored: list[list[float]], heads: Sequence[str], c
 
 
 def _shaded(share: float) -> Text:
-    """A share in percent, highlighted if it is large."""
+    """Format a share in percent, highlighted if it is large."""
     if not math.isfinite(share):
         return Text("–")
     style = "black on green" if share >= 0.5 else "green" if share >= 0.1 else "red" if share <= -0.1 else "dim"
@@ -101,7 +101,7 @@ def _shaded(share: float) -> Text:
 def _column_label(text: str) -> str:
     text = text.removeprefix("␣")
     shown = Text(text)
-    shown.truncate(CELL, overflow="ellipsis")  # in columns: a Korean letter takes two
+    shown.truncate(CELL, overflow="ellipsis")  # a Korean letter is two columns wide
     return shown.plain
 
 
@@ -116,7 +116,7 @@ def _best_cells(grid: Grid, heads: Sequence[str], n: int) -> str:
 
 
 def _place(grid: Grid, heads: Sequence[str], index: tuple[int, ...]) -> str:
-    """layer 23, head 4; layer 3, Paris@2; layer 3, Paris@2, head 4"""
+    """Name a cell: "layer 23, head 4", "layer 3, Paris@2" or "layer 3, Paris@2, head 4"."""
     layer, *rest = index
     parts = [f"layer {grid.labels[0][layer]}"]
     for axis, i in zip(grid.axes[1:], rest, strict=True):

@@ -16,7 +16,7 @@ LOOKED_AT = 4  # patches shown per token
 
 
 def print_image_attention(found: ImageAttention, tokenizer: Tokenizer, layer: int | None, *, as_json: bool) -> None:
-    """Print where each token looks most, in one cross-attention layer or the mean over all; as JSON, every patch."""
+    """Print where each token looks most, in one layer or on average; as JSON, all patches."""
     if as_json:
         print(json.dumps(_as_json(found, tokenizer, layer), indent=2))
         return
@@ -35,16 +35,16 @@ def print_image_attention(found: ImageAttention, tokenizer: Tokenizer, layer: in
     print_rich(table)
     wide, high = found.patch_size
     say(
-        f"Looks at: middles of patches, x and y in pixels; a patch is {wide:.3g} × {high:.3g} pixels of the image. Class: the"
-        " tiles' class tokens, which have no place. Beside: black patches beside the image."
+        f"Looks at: centers of patches, x and y in pixels; a patch is {wide:.3g} × {high:.3g} pixels of the image. Class: the"
+        " tiles' class tokens, which have no position. Beside: black patches beside the image."
     )
     if layer is None:
         before = ", ".join(map(str, found.before))
-        say(f"The cross-attention layers stand before layers {before}. --layer (from 0) shows one of them, --head one head.")
+        say(f"The cross-attention layers come before layers {before}. --layer (from 0) shows one of them, --head one head.")
 
 
 def _most(found: ImageAttention, patches: Tensor) -> str:
-    """The patches (rows, columns) that are looked at most."""
+    """Format the patches that are looked at most; `patches` is (rows, columns)."""
     most = patches.flatten().topk(min(LOOKED_AT, patches.numel()))
     cells = []
     for i, share in zip(most.indices.tolist(), most.values.tolist(), strict=True):

@@ -58,7 +58,7 @@ def _lens_table(lens: LogitLens, tokenizer: Tokenizer) -> Table:
 
 
 def _rank(followed: Followed, p: int, t: int) -> int | None:
-    """The target's rank, or None if its probability is NaN."""
+    """Return the target's rank, or None if its probability is NaN."""
     return None if followed.probability[p, t].isnan() else int(followed.rank[p, t])
 
 
@@ -68,7 +68,7 @@ def _rank_cell(followed: Followed, p: int) -> str:
 
 
 def _when_first(lens: LogitLens, followed: Followed, target: str) -> str:
-    """A sentence about the layer from which the target stays the most likely token."""
+    """Name the layer from which on the target is the most likely token, in a sentence."""
     ranks = [(point_name(lens.points[p]), _rank(followed, p, -1)) for p in block_ends(lens.points)]
     last, share = ranks[-1][1], percent(followed.probability[-1, -1])
     if last is None:

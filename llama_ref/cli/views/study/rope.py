@@ -23,8 +23,8 @@ def print_rope(waves: RopeWaves, *, as_json: bool) -> None:
     print_rich(table)
     is_scaled = bool((waves.slowed != 1).any())
     say(
-        "Short waves are not scaled. Long ones are slowed: the angles between distant tokens stay within those that the model"
-        " was first trained on."
+        "Short waves are not scaled. Long ones are slowed, so that the angles between distant tokens stay in the range that"
+        " the model was first trained on."
         if is_scaled
         else "This model's RoPE is not scaled: params.json does not ask for it."
     )

@@ -13,8 +13,8 @@ from llama_ref.study.inputs import label
 from llama_ref.study.saliency import Saliency
 from llama_ref.tokenizer import Tokenizer
 
-MOST_SHOWN = 40  # tokens of a text that have a row: the strongest, in the text's order
-STRONG, WEAK = 0.5, 0.1  # of the largest share: from where a token is coloured
+MOST_SHOWN = 40  # rows of the table: the strongest tokens, in the text's order
+STRONG, WEAK = 0.5, 0.1  # fractions of the largest share from which a token is coloured
 
 
 def print_saliency(found: Saliency, tokenizer: Tokenizer, *, as_json: bool) -> None:
@@ -26,11 +26,11 @@ def print_saliency(found: Saliency, tokenizer: Tokenizer, *, as_json: bool) -> N
     print_rich(_table(found, tokenizer))
     say(_sum(found, tokenizer), "green")
     if found.missing is not None and abs(found.missing) > 0.05 * abs(found.value - (found.baseline_value or 0)):
-        say("That is more than 5% of the change: take more --steps.", "red")
+        say("That is more than 5% of the change: use more --steps.", "red")
 
 
 def _coloured(found: Saliency, tokenizer: Tokenizer) -> Text:
-    """The tokens, separated by │: green for shares above 0, red for those below."""
+    """Format the tokens, separated by │: green for shares above 0, red for shares below 0."""
     largest, shown = _largest(found), Text()
     for position, (token, share) in enumerate(zip(found.tokens, found.shares.tolist(), strict=True)):
         strength = share / largest if largest else 0.0

@@ -25,12 +25,12 @@ def say(text: str, style: str = "") -> None:
 
 
 def prompt(tokens: Sequence[int], tokenizer: Tokenizer) -> Text:
-    """The tokens, separated by │."""
+    """Format the tokens of a prompt, separated by │."""
     return Text("│".join(label(tokenizer, token) for token in tokens), style="italic")
 
 
 def new_table(first: str, *columns: str | Text) -> Table:
-    """A table with a left-aligned first column and right-aligned others."""
+    """Return a table with a left-aligned first column and right-aligned others."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     for column in columns:
@@ -39,7 +39,7 @@ def new_table(first: str, *columns: str | Text) -> Table:
 
 
 def point_name(point: str) -> str:
-    """layers.3.residual_post -> layer 3"""
+    """Name a point of the residual stream: layers.3.residual_post -> layer 3."""
     if "." not in point:
         return point
     within = "within " if point.endswith("residual_mid") else ""
@@ -47,7 +47,7 @@ def point_name(point: str) -> str:
 
 
 def elastic(text: str, style: str = "") -> Text:
-    """A cell that is cut if the table is too wide."""
+    """Return a cell that is cut if the table is too wide."""
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
@@ -57,13 +57,13 @@ def cut(text: str) -> str:
 
 
 def bar(value: float, longest: float) -> Text:
-    """A share as a bar: solid green above 0, light red below; empty for NaN."""
+    """Draw a share as a bar: solid green above 0, light red below; empty for NaN."""
     length = round(BAR * abs(value) / longest) if longest and math.isfinite(value) else 0
     return Text("█" * length, style="green") if value > 0 else Text("░" * length, style="red")
 
 
 def percent(share: Tensor | float) -> str:
-    """0.62 -> 62%; below a tenth of a percent as 3e-06."""
+    """Format a share: 0.62 -> 62%; below 0.05%, as 3e-06."""
     share = float(share)
     if math.isnan(share):
         return "–"
@@ -73,27 +73,27 @@ def percent(share: Tensor | float) -> str:
 
 
 def number(value: Tensor | float) -> str:
-    """Two decimals; a dash for NaN."""
+    """Format a number with two decimals; a dash for NaN."""
     return "–" if math.isnan(value) else f"{float(value):.2f}"
 
 
 def signed(value: float) -> str:
-    """Two decimals with a sign."""
+    """Format a number with two decimals and a sign."""
     return f"{value:+.2f}"
 
 
 def tokens_json(tokens: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Each token's `token_json`."""
+    """Return `token_json` of each token."""
     return [token_json(token, tokenizer) for token in tokens]
 
 
 def token_json(token: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The id, and the text as tables show it."""
+    """Return a token's id, and its text as tables show it."""
     return {"id": token, "text": label(tokenizer, token)}
 
 
 def plain(values: Tensor) -> Any:
-    """Numbers for JSON, with null for NaN and infinity."""
+    """Return a tensor's numbers for JSON, with null for NaN and infinity."""
     return finite(values.tolist())
 
 

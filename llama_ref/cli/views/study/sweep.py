@@ -13,7 +13,7 @@ LARGEST = 12  # changes shown
 
 
 def print_sweep(found: Sweep, texts: Sequence[list[int]], tokenizer: Tokenizer, edit: str, *, as_json: bool) -> None:
-    """Print the parts whose absence changes the loss most, of several texts with its standard error; as JSON, all."""
+    """Print the parts whose ablation changes the loss most; as JSON, all parts."""
     whole = found.whole.mean().item()
     ranked = found.top()
     if as_json:
@@ -25,7 +25,7 @@ def print_sweep(found: Sweep, texts: Sequence[list[int]], tokenizer: Tokenizer, 
     if len(texts) == 1:
         print_rich(prompt(texts[0], tokenizer))
     else:
-        say(f"{len(texts):,} texts of {sum(map(len, texts)):,} tokens; ± is a standard error of the mean.")
+        say(f"{len(texts):,} texts of {sum(map(len, texts)):,} tokens; ± is the standard error of the mean.")
     table = new_table("without", "loss", "change", *(["±"] if len(texts) > 1 else []))
     table.add_column("", no_wrap=True)
     largest = sorted(ranked, key=lambda part: -abs(part[1]))
@@ -36,9 +36,9 @@ def print_sweep(found: Sweep, texts: Sequence[list[int]], tokenizer: Tokenizer, 
     helpful = sum(change > 0 for _, change, _ in ranked)
     say(f"Loss of the whole model: {whole:.2f} nats a token. {helpful} of {len(ranked)} parts lower it.", "green")
     if found.over == "units":
-        say(f"These {len(ranked)} units were run; a gradient's estimates chose them.")
+        say(f"These {len(ranked)} units were run; they have the largest gradient estimates.")
 
 
 def _label(name: str) -> str:
-    """layers.3.units.5 -> layer 3 unit 5"""
+    """Name a part: layers.3.units.5 -> layer 3 unit 5."""
     return part_label(name).replace("units", "unit").replace("groups", "group")

@@ -11,9 +11,9 @@ from llama_ref.study.tuned.scores import LensScores
 
 
 def print_fit(lens: TunedLens, folder: str, *, as_json: bool) -> None:
-    """Print both lenses' scores on the held-out windows, after every layer."""
+    """Print the logit lens's and the tuned lens's scores on held-out windows, by layer."""
     scores = lens.held_out
-    assert scores is not None  # a lens that was fitted just now
+    assert scores is not None  # the lens was just fitted
     if as_json:
         print(json.dumps(_fit_json(scores, folder), indent=2))
         return
@@ -30,7 +30,7 @@ def print_fit(lens: TunedLens, folder: str, *, as_json: bool) -> None:
     )
     worse = sum((tuned.kl[:-1] >= logit.kl[:-1]).tolist())
     if worse:
-        say(f"In {worse} of {len(logit.kl) - 1} rows the tuned lens is no nearer: give more text or steps.", "red")
+        say(f"In {worse} of {len(logit.kl) - 1} rows the tuned lens is no better: use more text or steps.", "red")
     say(printable(f"Read it with `llama-ref lens … --tuned {folder}`."), "green")
 
 

@@ -30,7 +30,7 @@ def print_spectra(spectra: Iterable[Spectrum], *, as_json: bool) -> None:
 
 
 def print_errors(errors: Iterable[QuantizationError], scheme: str, *, as_json: bool) -> None:
-    """Print a line per matrix: the error of rounding it to few bits."""
+    """Print a line per matrix: its quantization error."""
     if as_json:
         print(json.dumps(finite({"scheme": scheme, "matrices": [vars(error) for error in errors]}), indent=2))
         return
@@ -38,7 +38,7 @@ def print_errors(errors: Iterable[QuantizationError], scheme: str, *, as_json: b
     for error in errors:
         table.add_row(error.name, f"{error.bits_per_weight:.2f}", f"{error.relative:.3%}", f"{error.largest:.3g}")
     print_rich(table)
-    say(f"{scheme}: relative error is ‖W - W'‖ / ‖W‖, the largest that of any weight. Bits: per weight, scales included.")
+    say(f"{scheme}: the relative error is ‖W - W'‖ / ‖W‖, the largest that of any one weight. Bits: per weight, with scales.")
 
 
 def _spectrum_json(spectrum: Spectrum) -> dict:

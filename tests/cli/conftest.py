@@ -1,4 +1,4 @@
-"""A command line, run in this process."""
+"""Fixtures that run a command line in this process."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from conftest import exit_code
 
 @pytest.fixture
 def run(capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line: (exit code, stdout, stderr)."""
+    """Run a command line; return (exit code, stdout, stderr)."""
 
     def run(*words: str) -> tuple[int, str, str]:
         return exit_code(words), *capsys.readouterr()

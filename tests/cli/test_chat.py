@@ -37,7 +37,7 @@ def session(llama) -> Session:
 
 @pytest.fixture
 def talk(session, monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
-    """Pipe lines into the conversation: (stdout, stderr)."""
+    """Pipe lines into the conversation; return (stdout, stderr)."""
 
     def pipe(*lines: str, end: str = "\n", **options) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + end))
@@ -81,7 +81,7 @@ def test_a_tools_file_is_read_before_the_model(tmp_path, capsys):
 
 
 def test_a_guard_without_a_name_is_not_no_guard(demo_folder, capsys):
-    """As `--guard "$GUARD"` gives it where the variable is not set."""
+    """`--guard "$GUARD"` gives an empty name if the variable is not set."""
     assert exit_code(["chat", str(demo_folder), "--guard", ""]) == 2
     assert "--guard is empty, expected a checkpoint folder" in capsys.readouterr().err
 
@@ -172,7 +172,7 @@ def test_an_interrupt_while_a_pipe_is_silent_ends_the_program(demo_folder, warm)
 
 
 def take_interrupts() -> None:
-    """Undo that a shell's background jobs, and their children, ignore Ctrl-C."""
+    """Make Ctrl-C work again: a shell's background jobs and their children ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -183,7 +183,7 @@ HINT = r"(\s+\(other programs used [^)]*\))?"  # on a busy machine
 
 
 class Terminal:
-    """`llama-ref chat` on a pseudo-terminal, which shows stderr too."""
+    """`llama-ref chat` on a pseudo-terminal, which also shows stderr."""
 
     def __init__(self, *words: str):
         ours, theirs = pty.openpty()
@@ -210,10 +210,10 @@ class Terminal:
         os.write(self.fd, keys.encode())
 
     def wait_for(self, pattern: str, *, seconds: float = 60, pressing: str = "") -> str:
-        """Read until the screen shows this after what was read before; returns what it shows.
+        """Read until new output on the screen matches a pattern; return the match.
 
-        `pressing` is pressed until then, every three seconds: a signal that finds Python's readline on its way back to waiting
-        for a key shows only with the next key.
+        Until then, `pressing` is pressed every three seconds: a signal that arrives just before
+        Python's readline waits for a key takes effect only with the next key.
         """
         begin = time.monotonic()
         presses = 0
@@ -275,7 +275,7 @@ def test_at_a_terminal_ctrl_c_drops_a_guarded_turn(demo_folder, tmp_path, shorte
         terminal.type("What is 2+2?\n")
         terminal.wait_for(r"= 4\s+\[[^\]]*; stop\]" + HINT + r"\s+> ")
         shown = ""
-        while "is discarded" not in shown:  # the key may come before the line has been taken
+        while "is discarded" not in shown:  # the key may arrive before the line is read
             terminal.type("Write a long story about a whale.\n")
             terminal.wait_for(r"whale\.\s")
             shown = terminal.wait_for(r"(this turn is discarded\]|Ctrl-D leaves\))\s+> ", pressing="\x03")

@@ -1,4 +1,4 @@
-"""`llama-ref`: commands, stdout and stderr, exit codes, and no traceback."""
+"""`llama-ref`: commands, their output and exit codes, and errors without tracebacks."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def build_once() -> Callable[..., Llama]:
 
 @pytest.fixture
 def run(build_once, monkeypatch, capsys) -> Run:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
+    """Run a command line in this process; return (exit code, stdout, stderr)."""
     monkeypatch.setattr(Llama, "build", build_once)
 
     def run(*words: str, stdin: str = "") -> tuple[int, str, str]:
@@ -264,7 +264,7 @@ def test_words_that_make_no_sense_are_refused_before_anything_is_looked_for(run,
     ],
 )
 def test_bad_values_are_refused_before_anything_is_looked_for(run, command, flag, value):
-    """Not at each turn of `chat`, and not after a long load."""
+    """Before the model is loaded, and not at each turn of `chat`."""
     code, out, err = run(command, "nowhere", f"--{flag}={value}", stdin="hello\n")
     assert (code, out) == (2, "")
     assert re.fullmatch(rf"llama-ref: (unknown )?((--)?{flag}|{value}) .*\n", err)
@@ -338,7 +338,7 @@ def test_a_damaged_folder_is_one_line_and_1(run, root, demo_folder, how):
 
 
 def start(*words: str, warm: Path | None = None, **options: Any) -> subprocess.Popen:
-    """`warm`: the fixture, where Python's own beginning and end do not matter."""
+    """Start a command line; pass the fixture `warm` if Python's startup and exit do not matter."""
     program = [warm / "llama-ref"] if warm else [sys.executable, "-m", "llama_ref.cli"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen([*program, *words], text=True, encoding="utf-8", **pipes)

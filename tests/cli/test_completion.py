@@ -1,4 +1,4 @@
-"""`llama-ref completion`: what real shells complete."""
+"""`llama-ref completion` in real shells."""
 
 import os
 import pty
@@ -92,7 +92,7 @@ def test_a_name_is_completed_and_not_run(script, environment, shell, ask, tmp_pa
 @pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
 @pytest.mark.parametrize(("line", "expected"), LINES, ids=[line for line, _ in LINES])
 def test_zsh_offers_the_same(script, environment, line, expected, tmp_path):
-    """At a real terminal: zsh does not complete elsewhere."""
+    """Run on a pseudo-terminal: zsh completes only at a terminal."""
     path = script("zsh")
     pid, descriptor = pty.fork()
     if pid == 0:

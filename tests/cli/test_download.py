@@ -1,4 +1,4 @@
-"""`llama-ref link` and `llama-ref download`: outputs, exit codes, Ctrl-C and kill -9, and never the link."""
+"""`llama-ref link` and `llama-ref download`: output, exit codes, Ctrl-C, kill -9, no leaks."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def run(root, capfd, monkeypatch) -> Run:
-    """Run a command line in this process: (exit code, stdout, stderr), which hold no secret of any link."""
+    """Run a command line in this process; return (exit code, stdout, stderr) without secrets."""
 
     def run(*words: str | Path) -> tuple[int, str, str]:
         code = exit_code([*map(str, words)])
@@ -147,7 +147,7 @@ def test_the_link_is_asked_for_without_echo(root):
     try:
         while data := os.read(terminal, 1000):
             shown += data
-    except OSError:  # Linux: the other end has gone
+    except OSError:  # Linux: the other end is closed
         pass
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert b"is good for 2 hours" in shown
@@ -228,7 +228,7 @@ def test_progress_is_drawn_on_a_terminal(loopback, root, tmp_path):
     check_secret(shown.decode(), loopback.link)
 
 
-# ---- ends of all kinds
+# ---- interruptions and errors
 
 
 def command(place: Path, loopback: Loopback) -> list[str]:
@@ -244,7 +244,7 @@ def start(place: Path, loopback: Loopback) -> subprocess.Popen[str]:
 
 
 def check_files(place: Path, loopback: Loopback, tiny: Path) -> None:
-    """No file below `place` but the link's holds a secret; each final name has the right content."""
+    """Check that no file but the link's contains a secret, and that finished files are right."""
     for path in (each for each in place.rglob("*") if each.is_file() and each.name != "link.txt"):
         data = path.read_bytes()
         check_secret(data.decode("latin-1"), loopback.link)

@@ -1,4 +1,4 @@
-"""No text sends commands to a terminal: every command on a real pseudo-terminal, with hostile names and a hostile model."""
+"""Texts send no commands to a terminal: hostile names and output on a pseudo-terminal."""
 
 import fcntl
 import io
@@ -28,7 +28,7 @@ COMMANDS_TO_TERMINAL = re.compile(r"[^\n\t -~\u00a0-\u2029\u202f-\u2065\u206a-\u
 
 
 class Screen:
-    """A pseudo-terminal's other end: what was sent to it."""
+    """The other end of a pseudo-terminal: collects what was sent to it."""
 
     def __init__(self, leader: int):
         self.leader, self.sent = leader, b""
@@ -43,7 +43,7 @@ class Screen:
             pass
 
     def text(self, stream: TextIO) -> str:
-        """All that was sent, without rich's commands and with plain newlines; closes the stream."""
+        """Close the stream; return all output without rich's commands, with plain newlines."""
         stream.close()
         self.reader.join(10)
         return RICH.sub("", self.sent.decode().replace("\r\n", "\n"))
@@ -51,7 +51,7 @@ class Screen:
 
 @pytest.fixture
 def on_terminal(monkeypatch) -> Iterator[Callable[..., str]]:
-    """Call a function whose stdout and stderr are a terminal; what was sent to it."""
+    """Call a function with stdout and stderr on a terminal; return what was sent to it."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 400, 0, 0))
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "400"}.items():
@@ -79,7 +79,7 @@ def folder(tmp_path_factory) -> Path:
     return tiny_folder(root / HOSTILE)
 
 
-# By command; FOLDER is the hostile folder, OUT one to be written. None of them may print HOSTILE as it is.
+# Arguments by command; FOLDER is the hostile folder, OUT one to write. HOSTILE must be escaped.
 WORDS = {
     "ablate": ("FOLDER", HOSTILE),
     "attention": ("FOLDER", "a\x1b[2Jb"),

@@ -1,4 +1,4 @@
-"""`llama-ref features`: which features fire in a text, where in a file one fires, and the page."""
+"""`llama-ref features`: features that fire in a text, contexts of a feature, the HTML page."""
 
 import re
 from typing import get_args
@@ -17,7 +17,7 @@ from study import feature_folders
 
 @pytest.fixture
 def run(capsys):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
+    """Run a command line in this process; return (exit code, stdout, stderr)."""
 
     def run(*words: str) -> tuple[int, str, str]:
         return exit_code(("features", *words)), *capsys.readouterr()
@@ -177,7 +177,7 @@ def test_several_processes_are_refused(run, tiny, autoencoder, monkeypatch):
 
 
 def test_features_that_were_made_of_examples(tiny, tmp_path):
-    """scripts/make_example_features.py: a token that gave a feature fires it most."""
+    """scripts/make_example_features.py: a feature fires most at the token that it was made from."""
     features = study.open_features(make_example_features(Llama.build(tiny, dtype="float32"), 1, tmp_path, n_texts=1))
     assert (features.reads, features.form) == ("layers.1.residual_post", "sparsify")
     direction = features.direction(5)

@@ -33,7 +33,7 @@ def folder(tmp_path_factory, shorter_tokenizer_path) -> Path:
 
 @pytest.fixture
 def judge(folder, capsys):
-    """The command's (exit code, stdout, stderr)."""
+    """Run the command; return (exit code, stdout, stderr)."""
 
     def call(*words: str) -> tuple[int, str, str]:
         code = exit_code(["guard", str(folder), *words, *LOADING])
@@ -197,7 +197,7 @@ def test_two_processes_judge_together(folder, warm):
 
 @pytest.fixture
 def talk(llama, folder, monkeypatch, capsys):
-    """Pipe lines into a guarded conversation: (stdout, notes, session)."""
+    """Pipe lines into a guarded conversation; return (stdout, notes, session)."""
     guard = Guard(Llama.build(folder, device="cpu", dtype="float32", max_seq_len=1024), "3-1B")
 
     def pipe(*lines: str, **options):

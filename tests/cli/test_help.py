@@ -1,4 +1,4 @@
-"""`--help` and `--version`: on stdout, with 0, complete, within 80 columns, and fast."""
+"""`--help` and `--version`: complete, on stdout, exit code 0, at most 80 columns, fast."""
 
 import re
 import subprocess
@@ -134,7 +134,7 @@ def test_help_and_misuse_import_nothing_heavy(words):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """What LLAMA_MODELS_CONFIG_DIR names, with a checkpoint in each format."""
+    """A folder for LLAMA_MODELS_CONFIG_DIR, with a checkpoint in each format."""
     root = tmp_path_factory.mktemp("llama")
     (root / "checkpoints").mkdir()
     native = tiny_folder(root / "checkpoints" / "native")
@@ -152,7 +152,7 @@ def test_what_only_looks_at_files_waits_for_no_torch(folders, monkeypatch, words
 
 
 def test_a_new_command_is_one_file(tmp_path, monkeypatch, capsys):
-    """A new file in commands/ is enough: help, parsing and completion find it."""
+    """A new file in commands/ is enough to add a command to help, parsing and completion."""
     (tmp_path / "greet.py").write_text(
         '"""`llama-ref greet`."""\n'
         "from typing import Annotated\n"

@@ -1,6 +1,6 @@
-"""Ctrl-C while a command line starts and ends, and a limit on threads: a line and an exit code, no traceback.
+"""Ctrl-C while a command starts or ends, and a limit on threads: one line, no traceback.
 
-A signal comes at an event, the import of a module, and so at the same moment on every machine.
+Signals are sent when a module is imported, so that they come at the same moment on every machine.
 """
 
 import os
@@ -29,7 +29,7 @@ class Interrupt:
 
 sys.meta_path.insert(0, Interrupt)
 """
-# Python 3.10 looks for signals only between two operations of its own.
+# Python 3.10 handles signals only between two bytecode instructions.
 AT_EXIT = "import atexit, os, signal, sys; atexit.register(lambda: [os.kill(os.getpid(), signal.SIGINT), len('more')])\n"
 CONSOLE_SCRIPT = "from llama_ref.cli import main; sys.exit(main())"
 MODULE = "import runpy; runpy.run_module('llama_ref', run_name='__main__')"
@@ -42,14 +42,14 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def call(code: str, *words: str | Path, prepare: Callable[[], object] | None = None) -> tuple[int, str, str]:
-    """Run a Python program with these words: its exit code, stdout and stderr."""
+    """Run a Python program with these arguments; return its exit code, stdout and stderr."""
     command = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, preexec_fn=prepare)
     return done.returncode, done.stdout, done.stderr
 
 
 def take_interrupts() -> None:
-    """Undo that a shell's background jobs, and their children, ignore Ctrl-C."""
+    """Make Ctrl-C work again: a shell's background jobs and their children ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -60,7 +60,7 @@ MOMENTS = [
     (CONSOLE_SCRIPT, "fire", ("verify", "TINY")),
     (MODULE, "rich.progress", ("verify", "TINY")),
     (CONSOLE_SCRIPT, "torch", ("complete", "TINY", "x")),
-    (MODULE, "numpy", ("complete", "TINY", "x")),  # which PyTorch imports, and ignores what that raises
+    (MODULE, "numpy", ("complete", "TINY", "x")),  # imported by PyTorch, which ignores errors there
     (SCRIPT, "torch.types", ("--ckpt_dir", "TINY")),
 ]
 
@@ -80,7 +80,7 @@ def test_ctrl_c_while_python_ends_is_no_traceback():
     ("said", "is_reached"), [("can't start new thread", True), ("can't create new thread at interpreter shutdown", False)]
 )
 def test_an_interpreter_that_shuts_down_is_no_limit(said, is_reached, monkeypatch):
-    """Python 3.12 starts no thread then, with any limit."""
+    """At exit, Python 3.12 cannot start threads, whatever the limit."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError(said)
@@ -102,7 +102,7 @@ def test_a_background_job_goes_on():
 
 
 def limited(*words: str | Path) -> tuple[int, str, str]:
-    """Run a command line that can start no thread. Root is subject to no limit, so it gives up that right."""
+    """Run a command line that cannot start threads. Root drops rights: no limit applies to it."""
     command = [sys.executable, "-m", "llama_ref", *map(str, words)]
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:
@@ -125,7 +125,7 @@ def test_too_few_threads_are_one_line(tiny):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit counts threads on Linux only")
 def test_too_few_threads_for_numpy_are_no_interrupt(tiny):
-    """OpenBLAS, where numpy has it and there are several cores, writes lines of its own and raises SIGINT."""
+    """If numpy uses OpenBLAS on several cores, OpenBLAS prints its own lines and raises SIGINT."""
     code, out, err = limited("info", tiny)
     if code == 0:
         pytest.skip("numpy starts no thread here")

@@ -39,7 +39,7 @@ def sample(
     text: str | None = None,
     group: Group,
 ) -> int | None:
-    """Record how it is called."""
+    """Record the arguments of the call."""
     CALLS.append(dict(locals()))
     if name == "refused":
         raise RequestError(f"{text} is wrong, expected another")
@@ -48,7 +48,7 @@ def sample(
 
 @pytest.fixture
 def called(capfd) -> Callable[..., dict[str, Any]]:
-    """The function's arguments for some words."""
+    """Return the function's arguments for a command line."""
 
     def called(*words: str) -> dict[str, Any]:
         CALLS.clear()

@@ -1,4 +1,4 @@
-"""`--steer` in complete and chat: the file's direction acts, and a wrong word is named."""
+"""`--steer` in complete and chat: the direction takes effect, and wrong values are reported."""
 
 import pytest
 import torch

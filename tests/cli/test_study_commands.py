@@ -280,7 +280,7 @@ def test_texts_that_do_not_differ_have_nothing_to_bring_back(run, tiny):
 
 
 def on_a_terminal(warm: Path, columns: int, *words: str) -> list[str]:
-    """What a command prints to a terminal of a known width."""
+    """Run a command on a terminal of a given width; return what it prints."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "dumb"}

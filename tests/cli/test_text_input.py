@@ -1,4 +1,4 @@
-"""Standard input that is UTF-8, has a byte-order mark or another encoding, or is no text."""
+"""Standard input in UTF-8 or another encoding, with a byte-order mark, or that is not text."""
 
 import io
 import sys
@@ -12,7 +12,7 @@ from llama_ref.errors import RequestError
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """Pipe bytes into standard input, decoded as a shell's is."""
+    """Pipe bytes into standard input, decoded as in a shell."""
 
     def pipe(data: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="\n"))
@@ -77,7 +77,7 @@ def test_a_word_of_the_command_line_that_is_not_utf_8_is_refused():
 
 @pytest.fixture
 def lines(pipe, peaked):
-    """The lines that `chat` reads from bytes."""
+    """Return the lines that `chat` reads from bytes."""
 
     def lines(data: bytes, encoding: str | None = None) -> list[str]:
         pipe(data)

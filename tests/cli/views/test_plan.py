@@ -24,7 +24,7 @@ SCRIPTS = {"scripts/chat_completion.py": chat_completion, "scripts/text_completi
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path) -> Run:
-    """Run `llama-ref plan …` in this process, without releases: (exit code, stdout, stderr)."""
+    """Run `llama-ref plan …` without releases; return (exit code, stdout, stderr)."""
     monkeypatch.setenv("LLAMA_MODELS_CONFIG_DIR", str(tmp_path / "llama"))
 
     def run(*words: object) -> tuple[int, str, str]:
@@ -45,7 +45,7 @@ def planned(run: Run, *words: object) -> dict:
 
 
 def rows(out: str) -> list[list[str]]:
-    """The cells of a printed table, units joined to their numbers."""
+    """Return the cells of a printed table, with units joined to their numbers."""
     numbered = [line for line in out.splitlines() if re.match(r" *\d+ +\d+ +\d+ ", line)]
     return [re.sub(r"(\d) ([kMGT]?B)\b", r"\1\2", line).split() for line in numbered]
 

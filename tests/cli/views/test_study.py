@@ -30,7 +30,7 @@ def tiny(tmp_path_factory) -> Llama:
 
 @pytest.fixture
 def rows(capsys):
-    """Cells of the printed rows that start with a prefix; no line may exceed 80 columns."""
+    """Return the cells of rows that start with a prefix; check that lines fit 80 columns."""
 
     def rows(first: str) -> list[list[str]]:
         lines = capsys.readouterr().out.splitlines()

@@ -38,7 +38,7 @@ def folder(original, tmp_path) -> Path:
 
 @pytest.fixture
 def run(capsys, monkeypatch) -> Run:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
+    """Run a command line in this process; return (exit code, stdout, stderr)."""
     monkeypatch.setattr("llama_ref.checkpoint.integrity.GROWTH_WAIT_SECONDS", 0)
 
     def run(*words: object) -> tuple[int, str, str]:
@@ -224,7 +224,7 @@ def test_deep_reports_what_is_not_finite(run, folder):
 
 
 def on_a_terminal(*words: object, columns: int = 80) -> str:
-    """What is printed to a terminal of this width."""
+    """Return what is printed to a terminal of this width."""
     import pty
 
     ours, theirs = pty.openpty()

@@ -93,7 +93,7 @@ def thread_count(word: str) -> int | None:
 Threads = Annotated[
     int | None,
     Flag(
-        "number of CPU threads; fewer than the cores are faster beside other busy programs",
+        "number of CPU threads; fewer threads than cores are faster beside other busy programs",
         metavar="INT",
         unset="as PyTorch chooses",
         read=thread_count,

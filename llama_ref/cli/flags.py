@@ -12,7 +12,7 @@
 A parameter before the `*` is an argument, given by position or by name; one after it is a flag.
 Type and default are Python's own, a `Literal` lists choices. A parameter annotated with a dataclass
 (`Sampling`) adds one flag per field, under its `heading`: commands share flags that way. Parsing (parser.py), help
-(help.py) and shell completion (completion.py) read all of this here.
+(help.py) and shell completion (completion.py) all use these declarations.
 """
 
 import ast
@@ -224,7 +224,7 @@ def _docstring(documented: Any) -> str:
 
 
 def _read_group(group: Any) -> list[Parameter]:
-    """Flags of a dataclass, under its `heading`."""
+    """Read the flags of a dataclass; `heading` is theirs in the help."""
     hints = get_type_hints(group, include_extras=True)
     return [
         _parameter(

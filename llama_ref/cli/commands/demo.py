@@ -8,8 +8,8 @@ from llama_ref.cli.flags import Flag, Section, command
 @command(Section.OTHER)
 def demo(
     *,
-    out: Annotated[str | None, Flag("folder to write", metavar="FOLDER", unset="in ~/.llama/checkpoints")] = None,
-    force: Annotated[bool, Flag("replace a folder that exists", short="f")] = False,
+    out: Annotated[str | None, Flag("folder to write", metavar="FOLDER", unset="one in ~/.llama/checkpoints")] = None,
+    force: Annotated[bool, Flag("replace an existing folder", short="f")] = False,
 ) -> None:
     """Make a small real model to try everything with.
 

@@ -47,7 +47,7 @@ def features(
             unset="as their files say",
         ),
     ] = None,
-    k: Annotated[int | None, Flag("number of features that fire at a token (TopK)", unset="as their files say")] = None,
+    k: Annotated[int | None, Flag("number of features that fire per token, for TopK", unset="as their files say")] = None,
     out: Annotated[str | None, Flag("write an HTML page about the text, with its features", metavar="FILE")] = None,
     special_tokens: SpecialTokens = False,
     json: Json = False,

@@ -26,7 +26,7 @@ def lens(
     target: Annotated[str | None, Flag(f"follow this {TARGET_HELP}")] = None,
     image: ImageFlag = None,
     tuned: Annotated[
-        str | None, Flag("read it by this tuned lens: a folder of tune_lens or in the published form", metavar="FOLDER")
+        str | None, Flag("use this tuned lens: a folder of tune_lens, or in the published format", metavar="FOLDER")
     ] = None,
     top: Annotated[int, Flag("number of most likely tokens to show")] = 5,
     out: Out = None,

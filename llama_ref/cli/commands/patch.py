@@ -29,8 +29,8 @@ def patch(
         str | None,
         Flag('instead of CORRUPTED: piece of CLEAN, such as "France", whose embeddings get noise (causal tracing)'),
     ] = None,
-    noise_scale: Annotated[float, Flag("standard deviations of the embedding")] = NOISE_SCALE,
-    noise_seeds: Annotated[int, Flag("runs to average")] = NOISE_SEEDS,
+    noise_scale: Annotated[float, Flag("size of the noise, in standard deviations of the embedding")] = NOISE_SCALE,
+    noise_seeds: Annotated[int, Flag("number of noisy runs to average")] = NOISE_SEEDS,
     over: Annotated[
         str,
         Flag(
@@ -74,7 +74,7 @@ def patch(
     if corrupted is None and noise is None:
         raise RequestError("missing CORRUPTED or --noise: give what to compare the clean text with")
     if corrupted is not None and noise is not None:
-        raise RequestError("unexpected --noise beside CORRUPTED: take one of the two")
+        raise RequestError("CORRUPTED and --noise are given, expected one of them")
     if noise is None and (noise_scale, noise_seeds) != (NOISE_SCALE, NOISE_SEEDS):
         raise RequestError("--noise_scale or --noise_seeds is given without --noise: say which tokens get noise")
     axes = check_over(over)

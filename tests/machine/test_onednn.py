@@ -1,5 +1,6 @@
 """oneDNN's process-wide flag, set by passes in several threads."""
 
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,6 +37,51 @@ def test_it_is_off_for_one_token_in_bfloat16_and_nothing_else(n, dtype, off):
         assert is_enabled() == (before and not off)
         raise KeyboardInterrupt
     assert is_enabled() == before
+
+
+AT_MANY_STEPS = """
+import signal, sys, threading
+import torch
+from llama_ref.machine.onednn import onednn_for
+
+one, two = torch.zeros(1, 1), torch.zeros(1, 2)
+
+def passes():
+    for tokens in (one, two, one):
+        with onednn_for(tokens, torch.bfloat16):
+            assert torch.backends.mkldnn.enabled == (tokens is two)
+
+def interrupted_at(step):
+    steps = 0
+
+    def count(frame, event, argument):
+        nonlocal steps
+        frame.f_trace_opcodes = True
+        steps += 1
+        if steps == step:
+            signal.raise_signal(signal.SIGINT)
+        return count
+
+    sys.settrace(count)
+    try:
+        passes()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    other = threading.Thread(target=passes, daemon=True)
+    passes()  # not in an error's way, nor waiting for ever
+    other.start()
+    other.join(20)
+    return not other.is_alive() and torch.backends.mkldnn.enabled
+
+print([step for step in range(1, 3000, 7) if not interrupted_at(step)])
+"""
+
+
+def test_after_ctrl_c_at_any_step_passes_run_and_the_flag_is_as_before(warm):
+    done = subprocess.run([warm / "python", "-c", AT_MANY_STEPS], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr[-1000:]
 
 
 def test_a_user_who_switched_it_off_keeps_it_off():

@@ -1,1 +1,1 @@
-"""The contestants of bench_study.py, each in its own environment; worker.py runs one task."""
+"""Peers of bench_study.py (worker.py runs one task) and of compare_study.py (oracles.py), in their own environments."""

@@ -43,12 +43,20 @@ def largest(z: np.ndarray, k: int) -> np.ndarray:
 
 
 def llama_scope(
-    folder: Path, dim: int, n: int, seed: int = 0, *, layer: int = 1, kind: str = "R", **changed: object
+    folder: Path,
+    dim: int,
+    n: int,
+    seed: int = 0,
+    *,
+    layer: int = 1,
+    kind: str = "R",
+    unit_norm: bool = False,
+    **changed: object,
 ) -> Written:
-    """Decoder rows have arbitrary norms, so that a comparison without the norms would fail."""
+    """Decoder rows have arbitrary norms, so that a comparison without the norms would fail, unless `unit_norm`."""
     path = folder / f"Llama3_1-8B-Base-L{layer}{kind}-8x"
     w_enc, b_enc, w_dec, b_dec = numbers(seed, (n, dim), (n,), (n, dim), (dim,))
-    w_dec *= np.linspace(0.2, 3, n, dtype="f4")[:, None]
+    w_dec *= 1 / np.linalg.norm(w_dec, axis=1, keepdims=True) if unit_norm else np.linspace(0.2, 3, n, dtype="f4")[:, None]
     reads = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out", "TC": "ln2.hook_normalized"}[kind]
     writes = "hook_mlp_out" if kind == "TC" else reads
     norm_in, norm_out, threshold = 3.5, 3.5 if kind != "TC" else 1.25, 0.4
@@ -178,26 +186,33 @@ class CrossLayer:
     b_enc: list[np.ndarray]
     w_dec: list[np.ndarray]
     b_dec: list[np.ndarray]
+    least: list[np.ndarray]
 
     def encode(self, layer: int, x: np.ndarray) -> np.ndarray:
-        return relu(x @ self.w_enc[layer].T + self.b_enc[layer])
+        z = x @ self.w_enc[layer].T + self.b_enc[layer]
+        return np.where(z > self.least[layer], z, 0)
 
     def decode(self, layer: int, features: list[np.ndarray]) -> np.ndarray:
         """The sum of what all layers up to this one write to it."""
         return self.b_dec[layer] + sum(f @ self.w_dec[n][:, layer - n] for n, f in enumerate(features[: layer + 1]))
 
 
-def cross_layer(folder: Path, dim: int, n: int, n_layers: int, seed: int = 0, *, biases: bool = True) -> CrossLayer:
+def cross_layer(
+    folder: Path, dim: int, n: int, n_layers: int, seed: int = 0, *, biases: bool = True, thresholds: bool = False
+) -> CrossLayer:
     path = folder / "clt"
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(CONFIG.format(kind="cross_layer_transcoder"))
-    made = CrossLayer(path, [], [], [], [])
+    made = CrossLayer(path, [], [], [], [], [])
     for i in range(n_layers):
-        w_enc, b_enc, w_dec, b_dec = numbers(seed + i, (n, dim), (n,), (n, n_layers - i, dim), (dim,))
+        w_enc, b_enc, w_dec, b_dec, least = numbers(seed + i, (n, dim), (n,), (n, n_layers - i, dim), (dim,), (n,))
+        least = np.abs(least) * 3 if thresholds else np.zeros(n, "f4")
         arrays = {f"W_enc_{i}": w_enc, f"b_enc_{i}": b_enc} | ({f"b_dec_{i}": b_dec} if biases else {})
+        arrays |= {f"threshold_{i}": least} if thresholds else {}
         save_file(tensors(**arrays), path / f"W_enc_{i}.safetensors")
         b_dec = b_dec if biases else np.zeros_like(b_dec)
         save_file(tensors(**{f"W_dec_{i}": w_dec}), path / f"W_dec_{i}.safetensors")
-        for own, array in zip((made.w_enc, made.b_enc, made.w_dec, made.b_dec), (w_enc, b_enc, w_dec, b_dec), strict=True):
+        lists = (made.w_enc, made.b_enc, made.w_dec, made.b_dec, made.least)
+        for own, array in zip(lists, (w_enc, b_enc, w_dec, b_dec, least), strict=True):
             own.append(array)
     return made

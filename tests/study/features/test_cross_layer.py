@@ -1,5 +1,7 @@
 """All layers of a cross-layer transcoder, compared with the formula in NumPy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -60,9 +62,9 @@ def test_a_k_that_the_features_do_not_go_by_is_refused(made):
         study.open_cross_layer(made.path, k=3)
 
 
-@pytest.mark.parametrize("biases", [True, False])
-def test_every_layer_writes_to_itself_and_to_all_later_ones(biases, tmp_path):
-    made = feature_folders.cross_layer(tmp_path, D, N, L, biases=biases)
+@pytest.mark.parametrize(("biases", "thresholds"), [(True, False), (False, False), (True, True)])
+def test_every_layer_writes_to_itself_and_to_all_later_ones(biases, thresholds, tmp_path):
+    made = feature_folders.cross_layer(tmp_path, D, N, L, biases=biases, thresholds=thresholds)
     transcoder = study.open_cross_layer(made.path)
     assert transcoder.reads == tuple(f"layers.{i}.ffn.norm" for i in range(L))
     assert transcoder.writes == tuple(f"layers.{i}.ffn.output" for i in range(L))
@@ -116,7 +118,7 @@ def test_losses_variance_and_sparsity(model, made, skip):
     assert found.loss == pytest.approx(mean_loss([model(torch.tensor([text]))[0] for text in some]), abs=1e-5)
     expected = mean_loss([run_replaced(model, made, text, skip) for text in some])
     assert found.loss_reconstructed == pytest.approx(expected, abs=1e-4)
-    nothing = CrossLayer(made.path, made.w_enc, made.b_enc, [w * 0 for w in made.w_dec], [b * 0 for b in made.b_dec])
+    nothing = replace(made, w_dec=[w * 0 for w in made.w_dec], b_dec=[b * 0 for b in made.b_dec])
     assert found.loss_zero == pytest.approx(mean_loss([run_replaced(model, nothing, text, skip) for text in some]), abs=1e-4)
     assert len({round(each, 3) for each in (found.loss, found.loss_reconstructed, found.loss_zero)}) == 3
 

@@ -34,7 +34,7 @@ from llama_ref.study.tuned.unembed_hash import unembed_hash
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
 WORKER = REPOSITORY / "scripts" / "study_peers" / "oracles.py"
-DICTIONARIES = ("eai-sparsify", "dictionary-learning", "sae-lens", "circuit-tracer")
+DICTIONARIES = ("eai-sparsify", "dictionary-learning", "sae-lens", "llamascopium", "circuit-tracer")
 MODELS = ("captum", "tuned-lens", "repeng")
 DIM, N_FEATURES, N_LAYERS, N_TOKENS = 16, 64, 3, 40  # of the random dictionaries
 TEXT, TARGET = "The capital of France is", " Paris"
@@ -114,6 +114,10 @@ def with_dictionaries(scratch: Path) -> Ours:
         "sae-lens": {
             "Llama Scope, unit decoder rows": made.llama_scope(scratch / "scope", *shape, unit_norm=True).path,
             "Goodfire": made.goodfire(scratch / "goodfire", *shape, **goodfire).path,
+        },
+        "llamascopium": {
+            "Llama Scope, autoencoder": made.llama_scope(scratch / "authors", *shape).path,
+            "Llama Scope, transcoder": made.llama_scope(scratch / "authors", *shape, kind="TC").path,
         },
         "circuit-tracer": {
             "transcoder, ReLU": made.transcoders(scratch / "relu", *shape).path,

@@ -92,6 +92,28 @@ def sae_lens(path: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     return sae.encode(x), sae(x)
 
 
+def llamascopium(path: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Llama Scope's folder with its authors' code, which folds the scales into the weights before inference."""
+    from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
+
+    file = json.loads((path / "hyperparams.json").read_text(encoding="utf-8"))
+    kept = ("d_model", "act_fn", "norm_activation", "sparsity_include_decoder_norm", "hook_point_in", "hook_point_out")
+    factor = file["d_sae"] / file["d_model"]
+    sae = SparseAutoEncoder(SAEConfig(expansion_factor=factor, dtype=torch.float32, **{key: file[key] for key in kept}))
+    stored = load_file(path / "checkpoints/final.safetensors")
+    weights = {"W_E": stored["encoder.weight"].T, "b_E": stored["encoder.bias"]}
+    weights |= {"W_D": stored["decoder.weight"].T, "b_D": stored["decoder.bias"]}
+    least = torch.full((file["d_sae"],), file["jump_relu_threshold"]).log()
+    sae.load_state_dict(weights | {"activation_function.log_jumprelu_threshold": least})
+    norms = file["dataset_average_activation_norm"]
+    sae.set_dataset_average_activation_norm({file["hook_point_in"]: norms["in"], file["hook_point_out"]: norms["out"]})
+    sae.standardize_parameters_of_dataset_norm()
+    if file["hook_point_in"].endswith("hook_normalized"):  # of TransformerLens: normed, before the norm's weights
+        x = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-5)
+    features = sae.encode(x)
+    return features * file["d_model"] ** 0.5 / norms["in"], sae.decode(features)  # features before folding
+
+
 def circuit_tracer(path: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     """A file of one layer with x (T, D), or a cross-layer transcoder's folder with x (L, T, D)."""
     from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
@@ -171,6 +193,7 @@ DICTIONARIES = {
     "eai-sparsify": sparsify,
     "dictionary-learning": dictionary_learning,
     "sae-lens": sae_lens,
+    "llamascopium": llamascopium,
     "circuit-tracer": circuit_tracer,
 }
 MODELS = {"captum": captum, "tuned-lens": tuned_lens, "repeng": repeng}

@@ -1,7 +1,7 @@
 """Compute the memory per process, and the fewest cards that hold a model, from shapes alone.
 
 Weights and KV cache are exact. Activations are an upper estimate, summed from the tensors alive at the
-peaks of model.py, decoding/loop.py and sampling.py; tests compare it with what generation takes on a CPU.
+peaks of model.py, decoding/ and sampling.py; tests compare it with what generation takes on a CPU.
 """
 
 import bisect
@@ -20,7 +20,7 @@ from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 from llama_ref.parallel.sharding import WHOLE, Share
 from llama_ref.quantization.scheme import SCALE_BITS, Scheme
 
-# Copied from decoding/loop.py and compiled/*_cache.py: importing these would import torch.
+# Copied from decoding/loop.py, decoding/reading.py and compiled/*_cache.py: importing these would import torch.
 PREFILL_TOKENS, MASKLESS_PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 8192, 128, 64
 BLOCK_WEIGHTS = 1 << 22  # as in quantization/linear.py
 

@@ -14,7 +14,7 @@ import torch
 
 from folders import tiny_folder
 from llama_ref.checkpoint.convert import to_hugging_face
-from llama_ref.decoding import loop
+from llama_ref.decoding import loop, reading
 from llama_ref.decoding.prompt_lookup import PromptLookup
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama, check_stream_options
@@ -142,7 +142,7 @@ def test_logprobs_are_those_of_a_plain_forward(peaked, of_many_lengths, monkeypa
 
     The prompts end on both sides of a piece's boundary.
     """
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(reading, "PREFILL_TOKENS", prefill_tokens)
     monkeypatch.setattr(loop, "LOGPROB_POSITIONS", 3)
     some = of_many_lengths
     tokens, logprobs = peaked.generate(some, max_gen_len, 0.8, 0.9, True, True, seed=5)
@@ -243,7 +243,7 @@ def test_rows_go_on_while_another_has_filled_the_context(peaked, of_many_lengths
 @pytest.mark.parametrize("prefill_tokens", [4, 13])
 def test_prompts_run_in_pieces_give_the_same(peaked, of_many_lengths, monkeypatch, prefill_tokens):
     whole, _ = peaked.generate(of_many_lengths, 8, 0.0)
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(reading, "PREFILL_TOKENS", prefill_tokens)
     assert peaked.generate(of_many_lengths, 8, 0.0)[0] == whole
 
 

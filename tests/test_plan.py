@@ -23,7 +23,7 @@ from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.releases import RELEASES
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.compiled import caches
-from llama_ref.decoding import loop
+from llama_ref.decoding import loop, reading
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
@@ -175,7 +175,7 @@ def test_parameters_of_vision_releases_are_those_of_metas_module(size, expected)
 
 
 def test_the_constants_are_those_of_the_loop():
-    as_there = loop.PREFILL_TOKENS, loop.MASKLESS_PREFILL_TOKENS, loop.LOGPROB_POSITIONS, caches.CACHE_BLOCK
+    as_there = reading.PREFILL_TOKENS, reading.MASKLESS_PREFILL_TOKENS, loop.LOGPROB_POSITIONS, caches.CACHE_BLOCK
     assert as_there == (plan.PREFILL_TOKENS, plan.MASKLESS_PREFILL_TOKENS, plan.LOGPROB_POSITIONS, plan.CACHE_BLOCK)
     assert plan.BLOCK_WEIGHTS == linear.BLOCK_WEIGHTS
 

@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from llama_ref.chat import Dialog
-from llama_ref.decoding import loop
+from llama_ref.decoding import reading
 from llama_ref.decoding.stream import Stream
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
@@ -178,7 +178,7 @@ def test_an_answer_broken_off_before_its_first_token_never_was(quick, begun):
 @pytest.mark.parametrize(("n_passes", "prefill_tokens"), [(0, 1024), (1, 8), (2, 1024)])
 def test_an_interrupt_amid_the_layers_leaves_no_trace(quick, monkeypatch, n_passes, prefill_tokens):
     """Ctrl-C may come at any time, in prefill or decode, when half the layers have written."""
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", prefill_tokens)
+    monkeypatch.setattr(reading, "PREFILL_TOKENS", prefill_tokens)
     session = Session(quick)
     ask(session, SUM)
     stream = interrupt(session, CAPITAL, n_passes)

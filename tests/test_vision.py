@@ -83,7 +83,7 @@ def test_prompts_run_in_pieces_give_the_same(llama, monkeypatch):
     prompt = [BOS, 60, IMAGE_ID, *range(20, 60), IMAGE_ID, *range(30, 50)]
     whole = llama.generate([prompt], images=[[A, B]], logprobs=True, echo=True, **GREEDY)
     for size in (1, 7, 16):
-        monkeypatch.setattr("llama_ref.decoding.loop.PREFILL_TOKENS", size)
+        monkeypatch.setattr("llama_ref.decoding.reading.PREFILL_TOKENS", size)
         pieces = llama.generate([prompt], images=[[A, B]], logprobs=True, echo=True, **GREEDY)
         assert pieces[0] == whole[0]
         assert pieces[1][0] == pytest.approx(whole[1][0], abs=1e-4)

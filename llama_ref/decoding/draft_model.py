@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.drafting import AcceptanceRate, Draft, PassTime
-from llama_ref.decoding.loop import check_not_nan, prefill_tokens
+from llama_ref.decoding.loop import check_not_nan
+from llama_ref.decoding.reading import prefill_tokens
 from llama_ref.decoding.row import Row
 from llama_ref.kv_cache import KVCache
 from llama_ref.machine.onednn import onednn_for

@@ -1,17 +1,17 @@
 """The generation loop: prefill a batch of prompts of any lengths, then decode one token per step."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ref.compiled.caches import new_cache
-from llama_ref.compiled.cuda_cache import MASKLESS_PREFILL_TOKENS
 from llama_ref.compiled.cuda_ops import log_normalizer
 from llama_ref.compiled.forward import compiled_forward
 from llama_ref.decoding.image_prompts import show_images
+from llama_ref.decoding.reading import last_states, padded, read
 from llama_ref.decoding.row import Row
 from llama_ref.errors import LlamaRefError
 from llama_ref.formatting import dtype_name
@@ -19,7 +19,6 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
 
-PREFILL_TOKENS = 1024  # per pass, over all rows: bounds the size of activations and masks
 IGNORED = -100  # the target for which cross_entropy computes no loss
 LOGPROB_POSITIONS = 128  # scored at a time in an echoed prompt: logits take 0.5 MB per position
 
@@ -91,11 +90,6 @@ def finished(rows: list[Row]) -> bool:
     return all(row.finish_reason for row in rows)
 
 
-def prefill_tokens(cache: KVCache) -> int:
-    """Prompt tokens per forward pass, over all rows."""
-    return PREFILL_TOKENS if cache.needs_mask else MASKLESS_PREFILL_TOKENS
-
-
 @torch.inference_mode()
 def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs: bool) -> Tensor:
     """Run the prompts, right-padded to one length: logits (B, V) after the last token of each.
@@ -107,23 +101,11 @@ def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs
     known = min(cache.longest, min(ends) - 1)  # a cached prompt still needs its last logits
     cache.truncate([known] * len(rows))
     show_images(model, rows, cache, known)
-    tokens = torch.zeros(len(rows), max(ends) - known, dtype=torch.long, device="cpu")
-    for row, padded in zip(rows, tokens, strict=True):
-        padded[: len(row.prompt) - known] = torch.tensor(row.prompt[known:], device="cpu")
-
-    last: list[Tensor] = [tokens] * len(rows)  # each row's final state (D,), filled in below
-    begin = known
-    for piece in tokens.to(cache.lengths.device).split(max(1, prefill_tokens(cache) // len(rows)), dim=1):
-        with onednn_for(piece, cache.keys.dtype):
-            hidden = model.hidden(piece, cache)  # (B, T, D)
-            if prompt_logprobs:
-                _score_prompts(model, rows, hidden, begin)
-        for i, end in enumerate(ends):
-            if begin < end <= begin + piece.shape[1]:
-                last[i] = hidden[i, end - 1 - begin].clone()  # a view would keep the whole piece
-        begin += piece.shape[1]
+    pieces = read(model, cache, padded([row.prompt[known:] for row in rows]))
+    if prompt_logprobs:
+        pieces = _scored(model, rows, pieces, known)
+    states = last_states(pieces, [end - known for end in ends])  # (B, D)
     cache.truncate([end - bool(row.finish_reason) for row, end in zip(rows, ends, strict=True)])
-    states = torch.stack(last)  # (B, D)
     with onednn_for(states, cache.keys.dtype):
         return model.logits(states)
 
@@ -141,6 +123,15 @@ def _hold_finished(rows: list[Row], cache: KVCache) -> None:
         cache.truncate([len(row.prompt) + len(row.generated) - bool(row.finish_reason) for row in rows])
 
 
+def _scored(
+    model: Transformer, rows: list[Row], pieces: Iterable[tuple[int, Tensor]], known: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Pieces of prompts after `known` tokens; appends to every row the log-probabilities that their states give."""
+    for begin, hidden in pieces:
+        _score_prompts(model, rows, hidden, known + begin)
+        yield begin, hidden
+
+
 def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: int) -> None:
     """Append to every row the log-probabilities of the prompt tokens predicted by states (B, T, D) from `begin` on."""
     for row, states in zip(rows, hidden, strict=True):
@@ -150,7 +141,9 @@ def _score_prompts(model: Transformer, rows: list[Row], hidden: Tensor, begin: i
         targets[targets >= model.args.vocab_size] = IGNORED  # an image is not predicted either
         pieces = zip(states[: len(targets)].split(LOGPROB_POSITIONS), targets.split(LOGPROB_POSITIONS), strict=True)
         for some_states, some_targets in pieces:
-            losses = F.cross_entropy(model.logits(some_states), some_targets, reduction="none", ignore_index=IGNORED)
+            with onednn_for(some_targets, model.dtype):
+                logits = model.logits(some_states)
+            losses = F.cross_entropy(logits, some_targets, reduction="none", ignore_index=IGNORED)
             row.prompt_logprobs.extend((0 - losses).tolist())
 
 

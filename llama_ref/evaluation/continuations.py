@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from llama_ref.decoding.reading import last_states, padded, read
 from llama_ref.evaluation.prefix import PrefixCache, repeated, shared_length
-from llama_ref.evaluation.scoring import Score, padded, read, score_states, score_tokens
+from llama_ref.evaluation.scoring import Score, score_states, score_tokens
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 
@@ -54,7 +54,7 @@ def _score_batch(
     n_known = 0 if prefix is None else prefix.longest
     rests = padded([context[n_known:] for context in contexts])
     cache = repeated(model, prefix, [0] * len(contexts), n_known + rests.shape[1])
-    last = _last_states(read(model, cache, rests), [len(context) - n_known for context in contexts])  # (B, D)
+    last = last_states(read(model, cache, rests), [len(context) - n_known for context in contexts])  # (B, D)
     cache.truncate([len(context) for context in contexts])
 
     owners = [row for row, own in enumerate(continuations) for _ in own]
@@ -69,16 +69,6 @@ def _score_batch(
             logprobs[number] += score.logprob
             are_greedy[number] &= score.is_greedy
     return [Score(*each) for each in zip(logprobs, are_greedy, strict=True)]
-
-
-def _last_states(pieces: Iterable[tuple[int, Tensor]], lengths: Sequence[int]) -> Tensor:
-    """The hidden state at each row's last token: (B, D)."""
-    last: list[Tensor | None] = [None] * len(lengths)
-    for begin, hidden in pieces:
-        for row, length in enumerate(lengths):
-            if begin < length <= begin + hidden.shape[1]:
-                last[row] = hidden[row, length - 1 - begin].clone()  # a view would keep the whole piece
-    return torch.stack([state for state in last if state is not None])
 
 
 def clusters(contexts: Iterable[Ids]) -> list[tuple[Ids, list[Ids]]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from llama_ref.compiled.caches import new_cache
-from llama_ref.evaluation.scoring import padded, read
+from llama_ref.decoding.reading import padded, read
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 

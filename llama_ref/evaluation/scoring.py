@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ref.compiled.caches import kv_cache_class, new_cache
-from llama_ref.compiled.cuda_cache import MASKLESS_PREFILL_TOKENS
-from llama_ref.decoding.loop import LOGPROB_POSITIONS, PREFILL_TOKENS, check_not_nan, prefill_tokens
-from llama_ref.kv_cache import KVCache
+from llama_ref.decoding.loop import LOGPROB_POSITIONS, check_not_nan
+from llama_ref.decoding.reading import padded, prefill_tokens, read
 from llama_ref.machine.onednn import onednn_for
 from llama_ref.model import Transformer
 
@@ -41,30 +40,7 @@ def score_rows(model: Transformer, rows: Sequence[tuple[Sequence[int], int]]) ->
 
 def rows_at_once(model: Transformer, n_tokens: int) -> int:
     """Number of rows of `n_tokens` tokens that one pass can read."""
-    needs_mask = kv_cache_class(model.device, model.dtype, model.args).needs_mask
-    return max(1, (PREFILL_TOKENS if needs_mask else MASKLESS_PREFILL_TOKENS) // n_tokens)
-
-
-def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of ids, padded on the right, where no token attends to the padding: int64 (B, T)."""
-    out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device="cpu")
-    for row, tokens in zip(rows, out, strict=True):
-        tokens[: len(row)] = torch.tensor(row, dtype=torch.long, device="cpu")
-    return out
-
-
-@torch.inference_mode()
-def read(model: Transformer, cache: KVCache, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Run tokens (B, T) after those in the cache, in pieces.
-
-    Yields (start position, states (B, n, D)).
-    """
-    begin = 0
-    for piece in tokens.to(cache.lengths.device).split(max(1, prefill_tokens(cache) // len(tokens)), dim=1):
-        with onednn_for(piece, model.dtype):
-            hidden = model.hidden(piece, cache)
-        yield begin, hidden
-        begin += piece.shape[1]
+    return max(1, prefill_tokens(kv_cache_class(model.device, model.dtype, model.args)) // n_tokens)
 
 
 @torch.inference_mode()

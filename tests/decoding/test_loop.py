@@ -5,7 +5,7 @@ import torch
 
 from llama_ref.args import ModelArgs
 from llama_ref.compiled.caches import new_cache
-from llama_ref.decoding import loop
+from llama_ref.decoding import reading
 from llama_ref.decoding.loop import steps
 from llama_ref.decoding.row import Row
 from llama_ref.errors import LlamaRefError
@@ -59,7 +59,7 @@ def test_a_new_caches_junk_is_never_seen(junk):
 
 def test_many_rows_go_through_in_shorter_pieces(monkeypatch):
     """The total number of tokens of all rows bounds activations."""
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(reading, "PREFILL_TOKENS", 8)
     model = random_model(ARGS, seed=0)
     seen = []
     hidden = model.hidden

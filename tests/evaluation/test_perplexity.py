@@ -126,7 +126,7 @@ def test_one_window_is_one_teacher_forced_pass(peaked, english):
 def test_texts_longer_than_a_pass_are_read_in_pieces(peaked, monkeypatch):
     rows = [(list(range(65, 165)), 10), (list(range(70, 140)), 1), ([65, 66], 1)]
     expected = score_rows(peaked.model, rows)
-    monkeypatch.setattr("llama_ref.decoding.loop.PREFILL_TOKENS", 21)  # seven positions a row
+    monkeypatch.setattr("llama_ref.decoding.reading.PREFILL_TOKENS", 21)  # seven positions a row
     monkeypatch.setattr("llama_ref.evaluation.scoring.LOGPROB_POSITIONS", 3)
     found = score_rows(peaked.model, rows)
     assert [score.logprob for score in found] == pytest.approx([score.logprob for score in expected], abs=1e-4)

@@ -13,7 +13,8 @@ from llama_ref.bench.costs import kv_bytes, weight_bytes
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.shapes import expected_shapes
 from llama_ref.compiled.caches import new_cache
-from llama_ref.decoding.loop import PREFILL_TOKENS, steps
+from llama_ref.decoding.loop import steps
+from llama_ref.decoding.reading import PREFILL_TOKENS
 from llama_ref.decoding.row import Row
 from llama_ref.generation import Llama
 from llama_ref.kv_cache import KVCache

@@ -399,7 +399,7 @@ def test_a_token_is_shown_on_one_line_and_harmless(text, shown):
         (lambda model: logit_lenses(model, [[1], [2, 3]], positions=[1]), "position is 1, expected 0"),
         (lambda model: logit_lenses(model, [[1], [2, 3]], targets=[1]), "targets has 1 values, expected one for each of the 2"),
         (lambda model: list(spectra(model, 5)), "names is 5, expected a matrix's name or a glob"),
-        (lambda model: patch_grid(model, [1], [2], "x"), "metric is 'x', expected probability"),
+        (lambda model: patch_grid(model, [1], [2], "x"), "metric is 'x', expected logit_difference"),
         (
             lambda model: logit_lens(model, [1], points=["layers.2.residual_mid"]),
             "points contains 'layers.2.residual_mid', expected",

@@ -272,7 +272,7 @@ def _change(
             points = torch.cat(moved).requires_grad_()
             block.enter_context(patch(before.model, {key: set_to(points)}))
             found = measure(before.model, batch, [metric] * len(some))
-            total += gradient_of(found.sum(), [points])[0].sum(0, keepdim=True)
+            total = total + gradient_of(found.sum(), [points])[0].sum(0, keepdim=True)
     return change * total / len(shares)
 
 

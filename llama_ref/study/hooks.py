@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from llama_ref.compiled.forward import CompiledForward
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
+from llama_ref.machine.waiting import interrupt_held
 from llama_ref.model import Attention, Context, FeedForward, Transformer, TransformerBlock, attend, rotate
 from llama_ref.parallel.division import division_of
 from llama_ref.parallel.pipeline import LogitsForAll
@@ -101,20 +102,20 @@ def attached(model: Transformer, visitor: Visitor, *, first: bool = False) -> It
     (check_model if visitor.edits or visitor.in_path else check_part)(model)
     key = (threading.get_ident(), visitor)
     try:
-        with _lock:
-            if model not in _attached:
-                _attached[model] = Attached(model)
-            _attached[model].enter(key, first=first)
-        yield
-    finally:
         try:
+            with interrupt_held(), _lock:  # whole, or not at all
+                if model not in _attached:
+                    _attached[model] = Attached(model)
+                _attached[model].enter(key, first=first)
+            yield
+        finally:
             _leave(model, key)
-        finally:  # again, in case Ctrl-C interrupted the first call
-            _leave(model, key)
+    finally:  # again, in case Ctrl-C came just before the first call
+        _leave(model, key)
 
 
 def _leave(model: Transformer, key: tuple[int, Visitor]) -> None:
-    with _lock:
+    with interrupt_held(), _lock:
         hooks = _attached.get(model)
         if hooks and hooks.leave(key):
             del _attached[model]

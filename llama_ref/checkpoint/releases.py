@@ -35,10 +35,6 @@ class Release:
         """The folder that Meta's downloader makes."""
         return self.name.replace(":", "-")
 
-    @property
-    def is_vision(self) -> bool:
-        return "vision_chunk_size" in self.params
-
 
 def _shape(dim: int, n_layers: int, n_heads: int, ffn_dim_multiplier: float, multiple_of: int) -> dict[str, Any]:
     return {

@@ -283,6 +283,6 @@ def test_each_release_has_the_form_of_metas_documents():
         if minor is None or not args.use_scaled_rope:
             assert untrained(args) and default_format(args) == "json", name
             continue
-        form = "json" if release.is_vision else expected[minor[0]]
+        form = "json" if "vision_chunk_size" in release.params else expected[minor[0]]
         assert default_format(args, f"/models/llama-3.3/{release.folder}") == form, name
         assert untrained(args) is None

@@ -77,7 +77,9 @@ LLAMA_3_2_11B = {  # from the config.json of Meta's release
 OLDER_KEYS = {"architectures": None, "pruned_heads": {}, "tie_encoder_decoder": False, "max_length": 20, "temperature": 1.0}
 CHAT = {"bos": 128000, "eos": [128001, 128008, 128009]}
 RELEASE = ModelArgs.from_dict(RELEASES["Llama3.2-11B-Vision-Instruct"].params)
-VISION_RELEASES = [pytest.param(release, id=name) for name, release in RELEASES.items() if release.is_vision]
+VISION_RELEASES = [
+    pytest.param(release, id=name) for name, release in RELEASES.items() if "vision_chunk_size" in release.params
+]
 
 
 @pytest.fixture

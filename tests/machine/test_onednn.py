@@ -1,12 +1,12 @@
 """oneDNN's process-wide flag, set by passes in several threads."""
 
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from interruptions import assert_prints_no_step
 from llama_ref.args import ModelArgs
 from llama_ref.decoding.loop import steps
 from llama_ref.decoding.row import Row
@@ -40,8 +40,9 @@ def test_it_is_off_for_one_token_in_bfloat16_and_nothing_else(n, dtype, off):
 
 
 AT_MANY_STEPS = """
-import signal, sys, threading
+import threading
 import torch
+from interruptions import interrupt
 from llama_ref.machine.onednn import onednn_for
 
 one, two = torch.zeros(1, 1), torch.zeros(1, 2)
@@ -51,37 +52,20 @@ def passes():
         with onednn_for(tokens, torch.bfloat16):
             assert torch.backends.mkldnn.enabled == (tokens is two)
 
-def interrupted_at(step):
-    steps = 0
-
-    def count(frame, event, argument):
-        nonlocal steps
-        frame.f_trace_opcodes = True
-        steps += 1
-        if steps == step:
-            signal.raise_signal(signal.SIGINT)
-        return count
-
-    sys.settrace(count)
-    try:
-        passes()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
+def is_fine_after(step):
+    interrupt(passes, step)
+    passes()
     other = threading.Thread(target=passes, daemon=True)
-    passes()  # not in an error's way, nor waiting for ever
     other.start()
     other.join(20)
     return not other.is_alive() and torch.backends.mkldnn.enabled
 
-print([step for step in range(1, 3000, 7) if not interrupted_at(step)])
+print([step for step in range(1, 2000, 5) if not is_fine_after(step)])
 """
 
 
 def test_after_ctrl_c_at_any_step_passes_run_and_the_flag_is_as_before(warm):
-    done = subprocess.run([warm / "python", "-c", AT_MANY_STEPS], capture_output=True, text=True, timeout=100, check=False)
-    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr[-1000:]
+    assert_prints_no_step(warm / "python", AT_MANY_STEPS)
 
 
 def test_a_user_who_switched_it_off_keeps_it_off():

@@ -2,48 +2,33 @@
 
 import os
 import signal
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from interruptions import assert_prints_no_step
 from llama_ref.cli import interrupt
 from llama_ref.machine.waiting import as_they_end, interrupt_held, result_of
 
 AT_MANY_STEPS = """
-import signal, sys, threading
-from llama_ref.machine import waiting
+import threading
+from interruptions import interrupt
 from llama_ref.checkpoint.verify.hashing import run_all
+from llama_ref.machine import waiting
 
 waiting.TICK_SECONDS = 0.001
 
-def interrupted_at(step):
-    cancel, steps = threading.Event(), 0
+def ends_at(step):
+    cancel = threading.Event()
+    return interrupt(lambda: run_all([cancel.wait] * 3, 2, cancel), step) and threading.active_count() == 1
 
-    def count(frame, event, argument):
-        nonlocal steps
-        frame.f_trace_opcodes = True
-        steps += 1
-        if steps == step:
-            signal.raise_signal(signal.SIGINT)
-        return count
-
-    sys.settrace(count)
-    try:
-        run_all([cancel.wait] * 3, 2, cancel)
-    except KeyboardInterrupt:
-        return threading.active_count() == 1
-    finally:
-        sys.settrace(None)
-
-print([step for step in range(1, 4000, 13) if not interrupted_at(step)])
+print([step for step in range(1, 2700, 11) if not ends_at(step)])
 """
 
 
 def test_ctrl_c_at_any_step_ends_the_wait_and_the_threads(warm):
-    done = subprocess.run([warm / "python", "-c", AT_MANY_STEPS], capture_output=True, text=True, timeout=100, check=False)
-    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr[-1000:]
+    assert_prints_no_step(warm / "python", AT_MANY_STEPS)
 
 
 def test_ctrl_c_is_raised_where_the_block_waits():

@@ -70,12 +70,12 @@ def rope_rotations(positions: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) of every head by its position's angle: (B, T, heads, hd).
 
+    A pair is a complex number, and e^(i·angle) turns it: x[2i] · cos − x[2i+1] · sin, x[2i] · sin + x[2i+1] · cos.
     Rotary position embedding (arXiv:2104.09864). Meta's weights pair neighbours; Hugging Face pairs
     x[i] with x[i + hd/2] and permutes wq and wk to match.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # 2 × (B, T, heads, hd/2)
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # (B, T, heads, hd/2)
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).type_as(x)
 
 
 class Cache(Protocol):

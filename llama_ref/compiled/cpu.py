@@ -29,7 +29,7 @@ from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, materializ
 from llama_ref.compiled.int8_layout import PIECE, PiecewiseInt8Linear, in_pieces
 from llama_ref.errors import RequestError
 from llama_ref.machine.onednn import onednn_for
-from llama_ref.model import Context, Transformer, TransformerBlock, rms_norm, rotate
+from llama_ref.model import Context, Transformer, TransformerBlock, rms_norm
 from llama_ref.parallel.pipeline import LogitsForAll
 from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import replace_matrices, use_fast_kernels
@@ -234,7 +234,7 @@ def _layer_step(
     n_kv_heads, head_dim = keys.shape[0], keys.shape[-1]
     h = rms_norm(x, *norms[0])
     q, k, v = (matvec(w, h).view(-1, head_dim) for w in (wq, wk, wv))
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     keys, values = keys[:, : len(mask)], values[:, : len(mask)]
     x = x + matvec(wo, _attend(q.view(n_kv_heads, -1, head_dim), k, v, keys, values, mask))
     h = rms_norm(x, *norms[1])
@@ -264,6 +264,12 @@ def _product(matrix: PlainMatrix, x: Tensor) -> Tensor:
     x32 = materialize(x.float()).view(len(w), 1, -1)  # (P, 1, K/P)
     sums = torch.cat([(rows.float() * x32).sum(-1).sum(0) for rows in w.chunk(STREAMS, dim=1)])
     return (sums * scale[0] if scale else sums).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """model.py's rotation (heads, hd) without complex numbers, which Inductor does not compile."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # 2 × (heads, hd/2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch._inductor.cpu_vec_isa
 import random_models
 from llama_ref.args import ModelArgs
 from llama_ref.compiled.caches import new_cache
-from llama_ref.compiled.cpu import OPTIONS, _FastOutput, compile_decode, matvec
+from llama_ref.compiled.cpu import OPTIONS, _FastOutput, _rotate, compile_decode, matvec
 from llama_ref.compiled.int4_layout import COLUMNS, PlanarInt4Linear, product
 from llama_ref.compiled.int8_layout import PiecewiseInt8Linear
 from llama_ref.decoding.loop import steps
@@ -18,7 +18,7 @@ from llama_ref.decoding.row import Row
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.machine.onednn import onednn_for
-from llama_ref.model import Transformer
+from llama_ref.model import Transformer, rotate
 from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.quantization.apply import quantize_model
 from llama_ref.quantization.linear import Int4Linear, Int8Linear
@@ -191,6 +191,13 @@ def test_with_a_compiler_that_fails_a_model_computes_as_before(monkeypatch, capl
     torch.compiler.reset()
     assert "decoding stays uncompiled" in [r.message for r in caplog.records if r.name.startswith("llama_ref")][-1]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_rotation_without_complex_numbers_is_the_models(dtype):
+    torch.manual_seed(1)
+    x, angles = torch.randn(1, 7, 3, 64, dtype=dtype), 100 * torch.rand(1, 7, 1, 32)
+    assert torch.equal(_rotate(x, angles.cos(), angles.sin()), rotate(x, angles.cos(), angles.sin()))
 
 
 def test_pieces_hold_the_same_numbers_in_every_dtype():

@@ -119,4 +119,4 @@ def patch(
         figures.check_pictures(png)
         for grid, file in ((exact, "patch.png"), (estimate, "patch-gradient.png")):
             if grid is not None:
-                figures.draw_grid(grid, right, wrong, tokenizer, wanted, against, Path(png) / file, measure)
+                figures.draw_grid(grid, pair, tokenizer, Path(png) / file)

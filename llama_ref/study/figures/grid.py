@@ -9,7 +9,7 @@ import numpy as np
 from llama_ref.study.figures import canvas
 from llama_ref.study.figures.fonts import prompt, quoted, token_label
 from llama_ref.study.figures.saving import save
-from llama_ref.study.patching.grid import Grid
+from llama_ref.study.patching.grid import Grid, GridPair
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -19,38 +19,18 @@ CELL, WIDTH = (0.36, 0.18), 16.0  # inches: a cell, the widest map
 MARGIN = 1.7  # inches left and right of the map
 
 
-def draw_grid(
-    grid: Grid,
-    clean: Sequence[int],
-    corrupted: Sequence[int],
-    tokenizer: Tokenizer,
-    target: int,
-    other: int | None,
-    path: str | Path,
-    measure: str = "probability",
-) -> None:
-    """Draw the share of the clean answer that each cell restores: layers × positions or heads.
-
-    Without `other`, `measure` names the metric of the target.
-    """
-    save(path, grid_figure, grid, clean, corrupted, tokenizer, target, other, measure)
+def draw_grid(grid: Grid, pair: GridPair, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Draw the share of the clean answer that each cell of one of a pair's grids restores: layers × positions or heads."""
+    save(path, grid_figure, grid, pair, tokenizer)
 
 
-def grid_figure(
-    grid: Grid,
-    clean: Sequence[int],
-    corrupted: Sequence[int],
-    tokenizer: Tokenizer,
-    target: int,
-    other: int | None,
-    measure: str = "probability",
-) -> "Figure":
+def grid_figure(grid: Grid, pair: GridPair, tokenizer: Tokenizer) -> "Figure":
     """A map from -100% to 100%, with numbers if there is room; labels show where the texts differ."""
     from matplotlib.colors import Normalize
 
     restored = grid.restored
     rows, columns = restored.shape
-    title, caption = _words(grid, clean, corrupted, tokenizer, target, other, measure)
+    title, caption = _words(grid, pair, tokenizer)
     height = canvas.row_height(CELL[1], rows)
     figure = canvas.new_figure(min(columns * CELL[0], WIDTH) + MARGIN, rows * height + 1.2, title, caption)
     cell = ((figure.get_figwidth() - MARGIN) / columns, height)
@@ -61,7 +41,7 @@ def grid_figure(
     canvas.name_ticks(axes, "y", grid.labels[0], cell[1])
     canvas.name_axis(axes, "y", grid.axes[0])
     if grid.axes[1] == "position":
-        canvas.name_ticks(axes, "x", _columns(clean, corrupted, tokenizer), cell[0], range(columns))
+        canvas.name_ticks(axes, "x", _columns(pair.clean, pair.corrupted, tokenizer), cell[0], range(columns))
         canvas.name_axis(axes, "x", "token of the corrupted text (← of the clean text, where they differ)")
     else:
         canvas.name_ticks(axes, "x", grid.labels[1], cell[0])
@@ -84,20 +64,12 @@ def _columns(clean: Sequence[int], corrupted: Sequence[int], tokenizer: Tokenize
     return [wrong if right == wrong else f"{wrong}\n← {right}" for right, wrong in names]
 
 
-def _words(
-    grid: Grid,
-    clean: Sequence[int],
-    corrupted: Sequence[int],
-    tokenizer: Tokenizer,
-    target: int,
-    other: int | None,
-    measure: str,
-) -> tuple[str, str]:
+def _words(grid: Grid, pair: GridPair, tokenizer: Tokenizer) -> tuple[str, str]:
     """Title and caption."""
-    metric = f"{measure.capitalize()} of {quoted(tokenizer, target)}"
-    if other is not None:
-        metric = f"{quoted(tokenizer, target)} ahead of {quoted(tokenizer, other)}"
+    metric = f"{pair.measure.capitalize()} of {quoted(tokenizer, pair.target)}"
+    if pair.other is not None:
+        metric = f"{quoted(tokenizer, pair.target)} ahead of {quoted(tokenizer, pair.other)}"
     title = f"{metric}: what each {grid.axes[1]} restores"
     names = [f"{name} ({value:.3g})" for name, value in (("Clean", grid.clean), ("Corrupted", grid.corrupted))]
     how = f"Each cell takes {grid.name} from the clean run; values in percent of the difference between the two texts."
-    return title, f"{how}\n{prompt(tokenizer, clean, corrupted, names=names)}"
+    return title, f"{how}\n{prompt(tokenizer, pair.clean, pair.corrupted, names=names)}"

@@ -48,7 +48,7 @@ from llama_ref.study.figures.lens import LEAST, MOST_WORDS, lens_figure, target_
 from llama_ref.study.figures.residual import norms_figure
 from llama_ref.study.logit_lens import LogitLens, logit_lens, residual_points
 from llama_ref.study.overview import overview
-from llama_ref.study.patching.grid import Grid
+from llama_ref.study.patching.grid import Grid, GridPair
 from llama_ref.study.residual import ResidualStream
 from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
@@ -147,7 +147,8 @@ def draw_all(folder: Path, tokens: list[int], tokenizer: Tokenizer) -> list[Path
     draw_pattern(rand(T, T).tril(), tokens, tokenizer, 1, 2, paths[5])
     draw_attribution(an_attribution(tokens, other=tokens[0]), tokenizer, paths[6])
     draw_norms(a_stream(tokens), tokenizer, paths[7])
-    draw_grid(a_grid("position", T), tokens, other, tokenizer, tokens[0], tokens[-1], paths[8])
+    grid = a_grid("position", T)
+    draw_grid(grid, GridPair(grid, None, tokens, other, tokens[0], tokens[-1]), tokenizer, paths[8])
     return paths
 
 
@@ -427,7 +428,7 @@ def test_the_first_token_stands_apart_from_the_others_median(tokenizer, n):
 @pytest.mark.parametrize("axis", ["position", "head"])
 def test_a_grid_shows_the_share_that_comes_back(tokenizer, axis):
     grid = a_grid(axis, 4)
-    axes, _ = grid_figure(grid, [1, 2, 3, 4], [1, 9, 3, 4], tokenizer, 5, 6).axes
+    axes, _ = grid_figure(grid, GridPair(grid, None, [1, 2, 3, 4], [1, 9, 3, 4], 5, 6), tokenizer).axes
     np.testing.assert_allclose(axes.images[0].get_array(), (grid.values + 1) / 3, rtol=1e-6)
     assert (axes.images[0].norm.vmin, axes.images[0].norm.vmax) == (-1, 1), "white is nothing"
     assert [text.get_text() for text in axes.texts[:4]] == [str(round(100 * share)) for share in (grid.values[0] + 1) / 3]
@@ -436,13 +437,15 @@ def test_a_grid_shows_the_share_that_comes_back(tokenizer, axis):
         assert names(axes, "x")[1] == f"{label[1]}\n← {label[0]}" and names(axes, "x")[2] == fonts.token_label(tokenizer, 3)
     else:
         assert names(axes, "x") == ["0", "1", "2", "3"]
-    same = grid_figure(a_grid(axis, 4, clean=1, corrupted=1), [1] * 4, [1] * 4, tokenizer, 5, None).axes[0]
+    grid = a_grid(axis, 4, clean=1, corrupted=1)
+    same = grid_figure(grid, GridPair(grid, None, [1] * 4, [1] * 4, 5, None), tokenizer).axes[0]
     assert {text.get_text() for text in same.texts} == {"–"} and same.images[0].get_array().mask.all()
 
 
 @pytest.mark.parametrize("columns", [1, 16])
 def test_a_grids_colours_stand_beside_it_and_their_name_is_on_the_sheet(tokenizer, columns):
-    figure = grid_figure(a_grid("head", columns), [1], [2], tokenizer, 5, 6)
+    grid = a_grid("head", columns)
+    figure = grid_figure(grid, GridPair(grid, None, [1], [2], 5, 6), tokenizer)
     figure.draw_without_rendering()
     axes, bar = figure.axes
     assert 0 < (bar.get_window_extent().x0 - axes.get_window_extent().x1) / figure.dpi < 0.2, "inches"
@@ -455,7 +458,7 @@ def test_a_grids_colours_stand_beside_it_and_their_name_is_on_the_sheet(tokenize
 )
 def test_colours_have_a_point_where_a_cell_is_beyond_them(tokenizer, restored, extend):
     grid = Grid(np.array([restored], float), ("layer", "head"), (["0"], ["0", "1"]), "residual_pre", 1.0, 0.0)
-    assert grid_figure(grid, [1], [2], tokenizer, 5, 6).axes[0].images[0].colorbar.extend == extend
+    assert grid_figure(grid, GridPair(grid, None, [1], [2], 5, 6), tokenizer).axes[0].images[0].colorbar.extend == extend
 
 
 def test_numbers_that_are_not_finite_are_gaps(tmp_path, tokenizer):
@@ -474,7 +477,7 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path, tokenizer):
         draw_target(lens, tokenizer, tmp_path / "target.png")
     grid = a_grid("head", 4)
     grid.values[0, 0], grid.values[0, 1] = np.inf, np.nan
-    draw_grid(grid, [1], [2], tokenizer, 3, 4, tmp_path / "grid.png")
+    draw_grid(grid, GridPair(grid, None, [1], [2], 3, 4), tokenizer, tmp_path / "grid.png")
     assert len(list(tmp_path.iterdir())) == 6
 
 

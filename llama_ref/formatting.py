@@ -1,6 +1,5 @@
 """Format values for messages and tables: sizes, names, dtypes."""
 
-import difflib
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -57,6 +56,8 @@ _SIGNED = re.compile(r"((?:Policy|Signature|Key-Pair-Id)=)[^\s'\"&]+")
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Give "; did you mean x?" for the known word nearest to this one, or "" if none is near."""
+    import difflib  # only for a mistake: commands should start at once
+
     near = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 

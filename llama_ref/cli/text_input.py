@@ -8,8 +8,8 @@ from typing import Annotated
 
 from llama_ref.cli.flags import Flag
 from llama_ref.errors import RequestError
+from llama_ref.text_file import BYTE_ORDER_MARK
 
-BYTE_ORDER_MARK = "\ufeff"
 INVALID_BYTE = re.compile("[\udc80-\udcff]")  # as `surrogateescape` decodes it
 UTF_16_MARKS = ("\udcff\udcfe", "\udcfe\udcff")  # the byte-order marks, decoded as UTF-8
 EXAMPLES = "such as cp949 (Korean Windows), cp1252 or utf-16"

@@ -166,13 +166,13 @@ def test_another_run_is_refused(model, prompts, tmp_path):
     study.collect(model, prompts, "norm", to=tmp_path / "a")
     other = random_model(ARGS, seed=1)
     for call, word in (
-        (lambda to: study.collect(other, prompts, "norm", to=to), "model"),
-        (lambda to: study.collect(model, prompts[1:], "norm", to=to), "prompts"),
-        (lambda to: study.collect(model, prompts, "logits", to=to), "names"),
-        (lambda to: study.collect(model, prompts, "norm", to=to, dtype="float16"), "dtype"),
-        (lambda to: study.collect(model, prompts, "norm", to=to, positions=[0]), "positions"),
+        (lambda to: study.collect(other, prompts, "norm", to=to), "another model"),
+        (lambda to: study.collect(model, prompts[1:], "norm", to=to), "other prompts"),
+        (lambda to: study.collect(model, prompts, "logits", to=to), "other names"),
+        (lambda to: study.collect(model, prompts, "norm", to=to, dtype="float16"), "another dtype"),
+        (lambda to: study.collect(model, prompts, "norm", to=to, positions=[0]), "other positions"),
     ):
-        with pytest.raises(RequestError, match=f"collected with (an)?other {word}"):
+        with pytest.raises(RequestError, match=f"collected with {word}"):
             call(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("mine")

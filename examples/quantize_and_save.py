@@ -10,7 +10,7 @@ import sys
 from llama_ref import Llama
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.integrity import verify
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 
 
 def main(folder: str, new_folder: str, scheme: str = "int8") -> None:

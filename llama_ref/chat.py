@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 from llama_ref.errors import RequestError
 from llama_ref.tokenizer import Tokenizer
 from llama_ref.tools.answer import Call
-from llama_ref.tools.builtin import BUILTIN_ARGUMENT, CODE
 from llama_ref.tools.calls import calls_text
-from llama_ref.tools.names import ToolFormat
+from llama_ref.tools.formats.builtin import BUILTIN_ARGUMENT, CODE
+from llama_ref.tools.formats.names import ToolFormat
 from llama_ref.tools.parsing import parse_tool_calls
 from llama_ref.tools.toolset import ToolLike, ToolSet
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.chat import NO_IMAGES, ChatFormat, Dialog, Message, StopReason, images_in
-from llama_ref.checkpoint.fingerprint import fingerprint
-from llama_ref.checkpoint.first_load import Verify, verified
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.hf.conventions import foreign_template
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.fingerprint import fingerprint
+from llama_ref.checkpoint.loading.first_load import Verify, verified
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.meta_quantized.matrices import Activations
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.decoding.draft_model import DraftModel
@@ -49,7 +49,7 @@ from llama_ref.quantization.apply import use_fast_kernels
 from llama_ref.quantization.scheme import Scheme
 from llama_ref.sampling import Sampler, SamplingOptions, SamplingParams
 from llama_ref.tokenizer import Tokenizer
-from llama_ref.tools.names import ToolFormat, default_format, untrained
+from llama_ref.tools.formats.names import ToolFormat, default_format, untrained
 from llama_ref.tools.toolset import ToolLike, ToolSet
 from llama_ref.vision import VisionTransformer
 

@@ -31,8 +31,8 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.releases import find_release
 from llama_ref.cli.console import SafeConsole
-from llama_ref.cli.flags import Flag
-from llama_ref.cli.parser import command, run
+from llama_ref.cli.parsing.flags import Flag
+from llama_ref.cli.parsing.parser import command, run
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.formatting import dtype_name
 
@@ -89,9 +89,9 @@ def _capability(word: str) -> int:
 
 def calls(args: ModelArgs, dtype: torch.dtype, card: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each kernel's name and a call of it, as compiled/cuda.py calls it for this shape."""
-    from llama_ref.compiled.triton_attention import attend_one
-    from llama_ref.compiled.triton_elementwise import rms_norm, rotate_and_store, row_stats, silu_mul
-    from llama_ref.compiled.triton_products import dequantize, matmul, matvec
+    from llama_ref.compiled.triton.attention import attend_one
+    from llama_ref.compiled.triton.elementwise import rms_norm, rotate_and_store, row_stats, silu_mul
+    from llama_ref.compiled.triton.products import dequantize, matmul, matvec
 
     D, F, H, K, hd = args.dim, args.ffn_dim, args.n_heads, args.n_kv_heads, args.head_dim
     qkv = (H + 2 * K) * hd
@@ -165,7 +165,8 @@ def pretended(card: int) -> Iterator[list[Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
 
-    from llama_ref.compiled import triton_attention, triton_products
+    from llama_ref.compiled.triton import attention as triton_attention
+    from llama_ref.compiled.triton import products as triton_products
 
     compiled: list[Any] = []
     launch = JITFunction.run

@@ -19,7 +19,7 @@ import torch
 from llama_ref import study
 from llama_ref.errors import LlamaRefError
 from llama_ref.generation import Llama
-from llama_ref.study.pass_size import split_passes
+from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.texts import Batch
 
 REPOSITORY = Path(__file__).resolve().parents[1]

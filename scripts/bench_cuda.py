@@ -41,8 +41,8 @@ import torch
 
 import cuda_stages
 from cuda_figures import Run, figures_line, write_figures
-from llama_ref.cli.flags import Flag
-from llama_ref.cli.parser import EXIT_BAD, command, run
+from llama_ref.cli.parsing.flags import Flag
+from llama_ref.cli.parsing.parser import EXIT_BAD, command, run
 from llama_ref.errors import RequestError
 
 STAGES = {  # seconds at most, most valuable first

@@ -19,7 +19,7 @@ import fire
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
-from llama_ref.checkpoint.convert import to_hugging_face
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 from llama_ref.errors import LlamaRefError
 from llama_ref.evaluation.harness.adapter import LlamaRefLM, silence_bars
 from llama_ref.evaluation.harness.tasks import find_tasks

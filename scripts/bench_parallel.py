@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from llama_ref import Llama
 from llama_ref.checkpoint.releases import find_release
-from llama_ref.cli.flags import Flag
-from llama_ref.cli.parser import command, run
+from llama_ref.cli.parsing.flags import Flag
+from llama_ref.cli.parsing.parser import command, run
 from llama_ref.decoding.loop import steps
 from llama_ref.decoding.row import Row
 from llama_ref.errors import LlamaRefError

@@ -27,9 +27,9 @@ from typing import Annotated, Any
 from rich import box
 from rich.table import Table
 
-from llama_ref.cli.flags import Flag
-from llama_ref.cli.options import Json, Name, Quantize
-from llama_ref.cli.parser import command, run
+from llama_ref.cli.parsing.flags import Flag
+from llama_ref.cli.parsing.parser import command, run
+from llama_ref.cli.shared.options import Json, Name, Quantize
 from llama_ref.errors import LlamaRefError
 
 VOCAB_SIZE, TEMPERATURE, TOP_P = 128_256, 0.6, 0.9

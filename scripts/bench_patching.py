@@ -20,7 +20,7 @@ import torch
 from llama_ref import study
 from llama_ref.errors import LlamaRefError
 from llama_ref.generation import Llama
-from llama_ref.study.pass_size import split_passes
+from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.patching.cells import CellAxes
 from llama_ref.study.patching.metrics import Metric, measure
 from llama_ref.study.texts import Batch

@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.convert import Source, write_native_tokenizer
 from llama_ref.checkpoint.folder import open_folder, shard_name
 from llama_ref.checkpoint.formats.atomic import new_folder, write_params
 from llama_ref.checkpoint.formats.lazy_tensor import LazyTensor
 from llama_ref.checkpoint.formats.pth_writer import write_pth
 from llama_ref.checkpoint.hf.config import make_params
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.meta_quantized.kinds import INT4_GROUP, Kind, scales_name, tensors_of
-from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT
+from llama_ref.checkpoint.writing.convert import Source, write_native_tokenizer
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.model import Transformer
 from llama_ref.parallel.sharding import WHOLE

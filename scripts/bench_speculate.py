@@ -18,9 +18,9 @@ from typing import Annotated
 import torch
 
 from llama_ref import Llama
-from llama_ref.cli.flags import Flag
-from llama_ref.cli.options import Compile, Dtype, Name, Quantize
-from llama_ref.cli.parser import command, run
+from llama_ref.cli.parsing.flags import Flag
+from llama_ref.cli.parsing.parser import command, run
+from llama_ref.cli.shared.options import Compile, Dtype, Name, Quantize
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.drafting import LONGEST_DRAFT, PassTime
 from llama_ref.decoding.row import Row

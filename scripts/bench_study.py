@@ -26,8 +26,8 @@ from typing import Any
 import fire
 import torch
 
-from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.tokenizer import Tokenizer
 

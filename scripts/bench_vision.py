@@ -18,9 +18,9 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.releases import find_release
-from llama_ref.cli.flags import Flag
-from llama_ref.cli.options import Dtype
-from llama_ref.cli.parser import command, run
+from llama_ref.cli.parsing.flags import Flag
+from llama_ref.cli.parsing.parser import command, run
+from llama_ref.cli.shared.options import Dtype
 from llama_ref.device import DTYPES
 from llama_ref.vision import Grid, VisionEncoder
 from metas_vision import model as metas

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama_ref import Llama, study
-from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.study.tuned.unembed_hash import unembed_hash
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llama_ref import device as devices
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.empty_model import model_without_memory
+from llama_ref.checkpoint.loading.empty_model import model_without_memory
 from llama_ref.checkpoint.releases import Release, find_release
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.loop import prefill, steps

@@ -38,7 +38,7 @@ from cuda_figures import (
 )
 from llama_ref.bench.machine import forget_peak, peak_bytes
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.formatting import dtype_name

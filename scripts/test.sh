@@ -26,9 +26,9 @@ CORE=(
     tests/checkpoint/test_folder.py
     tests/checkpoint/test_integrity.py
     tests/checkpoint/test_reader.py
-    tests/cli/test_help.py
+    tests/cli/parsing/test_help.py
     tests/cli/test_outcome.py
-    tests/cli/test_parser.py
+    tests/cli/parsing/test_parser.py
     tests/decoding/test_loop.py
     tests/tools/test_functions.py
 )

@@ -14,9 +14,9 @@ if __name__ == "__main__":
     exit_on_interrupt()  # during the imports below, which take seconds
 
 from llama_ref import Llama
-from llama_ref.cli.flags import Flag
-from llama_ref.cli.options import Building, MaxSeqLen, Name, Seed, TokenizerPath, build_arguments
-from llama_ref.cli.parser import command, run
+from llama_ref.cli.parsing.flags import Flag
+from llama_ref.cli.parsing.parser import command, run
+from llama_ref.cli.shared.options import Building, MaxSeqLen, Name, Seed, TokenizerPath, build_arguments
 
 PROMPTS = [
     "I believe the meaning of life is",

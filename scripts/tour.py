@@ -39,7 +39,7 @@ from rich.theme import Theme
 
 from llama_ref.checkpoint.folder import find_folder, open_folder
 from llama_ref.cli.console import SafeConsole
-from llama_ref.cli.parser import configure_stdio, guarded
+from llama_ref.cli.parsing.parser import configure_stdio, guarded
 from llama_ref.errors import FolderNotFound, RequestError
 from llama_ref.study.inputs import check_not_empty, check_one_process
 

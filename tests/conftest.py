@@ -97,7 +97,7 @@ def llama(demo_folder) -> "Llama":
 @pytest.fixture(scope="session")
 def shallow(llama) -> "Llama":
     """Only its first layers, in a quarter of the time: for tests that hold for any text."""
-    from llama_ref.checkpoint.empty_model import model_without_memory
+    from llama_ref.checkpoint.loading.empty_model import model_without_memory
     from llama_ref.generation import Llama
 
     model = model_without_memory(replace(llama.model.args, n_layers=4))
@@ -161,7 +161,7 @@ def shorter_tokenizer_path(tmp_path_factory, meta_tokenizer_path) -> Path:
 @pytest.fixture
 def hashed(monkeypatch, tmp_path) -> list[str]:
     """Names of the files that verified loading hashes, recorded with a cache of this test's own."""
-    from llama_ref.checkpoint import first_load
+    from llama_ref.checkpoint.loading import first_load
     from llama_ref.checkpoint.verify.hashing import hash_open_file
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint import loader
-from llama_ref.checkpoint.to_device import PinnedCopier
+from llama_ref.checkpoint.loading import loader
+from llama_ref.checkpoint.loading.to_device import PinnedCopier
 
 
 class DelayedDevice:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llama_ref.cli.parser import command, run
+from llama_ref.cli.parsing.parser import command, run
 from llama_ref.errors import JobError
 from llama_ref.generation import Llama
 

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from llama_ref.cli.parser import command, run
+from llama_ref.cli.parsing.parser import command, run
 from llama_ref.generation import Llama
 
 

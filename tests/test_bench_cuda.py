@@ -15,7 +15,7 @@ import torch
 import bench_cuda
 from bench_cuda import STAGES, main
 from cuda_figures import Run
-from llama_ref.cli.parser import run
+from llama_ref.cli.parsing.parser import run
 
 
 @pytest.fixture(autouse=True)

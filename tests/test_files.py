@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from folders import tiny_folder
 from llama_ref import Llama
-from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.integrity import verify, write_checklist
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 from llama_ref.errors import CheckpointError
 from llama_ref.files import ADVICE, SNIFF_BYTES, as_utf8, check_head, read_head, read_small, what_is
 from llama_ref.session import Session

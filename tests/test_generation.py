@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from folders import tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 from llama_ref.decoding import loop, reading
 from llama_ref.decoding.prompt_lookup import PromptLookup
 from llama_ref.errors import CheckpointError, RequestError

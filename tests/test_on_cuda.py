@@ -20,9 +20,9 @@ from folders import tiny_folder
 from llama_ref.args import ModelArgs
 from llama_ref.bench.runner import compare
 from llama_ref.bench.settings import Settings
-from llama_ref.checkpoint import to_device
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading import to_device
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cpu import compile_decode
 from llama_ref.compiled.cuda_ops import linear, norm_swiglu

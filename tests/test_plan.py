@@ -18,10 +18,10 @@ from folders import PARAMS, byte_tokenizer, tiny_folder
 from llama_ref import plan
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.releases import RELEASES
 from llama_ref.checkpoint.shapes import expected_shapes
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.compiled import caches
 from llama_ref.decoding import loop, reading
 from llama_ref.errors import CheckpointError, RequestError

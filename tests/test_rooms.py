@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import permutations
@@ -191,6 +192,14 @@ def test_every_known_pair_still_breaks_a_rule():
     sound = house().own_imports - KNOWN
     in_circles = {pair for pair in KNOWN & house().own_imports if circle(sound | {pair})}
     assert sorted(KNOWN - wrong() - in_circles) == [], "mended: remove these from KNOWN"
+
+
+def test_a_folder_is_seen_at_a_glance():
+    """One level of flat files at the top and one file per command; every other folder is split before it grows long."""
+    files = Counter(path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
+    files.pop("cli/commands")
+    assert files.pop(".") <= 25
+    assert {folder: n for folder, n in files.items() if n > 13} == {}
 
 
 def test_tests_import_no_tests():

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 import tour
 from conftest import REPOSITORY, exit_code
 from folders import tiny_folder
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.demo import NAME
 
 DOCUMENT = tour.parse(tour.SOURCE.read_text(encoding="utf-8"))

@@ -10,9 +10,9 @@ from fake_cuda import fake_cuda
 from llama_ref.args import ModelArgs
 from llama_ref.bench.costs import flops, weight_bytes
 from llama_ref.bench.settings import Settings
-from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.empty_model import model_without_memory
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.decoding import image_prompts
 from llama_ref.decoding.loop import prefill
 from llama_ref.decoding.row import Row

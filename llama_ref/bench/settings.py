@@ -7,8 +7,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from llama_ref.checkpoint.first_load import Verify
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.loading.first_load import Verify
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.meta_quantized.matrices import Activations
 from llama_ref.checkpoint.reader import stored_kind

@@ -13,8 +13,8 @@ from torch import Tensor
 from llama_ref.args import MOST_TILES, ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.hf.layout import is_tile_table
-from llama_ref.checkpoint.hf.tile_tables import in_grids
 from llama_ref.checkpoint.hf.tokenizer import read_tokenizer_json
+from llama_ref.checkpoint.hf.vision.tile_tables import in_grids
 from llama_ref.checkpoint.meta_quantized.dequantized import Dequantized, open_weights
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.reader import Stored, TensorSlice, open_stored, release_rows, stored_kind

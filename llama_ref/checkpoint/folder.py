@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.advice.missing_file import hint_about, with_hint
+from llama_ref.checkpoint.advice.unusual_files import how_to_rename
 from llama_ref.checkpoint.formats.safetensors import HeldTensor, inspect_safetensors
 from llama_ref.checkpoint.hf.bitsandbytes import guard_args, is_guard
 from llama_ref.checkpoint.meta_quantized.kinds import Int4Params, Kind, kind_of, scales_name
-from llama_ref.checkpoint.missing_file import hint_about, with_hint
 from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.checkpoint.spelling import META, as_on_disk, in_hub_cache, model_name, name_key, nearest, snapshots
-from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.errors import CheckpointError, FolderNotFound
 from llama_ref.files import read_json
 from llama_ref.formatting import comma_list

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+from llama_ref.checkpoint.advice.missing_file import hint_about
+from llama_ref.checkpoint.advice.unusual_files import how_to_rename
 from llama_ref.checkpoint.folder import checkpoints_root, native_folder, says_quantized
 from llama_ref.checkpoint.formats.atomic import write_sums
-from llama_ref.checkpoint.missing_file import hint_about
-from llama_ref.checkpoint.unusual_files import how_to_rename
 from llama_ref.checkpoint.verify.checklist import ALGORITHM_OF_DIGITS, CHECKLIST_NAME, Entry, read_checklist
 from llama_ref.checkpoint.verify.findings import listed
 from llama_ref.checkpoint.verify.hashing import Hashed, hash_files, run_all

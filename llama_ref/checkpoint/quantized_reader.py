@@ -14,6 +14,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import QUANTIZATION, CheckpointFolder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
+from llama_ref.checkpoint.loading.to_device import Target
 from llama_ref.checkpoint.reader import TensorSlice, check_problems, has_output
 from llama_ref.checkpoint.shapes import (
     EMBEDDING,
@@ -25,7 +26,6 @@ from llama_ref.checkpoint.shapes import (
     expected_shapes,
     misfit,
 )
-from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import dtype_name
 from llama_ref.parallel.sharding import split_dim

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.advice.foreign_names import foreign_names
+from llama_ref.checkpoint.advice.missing_file import with_hint
 from llama_ref.checkpoint.folder import CheckpointFolder, shard_name
-from llama_ref.checkpoint.foreign_names import foreign_names
 from llama_ref.checkpoint.formats.pth import TensorInfo, inspect_open_pth
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors, map_safetensors
 from llama_ref.checkpoint.hf.bitsandbytes import is_int8
 from llama_ref.checkpoint.hf.layout import from_hf, tensors_in_files, under_metas_names
 from llama_ref.checkpoint.hf.names import OTHER_TEXT_MODEL, hf_name, usual_name
+from llama_ref.checkpoint.loading.to_device import PinnedCopier, Target
 from llama_ref.checkpoint.mapped_file import map_file
 from llama_ref.checkpoint.meta_quantized.kinds import Kind, contradiction, kind_of, tensors_of
-from llama_ref.checkpoint.missing_file import with_hint
 from llama_ref.checkpoint.shapes import (
     EMBEDDING,
     OUTPUT,
@@ -39,7 +40,6 @@ from llama_ref.checkpoint.shapes import (
     own_names,
     strangers,
 )
-from llama_ref.checkpoint.to_device import PinnedCopier, Target
 from llama_ref.errors import CheckpointError
 from llama_ref.files import opened
 from llama_ref.formatting import comma_list, printable

@@ -9,7 +9,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if argv is None:  # a program that calls main() with arguments continues afterwards
         exit_on_interrupt()
-    from llama_ref.cli.parser import run_guarded, run_program
+    from llama_ref.cli.parsing.parser import run_guarded, run_program
 
     words = sys.argv[1:] if argv is None else argv
     return run_guarded(lambda: run_program(words))

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from llama_ref.chat import ToolCall
+from llama_ref.cli.shared.text_input import checked, readable
 from llama_ref.cli.terminal import note
-from llama_ref.cli.text_input import checked, readable
 from llama_ref.cli.timing import Timing
 from llama_ref.cli.views.guard import reasons
 from llama_ref.decoding.stream import Stream

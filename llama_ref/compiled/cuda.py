@@ -4,7 +4,7 @@ A GPU runs a pass over one token faster than Python can launch its thousand kern
 
 * A layer is a handful of launches. wq, wk and wv are joined into one matrix, and so are w1 and w3 (the
   model's own weights become views of the joined ones, so nothing is stored twice); everything between
-  two products is one kernel (triton_elementwise.py).
+  two products is one kernel (triton/elementwise.py).
 * The whole pass over a few tokens, output matrix included, is captured as a CUDA graph and replayed.
   Nothing in a graph may change between tokens: ids and lengths are tensors that are filled before
   each replay, and attention reads the rows' lengths from there. Without Triton it cannot: attention
@@ -33,7 +33,7 @@ from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda_cache import FlashKVCache, FlashLengths
 from llama_ref.compiled.cuda_ops import joined, linear, norm, norm_linear, norm_query, norm_swiglu
 from llama_ref.compiled.forward import CompiledForward, install
-from llama_ref.compiled.triton_probe import uses_triton
+from llama_ref.compiled.triton.probe import uses_triton
 from llama_ref.device import is_out_of_memory
 from llama_ref.kv_cache import ImageKeys, KVCache, group_mask, grouped_attention
 from llama_ref.model import Cache, Transformer, TransformerBlock, rope_frequencies, rope_rotations
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 SMALLEST_WIDTH = 256  # tokens
 WARM_UP_TOKENS = 128  # cache size of the passes that compile the kernels
 MOST_GRAPHS = 24  # then the least recently used is dropped; a text of 128k tokens needs 10
-KERNEL_HEAD_DIMS = (16, 32, 64, 128, 256)  # those of triton_attention.py
+KERNEL_HEAD_DIMS = (16, 32, 64, 128, 256)  # those of triton/attention.py
 # Tokens per row in a captured pass; drafts are padded to the next length. Longer passes are not
 # captured: they take longer than launching their kernels.
 PASS_LENGTHS = (1, 4, 8, 13)
@@ -290,7 +290,7 @@ class LayerAttention(Protocol):
 def attention_to(cache: KVCache, lengths: Tensor, positions: Tensor, T: int, width: int, longest: int) -> LayerAttention:
     """Attention of T new tokens per row, at `positions` (N,) after `lengths` (B,), to the first `width` tokens."""
     if T == 1 and _has_kernel(cache):
-        from llama_ref.compiled.triton_attention import attend_one  # lazily: imports Triton
+        from llama_ref.compiled.triton.attention import attend_one  # lazily: imports Triton
 
         return lambda layer, q: attend_one(q[:, 0], cache.keys[layer], cache.values[layer], lengths)[:, None]
     if isinstance(cache, FlashKVCache):

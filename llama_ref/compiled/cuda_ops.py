@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ref.compiled.triton_probe import uses_triton
+from llama_ref.compiled.triton.probe import uses_triton
 from llama_ref.model import RMSNorm, rotate
 from llama_ref.quantization.linear import Int4Linear, Int8Linear, QuantizedMatrix, RowBlocks
 
@@ -63,7 +63,7 @@ def norm(x: Tensor, module: RMSNorm) -> Tensor:
     """RMSNorm of x (N, D)."""
     if not uses_triton(x):
         return module(x)
-    from llama_ref.compiled.triton_elementwise import rms_norm
+    from llama_ref.compiled.triton.elementwise import rms_norm
 
     return rms_norm(x, module.weight, module.eps)
 
@@ -85,7 +85,7 @@ def norm_swiglu(x: Tensor, module: RMSNorm, matrix: nn.Module) -> Tensor:
     if not uses_triton(x):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
-    from llama_ref.compiled.triton_elementwise import silu_mul
+    from llama_ref.compiled.triton.elementwise import silu_mul
 
     return silu_mul(gate_up)
 
@@ -106,7 +106,7 @@ def norm_query(
     qkv = norm_linear(x, module, matrix)  # (N, (H + 2K) · hd)
     n_heads = qkv.shape[1] // head_dim - 2 * K
     if uses_triton(x):
-        from llama_ref.compiled.triton_elementwise import rotate_and_store
+        from llama_ref.compiled.triton.elementwise import rotate_and_store
 
         return rotate_and_store(qkv, positions, cos, sin, keys, values, n_heads)
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split((n_heads, K, K), dim=1)  # (N, heads, hd)
@@ -122,7 +122,7 @@ def likeliest(logits: Tensor) -> Tensor:
     """Ids (B,) of the largest logit in each row of float32 logits (B, V), on any device."""
     if not uses_triton(logits):
         return logits.argmax(-1)
-    from llama_ref.compiled.triton_elementwise import row_stats
+    from llama_ref.compiled.triton.elementwise import row_stats
 
     return row_stats(logits)[0]
 
@@ -131,7 +131,7 @@ def log_normalizer(logits: Tensor) -> Tensor:
     """log Σ exp of each row of float32 logits (B, V), on any device: (B,)."""
     if not uses_triton(logits):
         return logits.logsumexp(-1)
-    from llama_ref.compiled.triton_elementwise import row_stats
+    from llama_ref.compiled.triton.elementwise import row_stats
 
     return row_stats(logits)[1]
 
@@ -145,14 +145,14 @@ def _is_matmul(x: Tensor, matrix: nn.Module) -> bool:
     """Whether one kernel computes a quantized matrix's product with a few rows and what follows."""
     if not uses_triton(x) or not isinstance(matrix, Int8Linear | Int4Linear):
         return False
-    from llama_ref.compiled.triton_products import MOST_ROWS, has_tensor_cores
+    from llama_ref.compiled.triton.products import MOST_ROWS, has_tensor_cores
 
     return 1 < len(x) <= MOST_ROWS and has_tensor_cores(x.device)
 
 
 def _matmul(x: Tensor, matrix: nn.Module, *, residual: Tensor | None = None, gated: bool = False) -> Tensor:
     """x (M, K) times a quantized matrix. Options as `matmul`'s."""
-    from llama_ref.compiled.triton_products import matmul
+    from llama_ref.compiled.triton.products import matmul
 
     return matmul(x.contiguous(), *_tensors(matrix), residual=residual, gated=gated)
 
@@ -167,7 +167,7 @@ def _matvec(
     rope: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """x (1, K), normed if a norm is given, times a matrix of any type: (1, …). Options as `matvec`'s."""
-    from llama_ref.compiled.triton_products import matvec
+    from llama_ref.compiled.triton.products import matvec
 
     gain, eps = (None, 0.0) if module is None else (module.weight, module.eps)
     return matvec(x[0], *_tensors(matrix), gain=gain, eps=eps, residual=residual, gated=gated, rope=rope)[None]

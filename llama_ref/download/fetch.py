@@ -12,12 +12,12 @@ from typing import TypeVar
 from llama_ref.checkpoint.size_limits import check_limit
 from llama_ref.checkpoint.verify.checklist import CHECKLIST_NAME, Entry, read_checklist
 from llama_ref.checkpoint.verify.hashing import Hashed
-from llama_ref.download.answers import check_answer, check_first_bytes, read_remote
-from llama_ref.download.outcomes import Changed, Refused, Stopped, Transient
 from llama_ref.download.part import Part, PrefixHash
 from llama_ref.download.ranges import Segment
-from llama_ref.download.retries import Retries
-from llama_ref.download.server import Server
+from llama_ref.download.requests.answers import check_answer, check_first_bytes, read_remote
+from llama_ref.download.requests.outcomes import Changed, Refused, Stopped, Transient
+from llama_ref.download.requests.retries import Retries
+from llama_ref.download.requests.server import Server
 from llama_ref.download.state import Remote, part_path, remove_part
 from llama_ref.errors import CheckpointError, DownloadError
 from llama_ref.progress import FileProgress

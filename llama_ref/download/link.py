@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from urllib.parse import SplitResult, urlsplit
 
-from llama_ref.download.hosts import METAS_DOMAIN, check_host, is_metas, releases_of
 from llama_ref.download.policy import Policy, read_policy
+from llama_ref.download.requests.hosts import METAS_DOMAIN, check_host, is_metas, releases_of
 from llama_ref.errors import RequestError
 from llama_ref.formatting import span
 

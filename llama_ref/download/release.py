@@ -19,9 +19,9 @@ from llama_ref.download.fetch import Fetcher, is_final
 from llama_ref.download.files import file_names, is_weights, remote_folders
 from llama_ref.download.folder_lock import folder_lock
 from llama_ref.download.link import SignedLink
-from llama_ref.download.outcomes import Refused, Stopped
 from llama_ref.download.part import remove_empty
-from llama_ref.download.server import opened
+from llama_ref.download.requests.outcomes import Refused, Stopped
+from llama_ref.download.requests.server import opened
 from llama_ref.download.state import Remote, bytes_here
 from llama_ref.errors import CheckpointError, DownloadError, RequestError
 from llama_ref.machine.waiting import as_they_end, interrupt_held, result_of

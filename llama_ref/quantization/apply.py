@@ -1,6 +1,6 @@
 """Weight-only quantization, applied to a model from outside.
 
-quantize_model(model, Scheme.parse("int4"))  # a model in memory; checkpoint/loader.py does it while loading
+quantize_model(model, Scheme.parse("int4"))  # a model in memory; checkpoint/loading/loader.py does it while loading
 use_fast_kernels(model)                      # for eager use: the layouts of PyTorch's kernels
 """
 

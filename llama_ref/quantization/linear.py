@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ref.compiled.triton_probe import uses_triton
+from llama_ref.compiled.triton.probe import uses_triton
 from llama_ref.quantization.rounding import int4_scales, int8_scales, to_int4, to_int8, unpack
 
 BLOCK_WEIGHTS = 1 << 22  # converted at a time: few enough to stay in the CPU's cache
@@ -23,7 +23,7 @@ FEW_ROWS = {torch.bfloat16: 48}
 
 def on_cuda(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """Multiply x (…, in) by a quantized matrix with our Triton kernels: (…, out)."""
-    from llama_ref.compiled.triton_products import product  # imported late: it needs Triton
+    from llama_ref.compiled.triton.products import product  # imported late: it needs Triton
 
     return product(x.reshape(-1, x.shape[-1]), weight, scale, zero).unflatten(0, x.shape[:-1])
 

@@ -42,8 +42,14 @@ not change a bit of the logits.
 from llama_ref.study.ablation.contrast import UnitContrast, contrast_units
 from llama_ref.study.ablation.resample import resample
 from llama_ref.study.ablation.sweep import Joint, Sweep, ablate_together, sweep
-from llama_ref.study.attention import attention_pattern, summarize_attention
-from llama_ref.study.attribution import attribute
+from llama_ref.study.analyses.attention import attention_pattern, summarize_attention
+from llama_ref.study.analyses.attribution import attribute
+from llama_ref.study.analyses.logit_lens import logit_lens, logit_lenses, predict
+from llama_ref.study.analyses.overview import Overview, overview
+from llama_ref.study.analyses.residual import residual_stream
+from llama_ref.study.analyses.rope import rope_waves
+from llama_ref.study.analyses.saliency import Saliency, saliency
+from llama_ref.study.analyses.weights import quantization_errors, spectra
 from llama_ref.study.circuits.composition import Composition, composition
 from llama_ref.study.circuits.edges import attribute_edges
 from llama_ref.study.circuits.faithfulness import CircuitCurve, circuit_curve, run_circuit
@@ -71,9 +77,7 @@ from llama_ref.study.features.edits import (
 from llama_ref.study.features.firing import Firing, firing
 from llama_ref.study.features.opening import open_cross_layer, open_features
 from llama_ref.study.features.reconstruction import Reconstruction, measure_reconstruction
-from llama_ref.study.logit_lens import logit_lens, logit_lenses, predict
 from llama_ref.study.names import all_names, axes
-from llama_ref.study.overview import Overview, overview
 from llama_ref.study.patch import Edit, edit, mean, patch, scale, set_to, swap_from, zero
 from llama_ref.study.patching.exact import patch_grid, patch_grids
 from llama_ref.study.patching.gradient import attribution_grids, attribution_patch, attribution_patches
@@ -81,14 +85,10 @@ from llama_ref.study.patching.grid import Agreement, Grid
 from llama_ref.study.patching.metrics import log_probability, logit_difference, probability
 from llama_ref.study.patching.noise import Noise, noise
 from llama_ref.study.report.writer import write_report
-from llama_ref.study.residual import residual_stream
-from llama_ref.study.rope import rope_waves
-from llama_ref.study.saliency import Saliency, saliency
 from llama_ref.study.trace import Recording, Trace, recording, trace, trace_each
 from llama_ref.study.tuned.lens import TunedLens
 from llama_ref.study.tuned.scores import LensScores, score_lens
 from llama_ref.study.vision.image_attention import image_attention
-from llama_ref.study.weights import quantization_errors, spectra
 
 __all__ = [
     "Active",

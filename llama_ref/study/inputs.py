@@ -12,7 +12,7 @@ from llama_ref.errors import RequestError
 from llama_ref.formatting import did_you_mean
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
-from llama_ref.study.hooks import check_part
+from llama_ref.study.passes.hooks import check_part
 from llama_ref.study.texts import Text, as_texts
 from llama_ref.tokenizer import Tokenizer
 

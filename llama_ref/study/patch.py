@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.hooks import Pass, attached, check_model
 from llama_ref.study.names import SCORES, axes, broadcastable, matching
+from llama_ref.study.passes.hooks import Pass, attached, check_model
 from llama_ref.study.trace import Trace
 
 Indices = int | Sequence[int]

@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.images import Tiles
 from llama_ref.model import Cache, Transformer
-from llama_ref.study.hooks import Pass, attached
+from llama_ref.study.passes.hooks import Pass, attached
 from llama_ref.study.vision.images import Images, cache_showing, tiles_of_texts
 from llama_ref.vision import VisionTransformer
 

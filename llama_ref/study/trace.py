@@ -14,11 +14,11 @@ from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
 from llama_ref.parallel.division import division_of
-from llama_ref.study.gradients import gradients
-from llama_ref.study.hooks import Pass, attached, check_model, check_part
 from llama_ref.study.inputs import check_index
 from llama_ref.study.names import IMAGE_SCORES, SCORES, all_names, axes, broadcastable, matching
-from llama_ref.study.pass_size import split_passes
+from llama_ref.study.passes.gradients import gradients
+from llama_ref.study.passes.hooks import Pass, attached, check_model, check_part
+from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.texts import Batch, Texts, as_texts
 from llama_ref.study.trace_file import read_trace, write_trace
 from llama_ref.study.vision.images import Images, tiles_of_texts

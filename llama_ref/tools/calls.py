@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from llama_ref.tools import builtin, function_tag, json_form, python_list
-from llama_ref.tools.names import ToolFormat
+from llama_ref.tools.formats import builtin, function_tag, json_form, python_list
+from llama_ref.tools.formats.names import ToolFormat
 
 
 def calls_text(calls: Sequence[tuple[str, Any]], tool_format: ToolFormat = "json") -> str:

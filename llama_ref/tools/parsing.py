@@ -13,9 +13,9 @@ from llama_ref.errors import RequestError
 from llama_ref.formatting import short
 from llama_ref.numbers import plain_list
 from llama_ref.tokenizer import Tokenizer
-from llama_ref.tools import builtin, json_reader, python_reader
 from llama_ref.tools.answer import Answer, Call
-from llama_ref.tools.json_reader import Found
+from llama_ref.tools.formats import builtin, json_reader, python_reader
+from llama_ref.tools.formats.json_reader import Found
 from llama_ref.tools.toolset import ToolLike, ToolSet
 
 PYTHON_TAG = "<|python_tag|>"

@@ -7,9 +7,9 @@ from typing import Any
 
 from llama_ref.errors import RequestError
 from llama_ref.formatting import short
-from llama_ref.tools import builtin, function_tag, json_form, python_list
+from llama_ref.tools.formats import builtin, function_tag, json_form, python_list
+from llama_ref.tools.formats.names import ToolFormat, check_format
 from llama_ref.tools.functions import tool_from_function
-from llama_ref.tools.names import ToolFormat, check_format
 from llama_ref.tools.schema import Tool
 
 ToolLike = str | Callable[..., Any] | Mapping[str, Any] | Tool

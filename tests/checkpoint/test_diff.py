@@ -22,7 +22,7 @@ from conftest import REPOSITORY
 from folders import PARAMS, byte_tokenizer, tiny_folder
 from llama_ref.checkpoint import diff as module
 from llama_ref.checkpoint.diff import Comparison, TensorDifference, compare
-from llama_ref.checkpoint.loader import split_dim
+from llama_ref.checkpoint.loading.loader import split_dim
 from llama_ref.errors import CheckpointError
 
 Tensors = dict[str, Tensor]

@@ -17,13 +17,13 @@ from torch import Tensor
 from attempts import attempts
 from background import background
 from folders import tiny_folder
-from llama_ref.checkpoint.convert import Source, to_hugging_face
-from llama_ref.checkpoint.first_load import verified
 from llama_ref.checkpoint.folder import CheckpointFolder, open_folder
 from llama_ref.checkpoint.formats.atomic import write_sums
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.first_load import verified
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.reader import read_shard
+from llama_ref.checkpoint.writing.convert import Source, to_hugging_face
 from llama_ref.errors import CheckpointError
 
 MOMENT_SECONDS = 0.003  # a load takes about ten

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from folders import PARAMS, byte_tokenizer, tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.writing.convert import to_hugging_face
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.cli import main
 from llama_ref.generation import Llama
 from make_random_checkpoint import make_random_checkpoint

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from attempts import attempts
 from folders import growing, tiny_folder
 from llama_ref.checkpoint.integrity import verify, write_checklist
-from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.verify.checklist import read_checklist
 from llama_ref.checkpoint.verify.hashing import hash_file
 from llama_ref.checkpoint.verify.report import State
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.formatting import human_bytes
 from make_random_checkpoint import make_random_checkpoint

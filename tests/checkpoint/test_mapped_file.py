@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from folders import tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.mapped_file import map_file
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 from llama_ref.errors import CheckpointError
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from folders import PARAMS
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.safetensors import inspect_safetensors
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.quantized_reader import KERNEL_ALIGNMENT
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.parallel.sharding import WHOLE, Share
 from make_random_checkpoint import make_random_checkpoint
 
@@ -85,7 +85,7 @@ RUN = textwrap.dedent("""
     import json, sys
     import torch
     from llama_ref.checkpoint.folder import open_folder
-    from llama_ref.checkpoint.loader import load_model
+    from llama_ref.checkpoint.loading.loader import load_model
     from llama_ref.quantization.apply import use_fast_kernels
 
     folder = open_folder(sys.argv[1])

@@ -18,16 +18,16 @@ from torch import Tensor
 from attempts import attempts
 from bounds import little_memory_and_time
 from folders import tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.describe import describe
 from llama_ref.checkpoint.diff import compare
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.safetensors import map_safetensors
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name, to_hf_rope
 from llama_ref.checkpoint.integrity import verify
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.reader import Stored, TensorSlice, is_tied, open_stored
 from llama_ref.checkpoint.shapes import OUTPUT, expected_shapes
+from llama_ref.checkpoint.writing.convert import to_hugging_face, to_meta
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.plan import find_model

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.empty_model import model_without_memory
+from llama_ref.checkpoint.loading.empty_model import model_without_memory
 from llama_ref.checkpoint.shapes import expected_shapes
 
 SMALL = ModelArgs(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=80, norm_eps=1e-5, rope_theta=5e5)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from folders import tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face
-from llama_ref.checkpoint.first_load import verified
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.atomic import write_sums
 from llama_ref.checkpoint.integrity import verify, write_checklist
+from llama_ref.checkpoint.loading.first_load import verified
 from llama_ref.checkpoint.size_limits import LIMIT_BYTES
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 from llama_ref.errors import CheckpointError
 
 PROMPTLY_SECONDS = 10  # hashing a terabyte takes half an hour

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from folders import tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 
 BUILD = """
 import resource, sys, time

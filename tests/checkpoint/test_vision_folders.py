@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_ref.checkpoint.convert import to_meta
 from llama_ref.checkpoint.diff import compare
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.integrity import verify
-from llama_ref.checkpoint.loader import load_model
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.shapes import expected_shapes, name_in_shards, shard_shape
+from llama_ref.checkpoint.writing.convert import to_meta
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantized_bytes

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from conftest import exit_code
 from folders import tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.diff import compare
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.hf.chat_template import chat_template
 from llama_ref.checkpoint.hf.layout import is_tile_table
 from llama_ref.checkpoint.hf.names import hf_name
-from llama_ref.checkpoint.hf.tile_tables import in_grids
+from llama_ref.checkpoint.hf.vision.tile_tables import in_grids
 from llama_ref.checkpoint.integrity import verify
-from llama_ref.checkpoint.loader import load_model
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.loading.loader import load_model
+from llama_ref.checkpoint.writing.convert import to_hugging_face, to_meta
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.errors import CheckpointError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer

@@ -54,9 +54,9 @@ def take_interrupts() -> None:
 
 
 MOMENTS = [
-    (CONSOLE_SCRIPT, "llama_ref.cli.parser", ("--help",)),
+    (CONSOLE_SCRIPT, "llama_ref.cli.parsing.parser", ("--help",)),
     (MODULE, "llama_ref.cli.outcome", ("--help",)),
-    (MODULE, "llama_ref.cli.help", ("--help",)),
+    (MODULE, "llama_ref.cli.parsing.help", ("--help",)),
     (CONSOLE_SCRIPT, "fire", ("verify", "TINY")),
     (MODULE, "rich.progress", ("verify", "TINY")),
     (CONSOLE_SCRIPT, "torch", ("complete", "TINY", "x")),

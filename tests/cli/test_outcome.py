@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from llama_ref.cli.flags import command
-from llama_ref.cli.parser import run
+from llama_ref.cli.parsing.flags import command
+from llama_ref.cli.parsing.parser import run
 from llama_ref.errors import CheckpointError, RequestError
 
 logger = logging.getLogger("llama_ref.study.trace")
@@ -30,7 +30,7 @@ def test_what_the_package_logs_is_shown_as_plain_lines(capsys):
 
 def test_a_library_user_sees_warnings_only():
     script = (
-        "import logging, llama_ref.cli.parser; logger = logging.getLogger('llama_ref.study');"
+        "import logging, llama_ref.cli.parsing.parser; logger = logging.getLogger('llama_ref.study');"
         "logger.info('progress'); logger.warning('problem')"
     )
     command = [sys.executable, "-c", script]

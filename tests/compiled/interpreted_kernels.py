@@ -29,7 +29,9 @@ def kernels() -> Iterator[SimpleNamespace]:
         from triton import language
         from triton.runtime import interpreter
 
-        from llama_ref.compiled import triton_attention, triton_elementwise, triton_products
+        from llama_ref.compiled.triton import attention as triton_attention
+        from llama_ref.compiled.triton import elementwise as triton_elementwise
+        from llama_ref.compiled.triton import products as triton_products
 
         if hasattr(interpreter, "_LangPatchScope"):
             # The functions that kernels call are already patched. Searching for more takes a third

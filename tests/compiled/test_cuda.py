@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fake_cuda import fake_cuda
 from folders import tiny_folder
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.empty_model import model_without_memory
+from llama_ref.checkpoint.loading.empty_model import model_without_memory
 from llama_ref.compiled import caches, cuda, cuda_cache
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda import FastForward, FastHidden, FastPasses, compile_cuda_decode, next_width

@@ -12,11 +12,12 @@ import pytest
 
 from folders import tiny_folder
 from llama_ref.checkpoint.releases import find_release
-from llama_ref.download import ranges, retries, server
+from llama_ref.download import ranges
 from llama_ref.download.link import parse_link
-from llama_ref.download.outcomes import Transient
 from llama_ref.download.release import Outcome, download
-from llama_ref.download.server import Server
+from llama_ref.download.requests import retries, server
+from llama_ref.download.requests.outcomes import Transient
+from llama_ref.download.requests.server import Server
 from llama_ref.errors import LlamaRefError
 from loopback import Loopback, files_of, secrets_of, serve
 

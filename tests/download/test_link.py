@@ -7,8 +7,8 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from llama_ref.download.hosts import check_host, releases_of
 from llama_ref.download.link import parse_link
+from llama_ref.download.requests.hosts import check_host, releases_of
 from llama_ref.errors import RequestError
 from loopback import SIGNATURE, make_link, secrets_of
 

@@ -13,9 +13,9 @@ from socketserver import BaseRequestHandler, ThreadingTCPServer
 import pytest
 import trustme
 
-from llama_ref.download import server as servers
 from llama_ref.download.link import parse_link
-from llama_ref.download.server import opened
+from llama_ref.download.requests import server as servers
+from llama_ref.download.requests.server import opened
 from llama_ref.errors import DownloadError
 from loopback import Loopback, files_of, make_link, secrets_of, serve, silent
 

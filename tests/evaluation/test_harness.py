@@ -16,7 +16,7 @@ from conftest import REPOSITORY, exit_code
 from evaluation.harness_tasks import write_tasks
 from folders import tiny_folder
 from jobs import torchrun
-from llama_ref.checkpoint.convert import to_hugging_face
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.evaluation.harness.adapter import LlamaRefLM
 from llama_ref.evaluation.harness.run import EvaluationSettings, run_tasks

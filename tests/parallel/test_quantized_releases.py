@@ -8,7 +8,7 @@ import torch
 
 from jobs import run_worker
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.parallel.sharding import Share

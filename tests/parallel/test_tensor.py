@@ -9,10 +9,10 @@ import torch
 
 from jobs import run_worker, torchrun
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.loading.loader import load_model
+from llama_ref.checkpoint.writing.convert import to_hugging_face
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.parallel.job import join_job

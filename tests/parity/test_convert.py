@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from guard_folders import PARAMS
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.diff import compare
 from llama_ref.checkpoint.hf.tokenizer import write_tokenizer_json
 from llama_ref.checkpoint.hf.tokenizer_config import tokenizer_config
+from llama_ref.checkpoint.writing.convert import to_hugging_face, to_meta
 from llama_ref.generation import Llama
 from llama_ref.vocabulary import write_tokenizer_model
 from make_random_checkpoint import make_random_checkpoint

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from jobs import torchrun
-from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
+from llama_ref.checkpoint.writing.convert import to_hugging_face, to_meta
 from llama_ref.generation import Llama
 from llama_ref.vocabulary import write_tokenizer_model
 from make_random_checkpoint import make_random_checkpoint

@@ -24,9 +24,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.diff import compare
-from llama_ref.checkpoint.hf.tile_tables import from_grid_rows, to_grid_rows
+from llama_ref.checkpoint.hf.vision.tile_tables import from_grid_rows, to_grid_rows
+from llama_ref.checkpoint.writing.convert import to_hugging_face, to_meta
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.image_prompts import show_images
 from llama_ref.decoding.row import Row

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.model import Transformer
 from make_random_checkpoint import make_random_checkpoint

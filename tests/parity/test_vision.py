@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.compiled.caches import new_cache
 from llama_ref.decoding.image_prompts import ALWAYS, spans
 from llama_ref.decoding.loop import steps

@@ -18,12 +18,12 @@ from bench_quality import log_probabilities, quality, texts
 from fake_cuda import fake_cuda
 from folders import PARAMS, tiny_folder
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.convert import to_hugging_face, to_meta
-from llama_ref.checkpoint.empty_model import model_without_memory
-from llama_ref.checkpoint.first_load import verified
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.loading.empty_model import model_without_memory
+from llama_ref.checkpoint.loading.first_load import verified
+from llama_ref.checkpoint.loading.loader import load_model
+from llama_ref.checkpoint.writing.convert import to_hugging_face, to_meta
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
@@ -435,7 +435,7 @@ MEASURE = textwrap.dedent("""
     from pathlib import Path
     import torch
     from llama_ref.checkpoint.folder import open_folder
-    from llama_ref.checkpoint.loader import load_model
+    from llama_ref.checkpoint.loading.loader import load_model
     from llama_ref.quantization.apply import quantize_model, quantized_bytes, use_fast_kernels
 
     def anonymous():

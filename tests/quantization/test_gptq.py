@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench_quality import log_probabilities, quality, texts
 from folders import tiny_folder
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.modules import replace_module

@@ -5,7 +5,7 @@ import resource
 import torch
 
 from llama_ref.args import ModelArgs
-from llama_ref.study.logit_lens import logit_lens
+from llama_ref.study.analyses.logit_lens import logit_lens
 from random_models import random_model
 
 PARAMS = {"dim": 16, "n_layers": 12, "n_heads": 2, "vocab_size": 40000, "multiple_of": 32, "norm_eps": 1e-5, "rope_theta": 1e4}

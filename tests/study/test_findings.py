@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama_ref import study
-from llama_ref.study.attention import repeated_tokens
+from llama_ref.study.analyses.attention import repeated_tokens
 
 TEXT = "The old lighthouse stood on a rocky cliff above the sea. Every evening the keeper lit the lamp."
 POSITION, DIMENSION, UNIT = 0, 507, 1229  # of the massive activation; the unit that writes it in layer 11

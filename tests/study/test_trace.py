@@ -426,7 +426,7 @@ def test_texts_of_different_lengths_are_as_each_alone(dtype, scheme):
 
 
 def test_many_texts_are_traced_in_turn_a_few_in_memory(model, monkeypatch):
-    monkeypatch.setattr("llama_ref.study.pass_size.PASS_TOKENS", 40)
+    monkeypatch.setattr("llama_ref.study.passes.pass_size.PASS_TOKENS", 40)
     texts = [[(7 * i + j) % ARGS.vocab_size for j in range(1 + i * 5 % 13)] for i in range(30)]
     kept, most = [], 0
     for text, traced in zip(texts, study.trace_each(model, texts, "layers.*.residual_post"), strict=True):

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Optional
 import pytest
 
 from llama_ref.errors import RequestError
-from llama_ref.tools import ToolSet, json_form, python_list
+from llama_ref.tools import ToolSet
+from llama_ref.tools.formats import json_form, python_list
 from llama_ref.tools.functions import tool_from_function
 
 

@@ -15,7 +15,7 @@ from llama_ref.chat import ChatFormat
 from llama_ref.errors import RequestError
 from llama_ref.tools import ToolSet, parse_tool_calls
 from llama_ref.tools.calls import calls_text
-from llama_ref.tools.names import TOOL_FORMATS
+from llama_ref.tools.formats.names import TOOL_FORMATS
 from meta_pages import printed_pairs
 
 SEARCH = 'brave_search.call(query="tides")'

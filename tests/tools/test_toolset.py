@@ -12,8 +12,9 @@ from llama_ref.args import ModelArgs
 from llama_ref.chat import ChatFormat
 from llama_ref.checkpoint.releases import RELEASES
 from llama_ref.errors import RequestError
-from llama_ref.tools import Parameter, Tool, ToolSet, builtin, function_tag, json_form, python_list, tool_output
-from llama_ref.tools.names import default_format, untrained
+from llama_ref.tools import Parameter, Tool, ToolSet, tool_output
+from llama_ref.tools.formats import builtin, function_tag, json_form, python_list
+from llama_ref.tools.formats.names import default_format, untrained
 from llama_stack_prompts import definitions, prompts
 from meta_pages import printed_pairs
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.formats.gguf_names import WITHIN_LAYER
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.model import Transformer, rope_frequencies
 
 TYPES = {

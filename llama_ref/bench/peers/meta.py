@@ -11,7 +11,7 @@ from llama_models.llama3.model import Transformer as MetaTransformer
 from llama_ref.bench.costs import kv_bytes, weight_bytes
 from llama_ref.bench.settings import Settings
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.device import named_dtype
 
 SAME = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta")

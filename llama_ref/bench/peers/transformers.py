@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 
 from llama_ref.bench.costs import kv_bytes, weight_bytes
 from llama_ref.bench.settings import Settings
-from llama_ref.checkpoint.convert import to_hugging_face
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.writing.convert import to_hugging_face
 from llama_ref.device import named_dtype
 
 

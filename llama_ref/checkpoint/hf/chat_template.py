@@ -3,7 +3,7 @@
 import json
 
 from llama_ref.chat import BUILTIN_ARGUMENT, STOP_REASONS, WRITTEN_ROLE
-from llama_ref.checkpoint.hf.image_token import IMAGE
+from llama_ref.checkpoint.hf.vision.image_token import IMAGE
 from llama_ref.vocabulary import Vocabulary
 
 # `{%-` and `{{-` strip the whitespace of this layout from the output. All output text is inside

@@ -17,7 +17,7 @@ from llama_ref.args import (
     usual_rope_factor,
 )
 from llama_ref.checkpoint.hf.allowed import expect
-from llama_ref.checkpoint.hf.vision_config import (
+from llama_ref.checkpoint.hf.vision.config import (
     VISION_MODEL,
     VISION_NAMES,
     check_vision_sections,

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.hf.names import from_hf_rope
+from llama_ref.checkpoint.loading.to_device import Target
 from llama_ref.checkpoint.meta_quantized.odd_numbers import odd
 from llama_ref.checkpoint.reader import Stored
-from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import split_dim
 from llama_ref.quantization.linear import Int8Linear, QuantizedMatrix

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llama_ref.args import N_LEARNABLE, PATCH_SIZE, ModelArgs
 from llama_ref.checkpoint.hf.bitsandbytes import name_in_files
 from llama_ref.checkpoint.hf.names import from_hf_rope, hf_name, is_rotated, to_hf_rope
-from llama_ref.checkpoint.hf.tile_tables import from_grid_rows, table_shape, to_grid_rows
+from llama_ref.checkpoint.hf.vision.tile_tables import from_grid_rows, table_shape, to_grid_rows
 from llama_ref.checkpoint.meta_quantized.kinds import Kind, tensors_of
 from llama_ref.checkpoint.shapes import EMBEDDING, LEARNABLE, Expected, Shape, expected_shapes
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from llama_ref.checkpoint.hf.image_token import with_image_in_place
+from llama_ref.checkpoint.hf.vision.image_token import with_image_in_place
 from llama_ref.errors import CheckpointError, UnsupportedModel
 from llama_ref.files import read_json
 from llama_ref.formatting import short

@@ -4,11 +4,11 @@ import torch
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.loading.to_device import Target
 from llama_ref.checkpoint.meta_quantized.kinds import Kind
 from llama_ref.checkpoint.meta_quantized.matrices import matrices_of
 from llama_ref.checkpoint.reader import Stored, TensorSlice, open_stored
 from llama_ref.checkpoint.shapes import OUTPUT, WEIGHT_DTYPES, expected_shapes
-from llama_ref.checkpoint.to_device import Target
 from llama_ref.formatting import dtype_name
 from llama_ref.quantization.linear import QuantizedMatrix
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.advice.missing_file import with_hint
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.loading.to_device import Target
 from llama_ref.checkpoint.meta_quantized.kinds import is_fp8, scale_key, scales_name, wrong_scales
 from llama_ref.checkpoint.meta_quantized.odd_numbers import odd
-from llama_ref.checkpoint.missing_file import with_hint
 from llama_ref.checkpoint.reader import Stored, TensorSlice, check_problems, join, read_shard
 from llama_ref.checkpoint.shapes import dtypes_and_shapes, expected_shapes
-from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError
 from llama_ref.parallel.sharding import places, split_dim
 from llama_ref.quantization.fp8 import ColumnBlocks, Fp8Linear

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
+from llama_ref.checkpoint.loading.to_device import Target
 from llama_ref.checkpoint.meta_quantized.kinds import Int4Params
 from llama_ref.checkpoint.meta_quantized.odd_numbers import odd
 from llama_ref.checkpoint.reader import Stored, tables_are_equal
 from llama_ref.checkpoint.shapes import EMBEDDING, OUTPUT, expected_shapes
-from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.machine import memory
 from llama_ref.parallel.sharding import split_dim

@@ -8,11 +8,11 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.checkpoint.folder import CheckpointFolder
 from llama_ref.checkpoint.hf.int8_matrices import StoredInt8
+from llama_ref.checkpoint.loading.to_device import Target
 from llama_ref.checkpoint.meta_quantized.fp8 import StoredFp8
 from llama_ref.checkpoint.meta_quantized.int4 import StoredInt4
 from llama_ref.checkpoint.meta_quantized.kinds import ROUNDED, Kind
 from llama_ref.checkpoint.reader import Stored
-from llama_ref.checkpoint.to_device import Target
 from llama_ref.errors import RequestError
 from llama_ref.quantization.linear import QuantizedMatrix
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from llama_ref.args import ModelArgs
+from llama_ref.checkpoint.advice.foreign_names import foreign_names
 from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME, shard_name, shard_number
-from llama_ref.checkpoint.foreign_names import foreign_names
 from llama_ref.checkpoint.formats.pth import TensorInfo, archive_records, inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
 from llama_ref.checkpoint.formats.pth_pickle import ITEM_BYTES, RefusedPickle

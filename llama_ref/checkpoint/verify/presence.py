@@ -6,9 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_ref.checkpoint.advice.missing_file import hint_about
 from llama_ref.checkpoint.folder import SAFETENSORS_NAME, SHARD_NAME
 from llama_ref.checkpoint.meta_quantized.kinds import scales_number
-from llama_ref.checkpoint.missing_file import hint_about
 from llama_ref.checkpoint.verify.report import FileReport, State
 from llama_ref.files import is_link_loop
 from llama_ref.vocabulary import ADDED_TOKENS

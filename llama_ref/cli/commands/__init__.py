@@ -7,7 +7,7 @@ There is no other list of commands. The functions import what they need when the
 import importlib
 import pkgutil
 
-from llama_ref.cli.flags import Command
+from llama_ref.cli.parsing.flags import Command
 
 
 def names() -> list[str]:

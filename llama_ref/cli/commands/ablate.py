@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, SpecialTokens, WholeModel
-from llama_ref.cli.studying import open_to_study
-from llama_ref.cli.text_input import text_word
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, SpecialTokens, WholeModel
+from llama_ref.cli.shared.studying import open_to_study
+from llama_ref.cli.shared.text_input import text_word
 from llama_ref.errors import RequestError
 
 

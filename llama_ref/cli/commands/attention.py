@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
-from llama_ref.cli.studying import ImageFlag, Prompt, check_image, check_outputs, open_to_study, text_ids
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, Png, SpecialTokens, WholeModel
+from llama_ref.cli.shared.studying import ImageFlag, Prompt, check_image, check_outputs, open_to_study, text_ids
 from llama_ref.errors import RequestError
 
 
@@ -34,7 +34,7 @@ def attention(
     from llama_ref.cli.views.study.attention import print_attention, print_pattern
     from llama_ref.cli.views.study.image_attention import print_image_attention
     from llama_ref.study import figures
-    from llama_ref.study.attention import attention_pattern, summarize_attention
+    from llama_ref.study.analyses.attention import attention_pattern, summarize_attention
     from llama_ref.study.inputs import check_index, prompt_tokens
     from llama_ref.study.vision.image_attention import image_attention
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
-from llama_ref.cli.studying import TARGET_HELP, Prompt, check_outputs, first_token, open_to_study
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, Png, SpecialTokens, WholeModel
+from llama_ref.cli.shared.studying import TARGET_HELP, Prompt, check_outputs, first_token, open_to_study
 
 
 @command(Section.STUDY)
@@ -27,7 +27,8 @@ def attribute(
       llama-ref attribute Llama3.2-1B "The capital of France is" --target " Paris"
     """
     from llama_ref.cli.views.study.attribution import print_attribution
-    from llama_ref.study import attribution, figures
+    from llama_ref.study import figures
+    from llama_ref.study.analyses import attribution
     from llama_ref.study.inputs import prompt_tokens
 
     check_outputs(png=png)

@@ -4,8 +4,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Compile, Json, Name, Weights
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Compile, Json, Name, Weights
 
 
 @dataclass(frozen=True)

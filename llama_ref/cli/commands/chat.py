@@ -3,11 +3,11 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.guarding import GuardVersion, load_guard
-from llama_ref.cli.options import Loading, Name, Sampling, build
-from llama_ref.cli.steering import Steer, parse, steering
-from llama_ref.cli.text_input import Encoding, decode_stdin, text_word
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.guarding import GuardVersion, load_guard
+from llama_ref.cli.shared.options import Loading, Name, Sampling, build
+from llama_ref.cli.shared.steering import Steer, parse, steering
+from llama_ref.cli.shared.text_input import Encoding, decode_stdin, text_word
 from llama_ref.errors import RequestError
 
 if TYPE_CHECKING:

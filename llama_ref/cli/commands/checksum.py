@@ -2,8 +2,8 @@
 
 from typing import Annotated, Literal
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Jobs, Name
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Jobs, Name
 
 
 @command(Section.INSPECT)

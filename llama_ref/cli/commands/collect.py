@@ -3,9 +3,9 @@
 import json as json_module
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, SpecialTokens, WholeModel
-from llama_ref.cli.studying import open_to_study
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, SpecialTokens, WholeModel
+from llama_ref.cli.shared.studying import open_to_study
 from llama_ref.errors import RequestError
 
 

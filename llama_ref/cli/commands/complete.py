@@ -4,10 +4,10 @@ import sys
 from dataclasses import asdict
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Images, Loading, Name, Sampling, SpecialTokens, build, check_images
-from llama_ref.cli.steering import Steer, parse, steering
-from llama_ref.cli.text_input import Encoding, read_stdin, text_word
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Images, Loading, Name, Sampling, SpecialTokens, build, check_images
+from llama_ref.cli.shared.steering import Steer, parse, steering
+from llama_ref.cli.shared.text_input import Encoding, read_stdin, text_word
 from llama_ref.errors import RequestError
 
 EXAMPLE = 'llama-ref complete NAME "Once upon a time"'

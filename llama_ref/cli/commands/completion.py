@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.parsing.flags import Flag, Section, command
 
 
 @command(Section.OTHER)
@@ -19,6 +19,6 @@ def completion(shell: Annotated[Literal["bash", "zsh", "fish"], Flag("bash, zsh 
     Python. Arguments are completed to the checkpoints under ~/.llama/checkpoints and to files.
     """
     from llama_ref.cli import commands
-    from llama_ref.cli.completion import SCRIPTS
+    from llama_ref.cli.parsing.completion import SCRIPTS
 
     print(SCRIPTS[shell]({name: commands.load(name) for name in commands.names()}), end="")

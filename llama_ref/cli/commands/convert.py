@@ -2,8 +2,8 @@
 
 from typing import Annotated, Literal
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import SHORT_DTYPES, Dtype, Force, Source, Target, Threads, Verify
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import SHORT_DTYPES, Dtype, Force, Source, Target, Threads, Verify
 from llama_ref.errors import RequestError
 
 
@@ -44,7 +44,7 @@ def convert(
     Hugging Face's format is a folder with safetensors files, as `transformers` reads it. Other
     commands do not need a conversion: they read Hugging Face folders as they are.
     """
-    from llama_ref.checkpoint.convert import (
+    from llama_ref.checkpoint.writing.convert import (
         MAX_SHARD_BYTES,
         parse_bytes,
         to_hugging_face,

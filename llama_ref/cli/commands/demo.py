@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
+from llama_ref.cli.parsing.flags import Flag, Section, command
 
 
 @command(Section.OTHER)

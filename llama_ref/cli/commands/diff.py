@@ -1,8 +1,8 @@
 """`llama-ref diff`."""
 
-from llama_ref.cli.flags import Section, command
-from llama_ref.cli.options import Json, Name
 from llama_ref.cli.outcome import EXIT_BAD, EXIT_MISUSE, report_error
+from llama_ref.cli.parsing.flags import Section, command
+from llama_ref.cli.shared.options import Json, Name
 from llama_ref.errors import CheckpointError
 
 

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.linking import AllowHost, Link, LinkFile, Release, not_a_link, read_link
-from llama_ref.cli.options import Json
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.linking import AllowHost, Link, LinkFile, Release, not_a_link, read_link
+from llama_ref.cli.shared.options import Json
 from llama_ref.errors import RequestError
 
 

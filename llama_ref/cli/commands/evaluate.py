@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, MaxSeqLen, Name, Scoring, Seed
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, MaxSeqLen, Name, Scoring, Seed
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def evaluate(
     from llama_ref.evaluation.harness.installed import prepare_harness
 
     prepare_harness()
-    from llama_ref.cli.options import load
+    from llama_ref.cli.shared.options import load
     from llama_ref.cli.terminal import is_first_process, progress_bar
     from llama_ref.cli.views.evaluate import print_results
     from llama_ref.evaluation.candidates import Candidate

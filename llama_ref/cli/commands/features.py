@@ -4,10 +4,10 @@ import re
 from dataclasses import replace
 from typing import Annotated, Literal, get_args
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, SpecialTokens, WholeModel
-from llama_ref.cli.studying import check_outputs, open_to_study, overview_of, write_page
-from llama_ref.cli.text_input import text_word
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, SpecialTokens, WholeModel
+from llama_ref.cli.shared.studying import check_outputs, open_to_study, overview_of, write_page
+from llama_ref.cli.shared.text_input import text_word
 from llama_ref.errors import RequestError
 
 Site = Literal[

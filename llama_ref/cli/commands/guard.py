@@ -4,11 +4,11 @@ import sys
 from json import loads as parse_json  # --json is a parameter
 from typing import TYPE_CHECKING, Annotated, cast
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.guarding import GuardVersion, told_version
-from llama_ref.cli.options import Json, WholeModel, check_images, load
 from llama_ref.cli.outcome import EXIT_BAD
-from llama_ref.cli.text_input import Encoding, read_stdin, text_word
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.guarding import GuardVersion, told_version
+from llama_ref.cli.shared.options import Json, WholeModel, check_images, load
+from llama_ref.cli.shared.text_input import Encoding, read_stdin, text_word
 from llama_ref.errors import RequestError
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """`llama-ref info`."""
 
-from llama_ref.cli.flags import Section, command
-from llama_ref.cli.options import Json, Name
+from llama_ref.cli.parsing.flags import Section, command
+from llama_ref.cli.shared.options import Json, Name
 
 
 @command(Section.INSPECT)

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
-from llama_ref.cli.studying import (
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, Png, SpecialTokens, WholeModel
+from llama_ref.cli.shared.studying import (
     TARGET_HELP,
     ImageFlag,
     Out,
@@ -46,8 +46,8 @@ def lens(
     from llama_ref.cli.terminal import note
     from llama_ref.cli.views.study.lens import print_lens
     from llama_ref.study import figures
+    from llama_ref.study.analyses.logit_lens import logit_lens
     from llama_ref.study.inputs import prompt_tokens
-    from llama_ref.study.logit_lens import logit_lens
     from llama_ref.study.tuned.lens import TunedLens
     from llama_ref.study.vision.images import encoding_once
 

@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.linking import AllowHost, Link, LinkFile, not_a_link, read_link
-from llama_ref.cli.options import Json
 from llama_ref.cli.outcome import EXIT_BAD
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.linking import AllowHost, Link, LinkFile, not_a_link, read_link
+from llama_ref.cli.shared.options import Json
 
 
 @command(Section.INSPECT)

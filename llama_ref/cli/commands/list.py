@@ -1,7 +1,7 @@
 """`llama-ref list`."""
 
-from llama_ref.cli.flags import Section, command
-from llama_ref.cli.options import Json
+from llama_ref.cli.parsing.flags import Section, command
+from llama_ref.cli.shared.options import Json
 
 
 @command(Section.INSPECT)

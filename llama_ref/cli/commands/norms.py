@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from llama_ref.cli.flags import Section, command
-from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
-from llama_ref.cli.studying import Prompt, check_outputs, open_to_study
+from llama_ref.cli.parsing.flags import Section, command
+from llama_ref.cli.shared.options import Json, Name, Png, SpecialTokens, WholeModel
+from llama_ref.cli.shared.studying import Prompt, check_outputs, open_to_study
 
 
 @command(Section.STUDY)
@@ -23,8 +23,8 @@ def norms(
     """
     from llama_ref.cli.views.study.residual import print_norms
     from llama_ref.study import figures
+    from llama_ref.study.analyses.residual import residual_stream
     from llama_ref.study.inputs import prompt_tokens
-    from llama_ref.study.residual import residual_stream
 
     check_outputs(png=png)
     llama = open_to_study(name, loading, prompt=prompt)

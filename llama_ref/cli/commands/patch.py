@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
-from llama_ref.cli.studying import TARGET_HELP, Out, check_outputs, first_token, open_to_study, overview_of, write_page
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, Png, SpecialTokens, WholeModel
+from llama_ref.cli.shared.studying import TARGET_HELP, Out, check_outputs, first_token, open_to_study, overview_of, write_page
 from llama_ref.errors import RequestError
 
 NOISE_SCALE, NOISE_SEEDS = 3.0, 10

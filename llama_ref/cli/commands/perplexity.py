@@ -4,8 +4,8 @@ import json as json_module
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Scoring
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, Scoring
 
 
 @command(Section.EVALUATE)
@@ -33,7 +33,7 @@ def perplexity(
 
       llama-ref perplexity Llama3.2-1B book.txt --against int8,int4
     """
-    from llama_ref.cli.options import load
+    from llama_ref.cli.shared.options import load
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.perplexity import Measured, print_perplexities
     from llama_ref.evaluation import perplexity as measuring

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import SHORT_DTYPES, Dtype, Json, MaxSeqLen, Quantize
 from llama_ref.cli.outcome import EXIT_BAD
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import SHORT_DTYPES, Dtype, Json, MaxSeqLen, Quantize
 
 
 @command(Section.INSPECT)

@@ -2,8 +2,8 @@
 
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Force, Source, Target, Threads, Verify
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Force, Source, Target, Threads, Verify
 
 
 @command(Section.REWRITE)
@@ -30,7 +30,7 @@ def quantize(
 
     The new folder loads without quantizing again, and takes less disk space and memory.
     """
-    from llama_ref.checkpoint.quantized_writer import quantize_folder
+    from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
     from llama_ref.cli.terminal import byte_bar, check_one_writer, print_path
     from llama_ref.device import use_threads
     from llama_ref.quantization.scheme import Scheme

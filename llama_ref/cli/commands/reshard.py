@@ -2,8 +2,8 @@
 
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Force, Source, Target, Threads, Verify
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Force, Source, Target, Threads, Verify
 
 
 @command(Section.REWRITE)
@@ -25,7 +25,7 @@ def reshard(
     same, bit for bit. Loading does not need this: any number of shards loads on any number of
     processes.
     """
-    from llama_ref.checkpoint.convert import to_meta
+    from llama_ref.checkpoint.writing.convert import to_meta
     from llama_ref.cli.terminal import byte_bar, check_one_writer, print_path
     from llama_ref.device import use_threads
 

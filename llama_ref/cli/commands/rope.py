@@ -1,7 +1,7 @@
 """`llama-ref rope`."""
 
-from llama_ref.cli.flags import Section, command
-from llama_ref.cli.options import Json, Name
+from llama_ref.cli.parsing.flags import Section, command
+from llama_ref.cli.shared.options import Json, Name
 
 
 @command(Section.STUDY)
@@ -12,6 +12,6 @@ def rope(name: Name, *, json: Json = False) -> None:
     """
     from llama_ref.checkpoint.folder import open_folder
     from llama_ref.cli.views.study.rope import print_rope
-    from llama_ref.study.rope import rope_waves
+    from llama_ref.study.analyses.rope import rope_waves
 
     print_rope(rope_waves(open_folder(name).read_args()), as_json=json)

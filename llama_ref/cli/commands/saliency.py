@@ -4,9 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, Png, SpecialTokens, WholeModel
-from llama_ref.cli.studying import TARGET_HELP, Out, Prompt, check_outputs, first_token, open_to_study, overview_of, write_page
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, Png, SpecialTokens, WholeModel
+from llama_ref.cli.shared.studying import (
+    TARGET_HELP,
+    Out,
+    Prompt,
+    check_outputs,
+    first_token,
+    open_to_study,
+    overview_of,
+    write_page,
+)
 from llama_ref.errors import RequestError
 
 
@@ -47,10 +56,10 @@ def saliency(
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.saliency import print_saliency
     from llama_ref.study import figures
+    from llama_ref.study.analyses.logit_lens import predict
+    from llama_ref.study.analyses.saliency import Method, check_steps
+    from llama_ref.study.analyses.saliency import saliency as measure
     from llama_ref.study.inputs import check_not_empty, prompt_tokens
-    from llama_ref.study.logit_lens import predict
-    from llama_ref.study.saliency import Method, check_steps
-    from llama_ref.study.saliency import saliency as measure
 
     if answer is not None and (target is not None or other is not None):
         raise RequestError("--answer is given with --target or --other, expected --answer alone")

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, WholeModel
-from llama_ref.cli.studying import open_to_study
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, WholeModel
+from llama_ref.cli.shared.studying import open_to_study
 
 
 @command(Section.STUDY)
@@ -28,7 +28,7 @@ def spectra(
     from llama_ref.cli.terminal import progress_bar
     from llama_ref.cli.views.study.weights import print_errors, print_spectra
     from llama_ref.quantization.scheme import Scheme
-    from llama_ref.study import weights
+    from llama_ref.study.analyses import weights
 
     scheme = None if to is None else Scheme.parse(to, "--to")
     llama = open_to_study(name, loading)

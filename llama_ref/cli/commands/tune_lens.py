@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Json, Name, WholeModel
-from llama_ref.cli.studying import open_to_study
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Json, Name, WholeModel
+from llama_ref.cli.shared.studying import open_to_study
 
 
 @command(Section.STUDY)

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from llama_ref.cli.flags import Flag, Section, command
-from llama_ref.cli.options import Jobs, Json
 from llama_ref.cli.outcome import EXIT_MISUSE, report_error
+from llama_ref.cli.parsing.flags import Flag, Section, command
+from llama_ref.cli.shared.options import Jobs, Json
 from llama_ref.errors import CheckpointError, FolderNotFound, RequestError
 
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llama_ref.checkpoint.fingerprint import fingerprint
 from llama_ref.checkpoint.folder import open_folder
+from llama_ref.checkpoint.loading.fingerprint import fingerprint
 from llama_ref.device import is_out_of_memory
 from llama_ref.errors import LlamaRefError, RequestError
 from llama_ref.evaluation.harness.installed import prepare_harness

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_count
+from llama_ref.study.passes.hooks import check_model
 from llama_ref.study.texts import Text, as_texts
 from llama_ref.study.trace import trace_each
 

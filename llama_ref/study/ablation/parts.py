@@ -10,7 +10,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.formatting import did_you_mean
-from llama_ref.study.hooks import Pass
+from llama_ref.study.passes.hooks import Pass
 from llama_ref.study.patch import Edit
 
 Over = Literal["heads", "kv_groups", "attention", "feed_forward", "layers", "units"]

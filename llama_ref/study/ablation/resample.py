@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from llama_ref.errors import RequestError
-from llama_ref.study.hooks import Pass
 from llama_ref.study.names import axes
+from llama_ref.study.passes.hooks import Pass
 from llama_ref.study.patch import Edit
 
 

@@ -10,11 +10,11 @@ from llama_ref.model import Context, Transformer
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.ablation.losses import losses_of, mean_and_error, names_of, texts_to_predict
 from llama_ref.study.ablation.parts import Over, Part, check_kind, draw_parts, named_part, parts_of
-from llama_ref.study.gradients import gradients
-from llama_ref.study.hooks import Pass, check_model
 from llama_ref.study.inputs import check_count
-from llama_ref.study.layer_window import layer_window
-from llama_ref.study.pass_size import tokens_that_fit
+from llama_ref.study.passes.gradients import gradients
+from llama_ref.study.passes.hooks import Pass, check_model
+from llama_ref.study.passes.layer_window import layer_window
+from llama_ref.study.passes.pass_size import tokens_that_fit
 from llama_ref.study.patch import Edit, as_edit, mean, patch
 from llama_ref.study.patching.streams import Streams
 from llama_ref.study.texts import Batch, Texts

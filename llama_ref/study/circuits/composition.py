@@ -16,8 +16,8 @@ from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.circuits.head_matrices import HeadMatrices, check_distance
-from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index
+from llama_ref.study.passes.hooks import check_model
 
 Port = Literal["q", "k", "v"]
 

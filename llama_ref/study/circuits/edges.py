@@ -14,8 +14,8 @@ from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.circuits.graph import EdgeScores, edge_mask, first_receiver, receiver_names, sender_names
 from llama_ref.study.circuits.runs import Run, as_runs, differences, layer_ports, written_names
-from llama_ref.study.gradients import gradients
-from llama_ref.study.hooks import check_model
+from llama_ref.study.passes.gradients import gradients
+from llama_ref.study.passes.hooks import check_model
 from llama_ref.study.patching.gradient import gradient_of, path_shares
 from llama_ref.study.patching.metrics import Metric, measure_hidden
 from llama_ref.study.patching.pairs import Corrupted

@@ -19,8 +19,8 @@ from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.circuits.graph import EdgeScores, edge_mask, first_receiver, n_before
 from llama_ref.study.circuits.runs import Run, as_runs, head_results, layer_ports, written_names
-from llama_ref.study.hooks import check_model
-from llama_ref.study.layer_window import layer_window
+from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.layer_window import layer_window
 from llama_ref.study.patch import patch
 from llama_ref.study.patching.metrics import Metric, measure
 from llama_ref.study.patching.pairs import Corrupted

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer, rope_frequencies, rope_rotations, rotate
-from llama_ref.study.attribution import matrix
+from llama_ref.study.analyses.attribution import matrix
 from llama_ref.study.circuits.runs import by_heads
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.study.hooks import Pass, attached, check_model
 from llama_ref.study.inputs import check_index, one_each
-from llama_ref.study.pass_size import tokens_that_fit
+from llama_ref.study.passes.hooks import Pass, attached, check_model
+from llama_ref.study.passes.pass_size import tokens_that_fit
 from llama_ref.study.patch import Indices
 from llama_ref.study.patching.metrics import Metric, measure
 from llama_ref.study.patching.streams import Streams

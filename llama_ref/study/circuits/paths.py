@@ -20,9 +20,9 @@ from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.circuits.graph import edge_mask, receiver_names, sender_names
 from llama_ref.study.circuits.rerun import Rerun, Senders
 from llama_ref.study.circuits.runs import Run, as_runs
-from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index
-from llama_ref.study.pass_size import tokens_that_fit
+from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.pass_size import tokens_that_fit
 from llama_ref.study.patch import Indices
 from llama_ref.study.patching.metrics import Metric
 from llama_ref.study.patching.pairs import Corrupted

@@ -10,7 +10,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.model import Transformer
 from llama_ref.study.circuits.graph import n_before
 from llama_ref.study.circuits.runs import Run, differences, written_names
-from llama_ref.study.layer_window import layer_window
+from llama_ref.study.passes.layer_window import layer_window
 from llama_ref.study.patch import patch
 from llama_ref.study.patching.metrics import measure, measure_hidden
 from llama_ref.study.texts import Batch

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from llama_ref.model import Transformer
-from llama_ref.study.attribution import matrix
-from llama_ref.study.layer_window import layer_window
+from llama_ref.study.analyses.attribution import matrix
+from llama_ref.study.passes.layer_window import layer_window
 from llama_ref.study.patching.metrics import Metric
 from llama_ref.study.patching.pairs import Corrupted, as_pairs, clean_streams, corrupted_streams
 from llama_ref.study.texts import Texts

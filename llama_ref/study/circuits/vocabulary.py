@@ -16,8 +16,8 @@ from torch import Tensor
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.circuits.head_matrices import HeadMatrices, check_distance, turned, vocabulary_rows
-from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index, check_token
+from llama_ref.study.passes.hooks import check_model
 
 ROWS = 1 << 13  # tokens of the vocabulary at a time
 

@@ -26,10 +26,10 @@ from llama_ref.parallel.job import from_first
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.datasets.collected import Collected
 from llama_ref.study.datasets.collection import DTYPES, INDEX, Collection, Shard, check_dtype, plan, read_index, row_shapes
-from llama_ref.study.hooks import Pass, attached, check_part
 from llama_ref.study.inputs import check_index, prompt_tokens
 from llama_ref.study.model_digest import weights_digest
-from llama_ref.study.pass_size import split_passes
+from llama_ref.study.passes.hooks import Pass, attached, check_part
+from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.report.output import write_output
 from llama_ref.study.texts import Batch, as_texts
 

@@ -23,7 +23,7 @@ from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_json
 from llama_ref.formatting import dtype_name
 from llama_ref.study.names import axes, is_of_key_heads, matching
-from llama_ref.study.pass_size import split_passes
+from llama_ref.study.passes.pass_size import split_passes
 
 INDEX = "index.json"
 FORMAT = "llama_ref collection 1"

@@ -15,9 +15,9 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.directions.extraction import check_direction
-from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index, one_each
-from llama_ref.study.pass_size import split_passes
+from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.patch import Edit, edit, patch
 from llama_ref.study.texts import Batch, Text, as_texts
 

@@ -15,7 +15,7 @@ from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.features.active import Active
 from llama_ref.study.features.dictionary import Features
-from llama_ref.study.hooks import check_model
+from llama_ref.study.passes.hooks import check_model
 from llama_ref.study.trace import Trace
 
 

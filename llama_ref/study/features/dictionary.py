@@ -21,8 +21,8 @@ from llama_ref.model import Transformer
 from llama_ref.study.features.activations import Activation, Scaling, Threshold, TopK
 from llama_ref.study.features.active import Active
 from llama_ref.study.features.sites import Site
-from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import check_index
+from llama_ref.study.passes.hooks import check_model
 from llama_ref.study.trace import Trace
 
 BLOCK_NUMBERS = 1 << 24  # elements of a matrix that are converted to float32 at a time: 64 MB

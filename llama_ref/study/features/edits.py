@@ -19,8 +19,8 @@ from llama_ref.errors import RequestError
 from llama_ref.study.features.active import Active
 from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
-from llama_ref.study.hooks import Pass
 from llama_ref.study.inputs import check_index
+from llama_ref.study.passes.hooks import Pass
 from llama_ref.study.patch import Edit, Indices
 
 Edits = dict[str, Edit]

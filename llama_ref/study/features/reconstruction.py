@@ -16,7 +16,7 @@ from llama_ref.study.features.dictionary import Features
 from llama_ref.study.features.edits import Edits, replace_by_reconstruction
 from llama_ref.study.inputs import check_count
 from llama_ref.study.losses import loss_sums
-from llama_ref.study.pass_size import split_passes
+from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.patch import patch, zero
 from llama_ref.study.texts import Batch, Texts, as_texts
 from llama_ref.study.trace import Trace, recording

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from llama_ref.study.attention import REPEATED_TOKENS, AttentionSummary
+from llama_ref.study.analyses.attention import REPEATED_TOKENS, AttentionSummary
 from llama_ref.study.figures import canvas
 from llama_ref.study.figures.fonts import prompt, token_label
 from llama_ref.study.figures.saving import save

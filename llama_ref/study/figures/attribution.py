@@ -4,7 +4,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_ref.study.attribution import Attribution, part_label
+from llama_ref.study.analyses.attribution import Attribution, part_label
 from llama_ref.study.figures import canvas
 from llama_ref.study.figures.fonts import prompt, quoted
 from llama_ref.study.figures.saving import save

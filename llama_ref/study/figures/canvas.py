@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llama_ref.study.analyses.logit_lens import depth
 from llama_ref.study.figures import fonts
-from llama_ref.study.logit_lens import depth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

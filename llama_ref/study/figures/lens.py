@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_ref.errors import RequestError
+from llama_ref.study.analyses.logit_lens import LogitLens, block_ends
 from llama_ref.study.figures import canvas
 from llama_ref.study.figures.fonts import prompt, quoted, token_label
 from llama_ref.study.figures.saving import save
-from llama_ref.study.logit_lens import LogitLens, block_ends
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

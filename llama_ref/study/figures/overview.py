@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from llama_ref.study.analyses.overview import Overview
 from llama_ref.study.figures.attention import draw_attention, draw_pattern
 from llama_ref.study.figures.attribution import draw_attribution
 from llama_ref.study.figures.image_attention import draw_image_attention, draw_image_layers
 from llama_ref.study.figures.lens import draw_lens, draw_target
 from llama_ref.study.figures.residual import draw_norms
-from llama_ref.study.overview import Overview
 from llama_ref.tokenizer import Tokenizer
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_ref.study.analyses.residual import ResidualStream, quartiles_of_others
 from llama_ref.study.figures import canvas
 from llama_ref.study.figures.fonts import prompt, quoted
 from llama_ref.study.figures.saving import save
-from llama_ref.study.residual import ResidualStream, quartiles_of_others
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_ref.study.analyses.saliency import Saliency
 from llama_ref.study.figures import canvas
 from llama_ref.study.figures.fonts import prompt, quoted, token_label
 from llama_ref.study.figures.saving import save
-from llama_ref.study.saliency import Saliency
 from llama_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

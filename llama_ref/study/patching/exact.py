@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import one_row
-from llama_ref.study.pass_size import tokens_that_fit
+from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.pass_size import tokens_that_fit
 from llama_ref.study.patch import patch
 from llama_ref.study.patching.cells import CellAxes
 from llama_ref.study.patching.grid import Grid

@@ -16,12 +16,12 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.study.gradients import gradients
-from llama_ref.study.hooks import check_model
 from llama_ref.study.inputs import one_row
-from llama_ref.study.layer_window import layer_window
 from llama_ref.study.names import LAYER_AXES
-from llama_ref.study.pass_size import tokens_that_fit
+from llama_ref.study.passes.gradients import gradients
+from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.layer_window import layer_window
+from llama_ref.study.passes.pass_size import tokens_that_fit
 from llama_ref.study.patch import patch, set_to
 from llama_ref.study.patching.cells import CellAxes
 from llama_ref.study.patching.grid import Grid

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llama_ref.model import Transformer
-from llama_ref.study.layer_window import embedded, layer_window
-from llama_ref.study.pass_size import split_passes
+from llama_ref.study.passes.layer_window import embedded, layer_window
+from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.patching.metrics import Metric, measure
 from llama_ref.study.texts import Batch
 from llama_ref.study.trace import trace

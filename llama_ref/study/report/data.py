@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_ref.study.attribution import Attribution
+from llama_ref.study.analyses.attribution import Attribution
+from llama_ref.study.analyses.logit_lens import LogitLens, Predictions
+from llama_ref.study.analyses.overview import Overview
+from llama_ref.study.analyses.residual import ResidualStream, quartiles_of_others
+from llama_ref.study.analyses.saliency import Saliency
 from llama_ref.study.inputs import label
-from llama_ref.study.logit_lens import LogitLens, Predictions
-from llama_ref.study.overview import Overview
 from llama_ref.study.patching.grid import GridPair
 from llama_ref.study.report.features import firing_data
 from llama_ref.study.report.image_packing import PackedImage
-from llama_ref.study.residual import ResidualStream, quartiles_of_others
-from llama_ref.study.saliency import Saliency
 from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.model import Transformer
-from llama_ref.study.hooks import Pass, attached
+from llama_ref.study.passes.hooks import Pass, attached
 from llama_ref.study.texts import Batch
 from llama_ref.study.vision.images import Images
 

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 from llama_ref.errors import RequestError
-from llama_ref.study.overview import Overview
+from llama_ref.study.analyses.overview import Overview
 from llama_ref.study.report.data import packed_layers, page_data, to_json
 from llama_ref.study.report.image_packing import pack_image
 from llama_ref.study.report.output import write_output

@@ -14,9 +14,9 @@ from torch.linalg import vecdot
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.gradients import gradients
+from llama_ref.study.analyses.logit_lens import log_probabilities, position_chunks
 from llama_ref.study.inputs import check_count
-from llama_ref.study.logit_lens import log_probabilities, position_chunks
+from llama_ref.study.passes.gradients import gradients
 from llama_ref.study.trace import trace_each
 
 Optimizer = Literal["sgd", "adam"]

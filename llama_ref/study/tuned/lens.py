@@ -16,8 +16,8 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.study.hooks import check_model
-from llama_ref.study.logit_lens import layer_ends
+from llama_ref.study.analyses.logit_lens import layer_ends
+from llama_ref.study.passes.hooks import check_model
 from llama_ref.study.texts import Text, as_texts
 from llama_ref.study.tuned.files import Stored, check_target, read_folder, write_folder
 from llama_ref.study.tuned.fit import FitSettings, Optimizer, Translators, batches, translated

@@ -13,8 +13,8 @@ from torch.linalg import vecdot
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.progress import Progress, ProgressCounter
-from llama_ref.study.hooks import check_model
-from llama_ref.study.logit_lens import Lens, layer_ends, log_probabilities, position_chunks
+from llama_ref.study.analyses.logit_lens import Lens, layer_ends, log_probabilities, position_chunks
+from llama_ref.study.passes.hooks import check_model
 from llama_ref.study.texts import Texts, as_texts
 from llama_ref.study.trace import trace_each
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_ref.model import Transformer
 from llama_ref.quantization.linear import QuantizedMatrix
-from llama_ref.study.attribution import matrix_rows
+from llama_ref.study.analyses.attribution import matrix_rows
 
 EDGE, PRINTED_WHOLE = 3, 1000  # NumPy's defaults: rows and columns of a corner; entries that are printed in full
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llama_ref.kv_cache import group_mask, grouped_attention
 from llama_ref.model import FeedForward
-from llama_ref.study.steps import attend_in_steps
+from llama_ref.study.passes.steps import attend_in_steps
 from llama_ref.vision import (
     CrossAttention,
     CrossAttentionBlock,

@@ -18,9 +18,9 @@ from llama_ref.errors import RequestError
 from llama_ref.formatting import human_bytes
 from llama_ref.images import best_canvas, fitted_size, open_image, tiles_of
 from llama_ref.model import Transformer
-from llama_ref.study.attention import LARGEST_LAYER
-from llama_ref.study.hooks import check_model
+from llama_ref.study.analyses.attention import LARGEST_LAYER
 from llama_ref.study.inputs import check_index, one_row
+from llama_ref.study.passes.hooks import check_model
 from llama_ref.study.report.packing import watch_patterns
 from llama_ref.study.vision.images import check_reads_images
 from llama_ref.vision import VisionTransformer

@@ -9,12 +9,12 @@ import pytest
 
 from conftest import exit_code
 from folders import tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.describe import describe
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.hf.conventions import chat_template_of, end_ids
 from llama_ref.checkpoint.integrity import verify
-from llama_ref.checkpoint.quantized_writer import quantize_folder
+from llama_ref.checkpoint.writing.convert import to_hugging_face, to_meta
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.generation import Llama
 from llama_ref.session import Session
 

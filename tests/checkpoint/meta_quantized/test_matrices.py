@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 from folders import PARAMS, tiny_folder
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.describe import describe
 from llama_ref.checkpoint.diff import compare
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.integrity import verify, write_checklist
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.checkpoint.meta_quantized.kinds import Int4Params
-from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.verify.report import State
+from llama_ref.checkpoint.writing.convert import to_hugging_face, to_meta
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
 from llama_ref.plan import find_model
 from llama_ref.quantization.apply import quantized_bytes
 from llama_ref.quantization.linear import QuantizedMatrix
-from llama_ref.study.weights import spectra
+from llama_ref.study.analyses.weights import spectra
 from quantized_folders import QLORA, SPINQUANT, fp8_folder, int8_folder, quantized_folder
 
 pytestmark = pytest.mark.usefixtures("settled")

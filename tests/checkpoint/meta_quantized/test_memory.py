@@ -27,7 +27,7 @@ MB = 1e6
 CHILD = """
 import re, sys, torch
 from llama_ref.checkpoint.folder import open_folder
-from llama_ref.checkpoint.loader import load_model
+from llama_ref.checkpoint.loading.loader import load_model
 from llama_ref.quantization.apply import use_fast_kernels
 
 def private():  # bytes that are not a file's pages

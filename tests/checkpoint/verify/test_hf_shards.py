@@ -20,18 +20,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from attempts import attempts
 from conftest import exit_code
 from folders import PARAMS, byte_tokenizer, growing, tiny_folder
-from llama_ref.checkpoint.convert import to_hugging_face, to_meta
 from llama_ref.checkpoint.describe import describe
 from llama_ref.checkpoint.diff import compare
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.checkpoint.formats.pth import inspect_pth
 from llama_ref.checkpoint.formats.safetensors import DTYPES, inspect_safetensors
 from llama_ref.checkpoint.integrity import verify, write_checklist
-from llama_ref.checkpoint.quantized_writer import quantize_folder
 from llama_ref.checkpoint.reader import open_stored
 from llama_ref.checkpoint.verify.checklist import read_checklist
 from llama_ref.checkpoint.verify.findings import implied_model
 from llama_ref.checkpoint.verify.report import State
+from llama_ref.checkpoint.writing.convert import to_hugging_face, to_meta
+from llama_ref.checkpoint.writing.quantized_writer import quantize_folder
 from llama_ref.cli.views.verify import print_reports
 from llama_ref.errors import CheckpointError
 from llama_ref.generation import Llama

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from bounds import little_memory_and_time
 from llama_ref.args import ModelArgs
-from llama_ref.checkpoint.empty_model import model_without_memory
 from llama_ref.checkpoint.formats.pth import inspect_pth
 from llama_ref.checkpoint.formats.pth_length import archive_length
 from llama_ref.checkpoint.formats.pth_pickle import ITEM_BYTES
 from llama_ref.checkpoint.formats.pth_zip import read_directory
 from llama_ref.checkpoint.integrity import verify
+from llama_ref.checkpoint.loading.empty_model import model_without_memory
 from llama_ref.checkpoint.releases import find_release
 from llama_ref.checkpoint.shapes import shard_shape
 from llama_ref.checkpoint.verify.report import State

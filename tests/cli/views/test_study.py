@@ -16,8 +16,8 @@ from llama_ref.cli.views.study.weights import print_errors, print_spectra
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.study import attribute, logit_lens, quantization_errors, residual_stream, rope_waves, spectra
+from llama_ref.study.analyses.residual import quartiles_of_others
 from llama_ref.study.inputs import check_over
-from llama_ref.study.residual import quartiles_of_others
 
 TOKENS = [256, 84, 104, 101, 33]
 

@@ -43,7 +43,7 @@ def model() -> Transformer:
 @pytest.fixture
 def small_shards(monkeypatch) -> None:
     """Limit passes to 12 tokens, and shards to one pass."""
-    monkeypatch.setattr("llama_ref.study.pass_size.PASS_TOKENS", 12)
+    monkeypatch.setattr("llama_ref.study.passes.pass_size.PASS_TOKENS", 12)
     monkeypatch.setattr(collection, "SHARD_PASSES", 1)
 
 

@@ -16,7 +16,7 @@ from llama_ref.errors import CheckpointError, RequestError, UnsupportedModel
 from llama_ref.model import Transformer
 from llama_ref.study.features import dictionary
 from llama_ref.study.features.edits import replace_by_reconstruction
-from llama_ref.study.layer_window import layer_window
+from llama_ref.study.passes.layer_window import layer_window
 from random_models import random_model
 from study import feature_folders
 from study.feature_folders import CrossLayer

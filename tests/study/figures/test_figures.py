@@ -22,8 +22,11 @@ from folders import tiny_folder
 from llama_ref.bench.roofline import check_picture
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
-from llama_ref.study.attention import AttentionSummary, attention_pattern
-from llama_ref.study.attribution import Attribution
+from llama_ref.study.analyses.attention import AttentionSummary, attention_pattern
+from llama_ref.study.analyses.attribution import Attribution
+from llama_ref.study.analyses.logit_lens import LogitLens, logit_lens, residual_points
+from llama_ref.study.analyses.overview import overview
+from llama_ref.study.analyses.residual import ResidualStream
 from llama_ref.study.figures import (
     check_pictures,
     draw_attention,
@@ -46,10 +49,7 @@ from llama_ref.study.figures.grid import grid_figure
 from llama_ref.study.figures.image_attention import layers_figure, tokens_figure
 from llama_ref.study.figures.lens import LEAST, MOST_WORDS, lens_figure, target_figure
 from llama_ref.study.figures.residual import norms_figure
-from llama_ref.study.logit_lens import LogitLens, logit_lens, residual_points
-from llama_ref.study.overview import overview
 from llama_ref.study.patching.grid import Grid, GridPair
-from llama_ref.study.residual import ResidualStream
 from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
 
@@ -482,7 +482,7 @@ def test_numbers_that_are_not_finite_are_gaps(tmp_path, tokenizer):
 
 
 def test_the_head_that_wrote_most_is_drawn_from_its_whole_pattern(tmp_path, monkeypatch):
-    module = importlib.import_module("llama_ref.study.overview")  # its name in the package is the function
+    module = importlib.import_module("llama_ref.study.analyses.overview")  # its name in the package is the function
     monkeypatch.setattr(module, "how_many_kept", lambda n_tokens: 4)  # as of a text of thousands of tokens
     llama = Llama.build(tiny_folder(tmp_path / "Tiny"), device="cpu", dtype="float32", max_seq_len=128)
     tokens = llama.encode("many tokens")

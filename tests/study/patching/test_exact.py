@@ -12,7 +12,7 @@ from llama_ref import study
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
-from llama_ref.study.layer_window import layer_window
+from llama_ref.study.passes.layer_window import layer_window
 from random_models import random_model
 from study.drawn import FEW, ids_of, models
 from study.patched import ARGS, RAGGED, ids
@@ -120,7 +120,7 @@ def test_the_last_position_of_the_last_layer_is_the_whole_answer(model):
 
 def test_a_grid_of_many_cells_takes_several_passes(model, monkeypatch):
     whole = study.patch_grid(model, ids(1, 6), ids(1, 6, seed=1), study.probability(7))
-    monkeypatch.setattr("llama_ref.study.pass_size.PASS_TOKENS", 15)
+    monkeypatch.setattr("llama_ref.study.passes.pass_size.PASS_TOKENS", 15)
     calls = []
     parts = study.patch_grid(
         model, ids(1, 6), ids(1, 6, seed=1), study.probability(7), progress=lambda *call: calls.append(call)
@@ -134,7 +134,7 @@ def test_a_grid_of_many_cells_takes_several_passes(model, monkeypatch):
     ("over", "name"), [("layer×position", None), ("layer×head", None), ("layer×position", "attention.pattern")]
 )
 def test_grids_of_pairs_of_different_lengths_are_each_pairs_own(model, monkeypatch, over, name, pass_tokens):
-    monkeypatch.setattr("llama_ref.study.pass_size.PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr("llama_ref.study.passes.pass_size.PASS_TOKENS", pass_tokens)
     corrupted = [[50 - id for id in text] for text in RAGGED]
     metrics = [study.probability(7), study.probability(8), study.logit_difference(1, 2)]
     calls = []

@@ -103,7 +103,7 @@ def test_along_inputs_the_embeddings_estimates_add_up_to_the_gap():
 @pytest.mark.parametrize("pass_tokens", [1024, 9])
 @pytest.mark.parametrize("over", ["layer×position", "layer×head"])
 def test_several_pairs_are_each_pairs_own(monkeypatch, along, pass_tokens, over):
-    monkeypatch.setattr("llama_ref.study.pass_size.PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr("llama_ref.study.passes.pass_size.PASS_TOKENS", pass_tokens)
     model = random_model(ARGS, seed=0)
     noises = [study.noise(0, seeds=2), study.noise(1, seeds=1), study.noise([0, -1], seeds=2)]
     metrics = [study.probability(7), study.probability(8), METRIC]

@@ -20,9 +20,9 @@ from folders import byte_tokenizer, tiny_folder
 from llama_ref import study
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
-from llama_ref.study.attention import attention_pattern
-from llama_ref.study.logit_lens import logit_lens, predict
-from llama_ref.study.overview import Overview, overview
+from llama_ref.study.analyses.attention import attention_pattern
+from llama_ref.study.analyses.logit_lens import logit_lens, predict
+from llama_ref.study.analyses.overview import Overview, overview
 from llama_ref.study.patching.grid import GridPair
 from llama_ref.study.report.writer import write_report
 from llama_ref.tokenizer import Tokenizer

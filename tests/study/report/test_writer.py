@@ -27,20 +27,20 @@ from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
 from llama_ref.quantization.apply import quantize_model
-from llama_ref.study.attention import attention_pattern, summarize_attention
-from llama_ref.study.attribution import attribute
-from llama_ref.study.logit_lens import logit_lens, predict, residual_points
-from llama_ref.study.overview import MOST_TOKENS, overview
+from llama_ref.study.analyses.attention import attention_pattern, summarize_attention
+from llama_ref.study.analyses.attribution import attribute
+from llama_ref.study.analyses.logit_lens import logit_lens, predict, residual_points
+from llama_ref.study.analyses.overview import MOST_TOKENS, overview
+from llama_ref.study.analyses.residual import residual_stream
 from llama_ref.study.report import packing, writer
 from llama_ref.study.report.image_packing import pack_image
 from llama_ref.study.report.packing import PackedPatterns, how_many_kept, pack
 from llama_ref.study.report.writer import check_report, write_report
-from llama_ref.study.residual import residual_stream
 from llama_ref.study.vision.image_attention import ImageAttention
 from llama_ref.tokenizer import Tokenizer
 from study.pictured import IMAGE, picture, random_vision_model
 
-lens = importlib.import_module("llama_ref.study.logit_lens")  # the package has a function of that name
+lens = importlib.import_module("llama_ref.study.analyses.logit_lens")  # the package has a function of that name
 
 TOKENS = [256, 84, 104, 101, 32, 99, 97, 116, 32, 84]
 SOURCES = sorted((REPOSITORY / "llama_ref" / "study" / "report" / "page").iterdir())
@@ -194,7 +194,7 @@ def test_a_page_of_many_heads_stays_small_and_holds_one_layers_patterns_at_a_tim
         alive.append(len({tensor.untyped_storage().data_ptr() for tensor in tensors}))
         return pack(pattern, kept)
 
-    monkeypatch.setattr(sys.modules["llama_ref.study.overview"], "pack", spy)  # the package has the function of that name
+    monkeypatch.setattr(sys.modules["llama_ref.study.analyses.overview"], "pack", spy)
     found = overview(model, [i * 7 % 512 for i in range(T)])
     write_report(found, peaked.tokenizer, tmp_path / "report.html", model_name="Many")
     assert (tmp_path / "report.html").stat().st_size * (16 / 4) < 12e6  # as many heads as in a 1B

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_ref.cli.terminal import print_rich
 from llama_ref.cli.views.study.shared import cut, elastic, new_table, number, percent, plain, prompt, say, tokens_json
-from llama_ref.study.attention import REPEATED_TOKENS, AttentionSummary
+from llama_ref.study.analyses.attention import REPEATED_TOKENS, AttentionSummary
 from llama_ref.study.inputs import label
 from llama_ref.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from llama_ref.cli.terminal import print_rich
 from llama_ref.cli.views.study.shared import bar, new_table, prompt, say, signed, token_json, tokens_json
-from llama_ref.study.attribution import Attribution, part_label
+from llama_ref.study.analyses.attribution import Attribution, part_label
 from llama_ref.study.inputs import label
 from llama_ref.tokenizer import Tokenizer
 

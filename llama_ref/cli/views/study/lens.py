@@ -20,8 +20,8 @@ from llama_ref.cli.views.study.shared import (
     token_json,
     tokens_json,
 )
+from llama_ref.study.analyses.logit_lens import Followed, LogitLens, block_ends
 from llama_ref.study.inputs import label
-from llama_ref.study.logit_lens import Followed, LogitLens, block_ends
 from llama_ref.tokenizer import Tokenizer
 
 

@@ -7,8 +7,8 @@ from rich.table import Table
 
 from llama_ref.cli.terminal import print_rich
 from llama_ref.cli.views.study.shared import new_table, number, plain, point_name, prompt, say, tokens_json
-from llama_ref.study.logit_lens import block_ends
-from llama_ref.study.residual import ResidualStream, quartiles_of_others
+from llama_ref.study.analyses.logit_lens import block_ends
+from llama_ref.study.analyses.residual import ResidualStream, quartiles_of_others
 from llama_ref.tokenizer import Tokenizer
 
 MEASURES = ("norm", "drift", "to_last")

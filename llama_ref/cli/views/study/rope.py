@@ -4,7 +4,7 @@ import json
 
 from llama_ref.cli.terminal import print_rich
 from llama_ref.cli.views.study.shared import finite, new_table, say
-from llama_ref.study.rope import RopeWaves
+from llama_ref.study.analyses.rope import RopeWaves
 
 
 def print_rope(waves: RopeWaves, *, as_json: bool) -> None:

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from llama_ref.cli.terminal import print_rich
 from llama_ref.cli.views.study.shared import bar, cut, finite, new_table, plain, say, signed, token_json, tokens_json
+from llama_ref.study.analyses.saliency import Saliency
 from llama_ref.study.inputs import label
-from llama_ref.study.saliency import Saliency
 from llama_ref.tokenizer import Tokenizer
 
 MOST_SHOWN = 40  # rows of the table: the strongest tokens, in the text's order

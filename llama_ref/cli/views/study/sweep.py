@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from llama_ref.cli.terminal import print_rich
 from llama_ref.cli.views.study.shared import bar, finite, new_table, prompt, say, signed, tokens_json
 from llama_ref.study.ablation.sweep import Sweep
-from llama_ref.study.attribution import part_label
+from llama_ref.study.analyses.attribution import part_label
 from llama_ref.tokenizer import Tokenizer
 
 LARGEST = 12  # changes shown

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from llama_ref.cli.terminal import print_rich
 from llama_ref.cli.views.study.shared import finite, new_table, plain, say
-from llama_ref.study.weights import QuantizationError, Spectrum
+from llama_ref.study.analyses.weights import QuantizationError, Spectrum
 
 
 def print_spectra(spectra: Iterable[Spectrum], *, as_json: bool) -> None:

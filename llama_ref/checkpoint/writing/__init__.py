@@ -1,0 +1,1 @@
+"""New folders from old ones: converted, resharded or quantized."""

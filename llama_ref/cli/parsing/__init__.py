@@ -1,0 +1,1 @@
+"""Command lines: flags declared once, parsed, explained and completed."""

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA, and a check whether a device runs them."""

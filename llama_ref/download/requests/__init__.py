@@ -1,0 +1,1 @@
+"""Requests to Meta's server: to which hosts, with which answers, how often."""

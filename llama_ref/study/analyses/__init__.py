@@ -1,0 +1,1 @@
+"""The usual questions about a model, one per file."""

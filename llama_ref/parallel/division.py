@@ -47,6 +47,11 @@ def connect(model: Transformer, args: ModelArgs, job: Job) -> None:
         _divisions[model] = Division(args, job)
 
 
+def whole_args(model: Transformer) -> ModelArgs:
+    """The shape of the whole model; `model.args` count only the layers and key/value heads held here."""
+    return division_of(model).args
+
+
 def division_of(model: Transformer) -> Division:
     """How a model is split: not at all unless `connect` was called for it."""
     return _divisions.get(model) or Division(model.args)

@@ -60,9 +60,12 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x if self.sizes is None else gathered(x, self.sizes, self.group)  # (…, in)
-        out = self.linear(inputs).contiguous()
-        dist.all_reduce(out, group=self.group)
-        return out
+        return self.summed(self.linear(inputs).contiguous())
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        dist.all_reduce(part, group=self.group)
+        return part
 
     def part_of(self, matrix: Tensor) -> Tensor:
         """This process's columns of the linear layer's dequantized matrix (out, in)."""

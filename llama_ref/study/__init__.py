@@ -32,8 +32,8 @@ make edits for `patch`; `measure_reconstruction` and `top_contexts` evaluate and
 `spectra` and `quantization_errors` each answer one common question. `overview` answers most of them for one
 text, and `write_report` writes the answers as an HTML page (pictures: `llama_ref.study.figures`).
 
-Functions that only read activations also work on a model that is split across processes: each process
-gets whole values.
+Functions that read or edit activations, without gradients, also work on a model that is split across
+processes: each process gets whole values (docs/parallel.md).
 
 model.py does not depend on this package: hooks are installed on a model and removed again. Tracing does
 not change a bit of the logits.

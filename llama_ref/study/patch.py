@@ -15,8 +15,9 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.study.names import SCORES, axes, broadcastable, matching
-from llama_ref.study.passes.hooks import Pass, attached, check_model
+from llama_ref.study.passes.hooks import Pass, attached, check_part
 from llama_ref.study.trace import Trace
 
 Indices = int | Sequence[int]
@@ -238,16 +239,17 @@ def patch(model: Transformer, edits: Mapping[str, Edit | Callable[[Tensor], Tens
 
     A trace or recording in the block sees the changed values. Several edits of one name, in one
     patch or in nested ones, apply in order. Edited scores are masked again. Edited keys and values
-    stay in a cache. Raises RequestError for names that match nothing, and during the pass for edits
-    that do not fit the activation.
+    stay in a cache. Under torchrun all processes must make the same edits; each is applied to whole
+    values. Raises RequestError for names that match nothing, and during the pass for edits that do not
+    fit the activation.
     """
-    check_model(model)
+    check_part(model)
     if not isinstance(edits, Mapping):
         raise RequestError(f"edits is {edits!r:.60}, expected a dictionary such as {{'layers.0.attention.output': zero()}}")
     by_name: dict[str, list[Edit]] = {}
     for glob, change in edits.items():
         change = as_edit(change)
-        for name in matching(model.args, glob):
+        for name in matching(whole_args(model), glob):
             if isinstance(change, _Swap):
                 change.source[name]  # raises now, not during a pass
             by_name.setdefault(name, []).append(change)

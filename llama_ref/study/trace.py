@@ -13,7 +13,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.kv_cache import KVCache
 from llama_ref.model import Transformer
-from llama_ref.parallel.division import division_of
+from llama_ref.parallel.division import whole_args
 from llama_ref.study.inputs import check_index
 from llama_ref.study.names import IMAGE_SCORES, SCORES, all_names, axes, broadcastable, matching
 from llama_ref.study.passes.gradients import gradients
@@ -120,7 +120,7 @@ def trace(
     the same arguments; each gets the whole trace, without gradients.
     """
     (check_model if requires_grad else check_part)(model)
-    args = division_of(model).args
+    args = whole_args(model)
     recording = Recording(names, requires_grad=requires_grad)
     texts = as_texts(model, tokens)
     _check_cache(cache, texts)
@@ -212,7 +212,7 @@ class Recording:
     def attached_to(self, model: Transformer) -> Iterator[None]:
         """Record a model's passes during the block."""
         check_part(model)
-        args = division_of(model).args
+        args = whole_args(model)
         self._wanted = frozenset(matching(args, self.names))
         try:
             with attached(model, self):

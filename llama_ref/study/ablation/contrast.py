@@ -10,7 +10,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.inputs import check_count
-from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.hooks import check_part
 from llama_ref.study.texts import Text, as_texts
 from llama_ref.study.trace import trace_each
 
@@ -48,7 +48,7 @@ def contrast_units(
 
     Each set needs four texts or more; `seed` selects the half that is searched. Raises RequestError.
     """
-    check_model(model)
+    check_part(model)
     if at not in ("mean", "last"):
         raise RequestError(f"at is {at!r:.40}, expected mean or last")
     halves = []

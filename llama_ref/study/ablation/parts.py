@@ -103,7 +103,8 @@ def draw_parts(args: ModelArgs, like: list[Part], n: int, seed: int) -> list[lis
     """Draw `n` random sets of other parts, with as many of each kind as `like`. Raises RequestError if there are too few."""
     generator, taken = torch.Generator("cpu").manual_seed(seed), {part.name for part in like}
     pools: dict[Over, list[Part]] = {
-        over: [part for part in parts_of(args, over) if part.name not in taken] for over in {part.over for part in like}
+        over: [part for part in parts_of(args, over) if part.name not in taken]
+        for over in dict.fromkeys(part.over for part in like)  # in order: the draws depend on it
     }
     counts = {over: sum(part.over == over for part in like) for over in pools}
     for over, count in counts.items():

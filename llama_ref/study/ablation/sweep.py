@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from llama_ref.model import Context, Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.ablation.losses import losses_of, mean_and_error, names_of, texts_to_predict
 from llama_ref.study.ablation.parts import Over, Part, check_kind, draw_parts, named_part, parts_of
 from llama_ref.study.inputs import check_count
 from llama_ref.study.passes.gradients import gradients
-from llama_ref.study.passes.hooks import Pass, check_model
+from llama_ref.study.passes.hooks import Pass, check_model, check_part
 from llama_ref.study.passes.layer_window import layer_window
 from llama_ref.study.passes.pass_size import tokens_that_fit
 from llama_ref.study.patch import Edit, as_edit, mean, patch
@@ -103,15 +104,16 @@ def sweep(
     layer's outputs of all texts; for units, ffn.hidden of all layers. `progress` is called with the runs of
     texts done and their number. Raises RequestError.
     """
-    check_model(model)
+    check_part(model)
     ids, wanted = texts_to_predict(model, texts), mean() if edit is None else as_edit(edit)
     check_count("n_exact", n_exact, 1)
     check_count("controls", controls)
     if check_kind(over) != "units":
-        parts = parts_of(model.args, over)
+        parts = parts_of(whole_args(model), over)
         return Sweep(over, [part.name for part in parts], *_losses(model, ids, parts, wanted, progress))
+    check_model(model)  # for its gradients
     estimated = _estimate_units(model, ids, wanted)
-    units = parts_of(model.args, "units")
+    units = parts_of(whole_args(model), "units")
     order = estimated.flatten().abs().argsort(descending=True, stable=True).tolist()
     rest = torch.tensor(order[n_exact:], device="cpu")
     drawn = torch.randperm(len(rest), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:controls]
@@ -139,9 +141,9 @@ def ablate_together(
 
     Part names are those of a `Sweep`; the other arguments are those of `sweep`. Raises RequestError.
     """
-    check_model(model)
-    ids, chosen = texts_to_predict(model, texts), [named_part(model.args, name) for name in names_of(parts)]
-    sets = [chosen, *draw_parts(model.args, chosen, check_count("controls", controls), seed)]
+    check_part(model)
+    ids, chosen = texts_to_predict(model, texts), [named_part(whole_args(model), name) for name in names_of(parts)]
+    sets = [chosen, *draw_parts(whole_args(model), chosen, check_count("controls", controls), seed)]
     streams = Streams.from_texts(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
     edits = _edits(streams, _names([part for own in sets for part in own]), mean() if edit is None else as_edit(edit))
     wanted = [[part.edits(edits) for part in own] for own in sets]
@@ -157,7 +159,7 @@ def _losses(
     counter = ProgressCounter((1 + len(parts)) * len(ids), progress)
     (whole,) = _run(streams, [[]], counter)
     out = torch.empty(len(parts), len(ids), device="cpu")
-    for layer in range(model.args.n_layers):
+    for layer in range(whole_args(model).n_layers):
         own = [i for i, part in enumerate(parts) if part.layer == layer]
         if own:
             edits = _edits(streams, _names([parts[i] for i in own]), edit)
@@ -225,16 +227,16 @@ def _edits(streams: Streams, names: Sequence[str], edit: Edit) -> dict[str, Edit
 
 def _estimate_units(model: Transformer, ids: Sequence[Tensor], edit: Edit) -> Tensor:
     """First-order estimate of the mean change of the loss without each unit: float32 (n_layers, F), on the CPU."""
-    names = [f"layers.{layer}.ffn.hidden" for layer in range(model.args.n_layers)]
+    names = [f"layers.{layer}.ffn.hidden" for layer in range(whole_args(model).n_layers)]
     edits = _edits(Streams.from_texts(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids)))), names, edit)
-    total = torch.zeros(model.args.n_layers, model.args.ffn_dim, device=model.device)
+    total = torch.zeros(whole_args(model).n_layers, whole_args(model).ffn_dim, device=model.device)
     for text in ids:
         traced = trace(model, text, [*names, "norm"], requires_grad=True)
         with gradients(model):
             loss = losses_of(model, Batch.from_texts(model, [text]), traced["norm"]).sum()
             grads = torch.autograd.grad(loss, [traced[name] for name in names])
         row = text[None].to(model.device)
-        run = Pass(row, Context(model.args, row, None))
+        run = Pass(row, Context(whole_args(model), row, None))
         for change, name, grad in zip(total, names, grads, strict=True):
             value = traced[name].detach()
             change += ((edits[name].apply(value, name, run).float() - value.float()) * grad.float()).sum((0, 1))

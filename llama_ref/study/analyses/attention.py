@@ -17,7 +17,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.formatting import human_bytes
 from llama_ref.model import Transformer
-from llama_ref.parallel.division import division_of
+from llama_ref.parallel.division import whole_args
 from llama_ref.study.inputs import check_index, check_token, one_row
 from llama_ref.study.report.packing import watch_patterns
 from llama_ref.study.trace import trace
@@ -126,7 +126,7 @@ def attention_pattern(
     """One head's attention weights: float32 (T, T); the row of each query adds up to 1. `images` as in `trace`."""
     row = one_row(model, tokens)
     _check_length(model, row.shape[1])
-    layer = check_index("layer", layer, division_of(model).args.n_layers)
+    layer = check_index("layer", layer, whole_args(model).n_layers)
     head = check_index("head", head, model.args.n_heads)
     name = f"layers.{layer}.attention.pattern"
     return trace(model, row, [name], images=images)[name][0, head].float().cpu()

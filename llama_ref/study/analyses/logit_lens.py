@@ -16,7 +16,7 @@ from torch.linalg import vecdot
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.parallel.division import division_of
+from llama_ref.parallel.division import whole_args
 from llama_ref.parallel.pipeline import SentState
 from llama_ref.study.inputs import check_index, check_token, one_each, one_row
 from llama_ref.study.passes.hooks import check_part
@@ -147,7 +147,7 @@ def logit_lenses(
     at = [_check_positions(positions, len(row)) for row in rows]
     check_top(model, top)
     wanted = [None if target is None else check_token(model, target) for target in one_each("targets", targets, len(rows))]
-    every = residual_points(division_of(model).args.n_layers)
+    every = residual_points(whole_args(model).n_layers)
     if lens is not None:
         lens.check(model)
         every = lens.points
@@ -285,7 +285,7 @@ def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5, *,
     """Predict every token of a sequence, in one pass; `images` as in `trace`. Raises RequestError."""
     row = one_row(model, tokens)
     check_top(model, top)
-    last = residual_points(division_of(model).args.n_layers)[-1]
+    last = residual_points(whole_args(model).n_layers)[-1]
     residual = trace(model, row, [last], images=images)[last][0]  # (T, D)
     following = torch.cat((row[0, 1:], row[0, :1]))  # (T,) the token after each; the last has none, so any id will do
     is_image = following == model.args.vocab_size  # an image's place, which the model does not predict

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ref.model import Transformer
-from llama_ref.parallel.division import division_of
+from llama_ref.parallel.division import whole_args
 from llama_ref.study.analyses.logit_lens import residual_points
 from llama_ref.study.inputs import one_row
 from llama_ref.study.trace import trace
@@ -46,7 +46,7 @@ def quartiles_of_others(values: Tensor) -> Tensor:
 def residual_stream(model: Transformer, tokens: Sequence[int] | Tensor, *, images: Images | None = None) -> ResidualStream:
     """Measure one sequence's residual stream at all its points; `images` as in `trace`. Raises RequestError."""
     row = one_row(model, tokens)
-    points = residual_points(division_of(model).args.n_layers)
+    points = residual_points(whole_args(model).n_layers)
     traced = trace(model, row, points, images=images)
     stream = [traced[point][0] for point in points]  # P × (T, D), converted to float32 one at a time
     norm = torch.stack([x.float().norm(dim=-1) for x in stream])

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.inputs import check_index, one_each
-from llama_ref.study.passes.hooks import Pass, attached, check_model
+from llama_ref.study.passes.hooks import Pass, attached, check_part
 from llama_ref.study.passes.pass_size import tokens_that_fit
 from llama_ref.study.patch import Indices
 from llama_ref.study.patching.metrics import Metric, measure
@@ -44,10 +45,10 @@ def cut(
     A token with no keys left gets 0 from that head. Raises RequestError for a layer or head that the model
     does not have, and, during a pass without a cache, for a position outside the text.
     """
-    check_model(model)
+    check_part(model)
     own_queries = None if queries is None else [_indices("queries", queries)]
     own_keys = None if keys is None else [_indices("keys", keys)]
-    chosen = _numbers("layer", layers, model.args.n_layers)
+    chosen = _numbers("layer", layers, whole_args(model).n_layers)
     with attached(model, _Cut(own_queries, own_keys, chosen, _head_mask(model, heads))):
         yield
 
@@ -92,10 +93,10 @@ def cut_windows(
     each; metrics as in `patch_grids`. Each run starts at the first layer of its window. `progress` is called
     with the windows done and their number. Raises RequestError.
     """
-    check_model(model)
+    check_part(model)
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise RequestError(f"width is {width!r:.40}, expected a number of layers from 1")
-    ids, n_layers = as_texts(model, texts), model.args.n_layers
+    ids, n_layers = as_texts(model, texts), whole_args(model).n_layers
     measured = one_each("metrics", metrics, len(ids))
     own_queries, own_keys = _for_each("queries", queries, len(ids)), _for_each("keys", keys, len(ids))
     windows = [range(max(0, i), min(i + width, n_layers)) for i in range(-(width // 2), n_layers - width // 2)]
@@ -183,8 +184,8 @@ def _head_mask(model: Transformer, heads: Indices | None) -> Tensor | None:
     """The chosen query heads as bool (H,), or None for all."""
     if heads is None:
         return None
-    out = torch.zeros(model.args.n_heads, dtype=torch.bool, device="cpu")
-    out[_numbers("head", heads, model.args.n_heads)] = True
+    out = torch.zeros(whole_args(model).n_heads, dtype=torch.bool, device="cpu")
+    out[_numbers("head", heads, whole_args(model).n_heads)] = True
     return out
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.study.directions.extraction import check_direction
 from llama_ref.study.inputs import check_index, one_each
-from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.hooks import check_part
 from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.patch import Edit, edit, patch
 from llama_ref.study.texts import Batch, Text, as_texts
@@ -36,7 +37,7 @@ def steer(
     `direction` is (D,), for all of `layers`, or one per layer, {layer: (D,)}, of which `layers` may
     select some. Like `patch`, it applies in this thread, in generation too. Raises RequestError.
     """
-    check_model(model)
+    check_part(model)
     if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise RequestError(f"scale is {scale!r:.40}, expected a finite number")
     each = _by_layer(model, direction, layers)
@@ -51,9 +52,9 @@ def ablate(model: Transformer, direction: Tensor) -> Iterator[None]:
     Embedding, attention and feed-forward of every layer write nothing along it, as if their weights
     were orthogonal to it. Raises RequestError.
     """
-    check_model(model)
-    removing = _removing(check_direction(direction, model.args.dim))
-    kinds = ["layers", *(["cross_layers"] if model.args.cross_layers else [])]
+    check_part(model)
+    removing = _removing(check_direction(direction, whole_args(model).dim))
+    kinds = ["layers", *(["cross_layers"] if whole_args(model).cross_layers else [])]
     names = ["embedding", *(f"{kind}.*.{write}" for kind in kinds for write in WRITES)]
     with patch(model, dict.fromkeys(names, removing)):
         yield
@@ -85,10 +86,10 @@ def _by_layer(
         raise RequestError(f"layers is {layers!r:.60}, expected a layer or a list of them")
     found = {}
     for each in wanted:
-        layer = check_index("layer", each, model.args.n_layers)
+        layer = check_index("layer", each, whole_args(model).n_layers)
         if isinstance(direction, Mapping) and layer not in direction:
             raise RequestError(f"there is no direction for layer {layer}, only for {', '.join(map(str, sorted(direction)))}")
-        found[layer] = check_direction(direction[layer] if isinstance(direction, Mapping) else direction, model.args.dim)
+        found[layer] = check_direction(direction[layer] if isinstance(direction, Mapping) else direction, whole_args(model).dim)
     return found
 
 
@@ -102,7 +103,7 @@ def log_likelihoods(model: Transformer, prompts: Sequence[Text], answers: Text |
     Both are ids; `answers` has one for each prompt, or one for all. Call it with and without `steer` or
     another patch to measure the effect. Raises RequestError.
     """
-    check_model(model)
+    check_part(model)
     before = as_texts(model, prompts)
     given = as_texts(model, answers)
     after = one_each("answers", given if len(given) > 1 else given[0], len(before))

@@ -18,11 +18,12 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.study.features.activations import Activation, Scaling, Threshold, TopK
 from llama_ref.study.features.active import Active
 from llama_ref.study.features.sites import Site
 from llama_ref.study.inputs import check_index
-from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.hooks import check_part
 from llama_ref.study.trace import Trace
 
 BLOCK_NUMBERS = 1 << 24  # elements of a matrix that are converted to float32 at a time: 64 MB
@@ -96,8 +97,8 @@ class Features:
 
     def check(self, model: Transformer) -> None:
         """Raise RequestError unless the features fit a model of this shape."""
-        check_model(model)
-        self.check_args(model.args)
+        check_part(model)
+        self.check_args(whole_args(model))
 
     def check_args(self, args: ModelArgs) -> None:
         """Like `check`, for a model's args."""

@@ -160,9 +160,14 @@ def _edits_of(
         local.seen = value
         return value
 
+    def read() -> Tensor:
+        if not hasattr(local, "seen"):
+            raise RequestError(f"another pipeline stage computes {reads}, which these edits read: use one stage")
+        return local.seen
+
     same = list(writes) == [reads]
-    read = None if same else lambda: local.seen
-    writing = _TokenEdit(_unchanged, change_tokens=change_tokens, reads=reads, read=read).at(positions=positions, rows=rows)
+    writing = _TokenEdit(_unchanged, change_tokens=change_tokens, reads=reads, read=None if same else read)
+    writing = writing.at(positions=positions, rows=rows)
     return dict.fromkeys(writes, writing) if same else {reads: Edit(see), **dict.fromkeys(writes, writing)}
 
 

@@ -31,8 +31,8 @@ from llama_ref.study.vision.hooks import VisionForwards
 from llama_ref.vision import VisionTransformer
 
 SPLIT = (
-    "the model is split across processes: only trace, recording, collect, predict, the logit lens, attention patterns and"
-    " residual_stream work there, without edits or gradients; load it in one process, without torchrun, for anything else"
+    "the model is split across processes, and this needs gradients or all weights: load it in one process, without torchrun,"
+    " or use what reads and edits activations, such as trace, patch and patch_grid"
 )
 
 
@@ -96,10 +96,10 @@ def attached(model: Transformer, visitor: Visitor, *, first: bool = False) -> It
 
     A compiled model runs uncompiled in the block. Blocks may be nested: the visitors of outer blocks
     come first, unless one asks to be the `first` of all. If the model is split across processes, all of
-    them must attach the same visitors, each visitor gets whole values, and one that edits or wants
-    gradients raises RequestError.
+    them must attach the same visitors, each visitor gets whole values (an editor those of its stage), and
+    one that wants gradients raises RequestError.
     """
-    (check_model if visitor.edits or visitor.in_path else check_part)(model)
+    (check_model if visitor.in_path else check_part)(model)
     key = (threading.get_ident(), visitor)
     try:
         try:
@@ -148,6 +148,7 @@ class Attached:
         self.local = threading.local()  # .tokens, .run, .in_pass: each thread has its own pass
         self.model = model
         self.parts = Parts(model) if division_of(model).job.is_parallel else None
+        self.first_layer = division_of(model).first_layer  # the number of the first layer held here
         self.instrumented: list[nn.Module] = []
         self.removed: list[tuple[nn.Module, str, CompiledForward]] = []  # to be restored
         self.beginning: RemovableHandle | None = None
@@ -173,7 +174,7 @@ class Attached:
             if attribute in vars(model):
                 self._remove(model, attribute)
         model.embed = self.embed  # type: ignore[method-assign]
-        for i, block in enumerate(model.layers, division_of(model).first_layer):
+        for i, block in enumerate(model.layers, self.first_layer):
             assert isinstance(block, TransformerBlock)
             self.instrument(block, self.block, f"layers.{i}")
             self.instrument(block.attention, self.attention, f"layers.{i}")
@@ -226,17 +227,28 @@ class Attached:
         """Pass a value through all visitors that want it."""
         watching = self.watching(name)
         if self.parts and watching:
-            self._pass_on(self.parts.show(name, value))
-            return value
-        for visitor in watching:
+            return self._see_part(self.parts, name, value)
+        return self._visited(watching, name, value)
+
+    def _visited(self, visitors: Iterable[Visitor], name: str, value: Tensor) -> Tensor:
+        for visitor in visitors:
             value = visitor.visit(name, value, None if is_of_an_image(name) else self.local.run)
         return value
 
-    def _pass_on(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Show whole values of a model that is split across processes."""
+    def _see_part(self, parts: Parts, name: str, value: Tensor) -> Tensor:
+        """Pass a value of a model that is split across processes through the visitors, whole; return this process's part."""
+        whole = parts.whole(name, value)
+        edited = self._visited((visitor for visitor in self.watching(name) if visitor.edits), name, whole)
+        if edited is not whole:
+            edited = parts.agreed(edited)
+            value = parts.part(name, edited)
+        self._record(parts.show(name, edited))
+        return value
+
+    def _record(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Show whole values of a model that is split across processes to the recorders."""
         for name, value in values:
-            for visitor in self.watching(name):
-                visitor.visit(name, value, None if is_of_an_image(name) else self.local.run)
+            self._visited((visitor for visitor in self.watching(name) if not visitor.edits), name, value)
 
     def watching_steps(self, where: str) -> list[Visitor]:
         """This thread's visitors that want an attention's scores or pattern."""
@@ -283,7 +295,7 @@ class Attached:
 
     def block(self, block: TransformerBlock, where: str, x: Tensor, context: Context, layer: int) -> Tensor:
         layers = self.local.run.layers
-        if layers is not None and layer not in layers:
+        if layers is not None and self.first_layer + layer not in layers:
             return x
         x = self.see(f"{where}.residual_pre", x)
         x = x + block.attention(block.attention_norm(x), context, layer)
@@ -331,7 +343,7 @@ class Attached:
         if self.parts is None or self.parts.job.share.is_last_stage:
             out = self.see("norm", out)
         if self.parts:
-            self._pass_on(self.parts.end())
+            self._record(self.parts.end())
         self.local.in_pass = False
         # Generation computes logits only at some positions; recorders get all, computed here.
         recorders = [visitor for visitor in self.watching("logits") if not visitor.edits]

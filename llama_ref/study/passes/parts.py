@@ -1,8 +1,9 @@
 """Gather the activations of a model that is split across processes, so that every visitor gets whole values.
 
 A process has some heads, key/value heads and feed-forward features of every layer of its stage.
-They are gathered as soon as they are computed. Values of other pipeline stages are exchanged after the
-pass, when no stage waits for another.
+They are gathered as soon as they are computed. Editors change the whole value, and each process goes on
+with its own part of the result. Recorders get values of other pipeline stages after the pass, when no
+stage waits for another.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,13 +37,9 @@ class Parts:
         facts = {"the tokens": f"{tuple(tokens.shape)} (digest {ids})", "the names of activations": ", ".join(names)}
         self.job.check_same("a pass that is studied", facts)
 
-    def show(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield a value that was just computed, whole; nothing if it has to wait for the end of the pass."""
-        if is_of_an_image(name):  # every process has the whole encoder
-            yield name, value
-            return
-        whole = self._whole(name, value)
-        if self.job.pipeline_group is None:
+    def show(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield a whole value that was just computed; nothing if it has to wait for the end of the pass."""
+        if self.job.pipeline_group is None or is_of_an_image(name):
             yield name, whole
         else:
             self._kept[name] = whole
@@ -62,17 +59,35 @@ class Parts:
                 dist.broadcast(value, group=group, group_src=stage)
                 yield name, value
 
-    def _whole(self, name: str, value: Tensor) -> Tensor:
+    def whole(self, name: str, value: Tensor) -> Tensor:
         """A value with the heads or features of all processes."""
-        group, own_axes = self.job.tensor_group, axes(name)
-        if group is None:
+        group, dim = self.job.tensor_group, _split_dim(name)
+        if group is None or dim is None:
             return value
         if is_of_key_heads(name):
-            return self._all_key_heads(value, own_axes.index("head") - len(own_axes), group)
-        for axis, total in (("head", self.args.n_heads), ("ffn_dim", self.args.ffn_dim)):
-            if axis in own_axes:
-                return gathered(value, part_sizes(total, group), group, own_axes.index(axis) - len(own_axes))
-        return value
+            return self._all_key_heads(value, dim, group)
+        return gathered(value, part_sizes(self._total(name), group), group, dim)
+
+    def agreed(self, edited: Tensor) -> Tensor:
+        """The first process's edited value: an edit may be random."""
+        group = self.job.tensor_group
+        if group is None:
+            return edited
+        edited = edited.clone(memory_format=torch.contiguous_format)  # the caller may keep the tensor that an edit returns
+        dist.broadcast(edited, group=group, group_src=0)
+        return edited
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This process's part of a whole value."""
+        dim, share = _split_dim(name), self.job.share
+        if self.job.tensor_group is None or dim is None:
+            return whole
+        own = kv_heads(self.args, share) if is_of_key_heads(name) else share.slice_of(self._total(name))
+        return whole.index_select(dim, torch.tensor(own, device=whole.device))  # kv_heads may name one more than once
+
+    def _total(self, name: str) -> int:
+        """The number of query heads or features in a whole value that is split along them."""
+        return self.args.n_heads if "head" in axes(name) else self.args.ffn_dim
 
     def _all_key_heads(self, value: Tensor, dim: int, group: ProcessGroup) -> Tensor:
         """Each key/value head once: several processes may hold the same."""
@@ -81,3 +96,11 @@ class Parts:
         heads = [head for own in held for head in own]
         first = [heads.index(head) for head in range(self.args.n_kv_heads)]
         return joined if len(first) == len(heads) else joined.index_select(dim, torch.tensor(first, device=joined.device))
+
+
+def _split_dim(name: str) -> int | None:
+    """The dimension along which processes split an activation, counted from the end; None if each has the whole."""
+    if is_of_an_image(name):  # every process has the whole encoder
+        return None
+    own_axes = axes(name)
+    return next((i - len(own_axes) for i, axis in enumerate(own_axes) if axis in ("head", "ffn_dim")), None)

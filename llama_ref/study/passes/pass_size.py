@@ -4,8 +4,11 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import torch.distributed as dist
+
 from llama_ref.machine.memory import free_bytes
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import division_of
 from llama_ref.study.names import LAYER_AXES, SCORES
 
 PASS_TOKENS = 1024  # maximum for several texts, padding included; on two CPU cores more are not faster
@@ -41,13 +44,22 @@ def tokens_that_fit(model: Transformer, name: str, longest: int, *, gradients: b
     """How many tokens fit in a pass that edits or records a layer's activation `name`, in texts of up to `longest`.
 
     At most PASS_TOKENS on a CPU and CUDA_PASS_TOKENS on CUDA; fewer if they would take more than half
-    of the free memory. With `gradients`, the pass keeps the values of all layers.
+    of the free memory. With `gradients`, the pass keeps the values of all layers. The processes that a
+    model is split across get the same number.
     """
     most = CUDA_PASS_TOKENS if model.device.type == "cuda" else PASS_TOKENS
     free = free_bytes(model.device)
-    if free is None:
-        return most
-    return max(1, min(most, int(SHARE * free / bytes_per_token(model, name, longest, gradients=gradients))))
+    fit = most if free is None else int(SHARE * free / bytes_per_token(model, name, longest, gradients=gradients))
+    return max(1, min(most, _least(model, fit)))
+
+
+def _least(model: Transformer, n_tokens: int) -> int:
+    """The least of what fits in the processes that a model is split across; they may share a CPU's memory."""
+    if not division_of(model).job.is_parallel:
+        return n_tokens
+    each = [0] * dist.get_world_size()
+    dist.all_gather_object(each, n_tokens)
+    return min(each) if model.device.type == "cuda" else min(each) // len(each)
 
 
 def bytes_per_token(model: Transformer, name: str, longest: int, *, gradients: bool = False) -> int:

@@ -46,7 +46,10 @@ def add_by_head(added: Tensor, out: Tensor, wo: nn.Module, see: Callable[[Tensor
     changed = None if shares is own else (shares != own).flatten(2).any(-1)[..., None]  # (B, T, 1)
     if changed is None and not in_path:
         return added
-    return _replace(added, shares.sum(2), changed, in_path)
+    total = shares.sum(2)
+    if isinstance(wo, RowParallelLinear) and changed is not None:  # other heads are in other processes
+        total, changed = wo.summed(total), wo.summed(changed.int()) > 0
+    return _replace(added, total, changed, in_path)
 
 
 def _matrix(linear: nn.Module) -> Tensor:

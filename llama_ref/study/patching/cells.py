@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.study.inputs import check_over
 from llama_ref.study.names import LAYER_AXES, matching
 from llama_ref.study.patching.grid import Grid
@@ -32,7 +33,7 @@ class CellAxes:
         axes = tuple(check_over(over).split("×")[1:])
         name = DEFAULT_NAMES[axes[-1]] if name is None else name
         _check_name(model, name, axes)
-        return cls(name, axes, model.args.n_kv_heads if name in KEY_HEADS else model.args.n_heads)
+        return cls(name, axes, whole_args(model).n_kv_heads if name in KEY_HEADS else whole_args(model).n_heads)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -66,7 +67,7 @@ def _check_name(model: Transformer, name: str, axes: tuple[str, ...]) -> None:
         whole = re.fullmatch(r"layers\.(?:\d+|\*)\.(.+)", str(name))
         if whole and whole[1] in LAYER_AXES:
             raise RequestError(f"name is {name!r:.60}, expected it without the layer: {whole[1]}; a grid has all layers")
-        matching(model.args, f"layers.*.{name}")  # raises with similar names
+        matching(whole_args(model), f"layers.*.{name}")  # raises with similar names
         raise RequestError(f"name is {name!r:.60}, expected one activation of a layer, not a glob")
     for axis in axes:
         if axis not in LAYER_AXES[name]:

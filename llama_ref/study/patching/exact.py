@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.inputs import one_row
-from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.hooks import check_part
 from llama_ref.study.passes.pass_size import tokens_that_fit
 from llama_ref.study.patch import patch
 from llama_ref.study.patching.cells import CellAxes
@@ -64,7 +65,7 @@ def patch_grids(
     or one for all; so is `noise(…)`. Memory: one layer's `name` and residual streams, for all texts.
     Raises RequestError.
     """
-    check_model(model)
+    check_part(model)
     pairs = as_pairs(model, clean, corrupted, metrics)
     axes = CellAxes.for_grid(model, over, name)
     pass_tokens = tokens_that_fit(model, axes.name, max(len(pair.clean) for pair in pairs))
@@ -89,7 +90,7 @@ def _run_cells(
     shapes = [axes.shape(len(pair.clean)) for pair in pairs]
     cells = [_Cell(run, pair, index) for run, pair in enumerate(run_owners(pairs)) for index in np.ndindex(shapes[pair])]
     runs = [cell.run for cell in cells]
-    values = torch.empty(clean.model.args.n_layers, len(cells), device="cpu")
+    values = torch.empty(whole_args(clean.model).n_layers, len(cells), device="cpu")
     counter = ProgressCounter(values.numel(), progress)
     for layer, row in enumerate(values):
         sources = clean.advance(axes.name)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import division_of
 from llama_ref.study.inputs import check_index
 
 EMBEDDED_ROWS = 4096  # rows of the embedding that are read at a time
@@ -68,9 +70,13 @@ def _is_whole(value: object) -> bool:
 @torch.no_grad()
 def embedding_deviation(model: Transformer) -> float:
     """Standard deviation of all entries of the embedding, quantized or not."""
-    total, squares, n_rows = 0.0, 0.0, model.args.vocab_size
-    for ids in torch.arange(n_rows, device=model.device).split(EMBEDDED_ROWS):
-        rows = model.embed(ids).double()
-        total, squares = total + rows.sum().item(), squares + rows.pow(2).sum().item()
-    mean = total / (n_rows * model.args.dim)
-    return float((squares / (n_rows * model.args.dim) - mean**2) ** 0.5)
+    job, n_rows = division_of(model).job, model.args.vocab_size
+    sums = torch.zeros(2, dtype=torch.float64, device=model.device)  # of the entries, and of their squares
+    if job.share.is_first_stage:  # the other stages have no embedding
+        for ids in torch.arange(n_rows, device=model.device).split(EMBEDDED_ROWS):
+            rows = model.embed(ids).double()
+            sums += torch.stack([rows.sum(), rows.pow(2).sum()])
+    if job.pipeline_group:
+        dist.broadcast(sums, group=job.pipeline_group, group_src=0)
+    mean, square = (sums / (n_rows * model.args.dim)).tolist()
+    return float((square - mean**2) ** 0.5)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.study.passes.layer_window import embedded, layer_window
 from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.patching.metrics import Metric, measure
@@ -44,7 +45,7 @@ class Streams:
     @contextmanager
     def resumed(self, chosen: Sequence[int]) -> Iterator[Batch]:
         """Yield a batch of the texts with these indices; its passes in the block start at this layer."""
-        layers = range(self.layer, self.model.args.n_layers)
+        layers = range(self.layer, whole_args(self.model).n_layers)
         with layer_window(self.model, layers, self.stacked(chosen)):
             yield Batch.from_texts(self.model, [self.texts[i] for i in chosen])
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.analyses.logit_lens import layer_ends
-from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.hooks import check_model, check_part
 from llama_ref.study.texts import Text, as_texts
 from llama_ref.study.tuned.files import Stored, check_target, read_folder, write_folder
 from llama_ref.study.tuned.fit import FitSettings, Optimizer, Translators, batches, translated
@@ -65,8 +66,9 @@ class TunedLens:
 
     def check(self, model: Transformer) -> None:
         """Raise RequestError for a model of another shape; log a warning for another output matrix."""
-        check_model(model)
-        shape, own = (len(self.weights), len(self.biases[0])), (model.args.n_layers, model.args.dim)
+        check_part(model)
+        args = whole_args(model)
+        shape, own = (len(self.weights), len(self.biases[0])), (args.n_layers, args.dim)
         if shape != own:
             raise RequestError(
                 f"the tuned lens is for a model of {shape[0]} layers and {shape[1]:,} dimensions, but this one has {own[0]} and"

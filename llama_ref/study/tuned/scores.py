@@ -12,9 +12,10 @@ from torch.linalg import vecdot
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.analyses.logit_lens import Lens, layer_ends, log_probabilities, position_chunks
-from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.hooks import check_part
 from llama_ref.study.texts import Texts, as_texts
 from llama_ref.study.trace import trace_each
 
@@ -44,11 +45,11 @@ def score_lens(model: Transformer, texts: Texts, lens: Lens | None = None, *, pr
     called with the texts done and their number. Raises RequestError if all texts have one token, or
     for a lens of another model.
     """
-    check_model(model)
+    check_part(model)
     rows = as_texts(model, texts)
     if lens is not None:
         lens.check(model)
-    points = layer_ends(model.args.n_layers)
+    points = layer_ends(whole_args(model).n_layers)
     sums = _Sums(len(points))
     counter = ProgressCounter(len(rows), progress)
     for row, traced in zip(rows, trace_each(model, rows, points), strict=True):

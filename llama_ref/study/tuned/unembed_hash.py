@@ -10,6 +10,7 @@ import sys
 import numpy as np
 
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import division_of
 from llama_ref.quantization.linear import QuantizedMatrix
 from llama_ref.study.analyses.attribution import matrix_rows
 
@@ -17,8 +18,8 @@ EDGE, PRINTED_WHOLE = 3, 1000  # NumPy's defaults: rows and columns of a corner;
 
 
 def unembed_hash(model: Transformer) -> str | None:
-    """The hash of a model's output matrix, in hex; None if it is quantized."""
-    if isinstance(model.output, QuantizedMatrix):
+    """The hash of a model's output matrix, in hex; None if it is quantized or split across processes."""
+    if isinstance(model.output, QuantizedMatrix) or division_of(model).job.is_parallel:
         return None
     V, D = model.args.vocab_size, model.args.dim
     is_cut = V * D > PRINTED_WHOLE

@@ -18,9 +18,10 @@ from llama_ref.errors import RequestError
 from llama_ref.formatting import human_bytes
 from llama_ref.images import best_canvas, fitted_size, open_image, tiles_of
 from llama_ref.model import Transformer
+from llama_ref.parallel.division import whole_args
 from llama_ref.study.analyses.attention import LARGEST_LAYER
 from llama_ref.study.inputs import check_index, one_row
-from llama_ref.study.passes.hooks import check_model
+from llama_ref.study.passes.hooks import check_part
 from llama_ref.study.report.packing import watch_patterns
 from llama_ref.study.vision.images import check_reads_images
 from llama_ref.vision import VisionTransformer
@@ -76,7 +77,7 @@ def image_attention(
     patterns at a time. Raises RequestError for a model that cannot read images, a file that is not an
     image, and a number of images that does not match the tokens.
     """
-    check_model(model)
+    check_part(model)
     row, model = one_row(model, tokens), check_reads_images(model)
     args = model.args
     assert args.vision_chunk_size is not None
@@ -122,7 +123,7 @@ def _of_image(
     inside = canvas[..., :rows, :columns]
     return ImageAttention(
         tokens=tokens,
-        before=model.cross_layers,
+        before=whole_args(model).cross_layers,
         head=head,
         pixels=torch.from_numpy(np.array(picture)),
         patch_size=(PATCH_SIZE * picture.width / fitted[0], PATCH_SIZE * picture.height / fitted[1]),

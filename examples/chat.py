@@ -14,8 +14,7 @@ QUESTIONS = ("What is the capital of France?", "And what is it known for?")
 
 
 def main(folder: str, *questions: str) -> None:
-    llama = Llama.build(folder, max_seq_len=2048)
-    session = Session(llama, system=SYSTEM)
+    session = Session(Llama.build(folder, max_seq_len=2048), system=SYSTEM)
     for question in questions or QUESTIONS:
         print(f"> {question}")
         already = session.cached_tokens

@@ -22,12 +22,13 @@ from nbclient import NotebookClient
 from conftest import REPOSITORY
 from llama_ref.checkpoint.folder import open_folder
 from llama_ref.formatting import human_bytes
+from llama_ref.generation import Llama
 from llama_ref.plan import Workload, find_model, plan
 from scripted import scripted
 
 EXAMPLES = REPOSITORY / "examples"
 NOTEBOOK = EXAMPLES / "colab.ipynb"
-LONGEST = 45  # lines of an example: one screen
+LONGEST = 30  # lines of an example: half a screen
 COUNTRIES = ("France", "Italy")
 
 T4_GB = 15  # of a T4's 16, as CUDA reports them
@@ -81,21 +82,23 @@ def test_chat_computes_only_the_new_tokens_of_a_turn(run, demo_folder):
     assert "5 messages: system, user, assistant, user, assistant" in done.stderr
 
 
-def test_a_model_uses_the_calculator(output, demo_folder, shallow, monkeypatch, capsys):
+def test_a_model_calls_a_function(output, demo_folder, shallow, monkeypatch, capsys):
     """`tools.py`: the demo answers without tools; a model's calls are handled, also bad ones."""
     assert output("tools.py", demo_folder).startswith("17 * 23 = ")
-    example = runpy.run_path(str(EXAMPLES / "tools.py"))
     answers = [
-        "[calculate(a=17, operation='*', b='23'), calculate(a='import os', operation='+', b=1)]<|eot_id|>",
+        "[multiply(a=17, b='23'), multiply(a='import os', b=1), multiply(a=1)]<|eot_id|>",
         '<|python_tag|>__import__("os").abort()<|eom_id|>',
         "It is 391.<|eot_id|>",
     ]
     llama = scripted(shallow, answers, monkeypatch)
-    monkeypatch.setattr(example["Llama"], "build", lambda *words, **options: llama)
-    example["main"]("any")
+    monkeypatch.setattr(Llama, "build", lambda *words, **options: llama)
+    monkeypatch.setattr(sys, "argv", ["tools.py", "any"])
+    dialog = runpy.run_path(str(EXAMPLES / "tools.py"))["dialog"]
     *calls, last = capsys.readouterr().out.splitlines()
-    assert calls[0].endswith(": 391") and "error: ValueError" in calls[1] and "error: TypeError" in calls[2]
-    assert last == "It is 391."
+    results = [message["content"] for message in dialog if message["role"] == "tool"]
+    assert [call.endswith(f": {result}") for call, result in zip(calls, results, strict=True)] == [True] * 4
+    assert results[0] == "391.0" and results[1].startswith("error: ValueError") and results[2].startswith("error: TypeError")
+    assert results[3] == "error: KeyError('code_interpreter')" and last == "It is 391."
 
 
 def test_scores_tell_a_likely_sentence_from_an_unlikely_one(output, demo_folder):

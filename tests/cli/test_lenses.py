@@ -125,7 +125,6 @@ def test_noise_on_a_piece_of_the_text_takes_the_place_of_another_text(run, tiny,
         (("the cat", "--noise", ""), "--noise is empty"),
         (("the cat", "--noise", "cat", "--noise_scale", "0"), "scale is 0.0, expected a number above 0"),
         (("the cat", "--noise", "cat", "--noise_seeds", "0"), "seeds is"),
-        (("a", "b", "--over", "layer,position,head", "--out", "a.html"), "--out draws grids of two axes"),
     ],
 )
 def test_noise_that_makes_no_sense_is_one_line(run, tiny, words, message):

@@ -225,13 +225,16 @@ def test_an_estimate_of_one_token_is_of_its_log_probability(run, demo_folder):
     assert restored[15].argmax() == 4 and restored[15, 4] > 0.5, "Italy's residual stream, in the middle of the model"
 
 
-def test_positions_of_heads_are_ranked(run, tiny):
+def test_positions_of_heads_are_ranked(run, tiny, tmp_path):
     words = ("patch", tiny, "12", "13", "--target", "x", "--over", "layer,position,head")
     assert len(parsed(run(*words, "--json")[1])["values"][0][0]) == 4
     code, out, err = run(*words)
     assert (code, err) == (0, "")
     found = re.findall(r"layer [01], \S+@\d, head [0-3] -?\d+%", " ".join(out.split()))
     assert len(found) == 12
+    page = tmp_path / "heads.html"
+    assert run(*words, "--out", str(page)) == (0, out, f"wrote {page}: open it in a browser\n")
+    assert '"axes":["layer","position","head"]' in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,6 @@ def test_positions_of_heads_are_ranked(run, tiny):
     [
         (("--steps", "3"), "--steps is given, but --by is exact"),
         (("--by", "gradient", "--steps", "0"), "--steps is 0, expected a whole number from 1; leave it out for one gradient"),
-        (("--over", "layer,position,head", "--png", "x"), "--png draws grids of two axes"),
         (("--by", "x"), "exact"),
         (("--noise_seeds", "3"), "--noise_seeds is given without --noise"),
         (("--noise_scale", "1"), "without --noise"),
@@ -471,6 +473,7 @@ def test_without_matplotlib_the_report_and_the_table_come_before_the_error(run, 
         (("attention", "{}", "abc", "--layer", "1", "--head", "2"), "pattern"),
         (("attribute", "{}", "abc", "--target", "d"), "attribution"),
         (("patch", "{}", "ab", "ac", "--target", "d", "--over", "layer,head"), "patch"),
+        (("patch", "{}", "ab", "ac", "--target", "d", "--over", "layer,position,head"), "patch"),
         (("norms", "{}", "abc"), "norms"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,

@@ -81,9 +81,6 @@ def patch(
     path_shares(steps)
     if steps is not None and by == "exact":
         raise RequestError("--steps is given, but --by is exact: use --by gradient or --by both")
-    for flag, given in (("--png", png), ("--out", out)):
-        if given is not None and axes == "layer×position×head":
-            raise RequestError(f"{flag} draws grids of two axes, but --over is {over}")
     check_outputs(out, png)
     noise_on(0, noise_scale, noise_seeds)
     llama = open_to_study(name, loading, clean=clean, corrupted=corrupted, target=target, other=other)

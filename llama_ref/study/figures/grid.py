@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 CELL, WIDTH = (0.36, 0.18), 16.0  # inches: a cell, the widest map
 MARGIN = 1.7  # inches left and right of the map
+LISTED = 6  # best cells in the caption
 
 
 def draw_grid(grid: Grid, pair: GridPair, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Draw the share of the clean answer that each cell of one of a pair's grids restores: layers × positions or heads."""
+    """Draw the share of the clean answer that each cell of one of a pair's grids restores: layers × positions or heads.
+
+    For a grid with positions and heads, each position shows its strongest head, and the caption lists the best cells.
+    """
     save(path, grid_figure, grid, pair, tokenizer)
 
 
@@ -28,9 +32,11 @@ def grid_figure(grid: Grid, pair: GridPair, tokenizer: Tokenizer) -> "Figure":
     """A map from -100% to 100%, with numbers if there is room; labels show where the texts differ."""
     from matplotlib.colors import Normalize
 
+    title, caption = _words(grid, pair, tokenizer)
+    if len(grid.axes) == 3:
+        grid = grid.strongest_heads()
     restored = grid.restored
     rows, columns = restored.shape
-    title, caption = _words(grid, pair, tokenizer)
     height = canvas.row_height(CELL[1], rows)
     figure = canvas.new_figure(min(columns * CELL[0], WIDTH) + MARGIN, rows * height + 1.2, title, caption)
     cell = ((figure.get_figwidth() - MARGIN) / columns, height)
@@ -69,7 +75,12 @@ def _words(grid: Grid, pair: GridPair, tokenizer: Tokenizer) -> tuple[str, str]:
     metric = f"{pair.measure.capitalize()} of {quoted(tokenizer, pair.target)}"
     if pair.other is not None:
         metric = f"{quoted(tokenizer, pair.target)} ahead of {quoted(tokenizer, pair.other)}"
-    title = f"{metric}: what each {grid.axes[1]} restores"
+    has_heads = len(grid.axes) == 3
+    title = f"{metric}: what each {'position’s strongest head' if has_heads else grid.axes[1]} restores"
     names = [f"{name} ({value:.3g})" for name, value in (("Clean", grid.clean), ("Corrupted", grid.corrupted))]
     how = f"Each cell takes {grid.name} from the clean run; values in percent of the difference between the two texts."
+    if has_heads and (best := grid.best_cells(LISTED)):
+        tokens = [token_label(tokenizer, token) for token in pair.corrupted]
+        listed = "; ".join(f"{grid.cell_name(index, tokens)} {canvas.percent(share)}%" for share, index in best)
+        how = f"{how}\nMost: {listed}"
     return title, f"{how}\n{prompt(tokenizer, pair.clean, pair.corrupted, names=names)}"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -39,6 +39,29 @@ class Grid:
         gap = self.clean - self.corrupted
         with np.errstate(invalid="ignore"):  # infinite logits
             return (self.values.astype(np.float64) - self.corrupted) / (gap or math.nan)
+
+    def strongest_heads(self) -> "Grid":
+        """Reduce a grid of layers, positions and heads to layers and positions: the head with the largest effect.
+
+        An effect may be below 0; NaN counts only where all heads have it.
+        """
+        effects = np.abs(self.restored)
+        heads = np.where(np.isnan(effects), -1, effects).argmax(-1, keepdims=True)
+        values = np.take_along_axis(self.values, heads, -1)[..., 0]
+        return replace(self, values=values, axes=self.axes[:-1], labels=self.labels[:-1])
+
+    def best_cells(self, n: int) -> list[tuple[float, tuple[int, ...]]]:
+        """The n cells that restore most, as (share, index), the largest first; without NaN."""
+        cells = [(float(share), index) for index, share in np.ndenumerate(self.restored) if not math.isnan(share)]
+        return sorted(cells, reverse=True)[:n]
+
+    def cell_name(self, index: tuple[int, ...], tokens: Sequence[str]) -> str:
+        """Name a cell: "layer 23, head 4", "layer 3, Paris@2" or "layer 3, Paris@2, head 4"."""
+        layer, *rest = index
+        parts = [f"layer {self.labels[0][layer]}"]
+        for axis, i in zip(self.axes[1:], rest, strict=True):
+            parts.append(f"{tokens[i]}@{i}" if axis == "position" else f"head {i}")
+        return ", ".join(parts)
 
     def agreement(self, exact: "Grid") -> "Agreement":
         """How close this grid, an estimate, is to the exact one. Raises RequestError if their cells differ."""

@@ -442,6 +442,20 @@ def test_a_grid_shows_the_share_that_comes_back(tokenizer, axis):
     assert {text.get_text() for text in same.texts} == {"–"} and same.images[0].get_array().mask.all()
 
 
+def test_a_grid_of_positions_and_heads_shows_the_strongest_heads_and_lists_the_best(tokenizer):
+    values = np.zeros((LAYERS, 3, HEADS), np.float32)
+    values[1, 2, 3], values[1, 2, 0], values[0, 1, 2] = 0.5, 0.25, -0.75
+    labels = tuple([str(i) for i in range(n)] for n in values.shape)
+    grid = Grid(values, ("layer", "position", "head"), labels, "attention.head_output", 1.0, 0.0)
+    figure = grid_figure(grid, GridPair(grid, None, [1, 2, 3], [1, 9, 3], 5, 6), tokenizer)
+    expected = np.zeros((LAYERS, 3))
+    expected[1, 2], expected[0, 1] = 0.5, -0.75
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), expected)
+    assert "what each position’s strongest head restores" in figure.get_suptitle().replace("\n", " ")
+    name, caption = fonts.token_label(tokenizer, 3), figure.get_supxlabel().replace("\n", " ")
+    assert f"Most: layer 1, {name}@2, head 3 50%; layer 1, {name}@2, head 0 25%; layer" in caption
+
+
 @pytest.mark.parametrize("columns", [1, 16])
 def test_a_grids_colours_stand_beside_it_and_their_name_is_on_the_sheet(tokenizer, columns):
     grid = a_grid("head", columns)

@@ -867,5 +867,40 @@ def test_saliency_and_grids_have_sections_where_they_were_measured(peaked, paris
         assert "The log-probability of s is" in summary and f"{estimate.agreement(exact).correlation:.2f}" in summary
         point_at(page, "#estimate-grid", 60, 32)
         assert "layer 0" in card(page) and "exact" in card(page) and "estimate" in card(page)
+        assert page.locator("#patching-grids .grid").count() == 2 and page.locator("#patching-controls").is_hidden()
     with open_page(paris) as page:
         assert page.locator("#saliency").count() == page.locator("#patching-link").count() == 0
+
+
+def test_a_grid_of_positions_and_heads_shows_the_heads_at_the_chosen_token(peaked, open_page, tmp_path):
+    model, tokens, other = peaked.model, peaked.encode("the cat"), peaked.encode("the dog")
+    metric, over = study.log_probability(115), "layer,position,head"
+    exact, estimate = (make(model, tokens, other, metric, over) for make in (study.patch_grid, study.attribution_patch))
+    pair = GridPair(exact, estimate, tokens, other, 115, None, measure="log-probability")
+    seen = replace(overview(model, tokens, bos=256, target=115), patched=pair)
+    write_report(seen, peaked.tokenizer, tmp_path / "a.html", model_name="A model")
+
+    def written(share: float) -> str:
+        return f"{share:+.2f}".replace("-", "−")
+
+    with open_page(tmp_path / "a.html") as page:
+        assert "of one layer, position and head from" in page.locator("#patching-lead").inner_text()
+        assert page.locator("#patching-grids .grid").count() == 4
+        chosen = page.locator("#patching-token")
+        assert chosen.input_value() == str(len(tokens) - 1) and "d @5" in chosen.locator("option").all_inner_texts()
+        for position in (6, 5):
+            chosen.select_option(str(position))
+            assert page.locator("#selected").inner_text().endswith(f"@{position}")
+            point_at(page, "#exact-heads", 60, 32)
+            assert "layer 0, head 0" in card(page)
+            assert f"exact {written(exact.restored[0, position, 0])} of" in card(page)
+            assert f"estimate {written(estimate.restored[0, position, 0])} of" in card(page)
+        point_at(page, "#exact-grid", -20, 32)  # the last position
+        strongest = int(abs(exact.restored[0, 7]).argmax())
+        assert f"exact {written(exact.restored[0, 7, strongest])} of the difference by head {strongest}" in card(page)
+        page.mouse.click(*pointer(page, "#exact-grid", -20, 32))
+        assert [page.locator(f"#{name}").input_value() for name in ("layer", "head", "patching-token")] == [
+            "0",
+            str(strongest),
+            "7",
+        ]

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -106,19 +105,9 @@ def _column_label(text: str) -> str:
 
 
 def _best_cells(grid: Grid, heads: Sequence[str], n: int) -> str:
-    cells = [(share, index) for index, share in np.ndenumerate(grid.restored) if not math.isnan(share)]
-    if not cells:
+    best = grid.best_cells(n)
+    if not best:
         if not math.isfinite(grid.clean - grid.corrupted):
             return "There is nothing to compare: numbers are not finite. Look for NaN in the weights (llama-ref verify --deep)."
         return "Both texts give the same value: there is no difference to restore."
-    best = sorted(cells, reverse=True)[:n]
-    return "Most: " + "; ".join(f"{_place(grid, heads, index)} {100 * share:.0f}%" for share, index in best)
-
-
-def _place(grid: Grid, heads: Sequence[str], index: tuple[int, ...]) -> str:
-    """Name a cell: "layer 23, head 4", "layer 3, Paris@2" or "layer 3, Paris@2, head 4"."""
-    layer, *rest = index
-    parts = [f"layer {grid.labels[0][layer]}"]
-    for axis, i in zip(grid.axes[1:], rest, strict=True):
-        parts.append(f"{heads[i]}@{i}" if axis == "position" else f"head {i}")
-    return ", ".join(parts)
+    return "Most: " + "; ".join(f"{grid.cell_name(index, heads)} {100 * share:.0f}%" for share, index in best)

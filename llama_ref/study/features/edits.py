@@ -166,8 +166,8 @@ def _edits_of(
         return local.seen
 
     same = list(writes) == [reads]
-    writing = _TokenEdit(_unchanged, change_tokens=change_tokens, reads=reads, read=None if same else read)
-    writing = writing.at(positions=positions, rows=rows)
+    source = None if same else read
+    writing = _TokenEdit(_unchanged, change_tokens=change_tokens, reads=reads, read=source).at(positions=positions, rows=rows)
     return dict.fromkeys(writes, writing) if same else {reads: Edit(see), **dict.fromkeys(writes, writing)}
 
 

@@ -380,6 +380,18 @@ def test_layers_after_the_last_name_are_not_run(ran, names, n_layers, lengths):
     assert all(torch.equal(found[name], whole[name]) for name in found)
 
 
+def test_a_last_layer_of_which_only_attention_is_watched_runs_no_feed_forward(ran):
+    model, numbers = ran
+    for i, block in enumerate(model.layers):
+        block.feed_forward.w2.register_forward_hook(lambda *_, i=i: numbers.append(-i))
+    for wanted, last in (("layers.*.attention.pattern", []), ("layers.*.residual_mid", [-3]), ("layers.3.ffn.norm", [-3])):
+        numbers.clear()
+        found = study.trace(model, RAGGED, wanted)
+        assert numbers == [0, 0, 1, -1, 2, -2, 3, *last]
+        whole = study.trace(model, RAGGED)
+        assert all(torch.equal(found[name], whole[name]) for name in found)
+
+
 def test_what_others_watch_is_run_too(ran):
     model, numbers = ran
     with study.recording(model, "layers.2.ffn.up") as others:

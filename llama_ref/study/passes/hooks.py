@@ -41,7 +41,8 @@ class Pass:
 
     `padding`, bool (B, T), is set for texts of different lengths; ids and positions there are -1.
     `layers` are the layers that the pass runs, None for all (layer_window.py). If its output is not read
-    (`is_read`), the pass stops after the last layer that a visitor watches.
+    (`is_read`), the pass stops after the last layer that a visitor watches, or after this layer's attention
+    (`ends_in_attention`).
     """
 
     def __init__(self, tokens: Tensor, context: Context):
@@ -54,6 +55,7 @@ class Pass:
         self.padding: Tensor | None = None
         self.layers: range | None = None
         self.is_read = True
+        self.ends_in_attention = False
 
     def mark_padding(self, padding: Tensor) -> None:
         """Mark the positions that are padding, before any value is visited."""
@@ -290,8 +292,13 @@ class Attached:
         if self.parts or run.cache is not None or self.watching("norm") or self.watching("logits"):
             return
         layers = run.layers if run.layers is not None else range(self.model.args.n_layers)
-        watched = (i for i in reversed(layers) if any(self.watching(f"layers.{i}.{part}") for part in LAYER_AXES))
-        run.layers = range(layers.start, next(watched, layers.start - 1) + 1)
+        for i in reversed(layers):
+            watched = [part for part in LAYER_AXES if self.watching(f"layers.{i}.{part}")]
+            if watched:
+                run.layers = range(layers.start, i + 1)
+                run.ends_in_attention = all(part == "residual_pre" or part.startswith("attention.") for part in watched)
+                return
+        run.layers = range(0)
 
     def block(self, block: TransformerBlock, where: str, x: Tensor, context: Context, layer: int) -> Tensor:
         layers = self.local.run.layers
@@ -299,6 +306,8 @@ class Attached:
             return x
         x = self.see(f"{where}.residual_pre", x)
         x = x + block.attention(block.attention_norm(x), context, layer)
+        if layers is not None and self.local.run.ends_in_attention and layer == layers[-1]:
+            return x
         x = self.see(f"{where}.residual_mid", x)
         added = self.see(f"{where}.ffn.output", block.feed_forward(block.ffn_norm(x)))
         return self.see(f"{where}.residual_post", x + added)

@@ -4,7 +4,8 @@
 # KIND is demo, quick or dev; each includes the ones before it, so a dev environment works for all.
 # PYTHON chooses the interpreter; pip's own configuration is honoured. .venv/.made lists the
 # installed kinds with a checksum of their requirements: while it matches, nothing is installed. An
-# environment whose creation was interrupted is created again from scratch.
+# environment whose creation was interrupted (.venv/.unfinished) is created again from scratch; a .venv
+# that somebody else made is left alone.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
@@ -28,6 +29,9 @@ environment() {
     exec 9<"$root/setup.cfg" # if two run at once, the second waits for the first
     "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
     if ! grep -qxF "$kind $requirements" "$venv/.made" 2>/dev/null || [ "$(head -n 1 "$venv/.made")" != "$place" ]; then
+        if [ -e "$venv" ] && [ ! -e "$venv/.made" ] && [ ! -e "$venv/.unfinished" ]; then
+            die "$venv exists, but no script of this repository made it: rename or delete it, or use it (pip install .)"
+        fi
         say "creating $venv ($kind) with $("$python" --version): only once, takes minutes"
         make_environment "$kind" "$python" "$place"
         {
@@ -37,6 +41,7 @@ environment() {
                 if [ "$made" = "$kind" ]; then break; fi
             done
         } >"$venv/.made"
+        rm -f "$venv/.unfinished"
     fi
     exec 9<&-
     PATH=$venv/bin:$PATH
@@ -79,12 +84,14 @@ find_python() {
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
 make_environment() {
-    local kind=$1 python=$2 place=$3 clear=--clear
-    if [ "$(head -n 1 "$venv/.made" 2>/dev/null)" = "$place" ]; then
-        clear= # complete, only to be updated
+    local kind=$1 python=$2 place=$3
+    if [ "$(head -n 1 "$venv/.made" 2>/dev/null)" != "$place" ]; then # else it is complete, only to be updated
+        rm -rf "$venv"
     fi
+    mkdir -p "$venv"
+    touch "$venv/.unfinished"
     rm -f "$venv/.made"
-    "$python" -m venv ${clear:+"$clear"} "$venv"
+    "$python" -m venv "$venv"
     pip_install setuptools wheel torch # torch first: it is the largest, and later packages build against it
     # In compat mode, a script next to the clone imports the package, not the clone's folder of the same name.
     local editable=(--config-settings editable_mode=compat --editable)

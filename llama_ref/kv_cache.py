@@ -55,7 +55,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.longest = 0
         self.images: ImageKeys | None = None
-        self._mask: tuple[Context, Tensor] | None = None  # of the current pass
+        self._mask: tuple[Context, int, Tensor] | None = None  # of the current pass, for this many heads per group
 
     @property
     def max_seq_len(self) -> int:
@@ -99,11 +99,11 @@ class KVCache:
 
     def _mask_for(self, context: Context, group: int) -> Tensor:
         """The mask of `grouped_attention`, built once for all layers of a pass."""
-        if self._mask is None or self._mask[0] is not context:
+        if self._mask is None or self._mask[0] is not context or self._mask[1] != group:
             visible = context.visible
             assert visible is not None
-            self._mask = context, group_mask(visible, group)
-        return self._mask[1]
+            self._mask = context, group, group_mask(visible, group)
+        return self._mask[2]
 
     def advance(self, n_tokens: int) -> None:
         self._mask = None

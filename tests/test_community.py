@@ -53,7 +53,7 @@ def test_every_test_that_security_names_is_there():
 
 
 def test_the_version_has_its_place_in_the_changelog():
-    version = re.search(r"^version = (.+)$", text_of("setup.cfg"), re.MULTILINE)[1]
+    version = llama_ref.__version__
     sections = re.findall(r"^## \[(.+?)\]", text_of("CHANGELOG.md"), re.MULTILINE)
     assert sections[0] == "Unreleased" and version in sections
 

@@ -246,7 +246,7 @@ def test_the_table_of_releases_names_every_release():
 
 def test_the_table_of_commands_names_every_command(environment):
     done = run([sys.executable, "-m", "llama_ref.cli", "--help"], environment)
-    commands = set(re.findall(r"^ {2,6}([a-z]+)(?: {2,}.*)?$", done.stdout + done.stderr, re.MULTILINE))
+    commands = set(re.findall(r"^ {2,6}([a-z_]+)(?: {2,}.*)?$", done.stdout + done.stderr, re.MULTILINE))
     assert len(commands) > 15
     for name in ("README.md", "README.ko.md"):
         missing = {word for word in commands if f"`{word}`" not in DOCUMENTS[name]}

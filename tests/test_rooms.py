@@ -268,12 +268,12 @@ def test_what_goes_up_is_seen(importer, imported):
         ("bench.runner", "generation"),
         ("guard.judge", "generation"),
         ("guard.versions", "checkpoint.releases"),
-        ("study.weights", "checkpoint.folder"),
+        ("study.analyses.weights", "checkpoint.folder"),
         ("evaluation.scoring", "decoding.loop"),
-        ("generation", "checkpoint.loader"),
+        ("generation", "checkpoint.loading.loader"),
         ("decoding.loop", "compiled.cpu"),
         ("compiled.cpu", "quantization.linear"),
-        ("checkpoint.loader", "quantization.apply"),
+        ("checkpoint.loading.loader", "quantization.apply"),
         ("checkpoint.shapes", "model"),
         ("tokenizer", "checkpoint.hf.tokenizer"),
         ("model", "args"),
@@ -301,8 +301,8 @@ def lazy():
 """
     own = {"args", "model", "llama_ref", "study.names", "cli.terminal", "study"}
     assert set(imports(ast.parse(source), modules)) == own | {"os", "typing", "rich"}
-    assert talks("study.grid", "rich") and talks("plan", "print")
-    assert not talks("cli.parser", "rich") and not talks("cli.parser", "print")
+    assert talks("study.patching.grid", "rich") and talks("plan", "print")
+    assert not talks("cli.parsing.parser", "rich") and not talks("cli.parsing.parser", "print")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from llama_ref.checkpoint.advice.unusual_files import how_to_rename
 from llama_ref.checkpoint.formats.safetensors import HeldTensor, inspect_safetensors
 from llama_ref.checkpoint.hf.bitsandbytes import guard_args, is_guard
 from llama_ref.checkpoint.meta_quantized.kinds import Int4Params, Kind, kind_of, scales_name
+from llama_ref.checkpoint.releases import RELEASES
 from llama_ref.checkpoint.shapes import is_ignored
 from llama_ref.checkpoint.spelling import META, as_on_disk, in_hub_cache, model_name, name_key, nearest, snapshots
 from llama_ref.errors import CheckpointError, FolderNotFound
@@ -199,6 +200,8 @@ def _guess(name: str, path: Path) -> str:
         near = [str(beside / each) for each in nearest(path.name, [each.name for each in beside.iterdir() if each.is_dir()])]
     else:
         near = nearest(name, [folder.name for folder in list_folders()])
+        if not near and name not in RELEASES and (known := nearest(name, list(RELEASES))):
+            return f"; did you mean the release {' or '.join(known)}?"
     return f"; did you mean {' or '.join(near)}?" if near else "."
 
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.formatting import did_you_mean
 
 DEFAULT_GROUP = 128
 GROUPS = (32, 64, 128, 256)  # the sizes that PyTorch's kernels support
 SCALE_BITS = {8: 32, 4: 16}
 UNQUANTIZED = ("vision_model.", "learnable_embedding.")  # the vision encoder: a tenth of the weights
+SPELLINGS = ("int8", "int4", *(f"int4:group={size}" for size in GROUPS))
 POSSIBLE = "int8, int4 or int4:group=N, with N one of " + ", ".join(map(str, GROUPS))
 
 
@@ -37,7 +39,7 @@ class Scheme:
             return text
         match = re.fullmatch(r"int(8|4)(?::group=([0-9]{1,4}))?", text) if isinstance(text, str) else None
         if not match or (match[1] == "8" and match[2]):
-            raise RequestError(f"{name} is {text!r:.60}, expected {POSSIBLE}")
+            raise RequestError(f"{name} is {text!r:.60}, expected {POSSIBLE}{did_you_mean(str(text), SPELLINGS)}")
         if match[1] == "8":
             return cls(8)
         group = int(match[2] or DEFAULT_GROUP)

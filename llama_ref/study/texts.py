@@ -120,7 +120,7 @@ def _separate(tokens: Texts) -> Sequence[Text]:
     if not isinstance(tokens, Sequence) or isinstance(tokens, str):
         raise RequestError(f"tokens is {tokens!r:.60}, {EXPECTED}")
     are_texts = any(isinstance(part, Sequence | Tensor) for part in tokens)
-    return tokens if are_texts else [tokens]  # type: ignore[return-value, list-item]
+    return tokens if are_texts else [tokens]  # type: ignore[return-value, list-item]  # checked above
 
 
 def _ids(text: Text, tokens: Texts) -> Tensor:

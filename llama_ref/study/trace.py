@@ -115,7 +115,7 @@ def trace(
     added to it. `requires_grad` keeps the graph: `torch.autograd.grad` of a value computed from the trace
     reaches every activation before it; values at padding are then not cleared. With frozen weights the
     graph starts at the first of the names; quantized matrices get the gradient of their dequantized weights
-    (gradients.py). Raises RequestError for names that match nothing, ids outside the vocabulary, a cache
+    (passes/gradients.py). Raises RequestError for names that match nothing, ids outside the vocabulary, a cache
     that is too small, or images with gradients or a cache. Under torchrun all processes must call it with
     the same arguments; each gets the whole trace, without gradients.
     """
@@ -228,7 +228,7 @@ class Recording:
         (text,), self._texts = self._texts, []
         return _one_pass(text, args)
 
-    # ---- the visitor's methods, called by hooks.py
+    # ---- the visitor's methods, called by passes/hooks.py
 
     def wants(self, name: str) -> bool:
         return name in self._wanted

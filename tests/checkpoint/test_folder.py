@@ -106,6 +106,7 @@ def test_a_path_is_found_in_either_unicode_form(tmp_path, typed, stored):
     ("name", "says"),
     [
         ("Llama3.2-1B-Instrct", "did you mean Llama3.2-1B-Instruct"),
+        ("Llama-Guard-3-8", "did you mean the release Llama-Guard-3-8B"),
         ("models/llama3.2-1b", "did you mean models/Llama3.2-1B?"),
         ("/nowhere/x:1", "no checkpoint at /nowhere/x:1. "),
         ("models", "give one of models/Llama3.2-1B"),

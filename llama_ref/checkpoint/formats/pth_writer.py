@@ -64,7 +64,7 @@ class _Archive:
 
     def __init__(self, file: BinaryIO, root: str) -> None:
         self.sink = _Unseekable(file)
-        # The stubs ask for close(), but zipfile does not close a file that it was given.
+        # The stubs ask for close(), but zipfile does not close a file that it was given: hence the ignore.
         self.zip = zipfile.ZipFile(self.sink, "w", zipfile.ZIP_STORED)  # type: ignore[call-overload]
         self.root = root if root.isascii() else "archive"  # as torch does
 

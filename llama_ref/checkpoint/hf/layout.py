@@ -2,7 +2,7 @@
 
 Matrices that RoPE rotates have another order of rows. In vision models the embedding also holds the
 rows of `learnable_embedding`, the patch matrix is a convolution kernel, and tables of tile
-positions repeat their vectors (tile_tables.py).
+positions repeat their vectors (vision/tile_tables.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -42,7 +42,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
 
     `ignore_merges` is assumed to be true: older files without it mean the same vocabulary, and
     Meta's tokenizer always encodes a word that is a token as that token. A vision model's special
-    tokens get the ids that they have in Meta's file (image_token.py). Raises CheckpointError, with
+    tokens get the ids that they have in Meta's file (vision/image_token.py). Raises CheckpointError, with
     the reason, for any other tokenizer.
     """
     document = read_json(path, MAX_FILE_BYTES, EXPECTED)

@@ -1,4 +1,4 @@
-"""Quantize a checkpoint to int8 or int4 and save it, for quantized_reader.py."""
+"""Quantize a checkpoint to int8 or int4 and save it, for checkpoint/quantized_reader.py."""
 
 import json
 from collections.abc import Iterator

@@ -7,6 +7,7 @@ from llama_ref.cli.parsing.flags import Flag, Section, command
 from llama_ref.cli.shared.options import Json, Name, SpecialTokens, WholeModel
 from llama_ref.cli.shared.studying import open_to_study
 from llama_ref.errors import RequestError
+from llama_ref.formatting import did_you_mean
 
 
 @command(Section.STUDY)
@@ -60,4 +61,5 @@ def _positions(word: str) -> str | list[int]:
     try:
         return [int(part) for part in word.split(",")]
     except ValueError:
-        raise RequestError(f"--positions is {word!r:.60}, expected last, all, or numbers such as 0,-1") from None
+        meant = did_you_mean(word, ("last", "all"))
+        raise RequestError(f"--positions is {word!r:.60}, expected last, all, or numbers such as 0,-1{meant}") from None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 from llama_ref.cli.outcome import EXIT_BAD
 from llama_ref.cli.parsing.flags import Flag, Section, command
-from llama_ref.cli.shared.guarding import GuardVersion, told_version
+from llama_ref.cli.shared.guarding import GuardVersion, chosen_version
 from llama_ref.cli.shared.options import Json, WholeModel, check_images, load
 from llama_ref.cli.shared.text_input import Encoding, read_stdin, text_word
 from llama_ref.errors import RequestError
@@ -74,7 +74,7 @@ def guard(
     from llama_ref.parallel.job import from_first
 
     folder = open_folder(name)
-    version = told_version(folder, guard_version).name
+    version = chosen_version(folder, guard_version).name
     own = None if categories is None else read_categories(categories)
     prompt = guard_prompt(version, own, exclude)
     check_threshold(threshold)

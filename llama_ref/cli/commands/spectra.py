@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from llama_ref.cli.parsing.flags import Flag, Section, command
-from llama_ref.cli.shared.options import Json, Name, WholeModel
+from llama_ref.cli.shared.options import Json, Name, Weights
 from llama_ref.cli.shared.studying import open_to_study
 
 
@@ -19,7 +19,7 @@ def spectra(
         Flag("show the error of rounding to int8, int4 or int4:group=N instead", metavar="SCHEME"),
     ] = None,
     json: Json = False,
-    loading: WholeModel,
+    loading: Weights,
 ) -> None:
     """Show each weight matrix's effective rank or quantization error.
 

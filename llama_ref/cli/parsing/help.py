@@ -31,7 +31,7 @@ def program_help(commands: Mapping[str, Command], program: str) -> str:
         *_entry("  -h, --help", "show this text; after a command, its arguments and flags", 17),
         "",
         *_wrap(
-            "NAME is always a checkpoint folder, or a release such as Llama3.2-1B-Instruct under "
+            "NAME is a checkpoint folder, or a release such as Llama3.2-1B-Instruct under "
             "~/.llama/checkpoints (or $LLAMA_MODELS_CONFIG_DIR/checkpoints)."
         ),
     ]

@@ -99,6 +99,7 @@ def parse(chosen: Command, words: list[str], program: str) -> dict[str, Any]:
         return values
 
     keyword = inspect.Parameter.KEYWORD_ONLY
+    # inspect.signature reads this attribute, which the stubs of functions lack.
     collect.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(name, keyword, default=None) for name in found]
     )

@@ -1,6 +1,7 @@
 """Shared by `guard` and `chat --guard`: --guard_version, and loading a guard."""
 
 import os
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from llama_ref.cli.parsing.flags import Flag
@@ -18,7 +19,7 @@ GuardVersion = Annotated[
 ]
 
 
-def told_version(folder: "CheckpointFolder", given: str | None) -> "Version":
+def chosen_version(folder: "CheckpointFolder", given: str | None) -> "Version":
     """Return the given guard version, or detect the folder's. Raises RequestError if unknown."""
     from llama_ref.guard.versions import find_version, version_of
 
@@ -33,14 +34,8 @@ def load_guard(name: str, given: str | None, loading: Loading) -> "Guard":
     n_processes = os.environ.get("WORLD_SIZE", "1")
     if n_processes != "1":
         raise RequestError(f"{n_processes} processes: --guard works in one process only; start it without torchrun")
-    version = told_version(open_folder(name), given)
-    options = WholeModel(
-        quantize=loading.quantize,
-        dtype=loading.dtype,
-        device=loading.device,
-        verify=loading.verify,
-        in_memory=loading.in_memory,
-        threads=loading.threads,
-        max_seq_len=loading.max_seq_len,
-    )
+    version = chosen_version(open_folder(name), given)
+    of_one_folder = ("activations", "tokenizer_path")
+    shared = [each.name for each in fields(WholeModel) if each.name not in of_one_folder]
+    options = WholeModel(**{option: getattr(loading, option) for option in shared})
     return Guard(load(name, options), version.name)

@@ -67,7 +67,7 @@ InMemory = Annotated[
 Compile = Annotated[bool, Flag("compile the decode step: faster decoding after some seconds of compiling")]
 PipelineParallelSize = Annotated[int, Flag("number of pipeline stages under torchrun; the rest is tensor parallel")]
 Seed = Annotated[int | None, Flag("random seed for sampling, or none for a new one each time")]
-MaxSeqLen = Annotated[int, Flag("maximum length of prompt and answer together, in tokens")]
+MaxSeqLen = Annotated[int, Flag("maximum length of a text in tokens, prompt and answer together")]
 TokenizerPath = Annotated[
     str | None,
     Flag("another tokenizer.model", metavar="FILE", unset="the folder's own"),

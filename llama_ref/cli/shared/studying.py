@@ -4,7 +4,7 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 from llama_ref.cli.parsing.flags import Flag
-from llama_ref.cli.shared.options import WholeModel, load
+from llama_ref.cli.shared.options import Weights, load
 from llama_ref.cli.shared.text_input import text_word
 from llama_ref.errors import RequestError
 
@@ -22,7 +22,7 @@ Out = Annotated[str | None, Flag("write an HTML page with tokens, layers, attent
 TARGET_HELP = 'token with its leading space, such as " Paris"'
 
 
-def open_to_study(name: str, options: WholeModel, **texts: str | None) -> "Llama":
+def open_to_study(name: str, options: Weights, **texts: str | None) -> "Llama":
     """Load a model in a single process.
 
     Raises RequestError for an empty text, or where torchrun started several processes.

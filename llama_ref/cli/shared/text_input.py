@@ -4,10 +4,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from encodings.aliases import aliases
 from typing import Annotated
 
 from llama_ref.cli.parsing.flags import Flag
 from llama_ref.errors import RequestError
+from llama_ref.formatting import did_you_mean
 from llama_ref.text_file import BYTE_ORDER_MARK
 
 INVALID_BYTE = re.compile("[\udc80-\udcff]")  # as `surrogateescape` decodes it
@@ -21,7 +23,8 @@ def known_encoding(name: str) -> str:
     try:
         b"x".decode(name, "replace")
     except LookupError:  # unknown, or not a text encoding (such as hex)
-        raise RequestError(f"--encoding is {name!r:.60}, expected an encoding {EXAMPLES}") from None
+        meant = did_you_mean(name, sorted(set(aliases.values()), reverse=True))
+        raise RequestError(f"--encoding is {name!r:.60}, expected an encoding {EXAMPLES}{meant}") from None
     return name
 
 

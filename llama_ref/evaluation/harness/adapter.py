@@ -94,6 +94,7 @@ class LlamaRefLM(TemplateLM):
 
         Without a generation prompt, the last message is left open.
         """
+        # The formatter checks that the role is one of Llama's.
         messages = [Message(role=each["role"], content=each["content"]) for each in chat_history]  # type: ignore[typeddict-item]
         formatter = self.llama.formatter
         ids = formatter.encode_dialog_prompt(messages)

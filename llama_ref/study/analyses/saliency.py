@@ -95,7 +95,7 @@ def saliency(
     amplifies embeddings near zero, so a zero baseline needs many steps. `steps` gradients are averaged
     by Gauss-Legendre quadrature. `progress` is called with the gradients done and their number. Memory:
     one backward pass with as many steps as fit. Images have no embeddings in the text, so a text with an
-    image is rejected. Quantized models: see gradients.py. Raises RequestError.
+    image is rejected. Quantized models: see passes/gradients.py. Raises RequestError.
     """
     check_model(model)
     row = one_row(model, tokens)[0]

@@ -171,7 +171,7 @@ def _there(what: str, wanted: Sequence[Sequence[int]] | None, positions: Tensor,
 def _for_each(what: str, given: Indices | Sequence[Sequence[int]], n: int) -> list[list[int]]:
     """Positions for each of n texts."""
     if not isinstance(given, Sequence) or not any(isinstance(own, Sequence) for own in given):
-        return [_indices(what, given)] * n  # type: ignore[arg-type]
+        return [_indices(what, given)] * n  # type: ignore[arg-type]  # no item is a sequence
     each: list[Indices] = one_each(what, given, n)
     return [_indices(what, own) for own in each]
 

@@ -175,7 +175,7 @@ class Attached:
         for attribute in ("hidden", "forward"):
             if attribute in vars(model):
                 self._remove(model, attribute)
-        model.embed = self.embed  # type: ignore[method-assign]
+        model.embed = self.embed  # type: ignore[method-assign]  # only of this instance
         for i, block in enumerate(model.layers, self.first_layer):
             assert isinstance(block, TransformerBlock)
             self.instrument(block, self.block, f"layers.{i}")

@@ -66,7 +66,7 @@ def attribution_patch(
     "activation", `name` moves in one layer at a time, all its cells together; with enough steps a layer's
     estimates add up to the effect of patching the whole layer. Its passes, with a layer's steps as rows, are
     slower than those of "inputs", and than `patch_grid`'s for short texts. Quantized models: see
-    gradients.py. `progress` is called with the texts done and their number, over all passes. Raises
+    passes/gradients.py. `progress` is called with the texts done and their number, over all passes. Raises
     RequestError as `patch_grid` does, and for a metric that has no gradient.
     """
     others = corrupted if isinstance(corrupted, Noise) else one_row(model, corrupted)

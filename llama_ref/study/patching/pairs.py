@@ -35,7 +35,7 @@ def as_pairs(model: Transformer, clean: Texts, corrupted: Corrupted, metrics: Me
     """The pairs of texts with their metrics. Raises RequestError if the texts do not match."""
     texts = as_texts(model, clean)
     noises = _noises(corrupted, len(texts))
-    others = as_texts(model, corrupted) if noises is None else texts  # type: ignore[arg-type]
+    others = as_texts(model, corrupted) if noises is None else texts  # type: ignore[arg-type]  # no noise
     if len(texts) != len(others):
         raise RequestError(f"there are {len(texts)} clean and {len(others)} corrupted texts, expected as many of each")
     pairs = [Pair(*each) for each in zip(texts, others, one_each("metrics", metrics, len(texts)), strict=True)]
@@ -53,7 +53,7 @@ def _noises(corrupted: Corrupted, n: int) -> list[Noise] | None:
         return None
     if not all(isinstance(part, Noise) for part in parts):
         raise RequestError("corrupted has both texts and noise, expected one of the two")
-    return one_each("corrupted", corrupted, n)  # type: ignore[arg-type]
+    return one_each("corrupted", corrupted, n)  # type: ignore[arg-type]  # noise only
 
 
 def _check(pair: Pair, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Instrumented forwards of vision.py: the same operations, each value passed through `see` (hooks.py)."""
+"""Instrumented forwards of vision.py: the same operations, each value passed through `see` (passes/hooks.py)."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -23,7 +23,7 @@ from llama_ref.vision import (
 
 
 class Hooks(Protocol):
-    """The methods of hooks.py's Attached that these forwards need."""
+    """The methods of passes/hooks.py's Attached that these forwards need."""
 
     def instrument(self, module: nn.Module, forward: Callable[..., Tensor], *where: str) -> None: ...
 

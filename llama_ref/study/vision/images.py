@@ -117,4 +117,4 @@ def _rows(images: Images | None, n_texts: int) -> "list[list[ImageSource]]":
     rows = list(images) if any(are_lists) else [images]
     if len(rows) != n_texts or not (all(are_lists) or rows == [images]):
         raise RequestError(f"images has {len(images)} values for {n_texts} texts, {EXPECTED}")
-    return [list(row) for row in rows]  # type: ignore[arg-type]
+    return [list(row) for row in rows]  # type: ignore[arg-type]  # each is a sequence, as checked

@@ -3,6 +3,8 @@
 Shapes as in model.py: B sequences, T new tokens each, S tokens seen so far, H query heads, K key/value heads, hd = head_dim.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +40,9 @@ class KVCache:
     `keys` and `values` are (n_layers, B, K, max_seq_len, hd). `lengths` (B,) counts the tokens of each
     row; slots beyond are never read, so a row is truncated by lowering its length. `longest` is
     their maximum, a Python int that is known without waiting for the device. `images` are the
-    images that the rows' tokens attend to (vision.py).
+    images that the rows' tokens attend to (vision.py). `prompt_ends` are the lengths of the rows'
+    prompts, once these are read, and `padded_from` the positions from which on the current pass has
+    padding: no attention needs them, but who studies a pass does.
     For inference: use it under `torch.inference_mode()` or with frozen weights.
     """
 
@@ -55,6 +59,8 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.longest = 0
         self.images: ImageKeys | None = None
+        self.prompt_ends: Sequence[int] | None = None
+        self.padded_from: Sequence[int] | None = None
         self._mask: tuple[Context, int, Tensor] | None = None  # of the current pass, for this many heads per group
 
     @property
@@ -104,6 +110,15 @@ class KVCache:
             assert visible is not None
             self._mask = context, group, group_mask(visible, group)
         return self._mask[2]
+
+    @contextmanager
+    def padding_from(self, positions: Sequence[int] | None) -> Iterator[None]:
+        """In the block, tokens at these positions of the rows and beyond are padding."""
+        self.padded_from = positions
+        try:
+            yield
+        finally:
+            self.padded_from = None
 
     def advance(self, n_tokens: int) -> None:
         self._mask = None

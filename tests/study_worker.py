@@ -37,6 +37,7 @@ def main(task_file: str, out: str) -> None:
         found[name] = measure(llama, Path(task["to"], name), task["texts"][name], task["images"].get(name))
         found[name]["equal"] = _are_equal(found[name]["values"])
         found[name]["shared"] = are_random_edits_shared(llama.model)
+        found[name]["failed"] = _message(lambda llama=llama: fail_in_the_last_layer(llama.model))
         found[name]["refused"] = refused(llama)
         found[name]["differing"] = _message(lambda llama=llama: study.trace(llama.model, [[1, 2 + dist.get_rank()]]))
     if dist.get_rank() == 0:
@@ -115,8 +116,16 @@ def edited(model: Transformer) -> dict[str, Tensor]:
 def are_random_edits_shared(model: Transformer) -> bool:
     """Whether all processes have the result of the first, if an edit has other numbers in each."""
     torch.manual_seed(dist.get_rank())
-    with study.patch(model, {"layers.*.ffn.*": lambda value: value * torch.rand(value.shape)}):
-        return _are_equal(dict(study.trace(model, TEXTS[0])))
+    with study.patch(model, dict.fromkeys(("layers.*.ffn.*", "logits"), lambda value: value * torch.rand(value.shape))):
+        hidden = model.hidden(torch.tensor(TEXTS[:1]))
+        likely = study.predict(model, TEXTS[0]).top_probabilities
+        return _are_equal(dict(study.trace(model, TEXTS[0])) | {"logits": model.logits(hidden), "likely": likely})
+
+
+def fail_in_the_last_layer(model: Transformer) -> None:
+    """Make an edit that only the last stage applies, where it fails."""
+    with study.patch(model, {"layers.2.residual_post": study.zero().at(positions=[99])}):
+        model.hidden(torch.tensor(TEXTS[:1]))
 
 
 def experiments(llama: Llama) -> dict[str, Tensor]:
@@ -134,7 +143,8 @@ def experiments(llama: Llama) -> dict[str, Tensor]:
     metric = study.logit_difference(3, 8)
     for over, name in (("layer×position", None), ("layer×head", "attention.k"), ("layer×position×head", None)):
         out[f"grid {over} {name}"] = torch.from_numpy(study.patch_grid(model, row, other, metric, over=over, name=name).values)
-    out["tracing"] = torch.from_numpy(study.patch_grid(model, row, study.noise([1], seeds=2), metric).values)
+    with study.patch(model, {"embedding": study.scale(2)}):
+        out["tracing"] = torch.from_numpy(study.patch_grid(model, row, study.noise([1], seeds=2), metric).values)
     for over, edit in (("heads", study.mean()), ("kv_groups", study.resample())):
         out[f"without {over}"] = study.sweep(model, [row, other, row[:3]], over, edit).losses
     together = study.ablate_together(model, [row, other], ["layers.0.heads.1", "layers.2.ffn"], controls=2)

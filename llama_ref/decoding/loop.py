@@ -100,8 +100,9 @@ def prefill(model: Transformer, rows: list[Row], cache: KVCache, prompt_logprobs
     ends = [len(row.prompt) for row in rows]
     known = min(cache.longest, min(ends) - 1)  # a cached prompt still needs its last logits
     cache.truncate([known] * len(rows))
+    cache.prompt_ends = ends
     show_images(model, rows, cache, known)
-    pieces = read(model, cache, padded([row.prompt[known:] for row in rows]))
+    pieces = read(model, cache, padded([row.prompt[known:] for row in rows]), ends)
     if prompt_logprobs:
         pieces = _scored(model, rows, pieces, known)
     states = last_states(pieces, [end - known for end in ends])  # (B, D)

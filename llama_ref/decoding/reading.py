@@ -27,11 +27,14 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 @torch.inference_mode()
-def read(model: Transformer, cache: KVCache, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Read tokens (B, T) after those in the cache, in pieces: (a piece's begin in T, its states (B, n, D))."""
+def read(model: Transformer, cache: KVCache, tokens: Tensor, ends: Sequence[int] | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Read tokens (B, T) after those in the cache, in pieces: (a piece's begin in T, its states (B, n, D)).
+
+    `ends` are the positions where the rows' texts end, if padding follows.
+    """
     begin = 0
     for piece in tokens.to(cache.lengths.device).split(max(1, prefill_tokens(cache) // len(tokens)), dim=1):
-        with onednn_for(piece, cache.keys.dtype):
+        with onednn_for(piece, cache.keys.dtype), cache.padding_from(ends):
             hidden = model.hidden(piece, cache)
         yield begin, hidden
         begin += piece.shape[1]

@@ -118,11 +118,13 @@ def _pass(model: Transformer, lanes: list[_Lane], stop_tokens: Collection[int], 
         lane.guess(cache.max_seq_len - cache.longest, stop_tokens)
     width = 1 + max(len(lane.draft.tokens) for lane in lanes)
     tokens = torch.zeros(len(lanes), width, dtype=torch.long, device="cpu")
+    ends = []
     for lane, padded in zip(lanes, tokens, strict=True):
         new = [*lane.row.generated[-1:], *lane.draft.tokens]
         padded[: len(new)] = torch.tensor(new, device="cpu")
+        ends.append(0 if lane.row.finish_reason else len(lane.row.prompt) + len(lane.row.generated) + len(lane.draft.tokens))
     tokens = tokens.to(cache.lengths.device)
-    with onednn_for(tokens, cache.keys.dtype):
+    with onednn_for(tokens, cache.keys.dtype), cache.padding_from(ends):
         return model(tokens, cache)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.parallel.division import whole_args
-from llama_ref.study.names import SCORES, axes, broadcastable, matching
+from llama_ref.study.names import SCORES, axes, broadcastable, is_of_an_image, matching
 from llama_ref.study.passes.hooks import Pass, attached, check_part
 from llama_ref.study.trace import Trace
 
@@ -38,8 +38,8 @@ class Edit:
         """The same edit, limited to these heads, positions and rows.
 
         `heads` are query heads, or key/value heads for k and v. `positions` count from the beginning of
-        the text, also with a cache; -1 is the last token of each text in the pass. `rows` are sequences
-        of the batch. Activations of an image have neither positions nor rows.
+        the text, also with a cache; -1 is the last token of each text: in generation the prompt's, then
+        every new one. `rows` are sequences of the batch. Activations of an image have neither positions nor rows.
         """
         return replace(
             self,
@@ -53,7 +53,12 @@ class Edit:
         return self
 
     def apply(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
-        """The edited value, of the same shape."""
+        """The edited value, of the same shape. Without a pass (`run`), only whole values can be edited, and images'."""
+        if run is None and (self.rows or self.positions) and not is_of_an_image(name):
+            raise RequestError(
+                f"{name} is computed here for other tokens than those of a pass, where an edit cannot be limited to rows or"
+                ' positions: leave them out, or read trace(…, "logits")'
+            )
         mask = self.mask(value, name, run)
         changed = self.changed(value, name, run)
         return changed if mask is None else torch.where(mask, changed, value)
@@ -85,17 +90,14 @@ class Edit:
         """Which tokens of the pass are at the wanted positions: bool (B, T) or (1, T)."""
         if run is None or "position" not in axes(name):
             raise RequestError(f"{name} has no positions in the text; its axes are {', '.join(axes(name))}")
-        positions = run.positions
-        T = positions.shape[1]
+        T = run.positions.shape[1]
         if value.shape[axes(name).index("position")] != T:
             raise RequestError(f"generation computes {name} only at some positions: edit them without positions")
         if run.cache is None:
             for position in wanted:
                 if not -T <= position < T:
                     raise RequestError(f"cannot edit {name} at position {position}: the text has positions 0 to {T - 1}")
-        chosen = torch.tensor(wanted, device=positions.device)
-        chosen = torch.where(chosen < 0, positions.amax(1, keepdim=True) + 1 + chosen, chosen)  # (B or 1, n)
-        return (positions[:, :, None] == chosen[:, None]).any(-1)
+        return run.at(wanted)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class _Swap(Edit):
     source: Trace = field(kw_only=True)
 
     def changed(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
+        if run is None and not is_of_an_image(name):
+            raise RequestError(f"{name} is computed here for other tokens than those of a pass: it cannot be swapped")
         if run is None or "position" not in axes(name):
             return _match_shape(name, self.source[name].to(value.device), value).expand_as(value)
         source, there, here = self.source[name], self.source.positions, run.positions

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.images import Tiles
+from llama_ref.kv_cache import KVCache
 from llama_ref.model import Cache, Transformer
 from llama_ref.study.passes.hooks import Pass, attached
 from llama_ref.study.vision.images import Images, cache_showing, tiles_of_texts
@@ -63,6 +64,8 @@ class Batch:
         self._run(model, cache, _Marker(self.padding, is_read=False))
 
     def _run(self, model: Transformer, cache: Cache | None, marker: "_Marker | None") -> Tensor:
+        if isinstance(cache, KVCache):
+            cache.prompt_ends = None  # the tokens are a text of their own, not what a model adds to a prompt
         if any(self.images):
             texts = [row[:length] for row, length in zip(self.ids, self.lengths, strict=True)]
             cache = cache_showing(model, texts, self.images)

@@ -294,7 +294,7 @@ def _merge_passes(text: _Text, args: ModelArgs) -> Trace:
     if cache is None:
         return _one_pass(text, args)
     lengths = (cache.lengths if text.lengths is None else text.lengths)[:, None]  # (B, 1)
-    start = int(min(run.positions[:, 0].min() for run in text.passes))
+    start = min(int(run.positions[run.positions >= 0].min()) for run in text.passes)
     end = max(start, int(lengths.max()))
     targets = [_Target(run.positions, (run.positions >= 0) & (run.positions < lengths), start) for run in text.passes]
     tokens = torch.full((len(lengths), end - start), -1, dtype=torch.long, device=lengths.device)

@@ -148,6 +148,11 @@ def test_gradients_and_weights_are_refused_with_what_works(together):
             assert "split across processes, and this needs gradients or all weights: load it in one process" in message
 
 
+def test_an_edit_that_fails_in_one_stage_fails_in_all_processes(together):
+    for found in measured(together).values():
+        assert "cannot edit layers.2.residual_post at position 99: the text has positions 0 to 5" in found["failed"]
+
+
 def test_processes_that_trace_different_tokens_are_told(together):
     for found in measured(together).values():
         assert "differ before a pass that is studied: the tokens is (1, 2) (digest" in found["differing"]

@@ -308,3 +308,76 @@ def test_texts_of_different_lengths_are_swapped_row_by_row(model):
         study.patch(model, {"norm": study.swap_from(source)}),
     ):
         study.trace(model, [RAGGED[0], [1, 2, 3], RAGGED[2]])
+
+
+# ---- generation: prompts of different lengths, in pieces, with guesses
+
+PROMPTS = [[5, 9, 2, 7, 1, 3, 8, 8, 11], [4, 4, 8]]
+LAST_ALONE = {
+    "edit": lambda model: study.patch(model, {"layers.1.residual_post": study.scale(-3).at(positions=-1)}),
+    "before the last": lambda model: study.patch(model, {"layers.0.ffn.output": study.scale(-9).at(positions=[-2])}),
+    "cut": lambda model: study.cut(model, queries=-1, keys=[0, -2]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("patched"))
+
+
+def continued(llama: Llama, prompts: list[list[int]]) -> list[list[int]]:
+    return llama.generate(prompts, 12, temperature=0)[0]
+
+
+@pytest.mark.parametrize("what", LAST_ALONE)
+def test_the_last_token_of_a_prompt_is_its_own_in_a_batch_and_in_pieces(folder, what, monkeypatch):
+    llama = Llama.build(folder, device="cpu", dtype="float32", max_seq_len=64)
+    plain = continued(llama, PROMPTS)
+    with LAST_ALONE[what](llama.model):
+        expected = [continued(llama, [prompt])[0] for prompt in PROMPTS]
+        assert continued(llama, PROMPTS) == expected != plain
+        monkeypatch.setattr("llama_ref.decoding.reading.PREFILL_TOKENS", 4)
+        assert continued(llama, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("what", ["edit", "before the last"])
+def test_guessed_tokens_are_edited_as_when_they_come_one_by_one(folder, what):
+    plain, guessing = (
+        Llama.build(folder, device="cpu", dtype="float32", max_seq_len=64, speculate=how) for how in (None, "ngram")
+    )
+    prompts = [[7, 8, 9, 7, 8, 9, 7, 8], [4, 4, 4, 4]]
+    with LAST_ALONE[what](plain.model), LAST_ALONE[what](guessing.model):
+        assert continued(guessing, prompts) == continued(plain, prompts)
+
+
+def test_a_mean_in_generation_leaves_padding_out(folder):
+    llama = Llama.build(folder, device="cpu", dtype="float32", max_seq_len=64)
+    name = "layers.0.ffn.output"
+    values = torch.cat([study.trace(llama.model, prompt, name)[name][0] for prompt in PROMPTS])
+    with study.patch(llama.model, {name: study.mean()}), study.recording(llama.model, name) as recorded:
+        llama.generate(PROMPTS, 1, temperature=0)
+    torch.testing.assert_close(recorded.trace[name][1, 0], values.mean(0))
+
+
+# ---- logits of other tokens than a pass's
+
+
+def test_predictions_and_lenses_read_through_edits_of_the_norm_and_the_logits(model):
+    text = [5, 9, 2, 7]
+    with study.patch(model, {"norm": lambda value: -value, "logits": study.scale(2)}):
+        expected = study.trace(model, text, "logits")["logits"][0].softmax(-1)
+        predicted, lens = study.predict(model, text, top=3), study.logit_lens(model, text, top=3)
+        answer = study.log_likelihoods(model, [text[:2]], text[2:])
+    torch.testing.assert_close(predicted.top_probabilities, expected.topk(3).values)
+    torch.testing.assert_close(lens.top_probabilities[-1], expected.topk(3).values)
+    assert answer.item() == pytest.approx((expected[1, 2].log() + expected[2, 7].log()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["norm", "logits"])
+@pytest.mark.parametrize("place", [{"rows": 0}, {"positions": -1}])
+def test_edits_of_some_rows_or_positions_are_refused_where_other_tokens_are_read(model, name, place):
+    with study.patch(model, {name: study.zero().at(**place)}):
+        study.trace(model, [5, 9, 2], "logits")
+        for read in (lambda: study.predict(model, [5, 9, 2]), lambda: study.logit_lens(model, [5, 9, 2])):
+            with pytest.raises(RequestError, match=f"{name} is computed here for other tokens than those of a pass"):
+                read()

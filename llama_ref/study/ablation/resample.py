@@ -23,7 +23,8 @@ class _Resample(Edit):
     def changed(self, value: Tensor, name: str, run: Pass | None) -> Tensor:
         if axes(name)[:2] != ("batch", "position"):
             raise RequestError(f"{name} cannot be resampled: it is not one value for each token")
-        assert run is not None
+        if run is None:
+            raise RequestError(f"{name} is computed here for other tokens than those of a pass: it cannot be resampled")
         pool = self.pool
         if pool is None:
             pool = value.flatten(0, 1) if run.padding is None else value[~run.padding]

@@ -17,9 +17,8 @@ from torch.linalg import vecdot
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.parallel.division import whole_args
-from llama_ref.parallel.pipeline import SentState
 from llama_ref.study.inputs import check_index, check_token, one_each, one_row
-from llama_ref.study.passes.hooks import check_part
+from llama_ref.study.passes.hooks import check_part, read_logits
 from llama_ref.study.texts import Text, Texts, as_texts
 from llama_ref.study.trace import Trace, trace, trace_each
 from llama_ref.study.vision.images import Images
@@ -227,11 +226,11 @@ def _check_points(every: list[str], points: Sequence[str]) -> list[str]:
 
 def _read(model: Transformer, residuals: list[Tensor], last: Tensor, some: slice, target: int | None, read: _Readings) -> None:
     """Fill in some positions of all points; the residuals are (T, D) each."""
-    p_final, negative_entropy = _probabilities(_logits(model, last[some]))  # (t, V), (t,)
+    p_final, negative_entropy = _probabilities(read_logits(model, last[some], is_normed=False))  # (t, V), (t,)
     at_once = max(1, LOGITS_AT_A_TIME // p_final.numel())  # points: with few rows, reading the matrix takes most of the time
     for first in range(0, len(residuals), at_once):
         group = torch.stack([residual[some] for residual in residuals[first : first + at_once]])  # (p, t, D)
-        logits = _logits(model, group)  # (p, t, V)
+        logits = read_logits(model, group, is_normed=False)  # (p, t, V)
         for p, own in enumerate(logits, first):
             for rows, logprobs in _log_probabilities_in_blocks(own):
                 at = slice(some.start + rows.start, some.start + rows.stop)
@@ -327,12 +326,7 @@ def _pieces(n: int, most: int) -> Iterator[slice]:
 
 def log_probabilities(model: Transformer, residual: Tensor) -> Tensor:
     """Apply the final norm and the output matrix: (t, D) -> float32 (t, V)."""
-    return _logits(model, residual).log_softmax(-1)
-
-
-def _logits(model: Transformer, residual: Tensor) -> Tensor:
-    has_norm = not isinstance(model.norm, SentState)  # otherwise the last pipeline stage sends the logits
-    return model.logits(model.norm(residual) if has_norm else residual)
+    return read_logits(model, residual, is_normed=False).log_softmax(-1)
 
 
 def probability_and_rank(logprobs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

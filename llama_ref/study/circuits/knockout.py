@@ -8,7 +8,7 @@ arXiv:2304.14767.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -140,8 +140,8 @@ class _Cut:
         assert run is not None
         if name.endswith("pattern"):  # the softmax of a row of only -inf is NaN
             return value.masked_fill(self.blind, 0)
-        queries = _there("queries", self.queries, run.positions, run)
-        keys = _there("keys", self.keys, torch.arange(value.shape[-1], device=value.device)[None], run)
+        queries = _there("queries", self.queries, run, Pass.at)
+        keys = _there("keys", self.keys, run, lambda own, wanted: _keys_at(own, wanted, value.shape[-1]))
         hidden = queries[:, None, :, None] & keys[:, None, None]  # (B or 1, 1, T, S)
         if self.heads is not None:
             hidden = hidden & self.heads.to(value.device)[:, None, None]
@@ -150,22 +150,29 @@ class _Cut:
         return scores
 
 
-def _there(what: str, wanted: Sequence[Sequence[int]] | None, positions: Tensor, run: Pass) -> Tensor:
-    """Which of the positions (B or 1, n) are wanted: bool (B or 1, n). Raises RequestError."""
+def _there(
+    what: str, wanted: Sequence[Sequence[int]] | None, run: Pass, find: Callable[[Pass, Sequence[int]], Tensor]
+) -> Tensor:
+    """Which positions are wanted, found for each row: bool (B or 1, n). Raises RequestError."""
     if wanted is None:
-        return positions >= 0
-    ends = (run.positions.amax(1) + 1).tolist()  # the end of each row's text, or one for all rows
-    n_rows = max(len(wanted), len(ends))
-    out = torch.zeros(n_rows, positions.shape[1], dtype=torch.bool, device=positions.device)
-    for row in range(n_rows):
-        end, own = ends[row % len(ends)], wanted[row % len(wanted)]
-        if run.cache is None:
-            for position in own:
+        return torch.ones(1, 1, dtype=torch.bool, device=run.positions.device)
+    if run.cache is None:
+        ends = run.ends[:, 0].tolist()
+        for row in range(max(len(wanted), len(ends))):
+            end = ends[row % len(ends)]
+            for position in wanted[row % len(wanted)]:
                 if not -end <= position < end:
                     raise RequestError(f"cannot cut {what} at position {position}: the text has positions 0 to {end - 1}")
-        chosen = torch.tensor([i if i >= 0 else end + i for i in own], dtype=torch.long, device=positions.device)
-        out[row] = torch.isin(positions[row % len(positions)], chosen)
-    return out
+    if len(wanted) == 1:
+        return find(run, wanted[0])
+    return torch.cat([find(run.of_rows(slice(row, row + 1)), own) for row, own in enumerate(wanted)])
+
+
+def _keys_at(run: Pass, wanted: Sequence[int], n_keys: int) -> Tensor:
+    """Which keys are at these positions: bool (B or 1, n_keys)."""
+    chosen = torch.tensor(wanted, dtype=torch.long, device=run.positions.device)
+    places = torch.where(chosen < 0, run.ends + chosen, chosen)  # (B or 1, n)
+    return (torch.arange(n_keys, device=chosen.device)[:, None] == places[:, None]).any(-1)
 
 
 def _for_each(what: str, given: Indices | Sequence[Sequence[int]], n: int) -> list[list[int]]:

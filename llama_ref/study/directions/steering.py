@@ -17,7 +17,7 @@ from llama_ref.model import Transformer
 from llama_ref.parallel.division import whole_args
 from llama_ref.study.directions.extraction import check_direction
 from llama_ref.study.inputs import check_index, one_each
-from llama_ref.study.passes.hooks import check_part
+from llama_ref.study.passes.hooks import check_part, read_logits
 from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.patch import Edit, edit, patch
 from llama_ref.study.texts import Batch, Text, as_texts
@@ -113,7 +113,7 @@ def log_likelihoods(model: Transformer, prompts: Sequence[Text], answers: Text |
         hidden = Batch.from_texts(model, texts[some.start : some.stop]).hidden(model)
         for row, i in enumerate(some):
             n, end = len(after[i]), len(texts[i])
-            logprobs = model.logits(hidden[row, end - n - 1 : end - 1]).log_softmax(-1)  # (n, V)
+            logprobs = read_logits(model, hidden[row, end - n - 1 : end - 1]).log_softmax(-1)  # (n, V)
             found[i] = logprobs.gather(-1, after[i][:, None].to(logprobs.device)).sum().cpu()
     return found
 

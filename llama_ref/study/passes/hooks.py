@@ -6,12 +6,13 @@ model's instances, not of its classes, and see only passes of the thread that in
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -22,7 +23,7 @@ from llama_ref.kv_cache import KVCache
 from llama_ref.machine.waiting import interrupt_held
 from llama_ref.model import Attention, Context, FeedForward, Transformer, TransformerBlock, attend, rotate
 from llama_ref.parallel.division import division_of
-from llama_ref.parallel.pipeline import LogitsForAll
+from llama_ref.parallel.pipeline import LogitsForAll, SentState
 from llama_ref.parallel.tensor import RowParallelLinear
 from llama_ref.study.names import LAYER_AXES, all_names, is_of_an_image
 from llama_ref.study.passes.parts import Parts
@@ -57,11 +58,37 @@ class Pass:
         self.is_read = True
         self.ends_in_attention = False
 
+        self.prompt_ends: Tensor | None = None  # (B, 1), of prompts whose generation is studied
+        if self.cache is not None and self.cache.prompt_ends is not None:
+            self.prompt_ends = torch.tensor(self.cache.prompt_ends, device=self.positions.device)[:, None]
+        if self.cache is not None and self.cache.padded_from is not None:
+            padding = self.positions >= torch.tensor(self.cache.padded_from, device=self.positions.device)[:, None]
+            if padding.any():
+                self.mark_padding(padding)
+
     def mark_padding(self, padding: Tensor) -> None:
         """Mark the positions that are padding, before any value is visited."""
         self.padding = padding
         self.tokens = self.tokens.masked_fill(padding, -1)
         self.positions = self.positions.expand(padding.shape).masked_fill(padding, -1)
+
+    @property
+    def ends(self) -> Tensor:
+        """Where each row's text ends: (B or 1, 1). A prompt that is read in pieces does not end with a piece."""
+        seen = self.positions.amax(1, keepdim=True) + 1
+        return seen if self.prompt_ends is None else self.prompt_ends.maximum(seen)
+
+    def at(self, wanted: Sequence[int]) -> Tensor:
+        """Which tokens are at these positions: bool (B or 1, T).
+
+        -1 is the last token of each row's text: of a prompt its last token, and every generated one, which
+        was the last when it was added. (Speculative decoding adds several in one pass.)
+        """
+        chosen = torch.tensor(wanted, dtype=torch.long, device=self.positions.device)
+        ends = self.ends if self.prompt_ends is None else self.prompt_ends
+        places = torch.where(chosen < 0, ends + chosen, chosen)  # (B or 1, n)
+        found = (self.positions[:, :, None] == places[:, None]).any(-1) & (self.positions >= 0)
+        return found | (self.positions >= ends) if -1 in wanted else found
 
     def of_rows(self, rows: slice) -> "Pass":
         """The pass, limited to some of its texts."""
@@ -69,6 +96,7 @@ class Pass:
         own.tokens = self.tokens[rows]
         own.positions = self.positions if len(self.positions) == 1 else self.positions[rows]
         own.padding = None if self.padding is None else self.padding[rows]
+        own.prompt_ends = None if self.prompt_ends is None else self.prompt_ends[rows]
         return own
 
 
@@ -140,6 +168,23 @@ def check_part(model: Transformer) -> None:
     is_split = any(isinstance(module, RowParallelLinear | LogitsForAll) for module in model.modules())
     if is_split and not division_of(model).job.is_parallel:  # a part of an unknown model
         raise RequestError(SPLIT)
+
+
+def read_logits(model: Transformer, states: Tensor, *, is_normed: bool = True) -> Tensor:
+    """Logits of states of any tokens, before or after the final norm: (…, D) -> float32 (…, V).
+
+    Edits of `norm` and `logits` apply, and raise RequestError if they are limited to rows or positions.
+    """
+    hooks = _attached.get(model)
+    if hooks is not None:
+        hooks.local.is_outside = True
+    try:
+        if not is_normed and not isinstance(model.norm, SentState):  # else the last pipeline stage sends the logits
+            states = model.norm(states)
+        return model.logits(states)
+    finally:
+        if hooks is not None:
+            hooks.local.is_outside = False
 
 
 class Attached:
@@ -240,17 +285,25 @@ class Attached:
     def _see_part(self, parts: Parts, name: str, value: Tensor) -> Tensor:
         """Pass a value of a model that is split across processes through the visitors, whole; return this process's part."""
         whole = parts.whole(name, value)
-        edited = self._visited((visitor for visitor in self.watching(name) if visitor.edits), name, whole)
-        if edited is not whole:
-            edited = parts.agreed(edited)
-            value = parts.part(name, edited)
-        self._record(parts.show(name, edited))
+        editors = [visitor for visitor in self.watching(name) if visitor.edits]
+        if editors:
+            with parts.failing_later():
+                whole = self._visited(editors, name, whole)
+            whole = parts.agreed(whole)
+            value = parts.part(name, whole)
+        self._record(parts.show(name, whole))
         return value
 
     def _record(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Show whole values of a model that is split across processes to the recorders."""
         for name, value in values:
             self._visited((visitor for visitor in self.watching(name) if not visitor.edits), name, value)
+
+    def _fail_together(self, parts: Parts) -> None:
+        """Raise an edit's error in all processes."""
+        thread = threading.get_ident()
+        if any(visitor.edits for owner, visitor in self.visitors if owner == thread):
+            parts.fail_together()
 
     def watching_steps(self, where: str) -> list[Visitor]:
         """This thread's visitors that want an attention's scores or pattern."""
@@ -348,12 +401,13 @@ class Attached:
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         out = _class_forward(module, x)
         if not getattr(self.local, "in_pass", False):  # a direct call of the norm
-            return out
+            return self._see_outside("norm", out) if getattr(self.local, "is_outside", False) else out
         if self.parts is None or self.parts.job.share.is_last_stage:
             out = self.see("norm", out)
+        self.local.in_pass = False
         if self.parts:
             self._record(self.parts.end())
-        self.local.in_pass = False
+            self._fail_together(self.parts)
         # Generation computes logits only at some positions; recorders get all, computed here.
         recorders = [visitor for visitor in self.watching("logits") if not visitor.edits]
         if recorders:
@@ -366,14 +420,33 @@ class Attached:
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         out = _class_forward(module, x)
         editors = [visitor for visitor in self.watching("logits") if visitor.edits]
-        if not editors or not hasattr(self.local, "run"):
+        if not editors:
             return out
         logits = out.float()
+        if getattr(self.local, "is_outside", False) or not hasattr(self.local, "run"):
+            return self._see_outside("logits", logits)
         one_position = logits.dim() == 2  # (B, V)
         logits = logits[:, None] if one_position else logits
-        for visitor in editors:
-            logits = visitor.visit("logits", logits, self.local.run)
+        if self.parts:
+            with self.parts.failing_later():
+                logits = self._visited(editors, "logits", logits)
+            logits = self.parts.agreed(logits, by_all_stages=True)
+            self._fail_together(self.parts)
+        else:
+            logits = self._visited(editors, "logits", logits)
         return logits[:, 0] if one_position else logits
+
+    def _see_outside(self, name: str, value: Tensor) -> Tensor:
+        """Edit values (…, n) that are not those of a pass, as if they were one text's."""
+        editors = [visitor for visitor in self.watching(name) if visitor.edits]
+        if not editors:
+            return value
+        edited = value.reshape(1, -1, value.shape[-1])
+        for visitor in editors:
+            edited = visitor.visit(name, edited, None)
+        if self.parts:
+            edited = self.parts.agreed(edited, by_all_stages=name == "logits")
+        return edited.view_as(value)
 
 
 class _Forward:

@@ -7,12 +7,14 @@ stage waits for another.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.parallel.agreement import digest
 from llama_ref.parallel.division import division_of
@@ -29,10 +31,11 @@ class Parts:
         self.args, self.job = self.division.args, self.division.job
         self.device = model.device
         self._kept: dict[str, Tensor] = {}  # this stage's values of the pass
+        self._failure: Exception | None = None  # of an edit in this process
 
     def begin(self, tokens: Tensor, names: Sequence[str]) -> None:
         """Start a pass. Raises JobError unless all processes run the same ids and want the same names."""
-        self._kept = {}
+        self._kept, self._failure = {}, None
         ids = digest(tokens.cpu().numpy().tobytes())
         facts = {"the tokens": f"{tuple(tokens.shape)} (digest {ids})", "the names of activations": ", ".join(names)}
         self.job.check_same("a pass that is studied", facts)
@@ -68,9 +71,28 @@ class Parts:
             return self._all_key_heads(value, dim, group)
         return gathered(value, part_sizes(self._total(name), group), group, dim)
 
-    def agreed(self, edited: Tensor) -> Tensor:
-        """The first process's edited value: an edit may be random."""
-        group = self.job.tensor_group
+    @contextmanager
+    def failing_later(self) -> Iterator[None]:
+        """Keep an edit's error until `fail_together`: the other processes and stages wait for this one in the pass."""
+        try:
+            yield
+        except Exception as error:
+            self._failure = self._failure or error
+
+    def fail_together(self) -> None:
+        """Raise the error of an edit: this process's own, or RequestError for another's. All processes call this."""
+        own, self._failure = self._failure, None
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if own is None else f"{type(own).__name__}: {own}")
+        if own is not None:
+            raise own
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RequestError(f"an edit failed in process {rank}: {message}")
+
+    def agreed(self, edited: Tensor, *, by_all_stages: bool = False) -> Tensor:
+        """The first process's edited value, of a stage or of all: an edit may be random."""
+        group = dist.group.WORLD if by_all_stages else self.job.tensor_group
         if group is None:
             return edited
         edited = edited.clone(memory_format=torch.contiguous_format)  # the caller may keep the tensor that an edit returns

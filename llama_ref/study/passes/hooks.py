@@ -57,12 +57,17 @@ class Pass:
         self.layers: range | None = None
         self.is_read = True
         self.ends_in_attention = False
+        self.prompt_ends: Tensor | None = None  # (B, 1): where the prompts end whose continuation is generated
+        if self.cache is not None:
+            self._ask(self.cache)
 
-        self.prompt_ends: Tensor | None = None  # (B, 1), of prompts whose generation is studied
-        if self.cache is not None and self.cache.prompt_ends is not None:
-            self.prompt_ends = torch.tensor(self.cache.prompt_ends, device=self.positions.device)[:, None]
-        if self.cache is not None and self.cache.padded_from is not None:
-            padding = self.positions >= torch.tensor(self.cache.padded_from, device=self.positions.device)[:, None]
+    def _ask(self, cache: KVCache) -> None:
+        """Take over what a cache knows of its rows' texts."""
+        device = self.positions.device
+        if cache.prompt_ends is not None:
+            self.prompt_ends = torch.tensor(cache.prompt_ends, device=device)[:, None]
+        if cache.padded_from is not None:
+            padding = self.positions >= torch.tensor(cache.padded_from, device=device)[:, None]
             if padding.any():
                 self.mark_padding(padding)
 

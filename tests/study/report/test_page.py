@@ -125,7 +125,7 @@ def point_at(page: Any, grid: str, x: float, y: float) -> None:
 
 
 def point_at_place(page: Any, chart: str, key: str) -> str:
-    """The card of a chart after a key press."""
+    """The card of a chart or grid after a key press."""
     page.locator(chart).focus()
     page.wait_for_timeout(60)  # scrolling hides the card
     page.keyboard.press(key)
@@ -585,6 +585,40 @@ def test_a_narrow_window_has_nothing_beside_it(open_page, which, request):
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
         page.set_viewport_size({"width": 900, "height": 800})
         page.wait_for_selector('#norms svg:not([viewBox="0 0 368 190"])')  # redrawn for the new width
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    """A page with every optional section of a text, whose names and tokens have no place to break."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    model = Llama.build(tiny_folder(folder / "Tiny"), device="cpu", dtype="float32", max_seq_len=64).model
+    vocabulary = byte_tokenizer(folder / "with_a_long_token")
+    with vocabulary.open("ab") as file:
+        file.write(base64.b64encode(b"W" * 200) + b" 256\n")
+    tokens = [257, 256, *"서울".encode(), *b"withoutspaces", 256]
+    other, metric, over = [*tokens[:-1], 65], study.logit_difference(256, 65), "layer,position,head"
+    exact, estimate = (make(model, tokens, other, metric, over) for make in (study.patch_grid, study.attribution_patch))
+    features = study.open_features(feature_folders.sparsify(folder, model.args.dim, 64, k=5).path)
+    seen = replace(
+        overview(model, tokens, ids=range(257), target=256),
+        features=replace(study.firing(model, features, tokens), name="F" * 200),
+        saliency=study.saliency(model, tokens, 256, other=65, positions=range(1, len(tokens)), steps=2),
+        patched=GridPair(exact, estimate, tokens, other, 256, 65),
+    )
+    write_report(seen, Tokenizer(vocabulary), folder / "page.html", model_name="M" * 300)
+    return folder / "page.html"
+
+
+@pytest.mark.parametrize("width", [400, 1240])
+def test_long_words_do_not_widen_the_page(open_page, unbroken, width):
+    too_wide = """() => [...document.querySelectorAll("main, p, h1, h2, h3, dd, figcaption, .legend, .controls, .card")]
+      .filter((e) => e.checkVisibility() && e.scrollWidth > e.clientWidth && e.clientWidth).map((e) => e.outerHTML)"""
+    with open_page(unbroken, width=width) as page:
+        assert page.evaluate("() => document.documentElement.scrollWidth") == width
+        point_at_place(page, "#exact-grid", "Control+Home")
+        assert "W" * 200 in point_at_place(page, "#exact-grid", "ArrowRight") and page.evaluate(too_wide) == []
+        text = page.locator("#patching-lead").inner_text()
+        assert text.startswith(f"The corrupted text is <|begin_of_text|>│{'W' * 200}│<0xEC>│") and "│s│A. A cell" in text
 
 
 # ---- on paper

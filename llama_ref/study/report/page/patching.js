@@ -8,11 +8,13 @@ function startPatching() {
   const measured = found.other === null ? `${found.measure} of ${found.target}` : `logit of ${found.target} above ${found.other}`;
   const place = found.axes.join(", ").replace(/, (?=\w+$)/, " and ");
   const noisy = found.noise?.map((position) => `${found.text[position]} @${position}`).join(", ");
-  byId("patching-lead").textContent =
-    (noisy ? `Noise on ${noisy} corrupts the text. ` : `The corrupted text is ${found.text.join("│")}. `) +
+  const corrupts = noisy ? [`Noise on ${noisy} corrupts the text. `] : ["The corrupted text is ", ...joined(found.text), ". "];
+  byId("patching-lead").replaceChildren(
+    ...corrupts,
     `A cell takes ${found.activation} of one ${place} from this text’s run, and shows how much of the difference ` +
-    "that restores." +
-    (found.axes.length === 3 ? " One map has the strongest head at each position, another all heads at one token." : "");
+      "that restores." +
+      (found.axes.length === 3 ? " One map has the strongest head at each position, another all heads at one token." : ""),
+  );
   const close = found.correlation === null ? "" : ` Estimate and exact have a correlation of ${number(found.correlation)}.`;
   byId("patching-sum").textContent =
     `The ${measured} is ${number(found.clean, 3)} here and ${number(found.corrupted, 3)} in the corrupted run.${close}`;
@@ -24,6 +26,9 @@ function startPatching() {
     drawLegend(byId("patching-legend"), "restored", scales.linear(1, "100%"));
   });
 }
+
+/** The tokens of a text with │ between them; a line breaks between tokens where it can. */
+const joined = (text) => text.flatMap((token, i) => (i ? ["│", make("wbr"), token] : [token]));
 
 /** The choice of the token whose heads are shown, if the grid has positions and heads. */
 function startPatchingToken({ axes, text }) {

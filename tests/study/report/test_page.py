@@ -5,6 +5,7 @@ Needs Debian's chromium (or Chrome) and the package playwright; without them the
 
 import base64
 import io
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -938,3 +940,31 @@ def test_a_grid_of_positions_and_heads_shows_the_heads_at_the_chosen_token(peake
             str(strongest),
             "7",
         ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_cells_below_0_have_colours_of_their_own(peaked, open_page, tmp_path, scheme):
+    model, tokens, other = peaked.model, peaked.encode("the cat"), peaked.encode("the dog")
+    found = study.patch_grid(model, tokens, other, study.log_probability(115), "layer,head")
+    shares = np.array([[-1.2, -1, -0.5, -0.18], [0, 0.18, 0.5, 1]])
+    exact = replace(found, values=found.corrupted + shares * (found.clean - found.corrupted))
+    pair = GridPair(exact, None, tokens, other, 115, None, measure="log-probability")
+    seen = replace(overview(model, tokens, bos=256, target=115), patched=pair)
+    write_report(seen, peaked.tokenizer, tmp_path / "a.html", model_name="A model")
+    corners = """(canvas) => {
+      const { width, height, clientWidth } = canvas;
+      const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+      return [37, 57].map((y) => [3, 2, 1, 0].map((right) => {
+        const [column, row] = [clientWidth - 64 * right - 6, y].map((at) => Math.floor((at * width) / clientWidth));
+        return [...data.slice(4 * (row * width + column))].slice(0, 3);
+      }));
+    }"""
+    with open_page(tmp_path / "a.html", scheme=scheme) as page:
+        below, above = page.locator("#exact-grid canvas").evaluate(corners)
+        assert below[0] == below[1]  # colours end at -100%
+        assert all(a != b for a, b in itertools.combinations(below[1:] + above, 2))
+        assert all(red > blue for red, _, blue in below) and all(red < blue for red, _, blue in above[1:3])
+        legend = page.locator("#patching-legend")
+        assert legend.inner_text().split() == ["restored", "−100%", "100%"]
+        ends = legend.locator(".ramp").evaluate("(ramp) => getComputedStyle(ramp).backgroundImage.match(/rgb[^)]*[)]/g)")
+        assert [ends[0], ends[-1]] == [f"rgb({', '.join(map(str, rgb))})" for rgb in (below[0], above[3])]

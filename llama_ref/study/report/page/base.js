@@ -122,7 +122,7 @@ function extent(values) {
 
 const themed = [];
 const probe = document.body.appendChild(make("span", { hidden: "" }));
-let ramp = []; // [red, green, blue] of 256 strengths
+let ramp = []; // [red, green, blue] of 511 strengths from -1 to 1
 let pixels = []; // the same colours as ImageData's 32-bit numbers
 
 function colour(name) {
@@ -132,11 +132,11 @@ function colour(name) {
 
 const css = ([red, green, blue]) => `rgb(${red} ${green} ${blue})`;
 
-/** 256 steps from the palest colour of the scale to the strongest. */
+/** 255 steps each way from the palest colour, 0, to the strongest: those below 0 have another hue. */
 function makeRamp() {
-  const stops = range(6).map((i) => colour(`scale-${i}`));
-  ramp = range(256).map((i) => {
-    const at = (i / 255) * (stops.length - 1);
+  const stops = range(11).map((i) => colour(i < 5 ? `below-${5 - i}` : `scale-${i - 5}`));
+  ramp = range(511).map((i) => {
+    const at = (i / 510) * (stops.length - 1);
     const from = Math.min(Math.floor(at), stops.length - 2);
     return stops[from].map((value, c) => Math.round(value + (stops[from + 1][c] - value) * (at - from)));
   });
@@ -144,7 +144,8 @@ function makeRamp() {
 }
 
 const asPixel = ([red, green, blue]) => new Uint32Array(new Uint8Array([red, green, blue, 255]).buffer)[0];
-const shade = (strength) => ramp[Math.round(255 * clamp(strength, 0, 1))];
+const shadeIndex = (strength) => 255 + Math.round(255 * clamp(strength, -1, 1)); // of the ramp
+const shade = (strength) => ramp[shadeIndex(strength)];
 
 /** Black or white, whichever is easier to read on a colour: the contrast is at least 4.5 on any, which needs pure black. */
 function inkOn(rgb) {
@@ -152,9 +153,10 @@ function inkOn(rgb) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
 }
 
-/** How strongly to shade a value, from 0 to 1, and the labels at both ends of the legend. */
+/** How strongly to shade a value, from 0 (or `least`) to 1, and the labels at both ends of the legend. */
 const scales = {
   share: { strength: Math.sqrt, low: "0", high: "100%" },
+  signed: { strength: (value) => value, least: -1, low: "−100%", high: "100%" },
   linear: (high, text) => ({ strength: (value) => value / (high || 1), low: "0", high: text }),
   logarithmic: (low) => ({
     strength: (value) => 1 - Math.log10(Math.max(value, low)) / Math.log10(low),
@@ -165,7 +167,9 @@ const scales = {
 
 function drawLegend(element, text, scale) {
   const bar = make("span", { class: "ramp" });
-  bar.style.background = `linear-gradient(to right, ${range(9).map((i) => css(shade(i / 8))).join(", ")})`;
+  const least = scale.least ?? 0;
+  const shades = range(11).map((i) => css(shade(least + (i / 10) * (1 - least))));
+  bar.style.background = `linear-gradient(to right, ${shades.join(", ")})`;
   element.replaceChildren(text, make("span", {}, scale.low), bar, make("span", {}, scale.high));
 }
 

@@ -7,7 +7,7 @@ const EDGE = 2; // pixels of both borders
 
 class Grid {
   /**
-   * `strength(row, column)` is how strongly a cell is shaded, from 0 to 1, null where there is no number, undefined where
+   * `strength(row, column)` is how strongly a cell is shaded, from -1 to 1, null where there is no number, undefined where
    * there is no cell. `text` is the cell's text, `describe` the card's content, `pick` a click's action, `marked` which row
    * and column are selected. `size(space)` gives a cell's [width, height] in that many pixels.
    */
@@ -119,7 +119,7 @@ class Grid {
       for (const [x, column] of columns.entries()) {
         const strength = this.strongest(row, column);
         if (strength === undefined) continue; // transparent: the panel shows
-        colours[y * columns.length + x] = strength === null ? missing : pixels[Math.round(255 * clamp(strength, 0, 1))];
+        colours[y * columns.length + x] = strength === null ? missing : pixels[shadeIndex(strength)];
       }
     }
     const canvas = new OffscreenCanvas(columns.length, rows.length);
@@ -127,14 +127,14 @@ class Grid {
     return canvas;
   }
 
-  /** The largest strength of the cells in a range, ends excluded. */
+  /** The strength furthest from 0 of the cells in a range, ends excluded. */
   strongest([top, bottom], [left, right]) {
     let best = this.strength(top, left);
     if (bottom - top === 1 && right - left === 1) return best;
     for (let row = top; row < bottom; row++) {
       for (let column = left; column < right; column++) {
         const strength = this.strength(row, column);
-        if (best === undefined || strength > best) best = strength;
+        if (best === undefined || Math.abs(strength) > Math.abs(best)) best = strength;
       }
     }
     return best;

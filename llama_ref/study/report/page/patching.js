@@ -12,7 +12,7 @@ function startPatching() {
   byId("patching-lead").replaceChildren(
     ...corrupts,
     `A cell takes ${found.activation} of one ${place} from this text’s run, and shows how much of the difference ` +
-      "that restores." +
+      "that restores; below 0, it makes the difference larger." +
       (found.axes.length === 3 ? " One map has the strongest head at each position, another all heads at one token." : ""),
   );
   const close = found.correlation === null ? "" : ` Estimate and exact have a correlation of ${number(found.correlation)}.`;
@@ -23,7 +23,7 @@ function startPatching() {
   const grids = Object.keys(MADE).flatMap((name) => (found[name] ? views.map((view) => patchedGrid(name, found, view)) : []));
   onTheme(() => {
     for (const grid of grids) grid.paint();
-    drawLegend(byId("patching-legend"), "restored", scales.linear(1, "100%"));
+    drawLegend(byId("patching-legend"), "restored", scales.signed);
   });
 }
 
@@ -78,6 +78,9 @@ function headsView({ axes, exact, estimate }) {
   };
 }
 
+/** 0.183 -> 18, -0.183 -> −18. */
+const percents = (share) => `${Math.round(100 * share)}`.replace("-", "−");
+
 function patchedGrid(name, found, { id, caption, columns, columnName, cellName, share, whose, pick, marked }) {
   const values = found[name];
   const element = make("div", { class: "grid", id: `${name}-${id}` });
@@ -91,8 +94,8 @@ function patchedGrid(name, found, { id, caption, columns, columnName, cellName, 
     columns,
     rowName: (row) => `${row}`,
     columnName,
-    strength: (row, column) => (restored(row, column) === null ? null : clamp(restored(row, column), 0, 1)),
-    text: (row, column) => (restored(row, column) === null ? "–" : `${Math.round(100 * restored(row, column))}`),
+    strength: (row, column) => (restored(row, column) === null ? null : scales.signed.strength(restored(row, column))),
+    text: (row, column) => (restored(row, column) === null ? "–" : percents(restored(row, column))),
     describe: (row, column) => [
       title(`layer ${row}, ${cellName(column)}`),
       ...Object.keys(MADE).filter((other) => found[other]).map((other) => restores(other, row, column)),

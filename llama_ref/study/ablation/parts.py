@@ -1,7 +1,8 @@
 """The parts of a model that can be ablated, and their activations."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +17,9 @@ from llama_ref.study.patch import Edit
 Over = Literal["heads", "kv_groups", "attention", "feed_forward", "layers", "units"]
 
 KINDS: tuple[Over, ...] = get_args(Over)
+
+# Controls are drawn in this order: after any larger parts, the same number of smaller ones is free.
+FROM_LARGE: tuple[Over, ...] = ("layers", "attention", "feed_forward", "kv_groups", "heads", "units")
 
 
 @dataclass(frozen=True)
@@ -99,22 +103,67 @@ def named_part(args: ModelArgs, name: str) -> Part:
     )
 
 
-def draw_parts(args: ModelArgs, like: list[Part], n: int, seed: int) -> list[list[Part]]:
-    """Draw `n` random sets of other parts, with as many of each kind as `like`. Raises RequestError if there are too few."""
-    generator, taken = torch.Generator("cpu").manual_seed(seed), {part.name for part in like}
-    pools: dict[Over, list[Part]] = {
-        over: [part for part in parts_of(args, over) if part.name not in taken]
-        for over in dict.fromkeys(part.over for part in like)  # in order: the draws depend on it
-    }
-    counts = {over: sum(part.over == over for part in like) for over in pools}
-    for over, count in counts.items():
-        if n and count > len(pools[over]):
-            raise RequestError(f"{count} {over} leave {len(pools[over])} others to draw {count} controls from: choose fewer")
+class Disjoint:
+    """Parts of which no two overlap: none edits another's activation and index, and none lies inside another.
+
+    A head lies inside its kv_group, a group and a head inside the attention, a unit inside the
+    feed-forward layer, and all of them inside their layer.
+    """
+
+    def __init__(self, parts: Iterable[Part] = ()):
+        self._owners: dict[str, dict[int | None, Part]] = {}  # of layers.0.attention or .ffn, by head or unit; None: all
+        for part in parts:
+            self.add(part)
+
+    def overlapping(self, part: Part) -> Part | None:
+        """The first part that overlaps this one, or None."""
+        for name, indices in part.activations.items():
+            owners = self._owners.get(name.rpartition(".")[0], {})
+            for i in list(owners) if indices is None else (None, *indices):
+                if i in owners:
+                    return owners[i]
+        return None
+
+    def add(self, part: Part) -> None:
+        """Add a part that overlaps none."""
+        for name, indices in part.activations.items():
+            owners = self._owners.setdefault(name.rpartition(".")[0], {})
+            owners.update(dict.fromkeys((None,) if indices is None else indices, part))
+
+
+def check_disjoint(parts: Iterable[Part]) -> None:
+    """Raise RequestError if two parts overlap."""
+    taken = Disjoint()
+    for part in parts:
+        if other := taken.overlapping(part):
+            raise RequestError(f"{other.name} and {part.name} overlap: what both contain can be left out once; name only one")
+        taken.add(part)
+
+
+def draw_parts(args: ModelArgs, like: Sequence[Part], n: int, seed: int) -> list[list[Part]]:
+    """Draw `n` random sets of parts, with as many of each kind as `like`. Raises RequestError if there are too few.
+
+    The parts of a set overlap neither those of `like` nor each other.
+    """
+    if not n:
+        return []
+    generator, taken = torch.Generator("cpu").manual_seed(seed), Disjoint(like)
+    counts = {over: count for over in FROM_LARGE if (count := sum(part.over == over for part in like))}
+    pools = {over: [part for part in parts_of(args, over) if not taken.overlapping(part)] for over in counts}
     sets = []
     for _ in range(n):
+        drawn = Disjoint()
         chosen: list[Part] = []
         for over, pool in pools.items():
-            order = torch.randperm(len(pool), generator=generator, device="cpu")[: counts[over]]
-            chosen += [pool[i] for i in order.tolist()]
+            order = torch.randperm(len(pool), generator=generator, device="cpu").tolist()
+            free = (pool[i] for i in order if not drawn.overlapping(pool[i]))
+            found = list(islice(free, counts[over]))
+            if len(found) < counts[over]:
+                raise RequestError(
+                    f"the parts leave {len(found)} other {over} to draw {counts[over]} controls from: choose fewer"
+                )
+            for part in found:
+                drawn.add(part)
+            chosen += found
         sets.append(chosen)
     return sets

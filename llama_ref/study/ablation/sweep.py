@@ -10,7 +10,7 @@ from llama_ref.model import Context, Transformer
 from llama_ref.parallel.division import whole_args
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.ablation.losses import losses_of, mean_and_error, names_of, texts_to_predict
-from llama_ref.study.ablation.parts import Over, Part, check_kind, draw_parts, named_part, parts_of
+from llama_ref.study.ablation.parts import Over, Part, check_disjoint, check_kind, draw_parts, named_part, parts_of
 from llama_ref.study.inputs import check_count
 from llama_ref.study.passes.gradients import gradients
 from llama_ref.study.passes.hooks import Pass, check_model, check_part
@@ -139,10 +139,14 @@ def ablate_together(
 ) -> Joint:
     """Measure the loss of texts without several parts at once, and without `controls` random sets of others.
 
-    Part names are those of a `Sweep`; the other arguments are those of `sweep`. Raises RequestError.
+    Part names are those of a `Sweep`; the other arguments are those of `sweep`. No two parts may overlap,
+    that is, edit the same head or unit, or lie one inside the other, such as `layers.0.heads.1` in
+    `layers.0.attention`, `layers.0.groups.0` and `layers.0`. Controls overlap neither the parts nor, in a set,
+    each other. Raises RequestError.
     """
     check_part(model)
     ids, chosen = texts_to_predict(model, texts), [named_part(whole_args(model), name) for name in names_of(parts)]
+    check_disjoint(chosen)
     sets = [chosen, *draw_parts(whole_args(model), chosen, check_count("controls", controls), seed)]
     streams = Streams.from_texts(model, ids, tokens_that_fit(model, "ffn.hidden", max(map(len, ids))))
     edits = _edits(streams, _names([part for own in sets for part in own]), mean() if edit is None else as_edit(edit))

@@ -1,5 +1,8 @@
 """Ablation sweeps, compared with a transformer in plain PyTorch with hooks; units compared with single runs."""
 
+import itertools
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from llama_ref import study
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.quantization.apply import quantize_model
+from llama_ref.study.ablation.parts import check_disjoint, draw_parts, named_part
 from random_models import grouped_model, random_model
 from study.circuits.plain import all_logits
 
@@ -172,6 +176,60 @@ def test_parts_together_beside_random_others(model):
     torch.testing.assert_close(only.controls[0], other.losses)
 
 
+PARTS_OF_LAYER_0 = {  # the heads and units that each part contains, of four heads in two groups
+    "layers.0": ({0, 1, 2, 3}, {0, 1}),
+    "layers.0.attention": ({0, 1, 2, 3}, set()),
+    "layers.0.ffn": (set(), {0, 1}),
+    "layers.0.groups.0": ({0, 1}, set()),
+    "layers.0.groups.1": ({2, 3}, set()),
+    "layers.0.heads.1": ({1}, set()),
+    "layers.0.heads.2": ({2}, set()),
+    "layers.0.units.0": (set(), {0}),
+    "layers.0.units.1": (set(), {1}),
+    "layers.1": (set(), set()),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.permutations(PARTS_OF_LAYER_0, 2))
+def test_a_head_or_unit_is_left_out_once(model, first, second):
+    """An edit that halves a value would quarter it if two parts applied it."""
+    shared = [a & b for a, b in zip(PARTS_OF_LAYER_0[first], PARTS_OF_LAYER_0[second], strict=True)]
+    if any(shared):
+        with pytest.raises(RequestError, match=f"^{re.escape(first)} and {re.escape(second)} overlap: what both contain can"):
+            study.ablate_together(model, TEXTS, [first, second], study.scale(0.5))
+        return
+    both = study.ablate_together(model, TEXTS, [first, second], study.scale(0.5))
+    assert both.parts == [first, second]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["layers.0.groups.0", "layers.1.heads.0", "layers.1.heads.3"],
+        ["layers.0", "layers.1.attention", "layers.2.ffn", "layers.2.heads.1", "layers.1.units.3"],
+        ["layers.2.heads.0", "layers.2.heads.1", "layers.2.heads.2", "layers.3", "layers.2.units.0"],
+    ],
+)
+def test_controls_overlap_nothing(names):
+    args = grouped_model(layers=5).args
+    chosen = [named_part(args, name) for name in names]
+    sets = draw_parts(args, chosen, 20, 0)
+    for drawn in sets:
+        assert sorted(part.over for part in drawn) == sorted(part.over for part in chosen)
+        check_disjoint([*chosen, *drawn])
+    assert len({tuple(part.name for part in drawn) for drawn in sets}) > 10
+
+
+def test_controls_that_only_just_fit_are_found():
+    args = grouped_model(layers=2).args
+    chosen = [named_part(args, f"layers.0.{name}") for name in ("groups.0", "heads.2", "heads.3")]
+    for drawn in draw_parts(args, chosen, 10, 0):
+        check_disjoint([*chosen, *drawn])
+    more = [*chosen, named_part(args, "layers.1.heads.0")]
+    with pytest.raises(RequestError, match="the parts leave 1 other heads to draw 3 controls from: choose fewer"):
+        draw_parts(args, more, 1, 0)
+
+
 def test_quantized_models_are_swept():
     args = ModelArgs.from_dict(
         {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 30, "multiple_of": 32, "norm_eps": 1e-5}
@@ -212,7 +270,10 @@ def test_units_that_tell_texts_apart():
         (lambda m: study.sweep(m, TEXTS, "units", n_exact=0), "n_exact is 0, expected a whole number from 1"),
         (lambda m: study.ablate_together(m, TEXTS, "layers.0.heads.4"), "no part is called 'layers.0.heads.4'; names are"),
         (lambda m: study.ablate_together(m, TEXTS, "layers.0.mlp"), "no part is called 'layers.0.mlp'"),
-        (lambda m: study.ablate_together(m, TEXTS, ["layers.0", "layers.1"], controls=1), "2 layers leave 0 others"),
+        (
+            lambda m: study.ablate_together(m, TEXTS, ["layers.0", "layers.1"], controls=1),
+            "the parts leave 0 other layers to draw 2",
+        ),
         (lambda m: study.ablate_together(m, TEXTS, []), "parts is .., expected the name of one, such as layers.0.ffn"),
         (lambda m: study.ablate_together(m, TEXTS, ["layers.0"] * 2), "parts has 'layers.0' twice"),
         (lambda m: study.sweep(m, TEXTS, "heads", 0), "an edit is 0, expected a function of a tensor"),

@@ -1,13 +1,19 @@
 """Convert NumPy's and PyTorch's numbers, arrays and tensors to plain Python values."""
 
 from collections.abc import Mapping
-from typing import Any
+from numbers import Integral
+from typing import Any, TypeGuard
 
 
 def plain_number(value: Any) -> Any:
     """A NumPy number or 0-d array or tensor as a Python number; other values unchanged."""
     has_no_dimension = getattr(value, "shape", None) == ()
     return value.item() if has_no_dimension and hasattr(value, "item") else value
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number, Python's or NumPy's, and no bool; int() makes it Python's."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def plain_list(value: Any) -> Any:

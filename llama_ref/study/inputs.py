@@ -3,15 +3,16 @@
 import os
 import re
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.formatting import did_you_mean
 from llama_ref.generation import Llama
 from llama_ref.model import Transformer
+from llama_ref.numbers import is_whole
 from llama_ref.study.passes.hooks import check_part
 from llama_ref.study.texts import Text, as_texts
 from llama_ref.tokenizer import Tokenizer
@@ -35,14 +36,14 @@ def one_row(model: Transformer, tokens: Text) -> Tensor:
 
 def check_token(model: Transformer, token: int) -> int:
     """Return the id. Raises RequestError if it is outside the model's vocabulary."""
-    if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < model.args.vocab_size:
+    if not is_whole(token) or not 0 <= token < model.args.vocab_size:
         raise RequestError(f"token {token!r:.40} is not in the vocabulary, which has ids 0 to {model.args.vocab_size - 1}")
     return int(token)
 
 
 def check_index(what: str, index: int, count: int) -> int:
     """Return the index, counted from 0. Raises RequestError unless -count <= index < count."""
-    if isinstance(index, bool) or not isinstance(index, Integral) or not -count <= index < count:
+    if not is_whole(index) or not -count <= index < count:
         expected = f"a whole number from 0 to {count - 1}" if count > 1 else "0"
         raise RequestError(f"{what} is {index!r:.40}, expected {expected}")
     return int(index) % count
@@ -50,9 +51,16 @@ def check_index(what: str, index: int, count: int) -> int:
 
 def check_count(what: str, given: int, least: int = 0) -> int:
     """Return the number. Raises RequestError unless it is a whole number of at least `least`."""
-    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+    if not is_whole(given) or given < least:
         raise RequestError(f"{what} is {given!r:.40}, expected a whole number from {least}")
-    return given
+    return int(given)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A random number generator on the CPU. Raises RequestError unless `seed` is a whole number of at most 64 bits."""
+    if not is_whole(seed) or not -(1 << 63) <= int(seed) < 1 << 64:
+        raise RequestError(f"seed is {seed!r:.40}, expected a whole number of at most 64 bits")
+    return torch.Generator("cpu").manual_seed(int(seed))
 
 
 def one_each(what: str, given: T | Sequence[T], n: int) -> list[T]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.numbers import is_whole
 from llama_ref.parallel.division import whole_args
 from llama_ref.study.names import SCORES, axes, broadcastable, is_of_an_image, matching
 from llama_ref.study.passes.hooks import Pass, attached, check_part
@@ -286,7 +287,7 @@ class _Editor:
 
 def _indices(what: str, given: Indices) -> tuple[int, ...]:
     found = (given,) if isinstance(given, Integral) else given
-    if not isinstance(found, Sequence) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in found):
+    if not isinstance(found, Sequence) or not all(map(is_whole, found)):
         raise RequestError(f"{what} is {given!r:.60}, expected a whole number or a list of them")
     return tuple(int(i) for i in found)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
-from llama_ref.study.inputs import check_count
+from llama_ref.study.inputs import check_count, seeded
 from llama_ref.study.passes.hooks import check_part
 from llama_ref.study.texts import Text, as_texts
 from llama_ref.study.trace import trace_each
@@ -54,7 +54,7 @@ def contrast_units(
     halves = []
     for which, given in (("texts", texts), ("others", others)):
         values = _activity(model, given, at, which)
-        order = torch.randperm(len(values), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        order = torch.randperm(len(values), generator=seeded(seed), device="cpu")
         halves.append((values[order[::2]], values[order[1::2]]))
     (ours, our_rest), (theirs, their_rest) = halves
     return UnitContrast(ours.mean(0) - theirs.mean(0), _welch(ours, theirs), _welch(our_rest, their_rest))

@@ -11,6 +11,7 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
 from llama_ref.formatting import did_you_mean
+from llama_ref.study.inputs import seeded
 from llama_ref.study.passes.hooks import Pass
 from llama_ref.study.patch import Edit
 
@@ -147,7 +148,7 @@ def draw_parts(args: ModelArgs, like: Sequence[Part], n: int, seed: int) -> list
     """
     if not n:
         return []
-    generator, taken = torch.Generator("cpu").manual_seed(seed), Disjoint(like)
+    generator, taken = seeded(seed), Disjoint(like)
     counts = {over: count for over in FROM_LARGE if (count := sum(part.over == over for part in like))}
     pools = {over: [part for part in parts_of(args, over) if not taken.overlapping(part)] for over in counts}
     sets = []

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.errors import RequestError
+from llama_ref.numbers import is_whole
 from llama_ref.study.names import axes
 from llama_ref.study.passes.hooks import Pass
 from llama_ref.study.patch import Edit
@@ -44,8 +45,8 @@ def resample(seed: int = 0) -> Edit:
 
     The draws for a text depend only on the seed and the text's ids.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_whole(seed):
         raise RequestError(f"seed is {seed!r:.40}, expected a whole number")
     if abs(seed) >= 1 << 62:
         raise RequestError(f"seed is {seed!r:.40}, expected a number of at most 62 bits")
-    return _Resample(lambda value, name: value, seed=seed)
+    return _Resample(lambda value, name: value, seed=int(seed))

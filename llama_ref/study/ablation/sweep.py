@@ -11,7 +11,7 @@ from llama_ref.parallel.division import whole_args
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.ablation.losses import losses_of, mean_and_error, names_of, texts_to_predict
 from llama_ref.study.ablation.parts import Over, Part, check_disjoint, check_kind, draw_parts, named_part, parts_of
-from llama_ref.study.inputs import check_count
+from llama_ref.study.inputs import check_count, seeded
 from llama_ref.study.passes.gradients import gradients
 from llama_ref.study.passes.hooks import Pass, check_model, check_part
 from llama_ref.study.passes.layer_window import layer_window
@@ -106,17 +106,17 @@ def sweep(
     """
     check_part(model)
     ids, wanted = texts_to_predict(model, texts), mean() if edit is None else as_edit(edit)
-    check_count("n_exact", n_exact, 1)
-    check_count("controls", controls)
+    n_exact, controls = check_count("n_exact", n_exact, 1), check_count("controls", controls)
     if check_kind(over) != "units":
         parts = parts_of(whole_args(model), over)
         return Sweep(over, [part.name for part in parts], *_losses(model, ids, parts, wanted, progress))
     check_model(model)  # for its gradients
+    generator = seeded(seed)
     estimated = _estimate_units(model, ids, wanted)
     units = parts_of(whole_args(model), "units")
     order = estimated.flatten().abs().argsort(descending=True, stable=True).tolist()
     rest = torch.tensor(order[n_exact:], device="cpu")
-    drawn = torch.randperm(len(rest), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:controls]
+    drawn = torch.randperm(len(rest), generator=generator, device="cpu")[:controls]
     groups = [order[:n_exact], rest[drawn].tolist()]
     parts = [units[i] for group in groups for i in sorted(group)]
     losses, whole = _losses(model, ids, parts, wanted, progress)

@@ -17,8 +17,9 @@ from torch import Tensor
 from llama_ref.errors import RequestError
 from llama_ref.formatting import human_bytes
 from llama_ref.model import Transformer
+from llama_ref.numbers import is_whole
 from llama_ref.parallel.division import whole_args
-from llama_ref.study.inputs import check_index, check_token, one_row
+from llama_ref.study.inputs import check_index, check_token, one_row, seeded
 from llama_ref.study.report.packing import watch_patterns
 from llama_ref.study.trace import trace
 from llama_ref.study.vision.images import Images
@@ -101,10 +102,10 @@ def repeated_tokens(
 
     The ids are drawn from `ids` (default: the whole vocabulary).
     """
-    if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 2:
+    if not is_whole(n_tokens) or n_tokens < 2:
         raise RequestError(f"n_tokens is {n_tokens!r:.40}, expected a whole number of 2 or more")
     pool = torch.arange(model.args.vocab_size, device="cpu") if ids is None else _pool(ids)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = seeded(seed)
     drawn = pool[torch.randint(len(pool), (n_tokens,), generator=generator, device="cpu")]
     before = torch.tensor([] if bos is None else [check_token(model, bos)], dtype=drawn.dtype, device="cpu")
     return one_row(model, torch.cat((before, drawn, drawn)))

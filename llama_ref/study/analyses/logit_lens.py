@@ -16,6 +16,7 @@ from torch.linalg import vecdot
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.numbers import is_whole
 from llama_ref.parallel.division import whole_args
 from llama_ref.study.inputs import check_index, check_token, one_each, one_row
 from llama_ref.study.passes.hooks import check_part, read_logits
@@ -144,7 +145,7 @@ def logit_lenses(
     check_part(model)
     rows = as_texts(model, texts)
     at = [_check_positions(positions, len(row)) for row in rows]
-    check_top(model, top)
+    top = check_top(model, top)
     wanted = [None if target is None else check_token(model, target) for target in one_each("targets", targets, len(rows))]
     every = residual_points(whole_args(model).n_layers)
     if lens is not None:
@@ -283,7 +284,7 @@ class Predictions:
 def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5, *, images: Images | None = None) -> Predictions:
     """Predict every token of a sequence, in one pass; `images` as in `trace`. Raises RequestError."""
     row = one_row(model, tokens)
-    check_top(model, top)
+    top = check_top(model, top)
     last = residual_points(whole_args(model).n_layers)[-1]
     residual = trace(model, row, [last], images=images)[last][0]  # (T, D)
     following = torch.cat((row[0, 1:], row[0, :1]))  # (T,) the token after each; the last has none, so any id will do
@@ -307,10 +308,11 @@ def predict(model: Transformer, tokens: Sequence[int] | Tensor, top: int = 5, *,
 # ---- from residuals to probabilities, a few positions at a time
 
 
-def check_top(model: Transformer, top: int) -> None:
-    """Raise RequestError unless `top` is from 1 to the size of the vocabulary."""
-    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= model.args.vocab_size:
+def check_top(model: Transformer, top: int) -> int:
+    """Return the number. Raises RequestError unless it is from 1 to the size of the vocabulary."""
+    if not is_whole(top) or not 1 <= top <= model.args.vocab_size:
         raise RequestError(f"top is {top!r:.40}, expected a whole number from 1 to {model.args.vocab_size}")
+    return int(top)
 
 
 def position_chunks(model: Transformer, n: int) -> Iterator[slice]:

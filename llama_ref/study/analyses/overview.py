@@ -97,7 +97,7 @@ def overview(
     check_model(model)
     row = one_row(model, tokens)
     _check_length(row.shape[1])
-    check_top(model, top)
+    top = check_top(model, top)
     target = None if target is None else check_token(model, target)
     every = residual_points(model.args.n_layers)
     ends = [every[p] for p in block_ends(every)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.numbers import is_whole
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.analyses.logit_lens import LOGITS_AT_A_TIME
 from llama_ref.study.directions.extraction import check_direction
@@ -257,9 +258,9 @@ def _check_method(method: str) -> Method:
 
 def check_steps(steps: int) -> int:
     """Return the number of steps. Raises RequestError unless it is from 1 to 10,000."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
+    if not is_whole(steps) or not 1 <= steps <= 10_000:
         raise RequestError(f"steps is {steps!r:.40}, expected a whole number from 1 to 10,000")
-    return steps
+    return int(steps)
 
 
 def _check_measure(of: str | None, n_tokens: int, other: int | None) -> Measure:

@@ -69,7 +69,7 @@ def composition(
     number. Raises RequestError.
     """
     check_model(model)
-    check_distance(distance)
+    distance = check_distance(distance)
     H, n_layers = model.args.n_heads, model.args.n_layers
     chosen = sorted({check_index("layer", layer, n_layers) for layer in (range(n_layers) if layers is None else layers)})
     counter = ProgressCounter(len(chosen), progress)

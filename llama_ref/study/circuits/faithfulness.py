@@ -81,7 +81,7 @@ def circuit_curve(
         return found
 
     kept, removed = [run(mask) for mask in masks], [run(scores.mask & ~mask) for mask in masks]
-    return CircuitCurve(list(sizes), kept, removed, run(scores.mask), run(torch.zeros_like(scores.mask)))
+    return CircuitCurve([int(n) for n in sizes], kept, removed, run(scores.mask), run(torch.zeros_like(scores.mask)))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llama_ref.args import ModelArgs
 from llama_ref.errors import RequestError
+from llama_ref.numbers import is_whole
 
 
 def sender_names(args: ModelArgs) -> list[str]:
@@ -155,5 +156,5 @@ def port_of(receiver: str) -> str:
 
 
 def _check_count(n: int, most: int, what: str) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= most:
+    if not is_whole(n) or not 0 <= n <= most:
         raise RequestError(f"n is {n!r:.40}, expected a number of {what} from 0 to {most}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer, rope_frequencies, rope_rotations, rotate
+from llama_ref.numbers import is_whole
 from llama_ref.study.analyses.attribution import matrix
 from llama_ref.study.circuits.runs import by_heads
 
@@ -51,9 +52,9 @@ def turned(model: Transformer, q: Tensor, distance: int) -> Tensor:
 
 def check_distance(distance: int) -> int:
     """Return the distance. Raises RequestError unless it is a whole number from 0."""
-    if isinstance(distance, bool) or not isinstance(distance, int) or distance < 0:
+    if not is_whole(distance) or distance < 0:
         raise RequestError(f"distance is {distance!r:.40}, expected how many tokens a query comes after its key, from 0")
-    return distance
+    return int(distance)
 
 
 def vocabulary_rows(module: nn.Module, rows: slice) -> Tensor:

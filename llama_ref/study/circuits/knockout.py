@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.numbers import is_whole
 from llama_ref.parallel.division import whole_args
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.inputs import check_index, one_each
@@ -94,9 +95,9 @@ def cut_windows(
     with the windows done and their number. Raises RequestError.
     """
     check_part(model)
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+    if not is_whole(width) or width < 1:
         raise RequestError(f"width is {width!r:.40}, expected a number of layers from 1")
-    ids, n_layers = as_texts(model, texts), whole_args(model).n_layers
+    width, ids, n_layers = int(width), as_texts(model, texts), whole_args(model).n_layers
     measured = one_each("metrics", metrics, len(ids))
     own_queries, own_keys = _for_each("queries", queries, len(ids)), _for_each("keys", keys, len(ids))
     windows = [range(max(0, i), min(i + width, n_layers)) for i in range(-(width // 2), n_layers - width // 2)]
@@ -198,6 +199,6 @@ def _head_mask(model: Transformer, heads: Indices | None) -> Tensor | None:
 
 def _indices(what: str, given: Indices) -> list[int]:
     found = [given] if isinstance(given, Integral) else given
-    if not isinstance(found, Sequence) or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in found):
+    if not isinstance(found, Sequence) or not all(map(is_whole, found)):
         raise RequestError(f"{what} is {given!r:.60}, expected a whole number or a list of them")
     return [int(i) for i in found]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llama_ref.checkpoint.formats.safetensors import REFETCH, map_safetensors
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.numbers import plain_number
 from llama_ref.study.datasets.collection import DTYPES, Shard, read_index
 from llama_ref.study.inputs import check_index
 
@@ -131,7 +132,8 @@ class Collected:
         kept, length = self._index.positions[text], self._index.lengths[text]
         if positions is None:
             return list(range(len(kept)))
-        wanted = [positions] if isinstance(positions, int) else positions
+        given = plain_number(positions)
+        wanted = [given] if isinstance(given, int) else given
         each = [check_index("position", position, length) for position in wanted]
         absent = [position for position in each if position not in kept]
         if absent:

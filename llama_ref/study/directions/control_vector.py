@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.numbers import is_whole
 from llama_ref.study.directions.extraction import check_direction
 
 ARCHITECTURE = "controlvector"
@@ -26,7 +27,7 @@ def write_control_vector(path: str | Path, directions: Mapping[int, Tensor], mod
     if not isinstance(directions, Mapping) or not directions:
         raise RequestError(f"directions is {directions!r:.40}, expected one for each layer, such as {{12: direction}}")
     for layer in directions:
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+        if not is_whole(layer) or layer < 1:
             raise RequestError(f"directions has layer {layer!r:.40}, expected 1 or above: llama.cpp adds none after layer 0")
     first = next(iter(directions.values()))
     dim = first.numel() if isinstance(first, Tensor) else 0

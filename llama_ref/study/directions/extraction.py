@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.errors import RequestError
+from llama_ref.numbers import is_whole
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def principal_components(rows: Tensor, n: int = 1) -> Components:
     """
     rows = check_rows("rows", rows)
     most = min(len(rows) - 1, rows.shape[1])
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
+    if not is_whole(n) or not 1 <= n <= most:
         raise RequestError(f"n is {n!r:.40}, expected 1 to {most} for {len(rows)} rows of {rows.shape[1]} numbers")
     _, values, directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
     variance = values.square()

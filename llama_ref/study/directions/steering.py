@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.numbers import plain_number
 from llama_ref.parallel.division import whole_args
 from llama_ref.study.directions.extraction import check_direction
 from llama_ref.study.inputs import check_index, one_each
@@ -81,7 +82,8 @@ def _by_layer(
     """The direction of every layer that gets one. Raises RequestError."""
     if layers is None and not isinstance(direction, Mapping):
         raise RequestError("layers is missing: after which layers should the direction be added?")
-    wanted = list(direction) if layers is None else [layers] if isinstance(layers, int) else layers
+    given = plain_number(layers)
+    wanted = list(direction) if given is None else [given] if isinstance(given, int) else given
     if isinstance(wanted, str) or not isinstance(wanted, Sequence) or not wanted:
         raise RequestError(f"layers is {layers!r:.60}, expected a layer or a list of them")
     found = {}

@@ -56,8 +56,7 @@ def top_contexts(
     was not collected.
     """
     numbers = chosen_features(features, chosen)
-    for what, value, least in (("n", n, 1), ("before", before, 0), ("after", after, 0)):
-        check_count(what, value, least)
+    n, before, after = check_count("n", n, 1), check_count("before", before), check_count("after", after)
     best: list[list[tuple[float, int, Context]]] = [[] for _ in numbers]
     n_texts, blocks = _collected(features, texts) if isinstance(texts, Collected) else _run(features, texts, model)
     counter = ProgressCounter(n_texts, progress)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llama_ref.errors import RequestError
+from llama_ref.numbers import plain_number
 from llama_ref.study.features.active import Active
 from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
@@ -214,7 +215,8 @@ def chosen_features(features: Features, given: int | Sequence[int]) -> list[int]
             of_all if isinstance(features, CrossLayerTranscoder) else f"{features!r:.40}, expected what open_features returns"
         )
         raise RequestError(f"features is {what}")
-    each = [given] if isinstance(given, int) else given
+    one = plain_number(given)
+    each = [one] if isinstance(one, int) else given
     if isinstance(each, str) or not isinstance(each, Sequence) or not each:
         raise RequestError(f"features are {given!r:.60}, expected the number of one, or a list of them")
     found = [check_index("feature", one, len(features)) for one in each]

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from llama_ref.errors import CheckpointError, RequestError
+from llama_ref.numbers import is_whole
 from llama_ref.study.features.activations import TopK
 from llama_ref.study.features.cross_layer import CrossLayerTranscoder
 from llama_ref.study.features.dictionary import Features
@@ -95,9 +96,11 @@ def open_dictionary(
 
 
 def _positive(k: int | None) -> int | None:
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+    if k is None:
+        return None
+    if not is_whole(k) or k < 1:
         raise RequestError(f"k is {k!r:.40}, expected a positive whole number")
-    return k
+    return int(k)
 
 
 def _check_used(k: int | None, features: Features) -> None:

@@ -65,7 +65,7 @@ def measure_reconstruction(
     of another model, or one layer of a cross-layer transcoder.
     """
     features.check(model)
-    check_count("skip", skip)
+    skip = check_count("skip", skip)
     ids = as_texts(model, texts)
     if min(map(len, ids)) < skip + 2:
         raise RequestError(f"a text has {min(map(len, ids))} tokens, expected {skip + 2} or more: one to read, one to predict")

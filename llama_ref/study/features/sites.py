@@ -87,7 +87,7 @@ class Claims:
 def claims_of(layer: int | None, site: str | None) -> Claims:
     """The caller's claims. Raises RequestError for a layer that is not a whole number from 0, or an unknown site."""
     if layer is not None:
-        check_count("layer", layer)
+        layer = check_count("layer", layer)
     if site is not None and site not in ENDINGS:
         raise RequestError(f"site is {site!r:.60}, expected one of {', '.join(ENDINGS)}")
     return Claims({} if layer is None else {"the caller": layer}, {} if site is None else {"the caller": site})

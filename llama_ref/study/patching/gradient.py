@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.numbers import is_whole
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.inputs import one_row
 from llama_ref.study.names import LAYER_AXES
@@ -127,9 +128,9 @@ def path_shares(steps: int | None) -> list[float]:
     """The points between corrupted (0) and clean (1) at which gradients are taken: midpoints of equal parts."""
     if steps is None:
         return [0.0]
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not is_whole(steps) or steps < 1:
         raise RequestError(f"steps is {steps!r:.40}, expected a whole number from 1; leave it out for one gradient")
-    return [(i + 0.5) / steps for i in range(steps)]
+    return [(i + 0.5) / int(steps) for i in range(int(steps))]
 
 
 def gradient_of(total: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:

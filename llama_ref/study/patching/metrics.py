@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.numbers import is_whole
 from llama_ref.study.texts import Batch
 
 Metric = Callable[[Tensor], Tensor]  # logits (n, V) after the last token -> (n,)
@@ -58,6 +59,6 @@ def _apply(metric: Metric, logits: Tensor) -> Tensor:
 
 
 def _check_token(token: int, logits: Tensor) -> int:
-    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < logits.shape[-1]:
+    if not is_whole(token) or not 0 <= token < logits.shape[-1]:
         raise RequestError(f"the metric's token is {token!r:.40}; the vocabulary has 0 to {logits.shape[-1] - 1}")
-    return token
+    return int(token)

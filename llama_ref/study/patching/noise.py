@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
+from llama_ref.numbers import is_whole
 from llama_ref.parallel.division import division_of
 from llama_ref.study.inputs import check_index
 
@@ -54,17 +55,13 @@ def noise(positions: int | Sequence[int], scale: float = 3.0, seeds: int | Seque
     from 0, or a list of them. Raises RequestError for other values.
     """
     chosen = (positions,) if isinstance(positions, Integral) else positions
-    drawn = range(int(seeds)) if isinstance(seeds, Integral) and not isinstance(seeds, bool) else seeds
+    drawn = range(int(seeds)) if is_whole(seeds) else seeds
     for what, given in (("positions", chosen), ("seeds", drawn)):
-        if not isinstance(given, Sequence) or not given or not all(map(_is_whole, given)):
+        if not isinstance(given, Sequence) or not given or not all(map(is_whole, given)):
             raise RequestError(f"{what} is {given!r:.60}, expected a whole number or a list of them, at least one")
     if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 < scale < float("inf"):
         raise RequestError(f"scale is {scale!r:.40}, expected a number above 0")
     return Noise(tuple(int(i) for i in chosen), float(scale), tuple(int(seed) for seed in drawn))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.linalg import vecdot
 from llama_ref.errors import RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.analyses.logit_lens import log_probabilities, position_chunks
-from llama_ref.study.inputs import check_count
+from llama_ref.study.inputs import check_count, seeded
 from llama_ref.study.passes.gradients import gradients
 from llama_ref.study.trace import trace_each
 
@@ -113,7 +113,7 @@ def translated(residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def batches(texts: Sequence[Tensor], n_tokens: int, seed: int) -> Iterator[list[Tensor]]:
     """Yield batches of texts with at least `n_tokens` tokens together, endlessly: all texts in random order, repeatedly."""
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = seeded(seed)
     batch: list[Tensor] = []
     while True:
         for i in torch.randperm(len(texts), generator=generator, device="cpu").tolist():

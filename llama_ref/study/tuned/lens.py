@@ -18,6 +18,7 @@ from llama_ref.model import Transformer
 from llama_ref.parallel.division import whole_args
 from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.analyses.logit_lens import layer_ends
+from llama_ref.study.inputs import seeded
 from llama_ref.study.passes.hooks import check_model, check_part
 from llama_ref.study.texts import Text, as_texts
 from llama_ref.study.tuned.files import Stored, check_target, read_folder, write_folder
@@ -158,5 +159,5 @@ def _split(rows: list[Tensor], held_out: float, seed: int) -> tuple[list[Tensor]
     if n_scored >= len(rows):
         found = f"{len(rows)} text{'s' if len(rows) > 1 else ''}"
         raise RequestError(f"cannot score {share:.0%} of {found} and fit to the others: give more texts, or split them")
-    order = torch.randperm(len(rows), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
+    order = torch.randperm(len(rows), generator=seeded(seed), device="cpu").tolist()
     return [rows[i] for i in order[n_scored:]], [rows[i] for i in order[:n_scored]]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llama_ref.errors import RequestError
 from llama_ref.generation import Llama
+from llama_ref.numbers import is_whole
 from llama_ref.text_file import read_text
 
 
@@ -21,8 +22,8 @@ def windows_of(llama: Llama, text: str, context: int) -> list[list[int]]:
     A shorter rest is left out, unless it is the whole text. Raises RequestError for windows that are
     longer than the model allows.
     """
-    if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= llama.max_seq_len:
+    if not is_whole(context) or not 2 <= context <= llama.max_seq_len:
         raise RequestError(f"context is {context!r:.40}, expected 2 to {llama.max_seq_len:,} (max_seq_len) tokens")
     bos, *ids = llama.encode(text)
-    step = context - 1
+    step = int(context) - 1
     return [[bos, *ids[start : start + step]] for start in range(0, max(1, len(ids) - step + 1), step)]

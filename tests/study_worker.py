@@ -24,6 +24,7 @@ from llama_ref.parallel.job import end_process
 from study.feature_folders import llama_scope
 
 TEXTS = [[5, 9, 2, 7, 1, 3], [4, 4, 8]]
+EDIT = {"layers.0.attention.head_output": study.zero().at(heads=[1]), "layers.2.ffn.output": study.scale(3)}
 
 
 def main(task_file: str, out: str) -> None:
@@ -39,6 +40,7 @@ def main(task_file: str, out: str) -> None:
         found[name]["shared"] = are_random_edits_shared(llama.model)
         found[name]["failed"] = _message(lambda llama=llama: fail_in_the_last_layer(llama.model))
         found[name]["refused"] = refused(llama)
+        found[name]["not collected again"] = not_collected_again(llama.model, Path(task["to"], name))
         found[name]["differing"] = _message(lambda llama=llama: study.trace(llama.model, [[1, 2 + dist.get_rank()]]))
     if dist.get_rank() == 0:
         torch.save(found, out)
@@ -84,6 +86,9 @@ def measure(llama: Llama, to: Path, texts: list, images: list | None = None) -> 
             values |= {f"edited image: {name}": value for name, value in study.trace(model, row, images=images).items()}
     collected = study.collect(model, TEXTS, ["layers.*.attention.k", "layers.2.ffn.hidden", "norm"], to=to)
     values |= {f"collected {name}": collected.select(name, positions=-1) for name in collected.names}
+    with study.patch(model, EDIT):
+        found = study.collect(model, TEXTS, "layers.*.residual_post", to=to.with_name(f"{to.name} edited"))
+        values |= {f"collected with an edit: {name}": found.select(name) for name in found.names}
     return {"values": values, "answer": answer, "args": traced.model_args}
 
 
@@ -188,6 +193,24 @@ def refused(llama: Llama) -> list[str]:
         lambda: study.saliency(model, row, 3),
     ]
     return [_message(call) for call in calls]
+
+
+def not_collected_again(model: Transformer, to: Path) -> list[str]:
+    """The error messages of collecting into the folders of `measure` again, with an edit or other weights."""
+
+    def again(folder: Path, names: list[str]) -> str:
+        return _message(lambda: study.collect(model, TEXTS, names, to=folder))
+
+    plain, edited = ["layers.*.attention.k", "layers.2.ffn.hidden", "norm"], ["layers.*.residual_post"]
+    assert not again(to, plain)
+    with study.patch(model, EDIT):
+        messages = [again(to, plain), again(to.with_name(f"{to.name} edited"), edited)]
+    if dist.get_rank() == dist.get_world_size() - 1:
+        block = model.layers[-1].feed_forward
+        weight = block.w1.weight.clone()
+        weight[1, 1] += 1
+        block.w1.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return [*messages, again(to, plain)]
 
 
 def _message(call: Callable[[], Any]) -> str:

@@ -156,3 +156,11 @@ def test_an_edit_that_fails_in_one_stage_fails_in_all_processes(together):
 def test_processes_that_trace_different_tokens_are_told(together):
     for found in measured(together).values():
         assert "differ before a pass that is studied: the tokens is (1, 2) (digest" in found["differing"]
+
+
+def test_a_folder_is_continued_with_the_same_weights_and_without_edits_only(together):
+    for found in measured(together).values():
+        without, edited, other = found["not collected again"]
+        assert "was collected without edits, and now layers.0.attention.head_output, layers.2.ffn.output would be" in without
+        assert "was collected with edits of layers.0.attention.head_output, layers.2.ffn.output, which may differ" in edited
+        assert "was collected with another model" in other

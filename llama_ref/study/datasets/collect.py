@@ -28,7 +28,7 @@ from llama_ref.study.datasets.collected import Collected
 from llama_ref.study.datasets.collection import DTYPES, INDEX, Collection, Shard, check_dtype, plan, read_index, row_shapes
 from llama_ref.study.inputs import check_index, prompt_tokens
 from llama_ref.study.model_digest import weights_digest
-from llama_ref.study.passes.hooks import Pass, attached, check_part
+from llama_ref.study.passes.hooks import Pass, attached, check_part, edited_names
 from llama_ref.study.passes.pass_size import split_passes
 from llama_ref.study.report.output import write_output
 from llama_ref.study.texts import Batch, as_texts
@@ -57,7 +57,9 @@ def collect(
     `Llama.encode`. `progress` is called with (texts done, all texts).
 
     An interrupted run continues when it is called again with the same arguments; finished shards are
-    not computed again. Raises RequestError for a folder that was written with other arguments, names or
+    not computed again. In a block of `patch`, `steer` or another edit, edited values are stored, in a new
+    folder only: a folder that was collected or begun with edits is never continued, since they may differ.
+    Raises RequestError for a folder that was written with other arguments, weights or edits, names or
     positions that do not exist, and files that cannot be written; CheckpointError for a full disk or a
     damaged folder. Under torchrun all processes must call it with the same arguments; rank 0 writes, and
     a folder must be continued with the same number of processes.
@@ -69,7 +71,7 @@ def collect(
     stored = check_dtype(transformer.dtype if dtype is None else dtype)
     ids = _as_ids(model, prompts, special_tokens)
     kept = [_kept(positions, text.tolist(), i) for i, text in enumerate(ids)]
-    collection, texts = plan(weights_digest(transformer), shapes, stored, ids, kept)
+    collection, texts = plan(weights_digest(transformer), shapes, stored, ids, kept, edited_names(transformer))
     job.check_same("collecting activations", {"what is collected": json.dumps(collection.as_json())})
     folder, missing = from_first(job, partial(_prepare, to, collection))
     counter = ProgressCounter(len(texts), progress)
@@ -181,9 +183,9 @@ def _open(to: str | Path, collection: Collection) -> Path:
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise RequestError(f"cannot use {to!r:.200} as a folder: {getattr(error, 'strerror', None) or error}") from error
     if INDEX in entries:
-        difference = collection.difference(read_index(folder))
-        if difference is not None:
-            raise RequestError(f"{folder} was collected with {difference}: choose another folder, or remove it")
+        obstacle = collection.obstacle(read_index(folder))
+        if obstacle is not None:
+            raise RequestError(f"{folder} {obstacle}: choose another folder, or remove it")
         return folder
     others = [name for name in entries if not name.startswith(".")]
     if others:

@@ -26,10 +26,9 @@ class Collected:
         missing = [shard for shard in self._index.shards if not (self.folder / shard.file).exists()]
         if missing:
             n_shards = len(self._index.shards)
-            raise CheckpointError(
-                f"{self.folder} is incomplete: {len(missing)} of {n_shards} shards are missing; collect again, with the same"
-                " arguments, to continue"
-            )
+            can_continue = self._index.edited == []
+            advice = "collect again, with the same arguments, to continue" if can_continue else "remove it and collect again"
+            raise CheckpointError(f"{self.folder} is incomplete: {len(missing)} of {n_shards} shards are missing; {advice}")
         self._mapped: dict[str, dict[str, Tensor]] = {}
 
     @property

@@ -21,12 +21,13 @@ from torch import Tensor
 from llama_ref.args import ModelArgs
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.files import read_json
-from llama_ref.formatting import dtype_name
+from llama_ref.formatting import comma_list, dtype_name
 from llama_ref.study.names import axes, is_of_key_heads, matching
 from llama_ref.study.passes.pass_size import split_passes
 
 INDEX = "index.json"
-FORMAT = "llama_ref collection 1"
+FORMAT = "llama_ref collection 2"
+EARLIER_FORMAT = "llama_ref collection 1"  # without `edited`, and `model` is a digest of few weights: only read
 INDEX_LIMIT_BYTES = 1 << 30
 SHARD_BYTES = 64 << 20  # target size of a shard, held in memory; a shard has at least one pass
 SHARD_PASSES = 32  # maximum per shard: a run that was killed repeats no more than these
@@ -48,7 +49,8 @@ class Collection:
 
     `names` maps an activation's name to the shape of one position. `texts` are SHA-256 sums of ids,
     `lengths` their numbers of tokens, `positions` their kept positions. `prompts` has the number of
-    each prompt's text.
+    each prompt's text. `edited` are the activations that patch, steer or others edited, None if
+    the index does not say. Edits may be any function, so they cannot be compared with those of a later call.
     """
 
     model: str  # the digest of its weights
@@ -59,6 +61,7 @@ class Collection:
     positions: list[list[int]]
     prompts: list[int]
     shards: list[Shard]
+    edited: list[str] | None
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -83,17 +86,24 @@ class Collection:
     def as_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
 
-    def difference(self, other: "Collection") -> str | None:
-        """The first part in which another index differs, in words; None if they are equal."""
+    def obstacle(self, found: "Collection") -> str | None:
+        """Why a folder with the index `found` cannot be continued as this collection, in words; None if it can."""
+        if found.edited is None:
+            return "was begun by an earlier version of llama_ref, which did not record all weights and edits"
+        if found.edited:
+            return f"was collected with edits of {comma_list(found.edited, 4)}, which may differ now"
+        if self.edited:
+            return f"was collected without edits, and now {comma_list(self.edited, 4)} would be edited"
         words = {
-            "model": "another model, or this one with weights in another dtype",
+            "model": "another model, or this one with other weights or in another dtype",
             "names": "other names",
             "dtype": "another dtype",
             "prompts": "other prompts",
             "texts": "other prompts",
         }
         words |= {"lengths": "other prompts", "positions": "other positions", "shards": "other shard sizes"}
-        return next((said for part, said in words.items() if getattr(self, part) != getattr(other, part)), None)
+        differing = [said for part, said in words.items() if getattr(self, part) != getattr(found, part)]
+        return f"was collected with {differing[0]}" if differing else None
 
 
 def plan(
@@ -102,6 +112,7 @@ def plan(
     dtype: str,
     prompts: Sequence[Tensor],
     kept: Sequence[list[int]],
+    edited: list[str],
 ) -> tuple[Collection, list[Tensor]]:
     """Make the index for prompts and their kept positions; return it with the ids of its texts."""
     sums = [hashlib.sha256(prompt.numpy().tobytes()).hexdigest() for prompt in prompts]
@@ -110,7 +121,7 @@ def plan(
     number = {each: i for i, each in enumerate(order)}
     texts = [prompts[first[each]] for each in order]
     lengths, positions = [len(text) for text in texts], [kept[first[each]] for each in order]
-    unsplit = Collection(model, names, dtype, order, lengths, positions, [number[each] for each in sums], [])
+    unsplit = Collection(model, names, dtype, order, lengths, positions, [number[each] for each in sums], [], edited)
     return replace(unsplit, shards=_shards(unsplit)), texts
 
 
@@ -159,8 +170,10 @@ def read_index(folder: Path) -> Collection:
     """A folder's index. Raises CheckpointError if it is missing or damaged."""
     path = folder / INDEX
     found = read_json(path, INDEX_LIMIT_BYTES, "a collection's index")
-    if not isinstance(found, Mapping) or found.get("format") != FORMAT:
+    if not isinstance(found, Mapping) or found.get("format") not in (FORMAT, EARLIER_FORMAT):
         raise CheckpointError(f"{path} is not an index of a collection, expected one that study.collect wrote")
+    if found["format"] == EARLIER_FORMAT:
+        found = {**found, "edited": None}
     try:
         parts = {name: found[name] for name in Collection.__dataclass_fields__}
         parts["shards"] = [Shard(str(each["file"]), int(each["first"]), int(each["end"])) for each in parts["shards"]]
@@ -179,6 +192,9 @@ def _check(collection: Collection) -> None:
     borders = [collection.shards[0].first, *(shard.end for shard in collection.shards)]
     if borders != [0, *(shard.first for shard in collection.shards[1:]), n]:
         raise ValueError("its shards have gaps")
+    edited = [] if collection.edited is None else collection.edited
+    if not isinstance(edited, list) or not all(isinstance(name, str) for name in edited):
+        raise ValueError("its edited names are not a list of names")
     if any(Path(shard.file).name != shard.file for shard in collection.shards):
         raise ValueError("a shard is outside its folder")
     if any(not 0 <= text < n for text in collection.prompts) or collection.dtype not in DTYPES:

@@ -156,6 +156,14 @@ def _leave(model: Transformer, key: tuple[int, Visitor]) -> None:
             del _attached[model]
 
 
+def edited_names(model: Transformer) -> list[str]:
+    """The names of the activations that this thread's editors change, in the model's order."""
+    hooks, thread = _attached.get(model), threading.get_ident()
+    editors = [visitor for owner, visitor in hooks.visitors if owner == thread and visitor.edits] if hooks else []
+    names = all_names(division_of(model).args) if editors else []
+    return [name for name in names if any(editor.wants(name) for editor in editors)]
+
+
 def check_model(model: Transformer) -> None:
     """Raise RequestError unless `model` is a Transformer that is whole in this process."""
     check_part(model)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +26,7 @@ from llama_ref.args import ModelArgs
 from llama_ref.errors import CheckpointError, RequestError
 from llama_ref.model import Transformer
 from llama_ref.study.datasets import collection
-from random_models import random_model
+from random_models import grouped_model, random_model
 from study.drawn import FEW, ids_of, models
 
 ARGS = ModelArgs.from_dict(
@@ -180,6 +182,86 @@ def test_another_run_is_refused(model, prompts, tmp_path):
         study.collect(model, prompts, "norm", to=tmp_path / "b")
 
 
+EDITS = {
+    "patch": lambda model: study.patch(model, {"layers.0.ffn.output": lambda value: value + 1}),
+    "steer": lambda model: study.steer(model, torch.ones(ARGS.dim), 5.0, layers=0),
+    "ablate": lambda model: study.ablate(model, torch.ones(ARGS.dim)),
+    "cut": lambda model: study.cut(model, keys=[0], layers=[0, 1]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_edited_values_are_collected_in_a_new_folder_only(model, prompts, tmp_path, edit):
+    name = "layers.2.residual_post"
+    plain = study.collect(model, prompts, name, to=tmp_path / "a").select(name)
+    with edit(model):
+        edited = study.collect(model, prompts, name, to=tmp_path / "b").select(name)
+        traced = torch.cat([study.trace(model, ids, name)[name][0, -1:] for ids in prompts])
+        torch.testing.assert_close(edited, traced)
+        assert not torch.allclose(edited, plain, atol=1e-3)
+        with pytest.raises(RequestError, match=r"a was collected without edits, and now .*layers.0.*: choose another"):
+            study.collect(model, prompts, name, to=tmp_path / "a")
+        with pytest.raises(RequestError, match=r"b was collected with edits of .*layers.0.*: choose another folder"):
+            study.collect(model, prompts, name, to=tmp_path / "b")
+    with pytest.raises(RequestError, match="b was collected with edits of"):
+        study.collect(model, prompts, name, to=tmp_path / "b")
+    assert torch.equal(study.Collected(tmp_path / "b").select(name), edited)
+    assert torch.equal(study.collect(model, prompts, name, to=tmp_path / "a").select(name), plain)
+
+
+@pytest.mark.parametrize("edited_first", [True, False])
+def test_a_folder_has_no_mix_of_edited_values_and_others(model, prompts, tmp_path, small_shards, edited_first):
+    def interrupt(done: int, total: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    def edited() -> AbstractContextManager[None]:
+        return study.patch(model, {"layers.1.*": study.scale(2)})
+
+    with edited() if edited_first else nullcontext(), pytest.raises(KeyboardInterrupt):
+        study.collect(model, prompts, NAMES, to=tmp_path, progress=interrupt)
+    before = shards(tmp_path)
+    for block in (edited, nullcontext) if edited_first else (edited,):
+        with block(), pytest.raises(RequestError, match=f"was collected with{'' if edited_first else 'out'} edits"):
+            study.collect(model, prompts, NAMES, to=tmp_path)
+    assert 0 < len(shards(tmp_path)) == len(before)
+    with pytest.raises(CheckpointError, match="remove it and collect again" if edited_first else "to continue"):
+        study.Collected(tmp_path)
+
+
+def test_only_edits_of_the_own_passes_count(model, prompts, tmp_path):
+    plain = study.collect(model, prompts, "norm", to=tmp_path).select("norm")
+    other = random_model(ARGS, seed=1)
+    with study.patch(model, {}), study.recording(model, "*"), study.patch(other, {"norm": study.zero()}):
+        assert torch.equal(study.collect(model, prompts, "norm", to=tmp_path).select("norm"), plain)
+    with ThreadPoolExecutor(1) as elsewhere, study.patch(model, {"norm": study.zero()}):
+        again = elsewhere.submit(study.collect, model, prompts, "norm", to=tmp_path).result()
+        assert torch.equal(again.select("norm"), plain)
+
+
+@pytest.mark.parametrize("name", ["tok_embeddings.weight", "layers.1.feed_forward.w2.weight", "output.weight"])
+def test_a_model_with_one_other_weight_is_refused(prompts, tmp_path, name):
+    wide = grouped_model(8, 2, 2, vocab_size=60)
+    study.collect(wide, prompts, "norm", to=tmp_path)
+    weight = wide.get_parameter(name)
+    kept = weight[3, 1].clone()
+    weight[3, 1] = kept.nextafter(torch.tensor(9.0))
+    with pytest.raises(RequestError, match="another model"):
+        study.collect(wide, prompts, "norm", to=tmp_path)
+    weight[3, 1] = kept
+    study.collect(wide, prompts, "norm", to=tmp_path)
+
+
+def test_a_folder_of_the_first_format_is_read_but_not_continued(model, prompts, tmp_path):
+    values = study.collect(model, prompts, "norm", to=tmp_path).select("norm")
+    index = json.loads((tmp_path / "index.json").read_text())
+    del index["edited"]
+    (tmp_path / "index.json").write_text(json.dumps(index | {"format": "llama_ref collection 1"}))
+    assert torch.equal(study.Collected(tmp_path).select("norm"), values)
+    with pytest.raises(RequestError, match="begun by an earlier version of llama_ref"):
+        study.collect(model, prompts, "norm", to=tmp_path)
+
+
 def test_misuse_is_named(model, prompts, tmp_path):
     to = tmp_path / "a"
     for call, words in (
@@ -226,6 +308,8 @@ def test_a_full_disk_leaves_no_half_shard(model, prompts, tmp_path):
         (lambda index: index.pop("texts"), "damaged"),
         (lambda index: index.update(prompts=[99]), "damaged"),
         (lambda index: index["shards"][0].update(file="../x"), "outside its folder"),
+        (lambda index: index.update(edited=[1]), "edited names are not a list"),
+        (lambda index: index.update(edited=""), "edited names are not a list"),
         (lambda index: index.update(format="other"), "not an index of a collection"),
         (lambda index: index["names"].update(norm=[7]), "other tensors than the index says"),
     ],
@@ -265,7 +349,7 @@ def test_a_killed_command_continues(tiny, tmp_path):
     (tmp_path / "lines.txt").write_text("".join(f"{'word ' * 16}{i}\n" for i in range(1300)))
     to = tmp_path / "to"
     words = ["collect", tiny, str(tmp_path / "lines.txt"), "--names", "norm", "--to", str(to)]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     running = subprocess.Popen([sys.executable, "-m", "llama_ref.cli", *words], env=env, stderr=subprocess.DEVNULL)
     while running.poll() is None and not shards(to):
         time.sleep(0.01)

@@ -540,7 +540,7 @@ def measured(warm) -> dict[tuple[str, str, str], tuple[int, int]]:
         make_random_checkpoint(Path(folder) / "tiny", TINY, shards=4)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads do not survive a fork
         command = [warm / "python", "-c", MEASURE, folder]
-        root = Path(__file__).resolve().parents[2]
+        root = Path(__file__).resolve().parents[3]
         done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]

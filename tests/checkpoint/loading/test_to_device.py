@@ -28,7 +28,7 @@ from make_random_checkpoint import make_random_checkpoint
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
 SMALL = PARAMS | {"dim": 128, "multiple_of": 64}
 SCHEMES = {"int8": "int8", "int4": "int4:group=32"}
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads memory use from /proc")
 
 

@@ -35,7 +35,7 @@ from llama_ref.vocabulary import write_tokenizer_model
 from make_random_checkpoint import make_random_checkpoint
 from vocabularies import VOCABULARIES, vocabulary
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 CUT_ON_1 = ("wo.weight", "w2.weight")
 WQ, W1 = "layers.0.attention.wq.weight", "layers.1.feed_forward.w1.weight"
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"

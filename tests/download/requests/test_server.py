@@ -6,14 +6,13 @@ import traceback
 import httpx
 import pytest
 
+from download.conftest import abort_a_wait
 from llama_ref.download.link import parse_link
 from llama_ref.download.requests import server as servers
 from llama_ref.download.requests.outcomes import Transient
 from llama_ref.download.requests.server import Server, opened
 from llama_ref.errors import DownloadError
 from loopback import make_link, secrets_of, silent, status
-
-from .conftest import abort_a_wait
 
 PATH = "Llama-3.2-1B-Instruct/params.json"
 

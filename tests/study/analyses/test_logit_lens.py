@@ -142,7 +142,7 @@ def test_lenses_of_texts_of_different_lengths_are_each_texts_own(model, monkeypa
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is in another unit elsewhere")
 def test_a_lens_at_all_points_takes_little_memory():
     """Regression test: results allocated between the loop's large tensors fragmented memory and took 1.4 GB."""
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[2]
     path = os.pathsep.join([str(tests), str(tests.parent)])
     program = [sys.executable, str(Path(__file__).with_name("lens_memory.py"))]
     done = subprocess.run(program, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path})

@@ -54,8 +54,9 @@ def _score_batch(
     n_known = 0 if prefix is None else prefix.longest
     rests = padded([context[n_known:] for context in contexts])
     cache = repeated(model, prefix, [0] * len(contexts), n_known + rests.shape[1])
-    last = last_states(read(model, cache, rests), [len(context) - n_known for context in contexts])  # (B, D)
-    cache.truncate([len(context) for context in contexts])
+    ends = [len(context) for context in contexts]
+    last = last_states(read(model, cache, rests, ends), [end - n_known for end in ends])  # (B, D)
+    cache.truncate(ends)
 
     owners = [row for row, own in enumerate(continuations) for _ in own]
     flat = [ids for own in continuations for ids in own]
@@ -64,7 +65,8 @@ def _score_batch(
     if longer:
         inputs = padded([flat[number][:-1] for number in longer])
         wide = repeated(model, cache, [owners[number] for number in longer], cache.longest + inputs.shape[1])
-        rest = score_states(model, read(model, wide, inputs), [(0, flat[number][1:]) for number in longer])
+        wide_ends = [ends[owners[number]] + len(flat[number]) - 1 for number in longer]
+        rest = score_states(model, read(model, wide, inputs, wide_ends), [(0, flat[number][1:]) for number in longer])
         for number, score in zip(longer, rest, strict=True):
             logprobs[number] += score.logprob
             are_greedy[number] &= score.is_greedy

@@ -34,7 +34,7 @@ def score_rows(model: Transformer, rows: Sequence[tuple[Sequence[int], int]]) ->
     Rows may differ in length. Raises LlamaRefError for NaN logits.
     """
     inputs = padded([ids[:-1] for ids, _ in rows])
-    states = read(model, new_cache(model, *inputs.shape), inputs)
+    states = read(model, new_cache(model, *inputs.shape), inputs, [len(ids) - 1 for ids, _ in rows])
     return score_states(model, states, [(begin - 1, ids[begin:]) for ids, begin in rows])
 
 

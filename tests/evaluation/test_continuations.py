@@ -9,6 +9,7 @@ from llama_ref.evaluation.continuations import SHORTEST_SHARED, clusters, score_
 from llama_ref.evaluation.prefix import PrefixCache
 from llama_ref.evaluation.scoring import score_rows
 from llama_ref.model import Transformer
+from llama_ref.study.passes.hooks import attached
 
 SHARED = tuple(range(60, 60 + SHORTEST_SHARED + 8))
 REQUESTS = [
@@ -30,6 +31,25 @@ def test_scores_are_those_of_one_pass_each(peaked, batch):
         (alone,) = score_rows(peaked.model, [((*context, *continuation), len(context))])
         assert found[number].logprob == pytest.approx(alone.logprob, rel=1e-5), number
         assert found[number].is_greedy == alone.is_greedy
+
+
+def test_edits_see_no_padding(peaked):
+    """A pass over padded rows marks their padding, so that an edit of a text's last token finds it."""
+    seen = []
+
+    class Watcher:
+        edits, in_path = False, False
+
+        def wants(self, name):
+            return False
+
+        def begin(self, run):
+            seen.append(run.tokens.tolist())
+
+    with attached(peaked.model, Watcher()):
+        score_rows(peaked.model, [((5, 6, 7, 8), 1), ((9, 5), 1)])
+        dict(score_continuations(peaked.model, [((5, 6, 7), (8, 9)), ((9,), (5, 6, 7))], 2))
+    assert seen == [[[5, 6, 7], [9, -1, -1]], [[5, 6, 7], [9, -1, -1]], [[8, -1], [5, 6]]]
 
 
 def test_greedy_is_what_the_model_would_say(peaked):

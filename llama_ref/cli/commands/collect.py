@@ -34,7 +34,7 @@ def collect(
     from llama_ref.study.datasets.collect import collect as run
     from llama_ref.study.datasets.prompt_file import read_prompts
 
-    prompts, wanted = read_prompts(file), _positions(positions)
+    wanted, prompts = _positions(positions), read_prompts(file)
     llama = open_to_study(name, loading)
     with progress_bar("collecting") as progress:
         found = run(

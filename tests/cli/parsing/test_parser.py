@@ -200,6 +200,7 @@ def test_what_a_function_returns_is_the_exit_code(capfd):
         ("list x", "unexpected argument 'x' (see llama-ref list --help)"),
         ("checksum x --algorithm md6", "--algorithm is 'md6', expected md5 or sha256; did you"),
         ("complete x --encoding cp94", "--encoding is 'cp94', expected an encoding such as cp949 (Korean Windows), cp1252"),
+        ("collect x t --names a --to b --positions lsat", "--positions is 'lsat', expected last, all, or numbers such as"),
         ("spectra x --to innt8", "--to is 'innt8', expected int8, int4 or int4:group=N, with N one of 32, 64, 128, 256; did"),
         ("verify", "missing NAME, a checkpoint folder or release name; or give --all"),
         ("verify x --all", "--all checks every checkpoint: leave out 'x', or --all"),

@@ -58,6 +58,10 @@ class FlashKVCache(CudaKVCache):
         out = self.attend_piece(layer, q.to(self.keys.dtype), self._lengths[1], self.longest)
         return out.to(q.dtype)  # under autocast q may have another dtype than the cache
 
+    def advance(self, n_tokens: int) -> None:
+        super().advance(n_tokens)
+        self._lengths = None  # its context has this cache: a cycle would keep both until a garbage collection
+
     def attend_piece(self, layer: int, q: Tensor, at: "FlashLengths", longest: int) -> Tensor:
         """Attention of new tokens' q (B, T, H, hd), their keys and values already stored: (B, T, H, hd).
 

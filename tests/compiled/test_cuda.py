@@ -209,6 +209,21 @@ def test_a_flash_cache_gives_the_plain_models_numbers(monkeypatch):
         model(torch.zeros(3, 24, dtype=torch.long), caches[1])
 
 
+def test_a_cache_is_freed_with_its_last_reference(kind):
+    """Not at the next garbage collection: a prompt's cache takes gigabytes."""
+    model = random_model(ARGS, seed=0)
+    cache = kind(ARGS, 1, 40, dtype=torch.float32, device="cpu")
+    for n_tokens in (9, 1, 6):
+        model(torch.randint(60, (1, n_tokens)), cache)
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("B", [1, 3])
 def test_the_kernel_takes_these_shapes(B, T):

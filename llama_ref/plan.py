@@ -21,7 +21,7 @@ from llama_ref.parallel.sharding import WHOLE, Share
 from llama_ref.quantization.scheme import SCALE_BITS, Scheme
 
 # Copied from decoding/loop.py, decoding/reading.py and compiled/*_cache.py: importing these would import torch.
-PREFILL_TOKENS, MASKLESS_PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK = 1024, 8192, 128, 64
+PREFILL_TOKENS, MASKLESS_PREFILL_TOKENS, LOGPROB_POSITIONS, CACHE_BLOCK, CUDA_CACHE_BLOCK = 1024, 8192, 128, 64, 1024
 BLOCK_WEIGHTS = 1 << 22  # as in quantization/linear.py
 
 # A card sold as 80 GB has 80 GiB. Programs get at least this fraction: 79.1 of 80, 23.5 of 24 on
@@ -293,7 +293,8 @@ def kv_cache_bytes(args: ModelArgs, share: Share, workload: Workload, size: int)
     For a vision release, each sequence has one image with the most tiles.
     """
     per_token = 2 * len(share.layers(args.n_layers)) * local_kv_heads(args, share) * args.head_dim * size
-    tokens = per_token * -(-workload.max_seq_len // CACHE_BLOCK) * CACHE_BLOCK
+    block = CUDA_CACHE_BLOCK if workload.max_batch_size == 1 else CACHE_BLOCK
+    tokens = per_token * -(-workload.max_seq_len // block) * block
     return (tokens + image_bytes(args, share, size)) * workload.max_batch_size
 
 

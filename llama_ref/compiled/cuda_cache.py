@@ -20,8 +20,8 @@ from llama_ref.model import Context
 # Prompt tokens per pass, over all rows: enough to keep a GPU busy.
 MASKLESS_PREFILL_TOKENS = 8192
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-# cuDNN's attention is nearly twice as fast on Hopper (660 against 350 TFLOP/s), but plans for 0.05
-# to 1 s at every new pair of lengths: use it only for whole pieces of long prompts, which are few.
+# cuDNN's attention is faster on Hopper, but plans at every new pair of lengths, up to a second (docs/cuda.md):
+# use it only for whole pieces of long prompts, which are few.
 CUDNN_FROM = 2 * MASKLESS_PREFILL_TOKENS  # earlier tokens
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from llama_ref.compiled.caches import new_cache
 from llama_ref.compiled.cuda_cache import FlashKVCache, FlashLengths
-from llama_ref.compiled.cuda_ops import joined, linear, norm, norm_linear, norm_query, norm_swiglu
+from llama_ref.compiled.cuda_ops import joined, linear, log_normalizer, norm, norm_linear, norm_query, norm_swiglu
 from llama_ref.compiled.forward import CompiledForward, install
 from llama_ref.compiled.triton.probe import uses_triton
 from llama_ref.device import is_out_of_memory
@@ -237,7 +237,7 @@ class FastPasses:
             cache = new_cache(self.model, B, WARM_UP_TOKENS)
             for T in prompts + passes:
                 tokens = torch.zeros(B, T, dtype=torch.long, device=self.model.device)
-                self.logits(tokens, cache)
+                log_normalizer(self.logits(tokens, cache)[:, -1])
                 cache.truncate([1] * B)
         self.graphs.clear()
         self.capture_seconds = 0.0

@@ -54,7 +54,8 @@ def row_stats(logits: Tensor) -> tuple[Tensor, Tensor]:
     B, V = logits.shape
     n = triton.cdiv(V, BLOCK)
     places = logits.new_empty(B, n, dtype=torch.int32)
-    tops, sums = logits.new_empty(2, B, n)
+    # Not two views of one tensor: for an odd B the second would be aligned otherwise, and Triton compile again.
+    tops, sums = logits.new_empty(B, n), logits.new_empty(B, n)
     _part_stats[(B, n)](logits.contiguous(), places, tops, sums, V, n, BLOCK, num_warps=4)
     ids, normalizers = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B)
     _whole_stats[(B,)](places, tops, sums, ids, normalizers, n, triton.next_power_of_2(n), num_warps=4)

@@ -100,7 +100,12 @@ def prepare_cuda(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised this because memory ran out, on any device."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised this because memory ran out, on any device, or while it handled such an error.
+
+    Capturing a CUDA graph that ran out of memory may end with another error, about the failed capture.
+    """
     signs = ("out of memory", "can't allocate memory", "not enough memory", "Storage size calculation overflowed")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)

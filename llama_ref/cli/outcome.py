@@ -76,7 +76,7 @@ def _known_failure(error: RuntimeError) -> LlamaRefError | None:
     from llama_ref.parallel.job import LOST, lost_a_process
 
     if is_out_of_memory(error):
-        first_line = str(error).splitlines()[0]
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
         return LlamaRefError(
             f"out of memory ({first_line}): `llama-ref info` says how much a checkpoint needs; "
             "try --dtype bfloat16, a smaller --max_seq_len, --device cpu, or a smaller release"

@@ -422,14 +422,19 @@ def test_kernels_that_cannot_be_prepared_leave_the_model_as_it_was(monkeypatch, 
     assert caplog.messages[-1].startswith("cannot prepare the decode step here (shared memory, Required: 241664")
 
 
-def test_out_of_memory_costs_a_call_not_the_feature(pair, caplog):
+@pytest.mark.parametrize("ends_badly", [False, True])
+def test_out_of_memory_costs_a_call_not_the_feature(pair, caplog, ends_badly):
     plain, fast = pair
     passes = fast.forward.fast
     whole, asked = passes.capture, []
 
     def full(step: Step, *inputs: Tensor) -> Callable[[], Tensor]:
         asked.append(step)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        finally:
+            if ends_badly:  # as `torch.cuda.graph` may, when it ends a capture that failed
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     first = new_cache(fast, 1, 40)
     generated(fast, ROWS[0], 12, first)

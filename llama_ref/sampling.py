@@ -2,7 +2,8 @@
 
 The filters apply in this order, each to what the previous one left (as in Hugging Face's generate; top_p
 keeps the same tokens as Meta's). The draw inverts the cumulative distribution at a uniform number drawn
-on the CPU, so that a seed gives the same text on every device and every process of a parallel job.
+on the CPU, so that a seed gives the same text on every device, as far as rounding does not decide, and in
+every process of a parallel job.
 """
 
 import copy

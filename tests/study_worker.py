@@ -76,7 +76,8 @@ def measure(llama: Llama, to: Path, texts: list, images: list | None = None) -> 
         "norm of stream": study.residual_stream(model, row, images=images).norm,
     }
     values["pattern"] = study.attention_pattern(model, row, 2, 1, images=images)
-    values |= edited(model)
+    if not images:
+        values |= edited(model)
     if model.args.n_heads == 12:  # one of the models
         values |= experiments(llama) | explained(model, TEXTS)
     if images:
@@ -146,12 +147,11 @@ def experiments(llama: Llama) -> dict[str, Tensor]:
     windows = study.cut_windows(model, [row, row[:3]], study.probability(3), queries=[-1], keys=[1], width=2)
     out |= {"windows": windows.values, "whole": windows.whole}
     metric = study.logit_difference(3, 8)
-    for over, name in (("layer×position", None), ("layer×head", "attention.k"), ("layer×position×head", None)):
+    for over, name in (("layer×position", None), ("layer×head", "attention.k")):
         out[f"grid {over} {name}"] = torch.from_numpy(study.patch_grid(model, row, other, metric, over=over, name=name).values)
     with study.patch(model, {"embedding": study.scale(2)}):
         out["tracing"] = torch.from_numpy(study.patch_grid(model, row, study.noise([1], seeds=2), metric).values)
-    for over, edit in (("heads", study.mean()), ("kv_groups", study.resample())):
-        out[f"without {over}"] = study.sweep(model, [row, other, row[:3]], over, edit).losses
+    out["without groups"] = study.sweep(model, [row, row[:3]], "kv_groups", study.resample()).losses
     together = study.ablate_together(model, [row, other], ["layers.0.heads.1", "layers.2.ffn"], controls=2)
     out |= {"without two": together.losses, "without others": together.controls}
     out["contrast"] = study.contrast_units(model, [row[:n] for n in (1, 2, 3, 4)], [other[:n] for n in (1, 2, 3, 4)]).difference

@@ -44,9 +44,9 @@ class Edit:
         """
         return replace(
             self,
-            heads=self.heads if heads is None else _indices("heads", heads),
-            positions=self.positions if positions is None else _indices("positions", positions),
-            rows=self.rows if rows is None else _indices("rows", rows),
+            heads=self.heads if heads is None else check_indices("heads", heads),
+            positions=self.positions if positions is None else check_indices("positions", positions),
+            rows=self.rows if rows is None else check_indices("rows", rows),
         )
 
     def over(self, pool: Tensor) -> "Edit":
@@ -285,7 +285,8 @@ class _Editor:
 # ---- heads, positions, rows
 
 
-def _indices(what: str, given: Indices) -> tuple[int, ...]:
+def check_indices(what: str, given: Indices) -> tuple[int, ...]:
+    """Return the indices. Raises RequestError unless they are a whole number or a list of them."""
     found = (given,) if isinstance(given, Integral) else given
     if not isinstance(found, Sequence) or not all(map(is_whole, found)):
         raise RequestError(f"{what} is {given!r:.60}, expected a whole number or a list of them")

@@ -23,7 +23,7 @@ def known_encoding(name: str) -> str:
     try:
         b"x".decode(name, "replace")
     except LookupError:  # unknown, or not a text encoding (such as hex)
-        meant = did_you_mean(name, sorted(set(aliases.values()), reverse=True))
+        meant = did_you_mean(name, set(aliases.values()))
         raise RequestError(f"--encoding is {name!r:.60}, expected an encoding {EXAMPLES}{meant}") from None
     return name
 

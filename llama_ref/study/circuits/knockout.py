@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from llama_ref.progress import Progress, ProgressCounter
 from llama_ref.study.inputs import check_index, one_each
 from llama_ref.study.passes.hooks import Pass, attached, check_part
 from llama_ref.study.passes.pass_size import tokens_that_fit
-from llama_ref.study.patch import Indices
+from llama_ref.study.patch import Indices, check_indices
 from llama_ref.study.patching.metrics import Metric, measure
 from llama_ref.study.patching.streams import Streams
 from llama_ref.study.texts import Texts, as_texts
@@ -47,8 +46,8 @@ def cut(
     does not have, and, during a pass without a cache, for a position outside the text.
     """
     check_part(model)
-    own_queries = None if queries is None else [_indices("queries", queries)]
-    own_keys = None if keys is None else [_indices("keys", keys)]
+    own_queries = None if queries is None else [check_indices("queries", queries)]
+    own_keys = None if keys is None else [check_indices("keys", keys)]
     chosen = _numbers("layer", layers, whole_args(model).n_layers)
     with attached(model, _Cut(own_queries, own_keys, chosen, _head_mask(model, heads))):
         yield
@@ -176,16 +175,16 @@ def _keys_at(run: Pass, wanted: Sequence[int], n_keys: int) -> Tensor:
     return (torch.arange(n_keys, device=chosen.device)[:, None] == places[:, None]).any(-1)
 
 
-def _for_each(what: str, given: Indices | Sequence[Sequence[int]], n: int) -> list[list[int]]:
+def _for_each(what: str, given: Indices | Sequence[Sequence[int]], n: int) -> list[tuple[int, ...]]:
     """Positions for each of n texts."""
     if not isinstance(given, Sequence) or not any(isinstance(own, Sequence) for own in given):
-        return [_indices(what, given)] * n  # type: ignore[arg-type]  # no item is a sequence
+        return [check_indices(what, given)] * n  # type: ignore[arg-type]  # no item is a sequence
     each: list[Indices] = one_each(what, given, n)
-    return [_indices(what, own) for own in each]
+    return [check_indices(what, own) for own in each]
 
 
 def _numbers(what: str, given: Indices | None, count: int) -> list[int]:
-    return list(range(count)) if given is None else [check_index(what, i, count) for i in _indices(what, given)]
+    return list(range(count)) if given is None else [check_index(what, i, count) for i in check_indices(what, given)]
 
 
 def _head_mask(model: Transformer, heads: Indices | None) -> Tensor | None:
@@ -195,10 +194,3 @@ def _head_mask(model: Transformer, heads: Indices | None) -> Tensor | None:
     out = torch.zeros(whole_args(model).n_heads, dtype=torch.bool, device="cpu")
     out[_numbers("head", heads, whole_args(model).n_heads)] = True
     return out
-
-
-def _indices(what: str, given: Indices) -> list[int]:
-    found = [given] if isinstance(given, Integral) else given
-    if not isinstance(found, Sequence) or not all(map(is_whole, found)):
-        raise RequestError(f"{what} is {given!r:.60}, expected a whole number or a list of them")
-    return [int(i) for i in found]

@@ -39,6 +39,7 @@ def main(task_file: str, out: str) -> None:
         found[name]["equal"] = _are_equal(found[name]["values"])
         found[name]["shared"] = are_random_edits_shared(llama.model)
         found[name]["failed"] = _message(lambda llama=llama: fail_in_the_last_layer(llama.model))
+        found[name]["outside"] = _message(lambda llama=llama: fail_outside_of_a_pass(llama.model))
         found[name]["refused"] = refused(llama)
         found[name]["not collected again"] = not_collected_again(llama.model, Path(task["to"], name))
         found[name]["differing"] = _message(lambda llama=llama: study.trace(llama.model, [[1, 2 + dist.get_rank()]]))
@@ -126,6 +127,12 @@ def are_random_edits_shared(model: Transformer) -> bool:
         hidden = model.hidden(torch.tensor(TEXTS[:1]))
         likely = study.predict(model, TEXTS[0]).top_probabilities
         return _are_equal(dict(study.trace(model, TEXTS[0])) | {"logits": model.logits(hidden), "likely": likely})
+
+
+def fail_outside_of_a_pass(model: Transformer) -> None:
+    """Read logits of other tokens than a pass's through an edit of the norm, which only the last stage applies."""
+    with study.patch(model, {"norm": study.zero().at(positions=0)}):
+        study.predict(model, TEXTS[0])
 
 
 def fail_in_the_last_layer(model: Transformer) -> None:

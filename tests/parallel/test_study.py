@@ -151,6 +151,7 @@ def test_gradients_and_weights_are_refused_with_what_works(together):
 def test_an_edit_that_fails_in_one_stage_fails_in_all_processes(together):
     for found in measured(together).values():
         assert "cannot edit layers.2.residual_post at position 99: the text has positions 0 to 5" in found["failed"]
+        assert "norm is computed here for other tokens than those of a pass" in found["outside"]
 
 
 def test_processes_that_trace_different_tokens_are_told(together):

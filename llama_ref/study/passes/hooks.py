@@ -158,8 +158,8 @@ def _leave(model: Transformer, key: tuple[int, Visitor]) -> None:
 
 def edited_names(model: Transformer) -> list[str]:
     """The names of the activations that this thread's editors change, in the model's order."""
-    hooks, thread = _attached.get(model), threading.get_ident()
-    editors = [visitor for owner, visitor in hooks.visitors if owner == thread and visitor.edits] if hooks else []
+    hooks = _attached.get(model)
+    editors = [visitor for visitor in hooks.own_visitors() if visitor.edits] if hooks else []
     names = all_names(division_of(model).args) if editors else []
     return [name for name in names if any(editor.wants(name) for editor in editors)]
 
@@ -194,7 +194,10 @@ def read_logits(model: Transformer, states: Tensor, *, is_normed: bool = True) -
     try:
         if not is_normed and not isinstance(model.norm, SentState):  # else the last pipeline stage sends the logits
             states = model.norm(states)
-        return model.logits(states)
+        logits = model.logits(states)
+        if hooks is not None:
+            hooks.fail_together()  # an edit of the norm, which only the last pipeline stage applies
+        return logits
     finally:
         if hooks is not None:
             hooks.local.is_outside = False
@@ -279,9 +282,21 @@ class Attached:
 
     def watching(self, name: str) -> list[Visitor]:
         """This thread's visitors that want a name, editors first."""
-        thread = threading.get_ident()
-        found = [visitor for owner, visitor in self.visitors if owner == thread and visitor.wants(name)]
+        found = [visitor for visitor in self.own_visitors() if visitor.wants(name)]
         return sorted(found, key=lambda visitor: not visitor.edits)
+
+    def own_visitors(self) -> list[Visitor]:
+        """This thread's visitors, in the order in which they were attached."""
+        thread = threading.get_ident()
+        return [visitor for owner, visitor in self.visitors if owner == thread]
+
+    def editors(self, name: str) -> list[Visitor]:
+        """This thread's editors of a name."""
+        return [visitor for visitor in self.watching(name) if visitor.edits]
+
+    def recorders(self, name: str) -> list[Visitor]:
+        """This thread's visitors that want a name and edit nothing."""
+        return [visitor for visitor in self.watching(name) if not visitor.edits]
 
     def see(self, name: str, value: Tensor) -> Tensor:
         """Pass a value through all visitors that want it."""
@@ -291,18 +306,28 @@ class Attached:
         return self._visited(watching, name, value)
 
     def _visited(self, visitors: Iterable[Visitor], name: str, value: Tensor) -> Tensor:
+        run = None if is_of_an_image(name) or self._is_outside() else self.local.run
         for visitor in visitors:
-            value = visitor.visit(name, value, None if is_of_an_image(name) else self.local.run)
+            value = visitor.visit(name, value, run)
         return value
+
+    def _is_outside(self) -> bool:
+        """Whether the values are not those of a pass (`read_logits`)."""
+        return getattr(self.local, "is_outside", False) or not hasattr(self.local, "run")
+
+    def _edited(self, editors: Iterable[Visitor], name: str, whole: Tensor, *, by_all_stages: bool = False) -> Tensor:
+        """A whole value after the editors; the processes that a model is split across agree on the first one's."""
+        if self.parts is None:
+            return self._visited(editors, name, whole)
+        with self.parts.failing_later():
+            whole = self._visited(editors, name, whole)
+        return self.parts.agreed(whole, by_all_stages=by_all_stages)
 
     def _see_part(self, parts: Parts, name: str, value: Tensor) -> Tensor:
         """Pass a value of a model that is split across processes through the visitors, whole; return this process's part."""
         whole = parts.whole(name, value)
-        editors = [visitor for visitor in self.watching(name) if visitor.edits]
-        if editors:
-            with parts.failing_later():
-                whole = self._visited(editors, name, whole)
-            whole = parts.agreed(whole)
+        if editors := self.editors(name):
+            whole = self._edited(editors, name, whole)
             value = parts.part(name, whole)
         self._record(parts.show(name, whole))
         return value
@@ -310,13 +335,12 @@ class Attached:
     def _record(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Show whole values of a model that is split across processes to the recorders."""
         for name, value in values:
-            self._visited((visitor for visitor in self.watching(name) if not visitor.edits), name, value)
+            self._visited(self.recorders(name), name, value)
 
-    def _fail_together(self, parts: Parts) -> None:
-        """Raise an edit's error in all processes."""
-        thread = threading.get_ident()
-        if any(visitor.edits for owner, visitor in self.visitors if owner == thread):
-            parts.fail_together()
+    def fail_together(self) -> None:
+        """Raise an edit's error in all processes that the model is split across."""
+        if self.parts and any(visitor.edits for visitor in self.own_visitors()):
+            self.parts.fail_together()
 
     def watching_steps(self, where: str) -> list[Visitor]:
         """This thread's visitors that want an attention's scores or pattern."""
@@ -334,7 +358,7 @@ class Attached:
 
     def embed(self, tokens: Tensor) -> Tensor:
         self.local.tokens = tokens
-        if self.parts and any(owner == threading.get_ident() for owner, _ in self.visitors):
+        if self.parts and self.own_visitors():
             names = all_names(self.parts.args)
             self.parts.begin(tokens, [name for name in names if self.watching(name)])
         return type(self.model).embed(self.model, tokens)
@@ -344,10 +368,8 @@ class Attached:
         x, context, *rest = inputs
         self.local.run = Pass(self.local.tokens, context)
         self.local.in_pass = True
-        thread = threading.get_ident()
-        for owner, visitor in self.visitors:
-            if owner == thread:
-                visitor.begin(self.local.run)
+        for visitor in self.own_visitors():
+            visitor.begin(self.local.run)
         if not self.local.run.is_read:
             self._leave_out_unwatched(self.local.run)
         is_embedded_here = self.parts is None or self.parts.job.share.is_first_stage
@@ -414,16 +436,15 @@ class Attached:
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         out = _class_forward(module, x)
         if not getattr(self.local, "in_pass", False):  # a direct call of the norm
-            return self._see_outside("norm", out) if getattr(self.local, "is_outside", False) else out
+            return self._edited_outside("norm", out) if getattr(self.local, "is_outside", False) else out
         if self.parts is None or self.parts.job.share.is_last_stage:
             out = self.see("norm", out)
         self.local.in_pass = False
         if self.parts:
             self._record(self.parts.end())
-            self._fail_together(self.parts)
+            self.fail_together()
         # Generation computes logits only at some positions; recorders get all, computed here.
-        recorders = [visitor for visitor in self.watching("logits") if not visitor.edits]
-        if recorders:
+        if recorders := self.recorders("logits"):
             logits = self.model.logits(out)
             for visitor in recorders:
                 visitor.visit("logits", logits, self.local.run)
@@ -432,34 +453,25 @@ class Attached:
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         out = _class_forward(module, x)
-        editors = [visitor for visitor in self.watching("logits") if visitor.edits]
+        editors = self.editors("logits")
         if not editors:
             return out
         logits = out.float()
-        if getattr(self.local, "is_outside", False) or not hasattr(self.local, "run"):
-            return self._see_outside("logits", logits)
-        one_position = logits.dim() == 2  # (B, V)
-        logits = logits[:, None] if one_position else logits
-        if self.parts:
-            with self.parts.failing_later():
-                logits = self._visited(editors, "logits", logits)
-            logits = self.parts.agreed(logits, by_all_stages=True)
-            self._fail_together(self.parts)
-        else:
-            logits = self._visited(editors, "logits", logits)
-        return logits[:, 0] if one_position else logits
+        if self._is_outside():
+            edited = self._edited_outside("logits", logits)
+        else:  # (B, T, V), or one position: (B, V)
+            by_position = logits if logits.dim() > 2 else logits[:, None]
+            edited = self._edited(editors, "logits", by_position, by_all_stages=True).view_as(logits)
+        self.fail_together()
+        return edited
 
-    def _see_outside(self, name: str, value: Tensor) -> Tensor:
+    def _edited_outside(self, name: str, value: Tensor) -> Tensor:
         """Edit values (…, n) that are not those of a pass, as if they were one text's."""
-        editors = [visitor for visitor in self.watching(name) if visitor.edits]
+        editors = self.editors(name)
         if not editors:
             return value
-        edited = value.reshape(1, -1, value.shape[-1])
-        for visitor in editors:
-            edited = visitor.visit(name, edited, None)
-        if self.parts:
-            edited = self.parts.agreed(edited, by_all_stages=name == "logits")
-        return edited.view_as(value)
+        one_text = value.reshape(1, -1, value.shape[-1])
+        return self._edited(editors, name, one_text, by_all_stages=name == "logits").view_as(value)
 
 
 class _Forward:
